@@ -1,0 +1,47 @@
+#include "level.h"
+
+#include <atomic>
+
+#include "../check.h"
+
+namespace fasttax {
+
+Isa isa_best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx2 && avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
+#else
+  return Isa::kPortable;
+#endif
+}
+
+namespace {
+
+std::atomic<int64_t> chosen{-1};
+
+// Tests and benchmarks lower the level; -1 asks without changing. Returns the level in force.
+int64_t simd_level(int64_t level) {
+  const int64_t best = static_cast<int64_t>(isa_best());
+  FASTTAX_CHECK(level >= -1 && level <= best, "_simd_level", "level must be -1 (ask) or 0..", best,
+                " on this CPU (0 portable, 1 AVX2, 2 AVX-512), got ", level);
+  if (level >= 0) chosen.store(level, std::memory_order_relaxed);
+  return static_cast<int64_t>(isa_level());
+}
+
+}  // namespace
+
+Isa isa_level() {
+  int64_t level = chosen.load(std::memory_order_relaxed);
+  if (level < 0) {
+    level = static_cast<int64_t>(isa_best());
+    chosen.store(level, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(level);
+}
+
+}  // namespace fasttax
+
+STABLE_TORCH_LIBRARY_IMPL(fasttax, CompositeExplicitAutograd, m) { m.impl("_simd_level", TORCH_BOX(&fasttax::simd_level)); }

@@ -1,0 +1,242 @@
+// Vectors of float for one instruction set; included once per FASTTAX_ISA by isa.h (so no include guard).
+// Arithmetic uses the compilers' vector extensions; only what they can't say is an intrinsic.
+namespace fasttax {
+namespace FASTTAX_ISA_NS {
+
+constexpr int kLanes = FASTTAX_ISA / 32;
+
+typedef float VF __attribute__((vector_size(FASTTAX_ISA / 8)));
+typedef int32_t VI __attribute__((vector_size(FASTTAX_ISA / 8)));
+typedef uint32_t VU __attribute__((vector_size(FASTTAX_ISA / 8)));
+typedef uint16_t VH __attribute__((vector_size(FASTTAX_ISA / 16)));
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline VF splat(float a) { return a - VF{}; }
+inline VI splat_i(int32_t a) { return a - VI{}; }
+inline VF as_float(VI a) { return (VF)a; }
+inline VI as_int(VF a) { return (VI)a; }
+
+inline VF fma(VF a, VF b, VF c) {
+#if FASTTAX_ISA == 512
+  return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FASTTAX_ISA == 256
+  return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// A NaN in `b` survives both (the x86 instructions return their second operand when either is NaN).
+inline VF max_keep_nan(VF a, VF b) {
+#if FASTTAX_ISA == 512
+  return (VF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif FASTTAX_ISA == 256
+  return (VF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline VF min_keep_nan(VF a, VF b) {
+#if FASTTAX_ISA == 512
+  return (VF)_mm512_min_ps((__m512)a, (__m512)b);
+#elif FASTTAX_ISA == 256
+  return (VF)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline VF abs(VF a) { return as_float(as_int(a) & 0x7fffffff); }
+
+// True when a <= b holds in every lane; a NaN makes it false.
+inline bool all_le(VF a, VF b) {
+#if FASTTAX_ISA == 512
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ) == 0xffff;
+#elif FASTTAX_ISA == 256
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LE_OQ)) == 0xff;
+#else
+  const VI le = a <= b;
+  bool all = true;
+  for (int i = 0; i < kLanes; ++i) all &= le[i] != 0;
+  return all;
+#endif
+}
+
+inline double sum(VF a) {
+  double s = 0;
+  for (int i = 0; i < kLanes; ++i) s += static_cast<double>(a[i]);
+  return s;
+}
+
+inline float max_of(VF a) {  // NaN lanes are ignored
+  float m = -std::numeric_limits<float>::infinity();
+  for (int i = 0; i < kLanes; ++i) m = a[i] > m ? a[i] : m;
+  return m;
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------
+
+inline VF load(const float* p) { VF v; std::memcpy(&v, p, sizeof v); return v; }
+
+inline VF load(const BFloat16* p) {
+  VH h;
+  std::memcpy(&h, p, sizeof h);
+  return (VF)(__builtin_convertvector(h, VU) << 16);
+}
+
+inline float to_float(float a) { return a; }
+inline float to_float(BFloat16 a) { const uint32_t u = uint32_t(a.bits) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline float to_float(Float16 a) {
+  const uint32_t sign = uint32_t(a.bits & 0x8000) << 16, magnitude = uint32_t(a.bits & 0x7fff) << 13;
+  uint32_t u = sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : magnitude);  // inf and NaN keep exponent 255
+  float f;
+  std::memcpy(&f, &u, 4);
+  return magnitude >= 0x0f800000 ? f : f * 0x1p112f;  // 2^112 moves the exponent bias from 15 to 127, subnormals too
+}
+
+inline VF load(const Float16* p) {
+#if FASTTAX_ISA == 512
+  return (VF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif FASTTAX_ISA == 256
+  return (VF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VF v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+template <class T>
+inline VF load(const T* p, int64_t n, float fill) {  // the first n < kLanes elements
+  VF v = splat(fill);
+  for (int64_t i = 0; i < n; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+inline void store(float* p, VF v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(BFloat16* p, VF v) {  // round to nearest even; a NaN stays one
+  const VU u = (VU)v;
+  const VU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const VU nan = (u >> 16) | 0x40;
+  const VH h = __builtin_convertvector((VU)((v == v) ? (VI)rounded : (VI)nan), VH);
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline uint16_t to_half_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  const uint32_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (u >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
+  if (u < 0x38800000) {                                 // below 2^-14: subnormal, rounded by one float addition
+    float g;
+    std::memcpy(&g, &u, 4);
+    g += 0.5f;
+    std::memcpy(&u, &g, 4);
+    return uint16_t(sign | (u - 0x3f000000));
+  }
+  return uint16_t(sign | ((u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13));
+}
+
+inline void store(Float16* p, VF v) {
+#if FASTTAX_ISA == 512
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif FASTTAX_ISA == 256
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = to_half_bits(v[i]);
+#endif
+}
+
+template <class T>
+inline void store(T* p, VF v, int64_t n) {
+  T whole[kLanes];
+  store(whole, v);
+  std::memcpy(p, whole, size_t(n) * sizeof(T));
+}
+
+// ---- functions ----------------------------------------------------------------------------------------------
+
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(a) in the low bits
+
+// e^z, relative error <= 1.6e-7 (degree-5 minimax on [-ln2/2, ln2/2], 7.5e-8 of it); 0 below -104, NaN for NaN.
+// Above 88 it is inf or NaN: a caller that may get there checks its frame.
+inline VF exp(VF z) {
+  z = max_keep_nan(splat(-104.0f), z);
+#if FASTTAX_ISA != 512
+  z = min_keep_nan(splat(89.0f), z);
+#endif
+  const VF shifted = fma(z, splat(1.44269504088896341f), splat(kRound));
+  const VF n = shifted - kRound;
+  VF r = fma(n, splat(-0.693145751953125f), z);
+  r = fma(n, splat(-1.42860682030941723e-6f), r);
+  VF p = splat(8.297583088e-03f);
+  p = fma(p, r, splat(4.191587493e-02f));
+  p = fma(p, r, splat(1.666757762e-01f));
+  p = fma(p, r, splat(4.999889135e-01f));
+  p = fma(p, r, splat(9.999997020e-01f));
+  p = fma(p, r, splat(1.000000119e+00f));
+#if FASTTAX_ISA == 512
+  return (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const VI exponent = as_int(shifted) - as_int(splat(kRound));
+  const VI half = exponent >> 1;  // two factors, so that results below 2^-126 and above 2^127 come out right
+  return p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
+#endif
+}
+
+// ln a for a > 0 (normal or subnormal), relative error <= 2e-7 away from 1; -inf at 0, inf at inf, NaN below 0.
+inline VF log(VF a) {
+  const VI tiny = a < 1.17549435e-38f;
+  const VF scaled = tiny ? a * 8388608.0f : a;
+  VI bits = as_int(scaled);
+  VI e = ((bits - 0x3f3504f3) >> 23);  // mantissa in [sqrt(1/2), sqrt 2)
+  const VF f = as_float(bits - (e << 23)) - 1.0f;
+  const VF k = __builtin_convertvector(e, VF) - (tiny ? splat(23.0f) : splat(0.0f));
+  // ln(1+f) = f - f^2/2 + f^3 * P(f): least-squares fit on the mantissa's range
+  VF p = splat(7.0376836292e-2f);
+  p = fma(p, f, splat(-1.1514610310e-1f));
+  p = fma(p, f, splat(1.1676998740e-1f));
+  p = fma(p, f, splat(-1.2420140846e-1f));
+  p = fma(p, f, splat(1.4249322787e-1f));
+  p = fma(p, f, splat(-1.6668057665e-1f));
+  p = fma(p, f, splat(2.0000714765e-1f));
+  p = fma(p, f, splat(-2.4999993993e-1f));
+  p = fma(p, f, splat(3.3333331174e-1f));
+  const VF f2 = f * f;
+  VF r = fma(p * f, f2, k * -2.12194440e-4f);
+  r = fma(f2, splat(-0.5f), r) + f;
+  r = fma(k, splat(0.693359375f), r);
+  const float inf = std::numeric_limits<float>::infinity();
+  r = (a == inf) ? a : r;
+  r = (a == 0.0f) ? splat(-inf) : r;
+  return ((a < 0.0f) | (a != a)) ? splat(std::numeric_limits<float>::quiet_NaN()) : r;
+}
+
+inline VF log1p(VF t) {  // Kahan's correction: exact where 1 + t rounds
+  const VF w = t + 1.0f;
+  const VF r = log(w) + (t - (w - 1.0f)) / w;
+  return ((w == std::numeric_limits<float>::infinity()) | (w == 0.0f)) ? log(w) : r;
+}
+
+inline VF tanh(VF z) {
+  const VF a = abs(z);
+  const VF e = exp(a * -2.0f);
+  const VF big = (1.0f - e) / (1.0f + e);
+  const VF z2 = z * z;  // series below 0.3: next term 0.3^12 * 1382/155925 < 5e-9
+  VF p = splat(-1382.0f / 155925);
+  p = fma(p, z2, splat(62.0f / 2835));
+  p = fma(p, z2, splat(-17.0f / 315));
+  p = fma(p, z2, splat(2.0f / 15));
+  p = fma(p, z2, splat(-1.0f / 3));
+  const VF small = fma(p * z2, z, z);
+  const VF signed_big = as_float(as_int(big) | (as_int(z) & splat_i(int32_t(0x80000000))));
+  return (a < 0.3f) ? small : signed_big;
+}
+
+}  // namespace FASTTAX_ISA_NS
+}  // namespace fasttax

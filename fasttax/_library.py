@@ -1,0 +1,93 @@
+"""The `fasttax::` operator library: schemas, the backend behind each op, and why.
+
+One kernel per (op, device). Every op has its PyTorch reference registered for all devices; `fasttax._C` (C++) puts its
+kernels over it on the CPU, `fasttax._C_cuda` (CUDA C++) on GPUs. FASTTAX_BACKEND forces another choice:
+
+    auto (default)   native kernels where they are built, the reference elsewhere
+    reference        the reference everywhere
+    cpp              as auto, and an error at import where the C++ CPU library is not built
+    cuda             as auto, and an error at import where the CUDA C++ library is not built
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpp", "cuda")
+
+lib = torch.library.Library("fasttax", "DEF")  # deregisters when collected, so it lives as long as the process
+OPS: list[str] = []
+problems: dict[str, str] = {}  # library -> why it is not loaded
+
+
+def chosen_backend() -> str:
+    choice = os.environ.get("FASTTAX_BACKEND", "auto").lower()
+    if choice not in BACKENDS:
+        raise ImportError(f"FASTTAX_BACKEND must be one of {', '.join(BACKENDS)}, got {choice!r}; set one or unset it")
+    return choice
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines an op by schema, with its reference on every device and its shape function."""
+    name = schema.partition("(")[0]
+    OPS.append(name)
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    lib.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fasttax::{name}", fake, lib=lib)
+
+
+def no_double_backward(name: str, forward: str) -> None:
+    """Makes differentiating through a backward op an error; torch would give None gradients and a warning."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{forward}: second derivatives are not available (create_graph=True reached {name}); "
+            f"use fasttax.reference with autograd for them"
+        )
+
+    torch.library.register_autograd(f"fasttax::{name}", refuse, lib=lib)
+
+
+def load_native() -> None:
+    """Imports the native libraries; their static initialisers register the kernels."""
+    choice = chosen_backend()
+    lib.define("_simd_level(int level) -> int")  # implemented by _C alone: 0 portable, 1 AVX2, 2 AVX-512
+    if choice == "reference":
+        problems["_C"] = problems["_C_cuda"] = "FASTTAX_BACKEND=reference"
+        return
+    libraries = ["_C"] + (["_C_cuda"] if torch.version.cuda else [])
+    if not torch.version.cuda:
+        problems["_C_cuda"] = "this torch is built without CUDA"
+    for library in libraries:
+        try:
+            importlib.import_module(f"fasttax.{library}")
+        except ModuleNotFoundError:
+            problems[library] = "not built"
+        except (ImportError, OSError) as error:
+            problems[library] = f"does not load: {error}"
+    if "_C" in problems:
+        advice = (
+            f"fasttax: the C++ CPU kernels are not available ({problems['_C']}); the PyTorch reference is used. "
+            "Install g++ and run `pip install --no-build-isolation .` in the source folder; `fasttax doctor` tells more."
+        )
+        if choice == "cpp":
+            raise ImportError(advice)
+        warnings.warn(advice, RuntimeWarning, stacklevel=3)
+    if choice == "cuda" and "_C_cuda" in problems:
+        raise ImportError(f"fasttax: FASTTAX_BACKEND=cuda, but the CUDA C++ kernels are not available ({problems['_C_cuda']}); "
+                          "install nvcc and a torch with CUDA, then `FASTTAX_CUDA=1 pip install --no-build-isolation .`")
+
+
+def active(name: str, device: str) -> tuple[str, str]:
+    """(backend, reason) of op `name` on "cpu" or "cuda"."""
+    key = device.upper()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttax::{name}", key):
+        return ("C++" if device == "cpu" else "CUDA C++"), "built and registered"
+    library = "_C" if device == "cpu" else "_C_cuda"
+    return "reference", problems.get(library, f"no {'C++' if device == 'cpu' else 'CUDA C++'} kernel for this op yet")

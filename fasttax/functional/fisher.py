@@ -1,0 +1,207 @@
+"""Sums of squared per-example gradients, the diagonal Fisher's building blocks, without a gradient per example in memory.
+
+An example n owns a run of tokens t; D = grad_outputs, A = inputs. With `cu_seqlens` (n + 1 integers from 0 to R) the tokens are
+the R rows of flat inputs; without, inputs are (N, T, ...) and every row of the batch is an example, or (N, ...) and every
+row is an example of one token. `example_weight` (N) multiplies an example's square. `out` is accumulated into and returned.
+Results are float32, float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax import _checks, reference
+from fasttax._library import define
+
+
+def _segments(op: str, name: str, x: Tensor, trailing: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x as rows (R, ...) with `trailing` trailing dimensions, and the examples' boundaries (int64, on the CPU's side of x)."""
+    leading = x.dim() - trailing
+    if cu_seqlens is not None:
+        if leading != 1:
+            raise _checks.fail(op, name, f"flat rows (R, ...) of {1 + trailing} dimensions together with cu_seqlens", x)
+        _checks.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            raise _checks.fail(op, "cu_seqlens", "a vector of N + 1 boundaries", cu_seqlens)
+        bounds = cu_seqlens.to(device=x.device, dtype=torch.int64).contiguous()
+        values = bounds.tolist()
+        if values[0] != 0 or values[-1] != x.shape[0] or any(a > b for a, b in zip(values[:-1], values[1:], strict=True)):
+            raise _checks.fail(op, "cu_seqlens", f"boundaries that rise from 0 to {x.shape[0]}, the number of rows", str(values[:8]))
+        return x, bounds
+    if leading not in (1, 2):
+        raise _checks.fail(op, name, f"{1 + trailing} or {2 + trailing} dimensions, (N, ...) or (N, T, ...)", x)
+    N, T = (x.shape[0], 1) if leading == 1 else x.shape[:2]
+    rows = x if leading == 1 else x.flatten(0, 1)
+    return rows, torch.arange(N + 1, device=x.device) * T
+
+
+def _weights(op: str, example_weight: Tensor | None, examples: int, like: Tensor) -> Tensor | None:
+    if example_weight is None:
+        return None
+    if not isinstance(example_weight, Tensor):
+        raise _checks.fail(op, "example_weight", "a torch.Tensor", example_weight, error=TypeError)
+    if example_weight.shape != (examples,):
+        raise _checks.fail(op, "example_weight", f"shape ({examples},), one value an example", example_weight)
+    return example_weight.to(device=like.device, dtype=like.dtype).contiguous()
+
+
+def _result(op: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if out is None:
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    _checks.tensor(op, "out", out, (dtype,))
+    if out.shape != shape or not out.is_contiguous() or out.device != like.device:
+        raise _checks.fail(op, "out", f"a contiguous tensor of shape {shape} on {like.device}", out)
+    return out
+
+
+def _paired(op: str, inputs: Any, grad_outputs: Any, lead: int) -> tuple[Tensor, Tensor]:
+    _checks.tensor(op, "inputs", inputs)
+    _checks.tensor(op, "grad_outputs", grad_outputs)
+    if inputs.shape[:lead] != grad_outputs.shape[:lead] or inputs.dim() != grad_outputs.dim():
+        raise _checks.fail(op, "grad_outputs", f"the leading shape {tuple(inputs.shape[:lead])} of inputs", grad_outputs)
+    _checks.same_device(op, "grad_outputs", grad_outputs, "inputs", inputs)
+    if (inputs.dtype == torch.float64) != (grad_outputs.dtype == torch.float64):
+        raise _checks.fail(op, "grad_outputs", "float64 together with float64 inputs, and only then", grad_outputs, error=TypeError)
+    return inputs, grad_outputs
+
+
+def linear_sqgrad(inputs: Tensor, grad_outputs: Tensor, *, cu_seqlens: Tensor | None = None, example_weight: Tensor | None = None,
+                  out: Tensor | None = None) -> Tensor:  # fmt: skip
+    """F[o, i] = sum_n w_n (sum_{t in n} D[t, o] A[t, i])^2 of a linear layer's weight, exact per example.
+
+    Costs one weight-gradient GEMM plus 2 N O I flops; no per-example gradient is stored.
+
+    Args:
+        inputs: A, (N, T, I), (N, I), or (R, I) with cu_seqlens; float32, bfloat16, float16 or float64.
+        grad_outputs: D, the same leading shape, (..., O): gradients of the SUM of the tokens' losses.
+        cu_seqlens, example_weight, out: see the module; out is (O, I).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or boundary does not fit.
+    """
+    op = "linear_sqgrad"
+    lead = max(1, inputs.dim() - 1) if isinstance(inputs, Tensor) else 1
+    inputs, grad_outputs = _paired(op, inputs, grad_outputs, lead)
+    a, bounds = _segments(op, "inputs", inputs, 1, cu_seqlens)
+    d = grad_outputs.reshape(a.shape[0], grad_outputs.shape[-1])
+    result = _result(op, out, (d.shape[1], a.shape[1]), a)
+    a, d = (x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous() for x in (a, d))
+    weights = _weights(op, example_weight, bounds.numel() - 1, result)
+    torch.ops.fasttax.linear_sqgrad_(result, a.detach(), d.detach(), bounds, weights)
+    return result
+
+
+def bias_sqgrad(grad_outputs: Tensor, *, cu_seqlens: Tensor | None = None, example_weight: Tensor | None = None,
+                out: Tensor | None = None) -> Tensor:  # fmt: skip
+    """F[o] = sum_n w_n (sum_{t in n} D[t, o])^2 of a bias; grad_outputs (N, T, O), (N, O), or (R, O) with cu_seqlens."""
+    op = "bias_sqgrad"
+    _checks.tensor(op, "grad_outputs", grad_outputs)
+    d, bounds = _segments(op, "grad_outputs", grad_outputs, 1, cu_seqlens)
+    result = _result(op, out, (d.shape[1],), d)
+    sums = _example_sums(d.to(result.dtype), bounds)
+    weights = _weights(op, example_weight, sums.shape[0], result)
+    result += (sums * sums if weights is None else sums * sums * weights[:, None]).sum(0)
+    return result
+
+
+def norm_sqgrad(inputs: Tensor, grad_outputs: Tensor, *, cu_seqlens: Tensor | None = None, example_weight: Tensor | None = None,
+                out: Tensor | None = None) -> Tensor:  # fmt: skip
+    """F[i] = sum_n w_n (sum_{t in n} D[t, i] X[t, i])^2 of an elementwise weight, as in LayerNorm and RMSNorm.
+
+    inputs: X, the normalised activations that the weight multiplies; shapes as grad_outputs, which are as in `bias_sqgrad`.
+    """
+    op = "norm_sqgrad"
+    inputs, grad_outputs = _paired(op, inputs, grad_outputs, inputs.dim() if isinstance(inputs, Tensor) else 1)
+    x, d = reference.wide(inputs), reference.wide(grad_outputs)
+    return bias_sqgrad(x * d, cu_seqlens=cu_seqlens, example_weight=example_weight, out=out)
+
+
+def embedding_sqgrad(ids: Tensor, grad_outputs: Tensor, num_embeddings: int, *, padding_idx: int | None = None,
+                     cu_seqlens: Tensor | None = None, example_weight: Tensor | None = None, out: Tensor | None = None) -> Tensor:  # fmt: skip
+    """F[v, h] = sum_n w_n (sum_{t in n: ids[t] = v} D[t, h])^2: tokens repeated inside an example are summed, then squared.
+
+    Memory is O(tokens * H): rows are gathered by (example, id), never one table per example.
+
+    Args:
+        ids: int64 or int32, (N, T), (N,), or (R,) with cu_seqlens, in [0, num_embeddings).
+        grad_outputs: ids' shape + (H,).
+        padding_idx: a row that takes no gradient, as in torch.nn.Embedding.
+    """
+    op = "embedding_sqgrad"
+    _checks.tensor(op, "ids", ids, (torch.int64, torch.int32))
+    _checks.tensor(op, "grad_outputs", grad_outputs)
+    if grad_outputs.shape[:-1] != ids.shape:
+        raise _checks.fail(op, "grad_outputs", f"shape {tuple(ids.shape)} + (H,)", grad_outputs)
+    flat, bounds = _segments(op, "ids", ids, 0, cu_seqlens)
+    H = grad_outputs.shape[-1]
+    result = _result(op, out, (int(num_embeddings), H), grad_outputs)
+    keys, rows = embedding_rows(op, flat, grad_outputs.reshape(-1, H), bounds, int(num_embeddings), padding_idx)
+    weights = _weights(op, example_weight, bounds.numel() - 1, result)
+    square = rows * rows if weights is None else rows * rows * weights[keys[0]][:, None]
+    return result.index_add_(0, keys[1], square)
+
+
+def embedding_rows(op: str, flat_ids: Tensor, d: Tensor, bounds: Tensor, num_embeddings: int, padding_idx: int | None) -> tuple[Tensor, Tensor]:
+    """The non-zero rows of every example's embedding gradient: keys (2, U) of (example, id), rows (U, H)."""
+    if flat_ids.numel() and (int(flat_ids.min()) < 0 or int(flat_ids.max()) >= num_embeddings):
+        raise _checks.fail(op, "ids", f"values in [0, {num_embeddings})", f"{int(flat_ids.min())} to {int(flat_ids.max())}", error=IndexError)
+    lengths = bounds[1:] - bounds[:-1]
+    example = torch.repeat_interleave(torch.arange(lengths.numel(), device=flat_ids.device), lengths)
+    key, inverse = torch.unique(example * num_embeddings + flat_ids.long(), return_inverse=True)
+    d = reference.wide(d)
+    rows = torch.zeros(key.numel(), d.shape[1], dtype=d.dtype, device=d.device).index_add_(0, inverse, d)
+    keys = torch.stack((key // num_embeddings, key % num_embeddings))
+    if padding_idx is not None:
+        rows = rows.masked_fill((keys[1] == padding_idx % num_embeddings)[:, None], 0.0)
+    return keys, rows
+
+
+def lm_head_fisher(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None, token_chunk: int = 256,
+                   out: Tensor | None = None) -> Tensor:  # fmt: skip
+    """The head's exact Fisher over every label of the vocabulary, tokens summed: F = (p (1 - p))^T (A * A), p = softmax(A W^T + b).
+
+    There is no label sampling and so no sampling error. Logits exist for `token_chunk` tokens at a time.
+
+    Args:
+        hidden: A, (..., H). weight: (V, H). bias: (V,). mask: (...), tokens that count. out: (V, H), accumulated into.
+
+    Returns:
+        (V, H), summed over the counted tokens.
+    """
+    op = "lm_head_fisher"
+    _checks.tensor(op, "hidden", hidden)
+    _checks.tensor(op, "weight", weight)
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise _checks.fail(op, "weight", f"shape (V, {hidden.shape[-1]})", weight)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise _checks.fail(op, "bias", f"shape ({weight.shape[0]},)", bias)
+    if not isinstance(token_chunk, int) or token_chunk < 1:
+        raise _checks.fail(op, "token_chunk", "an integer >= 1", token_chunk)
+    a = hidden.detach().reshape(-1, hidden.shape[-1])
+    if mask is not None:
+        a = a[_checks.per_token(op, "mask", mask, hidden.shape[:-1], hidden.device).reshape(-1) != 0]
+    result = _result(op, out, tuple(weight.shape), a)
+    for start in range(0, a.shape[0], token_chunk):
+        part = a[start : start + token_chunk]
+        p = reference.wide(torch.nn.functional.linear(part, weight.detach(), None if bias is None else bias.detach())).softmax(-1)
+        result.addmm_((p * (1 - p)).T, reference.wide(part).square())
+    return result
+
+
+def _example_sums(d: Tensor, bounds: Tensor) -> Tensor:
+    """(N, O): the sum of each example's rows."""
+    examples = bounds.numel() - 1
+    lengths = bounds[1:] - bounds[:-1]
+    example = torch.repeat_interleave(torch.arange(examples, device=d.device), lengths)
+    return torch.zeros(examples, d.shape[1], dtype=d.dtype, device=d.device).index_add_(0, example, d)
+
+
+define(
+    "linear_sqgrad_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight) -> ()",
+    reference.linear_sqgrad_,
+    lambda out, inputs, grad_outputs, cu_seqlens, example_weight: None,
+)

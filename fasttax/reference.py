@@ -1,0 +1,217 @@
+"""Every op in plain PyTorch: the specification, the test oracle, the fallback on any device, the benchmarks' baseline.
+
+Symbols: p = softmax(policy logits), q = softmax(reference logits), u = log p - log q; N tokens, V vocabulary, H hidden.
+Computed in float32, or in float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+POLICY_REF, REF_POLICY, JSD = 0, 1, 2
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# --- kl --------------------------------------------------------------------------------------------------------------
+
+
+def temper(logits: Tensor, scale: float, softcap: float, inv_temperature: float) -> Tensor:
+    """softcap * tanh(logits * scale / softcap) / temperature; softcap 0 is none."""
+    x = wide(logits)
+    if softcap > 0:
+        return softcap * torch.tanh(x * (scale / softcap)) * inv_temperature
+    return x * (scale * inv_temperature)
+
+
+def temper_slope(logits: Tensor, scale: float, softcap: float, inv_temperature: float) -> Tensor | float:
+    if softcap > 0:
+        return (1 - torch.tanh(wide(logits) * (scale / softcap)) ** 2) * (scale * inv_temperature)
+    return scale * inv_temperature
+
+
+def times(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value with 0 * inf = 0 * NaN = 0."""
+    return torch.where(weight == 0, torch.zeros_like(weight), weight * value)
+
+
+def log_probs(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, scale: float, ref_scale: float, softcap: float,
+              ref_softcap: float, inv_t: float, ref_inv_t: float, inf_mask: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, y = temper(logits, scale, softcap, inv_t), temper(ref_logits, ref_scale, ref_softcap, ref_inv_t)
+    if mask is not None:
+        x, y = x.masked_fill(~mask[..., None], 0.0), y.masked_fill(~mask[..., None], 0.0)
+    if inf_mask:
+        gone = (logits == -math.inf) | (ref_logits == -math.inf)
+        if mask is not None:
+            gone = gone & mask[..., None]
+        x, y = x.masked_fill(gone, -math.inf), y.masked_fill(gone, -math.inf)
+    return x.log_softmax(-1), y.log_softmax(-1)
+
+
+def gap(lp: Tensor, lq: Tensor) -> Tensor:
+    """u = log p - log q, 0 where both are -inf."""
+    return torch.where((lp == -math.inf) & (lq == -math.inf), torch.zeros_like(lp), lp - lq)
+
+
+def log_mixture(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
+    return torch.logaddexp(lp + math.log1p(-beta), lq + math.log(beta))
+
+
+def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, kind: int, beta: float, scale: float,
+             ref_scale: float, softcap: float, ref_softcap: float, inv_temperature: float, ref_inv_temperature: float,
+             inf_mask: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """KL(p||q) = sum p (e^-u - 1 + u), every term >= 0; (kl (...), stats (..., 8) that only native kernels fill)."""
+    lp, lq = log_probs(logits, ref_logits, mask, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask)
+    p, q, u = lp.exp(), lq.exp(), gap(lp, lq)
+    if kind == POLICY_REF:
+        kl = torch.where(p > 0, times(p, torch.expm1(-u) + u), q).sum(-1)
+    elif kind == REF_POLICY:
+        kl = torch.where(q > 0, times(q, torch.expm1(u) - u), p).sum(-1)
+    elif beta in (0.0, 1.0):
+        kl = (p + q).sum(-1) * 0
+    else:
+        lm = log_mixture(lp, lq, beta)
+        kl = (beta * times(q, lq - lm) + (1 - beta) * times(p, lp - lm)).sum(-1).clamp_min(0)
+    # a row of NaN (or of -inf alone) is NaN, also where the comparisons above dropped it
+    kl = torch.where(torch.isnan(p.sum(-1) + q.sum(-1)), torch.full_like(kl, math.nan), kl)
+    if mask is not None:
+        kl = kl.masked_fill(~mask, 0.0)
+    return kl, kl.new_zeros((*kl.shape, 8))
+
+
+def token_kl_backward(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, kind: int,
+                      beta: float, scale: float, ref_scale: float, softcap: float, ref_softcap: float, inv_temperature: float,
+                      ref_inv_temperature: float, inf_mask: bool, need_policy: bool, need_ref: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lp, lq = log_probs(logits, ref_logits, mask, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask)
+    p, q, u = lp.exp(), lq.exp(), gap(lp, lq)
+    difference = torch.where(u.abs() <= 1, -p * torch.expm1(-u), p - q)  # p - q without its rounding error
+    if kind == POLICY_REF:
+        for_p, for_q = times(p, u - times(p, u).sum(-1, keepdim=True)), -difference
+    elif kind == REF_POLICY:
+        for_p, for_q = difference, times(q, -u + times(q, u).sum(-1, keepdim=True))
+    elif beta in (0.0, 1.0):
+        for_p, for_q = p * 0, q * 0
+    else:
+        lm = log_mixture(lp, lq, beta)
+        p_to_m, q_to_m = times(p, lp - lm).sum(-1, keepdim=True), times(q, lq - lm).sum(-1, keepdim=True)
+        for_p, for_q = (1 - beta) * times(p, lp - lm - p_to_m), beta * times(q, lq - lm - q_to_m)
+    out = []
+    sides = ((for_p, logits, scale, softcap, inv_temperature, need_policy), (for_q, ref_logits, ref_scale, ref_softcap, ref_inv_temperature, need_ref))
+    for d, raw, s, cap, inv_t, need in sides:
+        if not need:
+            out.append(raw.new_empty(0))
+            continue
+        d = d * grad[..., None] * temper_slope(raw, s, cap, inv_t)
+        if inf_mask:
+            d = d.masked_fill((logits == -math.inf) | (ref_logits == -math.inf), 0.0)
+        if mask is not None:
+            d = d.masked_fill(~mask[..., None], 0.0)
+        out.append(d.to(raw.dtype).contiguous())
+    return out[0], out[1]
+
+
+def token_kl_backward_(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, kind: int, beta: float,
+                       scale: float, ref_scale: float, softcap: float, ref_softcap: float, inv_temperature: float,
+                       ref_inv_temperature: float, inf_mask: bool, need_ref: bool) -> Tensor:  # fmt: skip
+    """The policy's gradient written over `logits`; returns the reference's."""
+    d_logits, d_ref = token_kl_backward(grad, logits, ref_logits, mask, stats, kind, beta, scale, ref_scale, softcap, ref_softcap,
+                                        inv_temperature, ref_inv_temperature, inf_mask, True, need_ref)  # fmt: skip
+    logits.copy_(d_logits)
+    return d_ref
+
+
+# --- fisher ----------------------------------------------------------------------------------------------------------
+
+
+def linear_sqgrad_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
+    """out[o, i] += sum_n w_n (sum_{t in n} grad_outputs[t, o] inputs[t, i])^2, example n being rows cu[n] to cu[n+1]."""
+    starts = cu_seqlens.tolist()
+    a, d = inputs.to(out.dtype), grad_outputs.to(out.dtype)
+    for n, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        g = d[begin:end].T @ a[begin:end]
+        out += g * g if example_weight is None else example_weight[n] * g * g
+
+
+# --- ewc -------------------------------------------------------------------------------------------------------------
+
+
+def decode_u8log(codes: Tensor, scales: Tensor) -> Tensor:
+    """fisher = 2^(lo + step (code - 1)) per block of 256, code 0 is 0; scales (blocks, 2) float32 holds (lo, step)."""
+    flat = codes.flatten()
+    lo, step = scales.repeat_interleave(256, 0)[: flat.numel()].unbind(-1)
+    return torch.where(flat == 0, torch.zeros_like(lo), torch.exp2(lo + step * (flat.float() - 1))).view_as(codes)
+
+
+def _fisher(fisher: Tensor, scales: Sequence[Tensor], i: int, theta: Tensor) -> Tensor:
+    f = decode_u8log(fisher, scales[i]) if fisher.dtype == torch.uint8 else wide(fisher)
+    return f.view_as(theta)
+
+
+def ewc_penalty(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], scales: Sequence[Tensor],
+                strength: float) -> Tensor:  # fmt: skip
+    """strength/2 * sum fisher * (theta - anchor)^2, summed in float64."""
+    if not params:
+        return torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    for i, (theta, anchor, fisher) in enumerate(zip(params, anchors, fishers, strict=True)):
+        delta = wide(theta) - wide(anchor).view_as(theta)
+        total = total + (_fisher(fisher, scales, i, theta) * delta * delta).sum(dtype=torch.float64)
+    return (strength / 2 * total).to(torch.float64 if params[0].dtype == torch.float64 else torch.float32)
+
+
+def _pull(theta: Tensor, anchor: Tensor, fisher: Tensor) -> Tensor:
+    return fisher * (wide(theta) - wide(anchor).view_as(theta))
+
+
+def ewc_penalty_backward(grad: Tensor, params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor],
+                         scales: Sequence[Tensor], strength: float) -> list[Tensor]:  # fmt: skip
+    return [
+        (_pull(theta, anchor, _fisher(fisher, scales, i, theta)) * (grad * strength)).to(theta.dtype)
+        for i, (theta, anchor, fisher) in enumerate(zip(params, anchors, fishers, strict=True))
+    ]
+
+
+def ewc_add_grad_(params: Sequence[Tensor], grads: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor],
+                  scales: Sequence[Tensor], strength: float, scale: float) -> Tensor:  # fmt: skip
+    for i, (theta, grad, anchor, fisher) in enumerate(zip(params, grads, anchors, fishers, strict=True)):
+        pull = _pull(theta, anchor, _fisher(fisher, scales, i, theta))
+        grad.copy_(wide(grad) + (strength * scale) * pull.view_as(grad))
+    return ewc_penalty(params, anchors, fishers, scales, strength)
+
+
+def ewc_prox_(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], scales: Sequence[Tensor],
+              strength_times_lr: float) -> None:  # fmt: skip
+    for i, (theta, anchor, fisher) in enumerate(zip(params, anchors, fishers, strict=True)):
+        a = wide(anchor).view_as(theta)
+        theta.copy_(a + (wide(theta) - a) / (1 + strength_times_lr * _fisher(fisher, scales, i, theta)))
+
+
+def lora_ewc_penalty(lora_A: Tensor, lora_B: Tensor, fisher: Tensor, scale: float, strength: float) -> Tensor:
+    """strength/2 * sum fisher * (scale * B @ A)^2, by blocks of rows of B so that no dense B @ A is stored."""
+    a = wide(lora_A)
+    rows = max(1, (1 << 20) // max(1, a.shape[1]))
+    total = a.new_zeros(())
+    for start in range(0, lora_B.shape[0], rows):
+        delta = scale * (wide(lora_B[start : start + rows]) @ a)
+        total = total + (wide(fisher[start : start + rows]) * delta * delta).sum()
+    return strength / 2 * total
+
+
+def lora_ewc_penalty_backward(grad: Tensor, lora_A: Tensor, lora_B: Tensor, fisher: Tensor, scale: float,
+                              strength: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """With G = strength * scale * fisher * (scale B A): d_A = B^T G and d_B = G A^T."""
+    a = wide(lora_A)
+    rows = max(1, (1 << 20) // max(1, a.shape[1]))
+    d_a, d_b = torch.zeros_like(a), torch.zeros(lora_B.shape, dtype=a.dtype, device=a.device)
+    for start in range(0, lora_B.shape[0], rows):
+        b = wide(lora_B[start : start + rows])
+        g = (wide(fisher[start : start + rows]) * (b @ a)) * (strength * scale * scale * grad)
+        d_a += b.T @ g
+        d_b[start : start + rows] = g @ a.T
+    return d_a.to(lora_A.dtype), d_b.to(lora_B.dtype)
