@@ -1,9 +1,34 @@
 """fasttax: exact token-level KL, diagonal Fisher and EWC, fast enough to leave on in every alignment run."""
 
-from fasttax import functional as functional
-from fasttax import kl as _kl
-from fasttax._library import load_native as _load_native
-
-token_kl = _kl.token_kl
-_load_native()
 __version__ = "0.1.0"
+
+import importlib
+from typing import Any
+
+from fasttax import functional as functional
+from fasttax._library import load_native as _load_native
+from fasttax.estimate import FisherEstimate as FisherEstimate
+from fasttax.ewc import EWC as EWC
+from fasttax.fisher import DiagonalFisher as DiagonalFisher
+from fasttax.fisher import estimate_fisher as estimate_fisher
+from fasttax.kl import token_kl as token_kl
+from fasttax.kl_stats import TokenStats as TokenStats
+from fasttax.kl_stats import kl_estimate as kl_estimate
+from fasttax.kl_stats import token_stats as token_stats
+from fasttax.kl_stats import topk_kl as topk_kl
+from fasttax.kl_stats import topk_logprobs as topk_logprobs
+from fasttax.linear_kl import linear_token_kl as linear_token_kl
+from fasttax.linear_kl import linear_token_logprobs as linear_token_logprobs
+
+_load_native()
+
+__all__ = [
+    "EWC", "DiagonalFisher", "FisherEstimate", "TokenStats", "estimate_fisher", "functional", "kl_estimate", "linear_token_kl",
+    "linear_token_logprobs", "token_kl", "token_stats", "topk_kl", "topk_logprobs",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "demo":  # needs the [demo] extra
+        return importlib.import_module("fasttax.demo")
+    raise AttributeError(f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -40,3 +40,23 @@ def gather_vocab(op: str, shard: Any, group: Any) -> Tensor:
         raise _checks.fail(op, "tp_group", "an initialised torch.distributed", "none", "call torch.distributed.init_process_group first")
     whole: Tensor = _GatherVocab.apply(shard, group)
     return whole
+
+
+class _ToGroup(torch.autograd.Function):
+    """Identity whose backward sums over the group: every rank's head shard gives a part of the hidden states' gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def to_group(x: Tensor, group: Any) -> Tensor:
+    shared: Tensor = _ToGroup.apply(x, group)
+    return shared

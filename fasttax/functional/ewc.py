@@ -36,7 +36,7 @@ def _lists(op: str, params: Sequence[Tensor], scales: Sequence[Tensor], **others
             if (params[i].dtype == torch.float64) != (value.dtype == torch.float64):
                 raise _checks.fail(op, where, "float64 together with a float64 parameter, and only then", value, f"convert it with {where}.to(params[{i}].dtype)", TypeError)
             if not value.is_contiguous():
-                if name == "params" and op != "ewc_penalty" or name == "grads":
+                if (name == "params" and op != "ewc_penalty") or name == "grads":
                     raise _checks.fail(op, where, "a contiguous tensor, since it is written in place", f"strides {value.stride()}", "call .contiguous() on it first")
 
 
