@@ -29,8 +29,6 @@ def cuda_wanted() -> bool:
         raise SystemExit(f"fasttax setup: FASTTAX_CUDA must be 0 (no CUDA kernels) or 1 (CUDA kernels or fail), got {choice!r}")
     if choice == "0":
         return False
-    if Path("/usr/local/cuda/bin/nvcc").exists():  # torch looks beside the nvcc on PATH, which may be a wrapper
-        os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
     from torch.utils.cpp_extension import CUDA_HOME
     from torch.version import cuda
 
@@ -51,6 +49,8 @@ def native() -> dict:
     if not any(shutil.which(name.split()[0]) for name in compiler.split(" ") if name):
         note("no C++ compiler found: installing without native kernels; run on the reference, or install g++ and reinstall")
         return {}
+    if Path("/usr/local/cuda/bin/nvcc").exists():  # at its import torch looks beside the nvcc on PATH, which may be a wrapper
+        os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ModuleNotFoundError:
@@ -65,11 +65,12 @@ def native() -> dict:
     if cuda_wanted():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         cuda = sorted(str(path) for suffix in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(suffix))
-        flags = {"cxx": [*FLAGS, "-DFASTTAX_MODULE_CUDA", "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++17", "-lineinfo"]}
-        extensions.append(
-            CUDAExtension("fasttax._C_cuda", ["csrc/module.cpp", *cuda], define_macros=DEFINES, extra_compile_args=flags,
-                          py_limited_api=True)  # fmt: skip
-        )
+        flags = {"cxx": [*FLAGS, "-DFASTTAX_MODULE_CUDA", "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]}
+        kernels = CUDAExtension("fasttax._C_cuda", ["csrc/module.cpp", *cuda], define_macros=DEFINES, extra_compile_args=flags,
+                                extra_link_args=["-Wl,--exclude-libs,ALL"], py_limited_api=True)  # fmt: skip
+        # The runtime inside, its symbols hidden: the wheel needs the driver and torch, not the toolkit it was built with.
+        kernels.libraries = [library for library in kernels.libraries if library != "cudart"] + ["cudart_static", "dl", "rt", "pthread"]
+        extensions.append(kernels)
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
 
 

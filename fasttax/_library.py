@@ -54,6 +54,15 @@ def no_double_backward(name: str, forward: str) -> None:
     torch.library.register_autograd(f"fasttax::{name}", refuse, lib=lib)
 
 
+def _load(library: str) -> None:
+    try:
+        importlib.import_module(f"fasttax.{library}")
+    except ModuleNotFoundError:
+        problems[library] = "not built"
+    except (ImportError, OSError) as error:
+        problems[library] = f"does not load: {error}"
+
+
 def load_native() -> None:
     """Imports the native libraries; their static initialisers register the kernels."""
     choice = chosen_backend()
@@ -65,12 +74,7 @@ def load_native() -> None:
     if not torch.version.cuda:
         problems["_C_cuda"] = "this torch is built without CUDA"
     for library in libraries:
-        try:
-            importlib.import_module(f"fasttax.{library}")
-        except ModuleNotFoundError:
-            problems[library] = "not built"
-        except (ImportError, OSError) as error:
-            problems[library] = f"does not load: {error}"
+        _load(library)
     if "_C" in problems:
         advice = (
             f"fasttax: the C++ CPU kernels are not available ({problems['_C']}); the PyTorch reference is used. "

@@ -9,6 +9,7 @@ reentrant or not, treats them as any saved tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -195,7 +196,7 @@ class TiedHeadTap(LinearTap):
         keys, _ = ops.embedding_rows("DiagonalFisher", ids.flatten(), torch.zeros(ids.numel(), 1, device=ids.device), id_bounds, d.shape[-1], None)
         head_rows = torch.empty(keys.shape[1], a.shape[-1], dtype=torch.float64 if a.dtype == torch.float64 else torch.float32, device=a.device)
         starts = bounds.tolist()
-        for n, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for n, (begin, end) in enumerate(pairwise(starts)):
             mine = keys[0] == n
             head_rows[mine] = (d[begin:end][:, keys[1][mine]].T.to(head_rows.dtype)) @ a[begin:end].to(head_rows.dtype)
         self.embedding.seen.append((keys, head_rows))

@@ -97,7 +97,7 @@ class FisherEstimate(Mapping[str, Tensor]):
         differences += [f"{n}: shape {tuple(self[n].shape)} and {tuple(other[n].shape)}" for n in self if n in other and self[n].shape != other[n].shape]
         if differences:
             raise ValueError("FisherEstimate.__add__: the estimates do not fit:\n  " + "\n  ".join(differences[:20]))
-        counts = {k: self.metadata[k] + other.metadata[k] for k in ("examples", "tokens") if k in self.metadata and k in other.metadata}
+        counts: dict[str, Any] = {k: self.metadata[k] + other.metadata[k] for k in ("examples", "tokens") if k in self.metadata and k in other.metadata}
         return FisherEstimate({n: self[n].float() + other[n].float() for n in self}, {**self.metadata, **counts, "storage": "fp32"})
 
     def __mul__(self, factor: float) -> FisherEstimate:

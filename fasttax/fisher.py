@@ -162,11 +162,13 @@ class DiagonalFisher:
                                "did not; start a new DiagonalFisher")  # fmt: skip
 
     def _read(self, batch: Any) -> _batches.Batch:
-        embedding = self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
+        get_embedding: Any = getattr(self.model, "get_input_embeddings", None)
+        embedding = None if get_embedding is None else get_embedding()
         vocab = getattr(embedding, "num_embeddings", None)
         device = next(iter(self._params.values())).device
         if self.model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()):
-            warnings.warn("DiagonalFisher: the model is in train mode and has dropout; the estimate is of the dropped-out model (call model.eval())", stacklevel=3)
+            warnings.warn("DiagonalFisher: the model is in train mode and has dropout; the estimate is of the dropped-out model "
+                          "(call model.eval())", stacklevel=3)  # fmt: skip
         return _batches.read("DiagonalFisher.update", batch, device, vocab)
 
     def _forward(self, batch: _batches.Batch) -> Tensor:

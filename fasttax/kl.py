@@ -145,7 +145,8 @@ def token_kl(logits: Tensor, ref_logits: Tensor, *, kind: str = "policy_ref", be
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
     if inplace_backward:
         if logits is not given or tp_group is not None:
-            raise _checks.fail(op, "inplace_backward", "False with tp_group, mixed dtypes or a strided vocabulary", "True", "pass contiguous logits of one dtype")
+            raise _checks.fail(op, "inplace_backward", "False with tp_group, mixed dtypes or a strided vocabulary", "True",
+                               "pass contiguous logits of one dtype")  # fmt: skip
         kl = _InplaceTokenKL.apply(logits, ref_logits, mask, t)
     else:
         kl = torch.ops.fasttax.token_kl(logits, ref_logits, mask, *t.args())[0]

@@ -88,10 +88,10 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
         return kl, entropy
 
     step = _chunk(op, token_chunk, vocab_chunk, weight.shape[0], 2)
-    pieces = [
-        checkpoint(part, h[i : i + step], r[i : i + step], weight, ref_weight, bias, ref_bias, None if flat_mask is None else flat_mask[i : i + step], use_reentrant=False)
-        for i in range(0, max(1, h.shape[0]), step)
-    ]
+    pieces = []
+    for i in range(0, max(1, h.shape[0]), step):
+        m = None if flat_mask is None else flat_mask[i : i + step]
+        pieces.append(checkpoint(part, h[i : i + step], r[i : i + step], weight, ref_weight, bias, ref_bias, m, use_reentrant=False))
     outs = [reduce(op, torch.cat(group).reshape(hidden.shape[:-1]), mask, token_weight, reduction) for group in zip(*pieces, strict=True)]
     return tuple(outs) if return_entropy else outs[0]
 
@@ -118,7 +118,8 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: 
         h = to_group(h, tp_group)
 
     def part(h: Tensor, i: Tensor, w: Tensor, b: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
-        stats = token_stats(_logits(h, w, b), None, i, outputs=names, temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=m, tp_group=tp_group)
+        stats = token_stats(_logits(h, w, b), None, i, outputs=names, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+                            mask=m, tp_group=tp_group)  # fmt: skip
         return tuple(getattr(stats, name) for name in names)
 
     step = _chunk(op, token_chunk, vocab_chunk, weight.shape[0], 1)

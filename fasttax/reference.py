@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def linear_sqgrad_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, cu_seqlens
     """out[o, i] += sum_n w_n (sum_{t in n} grad_outputs[t, o] inputs[t, i])^2, example n being rows cu[n] to cu[n+1]."""
     starts = cu_seqlens.tolist()
     a, d = inputs.to(out.dtype), grad_outputs.to(out.dtype)
-    for n, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for n, (begin, end) in enumerate(pairwise(starts)):
         g = d[begin:end].T @ a[begin:end]
         out += g * g if example_weight is None else example_weight[n] * g * g
 

@@ -1,12 +1,7 @@
 // EWC over a model's whole parameter list in one call (design: five passes over memory, read theta, anchor,
 // fisher, grad, write grad). The list is cut into tasks of 64 Ki elements, one parallel region runs them all, and
 // each task leaves its part of the penalty in its own slot: the sum in slot order does not depend on threads.
-#include "../check.h"
-
-namespace fasttax {
-enum class EwcType { kFloat, kBFloat16, kFloat16, kU8Log, kDouble };
-enum class EwcMode { kValue, kAdd, kWrite, kProx };
-}  // namespace fasttax
+#include "../ewc_lists.h"
 
 #define FASTTAX_KERNELS "ewc_kernels.h"
 #include "isa.h"
@@ -17,69 +12,21 @@ namespace {
 
 constexpr int64_t kTask = 1 << 16;  // elements; a multiple of 256, the u8log block
 
-struct Task {
-  const void* data[4];  // theta, anchor, fisher, grad
-  EwcType types[4];
-  const float* scales;
+struct Task : EwcTensor {
   int64_t begin, end;
 };
 
-EwcType type_of(const Tensor& t, const char* op, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return EwcType::kFloat;
-    case ScalarType::BFloat16: return EwcType::kBFloat16;
-    case ScalarType::Half: return EwcType::kFloat16;
-    case ScalarType::Double: return EwcType::kDouble;
-    case ScalarType::Byte: return EwcType::kU8Log;
-    default: FASTTAX_CHECK(false, op, name, ": dtype must be float32, float64, bfloat16 or float16 (or uint8 for a u8log fisher)");
-  }
-  return EwcType::kFloat;
-}
-
-void check_list(const char* op, const char* name, const std::vector<Tensor>& list, const std::vector<Tensor>& params) {
-  FASTTAX_CHECK(list.size() == params.size(), op, name, ": expected ", params.size(), " tensors, one per parameter, got ", list.size());
-  for (size_t i = 0; i < list.size(); ++i) {
-    FASTTAX_CHECK(list[i].numel() == params[i].numel(), op, name, "[", i, "]: expected ", params[i].numel(), " elements as in params, got ", list[i].numel());
-    FASTTAX_CHECK(list[i].is_contiguous(), op, name, "[", i, "]: must be contiguous; call .contiguous() first");
-    FASTTAX_CHECK(list[i].is_cpu(), op, name, "[", i, "]: must be on the CPU as the other lists are");
-  }
-}
-
 std::vector<Task> cut(const char* op, const std::vector<Tensor>& params, const std::vector<Tensor>& anchors,
                       const std::vector<Tensor>& fishers, const std::vector<Tensor>& scales, const std::vector<Tensor>* grads) {
-  check_list(op, "params", params, params);
-  check_list(op, "anchors", anchors, params);
-  check_list(op, "fishers", fishers, params);
-  if (grads) check_list(op, "grads", *grads, params);
-  FASTTAX_CHECK(scales.empty() || scales.size() == params.size(), op, "scales: expected none, or one tensor per parameter");
   std::vector<Task> tasks;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const int64_t n = params[i].numel();
-    Task task{{params[i].const_data_ptr(), anchors[i].const_data_ptr(), fishers[i].const_data_ptr(), grads ? (*grads)[i].const_data_ptr() : nullptr},
-              {type_of(params[i], op, "params"), type_of(anchors[i], op, "anchors"), type_of(fishers[i], op, "fishers"), grads ? type_of((*grads)[i], op, "grads") : EwcType::kFloat},
-              nullptr, 0, 0};
-    const bool any_double = task.types[0] == EwcType::kDouble, all_double = any_double && task.types[1] == EwcType::kDouble &&
-        task.types[2] == EwcType::kDouble && (!grads || task.types[3] == EwcType::kDouble);
-    for (int k = 0; k < 4; ++k) FASTTAX_CHECK(all_double || task.types[k] != EwcType::kDouble, op, "a float64 parameter needs a float64 anchor, fisher and gradient (parameter ", i, ")");
-    for (int k : {0, 1, 3}) FASTTAX_CHECK(task.types[k] != EwcType::kU8Log, op, "only fishers may be uint8 (u8log)");
-    if (task.types[2] == EwcType::kU8Log) {
-      FASTTAX_CHECK(!scales.empty() && scales[i].scalar_type() == ScalarType::Float && scales[i].is_contiguous() && scales[i].numel() == (n + 255) / 256 * 2,
-                    op, "scales[", i, "]: a uint8 fisher needs contiguous float32 scales of shape (", (n + 255) / 256, ", 2)");
-      task.scales = static_cast<const float*>(scales[i].const_data_ptr());
-    }
-    for (int64_t begin = 0; begin < n; begin += kTask) {
-      task.begin = begin;
-      task.end = std::min(n, begin + kTask);
-      tasks.push_back(task);
-    }
-  }
+  for (const EwcTensor& x : ewc_lists(op, params, anchors, fishers, scales, grads))
+    for (int64_t begin = 0; begin < x.numel; begin += kTask) tasks.push_back({x, begin, std::min(x.numel, begin + kTask)});
   return tasks;
 }
 
 double run_double(EwcMode mode, const Task& t, double scale) {
-  auto theta = static_cast<double*>(const_cast<void*>(t.data[0]));
+  auto theta = static_cast<double*>(t.data[0]), grad = static_cast<double*>(t.data[3]);
   auto anchor = static_cast<const double*>(t.data[1]), fisher = static_cast<const double*>(t.data[2]);
-  auto grad = static_cast<double*>(const_cast<void*>(t.data[3]));
   double total = 0;
   for (int64_t i = t.begin; i < t.end; ++i) {
     if (mode == EwcMode::kProx) {

@@ -84,7 +84,7 @@ def add_grad_(params: Sequence[Tensor], grads: Sequence[Tensor], anchors: Sequen
     _lists("ewc_add_grad_", params, scales, grads=grads, anchors=anchors, fishers=fishers)
     with torch.no_grad():
         value: Tensor = torch.ops.fasttax.ewc_add_grad_(
-            [p.detach() for p in params], [g.detach() for g in grads], _contiguous(anchors), _contiguous(fishers), list(scales), strength, scale
+            _contiguous([p.detach() for p in params]), [g.detach() for g in grads], _contiguous(anchors), _contiguous(fishers), list(scales), strength, scale
         )
     return value
 
@@ -128,8 +128,8 @@ def lora_ewc_penalty(lora_A: Tensor, lora_B: Tensor, fisher: Tensor, scale: floa
     if fisher.shape != (lora_B.shape[0], lora_A.shape[1]):
         raise _checks.fail(op, "fisher", f"shape {(lora_B.shape[0], lora_A.shape[1])} as B @ A", fisher)
     strength = _checks.number(op, "strength", strength, low=0)
-    value: Tensor = torch.ops.fasttax.lora_ewc_penalty(lora_A, lora_B, fisher, _checks.number(op, "scale", scale), strength)
-    return value
+    total: Tensor = torch.ops.fasttax.lora_ewc_penalty(lora_A, lora_B, fisher, _checks.number(op, "scale", scale), strength)
+    return total
 
 
 # --- schemas, shapes, autograd -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Results are float32, float64 for float64 inputs.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def _segments(op: str, name: str, x: Tensor, trailing: int, cu_seqlens: Tensor |
             raise _checks.fail(op, "cu_seqlens", "a vector of N + 1 boundaries", cu_seqlens)
         bounds = cu_seqlens.to(device=x.device, dtype=torch.int64).contiguous()
         values = bounds.tolist()
-        if values[0] != 0 or values[-1] != x.shape[0] or any(a > b for a, b in zip(values[:-1], values[1:], strict=True)):
+        if values[0] != 0 or values[-1] != x.shape[0] or any(a > b for a, b in pairwise(values)):
             raise _checks.fail(op, "cu_seqlens", f"boundaries that rise from 0 to {x.shape[0]}, the number of rows", str(values[:8]))
         return x, bounds
     if leading not in (1, 2):

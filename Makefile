@@ -1,0 +1,50 @@
+# One command per task; each makes .venv, installs and builds if that is not done yet.
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+STAMP   = $(VENV)/.fasttax
+SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-tiny test bench lint format doctor clean
+
+help:            ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/bin/python:
+	@echo "[fasttax] making $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(VENV)/bin/python $(SOURCES)
+	@echo "[fasttax] installing torch and build tools (a few minutes the first time), then building the kernels"
+	$(PY) -m pip install -q "torch>=2.11" numpy "setuptools>=77" wheel ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	$(PY) -m fasttax doctor
+	@touch $(STAMP)
+
+demo: $(STAMP)   ## align SmolLM2-135M four ways and write the report (about 8 minutes on 2 cores)
+	$(PY) -m fasttax demo
+
+demo-tiny: $(STAMP) ## the same on a small model trained from scratch (about 90 seconds, no download)
+	$(PY) -m fasttax demo --tiny
+
+test: $(STAMP)   ## the test suite
+	$(PY) -m pytest
+
+bench: $(STAMP)  ## measure against eager PyTorch, torch.compile and foreach; writes bench/results and README's table
+	$(PY) -m bench
+
+lint: $(STAMP)   ## ruff, mypy, clang-format
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh
+
+format: $(STAMP) ## apply ruff's fixes and clang-format
+	$(PY) -m ruff check --fix .
+	$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh
+
+doctor: $(STAMP) ## which kernels run here, and why
+	$(PY) -m fasttax doctor
+
+clean:           ## remove what was built, and .venv
+	rm -rf $(VENV) build *.egg-info fasttax/*.so

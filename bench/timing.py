@@ -1,0 +1,103 @@
+"""The only timing code: contenders in turns within one run, medians, and the machine's bandwidth measured beside them.
+
+A shared machine drifts by tens of percent within a minute, so times of different runs do not compare. Contenders take turns,
+round after round; a ratio is the median of the rounds' ratios; the floor is what the case's bytes cost at the bandwidth that a
+large copy reached in the same run.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Case:
+    """One row: named contenders (the last is fasttax's), and the least bytes and flops that the task needs."""
+
+    name: str
+    shape: str
+    contenders: dict[str, Callable[[], Any]]
+    floor_bytes: float
+    floor_flops: float = 0.0
+    rounds: int = 7
+
+
+@dataclass
+class Result:
+    name: str
+    shape: str
+    milliseconds: dict[str, float]
+    ratios: dict[str, float]  # contender's time over fasttax's, median over rounds
+    floor_bytes: float
+    floor_flops: float
+    share_of_bandwidth_floor: float
+    rounds: int
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def bandwidth() -> float:
+    """Bytes/s of copying 512 MB (read + write), best of five."""
+    source, target = torch.ones(1 << 27), torch.empty(1 << 27)
+    best = 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - begin))
+    return best
+
+
+def run(case: Case, bytes_per_second: float) -> Result:
+    names = list(case.contenders)
+    for call in case.contenders.values():  # warm-up: compilation, caches, page tables
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(case.rounds):
+            for name in names:
+                begin = time.perf_counter()
+                call_result = case.contenders[name]()
+                times[name].append(time.perf_counter() - begin)
+                del call_result
+    finally:
+        gc.enable()
+    ours = times[names[-1]]
+    ratios = {name: median(t / o for t, o in zip(times[name], ours, strict=True)) for name in names[:-1]}
+    floor = case.floor_bytes / bytes_per_second
+    return Result(case.name, case.shape, {n: 1e3 * median(t) for n, t in times.items()}, ratios, case.floor_bytes, case.floor_flops,
+                  floor / median(ours), case.rounds)  # fmt: skip
+
+
+def environment(bytes_per_second: float) -> dict[str, Any]:
+    import fasttax
+    from fasttax import _library
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return {
+        "cpu": (names or [platform.processor()])[0], "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "fasttax": fasttax.__version__,
+        "commit": commit or "none", "simd": None if "_C" in _library.problems else torch.ops.fasttax._simd_level(-1),
+        "copy_GB_per_s": round(bytes_per_second / 1e9, 1), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: rounded(v) for k, v in value.items()}
+        return round(value, 4) if isinstance(value, float) else value
+
+    return {k: rounded(v) for k, v in asdict(result).items()}

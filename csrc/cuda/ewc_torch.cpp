@@ -1,0 +1,89 @@
+// EWC on CUDA tensors, torch's side: check, allocate, find the stream, call the launcher.
+// Not ewc.cpp: setuptools names objects by stem, and ewc.cu is one already.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../ewc_lists.h"
+#include "ewc.h"
+
+namespace fasttax {
+namespace {
+
+// The launches go to torch's current stream of the tensors' device, as its own ops do; `launch` is complete but for the stream.
+void launch_on(const char* op, const Tensor& device_of, EwcLaunch launch) {
+  const int32_t device = device_of.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &launch.stream));
+  const char* failed = ewc_launch(launch);
+  FASTTAX_CHECK(failed == nullptr, op, "the CUDA launch failed: ", failed ? failed : "", "; see TORCH_CUDA_ARCH_LIST if the library was built for other GPUs");
+}
+
+EwcLaunch launch_of(EwcMode mode, const std::vector<EwcTensor>& tensors, double scale) {
+  EwcLaunch launch{};
+  launch.mode = mode;
+  launch.tensors = tensors.data();
+  launch.count = int64_t(tensors.size());
+  launch.scale = scale;
+  return launch;
+}
+
+// The value of the penalty: one partial sum per chunk, in memory that torch's allocator may reuse as soon as the stream is past it.
+Tensor with_value(const char* op, const std::vector<Tensor>& params, const std::vector<EwcTensor>& tensors, EwcLaunch launch, double factor) {
+  FASTTAX_CHECK(!params.empty(), op, "params: expected at least one tensor");
+  launch.out_double = params[0].scalar_type() == ScalarType::Double;
+  launch.factor = factor;
+  Tensor out = torch::stable::new_empty(params[0], {}, launch.out_double ? ScalarType::Double : ScalarType::Float);
+  Tensor parts = torch::stable::new_empty(params[0], {ewc_workspace(launch.tensors, launch.count)}, ScalarType::Double);
+  launch.out = out.mutable_data_ptr();
+  launch.parts = static_cast<double*>(parts.mutable_data_ptr());
+  launch_on(op, params[0], launch);
+  return out;
+}
+
+Tensor ewc_penalty(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers, std::vector<Tensor> scales,
+                   double strength) {
+  const char* op = "ewc_penalty";
+  const auto tensors = ewc_lists(op, params, anchors, fishers, scales, nullptr);
+  return with_value(op, params, tensors, launch_of(EwcMode::kValue, tensors, 0), strength / 2);
+}
+
+std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
+                                         std::vector<Tensor> scales, double strength) {
+  const char* op = "ewc_penalty_backward";
+  std::vector<Tensor> d_params;
+  for (const Tensor& p : params) d_params.push_back(torch::stable::empty_like(p));
+  const auto tensors = ewc_lists(op, params, anchors, fishers, scales, &d_params);
+  if (params.empty()) return d_params;
+  const bool wide = grad.scalar_type() == ScalarType::Double;
+  FASTTAX_CHECK(grad.numel() == 1 && (wide || grad.scalar_type() == ScalarType::Float), op, "grad: expected one float32 or float64 value");
+  ewc_check_place(op, "grad", 0, grad, params[0]);
+  EwcLaunch launch = launch_of(EwcMode::kWrite, tensors, strength);
+  launch.upstream = grad.const_data_ptr();
+  launch.upstream_double = wide;
+  launch_on(op, params[0], launch);
+  return d_params;
+}
+
+Tensor ewc_add_grad_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
+                     std::vector<Tensor> scales, double strength, double scale) {
+  const char* op = "ewc_add_grad_";
+  const auto tensors = ewc_lists(op, params, anchors, fishers, scales, &grads);
+  return with_value(op, params, tensors, launch_of(EwcMode::kAdd, tensors, strength * scale), strength / 2);
+}
+
+void ewc_prox_(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers, std::vector<Tensor> scales,
+               double strength_times_lr) {
+  const char* op = "ewc_prox_";
+  const auto tensors = ewc_lists(op, params, anchors, fishers, scales, nullptr);
+  if (!params.empty()) launch_on(op, params[0], launch_of(EwcMode::kProx, tensors, strength_times_lr));
+}
+
+}  // namespace
+}  // namespace fasttax
+
+STABLE_TORCH_LIBRARY_IMPL(fasttax, CUDA, m) {
+  m.impl("ewc_penalty", TORCH_BOX(&fasttax::ewc_penalty));
+  m.impl("ewc_penalty_backward", TORCH_BOX(&fasttax::ewc_penalty_backward));
+  m.impl("ewc_add_grad_", TORCH_BOX(&fasttax::ewc_add_grad_));
+  m.impl("ewc_prox_", TORCH_BOX(&fasttax::ewc_prox_));
+}

@@ -1,0 +1,5 @@
+import sys
+
+from fasttax.cli import main
+
+sys.exit(main())

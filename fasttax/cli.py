@@ -1,0 +1,84 @@
+"""The `fasttax` command: demo, fisher, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "align a small real model with and without fasttax, and report what each way costs",
+    "fisher": "estimate a model's diagonal Fisher on text and save it",
+    "doctor": "show which kernels are active here and why, and what would bring the missing ones",
+}
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+    return f"usage: fasttax COMMAND [options]\n\ncommands:\n{lines}\n\n`fasttax COMMAND --help` lists a command's options."
+
+
+def _fisher(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fasttax fisher", description=COMMANDS["fisher"])
+    parser.add_argument("model", help="a folder or Hub id of a causal language model")
+    parser.add_argument("text", help="a UTF-8 text file")
+    parser.add_argument("--output", default="fisher.safetensors")
+    parser.add_argument("--labels", choices=("sample", "true"), default="sample")
+    parser.add_argument("--length", type=int, default=128, help="tokens an example (default 128)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--storage", choices=("fp32", "bf16", "u8log"), default="bf16")
+    args = parser.parse_args(argv)
+    if min(args.length - 1, args.batch_size, args.examples) < 1:
+        raise ValueError("fasttax fisher: --length must be at least 2, --batch-size and --examples at least 1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import fasttax
+
+    with open(args.text, encoding="utf-8") as file:
+        text = file.read()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)[: args.examples]
+    if not len(rows):
+        raise ValueError(f"fasttax fisher: {args.text} has {len(ids)} tokens; expected at least --length {args.length}")
+    estimate = fasttax.estimate_fisher(model, rows.split(args.batch_size), labels=args.labels, max_examples=len(rows), storage=args.storage)
+    estimate.save(args.output)
+    print(f"{estimate}\n{args.output}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from fasttax import __version__
+
+        print(__version__)
+        return 0
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        print(f"fasttax: unknown command {command!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        if command == "doctor":
+            from fasttax import doctor
+
+            return doctor.main(rest)
+        if command == "fisher":
+            return _fisher(rest)
+        code: int = importlib.import_module("fasttax.demo").main(rest)
+        return code
+    except ModuleNotFoundError as error:
+        if error.name in ("transformers", "gguf", "rich", "matplotlib"):
+            print(f"fasttax {command}: {error.name} is not installed; run `pip install 'fasttax[demo]'`", file=sys.stderr)
+            return 2
+        raise
+    except (ValueError, OSError) as error:
+        print(f"fasttax {command}: {error}", file=sys.stderr)
+        return 2

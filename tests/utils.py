@@ -1,0 +1,31 @@
+"""Comparisons: an error is judged by PyTorch's own error at the same dtype against float64, never by a round number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_within(out: Tensor, baseline: Tensor, truth: Tensor, *, factor: float = 2.0, ulps: float = 4.0) -> None:
+    """max|out - truth| <= factor * max|baseline - truth| + `ulps` roundings of out's dtype at the truth's scale.
+
+    `baseline` is what PyTorch's own composition gives in out's dtype; the ulps are there for a baseline that is right by luck.
+    """
+    assert out.shape == truth.shape, f"shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
+    truth = truth.double()
+    finite = torch.isfinite(truth)
+    assert torch.equal(torch.isnan(out), torch.isnan(truth)), "NaN in other places than the truth's"
+    assert torch.equal(out[torch.isinf(truth)].double(), truth[torch.isinf(truth)]), "infinities differ"
+    if not finite.any():
+        return
+    error = (out.double() - truth)[finite].abs().max().item()
+    own = torch.nan_to_num((baseline.double() - truth)[finite].abs(), nan=0.0, posinf=0.0).max().item()
+    scale = truth[finite].abs().max().item()
+    allowed = factor * own + ulps * torch.finfo(out.dtype).eps * scale
+    assert error <= allowed, f"error {error:.3e} > {allowed:.3e} (PyTorch's own {own:.3e}, scale {scale:.3e})"
+
+
+def relative_error(out: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth."""
+    truth = truth.double()
+    return float((out.double() - truth).norm() / truth.norm().clamp_min(1e-300))
