@@ -34,10 +34,12 @@ def _lists(op: str, params: Sequence[Tensor], scales: Sequence[Tensor], **others
                 raise _checks.fail(op, where, f"shape {tuple(params[i].shape)} as params[{i}]", value)
             _checks.same_device(op, where, value, f"params[{i}]", params[i])
             if (params[i].dtype == torch.float64) != (value.dtype == torch.float64):
-                raise _checks.fail(op, where, "float64 together with a float64 parameter, and only then", value, f"convert it with {where}.to(params[{i}].dtype)", TypeError)
-            if not value.is_contiguous():
-                if (name == "params" and op != "ewc_penalty") or name == "grads":
-                    raise _checks.fail(op, where, "a contiguous tensor, since it is written in place", f"strides {value.stride()}", "call .contiguous() on it first")
+                raise _checks.fail(op, where, "float64 together with a float64 parameter, and only then", value,
+                                   f"convert it with {where}.to(params[{i}].dtype)", TypeError)  # fmt: skip
+            written = name == "grads" or (name == "params" and op == "ewc_prox_")
+            if written and not value.is_contiguous():
+                raise _checks.fail(op, where, "a contiguous tensor, since it is written in place", f"strides {value.stride()}",
+                                   "call .contiguous() on it first")  # fmt: skip
 
 
 def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,32 @@
+"""Shared fixtures: a fixed seed for every test, and every instruction set in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fasttax  # noqa: F401  (loads the native library)
+from fasttax import _library
+
+SIMD = {0: "portable", 1: "avx2", 2: "avx512"}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def simd_levels() -> list[int]:
+    """The levels that this CPU runs; none where _C is not built."""
+    return [] if "_C" in _library.problems else list(range(torch.ops.fasttax._simd_level(-1) + 1))
+
+
+@pytest.fixture(params=simd_levels(), ids=lambda level: SIMD[level])
+def simd(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Every instruction set in turn."""
+    best = torch.ops.fasttax._simd_level(-1)
+    torch.ops.fasttax._simd_level(request.param)
+    yield request.param
+    torch.ops.fasttax._simd_level(best)
