@@ -28,9 +28,12 @@ inline bool is_floating(ScalarType t) { return t == ScalarType::Float || t == Sc
 
 inline int64_t element_size(ScalarType t) {
   switch (t) {
-    case ScalarType::Double: case ScalarType::Long: return 8;
-    case ScalarType::Float: case ScalarType::Int: return 4;
-    case ScalarType::BFloat16: case ScalarType::Half: return 2;
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
     default: return 1;
   }
 }

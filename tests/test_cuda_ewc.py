@@ -51,11 +51,20 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 # --- the source, on the SIMT machine ---------------------------------------------------------------------------------
 
 
-def build_and_run(folder: Path, include: Path, flags: Sequence[str], csrc: Path) -> subprocess.CompletedProcess[str]:
+def host_headers() -> list[str]:
+    """g++ options for CUDA's own host headers; the wheels of pip and Triton hold a half each."""
+    parts = [first([home / "include" / part for home in (*cuda_homes(), SITE / "triton/backends/nvidia")]) for part in ("cuda_bf16.h", "crt/host_defines.h")]
+    if None in parts or not (shutil.which("g++") and os.uname().machine == "x86_64"):
+        pytest.skip("needs g++ on x86-64 and CUDA's host headers (cuda_bf16.h, crt/host_defines.h): install a CUDA toolkit, or a CUDA torch by pip")
+    bf16, crt = (part for part in parts if part)
+    return ["-isystem", str(bf16.parent), "-isystem", str(crt.parents[1])]
+
+
+def build_and_run(folder: Path, headers: Sequence[str], flags: Sequence[str], csrc: Path) -> subprocess.CompletedProcess[str]:
     program = folder / "ewc"
     # -O0: under TSan 2 s to compile and 20 to run, at -O2 25 and 15
     built = run("g++", "-std=c++17", "-O0", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", *flags, f"-I{csrc}",
-                f"-I{ROOT / 'tests/simt'}", "-isystem", include, ROOT / "tests/simt/ewc_main.cpp", "-o", program)  # fmt: skip
+                f"-I{ROOT / 'tests/simt'}", *headers, ROOT / "tests/simt/ewc_main.cpp", "-o", program)  # fmt: skip
     assert built.returncode == 0, built.stderr
     assert "warning" not in built.stderr, built.stderr
     return run(program, ASAN_OPTIONS="detect_leaks=0", TSAN_OPTIONS="halt_on_error=1")
@@ -74,11 +83,7 @@ def faulty(folder: Path, text: str, replacement: str) -> Path:
 @pytest.fixture(scope="module")
 def simt_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[subprocess.CompletedProcess[str]]]:
     """All programs, built and run two at a time."""
-    headers = first([home / "include" for home in cuda_homes() if (home / "include/cuda_bf16.h").exists()])
-    if headers is None:
-        pytest.skip("needs CUDA's host headers (cuda_fp16.h): install a CUDA toolkit, set CUDA_HOME, or pip install nvidia-cuda-runtime")
-    if not shutil.which("g++") or os.uname().machine != "x86_64":
-        pytest.skip("the SIMT machine needs g++ on x86-64")
+    headers = host_headers()
     pool = ThreadPoolExecutor(2)
     runs = {}
     for name, flags in {"thread": ("-fsanitize=thread",), "address": ASAN, "plain": ()}.items():

@@ -45,9 +45,8 @@ double run(EwcMode mode, const std::vector<Task>& tasks, double scale) {
   torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Task& t = tasks[i];
-      parts[i] = t.types[0] == EwcType::kDouble
-                     ? run_double(mode, t, scale)
-                     : FASTTAX_DISPATCH(ewc_task, mode, t.data, t.types, t.scales, t.begin, t.end, float(scale));
+      parts[i] = t.types[0] == EwcType::kDouble ? run_double(mode, t, scale)
+                                                : FASTTAX_DISPATCH(ewc_task, mode, t.data, t.types, t.scales, t.begin, t.end, float(scale));
     }
   });
   double total = 0;
@@ -63,14 +62,14 @@ Tensor scalar_like(const std::vector<Tensor>& params, double value) {
   return out;
 }
 
-Tensor ewc_penalty(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
-                   std::vector<Tensor> scales, double strength) {
+Tensor ewc_penalty(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers, std::vector<Tensor> scales,
+                   double strength) {
   const auto tasks = cut("ewc_penalty", params, anchors, fishers, scales, nullptr);
   return scalar_like(params, strength / 2 * run(EwcMode::kValue, tasks, 0));
 }
 
-std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params, std::vector<Tensor> anchors,
-                                         std::vector<Tensor> fishers, std::vector<Tensor> scales, double strength) {
+std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
+                                         std::vector<Tensor> scales, double strength) {
   std::vector<Tensor> d_params;
   for (const Tensor& p : params) {
     d_params.push_back(torch::stable::empty_like(p));
@@ -78,19 +77,19 @@ std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params
   }
   const auto tasks = cut("ewc_penalty_backward", params, anchors, fishers, scales, &d_params);
   const double upstream = grad.scalar_type() == ScalarType::Double ? *static_cast<const double*>(grad.const_data_ptr())
-                                                                    : *static_cast<const float*>(grad.const_data_ptr());
+                                                                   : *static_cast<const float*>(grad.const_data_ptr());
   run(EwcMode::kWrite, tasks, upstream * strength);
   return d_params;
 }
 
-Tensor ewc_add_grad_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> anchors,
-                     std::vector<Tensor> fishers, std::vector<Tensor> scales, double strength, double scale) {
+Tensor ewc_add_grad_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
+                     std::vector<Tensor> scales, double strength, double scale) {
   const auto tasks = cut("ewc_add_grad_", params, anchors, fishers, scales, &grads);
   return scalar_like(params, strength / 2 * run(EwcMode::kAdd, tasks, strength * scale));
 }
 
-void ewc_prox_(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
-               std::vector<Tensor> scales, double strength_times_lr) {
+void ewc_prox_(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers, std::vector<Tensor> scales,
+               double strength_times_lr) {
   run(EwcMode::kProx, cut("ewc_prox_", params, anchors, fishers, scales, nullptr), strength_times_lr);
 }
 

@@ -59,8 +59,8 @@ inline void unstage(const Operand& x, int64_t start, int64_t n, const float* buf
 // grad += scale * fisher * (theta - anchor)   [kAdd]     grad = the same   [kWrite]     value only   [kValue]
 // Returns sum fisher * (theta - anchor)^2 of the run.
 template <EwcMode mode>
-inline double ewc_run(const Operand& theta, const Operand& anchor, const Operand& fisher, const Operand& grad,
-                      int64_t begin, int64_t end, float scale) {
+inline double ewc_run(const Operand& theta, const Operand& anchor, const Operand& fisher, const Operand& grad, int64_t begin, int64_t end,
+                      float scale) {
   alignas(64) float tb[kStage], ab[kStage], fb[kStage], gb[kStage];
   double total = 0;
   for (int64_t start = begin; start < end; start += kStage) {
@@ -97,8 +97,7 @@ inline double ewc_run(const Operand& theta, const Operand& anchor, const Operand
   return total;
 }
 
-inline void ewc_prox_run(const Operand& theta, const Operand& anchor, const Operand& fisher, int64_t begin,
-                         int64_t end, float step) {
+inline void ewc_prox_run(const Operand& theta, const Operand& anchor, const Operand& fisher, int64_t begin, int64_t end, float step) {
   alignas(64) float tb[kStage], ab[kStage], fb[kStage];
   for (int64_t start = begin; start < end; start += kStage) {
     const int64_t n = std::min(kStage, end - start);
@@ -106,15 +105,14 @@ inline void ewc_prox_run(const Operand& theta, const Operand& anchor, const Oper
     const float* a = stage(anchor, start, n, ab);
     const float* f = stage(fisher, start, n, fb);
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      store(t + i, ewc_prox(load(t + i), load(a + i), load(f + i), splat(step), splat(1.0f)));
+    for (; i + kLanes <= n; i += kLanes) store(t + i, ewc_prox(load(t + i), load(a + i), load(f + i), splat(step), splat(1.0f)));
     for (; i < n; ++i) t[i] = ewc_prox(t[i], a[i], f[i], step, 1.0f);
     unstage(theta, start, n, t);
   }
 }
 
-inline double ewc_task(EwcMode mode, const void* const* data, const EwcType* types, const float* scales, int64_t begin,
-                       int64_t end, float scale) {
+inline double ewc_task(EwcMode mode, const void* const* data, const EwcType* types, const float* scales, int64_t begin, int64_t end,
+                       float scale) {
   Operand x[4];
   for (int k = 0; k < 4; ++k) x[k] = {const_cast<void*>(data[k]), types[k], k == 2 ? scales : nullptr};
   switch (mode) {

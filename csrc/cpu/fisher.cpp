@@ -41,30 +41,38 @@ void sqgrad_double(const double* a, int64_t a_stride, const double* d, int64_t d
 // inputs (R, I), grad_outputs (R, O), cu_seqlens (n + 1) int64 from 0 to R, out (O, I) accumulated into.
 void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, std::optional<Tensor> example_weight) {
   const char* op = "linear_sqgrad_";
-  FASTTAX_CHECK(inputs.dim() == 2 && grad_outputs.dim() == 2 && inputs.size(0) == grad_outputs.size(0), op, "inputs (R, I) and grad_outputs (R, O) must have one R");
+  FASTTAX_CHECK(inputs.dim() == 2 && grad_outputs.dim() == 2 && inputs.size(0) == grad_outputs.size(0), op,
+                "inputs (R, I) and grad_outputs (R, O) must have one R");
   const int64_t R = inputs.size(0), I = inputs.size(1), O = grad_outputs.size(1), examples = cu_seqlens.numel() - 1;
-  FASTTAX_CHECK(out.dim() == 2 && out.size(0) == O && out.size(1) == I && out.is_contiguous(), op, "out: expected a contiguous (", O, ", ", I, ") tensor");
-  FASTTAX_CHECK(cu_seqlens.scalar_type() == ScalarType::Long && cu_seqlens.is_contiguous() && examples >= 0, op, "cu_seqlens: expected a contiguous int64 tensor of at least one element");
+  FASTTAX_CHECK(out.dim() == 2 && out.size(0) == O && out.size(1) == I && out.is_contiguous(), op, "out: expected a contiguous (", O, ", ",
+                I, ") tensor");
+  FASTTAX_CHECK(cu_seqlens.scalar_type() == ScalarType::Long && cu_seqlens.is_contiguous() && examples >= 0, op,
+                "cu_seqlens: expected a contiguous int64 tensor of at least one element");
   const LogitType a_type = float_type(inputs, op, "inputs"), d_type = float_type(grad_outputs, op, "grad_outputs");
   const bool wide = a_type == LogitType::kDouble;
-  FASTTAX_CHECK(wide == (d_type == LogitType::kDouble) && out.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), op, "out must be float32, or float64 where inputs and grad_outputs both are");
+  FASTTAX_CHECK(wide == (d_type == LogitType::kDouble) && out.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), op,
+                "out must be float32, or float64 where inputs and grad_outputs both are");
   const int64_t* starts = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
   bool single = examples > 0;  // every example is one token
   for (int64_t n = 0; n < examples; ++n) {
     FASTTAX_CHECK(starts[n] <= starts[n + 1], op, "cu_seqlens: must not decrease");
     single &= starts[n + 1] - starts[n] <= 1;
   }
-  FASTTAX_CHECK(starts[0] == 0 && starts[examples] == R, op, "cu_seqlens: must run from 0 to ", R, " (the number of rows), got ", starts[0], " to ", starts[examples]);
+  FASTTAX_CHECK(starts[0] == 0 && starts[examples] == R, op, "cu_seqlens: must run from 0 to ", R, " (the number of rows), got ", starts[0],
+                " to ", starts[examples]);
   const void* weights = nullptr;
   if (example_weight.has_value()) {
-    FASTTAX_CHECK(example_weight->numel() == examples && example_weight->is_contiguous() && example_weight->scalar_type() == out.scalar_type(), op, "example_weight: expected ", examples, " contiguous values in out's dtype");
+    FASTTAX_CHECK(
+        example_weight->numel() == examples && example_weight->is_contiguous() && example_weight->scalar_type() == out.scalar_type(), op,
+        "example_weight: expected ", examples, " contiguous values in out's dtype");
     weights = example_weight->const_data_ptr();
   }
   if (R == 0 || I == 0 || O == 0) return;
   FASTTAX_CHECK(inputs.stride(1) == 1 && grad_outputs.stride(1) == 1, op, "inputs and grad_outputs: the last dimension must be contiguous");
   if (wide) {
-    sqgrad_double(static_cast<const double*>(inputs.const_data_ptr()), inputs.stride(0), static_cast<const double*>(grad_outputs.const_data_ptr()),
-                  grad_outputs.stride(0), starts, examples, static_cast<const double*>(weights), I, O, static_cast<double*>(out.mutable_data_ptr()));
+    sqgrad_double(static_cast<const double*>(inputs.const_data_ptr()), inputs.stride(0),
+                  static_cast<const double*>(grad_outputs.const_data_ptr()), grad_outputs.stride(0), starts, examples,
+                  static_cast<const double*>(weights), I, O, static_cast<double*>(out.mutable_data_ptr()));
     return;
   }
   std::vector<float> token_weight;
@@ -80,7 +88,8 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
   const void *a_src = inputs.const_data_ptr(), *d_src = grad_outputs.const_data_ptr();
   torch::stable::parallel_for(0, col_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      FASTTAX_DISPATCH(pack_block, a_type, a_src, inputs.stride(0), R, b * cols, std::min(cols, I - b * cols), cols, single, nullptr, a + b * R * cols);
+      FASTTAX_DISPATCH(pack_block, a_type, a_src, inputs.stride(0), R, b * cols, std::min(cols, I - b * cols), cols, single, nullptr,
+                       a + b * R * cols);
   });
   // A group of row blocks (about 96 rows of D) shares each block of A while it is in L2.
   const int64_t group = std::max<int64_t>(1, 96 / rows), groups = (row_blocks + group - 1) / group;

@@ -8,15 +8,15 @@ namespace FASTTAX_ISA_NS {
 #if FASTTAX_ISA == 512
 constexpr int kRows = 12, kVectors = 2;  // 24 accumulators + 2 columns of A + broadcast, of 32 registers
 #elif FASTTAX_ISA == 256
-constexpr int kRows = 6, kVectors = 2;   // 12 + 2 + 1 of 16
+constexpr int kRows = 6, kVectors = 2;  // 12 + 2 + 1 of 16
 #else
 constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int kCols = kVectors * kLanes;
 
 template <class T>
-inline void pack(const T* src, int64_t row_stride, int64_t t, int64_t col, int64_t cols, int64_t width, bool square,
-                 float weight, float* dst) {
+inline void pack(const T* src, int64_t row_stride, int64_t t, int64_t col, int64_t cols, int64_t width, bool square, float weight,
+                 float* dst) {
   // one token: src[t, col : col + cols], padded with zeros to `width`
   const T* row = src + t * row_stride + col;
   int64_t j = 0;
@@ -31,8 +31,8 @@ inline void pack(const T* src, int64_t row_stride, int64_t t, int64_t col, int64
   for (; j < width; ++j) dst[j] = 0;
 }
 
-inline void pack_block(LogitType type, const void* src, int64_t row_stride, int64_t tokens, int64_t col, int64_t cols,
-                       int64_t width, bool square, const float* weights, float* dst) {
+inline void pack_block(LogitType type, const void* src, int64_t row_stride, int64_t tokens, int64_t col, int64_t cols, int64_t width,
+                       bool square, const float* weights, float* dst) {
   for (int64_t t = 0; t < tokens; ++t, dst += width) {
     const float w = weights ? weights[t] : 1.0f;
     switch (type) {
@@ -45,8 +45,8 @@ inline void pack_block(LogitType type, const void* src, int64_t row_stride, int6
 
 // a: [tokens][kCols], d: [tokens][kRows], tile: [kRows][kCols]. `squares`: the operands are squared already (examples
 // of one token each), so the sum over tokens is the answer and one pass over all of them will do.
-inline void fisher_tile(const float* a, const float* d, const int64_t* starts, int64_t examples, const float* weights,
-                        bool squares, float* tile) {
+inline void fisher_tile(const float* a, const float* d, const int64_t* starts, int64_t examples, const float* weights, bool squares,
+                        float* tile) {
   for (int64_t n = 0; n < examples; ++n) {
     const int64_t begin = starts[n], end = squares ? starts[examples] : starts[n + 1];
     VF acc[kRows][kVectors] = {};

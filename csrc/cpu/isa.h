@@ -64,7 +64,7 @@
 #undef FASTTAX_ISA_NS
 
 #if defined(__x86_64__)
-#define FASTTAX_DISPATCH(fn, ...)                                  \
+#define FASTTAX_DISPATCH(fn, ...)                                              \
   (::fasttax::isa_level() == ::fasttax::Isa::kAvx512 ? avx512::fn(__VA_ARGS__) \
    : ::fasttax::isa_level() == ::fasttax::Isa::kAvx2 ? avx2::fn(__VA_ARGS__)   \
                                                      : portable::fn(__VA_ARGS__))

@@ -61,18 +61,21 @@ struct Call {
   const bool* mask;  // nullptr: every token counts
 };
 
-Call prepare(const char* op, const Tensor& logits, const Tensor& ref_logits, const std::optional<Tensor>& mask, int64_t kind,
-             double beta, double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature,
-             double ref_inv_temperature, bool inf_mask) {
-  FASTTAX_CHECK(logits.dim() >= 1 && logits.dim() == ref_logits.dim(), op, "logits and ref_logits: expected the same number of dimensions, at least 1");
+Call prepare(const char* op, const Tensor& logits, const Tensor& ref_logits, const std::optional<Tensor>& mask, int64_t kind, double beta,
+             double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature, double ref_inv_temperature,
+             bool inf_mask) {
+  FASTTAX_CHECK(logits.dim() >= 1 && logits.dim() == ref_logits.dim(), op,
+                "logits and ref_logits: expected the same number of dimensions, at least 1");
   Call c;
   for (int64_t d = 0; d < logits.dim(); ++d) {
-    FASTTAX_CHECK(logits.size(d) == ref_logits.size(d), op, "ref_logits: size ", ref_logits.size(d), " in dimension ", d, ", expected ", logits.size(d), " as in logits");
+    FASTTAX_CHECK(logits.size(d) == ref_logits.size(d), op, "ref_logits: size ", ref_logits.size(d), " in dimension ", d, ", expected ",
+                  logits.size(d), " as in logits");
     if (d + 1 < logits.dim()) c.N *= logits.size(d);
   }
   c.V = logits.size(logits.dim() - 1);
   FASTTAX_CHECK(c.V >= 1, op, "logits: the vocabulary (last dimension) is empty");
-  FASTTAX_CHECK(c.V == 1 || (logits.stride(logits.dim() - 1) == 1 && ref_logits.stride(ref_logits.dim() - 1) == 1), op, "logits and ref_logits: the last dimension must be contiguous");
+  FASTTAX_CHECK(c.V == 1 || (logits.stride(logits.dim() - 1) == 1 && ref_logits.stride(ref_logits.dim() - 1) == 1), op,
+                "logits and ref_logits: the last dimension must be contiguous");
   FASTTAX_CHECK(logits.scalar_type() == ref_logits.scalar_type(), op, "logits and ref_logits must have one dtype");
   FASTTAX_CHECK(kind >= 0 && kind <= 2, op, "kind must be 0, 1 or 2, got ", kind);
   switch (logits.scalar_type()) {
@@ -84,7 +87,8 @@ Call prepare(const char* op, const Tensor& logits, const Tensor& ref_logits, con
   }
   c.mask = nullptr;
   if (mask.has_value()) {
-    FASTTAX_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() && mask->numel() == c.N, op, "mask: expected a contiguous bool tensor of ", c.N, " elements");
+    FASTTAX_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() && mask->numel() == c.N, op,
+                  "mask: expected a contiguous bool tensor of ", c.N, " elements");
     c.mask = static_cast<const bool*>(mask->const_data_ptr());
   }
   KlParams& k = c.k;
@@ -111,10 +115,11 @@ std::vector<int64_t> sizes_of(const Tensor& t, int64_t dims) {
   return sizes;
 }
 
-std::tuple<Tensor, Tensor> token_kl(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, int64_t kind, double beta,
-                                    double scale, double ref_scale, double softcap, double ref_softcap,
-                                    double inv_temperature, double ref_inv_temperature, bool inf_mask) {
-  const Call c = prepare("token_kl", logits, ref_logits, mask, kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask);
+std::tuple<Tensor, Tensor> token_kl(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, int64_t kind, double beta, double scale,
+                                    double ref_scale, double softcap, double ref_softcap, double inv_temperature,
+                                    double ref_inv_temperature, bool inf_mask) {
+  const Call c = prepare("token_kl", logits, ref_logits, mask, kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature,
+                         ref_inv_temperature, inf_mask);
   const bool wide = c.type == LogitType::kDouble;
   const ScalarType out_type = wide ? ScalarType::Double : ScalarType::Float;
   std::vector<int64_t> sizes = sizes_of(logits, logits.dim() - 1);
@@ -129,7 +134,9 @@ std::tuple<Tensor, Tensor> token_kl(Tensor logits, Tensor ref_logits, std::optio
     for (int64_t n = begin; n < end; ++n) {
       const bool live = !c.mask || c.mask[n];
       if (wide) {
-        static_cast<double*>(out)[n] = live ? kl_double_forward(static_cast<double*>(x[n]), static_cast<double*>(y[n]), c.V, dk, static_cast<double*>(kept) + n * kStats) : 0.0;
+        static_cast<double*>(out)[n] = live ? kl_double_forward(static_cast<double*>(x[n]), static_cast<double*>(y[n]), c.V, dk,
+                                                                static_cast<double*>(kept) + n * kStats)
+                                            : 0.0;
         if (!live) std::memset(static_cast<double*>(kept) + n * kStats, 0, kStats * sizeof(double));
       } else {
         KlRow row{};
@@ -152,8 +159,10 @@ void backward(const Call& c, const DoubleParams& dk, const Tensor& grad, const T
   const char* op = "token_kl_backward";
   const bool wide = c.type == LogitType::kDouble;
   const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
-  FASTTAX_CHECK(grad.scalar_type() == type && grad.is_contiguous() && grad.numel() == c.N, op, "grad: expected a contiguous ", wide ? "float64" : "float32", " tensor of ", c.N, " elements");
-  FASTTAX_CHECK(stats.scalar_type() == type && stats.is_contiguous() && stats.numel() == c.N * kStats, op, "stats: expected what the forward returned");
+  FASTTAX_CHECK(grad.scalar_type() == type && grad.is_contiguous() && grad.numel() == c.N, op, "grad: expected a contiguous ",
+                wide ? "float64" : "float32", " tensor of ", c.N, " elements");
+  FASTTAX_CHECK(stats.scalar_type() == type && stats.is_contiguous() && stats.numel() == c.N * kStats, op,
+                "stats: expected what the forward returned");
   const Rows x(logits), y(ref_logits);
   const int64_t row_bytes = c.V * element_size(logits.scalar_type());
   const void *upstream = grad.const_data_ptr(), *kept = stats.const_data_ptr();
@@ -182,11 +191,12 @@ Tensor gradient_buffer(const Tensor& logits, bool need) {
 }
 
 // Gradients for both rows in one sweep; the one not asked for comes back empty.
-std::tuple<Tensor, Tensor> token_kl_backward(Tensor grad, Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
-                                             Tensor stats, int64_t kind, double beta, double scale, double ref_scale,
-                                             double softcap, double ref_softcap, double inv_temperature,
-                                             double ref_inv_temperature, bool inf_mask, bool need_policy, bool need_ref) {
-  const Call c = prepare("token_kl_backward", logits, ref_logits, mask, kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask);
+std::tuple<Tensor, Tensor> token_kl_backward(Tensor grad, Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, Tensor stats,
+                                             int64_t kind, double beta, double scale, double ref_scale, double softcap, double ref_softcap,
+                                             double inv_temperature, double ref_inv_temperature, bool inf_mask, bool need_policy,
+                                             bool need_ref) {
+  const Call c = prepare("token_kl_backward", logits, ref_logits, mask, kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature,
+                         ref_inv_temperature, inf_mask);
   const DoubleParams dk{kind, inf_mask, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature};
   const Tensor d_logits = gradient_buffer(logits, need_policy), d_ref = gradient_buffer(logits, need_ref);
   Target to_logits, to_ref;
@@ -198,9 +208,10 @@ std::tuple<Tensor, Tensor> token_kl_backward(Tensor grad, Tensor logits, Tensor 
 
 // The policy's gradient over the policy's logits, row by row as each is read for the last time.
 Tensor token_kl_backward_(Tensor grad, Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, Tensor stats, int64_t kind,
-                          double beta, double scale, double ref_scale, double softcap, double ref_softcap,
-                          double inv_temperature, double ref_inv_temperature, bool inf_mask, bool need_ref) {
-  const Call c = prepare("token_kl_backward_", logits, ref_logits, mask, kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask);
+                          double beta, double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature,
+                          double ref_inv_temperature, bool inf_mask, bool need_ref) {
+  const Call c = prepare("token_kl_backward_", logits, ref_logits, mask, kind, beta, scale, ref_scale, softcap, ref_softcap,
+                         inv_temperature, ref_inv_temperature, inf_mask);
   const DoubleParams dk{kind, inf_mask, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature};
   const Tensor d_ref = gradient_buffer(logits, need_ref);
   Target to_logits, to_ref;

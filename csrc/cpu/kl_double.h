@@ -80,8 +80,8 @@ inline double kl_double_forward(const double* x, const double* y, int64_t V, con
   return value < 0 ? 0.0 : value;
 }
 
-inline void kl_double_backward(const double* x, const double* y, int64_t V, const DoubleParams& k, const double* kept,
-                               double upstream, double* dx, double* dy) {
+inline void kl_double_backward(const double* x, const double* y, int64_t V, const DoubleParams& k, const double* kept, double upstream,
+                               double* dx, double* dy) {
   const double mx = kept[0], my = kept[1], S = kept[2], log_ratio = kept[3], center = kept[4], ref_center = kept[5], Sy = kept[6];
   const bool zero = k.kind == 2 && (k.beta == 0 || k.beta == 1);
   for (int64_t i = 0; i < V; ++i) {

@@ -59,8 +59,7 @@ struct Frame {
       return;
     }
     ax *= k.row_scale;
-    d = mode == FrameMode::kShared ? (((x - ox) - (y - oy)) - c) * k.row_scale - r.shift
-                                   : ax - ((y - r.my) * k.ref_row_scale + r.shift);
+    d = mode == FrameMode::kShared ? (((x - ox) - (y - oy)) - c) * k.row_scale - r.shift : ax - ((y - r.my) * k.ref_row_scale + r.shift);
   }
 
   // ax - d, also where one of the rows is -inf and d is no number
@@ -96,7 +95,7 @@ inline void maxima(const T* x, const T* y, int64_t end, const KlParams& k, KlRow
 
 struct Sums {
   double s = 0, g = 0, b = 0;  // b: B of math/kl.h, or C for ref_policy
-  float top = -kInf;  // highest entry above the frames
+  float top = -kInf;           // highest entry above the frames
 };
 
 template <FrameMode mode, KlKind kind, bool careful, class T>
@@ -186,7 +185,9 @@ inline VF log_mix(VF u, float beta) {
 
 inline bool jsd_is_zero(const KlParams& k) { return k.beta == 0 || k.beta == 1; }  // the mixture is one of the two
 
-struct Mix { double gap = 0, p_to_m = 0, q_to_m = 0; };
+struct Mix {
+  double gap = 0, p_to_m = 0, q_to_m = 0;
+};
 
 template <FrameMode mode, class T>
 inline Mix jsd_sweep(const T* x, const T* y, int64_t V, const KlParams& k, const KlRow& r) {
@@ -292,8 +293,14 @@ inline void kl_row_backward(const T* x, const T* y, int64_t V, const KlParams& k
     }
     for_x *= gx;
     for_y *= gy;
-    if (mode == FrameMode::kGeneral && k.cap > 0) { const VF t = tanh(xv * (k.scale / k.cap)); for_x *= 1.0f - t * t; }
-    if (mode == FrameMode::kGeneral && k.ref_cap > 0) { const VF t = tanh(yv * (k.ref_scale / k.ref_cap)); for_y *= 1.0f - t * t; }
+    if (mode == FrameMode::kGeneral && k.cap > 0) {
+      const VF t = tanh(xv * (k.scale / k.cap));
+      for_x *= 1.0f - t * t;
+    }
+    if (mode == FrameMode::kGeneral && k.ref_cap > 0) {
+      const VF t = tanh(yv * (k.ref_scale / k.ref_cap));
+      for_y *= 1.0f - t * t;
+    }
     if (n == kLanes) {
       if (kSides & 1) store(dx + i, for_x);
       if (kSides & 2) store(dy + i, for_y);
@@ -309,8 +316,12 @@ inline void kl_row_backward(const T* x, const T* y, int64_t V, const KlParams& k
   if (dx && !dy && Frame<FrameMode::kUnit>::is_unit(k, r)) return kl_row_backward<FrameMode::kUnit, kind, 1>(x, y, V, k, r, g, dx, dy);
   if (dx && !dy && k.plain) return kl_row_backward<FrameMode::kShared, kind, 1>(x, y, V, k, r, g, dx, dy);
   if (dx && !dy) return kl_row_backward<FrameMode::kGeneral, kind, 1>(x, y, V, k, r, g, dx, dy);
-  if (dx && dy) return k.plain ? kl_row_backward<FrameMode::kShared, kind, 3>(x, y, V, k, r, g, dx, dy) : kl_row_backward<FrameMode::kGeneral, kind, 3>(x, y, V, k, r, g, dx, dy);
-  if (dy) return k.plain ? kl_row_backward<FrameMode::kShared, kind, 2>(x, y, V, k, r, g, dx, dy) : kl_row_backward<FrameMode::kGeneral, kind, 2>(x, y, V, k, r, g, dx, dy);
+  if (dx && dy)
+    return k.plain ? kl_row_backward<FrameMode::kShared, kind, 3>(x, y, V, k, r, g, dx, dy)
+                   : kl_row_backward<FrameMode::kGeneral, kind, 3>(x, y, V, k, r, g, dx, dy);
+  if (dy)
+    return k.plain ? kl_row_backward<FrameMode::kShared, kind, 2>(x, y, V, k, r, g, dx, dy)
+                   : kl_row_backward<FrameMode::kGeneral, kind, 2>(x, y, V, k, r, g, dx, dy);
 }
 
 template <KlKind kind>
@@ -323,11 +334,18 @@ inline float kl_forward_typed(LogitType type, const void* x, const void* y, int6
 }
 
 template <KlKind kind>
-inline void kl_backward_typed(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, const KlRow& r, float g, void* dx, void* dy) {
+inline void kl_backward_typed(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, const KlRow& r, float g, void* dx,
+                              void* dy) {
   switch (type) {
-    case LogitType::kBFloat16: return kl_row_backward<kind>(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), V, k, r, g, static_cast<BFloat16*>(dx), static_cast<BFloat16*>(dy));
-    case LogitType::kFloat16: return kl_row_backward<kind>(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k, r, g, static_cast<Float16*>(dx), static_cast<Float16*>(dy));
-    default: return kl_row_backward<kind>(static_cast<const float*>(x), static_cast<const float*>(y), V, k, r, g, static_cast<float*>(dx), static_cast<float*>(dy));
+    case LogitType::kBFloat16:
+      return kl_row_backward<kind>(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), V, k, r, g, static_cast<BFloat16*>(dx),
+                                   static_cast<BFloat16*>(dy));
+    case LogitType::kFloat16:
+      return kl_row_backward<kind>(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k, r, g, static_cast<Float16*>(dx),
+                                   static_cast<Float16*>(dy));
+    default:
+      return kl_row_backward<kind>(static_cast<const float*>(x), static_cast<const float*>(y), V, k, r, g, static_cast<float*>(dx),
+                                   static_cast<float*>(dy));
   }
 }
 
@@ -339,7 +357,8 @@ inline float kl_forward(LogitType type, const void* x, const void* y, int64_t V,
   }
 }
 
-inline void kl_backward(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, const KlRow& r, float g, void* dx, void* dy) {
+inline void kl_backward(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, const KlRow& r, float g, void* dx,
+                        void* dy) {
   switch (k.kind) {
     case KlKind::kPolicyRef: return kl_backward_typed<KlKind::kPolicyRef>(type, x, y, V, k, r, g, dx, dy);
     case KlKind::kRefPolicy: return kl_backward_typed<KlKind::kRefPolicy>(type, x, y, V, k, r, g, dx, dy);

@@ -10,8 +10,12 @@ typedef int32_t VI __attribute__((vector_size(FASTTAX_ISA / 8)));
 typedef uint32_t VU __attribute__((vector_size(FASTTAX_ISA / 8)));
 typedef uint16_t VH __attribute__((vector_size(FASTTAX_ISA / 16)));
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 inline VF splat(float a) { return a - VF{}; }
 inline VI splat_i(int32_t a) { return a - VI{}; }
@@ -78,7 +82,11 @@ inline float max_of(VF a) {  // NaN lanes are ignored
 
 // ---- memory -------------------------------------------------------------------------------------------------
 
-inline VF load(const float* p) { VF v; std::memcpy(&v, p, sizeof v); return v; }
+inline VF load(const float* p) {
+  VF v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 
 inline VF load(const BFloat16* p) {
   VH h;
@@ -87,7 +95,12 @@ inline VF load(const BFloat16* p) {
 }
 
 inline float to_float(float a) { return a; }
-inline float to_float(BFloat16 a) { const uint32_t u = uint32_t(a.bits) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline float to_float(BFloat16 a) {
+  const uint32_t u = uint32_t(a.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
 inline float to_float(Float16 a) {
   const uint32_t sign = uint32_t(a.bits & 0x8000) << 16, magnitude = uint32_t(a.bits & 0x7fff) << 13;
   uint32_t u = sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : magnitude);  // inf and NaN keep exponent 255

@@ -11,6 +11,7 @@ namespace {
 
 // The launches go to torch's current stream of the tensors' device, as its own ops do; `launch` is complete but for the stream.
 void launch_on(const char* op, const Tensor& device_of, EwcLaunch launch) {
+  FASTTAX_CHECK(device_of.is_cuda(), op, "params[0]: must be on the GPU as another argument is");
   const int32_t device = device_of.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &launch.stream));
