@@ -143,10 +143,10 @@ class DiagonalFisher:
             ValueError, TypeError, IndexError: the batch does not fit; nothing is accumulated.
         """
         self._check_whole("update")
+        ready = self._read(batch)
         if self._unverified:
             self._verify(batch)
             self._unverified = False
-        ready = self._read(batch)
         if self.fallback == "loop":
             self._update_loop(batch, ready)
         else:
@@ -205,7 +205,7 @@ class DiagonalFisher:
         try:
             for p, _ in flags:
                 p.requires_grad_(False)
-            handles = [tap.install() for tap in self._taps]
+            handles = [tap.install() for tap in self._taps] + _require_input_grads(self.model)
             with torch.random.fork_rng(devices=devices), torch.enable_grad():
                 yield
         except BaseException:
@@ -262,9 +262,24 @@ class DiagonalFisher:
             for p, flag in zip(params, flags, strict=True):
                 p.requires_grad_(flag)
 
-    def _gradients(self, ready: _batches.Batch) -> tuple[Tensor | None, ...]:
-        logits = self._forward(ready)
-        return torch.autograd.grad(logits, list(self._params.values()), self._score(logits, ready), allow_unused=True)
+    def _gradients(self, ready: _batches.Batch) -> list[Tensor | None]:
+        """By .backward(), since reentrant checkpointing refuses torch.autograd.grad; every p.grad is put back."""
+        everything = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
+        wanted = {id(p) for p in self._params.values()}
+        root = _require_input_grads(self.model)
+        try:
+            for p, _, _ in everything:
+                p.requires_grad_(id(p) in wanted)
+                p.grad = None
+            logits = self._forward(ready)
+            logits.backward(self._score(logits, ready))
+            return [p.grad for p in self._params.values()]
+        finally:
+            for handle in root:
+                handle.remove()
+            for p, flag, grad in everything:
+                p.requires_grad_(flag)
+                p.grad = grad
 
     def _verify(self, batch: Any) -> None:
         """Taps against autograd on a 16-token example, parameter by parameter."""
@@ -334,6 +349,18 @@ class DiagonalFisher:
         }  # fmt: skip
         estimate = FisherEstimate(values, metadata)
         return estimate if storage == "fp32" else estimate.to(storage)
+
+
+def _require_input_grads(model: nn.Module) -> list[Any]:
+    """Reentrant checkpointing differentiates a block only where its input requires grad, and here embeddings may be frozen."""
+    if not hasattr(model, "get_input_embeddings") or not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        return []
+
+    def hook(module: nn.Module, args: Any, y: Tensor) -> None:
+        if torch.is_grad_enabled() and not y.requires_grad:
+            y.requires_grad_(True)
+
+    return [model.get_input_embeddings().register_forward_hook(hook)]
 
 
 def _sample(p: Tensor, generator: torch.Generator) -> Tensor:

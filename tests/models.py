@@ -24,7 +24,7 @@ def _config(kind: str) -> Any:
         "llama_tied": lambda: t.LlamaConfig(**_SIZES, tie_word_embeddings=True),
         "qwen2": lambda: t.Qwen2Config(**_SIZES, tie_word_embeddings=True),  # q/k/v biases
         "qwen3": lambda: t.Qwen3Config(**_SIZES, head_dim=8, tie_word_embeddings=False),  # q/k norms: RMSNorm over (B, T, heads, 8)
-        "gemma": lambda: t.GemmaConfig(**_SIZES, head_dim=8, tie_word_embeddings=True),  # (1 + w) norms, scaled embeddings
+        "gemma": lambda: t.GemmaConfig(**_SIZES, head_dim=8, tie_word_embeddings=False),  # (1 + w) norms; its scaled embedding has no rule and is frozen
         "gpt2": lambda: t.GPT2Config(**_GPT2),  # Conv1D, LayerNorm, learned positions computed once a batch, tied
         "gpt2_untied": lambda: t.GPT2Config(**_GPT2, tie_word_embeddings=False),
         "neox": lambda: t.GPTNeoXConfig(**{k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}, tie_word_embeddings=False),  # parallel residual
@@ -47,6 +47,8 @@ def causal_lm(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> 
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 0.05))
+    if kind == "gemma":
+        model.get_input_embeddings().requires_grad_(False)
     return model
 
 

@@ -90,19 +90,20 @@ __device__ __forceinline__ S ewc_element(S theta, S anchor, S fisher, S& out, S 
 
 // --- one chunk, by one block -------------------------------------------------------------------------------------------
 
-// Elements [begin, end) one at a time, coalesced: misaligned tensors, tails, float64.
+// Elements [begin, end) one at a time, coalesced: misaligned tensors, tails, float64. A thread may have 256 of them: it adds in double, which
+// at one a round hides behind the loads.
 template <EwcMode mode, class S>
 __device__ __forceinline__ double ewc_singly(const EwcView& x, int begin, int end, S scale) {
   constexpr int kOut = mode == EwcMode::kProx ? kTheta : kGrad;
-  S total = 0;
+  double total = 0;
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x); i < end; i += kEwcThreads) {
     const S theta = ewc_get<S>(x, kTheta, i), anchor = ewc_get<S>(x, kAnchor, i), fisher = ewc_get<S>(x, kFisher, i);
     S out = mode == EwcMode::kAdd ? ewc_get<S>(x, kGrad, i) : S(0);
-    total += ewc_element<mode>(theta, anchor, fisher, out, scale);
+    total += double(ewc_element<mode>(theta, anchor, fisher, out, scale));
     if (mode != EwcMode::kValue) ewc_put<S>(x, kOut, i, out);
   }
-  return double(total);
+  return total;
 }
 
 // Elements [0, end), end a multiple of 4, for operands of these byte widths (w_out: of what the mode writes). A thread adds up to 64 sums
@@ -110,7 +111,8 @@ __device__ __forceinline__ double ewc_singly(const EwcView& x, int begin, int en
 template <EwcMode mode, int w_theta, int w_anchor, int w_fisher, int w_out>
 __device__ __forceinline__ double ewc_grouped(const EwcView& x, int end, float scale) {
   constexpr int kOut = mode == EwcMode::kProx ? kTheta : kGrad;
-  const bool bfloat[4] = {x.types[0] == EwcType::kBFloat16, x.types[1] == EwcType::kBFloat16, x.types[2] == EwcType::kBFloat16, x.types[3] == EwcType::kBFloat16};
+  constexpr EwcType kB = EwcType::kBFloat16;
+  const bool bfloat[4] = {x.types[kTheta] == kB, x.types[kAnchor] == kB, x.types[kFisher] == kB, x.types[kGrad] == kB};
   float total = 0;
 #pragma unroll 1
   for (int i = int(threadIdx.x) * kEwcGroup; i < end; i += kEwcThreads * kEwcGroup) {

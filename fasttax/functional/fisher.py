@@ -101,7 +101,7 @@ def bias_sqgrad(grad_outputs: Tensor, *, cu_seqlens: Tensor | None = None, examp
     """F[o] = sum_n w_n (sum_{t in n} D[t, o])^2 of a bias; grad_outputs (N, T, O), (N, O), or (R, O) with cu_seqlens."""
     op = "bias_sqgrad"
     _checks.tensor(op, "grad_outputs", grad_outputs)
-    d, bounds = _segments(op, "grad_outputs", grad_outputs, 1, cu_seqlens)
+    d, bounds = _segments(op, "grad_outputs", grad_outputs.detach(), 1, cu_seqlens)
     result = _result(op, out, (d.shape[1],), d)
     sums = _example_sums(d.to(result.dtype), bounds)
     weights = _weights(op, example_weight, sums.shape[0], result)
@@ -140,7 +140,7 @@ def embedding_sqgrad(ids: Tensor, grad_outputs: Tensor, num_embeddings: int, *, 
     flat, bounds = _segments(op, "ids", ids, 0, cu_seqlens)
     H = grad_outputs.shape[-1]
     result = _result(op, out, (int(num_embeddings), H), grad_outputs)
-    keys, rows = embedding_rows(op, flat, grad_outputs.reshape(-1, H), bounds, int(num_embeddings), padding_idx)
+    keys, rows = embedding_rows(op, flat, grad_outputs.detach().reshape(-1, H), bounds, int(num_embeddings), padding_idx)
     weights = _weights(op, example_weight, bounds.numel() - 1, result)
     square = rows * rows if weights is None else rows * rows * weights[keys[0]][:, None]
     return result.index_add_(0, keys[1], square)
@@ -180,6 +180,9 @@ def lm_head_fisher(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None
         raise _checks.fail(op, "weight", f"shape (V, {hidden.shape[-1]})", weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise _checks.fail(op, "bias", f"shape ({weight.shape[0]},)", bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise _checks.fail(op, name, f"dtype {hidden.dtype} as hidden", value, f"convert it with {name}.to(hidden.dtype)", TypeError)
     if not isinstance(token_chunk, int) or token_chunk < 1:
         raise _checks.fail(op, "token_chunk", "an integer >= 1", token_chunk)
     a = hidden.detach().reshape(-1, hidden.shape[-1])

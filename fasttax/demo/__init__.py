@@ -1,0 +1,62 @@
+"""`fasttax demo`: align a small real model four ways on one command, and report what each way costs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from fasttax.demo.settings import DemoError, Settings, parse
+
+NEEDS = {"transformers": "demo", "gguf": "demo", "rich": "demo", "matplotlib": "report"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo. Returns 0, 2 after an error that the user can put right, or 130 after Ctrl-C (finished runs are kept)."""
+    settings = parse(argv)
+    try:
+        return _run(settings)
+    except DemoError as error:
+        print(f"fasttax demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before there was anything to keep
+        print("fasttax demo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _check_extras(settings: Settings) -> None:
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None and not (name == "gguf" and settings.tiny)]
+    if missing:
+        extras = ",".join(sorted({NEEDS[name] for name in missing}))
+        raise DemoError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; run: pip install 'fasttax[{extras}]'")
+
+
+def _run(settings: Settings) -> int:
+    _check_extras(settings)
+    from fasttax.demo import files
+
+    files.folder(settings.output, "the output folder")
+    what = "a tiny byte-level model, trained from scratch first" if settings.tiny else settings.model
+    print(f"fasttax demo: {what}, aligned plain, with KL, with EWC and with both; results go to {settings.output}", flush=True)
+    import torch
+
+    from fasttax.demo import report
+    from fasttax.demo.experiment import Experiment
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    experiment = Experiment(settings)
+    code = 0
+    try:
+        experiment.run()
+    except KeyboardInterrupt:
+        experiment.finish("interrupted")
+        print("\nfasttax demo: interrupted; what was finished is kept. A new start reuses the Fisher if it was complete.", flush=True)
+        code = 130
+    page = report.write(experiment.results, settings.output)
+    report.print_table(experiment.results)
+    for sentence in experiment.results["verdicts"]:
+        print(f"- {sentence}")
+    print(f"{experiment.results['seconds']:.0f} s in total. The report:")
+    print(page.resolve(), flush=True)
+    return code

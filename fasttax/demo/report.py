@@ -1,0 +1,167 @@
+"""The demo's output: a table on the terminal, the figure, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fasttax.demo import figure, files, verdicts
+
+COLUMNS = (  # metric, heading, factor, digits
+    ("answer_nll", "answer NLL ↓", 1.0, 3),
+    ("preference", "preference % ↑", 100.0, 0),
+    ("perplexity", "perplexity ↓", 1.0, 2),
+    ("last_word", "last word % ↑", 100.0, 1),
+    ("kl_general", "KL general", 1.0, 4),
+    ("kl_answers", "KL answers", 1.0, 3),
+    ("fisher_distance", "Fisher distance", 1.0, 4),
+)
+PARTS = {"plain": (), "kl": ("kl",), "ewc": ("ewc",), "both": ("kl", "ewc")}
+CSS = """
+body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1040px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:1.6rem 0 .4rem}p.sub{color:#666;margin:.2rem 0 1rem}
+img{width:100%}table{border-collapse:collapse;width:100%;font-size:13px}th,td{padding:.3rem .5rem;text-align:right;border-bottom:1px solid #ddd}
+th:first-child,td:first-child{text-align:left}td small{color:#777}tr.chosen td{font-weight:600}.partial{background:#fff3cd;padding:.6rem 1rem;border-left:4px solid #d39e00}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;font-size:13px}dt{color:#666}dd{margin:0;overflow-wrap:anywhere}li{margin:.3rem 0}
+"""
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}"
+
+
+def _rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Label and, for each column, the number and its error."""
+    found = []
+    measured = {"base": results["base"], **results["runs"]} if "base" in results else {}
+    for name, row in measured.items():
+        cells = []
+        for metric, _, factor, digits in COLUMNS:
+            value = row["metrics"][metric]
+            cells.append((_number(factor * value["mean"], digits), "" if value["se"] is None else f"± {_number(factor * value['se'], digits)}"))
+        cells += _added(results, name)
+        found.append((str(row["label"]), cells))
+    return found
+
+
+def _added(results: dict[str, Any], name: str) -> list[tuple[str, str]]:
+    """Percent that fasttax, the composition and the reference's forward add to a plain step."""
+    if "timing" not in results or name == "base":
+        return [("", "")] * 3
+    percent = results["timing"]["percent_of_plain_step"]
+    sums = [sum(percent[f"{part} {kind}"] for part in PARTS[name]) for kind in ("fasttax", "composed")]
+    reference = percent["reference forward"] if "kl" in PARTS[name] else 0.0
+    return [(_number(value, 1), "") for value in (*sums, reference)]
+
+
+HEADINGS = [heading for _, heading, _, _ in COLUMNS] + ["+ % fasttax", "+ % PyTorch", "+ % reference forward"]
+
+
+def print_table(results: dict[str, Any]) -> None:
+    rows = _rows(results)
+    if not rows:
+        print("No run was measured yet.")
+        return
+    table = Table(title=f"{results['model']['name']}: {results['settings']['steps']} steps each; ± one standard error; + % of a plain step", title_justify="left")
+    table.add_column("run", no_wrap=True)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
+    for label, cells in rows:
+        table.add_row(label, *(f"{value}\n[dim]{error}[/dim]" if error else value for value, error in cells))
+    console = Console()
+    console.print(table, width=max(console.width, 132))  # a table cut at 80 columns (a pipe's width) cannot be read
+
+
+def write(results: dict[str, Any], folder: Path) -> Path:
+    """Writes pareto.png (where there is a run to show) and report.html; returns the page's path."""
+    picture = folder / "pareto.png"
+    has_picture = "base" in results
+    if has_picture:
+        files.write(picture, lambda path: figure.draw(results, path))
+    page = folder / "report.html"
+    text = _page(results, picture if has_picture else None)
+    files.write(page, lambda path: path.write_text(text, encoding="utf-8"))
+    return page
+
+
+def _page(results: dict[str, Any], picture: Path | None) -> str:
+    parts = [f"<h1>What alignment cost, four ways</h1><p class=sub>{_e(results.get('model', {}).get('name', 'model not loaded'))}, {_e(results['started'])}, "
+             f"{results['seconds']:.0f} s in total</p>"]  # fmt: skip
+    if results["status"] != "complete":
+        parts.append("<p class=partial>Partial: the demo was interrupted. What was finished is shown; the rest is missing, not zero.</p>")
+    parts.append("<ul>" + "".join(f"<li>{_e(s)}</li>" for s in results["verdicts"]) + "</ul>")
+    if picture is not None:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<img alt="Capability against alignment, a point for each run" src="data:image/png;base64,{data}">')
+    parts.append("<h2>Measures on held-out items</h2>" + _table(["run", *HEADINGS], [[_e(label), *map(_cell, cells)] for label, cells in _rows(results)]))
+    parts.append("<p>± is one standard error over held-out items. Runs are compared in pairs over the same items, and called better or worse only beyond two "
+                 "standard errors of the paired difference; passages of one topic are not fully independent, so errors on general text are rather too small than "
+                 "too large. Last word: each word of three letters or more in the last two thirds of a passage, taken as the last word of the passage up to it; it "
+                 "counts when greedy decoding gets all of its tokens right. Preference: the good answer has the higher mean token log-probability. Fisher distance: "
+                 "sum of Fisher times squared weight change. + %: of a plain step, medians of interleaved rounds in this run.</p>")  # fmt: skip
+    parts.append(_timing(results) + _strengths(results) + _provenance(results))
+    return f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>fasttax demo</title><style>{CSS}</style>' + "".join(parts) + "</html>\n"
+
+
+def _e(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _cell(cell: tuple[str, str]) -> str:
+    value, error = cell
+    return f"{value}<br><small>{error}</small>" if error else value
+
+
+def _table(headings: list[str], rows: list[list[str]], chosen: set[int] = frozenset()) -> str:  # type: ignore[assignment]
+    head = "".join(f"<th>{_e(h)}</th>" for h in headings)
+    body = "".join(f"<tr{' class=chosen' if i in chosen else ''}>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for i, row in enumerate(rows))
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _timing(results: dict[str, Any]) -> str:
+    if "timing" not in results:
+        return ""
+    timing = results["timing"]
+    percent = timing["percent_of_plain_step"]
+    names = ("plain step", *percent)
+    rows = [[_e(n), f"{timing['seconds'][n] * 1e3:.1f}", f"{percent[n]:.1f}" if n in percent else "100"] for n in names]
+    return f"<h2>Time of a step's parts</h2><p>Median of {timing['rounds']} interleaved rounds, first batch {timing['tokens']} tokens.</p>" + _table(["part", "ms", "% of a plain step"], rows)
+
+
+def _strengths(results: dict[str, Any]) -> str:
+    candidates = results["candidates"]
+    if not candidates:
+        return ""
+    rows = []
+    for c in candidates:
+        v = c["validation"]
+        numbers = [f"{v[m]['mean']:.3f} <small>± {v[m]['se']:.3f}</small>" for m in ("answer_nll", "general_nll")]
+        rows.append([f"{c['family'].upper()} {c['strength']:g}", *numbers, _e(c.get("reason", "")) if c["chosen"] else ""])
+    for name, v in results["validation"].items():
+        rows.append([name, f"{v['answer_nll']:.3f}", f"{v['general_nll']:.3f}", ""])
+    chosen = {i for i, c in enumerate(candidates) if c["chosen"]}
+    headings = ["candidate", "validation answer NLL", "validation general NLL", "chosen because"]
+    return f"<h2>How the strengths were chosen</h2><p>{_e(verdicts.rule(results['settings']['keep_gain']))}</p>" + _table(headings, rows, chosen)
+
+
+def _provenance(results: dict[str, Any]) -> str:
+    s, m = results["settings"], results["machine"]
+    facts = {"settings": f"{s['steps']} steps of {s['batch_size']} answers, AdamW at {s['lr']:g} without weight decay, at most {s['length']} tokens, seed {s['seed']}"}
+    if "model" in results:
+        facts["model"] = f"{results['model']['origin']}; {results['model']['parameters']:,} parameters; hash {results['model']['hash']}"
+        a, g = results["data"]["alignment"], results["data"]["general"]
+        facts["alignment set"] = f"{a['file']} (sha256 {a['sha256'][:16]}): {a['train']} train, {a['validation']} validation, {a['test']} test; {a['cut_answers']} answers cut"
+        counts = ", ".join(f"{n} {part} passages from {len(g['topics'][part])} topics" for part, n in g["passages"].items())
+        facts["general text"] = f"{g['source']}, split by topic: {counts}"
+    if "fisher" in results:
+        f = results["fisher"]
+        facts["Fisher"] = f"{f['metadata'].get('examples')} examples, labels {f['metadata'].get('labels')}, {'reused from' if f['reused'] else 'estimated in this run,'} {f['path'] or 'not kept'}"
+    facts["machine"] = ", ".join(f"{k} {v}" for k, v in m.items())
+    facts["versions"] = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    facts["files"] = "results.json (all numbers and curves), pareto.png, report.html, in this folder"
+    return "<h2>Where it comes from</h2><dl>" + "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>" for k, v in facts.items()) + "</dl>"

@@ -1,0 +1,103 @@
+"""What fasttax adds to a training step, beside the same regulariser composed in plain PyTorch: interleaved, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+import fasttax
+from fasttax.demo.training import Batch, answer_loss, forward, new_optimizer
+
+
+def composed_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
+    """KL(policy || reference) by log_softmax and kl_div, mean over the unmasked tokens."""
+    log_p, log_q = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
+    per_token = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    return (per_token * mask).sum() / mask.sum()
+
+
+def composed_ewc_(ewc: fasttax.EWC, fisher: dict[str, Tensor], anchors: dict[str, Tensor]) -> Tensor:
+    """The penalty as a loop over parameters, its gradient by autograd."""
+    penalty = torch.zeros((), device=next(iter(anchors.values())).device)
+    for name, theta in ewc.parameters().items():
+        penalty = penalty + (fisher[name] * (theta - anchors[name]) ** 2).sum()
+    penalty = ewc.strength / 2 * penalty
+    penalty.backward()
+    return penalty.detach()
+
+
+def measure_step(model: PreTrainedModel, reference: PreTrainedModel, ewc: fasttax.EWC, batches: Sequence[Batch], strength: float,
+                 lr: float, rounds: int) -> dict[str, Any]:  # fmt: skip
+    """Medians over rounds. In each round, one after the other on the same batch: a plain step, the reference's forward, and
+    the two regularisers by fasttax and by composition.
+
+    KL is timed as what it adds to the loss: forward and backward of loss + KL down to the logits, minus those of the loss
+    alone. EWC is timed as what brings its gradient into p.grad.
+    """
+    device = model.device
+    times: dict[str, list[float]] = {}
+    apart: dict[str, float] = {}
+
+    def clock(name: str, work: Callable[[], Tensor]) -> Tensor:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        result = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.setdefault(name, []).append(time.perf_counter() - begin)
+        return result
+
+    model.train()
+    ewc.strength = strength
+    optimizer = new_optimizer(model, lr * 0.01)
+    fisher, anchors = dict(ewc.fisher), ewc.anchor
+
+    def step(batch: Batch) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        logits = forward(model, batch)
+        answer_loss(logits, batch).backward()
+        optimizer.step()
+        return logits.detach()
+
+    def reference_forward(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return forward(reference, batch)
+
+    for number in tqdm(range(rounds + 1), desc="timing a step's parts", unit="round", leave=False):
+        batch = batches[number % len(batches)]
+        mask = batch["attention_mask"] != 0
+        plain = clock("plain step", lambda batch=batch: step(batch))
+        ref_logits = clock("reference forward", lambda batch=batch: reference_forward(batch))
+
+        def loss_and(kl: Callable[[Tensor], Tensor] | None, batch: Batch = batch, plain: Tensor = plain) -> Tensor:
+            logits = plain.requires_grad_(True)
+            logits.grad = None
+            loss = answer_loss(logits, batch)
+            value = torch.zeros(()) if kl is None else kl(logits)
+            (loss if kl is None else loss + value).backward()
+            return value.detach()
+
+        clock("loss", lambda run=loss_and: run(None))
+        ours = clock("loss + kl fasttax", lambda run=loss_and, r=ref_logits, m=mask: run(lambda x: fasttax.token_kl(x, r, mask=m, reduction="mean")))
+        theirs = clock("loss + kl composed", lambda run=loss_and, r=ref_logits, m=mask: run(lambda x: composed_kl(x, r, m)))
+        apart["kl"] = abs(float(ours) - float(theirs)) / max(abs(float(theirs)), 1e-12)
+        ours = clock("ewc fasttax", lambda: ewc.add_grad_())
+        theirs = clock("ewc composed", lambda: composed_ewc_(ewc, fisher, anchors))
+        apart["ewc"] = abs(float(ours) - float(theirs)) / max(abs(float(theirs)), 1e-12)
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    seconds = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+    for kind in ("fasttax", "composed"):
+        extra = [kl - base for kl, base in zip(times[f"loss + kl {kind}"][1:], times["loss"][1:], strict=True)]
+        seconds[f"kl {kind}"] = statistics.median(extra)
+    percent = {name: 100 * seconds[name] / seconds["plain step"] for name in ("reference forward", "kl fasttax", "kl composed", "ewc fasttax", "ewc composed")}
+    return {"rounds": rounds, "tokens": int(batches[0]["attention_mask"].sum()), "seconds": seconds, "percent_of_plain_step": percent, "relative_difference": apart}
