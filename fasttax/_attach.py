@@ -65,6 +65,9 @@ def attach(ewc: EWC, optimizer: Any, mode: str, every: int) -> Handle:
         if getattr(opt, "grad_scale", None) is not None:
             raise RuntimeError("EWC.attach: this fused optimizer unscales fp16 gradients inside its step, so a penalty added before "
                                "would be divided by the loss scale; call scaler.unscale_(optimizer) before step, or use mode='prox'")  # fmt: skip
+        if len(args) > 1 or kwargs.get("closure") is not None:
+            raise RuntimeError("EWC.attach: step(closure) computes the gradients anew inside the step, so a penalty added before would be lost; "
+                               "add ewc.penalty() to the closure's loss, or use mode='prox'")  # fmt: skip
         if turn():
             handle.penalty = ewc.add_grad_(float(every), only=[p for group in opt.param_groups for p in group["params"]])
 

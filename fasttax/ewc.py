@@ -195,6 +195,8 @@ class EWC:
         decay = _checks.number("EWC.consolidate", "decay", decay, low=0)
         model = {name: h.theta for name, h in self._held.items()}
         _compare("EWC.consolidate", "fisher", fisher, model, subset=False)
+        _compare("EWC.consolidate", "fisher", fisher, model, subset=True)
+        _check_hash("EWC.consolidate", fisher, model)
         new = _prepare("EWC.consolidate", {n: fisher[n].detach() for n in model}, None, None)
         for name, h in self._held.items():
             total = decay * h.fisher.decode() + new[name].to(h.fisher.values.device)
@@ -245,7 +247,12 @@ class EWC:
         anchors = {n.removeprefix("anchor."): t for n, t in tensors.items() if n.startswith("anchor.")}
         if _files.weights_hash(anchors.items()) != extra["anchor_hash"]:
             raise ValueError(f"EWC.load: {path}: the anchor does not match its hash; the file is damaged, write it anew with .save()")
+        missing = [n for n in anchors if f"fisher.{n}" not in tensors]
+        if missing:
+            raise ValueError(f"EWC.load: {path}: no Fisher for {', '.join(missing[:5])}; the file is damaged, write it anew with .save()")
         stored = {n: Stored(tensors[f"fisher.{n}"], tensors.get(f"scales.{n}")) for n in anchors}
+        _prepare("EWC.load", {n: s.decode() for n, s in stored.items()}, None, None)
+        _compare("EWC.load", "fisher", {n: s.values for n, s in stored.items()}, anchors, subset=False)
         params = _match("EWC.load", model, {n: a for n, a in anchors.items()}, None)
         result = object.__new__(EWC)
         result.strength, result.storage, result.offload, result.metadata = extra["strength"], extra["storage"], extra["offload"], metadata

@@ -219,6 +219,7 @@ class _InplaceTokenKL(torch.autograd.Function):
         need_ref = ctx.needs_input_grad[1]
         logits = logits.detach()
         d_ref = torch.ops.fasttax.token_kl_backward_(d_kl.contiguous(), logits, ref_logits, mask, stats, *ctx.options, need_ref)
+        torch.autograd.graph.increment_version(logits)  # a custom op does not; whoever else saved the logits must see it
         return logits, (d_ref if need_ref else None), None, None
 
 

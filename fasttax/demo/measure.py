@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import fasttax
 from fasttax.demo.codecs import Codec
+from fasttax.demo.progress import bar as progress_bar
 from fasttax.demo.texts import Item, Pair, collate
 
 BATCH = 8
@@ -89,7 +90,7 @@ class Bench:
     def measure(self, model: PreTrainedModel, name: str) -> Vectors:
         """Metric -> a value for each item. The validation bench (full=False) has answer_nll and general_nll only."""
         total = len(self.general.items) + len(self.good.items) + (len(self.bad.items) if self.bad else 0)
-        with tqdm(total=total, desc=f"measuring {name} on {'test' if self.full else 'validation'} items", unit="item", leave=False) as bar:
+        with progress_bar(total=total, desc=f"measuring {name} on {'test' if self.full else 'validation'} items", unit="item") as bar:
             good = self.good.score(model, self.codec, bar)
             general = self.general.score(model, self.codec, bar)
             found = {"answer_nll": _means(good.nll), "general_nll": _means(general.nll)}

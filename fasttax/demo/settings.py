@@ -49,7 +49,7 @@ class Settings(Preset):
     output: Path = Path("fasttax-demo")
     alignment: Path = ALIGNMENT
     cache: Path | None = None  # None: nothing is kept
-    threads: int | None = None
+    threads: int | None = None  # None: PyTorch's choice; 1 for the tiny model, whose matrices are too small to share
 
     def as_json(self) -> dict[str, Any]:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str] | None) -> Settings:
     parser.add_argument("--lr", type=float, help=f"AdamW's peak learning rate (default: {REAL.lr:g}; tiny: {TINY.lr:g})")
     parser.add_argument("--kl-strengths", type=_strengths, metavar="A,B", help="candidates for the weight of the KL term")
     parser.add_argument("--ewc-strengths", type=_strengths, metavar="A,B", help="candidates for the strength of EWC")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: PyTorch's choice; tiny: 1)")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor keep a Fisher or a tiny model (the downloaded model is kept)")
     args = vars(parser.parse_args(argv))
     preset = asdict(TINY if args["tiny"] else REAL)
@@ -107,4 +107,4 @@ def parse(argv: Sequence[str] | None) -> Settings:
     if not 0 < preset["lr"] < 1:
         parser.error("--lr: expected a number between 0 and 1")
     return Settings(**preset, model="tiny" if args["tiny"] else args["model"], tiny=args["tiny"], seed=args["seed"], output=args["output"],
-                    alignment=args["alignment"], cache=None if args["no_cache"] else cache_folder(), threads=args["threads"])  # fmt: skip
+                    alignment=args["alignment"], cache=None if args["no_cache"] else cache_folder(), threads=args["threads"] or (1 if args["tiny"] else None))  # fmt: skip

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import fasttax
+from fasttax.demo.progress import bar as progress_bar
 from fasttax.demo.training import Batch, answer_loss, forward, new_optimizer
 
 
@@ -72,7 +72,7 @@ def measure_step(model: PreTrainedModel, reference: PreTrainedModel, ewc: fastta
         with torch.no_grad():
             return forward(reference, batch)
 
-    for number in tqdm(range(rounds + 1), desc="timing a step's parts", unit="round", leave=False):
+    for number in progress_bar(range(rounds + 1), desc="timing a step's parts", unit="round"):
         batch = batches[number % len(batches)]
         mask = batch["attention_mask"] != 0
         plain = clock("plain step", lambda batch=batch: step(batch))

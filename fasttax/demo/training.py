@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import fasttax
 from fasttax.demo.codecs import Codec
+from fasttax.demo.progress import bar as progress_bar
 from fasttax.demo.texts import Item, collate
 
 Batch = dict[str, Tensor]
@@ -78,7 +78,7 @@ def train(model: PreTrainedModel, reference: PreTrainedModel, ewc: fasttax.EWC, 
     optimizer = new_optimizer(model, lr)
     warmup = max(1, round(WARMUP * len(batches)))
     curve = []
-    with tqdm(batches, desc=title, unit="step", leave=False) as bar:
+    with progress_bar(batches, desc=title, unit="step") as bar:
         for step, batch in enumerate(bar):
             begin = time.perf_counter()
             # linear up, then linear down; never 0, so that no step is without effect

@@ -73,7 +73,7 @@ def _against_plain(name: str, base: dict[str, Any], plain: dict[str, Any], run: 
     if general["verdict"] == "better":
         text += f"kept more capability than plain fine-tuning ({numbers})"
         if tax["verdict"] == "worse":
-            text += f", which is {-general['mean'] / tax['mean']:.0%} of the tax"
+            text += f", winning back {-general['mean'] / tax['mean']:.0%} of the tax"
     elif general["verdict"] == "worse":
         text += f"did not help at this strength: it kept less capability than plain fine-tuning ({numbers})"
     else:

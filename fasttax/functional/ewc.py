@@ -125,6 +125,8 @@ def lora_ewc_penalty(lora_A: Tensor, lora_B: Tensor, fisher: Tensor, scale: floa
         if value.dim() != 2:
             raise _checks.fail(op, name, "a matrix", value)
         _checks.same_device(op, name, value, "lora_A", lora_A)
+        if (value.dtype == torch.float64) != (lora_A.dtype == torch.float64):
+            raise _checks.fail(op, name, "float64 together with a float64 lora_A, and only then", value, f"convert it with {name}.to(lora_A.dtype)", TypeError)
     if lora_B.shape[1] != lora_A.shape[0]:
         raise _checks.fail(op, "lora_B", f"shape (out, {lora_A.shape[0]}), the rank of lora_A", lora_B)
     if fisher.shape != (lora_B.shape[0], lora_A.shape[1]):
