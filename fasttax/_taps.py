@@ -200,3 +200,15 @@ class TiedHeadTap(LinearTap):
             mine = keys[0] == n
             head_rows[mine] = (d[begin:end][:, keys[1][mine]].T.to(head_rows.dtype)) @ a[begin:end].to(head_rows.dtype)
         self.embedding.seen.append((keys, head_rows))
+
+
+def require_input_grads(model: nn.Module) -> list[Any]:
+    """Reentrant checkpointing differentiates a block only where its input requires grad, and here embeddings may be frozen."""
+    if not hasattr(model, "get_input_embeddings") or not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        return []
+
+    def hook(module: nn.Module, args: Any, y: Tensor) -> None:
+        if torch.is_grad_enabled() and not y.requires_grad:
+            y.requires_grad_(True)
+
+    return [model.get_input_embeddings().register_forward_hook(hook)]

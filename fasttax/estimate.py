@@ -29,7 +29,7 @@ class Stored:
 
 
 def encode(fisher: Tensor, storage: str) -> Stored:
-    """fp32, bf16 (relative error <= 2^-9), or u8log: 255 steps of log2 F between each block's extremes, zeros exact."""
+    """fp32, bf16 (relative error <= 2^-8), or u8log: 255 steps of log2 F between each block's extremes, zeros exact."""
     if storage == "fp32":
         return Stored(fisher.float().contiguous())
     if storage == "bf16":

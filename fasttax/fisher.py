@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from fasttax import _batches, _checks, _files
 from fasttax._plan import TIED, Filter, plan, select
-from fasttax._taps import TiedEmbeddingTap
+from fasttax._taps import TiedEmbeddingTap, require_input_grads
 from fasttax.estimate import STORAGES, FisherEstimate
 
 LABELS = ("sample", "true")
@@ -205,7 +205,7 @@ class DiagonalFisher:
         try:
             for p, _ in flags:
                 p.requires_grad_(False)
-            handles = [tap.install() for tap in self._taps] + _require_input_grads(self.model)
+            handles = [tap.install() for tap in self._taps] + require_input_grads(self.model)
             with torch.random.fork_rng(devices=devices), torch.enable_grad():
                 yield
         except BaseException:
@@ -266,7 +266,7 @@ class DiagonalFisher:
         """By .backward(), since reentrant checkpointing refuses torch.autograd.grad; every p.grad is put back."""
         everything = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
         wanted = {id(p) for p in self._params.values()}
-        root = _require_input_grads(self.model)
+        root = require_input_grads(self.model)
         try:
             for p, _, _ in everything:
                 p.requires_grad_(id(p) in wanted)
@@ -349,18 +349,6 @@ class DiagonalFisher:
         }  # fmt: skip
         estimate = FisherEstimate(values, metadata)
         return estimate if storage == "fp32" else estimate.to(storage)
-
-
-def _require_input_grads(model: nn.Module) -> list[Any]:
-    """Reentrant checkpointing differentiates a block only where its input requires grad, and here embeddings may be frozen."""
-    if not hasattr(model, "get_input_embeddings") or not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        return []
-
-    def hook(module: nn.Module, args: Any, y: Tensor) -> None:
-        if torch.is_grad_enabled() and not y.requires_grad:
-            y.requires_grad_(True)
-
-    return [model.get_input_embeddings().register_forward_hook(hook)]
 
 
 def _sample(p: Tensor, generator: torch.Generator) -> Tensor:

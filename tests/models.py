@@ -1,4 +1,4 @@
-"""Tiny models of every architecture that has a rule of its own, and the oracle: a loop over single examples with autograd."""
+"""Tiny models of every architecture that has a rule of its own, and the oracles: a loop over single examples, EWC by autograd."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fasttax
+from fasttax import DiagonalFisher
+
+EXACT = 1e-5  # the contract: relative error of each parameter's Fisher against the loop
 VOCAB, HIDDEN = 61, 32  # 61: a prime, no multiple of any tile or vector width
 
 _SIZES = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -119,3 +123,43 @@ def worst(out: Any, truth: dict[str, Tensor]) -> tuple[float, str]:
         difference = float((out[n].double() - t.double()).norm())
         errors.append((difference / size if size > 0 else difference, n))
     return max(errors)
+
+
+def ewc_compose(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor], strength: float, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """The EWC penalty and its gradients by autograd in `dtype`."""
+    leaves = [p.detach().to(dtype).requires_grad_() for p in params]
+    terms = [(f.to(dtype) * (p - a.to(dtype)) ** 2).sum() for p, a, f in zip(leaves, anchors, fishers, strict=True)]
+    value = strength / 2 * torch.stack(terms).sum()
+    return value.detach(), list(torch.autograd.grad(value, leaves))
+
+
+def fisher_of(model: nn.Module, *batches: Any, **options: Any) -> fasttax.FisherEstimate:
+    options.setdefault("labels", "true")
+    estimator = DiagonalFisher(model, **options)
+    for batch in batches:
+        estimator.update(batch)
+    return estimator.finalize(normalize="sum")
+
+
+def assert_exact(out: Any, truth: dict[str, Tensor], bound: float = EXACT) -> None:
+    error, name = worst(out, truth)
+    assert error <= bound, f"{name}: relative error {error:.2e} > {bound:.0e}"
+
+
+def state_of(model: nn.Module) -> Any:
+    return (
+        {n: (p.requires_grad, p.detach().clone(), None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()},
+        [(n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for n, m in model.named_modules()],
+        torch.get_rng_state(),
+    )
+
+
+def assert_same_state(model: nn.Module, before: Any) -> None:
+    now = state_of(model)
+    assert now[1] == before[1]
+    assert torch.equal(now[2], before[2])
+    for n, (flag, value, grad) in before[0].items():
+        assert now[0][n][0] == flag
+        assert torch.equal(now[0][n][1], value)
+        assert (grad is None) == (now[0][n][2] is None)
+        assert grad is None or torch.equal(now[0][n][2], grad)

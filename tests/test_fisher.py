@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, VOCAB, TokenModel, causal_lm, ids, loop, rows_of, squares, worst
+from models import (
+    ARCHITECTURES,
+    EXACT,
+    VOCAB,
+    TokenModel,
+    assert_exact,
+    assert_same_state,
+    causal_lm,
+    fisher_of,
+    ids,
+    loop,
+    rows_of,
+    squares,
+    state_of,
+    worst,
+)  # fmt: skip
 from torch import Tensor, nn
 
 import fasttax
 from fasttax import DiagonalFisher
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -21,22 +38,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-EXACT = 1e-5  # the contract: relative error of each parameter against the loop
-
-
-def fisher_of(model: nn.Module, *batches: Any, **options: Any) -> fasttax.FisherEstimate:
-    options.setdefault("labels", "true")
-    estimator = DiagonalFisher(model, **options)
-    for batch in batches:
-        estimator.update(batch)
-    return estimator.finalize(normalize="sum")
-
-
-def assert_exact(out: Any, truth: dict[str, Tensor], bound: float = EXACT) -> None:
-    error, name = worst(out, truth)
-    assert error <= bound, f"{name}: relative error {error:.2e} > {bound:.0e}"
 
 
 def double(model: nn.Module) -> nn.Module:
@@ -87,7 +88,7 @@ def test_labels_of_minus_100_leave_tokens_out() -> None:
 def test_packed_documents_are_examples(how: str, tied: bool) -> None:
     model, x = TokenModel(tied).double(), ids(1, 12)
     cuts = [0, 4, 5, 12]  # one document of a single token: no prediction, gradient 0
-    documents = [x[:, a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    documents = [x[:, a:b] for a, b in itertools.pairwise(cuts)]
     extra = {"position_ids": torch.cat([torch.arange(d.shape[1]) for d in documents])[None]} if how == "position_ids" else {"cu_seqlens": torch.tensor(cuts)}
     estimator = DiagonalFisher(model, labels="true")
     estimator.update({"input_ids": x, **extra})
@@ -228,73 +229,6 @@ def test_generator_makes_it_reproducible_and_global_rng_is_untouched() -> None:
     assert all(torch.equal(default[0][n], default[1][n]) for n in default[0])
 
 
-# --- it leaves the model as it was ---------------------------------------------------------------------------------------
-
-
-def state_of(model: nn.Module) -> Any:
-    return (
-        {n: (p.requires_grad, p.detach().clone(), None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()},
-        [(n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for n, m in model.named_modules()],
-        torch.get_rng_state(),
-    )
-
-
-def assert_same_state(model: nn.Module, before: Any) -> None:
-    now = state_of(model)
-    assert now[1] == before[1]
-    assert torch.equal(now[2], before[2])
-    for n, (flag, value, grad) in before[0].items():
-        assert now[0][n][0] == flag
-        assert torch.equal(now[0][n][1], value)
-        assert (grad is None) == (now[0][n][2] is None)
-        assert grad is None or torch.equal(now[0][n][2], grad)
-
-
-class Fails(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise ArithmeticError("backward fails")
-
-
-@pytest.mark.parametrize("fails", ["nowhere", "forward", "backward"])
-@pytest.mark.parametrize("fallback", [None, "loop"])
-def test_model_is_as_before_also_after_an_exception(fails: str, fallback: str | None) -> None:
-    model, x = TokenModel().train(), ids(2, 6)
-    model.up.weight.requires_grad_(False)
-    model.embed.weight.grad = torch.ones_like(model.embed.weight)
-    model.register_forward_hook(lambda *_: None)
-    estimator = DiagonalFisher(model, fallback=fallback)
-    estimator.update(x)
-    first = {n: estimator._sum(n).clone() for n in estimator._params}
-    if fails == "forward":
-        model.last.register_forward_pre_hook(lambda *_: 1 / 0)
-    if fails == "backward":
-        model.up.register_forward_hook(lambda m, args, y: Fails.apply(y))
-    before = state_of(model)
-    if fails == "nowhere":
-        estimator.update(x)
-    else:
-        with pytest.raises(ArithmeticError):
-            estimator.update(x)
-    assert_same_state(model, before)
-    if fails == "forward":
-        assert estimator.examples == 2
-        assert all(torch.equal(estimator._sum(n), first[n]) for n in first)
-    if fails == "backward" and fallback is None:
-        with pytest.raises(RuntimeError, match="new DiagonalFisher"):  # half a batch is in the sums
-            estimator.finalize()
-
-
-def test_dropout_in_train_mode_warns() -> None:
-    model = TokenModel(dropout=0.5).train()
-    with pytest.warns(UserWarning, match=r"dropout.*model.eval\(\)"):
-        DiagonalFisher(model, verify=False).update(ids(1, 4))
-
-
 # --- observe, classifier, fallback, refusals -------------------------------------------------------------------------------
 
 
@@ -429,62 +363,3 @@ def test_kl_is_half_delta_fisher_delta() -> None:
         assert kl == pytest.approx(0.5 * step**2 * float(sampled[n].flatten()[i]), rel=0.1), n  # 20000 draws: 5 sigma < 10 %
         checked += 1
     assert checked >= 6
-
-
-# --- estimate_fisher, finalize, wrong calls --------------------------------------------------------------------------------
-
-
-def test_estimate_fisher_is_update_and_finalize(capsys: pytest.CaptureFixture[str]) -> None:
-    model, x = TokenModel(), ids(7, 5)
-    out = fasttax.estimate_fisher(model, [x[:3], {"input_ids": x[3:]}], labels="true", max_examples=5, progress=False)
-    assert capsys.readouterr().err == ""
-    assert_exact(out, {n: f / 5 for n, f in fisher_of(model, x[:5]).items()})
-    facts = {"labels": "true", "unit": "example", "examples": 5, "tokens": 20, "normalize": "mean", "storage": "fp32"}
-    assert {k: out.metadata[k] for k in facts} == facts
-    assert out.metadata["fasttax"] == fasttax.__version__
-    fasttax.estimate_fisher(model, [x], progress=True)
-    assert "Fisher" in capsys.readouterr().err
-    packed = fasttax.estimate_fisher(model, [x], storage="u8log", progress=False)
-    assert packed.metadata["storage"] == "u8log"
-
-
-M, X = TokenModel(), ids(2, 4)
-WRONG: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
-    "no module": (lambda: DiagonalFisher("gpt2"), TypeError, ("DiagonalFisher", "model", "torch.nn.Module", "gpt2")),
-    "labels": (lambda: DiagonalFisher(M, labels="model"), ValueError, ("labels", "'sample'", "'true'", "'model'")),
-    "unit": (lambda: DiagonalFisher(M, unit="row"), ValueError, ("unit", "'example'", "'token'", "'batch'", "'row'")),
-    "batch true": (lambda: DiagonalFisher(M, unit="batch", labels="true"), ValueError, ("labels", "'sample'", "biased")),
-    "tied": (lambda: DiagonalFisher(M, tied="no"), ValueError, ("tied", "'exact'", "'sum_of_squares'")),
-    "fallback": (lambda: DiagonalFisher(M, fallback="slow"), ValueError, ("fallback", "'loop'", "'slow'")),
-    "pattern": (lambda: DiagonalFisher(M, params=["heads.*"]), ValueError, ("params", "heads.*", "named_parameters")),
-    "nothing": (lambda: DiagonalFisher(M, params=lambda n, p: False), ValueError, ("params", "at least one", "requires_grad_(True)")),
-    "no ids": (lambda: DiagonalFisher(M).update({"tokens": X}), ValueError, ("update", "input_ids", "tokens")),
-    "no batch": (lambda: DiagonalFisher(M).update([1, 2]), TypeError, ("update", "batch", "input_ids")),
-    "floats": (lambda: DiagonalFisher(M).update(X.float()), TypeError, ("input_ids", "int64", "float32")),
-    "vector": (lambda: DiagonalFisher(M).update(X[0]), ValueError, ("input_ids", "(examples, tokens)", "(4,)")),
-    "mask shape": (lambda: DiagonalFisher(M).update({"input_ids": X, "attention_mask": X[:, :2]}), ValueError, ("attention_mask", "(2, 4)", "(2, 2)")),
-    "labels shape": (lambda: DiagonalFisher(M).update({"input_ids": X, "labels": X[:, :2]}), ValueError, ("labels", "(2, 4)", "(2, 2)")),
-    "labels range": (lambda: DiagonalFisher(M, labels="true").update({"input_ids": X, "labels": X + VOCAB}), (ValueError, IndexError), ("labels", str(VOCAB))),
-    "cu": (lambda: DiagonalFisher(M).update({"input_ids": X[:1], "cu_seqlens": torch.tensor([0, 3])}), ValueError, ("cu_seqlens", "0 to 4", "[0, 3]")),
-    "early finalize": (lambda: DiagonalFisher(M).finalize(), RuntimeError, ("finalize", "update(batch)")),
-    "normalize": (lambda: fasttax.estimate_fisher(M, [X], normalize="max", progress=False), ValueError, ("normalize", "'mean'", "'sum'", "'max'")),
-    "storage": (lambda: fasttax.estimate_fisher(M, [X], storage="int4", progress=False), ValueError, ("storage", "'u8log'", "'int4'")),
-    "one batch": (lambda: fasttax.estimate_fisher(M, X, progress=False), TypeError, ("batches", "iterable", "[batch]")),
-    "no batches": (lambda: fasttax.estimate_fisher(M, [], progress=False), ValueError, ("batches", "at least one", "empty")),
-    "max": (lambda: fasttax.estimate_fisher(M, [X], max_examples=0), ValueError, ("max_examples", ">= 1", "0")),
-    "no group": (lambda: DiagonalFisher(M).reduce(), ValueError, ("reduce", "init_process_group")),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_calls_say_what_to_do(case: str) -> None:
-    call, error, words = WRONG[case]
-    with pytest.raises(error) as caught:
-        call()
-    missing = [w for w in words if w not in str(caught.value)]
-    assert not missing, f"{caught.value} lacks {missing}"
-
-
-def test_ids_of_another_tokenizer_are_named() -> None:
-    with pytest.raises(ValueError, match=rf"input_ids.*\[0, {VOCAB}\).*tokenizer"):
-        DiagonalFisher(causal_lm("llama")).update(ids(1, 4) + VOCAB)

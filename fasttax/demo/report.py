@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,19 @@ COLUMNS = (  # metric, heading, factor, digits
 PARTS = {"plain": (), "kl": ("kl",), "ewc": ("ewc",), "both": ("kl", "ewc")}
 CSS = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1040px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:1.6rem 0 .4rem}p.sub{color:#666;margin:.2rem 0 1rem}
-img{width:100%}table{border-collapse:collapse;width:100%;font-size:13px}th,td{padding:.3rem .5rem;text-align:right;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left}td small{color:#777}tr.chosen td{font-weight:600}.partial{background:#fff3cd;padding:.6rem 1rem;border-left:4px solid #d39e00}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;font-size:13px}dt{color:#666}dd{margin:0;overflow-wrap:anywhere}li{margin:.3rem 0}
+h1{font-size:1.5rem;margin:0} h2{font-size:1.1rem;margin:1.6rem 0 .4rem} p.sub{color:#666;margin:.2rem 0 1rem} li{margin:.3rem 0} img{width:100%}
+p.note{font-size:13px;color:#555} .partial{background:#fff3cd;padding:.6rem 1rem;border-left:4px solid #d39e00}
+table{border-collapse:collapse;width:100%;font-size:13px} th,td{padding:.3rem .5rem;text-align:right;border-bottom:1px solid #ddd}
+th:first-child,td:first-child{text-align:left} td small{color:#777} tr.chosen td{font-weight:600}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;font-size:13px} dt{color:#666} dd{margin:0;overflow-wrap:anywhere}
+"""
+NOTES = """
+± is one standard error over held-out items. Runs are compared in pairs over the same items, and called better or worse only beyond two
+standard errors of the paired difference. Passages of one topic are not fully independent, so errors on general text are rather too small
+than too large. Last word: each word of three letters or more in the last two thirds of a passage, taken as the last word of the passage
+up to it; it counts when greedy decoding gets all of its tokens right. Preference: the good answer has the higher mean token
+log-probability. KL is KL(model || base). Fisher distance: sum of Fisher times squared weight change. + %: of a plain step, medians of
+interleaved rounds in this run.
 """
 
 
@@ -67,7 +77,8 @@ def print_table(results: dict[str, Any]) -> None:
     if not rows:
         print("No run was measured yet.")
         return
-    table = Table(title=f"{results['model']['name']}: {results['settings']['steps']} steps each; ± one standard error; + % of a plain step", title_justify="left")
+    title = f"{results['model']['name']}: {results['settings']['steps']} steps each; ± one standard error; + % of a plain step"
+    table = Table(title=title, title_justify="left")
     table.add_column("run", no_wrap=True)
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
@@ -99,13 +110,10 @@ def _page(results: dict[str, Any], picture: Path | None) -> str:
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<img alt="Capability against alignment, a point for each run" src="data:image/png;base64,{data}">')
     parts.append("<h2>Measures on held-out items</h2>" + _table(["run", *HEADINGS], [[_e(label), *map(_cell, cells)] for label, cells in _rows(results)]))
-    parts.append("<p>± is one standard error over held-out items. Runs are compared in pairs over the same items, and called better or worse only beyond two "
-                 "standard errors of the paired difference; passages of one topic are not fully independent, so errors on general text are rather too small than "
-                 "too large. Last word: each word of three letters or more in the last two thirds of a passage, taken as the last word of the passage up to it; it "
-                 "counts when greedy decoding gets all of its tokens right. Preference: the good answer has the higher mean token log-probability. Fisher distance: "
-                 "sum of Fisher times squared weight change. + %: of a plain step, medians of interleaved rounds in this run.</p>")  # fmt: skip
+    parts.append(f"<p class=note>{NOTES}</p>")
     parts.append(_timing(results) + _strengths(results) + _provenance(results))
-    return f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>fasttax demo</title><style>{CSS}</style>' + "".join(parts) + "</html>\n"
+    head = f'<meta charset=utf-8><meta name=viewport content="width=device-width"><title>fasttax demo</title><style>{CSS}</style>'
+    return f"<!doctype html><html lang=en>{head}{''.join(parts)}</html>\n"
 
 
 def _e(text: object) -> str:
@@ -117,7 +125,7 @@ def _cell(cell: tuple[str, str]) -> str:
     return f"{value}<br><small>{error}</small>" if error else value
 
 
-def _table(headings: list[str], rows: list[list[str]], chosen: set[int] = frozenset()) -> str:  # type: ignore[assignment]
+def _table(headings: list[str], rows: list[list[str]], chosen: Collection[int] = ()) -> str:
     head = "".join(f"<th>{_e(h)}</th>" for h in headings)
     body = "".join(f"<tr{' class=chosen' if i in chosen else ''}>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for i, row in enumerate(rows))
     return f"<table><tr>{head}</tr>{body}</table>"
@@ -130,7 +138,8 @@ def _timing(results: dict[str, Any]) -> str:
     percent = timing["percent_of_plain_step"]
     names = ("plain step", *percent)
     rows = [[_e(n), f"{timing['seconds'][n] * 1e3:.1f}", f"{percent[n]:.1f}" if n in percent else "100"] for n in names]
-    return f"<h2>Time of a step's parts</h2><p>Median of {timing['rounds']} interleaved rounds, first batch {timing['tokens']} tokens.</p>" + _table(["part", "ms", "% of a plain step"], rows)
+    note = f"<p>Medians of {timing['rounds']} interleaved rounds; the first batch has {timing['tokens']} tokens.</p>"
+    return f"<h2>Time of a step's parts</h2>{note}" + _table(["part", "ms", "% of a plain step"], rows)
 
 
 def _strengths(results: dict[str, Any]) -> str:
@@ -150,18 +159,21 @@ def _strengths(results: dict[str, Any]) -> str:
 
 
 def _provenance(results: dict[str, Any]) -> str:
-    s, m = results["settings"], results["machine"]
-    facts = {"settings": f"{s['steps']} steps of {s['batch_size']} answers, AdamW at {s['lr']:g} without weight decay, at most {s['length']} tokens, seed {s['seed']}"}
+    s = results["settings"]
+    optimizer = f"AdamW at {s['lr']:g}, warmed up and decayed linearly, without weight decay"
+    facts = {"settings": f"{s['steps']} steps of {s['batch_size']} answers, {optimizer}; at most {s['length']} tokens; seed {s['seed']}"}
     if "model" in results:
-        facts["model"] = f"{results['model']['origin']}; {results['model']['parameters']:,} parameters; hash {results['model']['hash']}"
-        a, g = results["data"]["alignment"], results["data"]["general"]
-        facts["alignment set"] = f"{a['file']} (sha256 {a['sha256'][:16]}): {a['train']} train, {a['validation']} validation, {a['test']} test; {a['cut_answers']} answers cut"
+        m, a, g = results["model"], results["data"]["alignment"], results["data"]["general"]
+        facts["model"] = f"{m['origin']}; {m['parameters']:,} parameters; hash {m['hash']}; on {m['device']}"
+        sizes = f"{a['train']} train, {a['validation']} validation, {a['test']} test; {a['cut_answers']} answers cut"
+        facts["alignment set"] = f"{a['file']} (sha256 {a['sha256'][:16]}): {sizes}"
         counts = ", ".join(f"{n} {part} passages from {len(g['topics'][part])} topics" for part, n in g["passages"].items())
         facts["general text"] = f"{g['source']}, split by topic: {counts}"
     if "fisher" in results:
         f = results["fisher"]
-        facts["Fisher"] = f"{f['metadata'].get('examples')} examples, labels {f['metadata'].get('labels')}, {'reused from' if f['reused'] else 'estimated in this run,'} {f['path'] or 'not kept'}"
-    facts["machine"] = ", ".join(f"{k} {v}" for k, v in m.items())
+        origin = f"reused from {f['path']}" if f["reused"] else f"estimated in this run, {'not kept' if f['path'] is None else 'kept in ' + f['path']}"
+        facts["Fisher"] = f"{f['metadata'].get('examples')} examples, labels {f['metadata'].get('labels')}, {origin}"
+    facts["machine"] = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
     facts["versions"] = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     facts["files"] = "results.json (all numbers and curves), pareto.png, report.html, in this folder"
     return "<h2>Where it comes from</h2><dl>" + "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>" for k, v in facts.items()) + "</dl>"

@@ -34,7 +34,7 @@ class Preset:
     timing_rounds: int
 
 
-REAL = Preset(steps=12, batch_size=4, length=96, fisher_examples=32, fisher_batch=4, lr=1e-4, kl_strengths=(0.3, 1.0), ewc_strengths=(10.0, 100.0),
+REAL = Preset(steps=12, batch_size=4, length=96, fisher_examples=32, fisher_batch=4, lr=5e-4, kl_strengths=(0.3, 1.0), ewc_strengths=(3.0, 30.0),
               test_passages=24, validation_passages=10, timing_rounds=3)  # fmt: skip
 TINY = Preset(steps=40, batch_size=8, length=128, fisher_examples=128, fisher_batch=16, lr=1e-3, kl_strengths=(0.3, 1.0), ewc_strengths=(10.0, 100.0),
               test_passages=96, validation_passages=48, timing_rounds=9)  # fmt: skip
@@ -106,5 +106,6 @@ def parse(argv: Sequence[str] | None) -> Settings:
         parser.error("--length: expected at least 32 tokens")
     if not 0 < preset["lr"] < 1:
         parser.error("--lr: expected a number between 0 and 1")
-    return Settings(**preset, model="tiny" if args["tiny"] else args["model"], tiny=args["tiny"], seed=args["seed"], output=args["output"],
-                    alignment=args["alignment"], cache=None if args["no_cache"] else cache_folder(), threads=args["threads"] or (1 if args["tiny"] else None))  # fmt: skip
+    rest = {name: args[name] for name in ("tiny", "seed", "output", "alignment")}
+    threads = args["threads"] or (1 if args["tiny"] else None)
+    return Settings(**preset, **rest, model="tiny" if args["tiny"] else args["model"], cache=None if args["no_cache"] else cache_folder(), threads=threads)

@@ -16,6 +16,12 @@ import fasttax
 from fasttax.demo.progress import bar as progress_bar
 from fasttax.demo.training import Batch, answer_loss, forward, new_optimizer
 
+Regulariser = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def fused_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
+    return fasttax.token_kl(logits, ref_logits, mask=mask, reduction="mean")
+
 
 def composed_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     """KL(policy || reference) by log_softmax and kl_div, mean over the unmasked tokens."""
@@ -46,11 +52,11 @@ def measure_step(model: PreTrainedModel, reference: PreTrainedModel, ewc: fastta
     times: dict[str, list[float]] = {}
     apart: dict[str, float] = {}
 
-    def clock(name: str, work: Callable[[], Tensor]) -> Tensor:
+    def clock(name: str, work: Callable[..., Tensor], *args: Any) -> Tensor:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begin = time.perf_counter()
-        result = work()
+        result = work(*args)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.setdefault(name, []).append(time.perf_counter() - begin)
@@ -72,32 +78,35 @@ def measure_step(model: PreTrainedModel, reference: PreTrainedModel, ewc: fastta
         with torch.no_grad():
             return forward(reference, batch)
 
+    def loss_and(kl: Regulariser | None, batch: Batch, plain: Tensor, ref_logits: Tensor) -> Tensor:
+        """Forward and backward of the answers' loss, with a KL term or without, down to the logits."""
+        logits = plain.requires_grad_(True)
+        logits.grad = None
+        loss = answer_loss(logits, batch)
+        value = torch.zeros((), device=device) if kl is None else kl(logits, ref_logits, batch["attention_mask"] != 0)
+        (loss + value).backward()
+        return value.detach()
+
     for number in progress_bar(range(rounds + 1), desc="timing a step's parts", unit="round"):
         batch = batches[number % len(batches)]
-        mask = batch["attention_mask"] != 0
-        plain = clock("plain step", lambda batch=batch: step(batch))
-        ref_logits = clock("reference forward", lambda batch=batch: reference_forward(batch))
-
-        def loss_and(kl: Callable[[Tensor], Tensor] | None, batch: Batch = batch, plain: Tensor = plain) -> Tensor:
-            logits = plain.requires_grad_(True)
-            logits.grad = None
-            loss = answer_loss(logits, batch)
-            value = torch.zeros(()) if kl is None else kl(logits)
-            (loss if kl is None else loss + value).backward()
-            return value.detach()
-
-        clock("loss", lambda run=loss_and: run(None))
-        ours = clock("loss + kl fasttax", lambda run=loss_and, r=ref_logits, m=mask: run(lambda x: fasttax.token_kl(x, r, mask=m, reduction="mean")))
-        theirs = clock("loss + kl composed", lambda run=loss_and, r=ref_logits, m=mask: run(lambda x: composed_kl(x, r, m)))
-        apart["kl"] = abs(float(ours) - float(theirs)) / max(abs(float(theirs)), 1e-12)
-        ours = clock("ewc fasttax", lambda: ewc.add_grad_())
-        theirs = clock("ewc composed", lambda: composed_ewc_(ewc, fisher, anchors))
-        apart["ewc"] = abs(float(ours) - float(theirs)) / max(abs(float(theirs)), 1e-12)
+        plain = clock("plain step", step, batch)
+        ref_logits = clock("reference forward", reference_forward, batch)
+        clock("loss", loss_and, None, batch, plain, ref_logits)
+        kls = [clock(f"loss + kl {kind}", loss_and, kl, batch, plain, ref_logits) for kind, kl in (("fasttax", fused_kl), ("composed", composed_kl))]
+        penalties = [clock("ewc fasttax", ewc.add_grad_), clock("ewc composed", composed_ewc_, ewc, fisher, anchors)]
+        for name, (ours, theirs) in (("kl", kls), ("ewc", penalties)):
+            apart[name] = abs(float(ours) - float(theirs)) / max(abs(float(theirs)), 1e-12)
     model.eval()
     model.zero_grad(set_to_none=True)
     seconds = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
     for kind in ("fasttax", "composed"):
         extra = [kl - base for kl, base in zip(times[f"loss + kl {kind}"][1:], times["loss"][1:], strict=True)]
         seconds[f"kl {kind}"] = statistics.median(extra)
-    percent = {name: 100 * seconds[name] / seconds["plain step"] for name in ("reference forward", "kl fasttax", "kl composed", "ewc fasttax", "ewc composed")}
-    return {"rounds": rounds, "tokens": int(batches[0]["attention_mask"].sum()), "seconds": seconds, "percent_of_plain_step": percent, "relative_difference": apart}
+    parts = ("reference forward", "kl fasttax", "kl composed", "ewc fasttax", "ewc composed")
+    return {
+        "rounds": rounds,
+        "tokens": int(batches[0]["attention_mask"].sum()),
+        "seconds": seconds,
+        "percent_of_plain_step": {name: 100 * seconds[name] / seconds["plain step"] for name in parts},
+        "relative_difference": apart,
+    }

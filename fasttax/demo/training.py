@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 import fasttax
 from fasttax.demo.codecs import Codec
 from fasttax.demo.progress import bar as progress_bar
+from fasttax.demo.settings import DemoError
 from fasttax.demo.texts import Item, collate
 
 Batch = dict[str, Tensor]
@@ -99,6 +101,8 @@ def train(model: PreTrainedModel, reference: PreTrainedModel, ewc: fasttax.EWC, 
             if recipe.ewc:
                 penalty = ewc.add_grad_()
             optimizer.step()
+            if not math.isfinite(float(loss.detach())):
+                raise DemoError(f"training diverged at step {step + 1} of {recipe.label} (loss {float(loss.detach())}); try a lower --lr than {lr:g}")
             row = {"step": step, "loss": float(loss.detach()), "kl": float(kl.detach()), "penalty": float(penalty), "lr": now}
             curve.append({**row, "seconds": time.perf_counter() - begin})
             shown = f"loss {row['loss']:.3f}" + (f", KL {row['kl']:.4f}" if recipe.kl else "") + (f", EWC {row['penalty']:.4f}" if recipe.ewc else "")

@@ -15,8 +15,8 @@ NAMES = {"plain": "Plain fine-tuning", "kl": "KL", "ewc": "EWC", "both": "KL and
 def rule(keep: float) -> str:
     return (
         f"Every candidate strength is trained with the full budget. On the validation split, among the candidates that keep at least {keep:.0%} of plain "
-        "fine-tuning's gain in answer NLL, the one with the lowest perplexity on general text is chosen; if none keeps that much, the one with the lowest answer "
-        "NLL. The combined run takes both chosen strengths. Test items are measured for the chosen runs only."
+        "fine-tuning's gain in answer NLL, the one with the lowest perplexity on general text is chosen; if none keeps that much, the one with the lowest "
+        "answer NLL. The combined run takes both chosen strengths. Test items are measured for the chosen runs only."
     )
 
 
