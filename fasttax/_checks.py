@@ -52,7 +52,7 @@ def number(op: str, argument: str, value: Any, *, low: float = -math.inf, high: 
         except (TypeError, ValueError):
             raise fail(op, argument, bounds, value, error=TypeError) from None
     value = float(value)
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    if value != value or abs(value) == math.inf or value < low or value > high or (open_low and value == low):
         raise fail(op, argument, bounds, repr(value))
     return value
 

@@ -211,4 +211,5 @@ def require_input_grads(model: nn.Module) -> list[Any]:
         if torch.is_grad_enabled() and not y.requires_grad:
             y.requires_grad_(True)
 
-    return [model.get_input_embeddings().register_forward_hook(hook)]
+    embeddings: Any = model.get_input_embeddings
+    return [embeddings().register_forward_hook(hook)]

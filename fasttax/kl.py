@@ -50,8 +50,8 @@ class Tempering:
 def tempering(op: str, *, kind: str = "policy_ref", beta: float = 0.5, temperature: float = 1.0, ref_temperature: float | None = None,
               softcap: float | None = None, ref_softcap: float | None = None, logit_scale: float = 1.0,
               ref_logit_scale: float = 1.0, inf: str = "propagate") -> Tempering:  # fmt: skip
-    temperature = _checks.number(op, "temperature", temperature, low=0, open_low=True)
-    ref_temperature = temperature if ref_temperature is None else _checks.number(op, "ref_temperature", ref_temperature, low=0, open_low=True)
+    temperature = _checks.number(op, "temperature", temperature, low=1e-30)
+    ref_temperature = temperature if ref_temperature is None else _checks.number(op, "ref_temperature", ref_temperature, low=1e-30)
     return Tempering(
         kind=KINDS.index(_checks.choice(op, "kind", kind, KINDS)),
         beta=_checks.number(op, "beta", beta, low=0, high=1),
@@ -204,7 +204,12 @@ class _InplaceTokenKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering) -> Tensor:
-        if logits.requires_grad and logits.is_leaf:
+        owner = logits if logits._base is None else logits._base
+        shared = logits.untyped_storage().data_ptr() == ref_logits.untyped_storage().data_ptr()
+        if shared or any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+            raise _checks.fail("token_kl", "inplace_backward", "logits with memory of their own", "expanded ones" if not shared else "memory shared with ref_logits",
+                               "clone them, or pass inplace_backward=False")  # fmt: skip
+        if owner.requires_grad and owner.is_leaf:
             raise _checks.fail("token_kl", "inplace_backward", "logits computed by a model", "leaf logits that require grad",
                                "their values would be lost; pass inplace_backward=False")  # fmt: skip
         kl, stats = torch.ops.fasttax.token_kl(logits.detach(), ref_logits.detach(), mask, *t.args())

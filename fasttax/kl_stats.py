@@ -96,10 +96,15 @@ def check_ids(op: str, ids: Tensor, logits: Tensor, mask: Tensor | None) -> Tens
         raise _checks.fail(op, "ids", f"shape {tuple(logits.shape[:-1])}, one id a token", ids)
     _checks.same_device(op, "ids", ids, "logits", logits)
     ids = ids.long() if mask is None else ids.long().masked_fill(~mask, 0)
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling() and not bool(((ids >= 0) & (ids < logits.shape[-1])).all()):
-        raise _checks.fail(op, "ids", f"values in [0, {logits.shape[-1]})", f"{int(ids.min())} to {int(ids.max())}",
-                           "leave tokens without a label (-100) out with mask=", IndexError)  # fmt: skip
+    check_range(op, "ids", ids, logits.shape[-1])
     return ids
+
+
+def check_range(op: str, name: str, ids: Tensor, V: int) -> None:
+    """On the CPU alone: on a GPU the look would be a host sync, and the gather checks there."""
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling() and not bool(((ids >= 0) & (ids < V)).all()):
+        raise _checks.fail(op, name, f"values in [0, {V})", f"{int(ids.min())} to {int(ids.max())}",
+                           "leave tokens without a label (-100) out with mask=", IndexError)  # fmt: skip
 
 
 def _policy_side(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, outputs: Sequence[str], mask: Tensor | None,
@@ -164,7 +169,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: str = "k3", old_logp: T
         _checks.same_device(op, name, value, "logp", logp)
     _checks.choice(op, "kind", kind, ESTIMATORS)
     _checks.choice(op, "grad", grad, GRADS)
-    clip = _checks.number(op, "clip", clip, low=0, high=80, open_low=True)
+    clip = _checks.number(op, "clip", clip, low=0, high=40, open_low=True)
     mask = check_mask(op, mask, logp.shape, logp.device)
     logp, ref_logp = reference.wide(logp), reference.wide(ref_logp)
     old = None if old_logp is None else reference.wide(old_logp)
@@ -218,6 +223,8 @@ def topk_kl(logits: Tensor, ref_topk_logp: Tensor, ref_topk_ids: Tensor, *, kind
     if ref_topk_logp.shape != ref_topk_ids.shape or ref_topk_logp.shape[:-1] != logits.shape[:-1] or ref_topk_logp.shape[-1] > logits.shape[-1]:
         raise _checks.fail(op, "ref_topk_logp", f"shape {tuple(logits.shape[:-1])} + (k,) with k <= {logits.shape[-1]}, as ref_topk_ids", ref_topk_logp)
     _checks.same_device(op, "ref_topk_logp", ref_topk_logp, "logits", logits)
+    check_range(op, "ref_topk_ids", ref_topk_ids if mask is None else ref_topk_ids.masked_fill(~(mask != 0).broadcast_to(logits.shape[:-1])[..., None], 0),
+                logits.shape[-1])  # fmt: skip
     t = tempering(op, kind=kind, beta=beta, temperature=temperature, softcap=softcap, logit_scale=logit_scale, inf=inf)
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
     if mask is not None:
@@ -230,5 +237,5 @@ def topk_kl(logits: Tensor, ref_topk_logp: Tensor, ref_topk_ids: Tensor, *, kind
     if tail == "ghost" and k < x.shape[-1]:
         rest = x.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         mass = ref_top.logsumexp(-1, keepdim=True).clamp(max=0.0)  # log of the reference's mass on its top k
-        top, ref_top = torch.cat((top, rest), -1), torch.cat((ref_top, torch.log(-torch.expm1(mass))), -1)
+        top, ref_top = torch.cat((top, rest), -1), torch.cat((ref_top, torch.log((-torch.expm1(mass)).clamp_min(2.0**-24))), -1)  # unknown below float32
     return token_kl(top, ref_top, kind=kind, beta=beta, mask=mask, weight=weight, reduction=reduction, inf=inf)

@@ -24,7 +24,7 @@ CHUNK_BYTES = 256 << 20  # of float32 logits, both models together
 def _head(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor:
     _checks.tensor(op, f"{prefix}hidden", hidden)
     _checks.tensor(op, f"{prefix}weight", weight)
-    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
         raise _checks.fail(op, f"{prefix}weight", f"shape (V, {hidden.shape[-1] if hidden.dim() else 'H'}), the head of {prefix}hidden", weight)
     _checks.same_device(op, f"{prefix}weight", weight, f"{prefix}hidden", hidden)
     if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
@@ -75,8 +75,12 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
     _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden)
     mask = check_mask(op, mask, hidden.shape[:-1], hidden.device)
     flat_mask = None if mask is None else mask.reshape(-1)
+    if flat_mask is not None:  # NaN under the mask would reach the heads' gradients through 0 * NaN
+        h, r = h.masked_fill(~flat_mask[:, None], 0.0), r.masked_fill(~flat_mask[:, None], 0.0)
     if tp_group is not None:
         h, r = to_group(h, tp_group), to_group(r, tp_group)
+    # widened once, so that the chunks' gradients meet in float32
+    weight, ref_weight = reference.wide(weight), reference.wide(ref_weight)
 
     def part(h: Tensor, r: Tensor, w: Tensor, rw: Tensor, b: Tensor | None, rb: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
         x, y = _logits(h, w, b), _logits(r, rw, rb)
@@ -114,8 +118,11 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: 
         raise _checks.fail(op, "ids", f"shape {tuple(hidden.shape[:-1])}, one id a token", ids)
     mask = check_mask(op, mask, hidden.shape[:-1], hidden.device)
     flat_mask, flat_ids = None if mask is None else mask.reshape(-1), ids.reshape(-1)
+    if flat_mask is not None:
+        h = h.masked_fill(~flat_mask[:, None], 0.0)
     if tp_group is not None:
         h = to_group(h, tp_group)
+    weight = reference.wide(weight)
 
     def part(h: Tensor, i: Tensor, w: Tensor, b: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
         stats = token_stats(_logits(h, w, b), None, i, outputs=names, temperature=temperature, softcap=softcap, logit_scale=logit_scale,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # thousands of tiny parallel regions: spinning threads would fight over two cores
 
 import pytest
 import torch

@@ -13,6 +13,7 @@ constexpr int kRows = 6, kVectors = 2;  // 12 + 2 + 1 of 16
 constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int kCols = kVectors * kLanes;
+constexpr int64_t kFold = 256;  // tokens summed in one run of floats; longer examples add runs, so the error grows as sqrt(T / 256)
 
 template <class T>
 inline void pack(const T* src, int64_t row_stride, int64_t t, int64_t col, int64_t cols, int64_t width, bool square, float weight,
@@ -49,14 +50,29 @@ inline void fisher_tile(const float* a, const float* d, const int64_t* starts, i
                         float* tile) {
   for (int64_t n = 0; n < examples; ++n) {
     const int64_t begin = starts[n], end = squares ? starts[examples] : starts[n + 1];
+    const bool split = end - begin > kFold;
+    float folded[kRows * kCols];
+    if (split) std::fill(folded, folded + kRows * kCols, 0.0f);
     VF acc[kRows][kVectors] = {};
-    for (int64_t t = begin; t < end; ++t) {
-      VF col[kVectors];
-      for (int v = 0; v < kVectors; ++v) col[v] = load(a + t * kCols + v * kLanes);
-      for (int r = 0; r < kRows; ++r) {
-        const VF row = splat(d[t * kRows + r]);
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(row, col[v], acc[r][v]);
+    for (int64_t t = begin; t < end;) {
+      const int64_t stop = std::min(end, t + kFold);
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = VF{};
+      for (; t < stop; ++t) {
+        VF col[kVectors];
+        for (int v = 0; v < kVectors; ++v) col[v] = load(a + t * kCols + v * kLanes);
+        for (int r = 0; r < kRows; ++r) {
+          const VF row = splat(d[t * kRows + r]);
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(row, col[v], acc[r][v]);
+        }
       }
+      if (split)
+        for (int r = 0; r < kRows; ++r)
+          for (int v = 0; v < kVectors; ++v) {
+            float* f = folded + r * kCols + v * kLanes;
+            acc[r][v] += load(f);
+            store(f, acc[r][v]);
+          }
     }
     const float w = weights ? weights[n] : 1.0f;
     for (int r = 0; r < kRows; ++r)

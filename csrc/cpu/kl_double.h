@@ -48,26 +48,32 @@ inline double kl_double_forward(const double* x, const double* y, int64_t V, con
     mx = std::max(mx, z.x);
     my = std::max(my, z.y);
   }
-  double S = 0, G = 0, B = 0, C = 0;
+  double S = 0, Y = 0, G = 0, B = 0, C = 0, A = 0, D = 0;
   for (int64_t i = 0; i < V; ++i) {
     const DoublePair z(x[i], y[i], k);
     const double ex = std::exp(z.x - mx), ey = std::exp(z.y - my), d = (z.x - z.y) - (mx - my);
     const bool near = std::fabs(d) <= 1;
     const double change = near ? ex * std::expm1(-d) : ey - ex;
     S += ex;
+    Y += ey;
     G += change;
+    A += weighted(ex, d);
+    D += weighted(ey, d);
     B += near ? ex * kl_bregman(d) : change + weighted(ex, d);
     C += near ? ey * kl_bregman(-d) : -change - weighted(ey, d);
   }
-  const double tau = G / S, log_ratio = -std::log1p(tau);
-  const bool zero = k.kind == 2 && (k.beta == 0 || k.beta == 1);
-  double value = k.kind == 0 ? B / S - kl_defect(tau) : k.kind == 1 ? C / (S + G) - kl_defect(-tau / (1 + tau)) : (S + G) * 0;
+  const double tau = G / S;
+  const bool centred = std::fabs(tau) <= 0.5, zero = k.kind == 2 && (k.beta == 0 || k.beta == 1);
+  const double log_ratio = centred ? -std::log1p(tau) : std::log(S / Y);
+  double value = (S + Y) * 0;
+  if (k.kind == 0) value = centred ? B / S - kl_defect(tau) : A / S - log_ratio;
+  if (k.kind == 1) value = centred ? C / Y - kl_defect(-G / Y) : log_ratio - D / Y;
   double center = value, ref_center = 0;
   if (k.kind == 2 && !zero) {
     value = center = ref_center = 0;
     for (int64_t i = 0; i < V; ++i) {
       const DoublePair z(x[i], y[i], k);
-      const double p = std::exp(z.x - mx) / S, q = std::exp(z.y - my) / (S + G), u = (z.x - z.y) - (mx - my) - log_ratio;
+      const double p = std::exp(z.x - mx) / S, q = std::exp(z.y - my) / Y, u = (z.x - z.y) - (mx - my) - log_ratio;
       const double eps = std::expm1(-u), l = log_mix_double(u, k.beta);
       const double p_part = weighted(p, -l), q_part = weighted(q, p == 0 ? -std::log(k.beta) : -u - l);
       value += std::fabs(u) <= 1 ? p * (k.beta * jsd_g(eps) - jsd_g(k.beta * eps)) : k.beta * q_part + (1 - k.beta) * p_part;
@@ -75,7 +81,7 @@ inline double kl_double_forward(const double* x, const double* y, int64_t V, con
       ref_center += q_part;
     }
   }
-  const double row[8] = {mx, my, S, log_ratio, center, ref_center, S + G, 0};
+  const double row[8] = {mx, my, S, log_ratio, center, ref_center, Y, 0};
   std::copy(row, row + 8, kept);
   return value < 0 ? 0.0 : value;
 }

@@ -16,7 +16,7 @@ namespace FASTTAX_ISA_NS {
 
 constexpr int64_t kChunk = 2048;
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kFrameSlack = 40.0f;  // e^40 * V stays far below float's range, and exp() is exact enough there
+constexpr float kFrameSlack = 20.0f;  // e^20 * V stays far below float's range, and exp() is exact enough there
 
 inline VF where_zero(VF weight, VF value) { return weight == 0.0f ? splat(0.0f) : value; }  // 0 * inf is 0 here
 
@@ -42,17 +42,19 @@ struct Frame {
 
   VF capped(VF x, float scale, float cap) const { return tanh(x * (scale / cap)) * cap; }
 
-  void raw(VF& x, VF& y) const {
+  // `n` lanes hold entries; a softcap would turn the filler's -inf into -cap, so it is put back.
+  void raw(VF& x, VF& y, int64_t n) const {
     if (mode != FrameMode::kGeneral) return;
     const VI gone = k.inf_mask ? ((x == -kInf) | (y == -kInf)) : VI{};
     if (k.cap > 0) x = capped(x, k.scale, k.cap);
     if (k.ref_cap > 0) y = capped(y, k.ref_scale, k.ref_cap);
     x = gone ? splat(-kInf) : x;
     y = gone ? splat(-kInf) : y;
+    for (int64_t j = n; j < kLanes; ++j) x[j] = y[j] = -kInf;
   }
 
-  void operator()(VF x, VF y, VF& ax, VF& d) const {
-    raw(x, y);
+  void operator()(VF x, VF y, VF& ax, VF& d, int64_t n = kLanes) const {
+    raw(x, y, n);
     ax = x - r.mx;
     if (mode == FrameMode::kUnit) {
       d = (x - y) - c;
@@ -63,8 +65,8 @@ struct Frame {
   }
 
   // ax - d, also where one of the rows is -inf and d is no number
-  VF ay(VF x, VF y) const {
-    raw(x, y);
+  VF ay(VF x, VF y, int64_t n = kLanes) const {
+    raw(x, y, n);
     const VF centred = y - r.my;
     if (mode == FrameMode::kUnit) return centred;
     return centred * (mode == FrameMode::kShared ? k.row_scale : k.ref_row_scale) + r.shift;
@@ -83,8 +85,8 @@ template <class T>
 inline void maxima(const T* x, const T* y, int64_t end, const KlParams& k, KlRow& r) {
   VF mx = splat(-kInf), my = splat(-kInf);
   const Frame<FrameMode::kGeneral> frame(k, r);
-  for_vectors(x, y, 0, end, [&](VF xv, VF yv, int64_t, int64_t) {
-    if (!k.plain) frame.raw(xv, yv);
+  for_vectors(x, y, 0, end, [&](VF xv, VF yv, int64_t, int64_t n) {
+    if (!k.plain) frame.raw(xv, yv, n);
     mx = max_keep_nan(xv, mx);  // a NaN entry is passed over here and reaches the sums through exp
     my = max_keep_nan(yv, my);
   });
@@ -94,7 +96,8 @@ inline void maxima(const T* x, const T* y, int64_t end, const KlParams& k, KlRow
 }
 
 struct Sums {
-  double s = 0, g = 0, b = 0;  // b: B of math/kl.h, or C for ref_policy
+  double s = 0, y = 0, g = 0;  // sum e^ax, sum e^ay, their difference
+  double b = 0, a = 0;         // B and sum e^ax d; for ref_policy C and -sum e^ay d
   float top = -kInf;           // highest entry above the frames
 };
 
@@ -105,8 +108,8 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
   for (int64_t start = 0; start < V; start += kChunk) {
     const int64_t end = std::min(V, start + kChunk);
     VF S{}, G{}, B{}, top = splat(-kInf);  // B is B or C, by kind
-    VF plain_y{}, plain_a{};               // sum e^ay, sum e^ax d (kRefPolicy: -e^ay d) of the lanes summed plainly
-    VF plain_x{};
+    VF plain_x{}, plain_y{}, plain_a{};    // lanes summed plainly: e^ax, e^ay, and e^ax d (ref_policy: -e^ay d)
+    VF blend_x{}, blend_y{}, blend_g{}, blend_b{}, blend_a{};
     auto small = [&](VF ax, VF d) {  // every |d| <= 1/4
       const VF ex = exp(ax), f = kl_bregman_small(d), change = ex * (f - d);
       S += ex;
@@ -126,10 +129,19 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
       const VI near = abs(d) <= kSmallGap;
       const VF f = kl_bregman_small(d);
       const VF change = near ? ex * (f - d) : ey - ex;
-      S += ex;
-      G += change;
-      if (kind == KlKind::kPolicyRef) B += near ? ex * f : change + where_zero(ex, ex * d);
-      if (kind == KlKind::kRefPolicy) B += near ? ey * kl_bregman_small(-d) : -change - where_zero(ey, ey * d);
+      blend_x += ex;
+      blend_y += ey;
+      blend_g += change;
+      if (kind == KlKind::kPolicyRef) {
+        const VF pull = where_zero(ex, ex * d);
+        blend_a += pull;
+        blend_b += near ? ex * f : change + pull;
+      }
+      if (kind == KlKind::kRefPolicy) {
+        const VF pull = where_zero(ey, ey * d);
+        blend_a -= pull;
+        blend_b += near ? ey * kl_bregman_small(-d) : -change - pull;
+      }
     };
     int64_t i = start;
     for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
@@ -151,18 +163,20 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
         top = max_keep_nan(ay, top);
       }
     }
-    for_vectors(x, y, i, end, [&](VF xv, VF yv, int64_t, int64_t) {
+    for_vectors(x, y, i, end, [&](VF xv, VF yv, int64_t, int64_t n) {
       VF ax, d;
-      frame(xv, yv, ax, d);
-      const VF ay = frame.ay(xv, yv);
+      frame(xv, yv, ax, d, n);
+      const VF ay = frame.ay(xv, yv, n);
       top = max_keep_nan(max_keep_nan(ax, ay), top);
       blend(ax, ay, d);
     });
-    const double mass = sum(plain_x), change = sum(plain_y) - mass;
-    total.s += sum(S) + mass;
-    total.g += sum(G) + change;
-    if (kind == KlKind::kPolicyRef) total.b += sum(B) + (change + sum(plain_a));
-    if (kind == KlKind::kRefPolicy) total.b += sum(B) + (sum(plain_a) - change);
+    const double mass = sum(S), change = sum(G), bregman = sum(B);
+    const double plain_mass = sum(plain_x), plain_mass_y = sum(plain_y), plain_change = plain_mass_y - plain_mass, pull = sum(plain_a);
+    total.s += mass + plain_mass + sum(blend_x);
+    total.y += (mass + change) + plain_mass_y + sum(blend_y);
+    total.g += change + plain_change + sum(blend_g);
+    total.b += bregman + (kind == KlKind::kPolicyRef ? pull + plain_change : pull - plain_change) + sum(blend_b);
+    total.a += (kind == KlKind::kPolicyRef ? bregman - change : bregman + change) + pull + sum(blend_a);
     total.top = std::max(total.top, max_of(top));
     if (total.top > kFrameSlack) break;
   }
@@ -196,10 +210,10 @@ inline Mix jsd_sweep(const T* x, const T* y, int64_t V, const KlParams& k, const
   Mix total;
   for (int64_t start = 0; start < V; start += kChunk) {
     VF gap{}, pm{}, qm{};
-    for_vectors(x, y, start, std::min(V, start + kChunk), [&](VF xv, VF yv, int64_t, int64_t) {
+    for_vectors(x, y, start, std::min(V, start + kChunk), [&](VF xv, VF yv, int64_t, int64_t n) {
       VF ax, d;
-      frame(xv, yv, ax, d);
-      const VF p = exp(ax) * r.inv_s, q = exp(frame.ay(xv, yv)) * r.inv_s_ref, u = d - r.log_ratio;
+      frame(xv, yv, ax, d, n);
+      const VF p = exp(ax) * r.inv_s, q = exp(frame.ay(xv, yv, n)) * r.inv_s_ref, u = d - r.log_ratio;
       const VI near = abs(u) <= 0.2f;
       const VF eps = kl_bregman_small(u) - u;  // e^-u - 1
       const VF l = log_mix(u, beta);
@@ -232,27 +246,33 @@ inline float kl_row_forward(const T* x, const T* y, int64_t V, const KlParams& k
       t = sweep_row<kind>(x, y, V, k, r, careful);
       continue;
     }
-    const double tau = t.g / t.s, back = -t.g / (t.s + t.g);
-    const double bregman = t.b / (kind == KlKind::kRefPolicy ? t.s + t.g : t.s);
-    value = bregman - kl_defect(kind == KlKind::kRefPolicy ? back : tau);
-    r.log_ratio = float(-std::log1p(tau));
-    const double gap = kind == KlKind::kRefPolicy ? -std::log1p(tau) - value : value - std::log1p(tau);
+    // Where one row's mass is far from the other's in this frame (|tau| > 1/2), B/S - h(tau) is a difference of large
+    // numbers and so is S + G: the plain form with sums of its own for each row is the accurate one.
+    const double tau = t.g / t.s, back = -t.g / t.y;
+    const bool centred = std::fabs(tau) <= 0.5;
+    const double log_ratio = centred ? -std::log1p(tau) : std::log(t.s / t.y);
+    const double bregman = kind == KlKind::kRefPolicy ? t.b / t.y : t.b / t.s;
+    if (kind == KlKind::kRefPolicy) value = centred ? bregman - kl_defect(back) : t.a / t.y + log_ratio;
+    else value = centred ? bregman - kl_defect(tau) : t.a / t.s - log_ratio;
+    r.log_ratio = float(log_ratio);
+    const double gap = kind == KlKind::kRefPolicy ? log_ratio - value : value + log_ratio;
     r.mean_gap = float(gap);
-    if (!careful && (kind == KlKind::kJsd ? !(t.s + t.g > 0) : !(value >= kTrusted))) {
+    if (!careful && (kind == KlKind::kJsd ? !(t.s > 0 && t.y > 0) : !(value >= kTrusted))) {
       careful = true;
       t = sweep_row<kind>(x, y, V, k, r, careful);
       continue;
     }
     // Frames that do not fit (the rows' maxima lie apart, or a peak outside the primed part) make both terms
     // large and alike: move the frame onto the mean gap, once, and the difference keeps its digits.
-    if (kind == KlKind::kJsd || r.shift != 0 || gap == 0 || !(value < bregman / 16) || !(std::fabs(gap) < kFrameSlack)) break;
+    const bool cancels = centred ? value < bregman / 16 : value < 0.25;
+    if (kind == KlKind::kJsd || r.shift != 0 || gap == 0 || !cancels || !(std::fabs(gap) < kFrameSlack)) break;
     r.shift = float(gap);
     t = sweep_row<kind>(x, y, V, k, r, careful);
   }
   r.inv_s = float(1 / t.s);
-  r.inv_s_ref = float(1 / (t.s + t.g));
+  r.inv_s_ref = float(1 / t.y);
   r.ref_center = 0;
-  if (kind == KlKind::kJsd && jsd_is_zero(k)) value = (t.s + t.g) * 0;  // 0, or NaN for a NaN row
+  if (kind == KlKind::kJsd && jsd_is_zero(k)) value = (t.s + t.y) * 0;  // 0, or NaN for a NaN row
   if (kind == KlKind::kJsd && !jsd_is_zero(k)) {
     const Mix mix = k.plain ? jsd_sweep<FrameMode::kShared>(x, y, V, k, r) : jsd_sweep<FrameMode::kGeneral>(x, y, V, k, r);
     value = mix.gap;
@@ -269,12 +289,12 @@ inline void kl_row_backward(const T* x, const T* y, int64_t V, const KlParams& k
   const float gx = upstream * k.row_slope, gy = upstream * k.ref_row_slope, beta = k.beta;
   for_vectors(x, y, 0, V, [&](VF xv, VF yv, int64_t i, int64_t n) {
     VF ax, d;
-    frame(xv, yv, ax, d);
+    frame(xv, yv, ax, d, n);
     const VF p = exp(ax) * r.inv_s;
     VF for_x{}, for_y{};
     if (kind == KlKind::kPolicyRef && (kSides & 1)) for_x = where_zero(p, p * (d - r.mean_gap));
     if (kind != KlKind::kPolicyRef || (kSides & 2)) {
-      const VF q = exp(frame.ay(xv, yv)) * r.inv_s_ref, u = d - r.log_ratio;
+      const VF q = exp(frame.ay(xv, yv, n)) * r.inv_s_ref, u = d - r.log_ratio;
       const VF p_minus_q = (abs(u) <= kSmallGap) ? p * (u - kl_bregman_small(u)) : p - q;
       if (kind == KlKind::kPolicyRef) for_y = -p_minus_q;
       if (kind == KlKind::kRefPolicy) {

@@ -176,7 +176,7 @@ inline void store(T* p, VF v, int64_t n) {
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(a) in the low bits
 
-// e^z, relative error <= 1.6e-7 (degree-5 minimax on [-ln2/2, ln2/2], 7.5e-8 of it); 0 below -104, NaN for NaN.
+// e^z, relative error <= 2.5e-7 (degree-5 minimax on [-ln2/2, ln2/2], 7.5e-8 of it); 0 below -104, NaN for NaN.
 // Above 88 it is inf or NaN: a caller that may get there checks its frame.
 inline VF exp(VF z) {
   z = max_keep_nan(splat(-104.0f), z);

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from fasttax.demo.settings import DemoError, Settings, parse
+from fasttax.demo.settings import SMOLLM2, DemoError, Settings, parse
 
 NEEDS = {"transformers": "demo", "gguf": "demo", "rich": "demo", "matplotlib": "report"}
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_extras(settings: Settings) -> None:
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None and not (name == "gguf" and settings.tiny)]
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None and (name != "gguf" or settings.model == SMOLLM2)]
     if missing:
         extras = ",".join(sorted({NEEDS[name] for name in missing}))
         raise DemoError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; run: pip install 'fasttax[{extras}]'")
