@@ -50,8 +50,8 @@ class Tempering:
 def tempering(op: str, *, kind: str = "policy_ref", beta: float = 0.5, temperature: float = 1.0, ref_temperature: float | None = None,
               softcap: float | None = None, ref_softcap: float | None = None, logit_scale: float = 1.0,
               ref_logit_scale: float = 1.0, inf: str = "propagate") -> Tempering:  # fmt: skip
-    temperature = _checks.number(op, "temperature", temperature, low=1e-30)
-    ref_temperature = temperature if ref_temperature is None else _checks.number(op, "ref_temperature", ref_temperature, low=1e-30)
+    temperature = _checks.number(op, "temperature", temperature, low=0, open_low=True)
+    ref_temperature = temperature if ref_temperature is None else _checks.number(op, "ref_temperature", ref_temperature, low=0, open_low=True)
     return Tempering(
         kind=KINDS.index(_checks.choice(op, "kind", kind, KINDS)),
         beta=_checks.number(op, "beta", beta, low=0, high=1),
@@ -59,8 +59,8 @@ def tempering(op: str, *, kind: str = "policy_ref", beta: float = 0.5, temperatu
         ref_scale=_checks.number(op, "ref_logit_scale", ref_logit_scale, low=0, open_low=True),
         softcap=0.0 if softcap is None else _checks.number(op, "softcap", softcap, low=0, open_low=True),
         ref_softcap=0.0 if ref_softcap is None else _checks.number(op, "ref_softcap", ref_softcap, low=0, open_low=True),
-        inv_temperature=1 / temperature,
-        ref_inv_temperature=1 / ref_temperature,
+        inv_temperature=_checks.number(op, "1 / temperature", 1 / temperature),
+        ref_inv_temperature=_checks.number(op, "1 / ref_temperature", 1 / ref_temperature),
         inf_mask=_checks.choice(op, "inf", inf, INF) == "mask",
     )
 
@@ -207,8 +207,8 @@ class _InplaceTokenKL(torch.autograd.Function):
         owner = logits if logits._base is None else logits._base
         shared = logits.untyped_storage().data_ptr() == ref_logits.untyped_storage().data_ptr()
         if shared or any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-            raise _checks.fail("token_kl", "inplace_backward", "logits with memory of their own", "expanded ones" if not shared else "memory shared with ref_logits",
-                               "clone them, or pass inplace_backward=False")  # fmt: skip
+            got = "memory shared with ref_logits" if shared else "expanded ones"
+            raise _checks.fail("token_kl", "inplace_backward", "logits with memory of their own", got, "clone them, or pass inplace_backward=False")
         if owner.requires_grad and owner.is_leaf:
             raise _checks.fail("token_kl", "inplace_backward", "logits computed by a model", "leaf logits that require grad",
                                "their values would be lost; pass inplace_backward=False")  # fmt: skip

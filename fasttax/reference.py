@@ -60,8 +60,22 @@ def gap(lp: Tensor, lq: Tensor) -> Tensor:
     return torch.where((lp == -math.inf) & (lq == -math.inf), torch.zeros_like(lp), lp - lq)
 
 
-def log_mixture(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
-    return torch.logaddexp(lp + math.log1p(-beta), lq + math.log(beta))
+def log_mixture(u: Tensor, beta: float) -> Tensor:
+    """log(m/p) of the mixture m = (1 - beta) p + beta q, exactly 0 where u = log p - log q is."""
+    e = torch.exp(-u.abs())
+    return torch.where(u < 0, torch.log(beta + (1 - beta) * e) - u, torch.log1p((e - 1) * beta))
+
+
+def jensen_gap(t: Tensor) -> Tensor:
+    """g(t) = (1 + t) log1p(t) - t >= 0; the series below 0.1, where the difference would cancel."""
+    series = sum(((-t) ** k / (k * (k - 1)) for k in range(2, 12)), torch.zeros_like(t))
+    return torch.where(t.abs() < 0.1, series, times(1 + t, torch.log1p(t)) - t)
+
+
+def divergences_to_mixture(p: Tensor, q: Tensor, u: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log(p/m) and log(q/m); where p is 0, q/m = 1/beta."""
+    l = log_mixture(u, beta)
+    return -l, torch.where(p == 0, torch.full_like(u, -math.log(beta)), -u - l)
 
 
 def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, kind: int, beta: float, scale: float,
@@ -77,8 +91,10 @@ def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, kind: int,
     elif beta in (0.0, 1.0):
         kl = (p + q).sum(-1) * 0
     else:
-        lm = log_mixture(lp, lq, beta)
-        kl = (beta * times(q, lq - lm) + (1 - beta) * times(p, lp - lm)).sum(-1).clamp_min(0)
+        p_to_m, q_to_m = divergences_to_mixture(p, q, u, beta)
+        eps = torch.expm1(-u)
+        far = beta * times(q, q_to_m) + (1 - beta) * times(p, p_to_m)
+        kl = torch.where(u.abs() < 0.5, p * (beta * jensen_gap(eps) - jensen_gap(beta * eps)), far).sum(-1).clamp_min(0)
     # a row of NaN (or of -inf alone) is NaN, also where the comparisons above dropped it
     kl = torch.where(torch.isnan(p.sum(-1) + q.sum(-1)), torch.full_like(kl, math.nan), kl)
     if mask is not None:
@@ -99,9 +115,9 @@ def token_kl_backward(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Te
     elif beta in (0.0, 1.0):
         for_p, for_q = p * 0, q * 0
     else:
-        lm = log_mixture(lp, lq, beta)
-        p_to_m, q_to_m = times(p, lp - lm).sum(-1, keepdim=True), times(q, lq - lm).sum(-1, keepdim=True)
-        for_p, for_q = (1 - beta) * times(p, lp - lm - p_to_m), beta * times(q, lq - lm - q_to_m)
+        p_to_m, q_to_m = divergences_to_mixture(p, q, u, beta)
+        for_p = (1 - beta) * times(p, p_to_m - times(p, p_to_m).sum(-1, keepdim=True))
+        for_q = beta * times(q, q_to_m - times(q, q_to_m).sum(-1, keepdim=True))
     out = []
     sides = ((for_p, logits, scale, softcap, inv_temperature, need_policy), (for_q, ref_logits, ref_scale, ref_softcap, ref_inv_temperature, need_ref))
     for d, raw, s, cap, inv_t, need in sides:

@@ -73,7 +73,8 @@ def _against_plain(name: str, base: dict[str, Any], plain: dict[str, Any], run: 
     if general["verdict"] == "better":
         text += f"kept more capability than plain fine-tuning ({numbers})"
         if tax["verdict"] == "worse":
-            text += f", winning back {-general['mean'] / tax['mean']:.0%} of the tax"
+            back = -general["mean"] / tax["mean"]
+            text += f", winning back {back:.0%} of the tax" if back < 1 else ", winning back all of the tax"
     elif general["verdict"] == "worse":
         text += f"did not help at this strength: it kept less capability than plain fine-tuning ({numbers})"
     else:
