@@ -14,8 +14,8 @@ from setuptools import setup
 
 TORCH_FLOOR = "0x020b000000000000"  # 2.11.0: the oldest torch that the built libraries load under
 DEFINES = [("TORCH_TARGET_VERSION", TORCH_FLOOR)]
-FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-ignored-attributes",
-         "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns inside its own AVX-512 headers (PR105593)
+QUIET = ["-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns of its own AVX-512 headers (PR105593)
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", *QUIET]
 CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 
 
@@ -32,11 +32,7 @@ def cuda_wanted() -> bool:
     from torch.utils.cpp_extension import CUDA_HOME
     from torch.version import cuda
 
-    missing = [
-        text
-        for text, there in (("nvcc (set CUDA_HOME)", CUDA_HOME), ("a torch built with CUDA", cuda))
-        if not there
-    ]
+    missing = [text for text, there in (("nvcc (set CUDA_HOME)", CUDA_HOME), ("a torch built with CUDA", cuda)) if not there]
     if missing and choice == "1":
         raise SystemExit(f"fasttax setup: FASTTAX_CUDA=1 needs {' and '.join(missing)}; install it or unset FASTTAX_CUDA")
     if missing:
@@ -59,15 +55,20 @@ def native() -> dict:
         return {}
     cpu = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
     extensions = [
-        CppExtension("fasttax._C", ["csrc/module.cpp", *cpu], define_macros=DEFINES, extra_compile_args=FLAGS,
-                     py_limited_api=True)  # fmt: skip
+        CppExtension("fasttax._C", ["csrc/module.cpp", *cpu], define_macros=DEFINES, extra_compile_args=FLAGS, py_limited_api=True)  # fmt: skip
     ]
     if cuda_wanted():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         cuda = sorted(str(path) for suffix in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(suffix))
         flags = {"cxx": [*FLAGS, "-DFASTTAX_MODULE_CUDA", "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]}
-        kernels = CUDAExtension("fasttax._C_cuda", ["csrc/module.cpp", *cuda], define_macros=DEFINES, extra_compile_args=flags,
-                                extra_link_args=["-Wl,--exclude-libs,ALL"], py_limited_api=True)  # fmt: skip
+        kernels = CUDAExtension(
+            "fasttax._C_cuda",
+            ["csrc/module.cpp", *cuda],
+            define_macros=DEFINES,
+            extra_compile_args=flags,
+            extra_link_args=["-Wl,--exclude-libs,ALL"],
+            py_limited_api=True,
+        )
         # The runtime inside, its symbols hidden: the wheel needs the driver and torch, not the toolkit it was built with.
         kernels.libraries = [library for library in kernels.libraries if library != "cudart"] + ["cudart_static", "dl", "rt", "pthread"]
         extensions.append(kernels)

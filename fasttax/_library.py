@@ -46,10 +46,7 @@ def no_double_backward(name: str, forward: str) -> None:
     """Makes differentiating through a backward op an error; torch would give None gradients and a warning."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"{forward}: second derivatives are not available (create_graph=True reached {name}); "
-            f"use fasttax.reference with autograd for them"
-        )
+        raise RuntimeError(f"{forward}: second derivatives are not available (create_graph=True reached {name}); use fasttax.reference with autograd for them")
 
     torch.library.register_autograd(f"fasttax::{name}", refuse, lib=lib)
 
@@ -84,8 +81,10 @@ def load_native() -> None:
             raise ImportError(advice)
         warnings.warn(advice, RuntimeWarning, stacklevel=3)
     if choice == "cuda" and "_C_cuda" in problems:
-        raise ImportError(f"fasttax: FASTTAX_BACKEND=cuda, but the CUDA C++ kernels are not available ({problems['_C_cuda']}); "
-                          "install nvcc and a torch with CUDA, then `FASTTAX_CUDA=1 pip install --no-build-isolation .`")
+        raise ImportError(
+            f"fasttax: FASTTAX_BACKEND=cuda, but the CUDA C++ kernels are not available ({problems['_C_cuda']}); "
+            "install nvcc and a torch with CUDA, then `FASTTAX_CUDA=1 pip install --no-build-isolation .`"
+        )
 
 
 def active(name: str, device: str) -> tuple[str, str]:

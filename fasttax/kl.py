@@ -156,8 +156,7 @@ def token_kl(logits: Tensor, ref_logits: Tensor, *, kind: str = "policy_ref", be
 # --- schemas, shapes, autograd -----------------------------------------------------------------------------------------
 
 _OPTIONS = (
-    "int kind, float beta, float scale, float ref_scale, float softcap, float ref_softcap, float inv_temperature, "
-    "float ref_inv_temperature, bool inf_mask"
+    "int kind, float beta, float scale, float ref_scale, float softcap, float ref_softcap, float inv_temperature, float ref_inv_temperature, bool inf_mask"
 )
 STATS = 8  # what a native forward keeps of a token for its backward: csrc/math/kl.h, KlRow
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fasttax import _checks, reference
@@ -200,7 +201,16 @@ def topk_logprobs(ref_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise _checks.fail(op, "k", f"an integer from 1 to V = {ref_logits.shape[-1] if ref_logits.dim() else 0}", k)
     x = reference.wide(ref_logits)
     top, ids = x.topk(k, -1)
-    return top - x.logsumexp(-1, keepdim=True), ids
+    largest = top[..., :1]
+    rest = x.scatter(-1, ids[..., :1], -torch.inf).logsumexp(-1, keepdim=True) - largest
+    return (top - largest) - F.softplus(rest), ids  # log1p keeps the digits of a mass near 1, from which the tail's mass is told
+
+
+def _tail_logp(top: Tensor) -> Tensor:
+    """log of the mass that the top-k log-probs leave: (1 - p_1) - (p_2 + ...), where 1 - (p_1 + p_2 + ...) would cancel."""
+    largest, others = top.double().sort(-1, descending=True).values.tensor_split([1], -1)
+    mass = -torch.expm1(largest) - others.exp().sum(-1, keepdim=True)
+    return torch.log(mass.clamp_min(2.0**-24)).to(top.dtype)  # what rounded log-probs can't tell is at least that
 
 
 def topk_kl(logits: Tensor, ref_topk_logp: Tensor, ref_topk_ids: Tensor, *, kind: str = "ref_policy", tail: str = "ghost", beta: float = 0.5,
@@ -236,6 +246,5 @@ def topk_kl(logits: Tensor, ref_topk_logp: Tensor, ref_topk_ids: Tensor, *, kind
     top, ref_top = x.gather(-1, ids), ref_topk_logp.to(x.dtype)
     if tail == "ghost" and k < x.shape[-1]:
         rest = x.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        mass = ref_top.logsumexp(-1, keepdim=True).clamp(max=0.0)  # log of the reference's mass on its top k
-        top, ref_top = torch.cat((top, rest), -1), torch.cat((ref_top, torch.log((-torch.expm1(mass)).clamp_min(2.0**-24))), -1)  # unknown below float32
+        top, ref_top = torch.cat((top, rest), -1), torch.cat((ref_top, _tail_logp(ref_top)), -1)
     return token_kl(top, ref_top, kind=kind, beta=beta, mask=mask, weight=weight, reduction=reduction, inf=inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # thousands of tiny parallel regions: spinning threads would fight over two cores
 
@@ -33,3 +33,22 @@ def simd(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.ops.fasttax._simd_level(request.param)
     yield request.param
     torch.ops.fasttax._simd_level(best)
+
+
+@pytest.fixture(params=["reference", *simd_levels()], ids=lambda backend: backend if isinstance(backend, str) else SIMD[backend])
+def backend(request: pytest.FixtureRequest) -> Iterator[str | int]:
+    """The reference, then every instruction set."""
+    if request.param == "reference":
+        yield request.param
+        return
+    best = torch.ops.fasttax._simd_level(-1)
+    torch.ops.fasttax._simd_level(request.param)
+    yield request.param
+    torch.ops.fasttax._simd_level(best)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

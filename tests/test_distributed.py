@@ -5,28 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import TokenModel, ids, worst
+from processes import on_ranks
 
 from fasttax import DiagonalFisher, FisherEstimate
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        estimator = DiagonalFisher(torch.nn.parallel.DistributedDataParallel(TokenModel()), labels="true")
-        x = ids(5, 6)
-        estimator.update(x[:2] if rank == 0 else x[2:])  # unequal shares
-        estimator.reduce()
-        estimator.finalize().save(f"{folder}/{rank}.safetensors")
-    finally:
-        dist.destroy_process_group()
+def estimate(rank: int, folder: Path) -> None:
+    estimator = DiagonalFisher(torch.nn.parallel.DistributedDataParallel(TokenModel()), labels="true")
+    x = ids(5, 6)
+    estimator.update(x[:2] if rank == 0 else x[2:])  # unequal shares
+    estimator.reduce()
+    estimator.finalize().save(folder / f"{rank}.safetensors")
 
 
 def test_reduce_over_two_processes_is_one_process(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    on_ranks(estimate, tmp_path)
     estimator = DiagonalFisher(TokenModel(), labels="true")
     estimator.update(ids(5, 6))
     whole = estimator.finalize()

@@ -163,6 +163,7 @@ def test_bias_and_norm_sqgrad(dtype: torch.dtype, weighted: bool) -> None:
     weight = torch.rand(4) if weighted else None
     w = torch.ones(4, dtype=torch.float64) if weight is None else weight.double()
     for out, per_token in ((F.bias_sqgrad(d, example_weight=weight), d), (F.norm_sqgrad(x, d, example_weight=weight), (x, d))):
+
         def compose(kind: torch.dtype, per_token: Any = per_token) -> Tensor:
             value = per_token.to(kind) if isinstance(per_token, Tensor) else per_token[0].to(kind) * per_token[1].to(kind)
             return (w.to(kind)[:, None] * value.sum(1) ** 2).sum(0)

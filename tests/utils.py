@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def assert_within(out: Tensor, baseline: Tensor, truth: Tensor, *, factor: float = 2.0, ulps: float = 4.0) -> None:
+def assert_within(out: Tensor, baseline: Tensor, truth: Tensor, *, factor: float = 2.0, ulps: float = 4.0, name: str = "") -> None:
     """max|out - truth| <= factor * max|baseline - truth| + `ulps` roundings of out's dtype at the truth's scale.
 
     `baseline` is what PyTorch's own composition gives in out's dtype; the ulps are there for a baseline that is right by luck.
@@ -23,7 +23,13 @@ def assert_within(out: Tensor, baseline: Tensor, truth: Tensor, *, factor: float
     scale = truth[finite].abs().max().item()
     # the truth is a float64 composition and has roundings of its own
     allowed = factor * own + ulps * torch.finfo(out.dtype).eps * scale + 16 * torch.finfo(torch.float64).eps
-    assert error <= allowed, f"error {error:.3e} > {allowed:.3e} (PyTorch's own {own:.3e}, scale {scale:.3e})"
+    assert error <= allowed, f"{name} error {error:.3e} > {allowed:.3e} (PyTorch's own {own:.3e}, scale {scale:.3e})"
+
+
+def own_result(float32: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """PyTorch's own result in `dtype`, from its float32 one. In float64: float32's error 2^29 times smaller, times four, for the
+    truth is a float64 composition with that error too."""
+    return truth + (float32 - truth) * 2.0**-27 if dtype == torch.float64 else float32.to(dtype)
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:

@@ -40,6 +40,22 @@ inline double log_mix_double(double u, double beta) {
   return u < 0 ? std::log(beta + (1 - beta) * e) - u : std::log1p((e - 1) * beta);
 }
 
+constexpr int64_t kDoubleFold = 64;  // entries summed apart before they join the row's sums: the rounding grows with V / 64 + 64, not V
+
+struct DoubleSums {
+  double S, Y, G, A, B, C, D;
+
+  void operator+=(const DoubleSums& part) {
+    S += part.S;
+    Y += part.Y;
+    G += part.G;
+    A += part.A;
+    B += part.B;
+    C += part.C;
+    D += part.D;
+  }
+};
+
 // kept: mx, my, S, log_ratio, KL or KL(p||m), KL(q||m), S + G
 inline double kl_double_forward(const double* x, const double* y, int64_t V, const DoubleParams& k, double* kept) {
   double mx = -std::numeric_limits<double>::infinity(), my = mx;
@@ -48,20 +64,25 @@ inline double kl_double_forward(const double* x, const double* y, int64_t V, con
     mx = std::max(mx, z.x);
     my = std::max(my, z.y);
   }
-  double S = 0, Y = 0, G = 0, B = 0, C = 0, A = 0, D = 0;
-  for (int64_t i = 0; i < V; ++i) {
-    const DoublePair z(x[i], y[i], k);
-    const double ex = std::exp(z.x - mx), ey = std::exp(z.y - my), d = (z.x - z.y) - (mx - my);
-    const bool near = std::fabs(d) <= 1;
-    const double change = near ? ex * std::expm1(-d) : ey - ex;
-    S += ex;
-    Y += ey;
-    G += change;
-    A += weighted(ex, d);
-    D += weighted(ey, d);
-    B += near ? ex * kl_bregman(d) : change + weighted(ex, d);
-    C += near ? ey * kl_bregman(-d) : -change - weighted(ey, d);
+  DoubleSums sums{};
+  for (int64_t begin = 0; begin < V; begin += kDoubleFold) {
+    DoubleSums part{};
+    for (int64_t i = begin, end = std::min(V, begin + kDoubleFold); i < end; ++i) {
+      const DoublePair z(x[i], y[i], k);
+      const double ex = std::exp(z.x - mx), ey = std::exp(z.y - my), d = (z.x - z.y) - (mx - my);
+      const bool near = std::fabs(d) <= 1;
+      const double change = near ? ex * std::expm1(-d) : ey - ex;
+      part.S += ex;
+      part.Y += ey;
+      part.G += change;
+      part.A += weighted(ex, d);
+      part.D += weighted(ey, d);
+      part.B += near ? ex * kl_bregman(d) : change + weighted(ex, d);
+      part.C += near ? ey * kl_bregman(-d) : -change - weighted(ey, d);
+    }
+    sums += part;
   }
+  const auto [S, Y, G, A, B, C, D] = sums;
   const double tau = G / S;
   const bool centred = std::fabs(tau) <= 0.5, zero = k.kind == 2 && (k.beta == 0 || k.beta == 1);
   const double log_ratio = centred ? -std::log1p(tau) : std::log(S / Y);
@@ -71,14 +92,20 @@ inline double kl_double_forward(const double* x, const double* y, int64_t V, con
   double center = value, ref_center = 0;
   if (k.kind == 2 && !zero) {
     value = center = ref_center = 0;
-    for (int64_t i = 0; i < V; ++i) {
-      const DoublePair z(x[i], y[i], k);
-      const double p = std::exp(z.x - mx) / S, q = std::exp(z.y - my) / Y, u = (z.x - z.y) - (mx - my) - log_ratio;
-      const double eps = std::expm1(-u), l = log_mix_double(u, k.beta);
-      const double p_part = weighted(p, -l), q_part = weighted(q, p == 0 ? -std::log(k.beta) : -u - l);
-      value += std::fabs(u) <= 1 ? p * (k.beta * jsd_g(eps) - jsd_g(k.beta * eps)) : k.beta * q_part + (1 - k.beta) * p_part;
-      center += p_part;
-      ref_center += q_part;
+    for (int64_t begin = 0; begin < V; begin += kDoubleFold) {
+      double part = 0, p_sum = 0, q_sum = 0;
+      for (int64_t i = begin, end = std::min(V, begin + kDoubleFold); i < end; ++i) {
+        const DoublePair z(x[i], y[i], k);
+        const double p = std::exp(z.x - mx) / S, q = std::exp(z.y - my) / Y, u = (z.x - z.y) - (mx - my) - log_ratio;
+        const double eps = std::expm1(-u), l = log_mix_double(u, k.beta);
+        const double p_part = weighted(p, -l), q_part = weighted(q, p == 0 ? -std::log(k.beta) : -u - l);
+        part += std::fabs(u) <= 1 ? p * (k.beta * jsd_g(eps) - jsd_g(k.beta * eps)) : k.beta * q_part + (1 - k.beta) * p_part;
+        p_sum += p_part;
+        q_sum += q_part;
+      }
+      value += part;
+      center += p_sum;
+      ref_center += q_sum;
     }
   }
   const double row[8] = {mx, my, S, log_ratio, center, ref_center, Y, 0};

@@ -32,8 +32,8 @@ const char* ewc_launch(const EwcLaunch& x) {
   }
   const char* failed = x.mode == EwcMode::kAdd ? start<EwcMode::kAdd>(x, args) : start<EwcMode::kValue>(x, args);
   if (failed) return failed;
-  ewc_finish<<<dim3(1), dim3(kEwcFinishThreads), 0, static_cast<cudaStream_t>(x.stream)>>>(
-      x.parts, ewc_total_chunks(x.tensors, x.count), x.factor, x.out, x.out_double);
+  ewc_finish<<<dim3(1), dim3(kEwcFinishThreads), 0, static_cast<cudaStream_t>(x.stream)>>>(x.parts, ewc_total_chunks(x.tensors, x.count),
+                                                                                           x.factor, x.out, x.out_double);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

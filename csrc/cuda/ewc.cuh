@@ -90,8 +90,8 @@ __device__ __forceinline__ S ewc_element(S theta, S anchor, S fisher, S& out, S 
 
 // --- one chunk, by one block -------------------------------------------------------------------------------------------
 
-// Elements [begin, end) one at a time, coalesced: misaligned tensors, tails, float64. A thread may have 256 of them: it adds in double, which
-// at one a round hides behind the loads.
+// Elements [begin, end) one at a time, coalesced: misaligned tensors, tails, float64. A thread may have 256 of them: it adds in double,
+// which at one a round hides behind the loads.
 template <EwcMode mode, class S>
 __device__ __forceinline__ double ewc_singly(const EwcView& x, int begin, int end, S scale) {
   constexpr int kOut = mode == EwcMode::kProx ? kTheta : kGrad;
@@ -145,7 +145,8 @@ __device__ __forceinline__ double ewc_grouped_any(const EwcView& x, int end, flo
   const auto with_out = [&](auto t, auto a, auto f) {
     constexpr int w_t = decltype(t)::value, w_a = decltype(a)::value, w_f = decltype(f)::value;
     if constexpr (mode == EwcMode::kAdd) {
-      return x.types[kGrad] == EwcType::kFloat ? ewc_grouped<mode, w_t, w_a, w_f, 4>(x, end, scale) : ewc_grouped<mode, w_t, w_a, w_f, 2>(x, end, scale);
+      return x.types[kGrad] == EwcType::kFloat ? ewc_grouped<mode, w_t, w_a, w_f, 4>(x, end, scale)
+                                               : ewc_grouped<mode, w_t, w_a, w_f, 2>(x, end, scale);
     } else {
       return ewc_grouped<mode, w_t, w_a, w_f, w_t>(x, end, scale);
     }
@@ -200,7 +201,8 @@ __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm) ewc_kernel(const
 }
 
 // *out = factor * sum of parts. One block: 122,000 parts (8 B parameters) are 240 loads a thread.
-static __global__ void __launch_bounds__(kEwcFinishThreads) ewc_finish(const double* parts, int64_t count, double factor, void* out, bool out_double) {
+static __global__ void __launch_bounds__(kEwcFinishThreads)
+    ewc_finish(const double* parts, int64_t count, double factor, void* out, bool out_double) {
   double total = 0;
   for (int64_t i = threadIdx.x; i < count; i += kEwcFinishThreads) total += parts[i];
   total = ewc_block_sum<kEwcFinishThreads>(total) * factor;

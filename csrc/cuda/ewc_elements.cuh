@@ -86,7 +86,8 @@ __device__ __forceinline__ void ewc_store(uint4* to, bool, const float (&v)[4]) 
 }
 
 __device__ __forceinline__ void ewc_store(uint2* to, bool bfloat, const float (&v)[4]) {
-  if (bfloat) __stcs(to, make_uint2(ewc_bits<uint32_t>(__floats2bfloat162_rn(v[0], v[1])), ewc_bits<uint32_t>(__floats2bfloat162_rn(v[2], v[3]))));
+  if (bfloat)
+    __stcs(to, make_uint2(ewc_bits<uint32_t>(__floats2bfloat162_rn(v[0], v[1])), ewc_bits<uint32_t>(__floats2bfloat162_rn(v[2], v[3]))));
   else __stcs(to, make_uint2(ewc_bits<uint32_t>(__floats2half2_rn(v[0], v[1])), ewc_bits<uint32_t>(__floats2half2_rn(v[2], v[3]))));
 }
 
@@ -95,7 +96,8 @@ __device__ __forceinline__ S ewc_get(const EwcView& x, int k, int i) {
   if constexpr (std::is_same<S, double>::value) {
     return __ldcs(&ewc_at<double>(x, k, i));
   } else {
-    if (k == kFisher && x.types[k] == EwcType::kU8Log) return ewc_u8log(__ldcs(&ewc_at<uint8_t>(x, k, i)), x.scales[i / 256 * 2], x.scales[i / 256 * 2 + 1]);
+    if (k == kFisher && x.types[k] == EwcType::kU8Log)
+      return ewc_u8log(__ldcs(&ewc_at<uint8_t>(x, k, i)), x.scales[i / 256 * 2], x.scales[i / 256 * 2 + 1]);
     if (x.types[k] == EwcType::kFloat) return __ldcs(&ewc_at<float>(x, k, i));
     if (x.types[k] == EwcType::kBFloat16) return __bfloat162float(__ldcs(&ewc_at<__nv_bfloat16>(x, k, i)));
     return __half2float(__ldcs(&ewc_at<__half>(x, k, i)));

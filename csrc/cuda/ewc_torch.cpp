@@ -16,7 +16,8 @@ void launch_on(const char* op, const Tensor& device_of, EwcLaunch launch) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &launch.stream));
   const char* failed = ewc_launch(launch);
-  FASTTAX_CHECK(failed == nullptr, op, "the CUDA launch failed: ", failed ? failed : "", "; see TORCH_CUDA_ARCH_LIST if the library was built for other GPUs");
+  FASTTAX_CHECK(failed == nullptr, op, "the CUDA launch failed: ", failed ? failed : "",
+                "; see TORCH_CUDA_ARCH_LIST if the library was built for other GPUs");
 }
 
 EwcLaunch launch_of(EwcMode mode, const std::vector<EwcTensor>& tensors, double scale) {
@@ -29,7 +30,8 @@ EwcLaunch launch_of(EwcMode mode, const std::vector<EwcTensor>& tensors, double 
 }
 
 // The value of the penalty: one partial sum per chunk, in memory that torch's allocator may reuse as soon as the stream is past it.
-Tensor with_value(const char* op, const std::vector<Tensor>& params, const std::vector<EwcTensor>& tensors, EwcLaunch launch, double factor) {
+Tensor with_value(const char* op, const std::vector<Tensor>& params, const std::vector<EwcTensor>& tensors, EwcLaunch launch,
+                  double factor) {
   FASTTAX_CHECK(!params.empty(), op, "params: expected at least one tensor");
   launch.out_double = params[0].scalar_type() == ScalarType::Double;
   launch.factor = factor;
