@@ -42,11 +42,15 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(f"fasttax::{name}", fake, lib=lib)
 
 
+def second_derivative_message(forward: str, name: str) -> str:
+    return f"{forward}: second derivatives are not available (create_graph=True reached {name}); use fasttax.reference with autograd for them"
+
+
 def no_double_backward(name: str, forward: str) -> None:
     """Makes differentiating through a backward op an error; torch would give None gradients and a warning."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{forward}: second derivatives are not available (create_graph=True reached {name}); use fasttax.reference with autograd for them")
+        raise RuntimeError(second_derivative_message(forward, name))
 
     torch.library.register_autograd(f"fasttax::{name}", refuse, lib=lib)
 

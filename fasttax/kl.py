@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fasttax import _checks, reference
-from fasttax._library import define, lib, no_double_backward
+from fasttax._library import define, lib, no_double_backward, second_derivative_message
 from fasttax._vocab_parallel import gather_vocab
 
 KINDS = ("policy_ref", "ref_policy", "jsd")
@@ -91,19 +91,30 @@ def check_mask(op: str, mask: Tensor | None, shape: torch.Size, device: torch.de
     return (_checks.per_token(op, "mask", mask, shape, device) != 0).contiguous()
 
 
+def _masked_weight(op: str, values: Tensor, mask: Tensor | None, weight: Tensor) -> Tensor:
+    weight = _checks.per_token(op, "weight", weight, values.shape, values.device).to(values.dtype)
+    return weight if mask is None else weight.masked_fill(~mask, 0.0)
+
+
+def _count(values: Tensor, mask: Tensor | None) -> int | Tensor:
+    """Of the unmasked tokens, at least 1; no host sync."""
+    return max(1, values.numel()) if mask is None else mask.sum().clamp(min=1)
+
+
 def reduce(op: str, values: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str) -> Tensor:
     """Weighs and reduces per-token values; "mean" divides by the number of unmasked tokens (0 of them: 0)."""
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
     if weight is not None:
-        weight = _checks.per_token(op, "weight", weight, values.shape, values.device).to(values.dtype)
-        if mask is not None:
-            weight = weight.masked_fill(~mask, 0.0)
-        values = values * weight
+        values = values * _masked_weight(op, values, mask, weight)
     if reduction == "none":
         return values
-    if reduction == "sum":
-        return values.sum()
-    return values.sum() / (max(1, values.numel()) if mask is None else mask.sum().clamp(min=1))
+    return values.sum() if reduction == "sum" else values.sum() / _count(values, mask)
+
+
+def reduced_gradient(op: str, values: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str) -> Tensor:
+    """The gradient of `reduce` ("sum" or "mean") by the tokens' values: known before any of them is. `values` gives shape and dtype."""
+    by_token = torch.ones_like(values) if weight is None else _masked_weight(op, values, mask, weight).contiguous()
+    return by_token if reduction == "sum" else by_token / _count(values, mask)
 
 
 def token_kl(logits: Tensor, ref_logits: Tensor, *, kind: str = "policy_ref", beta: float = 0.5, temperature: float = 1.0,
@@ -148,6 +159,11 @@ def token_kl(logits: Tensor, ref_logits: Tensor, *, kind: str = "policy_ref", be
             raise _checks.fail(op, "inplace_backward", "False with tp_group, mixed dtypes or a strided vocabulary", "True",
                                "pass contiguous logits of one dtype")  # fmt: skip
         kl = _InplaceTokenKL.apply(logits, ref_logits, mask, t)
+    elif reduction != "none" and _gradient_in_forward(logits, ref_logits, weight):
+        summed: Tensor = _ReducedTokenKL.apply(logits, ref_logits, mask, weight, reduction, t)
+        return summed
+    elif torch._C._are_functorch_transforms_active():
+        kl = FunctionalTokenKL.apply(logits, ref_logits, mask, t.args())[0]
     else:
         kl = torch.ops.fasttax.token_kl(logits, ref_logits, mask, *t.args())[0]
     return reduce(op, kl, mask, weight, reduction)
@@ -171,7 +187,18 @@ def _token_kl_backward_fake(grad: Tensor, logits: Tensor, ref_logits: Tensor, ma
     return (logits.new_empty(logits.shape if need_policy else (0,)), ref_logits.new_empty(ref_logits.shape if need_ref else (0,)))
 
 
+def _token_kl_grad_fake(token_weight: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    kl, stats = _token_kl_fake(logits, ref_logits, mask)
+    return (kl, *_token_kl_backward_fake(kl, logits, ref_logits, mask, stats, *options))
+
+
 define(f"token_kl(Tensor logits, Tensor ref_logits, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor)", reference.token_kl, _token_kl_fake)
+define(
+    f"token_kl_grad(Tensor token_weight, Tensor logits, Tensor ref_logits, Tensor? mask, {_OPTIONS}, bool need_policy, bool need_ref) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference.token_kl_grad,
+    _token_kl_grad_fake,
+)
 define(
     f"token_kl_backward(Tensor grad, Tensor logits, Tensor ref_logits, Tensor? mask, Tensor stats, {_OPTIONS}, bool need_policy, "
     "bool need_ref) -> (Tensor, Tensor)",
@@ -196,6 +223,65 @@ def _backward(ctx: Any, d_kl: Tensor, d_stats: Tensor) -> Any:
     needs = ctx.needs_input_grad[:2]
     d = torch.ops.fasttax.token_kl_backward(d_kl.contiguous(), logits, ref_logits, mask, stats, *ctx.options, *needs)
     return (d[0] if needs[0] else None, d[1] if needs[1] else None, None, *[None] * len(ctx.options))
+
+
+def _gradient_in_forward(logits: Tensor, ref_logits: Tensor, weight: Tensor | None) -> bool:
+    """Whether the forward can write the gradient: 3 passes over memory, where forward and then backward take 5.
+
+    Not for float16, whose gradients would underflow before a GradScaler's factor reaches them; not where the tokens' weights are
+    differentiated; not under torch.compile and torch.func, which want ops without state."""
+    return (
+        torch.is_grad_enabled()
+        and (logits.requires_grad or ref_logits.requires_grad)
+        and logits.dtype != torch.float16
+        and not (weight is not None and weight.requires_grad)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _scaled(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
+    """gradient * factor; over `gradient` unless it is to be kept, and with no pass at all where a factor on the CPU is 1."""
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return gradient.clone() if keep else gradient
+    return gradient * factor if keep else gradient.mul_(factor)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on a gradient that was computed without a graph; differentiating it further is an error, not a silent 0."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(second_derivative_message("token_kl", "its backward"))
+
+
+class _ReducedTokenKL(torch.autograd.Function):
+    """The sum or mean of token_kl. Its forward knows every token's weight and leaves nothing to do for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, t: Tempering) -> Tensor:
+        shape_of_kl = logits.new_empty(logits.shape[:-1], dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        token_weight = reduced_gradient("token_kl", shape_of_kl, mask, weight, reduction)
+        needs = ctx.needs_input_grad[:2]
+        kl, *gradients = torch.ops.fasttax.token_kl_grad(token_weight, logits.detach(), ref_logits.detach(), mask, *t.args(), *needs)
+        ctx.gradients = [d if need else None for d, need in zip(gradients, needs, strict=True)]
+        ctx.save_for_backward(token_weight)  # a second backward without retain_graph gets autograd's own error
+        return reduce("token_kl", kl, mask, weight, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        ctx.saved_tensors  # noqa: B018  (raises on a freed graph)
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        gradients, ctx.gradients = ctx.gradients, ctx.gradients if keep else None  # whoever holds a gradient makes autograd copy it
+        gradients = [d if d is None else _scaled(d, factor.detach(), keep) for d in gradients]
+        if torch.is_grad_enabled():  # create_graph
+            marker = torch.zeros((), requires_grad=True)
+            gradients = [d if d is None else _NoSecondDerivative.apply(d, marker) for d in gradients]
+        return *gradients, None, None, None, None
 
 
 class _InplaceTokenKL(torch.autograd.Function):
@@ -227,5 +313,8 @@ class _InplaceTokenKL(torch.autograd.Function):
         return logits, (d_ref if need_ref else None), None, None
 
 
+from fasttax._kl_transforms import FunctionalTokenKL  # noqa: E402  (its rules are for the ops defined above)
+
 torch.library.register_autograd("fasttax::token_kl", _backward, setup_context=_setup, lib=lib)
 no_double_backward("token_kl_backward", "token_kl")
+no_double_backward("token_kl_grad", "token_kl")

@@ -133,6 +133,15 @@ def token_kl_backward(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Te
     return out[0], out[1]
 
 
+def token_kl_grad(token_weight: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, kind: int, beta: float, scale: float,
+                  ref_scale: float, softcap: float, ref_softcap: float, inv_temperature: float, ref_inv_temperature: float, inf_mask: bool,
+                  need_policy: bool, need_ref: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(kl of every token, gradients of sum_n token_weight_n kl_n by both logits); one not asked for is empty."""
+    options = (kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask)
+    kl, stats = token_kl(logits, ref_logits, mask, *options)
+    return (kl, *token_kl_backward(token_weight, logits, ref_logits, mask, stats, *options, need_policy, need_ref))
+
+
 def token_kl_backward_(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, kind: int, beta: float,
                        scale: float, ref_scale: float, softcap: float, ref_softcap: float, inv_temperature: float,
                        ref_inv_temperature: float, inf_mask: bool, need_ref: bool) -> Tensor:  # fmt: skip
