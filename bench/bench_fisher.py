@@ -40,19 +40,22 @@ def whole_model() -> Case:
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, config.vocab_size, (8, 128))
     estimator = fasttax.DiagonalFisher(model)
-    squares = [torch.zeros_like(p) for p in model.parameters()]
+    squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
     def ordinary(rows: Tensor) -> None:
         model.zero_grad(set_to_none=True)
         model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
 
     def loop() -> None:
+        """The Fisher as it is usually written: one example at a time, labels drawn from the model, gradients squared."""
         for row in ids:
-            ordinary(row[None])
-            with torch.no_grad():
-                for square, p in zip(squares, model.parameters(), strict=True):
-                    if p.grad is not None:
-                        square.addcmul_(p.grad, p.grad)
+            model.zero_grad(set_to_none=True)
+            logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
+            labels = torch.distributions.Categorical(logits=logits.detach()).sample()
+            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    squares[name] += p.grad**2
         model.zero_grad(set_to_none=True)
 
     def plain() -> None:

@@ -351,12 +351,25 @@ class DiagonalFisher:
         return estimate if storage == "fp32" else estimate.to(storage)
 
 
+_SAMPLE_BLOCK = 256
+
+
 def _sample(p: Tensor, generator: torch.Generator) -> Tensor:
-    """One label a row by inverse transform: the first v where the running sum of p passes u * (sum p)."""
-    running = p.cumsum(-1)
+    """One label a row by inverse transform: the first v where the running sum of p passes u * (sum p).
+
+    The block is found first, then the label in it: p is read once, and no running sum of the whole vocabulary is written.
+    """
+    V = p.shape[-1]
+    whole = V - V % _SAMPLE_BLOCK
+    masses = [p[..., :whole].unflatten(-1, (-1, _SAMPLE_BLOCK)).sum(-1)] + ([p[..., whole:].sum(-1, keepdim=True)] if whole < V else [])
+    running = torch.cat(masses, -1).cumsum(-1)
     u = torch.rand(p.shape[:-1], dtype=p.dtype, device=p.device, generator=generator)[..., None] * running[..., -1:]
-    labels = torch.searchsorted(running, u, right=True).squeeze(-1).clamp_max(p.shape[-1] - 1)
-    # u = 0 on leading zeros, or rounding at the top, may land on a label of probability 0: take the likeliest then
+    block = torch.searchsorted(running, u, right=True).clamp_max(running.shape[-1] - 1)
+    before = torch.where(block > 0, running.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    index = block * _SAMPLE_BLOCK + torch.arange(min(_SAMPLE_BLOCK, V), device=p.device)
+    inside = p.gather(-1, index.clamp_max(V - 1)).masked_fill(index >= V, 0.0).cumsum(-1)
+    labels = (block * _SAMPLE_BLOCK + torch.searchsorted(inside, u - before, right=True)).squeeze(-1).clamp_max(V - 1)
+    # u = 0 on leading zeros, or rounding at a block's end, may land on a label of probability 0: take the likeliest then
     impossible = p.gather(-1, labels[..., None]).squeeze(-1) <= 0
     return torch.where(impossible, p.argmax(-1), labels) if bool(impossible.any()) else labels
 
