@@ -27,7 +27,7 @@ def cases() -> Iterator[Case]:
             "materialised": partial(baselines.materialised_sqgrad, a, d),
             "fasttax": partial(fasttax.functional.linear_sqgrad, a, d, out=out),
         }
-        yield Case("linear_sqgrad, float32", shape, contenders, 4 * (a.numel() + d.numel() + 2 * out.numel()), 2 * n * t * i * o, rounds=9)
+        yield Case("linear_sqgrad, float32", shape, contenders, 4 * (a.numel() + d.numel() + 2 * out.numel()), 2 * n * t * i * o, rounds=25)
     yield whole_model()
 
 
