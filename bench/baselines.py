@@ -14,6 +14,13 @@ def eager_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (logp.exp() * (logp - ref_logp)).sum(-1).mean()
 
 
+def eager_stats(logits: Tensor, ref_logits: Tensor, ids: Tensor) -> Tensor:
+    logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    p, q = logp.exp(), ref_logp.exp()
+    sampled = logp.gather(-1, ids[:, None])[:, 0]
+    return (sampled - (p * logp).sum(-1) + (p * (logp - ref_logp)).sum(-1) + (q * (ref_logp - logp)).sum(-1)).sum()
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 

@@ -1,8 +1,9 @@
-"""token_kl, forward and backward through autograd with a fresh gradient."""
+"""token_kl and token_stats, forward and backward through autograd with a fresh gradient, and forward alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,12 +12,23 @@ import fasttax
 from bench import baselines, workloads
 from bench.timing import Case
 
+STATS = ("logp", "entropy", "kl_policy_ref", "kl_ref_policy")
+
 
 def cases() -> Iterator[Case]:
     compiled = baselines.compiled(baselines.eager_kl)
 
+    compiled_stats = baselines.compiled(baselines.eager_stats)
+
     def fused(x: Tensor, y: Tensor) -> Tensor:
         return fasttax.token_kl(x, y, reduction="mean")
+
+    def tokens(x: Tensor, y: Tensor) -> Tensor:
+        return fasttax.token_kl(x, y).sum()
+
+    def fused_stats(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        stats = fasttax.token_stats(x, y, ids, outputs=STATS)
+        return torch.stack([getattr(stats, name) for name in STATS]).sum()
 
     for dtype in (torch.float32, torch.bfloat16):
         for shape, n, v in workloads.KL:
@@ -33,4 +45,24 @@ def cases() -> Iterator[Case]:
             name = f"token_kl forward+backward, {str(dtype).removeprefix('torch.')}"
             contenders = {"eager": step(baselines.eager_kl), "torch.compile": step(compiled), "fasttax": step(fused)}
             # read both logits and write one gradient, once each
-            yield Case(name, shape, contenders, floor_bytes=3 * x.numel() * x.element_size())
+            size = x.numel() * x.element_size()
+            yield Case(name, shape, contenders, floor_bytes=3 * size)
+
+            def forward(function: Callable[[Tensor, Tensor], Tensor], x: Tensor = x, y: Tensor = y) -> Callable[[], None]:
+                def call() -> None:
+                    with torch.no_grad():
+                        function(x, y)
+
+                return call
+
+            contenders = {"eager": forward(baselines.eager_kl), "torch.compile": forward(compiled), "fasttax": forward(fused)}
+            yield Case(name.replace("forward+backward", "forward only"), shape, contenders, floor_bytes=2 * size)
+
+            ids = torch.randint(v, (n,))
+            contenders = {
+                "eager": step(partial(baselines.eager_stats, ids=ids)),
+                "torch.compile": step(partial(compiled_stats, ids=ids)),
+                "token_kl alone": step(tokens),
+                "fasttax": step(partial(fused_stats, ids=ids)),
+            }
+            yield Case(name.replace("token_kl", "token_stats (logp, entropy, both KLs)"), shape, contenders, floor_bytes=5 * size)

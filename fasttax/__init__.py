@@ -15,8 +15,8 @@ from fasttax.kl import token_kl as token_kl
 from fasttax.kl_stats import TokenStats as TokenStats
 from fasttax.kl_stats import kl_estimate as kl_estimate
 from fasttax.kl_stats import token_stats as token_stats
-from fasttax.kl_stats import topk_kl as topk_kl
-from fasttax.kl_stats import topk_logprobs as topk_logprobs
+from fasttax.kl_topk import topk_kl as topk_kl
+from fasttax.kl_topk import topk_logprobs as topk_logprobs
 from fasttax.linear_kl import linear_token_kl as linear_token_kl
 from fasttax.linear_kl import linear_token_logprobs as linear_token_logprobs
 

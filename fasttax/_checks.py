@@ -72,3 +72,11 @@ def per_token(op: str, argument: str, value: Any, shape: torch.Size, device: tor
         return value.broadcast_to(shape)
     except RuntimeError:
         raise fail(op, argument, f"a shape that broadcasts to {tuple(shape)} (one value a token)", value) from None
+
+
+def ids_in_range(op: str, name: str, ids: Tensor, V: int) -> None:
+    """On the CPU alone: on a GPU the look would be a host sync, and the gather checks there."""
+    looks = ids.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if looks and ids.numel() and not bool(((ids >= 0) & (ids < V)).all()):
+        raise fail(op, name, f"values in [0, {V})", f"{int(ids.min())} to {int(ids.max())}",
+                   "leave tokens without a label (-100) out with mask=", IndexError)  # fmt: skip

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fasttax import _checks, reference
+from fasttax._kl_transforms import differentiable, register_vmap
 from fasttax._library import define, lib, no_double_backward, second_derivative_message
 from fasttax._vocab_parallel import gather_vocab
 
@@ -163,7 +164,7 @@ def token_kl(logits: Tensor, ref_logits: Tensor, *, kind: str = "policy_ref", be
         summed: Tensor = _ReducedTokenKL.apply(logits, ref_logits, mask, weight, reduction, t)
         return summed
     elif torch._C._are_functorch_transforms_active():
-        kl = FunctionalTokenKL.apply(logits, ref_logits, mask, t.args())[0]
+        kl = differentiable("token_kl", t.args(), logits, ref_logits, mask)[0]
     else:
         kl = torch.ops.fasttax.token_kl(logits, ref_logits, mask, *t.args())[0]
     return reduce(op, kl, mask, weight, reduction)
@@ -313,8 +314,8 @@ class _InplaceTokenKL(torch.autograd.Function):
         return logits, (d_ref if need_ref else None), None, None
 
 
-from fasttax._kl_transforms import FunctionalTokenKL  # noqa: E402  (its rules are for the ops defined above)
-
 torch.library.register_autograd("fasttax::token_kl", _backward, setup_context=_setup, lib=lib)
 no_double_backward("token_kl_backward", "token_kl")
 no_double_backward("token_kl_grad", "token_kl")
+register_vmap("token_kl", tensors=3, outputs=(0, 0))
+register_vmap("token_kl_backward", tensors=5)

@@ -1,4 +1,4 @@
-"""What a trainer asks about sampled tokens: log-probs, entropy, both KLs, Monte-Carlo estimates of the KL, top-k references.
+"""What a trainer asks about sampled tokens: log-probs, entropy, both KLs, and Monte-Carlo estimates of the KL.
 
 k1, k2, k3 as in Schulman 2020, "Approximating KL divergence": with r = ref_logp - logp of a token sampled from the policy,
 k1 = -r, k2 = r^2/2, k3 = e^r - 1 - r; k1 and k3 are unbiased for KL(policy || ref).
@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fasttax import _checks, reference
+from fasttax._kl_transforms import differentiable, register_vmap
+from fasttax._library import define, lib, no_double_backward
 from fasttax._vocab_parallel import gather_vocab
 from fasttax.kl import Tempering, check_logits, check_mask, reduce, tempering, token_kl
 
+ROWS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy")  # of what the op gives: csrc/math/kl.h, TokenStat
 OUTPUTS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy", "kl", "k1", "k2", "k3")
 NEED_IDS = ("logp", "ref_logp", "k1", "k2", "k3")
 NEED_REF = ("ref_logp", "kl_policy_ref", "kl_ref_policy", "kl", "k1", "k2", "k3")
 ESTIMATORS = ("k1", "k2", "k3")
 GRADS = ("estimator", "reverse_kl")
-TAILS = ("ghost", "renormalize")
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,36 @@ def token_stats(logits: Tensor, ref_logits: Tensor | None = None, ids: Tensor | 
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
     if ids is not None:
         ids = check_ids(op, ids, logits, mask)
-    values: dict[str, Tensor] = _policy_side(logits, ref_logits, ids, outputs, mask, t)
-    if ref_logits is not None:
-        for name, which in (("kl_policy_ref", "policy_ref"), ("kl_ref_policy", "ref_policy"), ("kl", kind)):
-            if name in outputs:
-                values[name] = token_kl(logits, ref_logits, mask=mask, **{**options, "kind": which})  # type: ignore[arg-type]
+    values = _values(logits, ref_logits, ids, outputs, mask, t, options)
     return TokenStats(**{name: reduce(op, values[name], mask, weight, reduction) for name in outputs})
+
+
+def _values(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, outputs: Sequence[str], mask: Tensor | None, t: Tempering,
+            options: dict[str, Any]) -> dict[str, Tensor]:  # fmt: skip
+    """Per token. One sweep over both rows where a KL is asked for beside something else; one over each row where none is; and a
+    sweep of their own for the KLs that differ from it: jsd, and those of rows that inf="mask" restricts."""
+    values: dict[str, Tensor] = {}
+    kls = {name: which for name, which in (("kl_policy_ref", "policy_ref"), ("kl_ref_policy", "ref_policy"), ("kl", options["kind"])) if name in outputs}
+    apart = {name for name, which in kls.items() if which == "jsd" or t.inf_mask or set(outputs) == {name}}
+    for name in apart:
+        assert ref_logits is not None
+        values[name] = token_kl(logits, ref_logits, mask=mask, **{**options, "kind": kls[name]})
+    estimates = [name for name in outputs if name in ESTIMATORS]
+    needs_logp, needs_ref_logp = bool(estimates or "logp" in outputs), bool(estimates or "ref_logp" in outputs)
+    policy, ref = (t.scale, t.softcap, t.inv_temperature), (t.ref_scale, t.ref_softcap, t.ref_inv_temperature)
+    if kls.keys() - apart:
+        rows = dict(zip(ROWS, _op(logits, ref_logits, ids, mask, policy, ref), strict=True))
+    else:
+        rows = {}
+        if needs_logp or {"entropy", "lse"} & set(outputs):
+            rows.update(zip(ROWS, _op(logits, None, ids if needs_logp else None, mask, policy, policy), strict=True))
+        if needs_ref_logp:
+            assert ref_logits is not None
+            rows["ref_logp"] = _op(ref_logits, None, ids, mask, ref, ref)[0]
+    rows["kl"] = rows.get(f"kl_{options['kind']}", logits)
+    values.update((name, rows[name]) for name in outputs if name in rows and name not in apart)
+    values.update((name, kl_estimate(rows["logp"], rows["ref_logp"], kind=name)) for name in estimates)
+    return values
 
 
 def check_ids(op: str, ids: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -97,50 +122,8 @@ def check_ids(op: str, ids: Tensor, logits: Tensor, mask: Tensor | None) -> Tens
         raise _checks.fail(op, "ids", f"shape {tuple(logits.shape[:-1])}, one id a token", ids)
     _checks.same_device(op, "ids", ids, "logits", logits)
     ids = ids.long() if mask is None else ids.long().masked_fill(~mask, 0)
-    check_range(op, "ids", ids, logits.shape[-1])
+    _checks.ids_in_range(op, "ids", ids, logits.shape[-1])
     return ids
-
-
-def check_range(op: str, name: str, ids: Tensor, V: int) -> None:
-    """On the CPU alone: on a GPU the look would be a host sync, and the gather checks there."""
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling() and not bool(((ids >= 0) & (ids < V)).all()):
-        raise _checks.fail(op, name, f"values in [0, {V})", f"{int(ids.min())} to {int(ids.max())}",
-                           "leave tokens without a label (-100) out with mask=", IndexError)  # fmt: skip
-
-
-def _policy_side(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, outputs: Sequence[str], mask: Tensor | None,
-                 t: Tempering) -> dict[str, Tensor]:  # fmt: skip
-    def tempered(raw: Tensor, scale: float, cap: float, inv_t: float) -> Tensor:
-        if mask is not None:
-            raw = raw.masked_fill(~mask[..., None], 0.0)
-        return reference.temper(raw, scale, cap, inv_t)
-
-    def shown(value: Tensor) -> Tensor:
-        return value if mask is None else value.masked_fill(~mask, 0.0)
-
-    values: dict[str, Tensor] = {}
-    sampled = [name for name in outputs if name in ESTIMATORS]
-    if not sampled and not {"logp", "ref_logp", "entropy", "lse"} & set(outputs):
-        return values
-    x = tempered(logits, t.scale, t.softcap, t.inv_temperature)
-    lp = x.log_softmax(-1)
-    if "lse" in outputs:
-        values["lse"] = shown(x.logsumexp(-1))
-    if "entropy" in outputs:
-        values["entropy"] = shown(-(lp.exp() * lp.masked_fill(lp == -torch.inf, 0.0)).sum(-1))
-    if ids is None:
-        return values
-    logp = shown(lp.gather(-1, ids[..., None]).squeeze(-1))
-    if "logp" in outputs:
-        values["logp"] = logp
-    if ref_logits is not None and ("ref_logp" in outputs or sampled):
-        y = tempered(ref_logits, t.ref_scale, t.ref_softcap, t.ref_inv_temperature)
-        ref_logp = shown(y.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1))
-        if "ref_logp" in outputs:
-            values["ref_logp"] = ref_logp
-        for name in sampled:
-            values[name] = kl_estimate(logp, ref_logp, kind=name)
-    return values
 
 
 def _exp(x: Tensor, clip: float) -> Tensor:
@@ -193,58 +176,50 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: str = "k3", old_logp: T
     return reduce(op, value, mask, weight, reduction)
 
 
-def topk_logprobs(ref_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest log-probs of every token and their ids: what a cached reference is made of. (..., k) float32 and int64."""
-    op = "topk_logprobs"
-    _checks.tensor(op, "ref_logits", ref_logits)
-    if ref_logits.dim() < 1 or not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= ref_logits.shape[-1]:
-        raise _checks.fail(op, "k", f"an integer from 1 to V = {ref_logits.shape[-1] if ref_logits.dim() else 0}", k)
-    x = reference.wide(ref_logits)
-    top, ids = x.topk(k, -1)
-    largest = top[..., :1]
-    rest = x.scatter(-1, ids[..., :1], -torch.inf).logsumexp(-1, keepdim=True) - largest
-    return (top - largest) - F.softplus(rest), ids  # log1p keeps the digits of a mass near 1, from which the tail's mass is told
+# --- schemas, shapes, autograd -----------------------------------------------------------------------------------------
+
+_INPUTS = "Tensor logits, Tensor? ref_logits, Tensor? ids, Tensor? mask"
+_OPTIONS = "float scale, float ref_scale, float softcap, float ref_softcap, float inv_temperature, float ref_inv_temperature"
+STATS = 11  # what a native forward keeps of a token for its backward: csrc/math/kl.h, StatsRow
 
 
-def _tail_logp(top: Tensor) -> Tensor:
-    """log of the mass that the top-k log-probs leave: (1 - p_1) - (p_2 + ...), where 1 - (p_1 + p_2 + ...) would cancel."""
-    largest, others = top.double().sort(-1, descending=True).values.tensor_split([1], -1)
-    mass = -torch.expm1(largest) - others.exp().sum(-1, keepdim=True)
-    return torch.log(mass.clamp_min(2.0**-24)).to(top.dtype)  # what rounded log-probs can't tell is at least that
+def _op(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, mask: Tensor | None, policy: tuple[float, float, float],
+        ref: tuple[float, float, float]) -> tuple[Tensor, ...]:  # fmt: skip
+    """The six rows; `policy` and `ref` are (scale, softcap, 1 / temperature)."""
+    options = tuple(value for pair in zip(policy, ref, strict=True) for value in pair)
+    ids = None if ids is None else ids.contiguous()
+    if torch._C._are_functorch_transforms_active():
+        return differentiable("token_stats", options, logits, ref_logits, ids, mask)[0].unbind(0)
+    rows: tuple[Tensor, ...] = torch.ops.fasttax.token_stats(logits, ref_logits, ids, mask, *options)[0].unbind(0)
+    return rows
 
 
-def topk_kl(logits: Tensor, ref_topk_logp: Tensor, ref_topk_ids: Tensor, *, kind: str = "ref_policy", tail: str = "ghost", beta: float = 0.5,
-            temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0, mask: Tensor | None = None,
-            weight: Tensor | None = None, reduction: str = "none", inf: str = "propagate") -> Tensor:  # fmt: skip
-    """KL against a reference known by its top k log-probs; at k = V the full KL.
+def _fake(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, mask: Tensor | None, *options: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty((len(ROWS), *logits.shape[:-1]), dtype=dtype), logits.new_empty((*logits.shape[:-1], STATS), dtype=dtype)
 
-    Args:
-        logits: (..., V), the policy's. ref_topk_logp, ref_topk_ids: (..., k), as `topk_logprobs` gives (at the reference's own
-            temperature).
-        tail: "ghost" gathers all other tokens into one, on both sides (a lower bound of the full KL); "renormalize" compares the
-            two distributions restricted to the k tokens.
-        Others as in `token_kl`; temperature, softcap and logit_scale are the policy's.
-    """
-    op = "topk_kl"
-    _checks.tensor(op, "logits", logits)
-    _checks.tensor(op, "ref_topk_logp", ref_topk_logp)
-    _checks.tensor(op, "ref_topk_ids", ref_topk_ids, (torch.int64, torch.int32))
-    _checks.choice(op, "tail", tail, TAILS)
-    if ref_topk_logp.shape != ref_topk_ids.shape or ref_topk_logp.shape[:-1] != logits.shape[:-1] or ref_topk_logp.shape[-1] > logits.shape[-1]:
-        raise _checks.fail(op, "ref_topk_logp", f"shape {tuple(logits.shape[:-1])} + (k,) with k <= {logits.shape[-1]}, as ref_topk_ids", ref_topk_logp)
-    _checks.same_device(op, "ref_topk_logp", ref_topk_logp, "logits", logits)
-    check_range(op, "ref_topk_ids", ref_topk_ids if mask is None else ref_topk_ids.masked_fill(~(mask != 0).broadcast_to(logits.shape[:-1])[..., None], 0),
-                logits.shape[-1])  # fmt: skip
-    t = tempering(op, kind=kind, beta=beta, temperature=temperature, softcap=softcap, logit_scale=logit_scale, inf=inf)
-    mask = check_mask(op, mask, logits.shape[:-1], logits.device)
-    if mask is not None:
-        logits = logits.masked_fill(~mask[..., None], 0.0)
-        ref_topk_ids = ref_topk_ids.masked_fill(~mask[..., None], 0)
-        ref_topk_logp = ref_topk_logp.masked_fill(~mask[..., None], 0.0)
-    ids, k = ref_topk_ids.long(), ref_topk_ids.shape[-1]
-    x = reference.temper(logits, t.scale, t.softcap, t.inv_temperature)
-    top, ref_top = x.gather(-1, ids), ref_topk_logp.to(x.dtype)
-    if tail == "ghost" and k < x.shape[-1]:
-        rest = x.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        top, ref_top = torch.cat((top, rest), -1), torch.cat((ref_top, _tail_logp(ref_top)), -1)
-    return token_kl(top, ref_top, kind=kind, beta=beta, mask=mask, weight=weight, reduction=reduction, inf=inf)
+
+def _backward_fake(grads: Tensor, logits: Tensor, ref_logits: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    need_policy, need_ref = others[-2:]
+    return (logits.new_empty(logits.shape if need_policy else (0,)), logits.new_empty(logits.shape if need_ref else (0,)))
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.options = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, d_values: Tensor, d_stats: Tensor) -> Any:
+    needs = ctx.needs_input_grad[:2]
+    d = torch.ops.fasttax.token_stats_backward(d_values.contiguous(), *ctx.saved_tensors, *ctx.options, *needs)
+    return (d[0] if needs[0] else None, d[1] if needs[1] else None, None, None, *[None] * len(ctx.options))
+
+
+define(f"token_stats({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", reference.token_stats, _fake)
+define(f"token_stats_backward(Tensor grads, {_INPUTS}, Tensor stats, {_OPTIONS}, bool need_policy, bool need_ref) -> (Tensor, Tensor)",
+       reference.token_stats_backward, _backward_fake)  # fmt: skip
+torch.library.register_autograd("fasttax::token_stats", _backward, setup_context=_setup, lib=lib)
+no_double_backward("token_stats_backward", "token_stats")
+register_vmap("token_stats", tensors=4, outputs=(1, 0))
+register_vmap("token_stats_backward", tensors=6, first=1)

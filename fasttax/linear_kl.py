@@ -84,12 +84,12 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
 
     def part(h: Tensor, r: Tensor, w: Tensor, rw: Tensor, b: Tensor | None, rb: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
         x, y = _logits(h, w, b), _logits(r, rw, rb)
-        kl = token_kl(x, y, mask=m, tp_group=tp_group, **options)  # type: ignore[arg-type]
         if not return_entropy:
-            return (kl,)
-        entropy = token_stats(x, outputs=("entropy",), temperature=temperature, softcap=softcap, logit_scale=logit_scale, mask=m, tp_group=tp_group).entropy
-        assert entropy is not None
-        return kl, entropy
+            return (token_kl(x, y, mask=m, tp_group=tp_group, **options),)  # type: ignore[arg-type]
+        stats = token_stats(x, y, outputs=("kl", "entropy"), mask=m, tp_group=tp_group, **options)  # type: ignore[arg-type]
+        assert stats.kl is not None
+        assert stats.entropy is not None
+        return stats.kl, stats.entropy
 
     step = _chunk(op, token_chunk, vocab_chunk, weight.shape[0], 2)
     pieces = []

@@ -152,6 +152,71 @@ def token_kl_backward_(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: T
     return d_ref
 
 
+LOGP, REF_LOGP, ENTROPY, LSE, KL_POLICY_REF, KL_REF_POLICY = range(6)  # rows of what token_stats gives
+
+
+def _tempered_logp(logits: Tensor, mask: Tensor | None, scale: float, softcap: float, inv_temperature: float) -> tuple[Tensor, Tensor]:
+    x = temper(logits, scale, softcap, inv_temperature)
+    x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+    return x, x.log_softmax(-1)
+
+
+def token_stats(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, mask: Tensor | None, scale: float, ref_scale: float, softcap: float,
+                ref_softcap: float, inv_temperature: float, ref_inv_temperature: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(values (6, ...): logp, ref_logp, entropy, lse, KL(p||q), KL(q||p), those without ids or reference 0; stats (..., 11) that only
+    native kernels fill)."""
+    x, lp = _tempered_logp(logits, mask, scale, softcap, inv_temperature)
+    values = x.new_zeros((6, *x.shape[:-1]))
+    index = None if ids is None else (ids if mask is None else ids.masked_fill(~mask, 0))[..., None]
+    if index is not None:
+        values[LOGP] = lp.gather(-1, index)[..., 0]
+    values[ENTROPY] = -times(lp.exp(), lp).sum(-1)
+    values[LSE] = x.logsumexp(-1)
+    if ref_logits is not None:
+        lq = _tempered_logp(ref_logits, mask, ref_scale, ref_softcap, ref_inv_temperature)[1]
+        if index is not None:
+            values[REF_LOGP] = lq.gather(-1, index)[..., 0]
+        options = (scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, False)
+        for row, kind in ((KL_POLICY_REF, POLICY_REF), (KL_REF_POLICY, REF_POLICY)):
+            values[row] = token_kl(logits, ref_logits, mask, kind, 0.0, *options)[0]
+    if mask is not None:
+        values = values.masked_fill(~mask, 0.0)
+    return values, x.new_zeros((*x.shape[:-1], 11))
+
+
+def token_stats_backward(grads: Tensor, logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, mask: Tensor | None, stats: Tensor, scale: float,
+                         ref_scale: float, softcap: float, ref_softcap: float, inv_temperature: float, ref_inv_temperature: float, need_policy: bool,
+                         need_ref: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of sum_s,n grads[s, n] values[s, n]: logp 1[id] - p, lse p, entropy -p (log p + H), the KLs as token_kl_backward.
+    A value whose coefficient is 0 is not differentiated: its gradient may be NaN."""
+    live = torch.ones_like(grads[0], dtype=torch.bool) if mask is None else mask
+    x, y = wide(logits), None if ref_logits is None else wide(ref_logits)
+
+    def one_row(raw: Tensor, logp_row: int, policy: bool, s: float, cap: float, inv_t: float) -> Tensor:
+        rows = [logp_row, ENTROPY, LSE] if policy else [logp_row]
+        used = live & (grads[rows] != 0).any(0)
+        lp = _tempered_logp(raw, used, s, cap, inv_t)[1]
+        p, weight = lp.exp(), grads.masked_fill(~used, 0.0)[..., None]
+        d = torch.zeros_like(p)
+        if ids is not None:
+            at = torch.zeros_like(p).scatter_(-1, ids.masked_fill(~used, 0)[..., None], 1.0)
+            p_at_id = torch.where(at > 0, torch.expm1(lp), p)  # p - 1 without its rounding error
+            d = d - p_at_id * weight[logp_row]
+        if policy:
+            entropy = -times(p, lp).sum(-1, keepdim=True)
+            d = d + p * weight[LSE] - times(p, lp + entropy) * weight[ENTROPY]
+        return times(used[..., None].to(d.dtype), d * temper_slope(raw, s, cap, inv_t))
+
+    d_x = one_row(x, LOGP, True, scale, softcap, inv_temperature) if need_policy else x.new_empty(0)
+    d_y = x.new_empty(0) if y is None or not need_ref else one_row(y, REF_LOGP, False, ref_scale, ref_softcap, ref_inv_temperature)
+    if y is not None:
+        options = (scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, False, need_policy, need_ref)
+        for row, kind in ((KL_POLICY_REF, POLICY_REF), (KL_REF_POLICY, REF_POLICY)):
+            kl_x, kl_y = token_kl_backward(grads[row], x, y, live & (grads[row] != 0), stats, kind, 0.0, *options)
+            d_x, d_y = d_x + kl_x, d_y + kl_y
+    return d_x.to(logits.dtype), d_y.to(logits.dtype)
+
+
 # --- fisher ----------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,18 @@ FASTTAX_HD S kl_bregman_small(S d) {  // f(d) for |d| <= 1/4, relative error <= 
   return d * d * p;
 }
 
+template <class S>
+FASTTAX_HD void kl_bregman_small(S d, S& f, S& back) {  // f(d) and f(-d) for |d| <= 1/4: their even and odd parts
+  const S z = d * d;
+  S even = Const<S>::of(1.0 / 720), odd = Const<S>::of(1.0 / 5040);
+  even = even * z + Const<S>::of(1.0 / 24);
+  odd = odd * z + Const<S>::of(1.0 / 120);
+  even = even * z + Const<S>::of(0.5);
+  odd = (odd * z + Const<S>::of(1.0 / 6)) * d;
+  f = z * (even - odd);
+  back = z * (even + odd);
+}
+
 FASTTAX_HD double kl_bregman(double d) { return fabs(d) < 1e-2 ? kl_bregman_small(d) : expm1(-d) + d; }
 
 FASTTAX_HD double kl_defect(double t) {  // h(t) = t - log1p(t)
@@ -68,9 +80,18 @@ struct KlRow {       // what forward keeps of a row for backward; floats 0..7 of
   float shift;       // added to ay when the row was recentred
   float inv_s;       // 1 / S
   float log_ratio;   // L = log(S_x / S_y); u_j = log p_j - log q_j = d_j - L
-  float mean_gap;    // policy_ref: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m)
-  float ref_center;  // jsd: KL(q||m)
+  float mean_gap;    // policy_ref: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m).  token_stats: E_p[d]
+  float ref_center;  // jsd: KL(q||m).  token_stats: E_q[d]
   float inv_s_ref;   // 1 / (S + G)
+};
+
+// What the op token_stats gives for a token, in this order.
+enum TokenStat { kLogp, kRefLogp, kEntropy, kLse, kKlPolicyRef, kKlRefPolicy, kTokenStats };
+
+struct StatsRow {  // what its forward keeps
+  KlRow kl;
+  float mean;            // E_p[ax]
+  float logp, ref_logp;  // of the id
 };
 
 }  // namespace fasttax
