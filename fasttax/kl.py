@@ -13,6 +13,7 @@ equal logits give exactly 0. JSD as in Lin 1991, generalised as in Agarwal et al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +161,7 @@ def token_kl(logits: Tensor, ref_logits: Tensor, *, kind: str = "policy_ref", be
             raise _checks.fail(op, "inplace_backward", "False with tp_group, mixed dtypes or a strided vocabulary", "True",
                                "pass contiguous logits of one dtype")  # fmt: skip
         kl = _InplaceTokenKL.apply(logits, ref_logits, mask, t)
-    elif reduction != "none" and _gradient_in_forward(logits, ref_logits, weight):
+    elif reduction != "none" and not gradient_in_forward((logits, ref_logits), weight):
         summed: Tensor = _ReducedTokenKL.apply(logits, ref_logits, mask, weight, reduction, t)
         return summed
     elif torch._C._are_functorch_transforms_active():
@@ -226,24 +227,27 @@ def _backward(ctx: Any, d_kl: Tensor, d_stats: Tensor) -> Any:
     return (d[0] if needs[0] else None, d[1] if needs[1] else None, None, *[None] * len(ctx.options))
 
 
-def _gradient_in_forward(logits: Tensor, ref_logits: Tensor, weight: Tensor | None) -> bool:
-    """Whether the forward can write the gradient: 3 passes over memory, where forward and then backward take 5.
+NO_GRAD = "nothing requires grad"
 
-    Not for float16, whose gradients would underflow before a GradScaler's factor reaches them; not where the tokens' weights are
-    differentiated; not under torch.compile and torch.func, which want ops without state."""
-    return (
-        torch.is_grad_enabled()
-        and (logits.requires_grad or ref_logits.requires_grad)
-        and logits.dtype != torch.float16
-        and not (weight is not None and weight.requires_grad)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+
+def gradient_in_forward(tensors: Sequence[Tensor | None], weight: Tensor | None) -> str:
+    """Why a forward can't write the gradients of `tensors` while it is at it; "" where it can.
+
+    float16 gradients would underflow before a GradScaler's factor reaches them; torch.compile and torch.func want ops without state."""
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return NO_GRAD
+    if any(t is not None and t.dtype == torch.float16 for t in tensors):
+        return "a float16 gradient would underflow before a GradScaler's factor reaches it"
+    if weight is not None and weight.requires_grad:
+        return "the tokens' weights require grad"
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return "torch.compile and torch.func want ops without state"
+    return ""
 
 
 def _scaled(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
     """gradient * factor; over `gradient` unless it is to be kept, and with no pass at all where a factor on the CPU is 1."""
-    if factor.device.type == "cpu" and factor.item() == 1.0:
+    if factor.numel() == 1 and factor.device.type == "cpu" and factor.item() == 1.0:
         return gradient.clone() if keep else gradient
     return gradient * factor if keep else gradient.mul_(factor)
 
@@ -252,12 +256,31 @@ class _NoSecondDerivative(torch.autograd.Function):
     """Identity on a gradient that was computed without a graph; differentiating it further is an error, not a silent 0."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor, op: str) -> Tensor:
+        ctx.op = op
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(second_derivative_message("token_kl", "its backward"))
+        raise RuntimeError(second_derivative_message(ctx.op, "its backward"))
+
+
+def hold_gradients(ctx: Any, gradients: Sequence[Tensor | None], token_weight: Tensor) -> None:
+    """Keeps a forward's gradients for `held_gradients`."""
+    ctx.gradients = list(gradients)
+    ctx.save_for_backward(token_weight)  # a second backward without retain_graph gets autograd's own error
+
+
+def held_gradients(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
+    """The gradients that the forward left, times what came from above; nobody else holds them, or autograd would copy them."""
+    ctx.saved_tensors  # noqa: B018  (raises on a freed graph)
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    gradients, ctx.gradients = ctx.gradients, ctx.gradients if keep else None
+    gradients = [d if d is None else _scaled(d, factor.detach(), keep) for d in gradients]
+    if torch.is_grad_enabled():  # create_graph
+        marker = torch.zeros((), requires_grad=True)
+        gradients = [d if d is None else _NoSecondDerivative.apply(d, marker, op) for d in gradients]
+    return gradients
 
 
 class _ReducedTokenKL(torch.autograd.Function):
@@ -269,20 +292,12 @@ class _ReducedTokenKL(torch.autograd.Function):
         token_weight = reduced_gradient("token_kl", shape_of_kl, mask, weight, reduction)
         needs = ctx.needs_input_grad[:2]
         kl, *gradients = torch.ops.fasttax.token_kl_grad(token_weight, logits.detach(), ref_logits.detach(), mask, *t.args(), *needs)
-        ctx.gradients = [d if need else None for d, need in zip(gradients, needs, strict=True)]
-        ctx.save_for_backward(token_weight)  # a second backward without retain_graph gets autograd's own error
+        hold_gradients(ctx, [d if need else None for d, need in zip(gradients, needs, strict=True)], token_weight)
         return reduce("token_kl", kl, mask, weight, reduction)
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:
-        ctx.saved_tensors  # noqa: B018  (raises on a freed graph)
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients, ctx.gradients = ctx.gradients, ctx.gradients if keep else None  # whoever holds a gradient makes autograd copy it
-        gradients = [d if d is None else _scaled(d, factor.detach(), keep) for d in gradients]
-        if torch.is_grad_enabled():  # create_graph
-            marker = torch.zeros((), requires_grad=True)
-            gradients = [d if d is None else _NoSecondDerivative.apply(d, marker) for d in gradients]
-        return *gradients, None, None, None, None
+        return *held_gradients(ctx, "token_kl", factor), None, None, None, None
 
 
 class _InplaceTokenKL(torch.autograd.Function):

@@ -1,11 +1,13 @@
 """KL and log-probs from hidden states and head: logits exist for a chunk of tokens at a time, forward and backward.
 
-Each chunk is recomputed in its backward (six GEMMs in all), so memory is chunk x V whatever the number of tokens.
+Memory is chunk x V whatever the number of tokens. Where the tokens' weights are known up front, each chunk's gradient is made
+while its logits are there: four GEMMs in all, two forward and two back. Elsewhere a chunk is recomputed in its backward: six.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +15,26 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fasttax import _checks, reference
+from fasttax._library import prefer_huge_pages
 from fasttax._vocab_parallel import to_group
-from fasttax.kl import check_mask, reduce, tempering, token_kl
+from fasttax.kl import (
+    NO_GRAD,
+    REDUCTIONS,
+    Tempering,
+    check_mask,
+    gradient_in_forward,
+    held_gradients,
+    hold_gradients,
+    reduce,
+    reduced_gradient,
+    tempering,
+    token_kl,
+)
 from fasttax.kl_stats import OUTPUTS, TokenStats, check_outputs, token_stats
 
-GRAD_MODES = ("auto", "recompute")
-CHUNK_BYTES = 256 << 20  # of float32 logits, both models together
+GRAD_MODES = ("auto", "forward", "recompute")
+CHUNK_BYTES = 96 << 20  # of float32 logits, both models together: 256 tokens of SmolLM2's vocabulary
+MIN_CHUNK = 64  # below it a GEMM no longer runs at its rate
 
 
 def _head(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor:
@@ -33,15 +49,16 @@ def _head(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """float32 (or float64) logits also from bfloat16 operands: rounded logits cost 4-23 % of a JSD gradient (Liger#1432)."""
-    return torch.nn.functional.linear(reference.wide(hidden), reference.wide(weight), None if bias is None else reference.wide(bias))
+    """float32 (or float64) logits also from bfloat16 operands and under autocast: rounded logits cost 4-23 % of a JSD gradient (Liger#1432)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.linear(reference.wide(hidden), reference.wide(weight), None if bias is None else reference.wide(bias))
 
 
 def _chunk(op: str, token_chunk: Any, vocab_chunk: Any, V: int, models: int) -> int:
     for name, value in (("token_chunk", token_chunk), ("vocab_chunk", vocab_chunk)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise _checks.fail(op, name, "None or an integer >= 1", value)
-    return token_chunk or max(16, CHUNK_BYTES // (4 * V * models))
+    return token_chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * V * models))
 
 
 def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, bias: Tensor | None = None, ref_bias: Tensor | None = None,
@@ -56,8 +73,11 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
         hidden: (..., H), ref_hidden: (..., H'). weight: (V, H), ref_weight: (V, H'). bias, ref_bias: (V,). All differentiable.
         token_weight: (...), multiplies the tokens' values (`weight` is the head).
         return_entropy: also return the policy's entropy, as (kl, entropy).
-        grad_mode: "auto" or "recompute": logits are computed again in the backward.
-        token_chunk: tokens at a time; None keeps both logits of a chunk within 256 MiB. vocab_chunk: accepted as an upper bound
+        grad_mode: "forward" makes the gradients in the forward (four GEMMs), which needs reduction "sum" or "mean", or heads
+            (and biases) that do not require grad; not with return_entropy, tp_group, float16 tensors, a token_weight that
+            requires grad, torch.compile or torch.func. "recompute" computes the logits again in the backward (six GEMMs).
+            "auto" takes "forward" where it can.
+        token_chunk: tokens at a time; None keeps both logits of a chunk within 96 MiB, but for 64 tokens. vocab_chunk: accepted as an upper bound
             on columns at a time; chunks here are whole rows, which bounds memory by token_chunk alone.
         tp_group: ranks hold consecutive rows of the heads (and biases).
         Others as in `token_kl`.
@@ -65,7 +85,8 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
     op = "linear_token_kl"
     options = {"kind": kind, "beta": beta, "temperature": temperature, "ref_temperature": ref_temperature, "softcap": softcap,
                "ref_softcap": ref_softcap, "logit_scale": logit_scale, "ref_logit_scale": ref_logit_scale, "inf": inf}  # fmt: skip
-    tempering(op, **options)  # type: ignore[arg-type]
+    t = tempering(op, **options)  # type: ignore[arg-type]
+    _checks.choice(op, "reduction", reduction, REDUCTIONS)
     _checks.choice(op, "grad_mode", grad_mode, GRAD_MODES)
     h, r = _head(op, "", hidden, weight, bias), _head(op, "ref_", ref_hidden, ref_weight, ref_bias)
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
@@ -77,6 +98,15 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
     flat_mask = None if mask is None else mask.reshape(-1)
     if flat_mask is not None:  # NaN under the mask would reach the heads' gradients through 0 * NaN
         h, r = h.masked_fill(~flat_mask[:, None], 0.0), r.masked_fill(~flat_mask[:, None], 0.0)
+    step = _chunk(op, token_chunk, vocab_chunk, weight.shape[0], 2)
+    if grad_mode != "recompute":
+        obstacle = _obstacle((h, weight, r, ref_weight, bias, ref_bias), token_weight, reduction, return_entropy, tp_group)
+        if not obstacle:
+            plan = _Plan(t, flat_mask, None if token_weight is None else _flat(op, token_weight, hidden), reduction, step)
+            kl: Tensor = _GradientInForward.apply(h, weight, r, ref_weight, bias, ref_bias, plan)
+            return kl.reshape(hidden.shape[:-1]) if reduction == "none" else kl
+        if grad_mode == "forward" and obstacle != NO_GRAD:
+            raise _checks.fail(op, "grad_mode", "'auto' or 'recompute'", "'forward'", f"the forward can't make the gradients: {obstacle}")
     if tp_group is not None:
         h, r = to_group(h, tp_group), to_group(r, tp_group)
     # widened once, so that the chunks' gradients meet in float32
@@ -91,13 +121,116 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
         assert stats.entropy is not None
         return stats.kl, stats.entropy
 
-    step = _chunk(op, token_chunk, vocab_chunk, weight.shape[0], 2)
     pieces = []
     for i in range(0, max(1, h.shape[0]), step):
         m = None if flat_mask is None else flat_mask[i : i + step]
         pieces.append(checkpoint(part, h[i : i + step], r[i : i + step], weight, ref_weight, bias, ref_bias, m, use_reentrant=False))
     outs = [reduce(op, torch.cat(group).reshape(hidden.shape[:-1]), mask, token_weight, reduction) for group in zip(*pieces, strict=True)]
     return tuple(outs) if return_entropy else outs[0]
+
+
+def _flat(op: str, token_weight: Tensor, hidden: Tensor) -> Tensor:
+    return _checks.per_token(op, "token_weight", token_weight, hidden.shape[:-1], hidden.device).reshape(-1)
+
+
+def _obstacle(tensors: Sequence[Tensor | None], token_weight: Tensor | None, reduction: str, return_entropy: bool, tp_group: Any) -> str:
+    """Why the gradients of (hidden, weight, ref_hidden, ref_weight, bias, ref_bias) can't be made in the forward; "" where they can."""
+    _, weight, _, ref_weight, bias, ref_bias = tensors
+    if reduction == "none" and any(head is not None and head.requires_grad for head in (weight, ref_weight, bias, ref_bias)):
+        return "with reduction='none' the tokens' weights are not known, and a head requires grad"
+    if return_entropy:
+        return "return_entropy gives two results, each with a gradient of its own"
+    if tp_group is not None:
+        return "under tp_group it takes the other ranks' logits"
+    return gradient_in_forward(tensors, token_weight)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    t: Tempering
+    mask: Tensor | None
+    token_weight: Tensor | None
+    reduction: str
+    step: int
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+class _Side:
+    """One model's head: logits of a chunk into a buffer, and its gradients, added up chunk by chunk in float32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], rows: int) -> None:
+        self.hidden, self.weight = reference.wide(hidden.detach()), reference.wide(weight.detach())
+        self.bias = None if bias is None else reference.wide(bias.detach())
+        self.logits = prefer_huge_pages(self.hidden.new_empty(rows, weight.shape[0]))
+        self.d_hidden = torch.zeros_like(self.hidden) if needs[0] else None
+        self.d_weight = prefer_huge_pages(torch.empty_like(self.weight)) if needs[1] else None
+        self.d_bias = self.hidden.new_zeros(weight.shape[0]) if needs[2] else None
+        self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        if self.d_weight is not None and not hidden.shape[0]:
+            self.d_weight.zero_()
+
+    def project(self, hidden: Tensor) -> Tensor:
+        out = self.logits[: hidden.shape[0]]
+        return torch.mm(hidden, self.weight.T, out=out) if self.bias is None else torch.addmm(self.bias, hidden, self.weight.T, out=out)
+
+    def add(self, begin: int, end: int, d_logits: Tensor) -> None:
+        if self.d_hidden is not None:
+            torch.mm(d_logits, self.weight, out=self.d_hidden[begin:end])
+        if self.d_weight is not None and begin == 0:
+            torch.mm(d_logits.T, self.hidden[begin:end], out=self.d_weight)
+        elif self.d_weight is not None:
+            self.d_weight.addmm_(d_logits.T, self.hidden[begin:end])
+        if self.d_bias is not None:
+            self.d_bias += d_logits.sum(0)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of hidden, weight, bias, in their dtypes."""
+        return [None if d is None else d.to(dtype) for d, dtype in zip((self.d_hidden, self.d_weight, self.d_bias), self.dtypes, strict=True)]
+
+
+class _GradientInForward(torch.autograd.Function):
+    """linear_token_kl whose forward leaves nothing to do for the backward but a multiplication by what comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None, ref_bias: Tensor | None,
+                plan: _Plan) -> Tensor:  # fmt: skip
+        needs = ctx.needs_input_grad
+        with torch.autocast(hidden.device.type, enabled=False):
+            shared, rows = _same(weight, ref_weight) and _same(bias, ref_bias), min(plan.step, hidden.shape[0])
+            policy = _Side(hidden, weight, bias, (needs[0], needs[1], needs[4]), 2 * rows if shared else rows)
+            ref = _Side(ref_hidden, ref_weight, ref_bias, (needs[2], needs[3], needs[5]), 0 if shared else rows)
+            kl = policy.logits.new_empty(hidden.shape[0])
+            ctx.known = plan.reduction != "none"  # what comes from above is one number; else one a token, and only hidden states have gradients
+            token_weight = reduced_gradient("linear_token_kl", kl, plan.mask, plan.token_weight, plan.reduction if ctx.known else "sum")
+            need_policy, need_ref = any(needs[i] for i in (0, 1, 4)), any(needs[i] for i in (2, 3, 5))
+            for begin in range(0, hidden.shape[0], plan.step):
+                end = min(begin + plan.step, hidden.shape[0])
+                if shared:  # one GEMM reads the head once
+                    x, y = policy.project(torch.cat((policy.hidden[begin:end], ref.hidden[begin:end]))).chunk(2)
+                else:
+                    x, y = policy.project(policy.hidden[begin:end]), ref.project(ref.hidden[begin:end])
+                mask = None if plan.mask is None else plan.mask[begin:end]
+                kl[begin:end], stats = torch.ops.fasttax.token_kl(x, y, mask, *plan.t.args())
+                by_token = token_weight[begin:end].contiguous()
+                if need_policy:
+                    d_ref = torch.ops.fasttax.token_kl_backward_(by_token, x, y, mask, stats, *plan.t.args(), need_ref)
+                    policy.add(begin, end, x)
+                else:
+                    d_ref = torch.ops.fasttax.token_kl_backward(by_token, x, y, mask, stats, *plan.t.args(), False, True)[1]
+                if need_ref:
+                    ref.add(begin, end, d_ref)
+        (d_hidden, d_weight, d_bias), (d_ref_hidden, d_ref_weight, d_ref_bias) = policy.gradients(), ref.gradients()
+        hold_gradients(ctx, [d_hidden, d_weight, d_ref_hidden, d_ref_weight, d_bias, d_ref_bias], token_weight)
+        return reduce("linear_token_kl", kl, plan.mask, plan.token_weight, plan.reduction)
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        return *held_gradients(ctx, "linear_token_kl", factor if ctx.known else factor[:, None]), None
 
 
 def linear_token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None, outputs: Sequence[str] = ("logp",),

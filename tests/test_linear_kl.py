@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from processes import on_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from utils import assert_within, own_result, relative_error
 
 import fasttax
@@ -123,6 +124,140 @@ def test_logprobs(dtype: torch.dtype) -> None:
     for o, w, d in zip(grads(stats, [t["hidden"], t["weight"], t["bias"]]), whole(torch.float32), whole(torch.float64), strict=True):
         assert_within(o, own_result(w, d, o.dtype), d)
     assert stats.kl is None
+
+
+# --- gradients in the forward ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk", [None, 1, 5, 13])
+def test_gradients_in_the_forward(chunk: int | None, dtype: torch.dtype, option: str, reduction: str) -> None:
+    t, mask, token_weight = tensors(dtype), torch.arange(N) % 4 != 2, torch.linspace(-1.0, 2.0, N)
+
+    def whole(to: torch.dtype) -> tuple[Tensor, ...]:
+        w = {name: value.detach().to(to).requires_grad_() for name, value in t.items()}
+        x, y = w["hidden"] @ w["weight"].T + w["bias"], w["ref_hidden"] @ w["ref_weight"].T + w["ref_bias"]
+        kl = fasttax.token_kl(x, y, **OPTIONS[option]) * mask * token_weight.to(to)
+        loss = kl.sum() / (int(mask.sum()) if reduction == "mean" else 1)
+        return loss.detach(), *torch.autograd.grad(-3 * loss, list(w.values()))
+
+    out = fasttax.linear_token_kl(*(t[name] for name in NAMES[:4]), bias=t["bias"], ref_bias=t["ref_bias"], mask=mask, token_weight=token_weight,
+                                  reduction=reduction, grad_mode="forward", token_chunk=chunk, **OPTIONS[option])  # fmt: skip
+    got = torch.autograd.grad(-3 * out, [t[name] for name in NAMES])
+    for o, w, d, name in zip((out.detach(), *got), whole(torch.float32), whole(torch.float64), ("value", *NAMES), strict=True):
+        assert_within(o, own_result(w, d, o.dtype), d, name=name)
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_frozen_heads_take_an_upstream_per_token(chunk: int | None) -> None:
+    """The hidden states' gradient is linear in what comes from above, token by token: it can be made before that is known."""
+    t, mask, token_weight = tensors(), torch.arange(N) % 4 != 2, torch.linspace(0.5, 2.0, N)
+    hidden, ref_hidden = t["hidden"], t["ref_hidden"]
+    frozen = {name: t[name].detach() for name in ("weight", "ref_weight", "bias", "ref_bias")}
+    results = []
+    for mode in ("forward", "recompute"):
+        kl = fasttax.linear_token_kl(hidden, frozen["weight"], ref_hidden, frozen["ref_weight"], bias=frozen["bias"], ref_bias=frozen["ref_bias"],
+                                     mask=mask, token_weight=token_weight, token_chunk=chunk, grad_mode=mode)  # fmt: skip
+        results.append((kl.detach(), *torch.autograd.grad((kl * upstream()).sum(), (hidden, ref_hidden))))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert torch.equal(results[0][1][~mask], torch.zeros_like(hidden[~mask]))
+
+
+class Watch(TorchDispatchMode):
+    """GEMMs, and the largest new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gemms, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.gemms += name in ("mm", "addmm", "addmm_")
+        self.largest = max(self.largest, *(o.numel() for o in (out if isinstance(out, tuple | list) else (out,)) if isinstance(o, Tensor)), 0)
+        return out
+
+
+def test_gemms_and_memory() -> None:
+    t = {name: value.detach() for name, value in tensors().items()}
+    for requires, shared, mode, gemms in (
+        (("hidden", "weight"), False, "forward", 4),
+        (("hidden",), False, "forward", 3),
+        (("hidden", "weight", "ref_hidden", "ref_weight"), False, "forward", 6),
+        (("hidden", "weight"), True, "forward", 3),  # both logits in one
+        (("hidden", "weight"), False, "recompute", 6),
+    ):
+        w = {name: value.clone().requires_grad_(name in requires) for name, value in t.items()}
+        refs = (w["hidden"].detach(), w["weight"].detach()) if shared else (w["ref_hidden"], w["ref_weight"])
+        for chunks, token_chunk in ((1, N), (4, 4)):
+            with Watch() as seen:
+                fasttax.linear_token_kl(w["hidden"], w["weight"], *refs, reduction="mean", grad_mode=mode, token_chunk=token_chunk).backward()
+            assert seen.gemms == gemms * chunks, (requires, shared, mode, seen.gemms)
+            assert seen.largest <= max(2 * token_chunk * V, V * H), "something of the size of all logits"
+
+
+def test_a_shared_head_is_the_same_kl() -> None:
+    t = {name: value.detach() for name, value in tensors().items()}
+    ref_hidden = torch.randn(N, H)
+    results = []
+    for ref_weight, ref_bias in ((t["weight"], t["bias"]), (t["weight"].clone(), t["bias"].clone())):
+        h, w, b = (t[name].clone().requires_grad_() if ref_weight is not t["weight"] else t[name].requires_grad_() for name in ("hidden", "weight", "bias"))
+        loss = fasttax.linear_token_kl(h, w, ref_hidden, ref_weight.detach(), bias=b, ref_bias=ref_bias.detach(), reduction="mean", token_chunk=5)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (h, w, b))))
+    torch.testing.assert_close(*results)
+
+
+def test_graphs_kept_freed_and_differentiated() -> None:
+    t = tensors()
+    loss = fasttax.linear_token_kl(*(t[name] for name in NAMES[:4]), reduction="mean")
+    first = torch.autograd.grad(loss, t["weight"], retain_graph=True)[0].clone()
+    assert torch.equal(first, torch.autograd.grad(2 * loss, t["weight"], retain_graph=True)[0] / 2)
+    (d,) = torch.autograd.grad(loss, t["weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_token_kl: second derivatives are not available"):
+        d.sum().backward()
+    loss = fasttax.linear_token_kl(*(t[name] for name in NAMES[:4]), reduction="mean")
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_autocast_does_not_round_the_logits() -> None:
+    t = tensors()
+    losses = []
+    for mode in ("forward", "recompute"):
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                losses.append(fasttax.linear_token_kl(*(t[name] for name in NAMES[:4]), reduction="mean", grad_mode=mode))
+    for loss in losses:
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, losses[0], rtol=1e-6, atol=0)
+
+
+def test_auto_recomputes_where_the_forward_cannot() -> None:
+    half = {name: value.detach().half().requires_grad_() for name, value in tensors().items()}
+    fasttax.linear_token_kl(*(half[name] for name in NAMES[:4]), reduction="mean").backward()
+    assert half["weight"].grad.isfinite().all()
+    t, token_weight = tensors(), torch.rand(N, requires_grad=True)
+    fasttax.linear_token_kl(*(t[name] for name in NAMES[:4]), token_weight=token_weight, reduction="mean").backward()
+    assert token_weight.grad.abs().min() > 0
+    assert fasttax.linear_token_kl(*(t[name].detach() for name in NAMES[:4]), grad_mode="forward").shape == (N,)
+
+
+def refused() -> dict[str, tuple[dict[str, Any], str]]:
+    return {
+        "per_token": ({"reduction": "none"}, "weights are not known"),
+        "entropy": ({"reduction": "mean", "return_entropy": True}, "return_entropy"),
+        "token_weight": ({"reduction": "mean", "token_weight": torch.rand(N, requires_grad=True)}, "weights require grad"),
+    }
+
+
+@pytest.mark.parametrize("case", refused())
+def test_wrong_combinations_are_refused(case: str) -> None:
+    options, reason = refused()[case]
+    with pytest.raises(ValueError, match=f"linear_token_kl: grad_mode: expected 'auto' or 'recompute', got 'forward'.*{reason}"):
+        fasttax.linear_token_kl(*(tensors()[name] for name in NAMES[:4]), grad_mode="forward", **options)
 
 
 # --- vocabulary over two processes -----------------------------------------------------------------------------------------

@@ -131,10 +131,13 @@ Tensor token_kl_backward_(Tensor grad, Tensor logits, Tensor ref_logits, std::op
   return d_ref;
 }
 
+void advise_huge_pages(Tensor t) { prefer_huge_pages(t); }
+
 }  // namespace
 }  // namespace fasttax
 
 STABLE_TORCH_LIBRARY_IMPL(fasttax, CPU, m) {
+  m.impl("_prefer_huge_pages", TORCH_BOX(&fasttax::advise_huge_pages));
   m.impl("token_kl", TORCH_BOX(&fasttax::token_kl));
   m.impl("token_kl_grad", TORCH_BOX(&fasttax::token_kl_grad));
   m.impl("token_kl_backward", TORCH_BOX(&fasttax::token_kl_backward));
