@@ -14,6 +14,10 @@ def eager_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (logp.exp() * (logp - ref_logp)).sum(-1).mean()
 
 
+def eager_linear_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    return eager_kl(hidden @ weight.T, ref_hidden @ ref_weight.T)
+
+
 def eager_stats(logits: Tensor, ref_logits: Tensor, ids: Tensor) -> Tensor:
     logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     p, q = logp.exp(), ref_logp.exp()

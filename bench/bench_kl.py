@@ -66,3 +66,31 @@ def cases() -> Iterator[Case]:
                 "fasttax": step(partial(fused_stats, ids=ids)),
             }
             yield Case(name.replace("token_kl", "token_stats (logp, entropy, both KLs)"), shape, contenders, floor_bytes=5 * size)
+    yield from linear_cases()
+
+
+def linear_cases() -> Iterator[Case]:
+    """SmolLM2's head, trained, against a frozen one."""
+    for shape, n, h, v in workloads.LINEAR_KL:
+        hidden, weight = torch.randn(n, h), torch.randn(v, h) / h**0.5
+        ref_hidden, ref_weight = hidden + 0.1 * torch.randn(n, h), weight + 0.01 * torch.randn(v, h)
+
+        def step(function: Callable[..., Tensor], hidden: Tensor = hidden, weight: Tensor = weight,
+                 refs: tuple[Tensor, Tensor] = (ref_hidden, ref_weight)) -> Callable[[], None]:  # fmt: skip
+            def call() -> None:
+                function(hidden.detach().requires_grad_(), weight.detach().requires_grad_(), *refs).backward()
+
+            return call
+
+        def gemms(hidden: Tensor = hidden, weight: Tensor = weight, refs: tuple[Tensor, Tensor] = (ref_hidden, ref_weight)) -> None:
+            x = hidden @ weight.T
+            refs[0] @ refs[1].T
+            x @ weight
+            x.T @ hidden
+
+        contenders = {
+            "4 GEMMs alone": gemms,
+            "eager": step(baselines.eager_linear_kl),
+            "fasttax": step(partial(fasttax.linear_token_kl, reduction="mean")),
+        }
+        yield Case("linear_token_kl forward+backward, float32", shape, contenders, floor_bytes=4 * (3 * v * h + 4 * n * h))

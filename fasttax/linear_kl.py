@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fasttax import _checks, reference
+from fasttax import _checks
 from fasttax._library import prefer_huge_pages
 from fasttax._vocab_parallel import to_group
 from fasttax.kl import (
@@ -48,10 +48,15 @@ def _head(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
+def _wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What logits are computed in: float32, or float64 where any tensor has it."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """float32 (or float64) logits also from bfloat16 operands and under autocast: rounded logits cost 4-23 % of a JSD gradient (Liger#1432)."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return torch.nn.functional.linear(reference.wide(hidden), reference.wide(weight), None if bias is None else reference.wide(bias))
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 
 def _chunk(op: str, token_chunk: Any, vocab_chunk: Any, V: int, models: int) -> int:
@@ -77,8 +82,8 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
             (and biases) that do not require grad; not with return_entropy, tp_group, float16 tensors, a token_weight that
             requires grad, torch.compile or torch.func. "recompute" computes the logits again in the backward (six GEMMs).
             "auto" takes "forward" where it can.
-        token_chunk: tokens at a time; None keeps both logits of a chunk within 96 MiB, but for 64 tokens. vocab_chunk: accepted as an upper bound
-            on columns at a time; chunks here are whole rows, which bounds memory by token_chunk alone.
+        token_chunk: tokens at a time; None keeps both logits of a chunk within 96 MiB, or 64 tokens if that is more.
+        vocab_chunk: accepted as an upper bound on columns at a time; chunks here are whole rows, so token_chunk alone bounds memory.
         tp_group: ranks hold consecutive rows of the heads (and biases).
         Others as in `token_kl`.
     """
@@ -110,7 +115,8 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
     if tp_group is not None:
         h, r = to_group(h, tp_group), to_group(r, tp_group)
     # widened once, so that the chunks' gradients meet in float32
-    weight, ref_weight = reference.wide(weight), reference.wide(ref_weight)
+    dtype = _wide_dtype(hidden, weight, ref_hidden, ref_weight, bias, ref_bias)
+    weight, ref_weight = weight.to(dtype), ref_weight.to(dtype)
 
     def part(h: Tensor, r: Tensor, w: Tensor, rw: Tensor, b: Tensor | None, rb: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
         x, y = _logits(h, w, b), _logits(r, rw, rb)
@@ -161,11 +167,12 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 class _Side:
-    """One model's head: logits of a chunk into a buffer, and its gradients, added up chunk by chunk in float32."""
+    """One model's head: logits of a chunk into a buffer, and its gradients, added up chunk by chunk in `dtype`."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], rows: int) -> None:
-        self.hidden, self.weight = reference.wide(hidden.detach()), reference.wide(weight.detach())
-        self.bias = None if bias is None else reference.wide(bias.detach())
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], rows: int,
+                 dtype: torch.dtype) -> None:  # fmt: skip
+        self.hidden, self.weight = hidden.detach().to(dtype), weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
         self.logits = prefer_huge_pages(self.hidden.new_empty(rows, weight.shape[0]))
         self.d_hidden = torch.zeros_like(self.hidden) if needs[0] else None
         self.d_weight = prefer_huge_pages(torch.empty_like(self.weight)) if needs[1] else None
@@ -202,8 +209,9 @@ class _GradientInForward(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with torch.autocast(hidden.device.type, enabled=False):
             shared, rows = _same(weight, ref_weight) and _same(bias, ref_bias), min(plan.step, hidden.shape[0])
-            policy = _Side(hidden, weight, bias, (needs[0], needs[1], needs[4]), 2 * rows if shared else rows)
-            ref = _Side(ref_hidden, ref_weight, ref_bias, (needs[2], needs[3], needs[5]), 0 if shared else rows)
+            dtype = _wide_dtype(hidden, weight, ref_hidden, ref_weight, bias, ref_bias)
+            policy = _Side(hidden, weight, bias, (needs[0], needs[1], needs[4]), 2 * rows if shared else rows, dtype)
+            ref = _Side(ref_hidden, ref_weight, ref_bias, (needs[2], needs[3], needs[5]), 0 if shared else rows, dtype)
             kl = policy.logits.new_empty(hidden.shape[0])
             ctx.known = plan.reduction != "none"  # what comes from above is one number; else one a token, and only hidden states have gradients
             token_weight = reduced_gradient("linear_token_kl", kl, plan.mask, plan.token_weight, plan.reduction if ctx.known else "sum")
@@ -255,7 +263,7 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: 
         h = h.masked_fill(~flat_mask[:, None], 0.0)
     if tp_group is not None:
         h = to_group(h, tp_group)
-    weight = reference.wide(weight)
+    weight = weight.to(_wide_dtype(hidden, weight, bias))
 
     def part(h: Tensor, i: Tensor, w: Tensor, b: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
         stats = token_stats(_logits(h, w, b), None, i, outputs=names, temperature=temperature, softcap=softcap, logit_scale=logit_scale,

@@ -245,6 +245,25 @@ def test_auto_recomputes_where_the_forward_cannot() -> None:
     assert fasttax.linear_token_kl(*(t[name].detach() for name in NAMES[:4]), grad_mode="forward").shape == (N,)
 
 
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_mixed_dtypes(mode: str) -> None:
+    """A bfloat16 model against a float32 reference, and anything with float64."""
+    t = {name: value.detach() for name, value in tensors().items()}
+    for change, dtype in (({"hidden": torch.bfloat16, "weight": torch.bfloat16}, torch.float32), ({"ref_weight": torch.float64}, torch.float64),
+                          ({"bias": torch.float64}, torch.float64)):  # fmt: skip
+        w = {name: value.to(change.get(name, torch.float32)).requires_grad_() for name, value in t.items()}
+        loss = fasttax.linear_token_kl(*(w[name] for name in NAMES[:4]), bias=w["bias"], ref_bias=w["ref_bias"], reduction="mean", grad_mode=mode)
+        assert loss.dtype == dtype
+        wide = {name: value.detach().double().requires_grad_() for name, value in w.items()}
+        truth = fasttax.token_kl(
+            wide["hidden"] @ wide["weight"].T + wide["bias"], wide["ref_hidden"] @ wide["ref_weight"].T + wide["ref_bias"], reduction="mean"
+        )
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+        for name, d, e in zip(NAMES, torch.autograd.grad(loss, list(w.values())), torch.autograd.grad(truth, list(wide.values())), strict=True):
+            assert d.dtype == change.get(name, torch.float32)
+            torch.testing.assert_close(d, e.to(d.dtype), rtol=2**-7 if d.dtype == torch.bfloat16 else 1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def refused() -> dict[str, tuple[dict[str, Any], str]]:
     return {
         "per_token": ({"reduction": "none"}, "weights are not known"),
