@@ -16,7 +16,7 @@ from torch import Tensor
 from fasttax import _checks, reference
 from fasttax._kl_transforms import differentiable, register_vmap
 from fasttax._library import define, lib, no_double_backward
-from fasttax._vocab_parallel import gather_vocab
+from fasttax._vocab_parallel import gather_vocab, merge_shards
 from fasttax.kl import Tempering, check_logits, check_mask, reduce, tempering, token_kl
 
 ROWS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy")  # of what the op gives: csrc/math/kl.h, TokenStat
@@ -76,32 +76,36 @@ def token_stats(logits: Tensor, ref_logits: Tensor | None = None, ids: Tensor | 
                "ref_softcap": ref_softcap, "logit_scale": logit_scale, "ref_logit_scale": ref_logit_scale, "inf": inf}  # fmt: skip
     t = tempering(op, **options)  # type: ignore[arg-type]
     outputs = check_outputs(op, outputs, ids, ref_logits)
-    if tp_group is not None:
+    merges = tp_group is not None and not t.inf_mask and not ("kl" in outputs and kind == "jsd")
+    if tp_group is not None and not merges:
         logits = gather_vocab(op, logits, tp_group)
         ref_logits = None if ref_logits is None else gather_vocab(op, ref_logits, tp_group)
     logits, checked = check_logits(op, logits, logits if ref_logits is None else ref_logits)
     ref_logits = None if ref_logits is None else checked
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
     if ids is not None:
-        ids = check_ids(op, ids, logits, mask)
-    values = _values(logits, ref_logits, ids, outputs, mask, t, options)
+        ids = check_ids(op, ids, logits, mask, whole=not merges)
+    values = _values(logits, ref_logits, ids, outputs, mask, t, options, tp_group if merges else None)
     return TokenStats(**{name: reduce(op, values[name], mask, weight, reduction) for name in outputs})
 
 
 def _values(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, outputs: Sequence[str], mask: Tensor | None, t: Tempering,
-            options: dict[str, Any]) -> dict[str, Tensor]:  # fmt: skip
+            options: dict[str, Any], tp_group: Any) -> dict[str, Tensor]:  # fmt: skip
     """Per token. One sweep over both rows where a KL is asked for beside something else; one over each row where none is; and a
     sweep of their own for the KLs that differ from it: jsd, and those of rows that inf="mask" restricts."""
     values: dict[str, Tensor] = {}
     kls = {name: which for name, which in (("kl_policy_ref", "policy_ref"), ("kl_ref_policy", "ref_policy"), ("kl", options["kind"])) if name in outputs}
-    apart = {name for name, which in kls.items() if which == "jsd" or t.inf_mask or set(outputs) == {name}}
+    apart = {name for name, which in kls.items() if which == "jsd" or t.inf_mask or (set(outputs) == {name} and tp_group is None)}
     for name in apart:
         assert ref_logits is not None
         values[name] = token_kl(logits, ref_logits, mask=mask, **{**options, "kind": kls[name]})
     estimates = [name for name in outputs if name in ESTIMATORS]
     needs_logp, needs_ref_logp = bool(estimates or "logp" in outputs), bool(estimates or "ref_logp" in outputs)
     policy, ref = (t.scale, t.softcap, t.inv_temperature), (t.ref_scale, t.ref_softcap, t.ref_inv_temperature)
-    if kls.keys() - apart:
+    if tp_group is not None:
+        wanted = {"kl_" + options["kind"] if name == "kl" else name for name in outputs if name not in ESTIMATORS}
+        rows = merge_shards("token_stats", logits, ref_logits, ids, mask, t, wanted | ({"logp", "ref_logp"} if estimates else set()), tp_group)
+    elif kls.keys() - apart:
         rows = dict(zip(ROWS, _op(logits, ref_logits, ids, mask, policy, ref), strict=True))
     else:
         rows = {}
@@ -116,13 +120,14 @@ def _values(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, outpu
     return values
 
 
-def check_ids(op: str, ids: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+def check_ids(op: str, ids: Tensor, logits: Tensor, mask: Tensor | None, whole: bool) -> Tensor:
     _checks.tensor(op, "ids", ids, (torch.int64, torch.int32))
     if ids.shape != logits.shape[:-1]:
         raise _checks.fail(op, "ids", f"shape {tuple(logits.shape[:-1])}, one id a token", ids)
     _checks.same_device(op, "ids", ids, "logits", logits)
     ids = ids.long() if mask is None else ids.long().masked_fill(~mask, 0)
-    _checks.ids_in_range(op, "ids", ids, logits.shape[-1])
+    if whole:  # the whole vocabulary's size is known here
+        _checks.ids_in_range(op, "ids", ids, logits.shape[-1])
     return ids
 
 

@@ -29,7 +29,9 @@ inline void stats_double_forward(const double* x, const double* y, int64_t V, co
   }
   const double mean = moment / S, entropy = std::log(S) - mean;
   out[kEntropy] = entropy < 0 ? 0 : entropy;
-  out[kLse] = mx + std::log(S);
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  const bool none = std::all_of(x, x + V, [](double v) { return v == -inf; });  // around -inf the sums are NaN
+  out[kLse] = none && mx == -inf ? -inf : mx + std::log(S);
   out[kLogp] = out[kRefLogp] = 0;
   if (id >= 0) {
     const DoublePair z(x[id], other[id], k);

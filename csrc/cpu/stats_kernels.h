@@ -40,6 +40,15 @@ inline double in_frame(float raw, float scale, float cap, float row_scale, float
   return (z - double(frame)) * double(row_scale);
 }
 
+// Whether no entry is a number's log: the row's lse is then -inf, where the sums, taken around -inf, are NaN.
+template <class T>
+inline bool all_minus_infinity(const T* x, int64_t V, const KlRow& r) {
+  if (r.mx != -kInf) return false;
+  for (int64_t i = 0; i < V; ++i)
+    if (to_float(x[i]) != -kInf) return false;
+  return true;
+}
+
 // `out` receives the kTokenStats values of a token; y may be nullptr (no reference), id -1 (none).
 template <class T>
 inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id, StatsRow& row, float* out) {
@@ -91,6 +100,7 @@ inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams&
   row.ref_logp = out[kRefLogp] = id < 0 || !y ? 0.0f : at_most_zero(ref_logp);
   out[kEntropy] = mean == mean ? float(entropy) : float(mean);
   out[kLse] = float(double(r.mx) * double(k.row_scale) + std::log(mass));
+  if (all_minus_infinity(x, V, r)) out[kLse] = -kInf;
   out[kKlPolicyRef] = at_least_zero(forwards.value);
   out[kKlRefPolicy] = at_least_zero(backwards.value);
 }
