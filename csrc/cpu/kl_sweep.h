@@ -12,7 +12,7 @@ constexpr int kWantPolicyRef = 1, kWantRefPolicy = 2, kWantEntropy = 4;
 
 constexpr double kTrusted = 1e-2;  // a plain sum is good to about 1e-7 of its mass: 1e-5 of a KL this large
 
-constexpr float kPivotSlack = 2.0f;
+constexpr double kDominated = -0.05;  // mean of ax over a chunk, above which its highest entry dominates it
 
 struct Sums {
   double s = 0, y = 0, g = 0;   // sum e^ax, sum e^ay, their difference
@@ -22,14 +22,15 @@ struct Sums {
   double far = 0;               // the part of s + y that was summed plainly
   float top = -kInf;            // highest entry above the frames
 
-  // Of the entries [begin, end). Where one of them stands above the frame, its ax in every term would cost the entropy the
-  // digits that it cancels with: there the sums are taken again around the highest.
+  // Of the entries [begin, end). Where their mean is near or above the frame, one of them has nearly all of the mass, or
+  // stands above the frame: its ax in every term, or its 1 in every sum, would cost the digits that the entropy lives on.
+  // There the sums are taken again around the highest, which is counted apart.
   template <FrameMode mode, class T>
   void add_moments(const T* x, const T* y, int64_t begin, int64_t end, const Frame<mode>& frame, VF mass_lanes, VF moment_lanes,
                    float highest) {
-    float pivot = 0;
-    if (highest > kPivotSlack && highest <= kFrameSlack) {
-      VF peak = splat(-kInf);
+    double around = sum(mass_lanes), off_peak = sum(moment_lanes), pivot = 0;
+    if (off_peak > kDominated * around && highest <= kFrameSlack) {
+      VF peak = splat(-kInf), peaks{};
       const auto each = [&](auto f) {
         for_vectors(x, y, begin, end, [&](VF xv, VF yv, int64_t, int64_t n) {
           VF ax, d;
@@ -38,17 +39,20 @@ struct Sums {
         });
       };
       each([&](VF ax) { peak = max_keep_nan(ax, peak); });
-      pivot = max_of(peak);
+      pivot = double(max_of(peak));
       mass_lanes = moment_lanes = VF{};
       each([&](VF ax) {
-        const VF off = ax - pivot, e = exp(off);
+        const VF off = ax - float(pivot), e = (off == 0.0f) ? splat(0.0f) : exp(off);
+        peaks += (off == 0.0f) ? splat(1.0f) : splat(0.0f);
         mass_lanes += e;
         moment_lanes += where_zero(e, e * off);
       });
+      around = sum(peaks) + sum(mass_lanes);
+      off_peak = sum(moment_lanes);
     }
-    const double scale = std::exp(double(pivot)), around = sum(mass_lanes);
+    const double scale = std::exp(pivot);
     mass += scale * around;
-    moment += scale * (sum(moment_lanes) + pivot * around);
+    moment += scale * (off_peak + pivot * around);
   }
 
   bool trusted(double kl) const { return kl * (s + y) >= kTrusted * far; }  // false for NaN
@@ -197,11 +201,11 @@ inline Divergence divergence(const Sums& t, bool policy_ref) {
   v.log_ratio = centred ? -std::log1p(tau) : std::log(t.s / t.y);
   if (policy_ref) {
     v.value = centred ? t.b / t.s - kl_defect(tau) : t.a / t.s - v.log_ratio;
-    v.gap = v.value + v.log_ratio;
+    v.gap = t.a / t.s;  // not value + log_ratio: of a row with one peak it is that entry's d to the bit, and its gradient 0
     v.size = centred ? t.b / t.s : std::fabs(v.log_ratio);
   } else {
     v.value = centred ? t.c / t.y - kl_defect(-t.g / t.y) : t.back / t.y + v.log_ratio;
-    v.gap = v.log_ratio - v.value;
+    v.gap = -t.back / t.y;
     v.size = centred ? t.c / t.y : std::fabs(v.log_ratio);
   }
   v.cancels = centred ? v.value < v.size / 16 : v.value < 0.25;

@@ -34,12 +34,6 @@ inline Sums stats_sweep(const T* x, const T* y, int64_t V, const KlParams& k, co
   return careful ? policy_sweep<FrameMode::kShared, true>(x, V, k, r) : policy_sweep<FrameMode::kShared, false>(x, V, k, r);
 }
 
-// The tempered logit of one entry in its frame, exact.
-inline double in_frame(float raw, float scale, float cap, float row_scale, float frame) {
-  const double z = cap > 0 ? cap * std::tanh(double(raw) * double(scale) / double(cap)) : double(raw);
-  return (z - double(frame)) * double(row_scale);
-}
-
 // Whether no entry is a number's log: the row's lse is then -inf, where the sums, taken around -inf, are NaN.
 template <class T>
 inline bool all_minus_infinity(const T* x, int64_t V, const KlRow& r) {
@@ -84,13 +78,22 @@ inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams&
     if (!(f.size > forwards.size)) forwards.value = f.value;
     if (!(b.size > backwards.size)) backwards.value = b.value;
     forwards.log_ratio = f.log_ratio;
+    forwards.gap = f.gap;
+    backwards.gap = b.gap;
   }
-  const double ax = id < 0 ? 0 : in_frame(to_float(x[id]), k.scale, k.cap, k.row_scale, r.mx);
-  const double ay = id < 0 || !y ? 0 : in_frame(to_float(y[id]), k.ref_scale, k.ref_cap, k.ref_row_scale, r.my) + double(r.shift);
-  const double logp = ax - std::log(mass), ref_logp = ay - std::log(t.y);
+  double ax = 0, ay = 0;
+  if (id >= 0) {  // by the sweep's own arithmetic: what it rounds off the id's entry is in the sums too
+    const Frame<FrameMode::kGeneral> frame(k, r);
+    VF framed, d, xv = splat(to_float(x[id])), yv = splat(to_float(other[id]));
+    frame(xv, yv, framed, d, kLanes);
+    ax = double(framed[0]);
+    ay = double(frame.ay(xv, yv, kLanes)[0]);
+  }
+  const bool same = forwards.value == 0 && forwards.log_ratio == 0;  // equal rows get equal bits
+  const double logp = ax - std::log(mass), ref_logp = ay - std::log(same ? mass : t.y);
   r.log_ratio = float(forwards.log_ratio);
-  r.mean_gap = float(forwards.value + forwards.log_ratio);
-  r.ref_center = float(forwards.log_ratio - backwards.value);
+  r.mean_gap = float(forwards.gap);
+  r.ref_center = float(backwards.gap);
   r.inv_s = float(1 / mass);
   r.inv_s_ref = y ? float(1 / t.y) : 0.0f;
   row.mean = float(mean);
