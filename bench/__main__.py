@@ -42,11 +42,11 @@ def table() -> str:
     """README's table, from the results of every family that has been measured."""
     reports: list[dict[str, Any]] = [json.loads(path.read_text()) for f in FAMILIES if (path := RESULTS / f"cpu-{f}.json").exists()]
     rows = ["| case | size | fasttax | others, and how many times fasttax's time |", "|---|---|---:|---|"]
-    for r in (r for report in reports for r in report["results"]):
+    for r in (r for report in reports for r in report["results"] if r.get("headline", True)):
         others = ", ".join(f"{name} {r['milliseconds'][name]:.0f} ms ({ratio:.2f}x)" for name, ratio in r["ratios"].items())
         rows.append(f"| {r['name']} | {r['shape']} | {r['milliseconds']['fasttax']:.1f} ms | {others} |")
     runs = dict.fromkeys("{cpu}, {threads} threads, torch {torch}, commit {commit}, {date}".format(**report["environment"]) for report in reports)
-    return "\n".join([*rows, "", f"{'; '.join(runs)}. Medians of interleaved rounds, written by `make bench`."])
+    return "\n".join([*rows, "", f"{'; '.join(runs)}. Medians of interleaved rounds, written by `make bench`; all cases in `bench/results`."])
 
 
 def renew_readme() -> None:

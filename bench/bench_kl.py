@@ -69,18 +69,19 @@ def cases() -> Iterator[Case]:
             contenders = {"eager": eager, "torch.compile": step(compiled, (x,), (y,)), "fasttax": step(fused, (x,), (y,))}
             yield Case(f"token_kl forward+backward, {name}", shape, contenders, floor_bytes=3 * size)
             contenders = {"eager": forward(baselines.eager_kl, x, y), "torch.compile": forward(compiled, x, y), "fasttax": forward(fused, x, y)}
-            yield Case(f"token_kl forward only, {name}", shape, contenders, floor_bytes=2 * size)
+            yield Case(f"token_kl forward only, {name}", shape, contenders, floor_bytes=2 * size, headline=False)
             contenders = {
                 "eager": step(baselines.eager_stats, (x,), (y, ids)),
                 "torch.compile": step(compiled_stats, (x,), (y, ids)),
                 "token_kl alone": step(tokens, (x,), (y,)),
                 "fasttax": step(fused_stats, (x,), (y, ids)),
             }
-            yield Case(f"token_stats (logp, entropy, both KLs) forward+backward, {name}", shape, contenders, floor_bytes=5 * size)
-            for level in SIMD if v == workloads.KL[0][2] else ():
+            first = v == workloads.KL[0][2]
+            yield Case(f"token_stats (logp, entropy, both KLs) forward+backward, {name}", shape, contenders, floor_bytes=5 * size, headline=first)
+            for level in SIMD if first else ():
                 if level < torch.ops.fasttax._simd_level(-1):
                     contenders = {"eager": eager, "fasttax": at_level(level, step(fused, (x,), (y,)))}
-                    yield Case(f"token_kl forward+backward, {name}, {SIMD[level]}", shape, contenders, floor_bytes=3 * size)
+                    yield Case(f"token_kl forward+backward, {name}, {SIMD[level]}", shape, contenders, floor_bytes=3 * size, headline=False)
     yield from linear_cases()
 
 

@@ -30,6 +30,7 @@ class Case:
     floor_bytes: float
     floor_flops: float = 0.0
     rounds: int = 7
+    headline: bool = True  # in README's table; bench/results has all
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Result:
     share_of_bandwidth_floor: float
     rounds: int
     extra: dict[str, float] = field(default_factory=dict)
+    headline: bool = True
 
 
 def bandwidth() -> float:
@@ -77,7 +79,7 @@ def run(case: Case, bytes_per_second: float) -> Result:
     ratios = {name: median(t / o for t, o in zip(times[name], ours, strict=True)) for name in names[:-1]}
     floor = case.floor_bytes / bytes_per_second
     return Result(case.name, case.shape, {n: 1e3 * median(t) for n, t in times.items()}, ratios, case.floor_bytes, case.floor_flops,
-                  floor / median(ours), case.rounds)  # fmt: skip
+                  floor / median(ours), case.rounds, headline=case.headline)  # fmt: skip
 
 
 def environment(bytes_per_second: float) -> dict[str, Any]:
