@@ -60,7 +60,7 @@ def native() -> dict:
     if cuda_wanted():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         cuda = sorted(str(path) for suffix in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(suffix))
-        flags = {"cxx": [*FLAGS, "-DFASTTAX_MODULE_CUDA", "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]}
+        flags = {"cxx": [*FLAGS, "-DFASTTAX_MODULE_CUDA", "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]}
         kernels = CUDAExtension(
             "fasttax._C_cuda",
             ["csrc/module.cpp", *cuda],

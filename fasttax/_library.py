@@ -35,9 +35,13 @@ def chosen_backend() -> str:
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines an op by schema, with its reference on every device and its shape function."""
+    """Defines an op by schema, with its reference on every device and its shape function.
+
+    `_reference_<op>` is the reference whatever is registered over it: a GPU's kernels hand float64 to it."""
     name = schema.partition("(")[0]
     OPS.append(name)
+    lib.define("_reference_" + schema)
+    lib.impl("_reference_" + name, reference, "CompositeExplicitAutograd")
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     lib.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fasttax::{name}", fake, lib=lib)

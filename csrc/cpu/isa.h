@@ -15,7 +15,7 @@
 #endif
 
 #include "../math/ewc.h"
-#include "../math/kl.h"
+#include "../math/kl_row.h"
 #include "level.h"
 
 #if defined(__x86_64__)

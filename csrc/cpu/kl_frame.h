@@ -12,7 +12,6 @@ namespace FASTTAX_ISA_NS {
 
 constexpr int64_t kChunk = 128 * kLanes;  // 2048 on AVX-512: no lane adds more than 128 terms before it is folded to double
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kFrameSlack = 20.0f;  // e^20 * V stays far below float's range, and exp() is exact enough there
 
 inline VF where_zero(VF weight, VF value) { return weight == 0.0f ? splat(0.0f) : value; }  // 0 * inf is 0 here
 

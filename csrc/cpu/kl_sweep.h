@@ -10,17 +10,8 @@ namespace FASTTAX_ISA_NS {
 
 constexpr int kWantPolicyRef = 1, kWantRefPolicy = 2, kWantEntropy = 4;
 
-constexpr double kTrusted = 1e-2;  // a plain sum is good to about 1e-7 of its mass: 1e-5 of a KL this large
-
-constexpr double kDominated = -0.05;  // mean of ax over a chunk, above which its highest entry dominates it
-
-struct Sums {
-  double s = 0, y = 0, g = 0;   // sum e^ax, sum e^ay, their difference
-  double b = 0, a = 0;          // policy_ref: B and sum e^ax d
-  double c = 0, back = 0;       // ref_policy: C and -sum e^ay d
-  double mass = 0, moment = 0;  // entropy: sum e^ax again, in an order that the reference does not change, and sum e^ax ax
-  double far = 0;               // the part of s + y that was summed plainly
-  float top = -kInf;            // highest entry above the frames
+struct Sums : KlSums {
+  float top = -kInf;  // highest entry above the frames
 
   // Of the entries [begin, end). Where their mean is near or above the frame, one of them has nearly all of the mass, or
   // stands above the frame: its ax in every term, or its 1 in every sum, would cost the digits that the entropy lives on.
@@ -54,8 +45,6 @@ struct Sums {
     mass += scale * around;
     moment += scale * (off_peak + pivot * around);
   }
-
-  bool trusted(double kl) const { return kl * (s + y) >= kTrusted * far; }  // false for NaN
 };
 
 template <FrameMode mode, int want, bool careful, class T>
@@ -178,38 +167,6 @@ inline Sums sweep_row(const T* x, const T* y, int64_t V, const KlParams& k, cons
   if (Frame<FrameMode::kUnit>::is_unit(k, r))
     return careful ? sweep<FrameMode::kUnit, want, true>(x, y, V, k, r) : sweep<FrameMode::kUnit, want, false>(x, y, V, k, r);
   return k.plain ? sweep<FrameMode::kShared, want, true>(x, y, V, k, r) : sweep<FrameMode::kGeneral, want, true>(x, y, V, k, r);
-}
-
-// One of the two divergences out of a sweep's sums.
-struct Divergence {
-  double value = 0;
-  double gap = 0;        // the mean of d: under p for policy_ref, under q for ref_policy
-  double size = 0;       // of the terms whose difference `value` is
-  double log_ratio = 0;  // log(S / Y)
-  bool cancels = false;  // frames that do not fit (the rows' maxima lie apart, or a peak outside the primed part) make
-                         // both terms large and alike: moved onto the mean gap, the difference keeps its digits
-
-  bool recentre() const { return cancels && gap != 0 && std::fabs(gap) < kFrameSlack; }
-};
-
-// Where one row's mass is far from the other's in this frame (|tau| > 1/2), B/S - h(tau) is a difference of large
-// numbers and so is S + G: the plain form with sums of its own for each row is the accurate one.
-inline Divergence divergence(const Sums& t, bool policy_ref) {
-  Divergence v;
-  const double tau = t.g / t.s;
-  const bool centred = std::fabs(tau) <= 0.5;
-  v.log_ratio = centred ? -std::log1p(tau) : std::log(t.s / t.y);
-  if (policy_ref) {
-    v.value = centred ? t.b / t.s - kl_defect(tau) : t.a / t.s - v.log_ratio;
-    v.gap = t.a / t.s;  // not value + log_ratio: of a row with one peak it is that entry's d to the bit, and its gradient 0
-    v.size = centred ? t.b / t.s : std::fabs(v.log_ratio);
-  } else {
-    v.value = centred ? t.c / t.y - kl_defect(-t.g / t.y) : t.back / t.y + v.log_ratio;
-    v.gap = -t.back / t.y;
-    v.size = centred ? t.c / t.y : std::fabs(v.log_ratio);
-  }
-  v.cancels = centred ? v.value < v.size / 16 : v.value < 0.25;
-  return v;
 }
 
 // p - q for a gradient. In rows that are close the difference of the two would cancel: where |u| <= 1/4 it is p (1 - e^-u) by

@@ -1,6 +1,6 @@
 // Runs csrc/cuda/ewc.cuh on the SIMT machine against a float64 oracle: all four modes, every mix of dtypes, sizes around every boundary of
 // the kernel, misaligned bases, more tensors than one launch holds. Prints what it ran; exits 1 on a wrong value.
-#include "simt.h"
+#include "simt_cuda.h"
 
 #include "cuda/ewc.cuh"
 

@@ -2,15 +2,17 @@
 
 // A SIMT machine on the CPU: a CUDA kernel header, compiled by g++ and run thread by thread.
 //
-// One CTA runs at a time on one OS thread, and each of its CUDA threads is a fiber with a stack of its own. The order of the fibers is
-// drawn anew (SIMT_SEED) every time they are resumed, so a missing barrier shows as a wrong result; under -fsanitize=thread it shows as a
+// One CTA, or the CTAs of one cluster, run at a time on one OS thread, and each CUDA thread is a fiber with a stack of its own. The order of
+// the fibers is drawn anew (SIMT_SEED) every time they are resumed, so a missing barrier shows as a wrong result; under -fsanitize=thread it shows as a
 // data race with both lines, because a fiber is a thread to TSan and only barriers and *_sync calls order two of them. Under
 // -fsanitize=address,undefined an access outside an allocation, or misaligned for its vector type, stops the program with its line.
 // The machine itself aborts on: divergent __syncthreads, threads that exit before a barrier, lanes outside their own mask, lanes that meet
 // in different *_sync calls, deadlock.
-// Not modelled: CTAs that run at the same time (a race between CTAs), inline PTX, tensor cores, asynchronous copies, time.
+// Not modelled: CTAs of no cluster that run at the same time (a race between them), inline PTX, tensor cores, asynchronous copies, time.
 //
-// Use: include it, then the kernels' .cuh, then simt::launch(grid, block, dynamic_bytes, [&] { kernel(arguments); }).
+// Use: include simt_cuda.h, then the kernels' .cuh, then simt::launch(grid, block, dynamic_bytes, [&] { kernel(arguments); }), with the number
+// of CTAs in a cluster as its last argument where there is more than one. __shared__ variables are one for all CTAs: a kernel for clusters
+// keeps all of its shared memory in the dynamic part.
 
 #include <sys/mman.h>
 #include <vector_functions.h>  // CUDA's own host headers: dim3, uint4, make_uint4
@@ -96,10 +98,10 @@ namespace simt {
 constexpr size_t kStack = 64 * 1024;
 constexpr int kWarp = 32;
 
-enum class Waits { kNo, kBarrier, kWarp, kExited };
+enum class Waits { kNo, kBarrier, kCluster, kWarp, kExited };
 
 struct Fiber {
-  int thread = 0;
+  int thread = 0, cta = 0;  // within the CTA, within the cluster
   Waits waits = Waits::kNo;
   unsigned mask = 0;            // of the *_sync call it waits in
   const void* where = nullptr;  // which call
@@ -115,19 +117,26 @@ struct Warp {
   unsigned turn;
 };
 
+struct Cta {
+  std::vector<Warp> warps;
+  std::vector<unsigned char> dynamic;
+  char barrier[2];
+  unsigned turn = 0;
+};
+
 struct Machine {
   dim3 grid, block;
   uint3 cta{}, thread{};
+  int threads = 0;  // of a CTA
   std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  std::vector<unsigned char> dynamic;
+  std::vector<Cta> ctas;  // of the cluster that runs
   std::function<void()> kernel;
   std::mt19937 random{12345};
   Fiber* running = nullptr;
   void *sp = nullptr, *tsan = nullptr, *asan = nullptr;
   const void* stack = nullptr;
   size_t stack_size = 0;
-  char started, ended, barrier[2];
+  char started, ended, barrier[2];  // addresses that TSan orders by
   unsigned turn = 0;
 };
 
@@ -157,6 +166,7 @@ inline void resume(Fiber& fiber) {  // from the scheduler to a fiber
   Machine& m = machine();
   const unsigned t = unsigned(fiber.thread);
   m.running = &fiber;
+  m.cta.x = m.cta.x / unsigned(m.ctas.size()) * unsigned(m.ctas.size()) + unsigned(fiber.cta);
   m.thread = {t % m.block.x, t / m.block.x % m.block.y, t / (m.block.x * m.block.y)};
   SIMT_ASAN(__sanitizer_start_switch_fiber(&m.asan, fiber.stack, kStack));
   SIMT_TSAN(__tsan_switch_to_fiber(fiber.tsan, 1));
@@ -176,7 +186,7 @@ inline void fiber_main() {
   abort();
 }
 
-inline void prepare(Fiber& fiber, int thread) {
+inline void prepare(Fiber& fiber, int thread, int cta) {
   if (!fiber.stack) {
     fiber.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (fiber.stack == MAP_FAILED) fail("no memory for a stack", thread);
@@ -184,6 +194,7 @@ inline void prepare(Fiber& fiber, int thread) {
   }
   SIMT_ASAN(__asan_unpoison_memory_region(fiber.stack, kStack));
   fiber.thread = thread;
+  fiber.cta = cta;
   fiber.waits = Waits::kNo;
   fiber.where = nullptr;
   void** sp = reinterpret_cast<void**>(fiber.stack + kStack - 64);
@@ -195,21 +206,30 @@ inline void prepare(Fiber& fiber, int thread) {
 
 // --- barriers ----------------------------------------------------------------------------------------------------------
 
-inline void barrier(const void* where) {
-  Unwatched unwatched;
-  Machine& m = machine();
-  char* order = &m.barrier[m.turn & 1];
+inline void wait_in(Waits what, char* order, const void* where) {
   release(order);
-  m.running->waits = Waits::kBarrier;
-  m.running->where = where;
+  machine().running->waits = what;
+  machine().running->where = where;
   leave();
   acquire(order);
+}
+
+inline Cta& running_cta() { return machine().ctas[size_t(machine().running->cta)]; }
+
+inline void barrier(const void* where) {
+  Unwatched unwatched;
+  wait_in(Waits::kBarrier, &running_cta().barrier[running_cta().turn & 1], where);
+}
+
+inline void cluster_barrier(const void* where) {
+  Unwatched unwatched;
+  wait_in(Waits::kCluster, &machine().barrier[machine().turn & 1], where);
 }
 
 inline void warp_sync(unsigned mask, const void* where, bool orders_memory) {
   Unwatched unwatched;
   Fiber* self = machine().running;
-  Warp& warp = machine().warps[size_t(self->thread / kWarp)];
+  Warp& warp = running_cta().warps[size_t(self->thread / kWarp)];
   if (!(mask >> (self->thread % kWarp) & 1)) fail("a lane is not in its own *_sync mask", self->thread);
   char* order = &warp.sync[warp.turn & 1];
   if (orders_memory) release(order);
@@ -220,13 +240,13 @@ inline void warp_sync(unsigned mask, const void* where, bool orders_memory) {
   if (orders_memory) acquire(order);
 }
 
-// Lets go the lanes of `warp` whose masks are complete; true if any.
-inline bool release_lanes(int warp, int threads) {
+// Lets go the lanes of a warp whose masks are complete; true if any.
+inline bool release_lanes(int cta, int warp) {
   Machine& m = machine();
   unsigned waiting = 0, gone = 0;
-  const auto lane = [&](int l) -> Fiber& { return m.fibers[size_t(warp * kWarp + l)]; };
+  const auto lane = [&](int l) -> Fiber& { return m.fibers[size_t(cta * m.threads + warp * kWarp + l)]; };
   for (int l = 0; l < kWarp; ++l) {
-    if (warp * kWarp + l >= threads || lane(l).waits == Waits::kExited) gone |= 1u << l;
+    if (warp * kWarp + l >= m.threads || lane(l).waits == Waits::kExited) gone |= 1u << l;
     else if (lane(l).waits == Waits::kWarp) waiting |= 1u << l;
   }
   bool any = false;
@@ -241,36 +261,39 @@ inline bool release_lanes(int warp, int threads) {
     for (int other = 0; other < kWarp; ++other)
       if (mask >> other & 1) lane(other).waits = Waits::kNo;
     waiting &= ~mask;
-    ++m.warps[size_t(warp)].turn;
+    ++m.ctas[size_t(cta)].warps[size_t(warp)].turn;
     any = true;
   }
   return any;
 }
 
-// Lets go a __syncthreads that every thread has reached; true if so.
-inline bool release_barrier(int threads, int alive) {
+// Lets go a barrier that all of the `count` fibers from `first` on have reached; true if so.
+inline bool release_barrier(Waits kind, int first, int count, unsigned& turn) {
   Machine& m = machine();
-  int at = 0;
+  int at = 0, alive = 0;
   const void* where = nullptr;
-  for (int i = 0; i < threads; ++i) {
-    if (m.fibers[size_t(i)].waits != Waits::kBarrier) continue;
-    if (at++ && m.fibers[size_t(i)].where != where) fail("divergent __syncthreads", i);
-    where = m.fibers[size_t(i)].where;
+  for (int i = first; i < first + count; ++i) {
+    const Fiber& fiber = m.fibers[size_t(i)];
+    alive += fiber.waits != Waits::kExited;
+    if (fiber.waits != kind) continue;
+    if (at++ && fiber.where != where) fail("divergent barrier", fiber.thread);
+    where = fiber.where;
   }
   if (at == 0 || at != alive) return false;
-  if (alive != threads) fail("__syncthreads after some threads have exited", 0);
-  for (int i = 0; i < threads; ++i) m.fibers[size_t(i)].waits = Waits::kNo;
-  ++m.turn;
+  if (alive != count) fail("a barrier after some threads have exited", 0);
+  for (int i = first; i < first + count; ++i) m.fibers[size_t(i)].waits = Waits::kNo;
+  ++turn;
   return true;
 }
 
 // --- launch ------------------------------------------------------------------------------------------------------------
 
-inline void run_cta(int threads, std::vector<int>& order) {
+inline void run_cluster(std::vector<int>& order) {
   Machine& m = machine();
-  for (int i = 0; i < threads; ++i) prepare(m.fibers[size_t(i)], order[size_t(i)] = i);
+  const int ctas = int(m.ctas.size()), count = ctas * m.threads;
+  for (int i = 0; i < count; ++i) prepare(m.fibers[size_t(i)], i % m.threads, i / m.threads), order[size_t(i)] = i;
   release(&m.started);
-  for (int alive = threads; alive > 0;) {
+  for (int alive = count; alive > 0;) {
     bool progress = false;
     std::shuffle(order.begin(), order.end(), m.random);
     for (int i : order) {
@@ -280,115 +303,37 @@ inline void run_cta(int threads, std::vector<int>& order) {
       progress = true;
       if (fiber.waits == Waits::kExited) --alive;
     }
-    for (int w = 0; w * kWarp < threads; ++w) progress |= release_lanes(w, threads);
-    progress |= release_barrier(threads, alive);
+    for (int c = 0; c < ctas; ++c) {
+      for (int w = 0; w * kWarp < m.threads; ++w) progress |= release_lanes(c, w);
+      progress |= release_barrier(Waits::kBarrier, c * m.threads, m.threads, m.ctas[size_t(c)].turn);
+    }
+    progress |= release_barrier(Waits::kCluster, 0, count, m.turn);
     if (!progress) fail("deadlock", 0);
   }
   acquire(&m.ended);
 }
 
 template <class Kernel>
-void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Kernel&& kernel) {
+void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Kernel&& kernel, int cluster = 1) {
   Unwatched unwatched;
   Machine& m = machine();
-  const int threads = int(block.x * block.y * block.z);
-  if (threads < 1 || threads > 1024 || grid.x < 1) fail("CUDA would refuse this launch", threads);
+  m.threads = int(block.x * block.y * block.z);
+  if (m.threads < 1 || m.threads > 1024 || grid.x < 1 || grid.x % unsigned(cluster)) fail("CUDA would refuse this launch", m.threads);
   if (const char* seed = getenv("SIMT_SEED")) m.random.seed(unsigned(atoi(seed)));
   m.grid = grid, m.block = block, m.kernel = kernel;
-  if (m.fibers.size() < size_t(threads)) m.fibers.resize(size_t(threads));
-  m.warps.resize(size_t((threads + kWarp - 1) / kWarp));
+  m.ctas.resize(size_t(cluster));
+  for (Cta& cta : m.ctas) cta.warps.resize(size_t((m.threads + kWarp - 1) / kWarp));
+  const size_t count = size_t(cluster) * size_t(m.threads);
+  if (m.fibers.size() < count) m.fibers.resize(count);
   SIMT_TSAN(m.tsan = __tsan_get_current_fiber());
-  std::vector<int> order(static_cast<size_t>(threads));
+  std::vector<int> order(count);
   for (m.cta.z = 0; m.cta.z < grid.z; ++m.cta.z)
     for (m.cta.y = 0; m.cta.y < grid.y; ++m.cta.y)
-      for (m.cta.x = 0; m.cta.x < grid.x; ++m.cta.x) {
-        m.dynamic.assign(dynamic_bytes, 0xff);  // NaN: shared memory starts undefined
-        run_cta(threads, order);
+      for (unsigned x = 0; x < grid.x; x += unsigned(cluster)) {
+        m.cta.x = x;
+        for (Cta& cta : m.ctas) cta.dynamic = std::vector<unsigned char>(dynamic_bytes, 0xff);  // NaN: shared memory starts undefined
+        run_cluster(order);
       }
 }
 
-// --- CUDA's names ------------------------------------------------------------------------------------------------------
-
-template <class Of>
-struct Index {  // threadIdx and friends: members that read the machine
-  struct Part {
-    unsigned uint3::*member;
-    operator unsigned() const {
-      Unwatched unwatched;
-      return Of::get().*member;
-    }
-  };
-  Part x{&uint3::x}, y{&uint3::y}, z{&uint3::z};
-};
-struct OfThread { static uint3 get() { return machine().thread; } };
-struct OfCta { static uint3 get() { return machine().cta; } };
-struct OfBlock { static uint3 get() { return {machine().block.x, machine().block.y, machine().block.z}; } };
-struct OfGrid { static uint3 get() { return {machine().grid.x, machine().grid.y, machine().grid.z}; } };
-
-template <class T>
-__attribute__((noinline)) T exchange(const void* where, unsigned mask, T value, int from) {
-  static_assert(sizeof(T) <= 8, "a shuffle moves up to 8 bytes");
-  Unwatched unwatched;
-  Machine& m = machine();
-  const int thread = m.running->thread;
-  Warp* warp = &m.warps[size_t(thread / kWarp)];
-  memcpy(&warp->value[thread % kWarp], &value, sizeof(T));
-  warp_sync(mask, where, false);
-  if (!(mask >> from & 1)) fail("a shuffle reads a lane outside its mask", thread);
-  T result;
-  memcpy(&result, &warp->value[from], sizeof(T));
-  warp_sync(mask, static_cast<const char*>(where) + 1, false);  // all have read before any writes again
-  return result;
-}
-
-inline int lane() {
-  Unwatched unwatched;
-  return machine().running->thread % kWarp;
-}
-template <class T>
-T shuffle_xor(const void* where, unsigned mask, T value, int bits) { return exchange(where, mask, value, lane() ^ bits); }
-template <class T>
-T shuffle_down(const void* where, unsigned mask, T value, unsigned by) {
-  return exchange(where, mask, value, lane() + int(by) < kWarp ? lane() + int(by) : lane());
-}
-template <class T>
-T shuffle(const void* where, unsigned mask, T value, int from) { return exchange(where, mask, value, from & (kWarp - 1)); }
-
 }  // namespace simt
-
-static simt::Index<simt::OfThread> threadIdx;
-static simt::Index<simt::OfCta> blockIdx;
-static simt::Index<simt::OfBlock> blockDim;
-static simt::Index<simt::OfGrid> gridDim;
-
-#define SIMT_HERE ({ static char simt_here[2]; static_cast<const void*>(simt_here); })
-#define __syncthreads() simt::barrier(SIMT_HERE)
-#define __syncwarp() simt::warp_sync(0xffffffffu, SIMT_HERE, true)
-#define __shfl_xor_sync(...) simt::shuffle_xor(SIMT_HERE, __VA_ARGS__)
-#define __shfl_down_sync(...) simt::shuffle_down(SIMT_HERE, __VA_ARGS__)
-#define __shfl_sync(...) simt::shuffle(SIMT_HERE, __VA_ARGS__)
-
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> void __stcs(T* p, T v) { *p = v; }
-
-#include <cuda_bf16.h>  // before the qualifiers below: they define their own
-#include <cuda_fp16.h>
-
-#undef __global__
-#undef __device__
-#undef __host__
-#undef __constant__
-#undef __shared__
-#undef __grid_constant__
-#undef __forceinline__
-#undef __launch_bounds__
-#define __global__
-#define __device__
-#define __host__
-#define __constant__
-#define __shared__ static  // one CTA at a time
-#define __grid_constant__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define SIMT_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(simt::machine().dynamic.data())

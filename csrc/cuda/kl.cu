@@ -1,0 +1,27 @@
+#include "kl_launch.cuh"
+
+namespace fasttax {
+
+const char* kl_plan(KlLaunch& x, int64_t& parts, int64_t& tickets) {
+  const KlDevice device;
+  if (device.error != cudaSuccess) return kl_words(device.error);
+  x.args.splits = kl_splits(x.args.n, x.args.v, device.multiprocessors);
+  const bool split = x.args.splits > 1;
+  parts = split ? x.args.n * kl_spans(x.args.v) * kl_parts_count(x.op) : 0;
+  tickets = split ? x.args.n : 0;
+  return nullptr;
+}
+
+const char* kl_forward(const KlLaunch& x) {
+  const dim3 blocks(unsigned(x.args.n * x.args.splits));
+  const size_t shared_bytes = kl_shared_bytes(x.op, x.args.splits > 1 ? 0 : kl_spans(x.args.v));
+  return kl_with_type(x.type, [&](auto entry) {
+    using T = decltype(entry);
+    const char* failed =
+        kl_with_op(x.op, [&](auto op) { return kl_start(kl_forward_kernel<T, decltype(op)::value>, blocks, shared_bytes, x); });
+    if (failed || x.op != KlOp::kJsd) return failed;
+    return kl_start(kl_mix_kernel<T>, blocks, shared_bytes, x);
+  });
+}
+
+}  // namespace fasttax

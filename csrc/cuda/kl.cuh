@@ -1,0 +1,332 @@
+#pragma once
+
+// token_kl and token_stats over rows of logits. Bytes a cell: forward reads both rows (jsd twice); gradient reads them and writes one or
+// two; kl_both does forward and the policy's gradient with the row pair on chip (2 reads, 1 write) where shared memory holds it, and in two
+// sweeps, the second backwards into what the first left in L2, where not.
+// In flight: 128 bytes a thread while sums are taken, 64 in gradients; with 2 and 4 blocks of 256 on an SM that is 64 KB, where an H100
+// needs about 25.
+// Deterministic and batch invariant: see kl_sums.cuh. No host sync, and no atomics but a ticket a split row.
+
+#include "kl_row.cuh"
+#include "kl_slope.cuh"
+
+namespace fasttax {
+
+constexpr int kTile = kSpan * kKlWarps;  // entries of a gradient's block
+
+// --- launch geometry, shared by the launcher and the tests -------------------------------------------------------------
+
+__host__ __device__ constexpr int kl_parts_count(KlOp op) {
+  switch (op) {
+    case KlOp::kPolicyRef: return KlParts<KlOp::kPolicyRef>::kCount;
+    case KlOp::kRefPolicy: return KlParts<KlOp::kRefPolicy>::kCount;
+    case KlOp::kJsd: return KlParts<KlOp::kJsd>::kCount;
+    case KlOp::kStats: return KlParts<KlOp::kStats>::kCount;
+    default: return KlParts<KlOp::kAlone>::kCount;
+  }
+}
+
+__host__ __device__ inline size_t kl_shared_bytes(KlOp op, int spans) {
+  return kl_header() + size_t(spans) * size_t(kl_parts_count(op)) * sizeof(float);
+}
+
+// Blocks a row: one, unless that would leave the device half empty. The sums are the same bits either way.
+inline int kl_splits(int64_t n, int64_t v, int multiprocessors) {
+  const int64_t rounds = (kl_spans(v) + kKlWarps - 1) / kKlWarps, wanted = 2 * int64_t(multiprocessors);
+  if (n <= 0 || n >= wanted) return 1;
+  return int((wanted + n - 1) / n < rounds ? (wanted + n - 1) / n : rounds);
+}
+
+struct KlResidence {  // how a row pair is held on chip
+  int cluster = 0;    // blocks a row, a power of two; 0: it does not fit
+  int each = 0;       // spans a block
+  size_t bytes = 0;   // of shared memory a block
+};
+
+// The smallest cluster that leaves room for a second block on the SM, so that one computes while the other loads; else the smallest that
+// fits.
+inline KlResidence kl_residence(KlOp op, int64_t v, int item, int largest_cluster, size_t block_limit, size_t sm_limit) {
+  const int spans = kl_spans(v);
+  KlResidence found;
+  for (int cluster = 1; cluster <= largest_cluster; cluster *= 2) {
+    const int each = (spans + cluster - 1) / cluster;
+    const size_t bytes = kl_shared_bytes(op, each) + 16 + size_t(each) * size_t(kl_span(v)) * 2 * size_t(item);
+    if (bytes > block_limit || (cluster - 1) * each >= spans) continue;  // every block has something to hold
+    const bool two = 2 * (bytes + 1024) <= sm_limit;
+    if (two || !found.cluster) found = {cluster, each, bytes};
+    if (two) break;
+  }
+  return found;
+}
+
+// --- forward ----------------------------------------------------------------------------------------------------------
+
+// What a row's state gives: values and what backward needs of it.
+template <KlOp op, class Source>
+__device__ void kl_finish(const Source& rows, const KlArgs& a, int64_t row, const KlState& state) {
+  const auto at_least_zero = [](double v) { return v < 0 ? 0.0f : float(v); };  // NaN passes through these two
+  if constexpr (op != KlOp::kStats && op != KlOp::kAlone) {
+    a.values[row] = at_least_zero(state.value);
+    if (a.kept) reinterpret_cast<KlRow*>(a.kept)[row] = state.r;
+  } else {
+    const auto at_most_zero = [](double v) { return v > 0 ? 0.0f : float(v); };
+    constexpr bool pair = op == KlOp::kStats;
+    StatsRow kept{state.r, float(state.mean), 0, 0};
+    float out[kTokenStats] = {};
+    const int64_t id = a.ids ? a.ids[row] : -1;
+    const double log_mass = log(state.mass);
+    if (id < 0 || id >= a.v) {  // to look for such ids on the host would be a sync
+      if (a.ids) out[kLogp] = out[kRefLogp] = __builtin_nanf("");
+    } else {  // by the sweep's own arithmetic: what it rounds off the id's entry is in the sums too
+      float ax, ay, d;
+      const KlFrame frame(a.k, state.r);
+      const float x = rows.x_one(id);
+      frame.careful(x, pair ? rows.y_one(id) : x, ax, ay, d);
+      const bool same = state.forwards.value == 0 && state.forwards.log_ratio == 0;  // equal rows get equal bits
+      out[kLogp] = at_most_zero(double(ax) - log_mass);
+      if (pair) out[kRefLogp] = at_most_zero(double(ay) - (same ? log_mass : log(state.y)));
+    }
+    kept.logp = out[kLogp], kept.ref_logp = out[kRefLogp];
+    out[kEntropy] = state.mean == state.mean ? at_least_zero(log_mass - state.mean) : float(state.mean);
+    out[kLse] = float(double(state.r.mx) * double(a.k.row_scale) + log_mass);
+    out[kKlPolicyRef] = at_least_zero(state.forwards.value);
+    out[kKlRefPolicy] = at_least_zero(state.backwards.value);
+#pragma unroll
+    for (int s = 0; s < kTokenStats; ++s) a.values[s * a.n + row] = out[s];
+    reinterpret_cast<StatsRow*>(a.kept)[row] = kept;
+  }
+}
+
+template <KlOp op>
+__device__ inline void kl_finish_masked(const KlArgs& a, int64_t row) {
+  constexpr bool stats = op == KlOp::kStats || op == KlOp::kAlone;
+  for (int s = 0; s < (stats ? int(kTokenStats) : 1); ++s) a.values[s * a.n + row] = 0;
+  if (!a.kept) return;
+  if (stats) reinterpret_cast<StatsRow*>(a.kept)[row] = StatsRow{};
+  else reinterpret_cast<KlRow*>(a.kept)[row] = KlRow{};
+}
+
+__device__ __forceinline__ KlTeam kl_whole_team(const KlArgs& a, float* own) {
+  const int spans = kl_spans(a.v);
+  return {own, spans, 0, spans, 0, 0, 1, spans};
+}
+
+// Grid: n rows times `splits` blocks, a row's blocks beside each other.
+template <class T, KlOp op>
+__global__ void __launch_bounds__(kKlThreads, 2) kl_forward_kernel(const __grid_constant__ KlArgs a) {
+  FASTTAX_DYNAMIC_SHARED(memory);
+  KlShared& sh = *reinterpret_cast<KlShared*>(memory);
+  const int64_t row = blockIdx.x / unsigned(a.splits);
+  const int share = int(blockIdx.x % unsigned(a.splits));
+  if (a.mask && !a.mask[row]) {
+    if (threadIdx.x == 0 && share == 0) kl_finish_masked<op>(a, row);
+    return;
+  }
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+                         reinterpret_cast<const T*>(kl_row_at<T>(op == KlOp::kAlone ? a.x : a.y, row)));
+  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
+  if (a.splits > 1) {  // whole rounds of the block's warps, as even as they go
+    const int rounds = (team.spans + kKlWarps - 1) / kKlWarps;
+    team.own = a.parts + row * team.spans * KlParts<op>::kCount;
+    team.begin = int(int64_t(rounds) * share / a.splits) * kKlWarps;
+    team.end = int(int64_t(rounds) * (share + 1) / a.splits) * kKlWarps;
+    team.end = team.end < team.spans ? team.end : team.spans;
+  }
+  if (!kl_row_sums<op, false>(rows, rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh)) return;
+  if (threadIdx.x == 0) kl_finish<op>(rows, a, row, sh.state);
+}
+
+// --- jsd's second sweep: the mixture needs both rows' sums ---------------------------------------------------------------
+
+template <class Source>
+__device__ void kl_span_mix(const Source& rows, const KlFrame& frame, int64_t begin, int64_t end, float* part) {
+  using T = typename Source::Entry;
+  constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
+  const int lane = int(threadIdx.x) % 32;
+  float v[kMixParts] = {};
+  const auto add = [&](float x, float y) {
+    const KlMix m = kl_mix_entry(frame, x, y);
+    v[0] += m.gap, v[1] += m.p_to_m, v[2] += m.q_to_m;
+  };
+  int64_t i = begin;
+#pragma unroll 1
+  for (; i + kRound <= end; i += kRound) {
+    float x[n], y[n];
+    kl_widen(rows.x_at(i + lane * n), x);
+    kl_widen(rows.y_at(i + lane * n), y);
+#pragma unroll
+    for (int j = 0; j < n; ++j) add(x[j], y[j]);
+  }
+#pragma unroll 1
+  for (i += lane; i < end; i += 32) add(rows.x_one(i), rows.y_one(i));
+  const float sum = kl_warp_sums<kMixParts>(v);
+  if (lane % 8 == 0) part[lane / 8] = sum;
+}
+
+// From sh.state with the row's sums to its jsd, in one block's team or a cluster's; as kl_row_sums.
+template <bool kCluster, class Source>
+__device__ bool kl_row_mix(const Source& rows, const KlArgs& a, KlTeam& team, uint32_t* ticket, KlShared& sh) {
+  if (a.k.beta == 0 || a.k.beta == 1) return ticket == nullptr || kl_last_to_arrive(ticket, a.splits, sh);  // 0, or NaN: known
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int64_t span = kl_span(a.v);
+  const KlFrame frame(a.k, sh.state.r);
+  for (int i = team.begin + warp; i < team.end; i += kKlWarps)
+    kl_span_mix(rows, frame, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, team.own + int64_t(i - team.base) * kMixParts);
+  if (ticket && !kl_last_to_arrive(ticket, a.splits, sh)) return false;
+  kl_team_sync<kCluster>();
+  if (warp == 0) {
+    double total[3] = {};
+    for (int i = lane; i < team.spans; i += 32) {
+      const volatile float* part = kl_part<kCluster>(team, i, kMixParts);
+#pragma unroll
+      for (int j = 0; j < 3; ++j) total[j] += double(part[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < 3; ++j) total[j] = kl_warp_total(total[j]);
+    if (lane == 0) {
+      sh.state.value = total[0];
+      sh.state.r.mean_gap = float(total[1]);
+      sh.state.r.ref_center = float(total[2]);
+    }
+  }
+  kl_team_sync<kCluster>();
+  return true;
+}
+
+// After kl_forward_kernel<T, kJsd>, whose `kept` it reads and completes.
+template <class T>
+__global__ void __launch_bounds__(kKlThreads, 2) kl_mix_kernel(const __grid_constant__ KlArgs a) {
+  FASTTAX_DYNAMIC_SHARED(memory);
+  KlShared& sh = *reinterpret_cast<KlShared*>(memory);
+  const int64_t row = blockIdx.x / unsigned(a.splits);
+  const int share = int(blockIdx.x % unsigned(a.splits));
+  if (a.mask && !a.mask[row]) return;
+  if (threadIdx.x == 0) {
+    sh.state = KlState{};
+    sh.state.r = reinterpret_cast<const KlRow*>(a.kept)[row];
+    sh.state.value = a.values[row];
+  }
+  __syncthreads();
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)), reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
+  if (a.splits > 1) {
+    team.own = a.parts + row * team.spans * kMixParts;
+    team.begin = int(int64_t(team.spans) * share / a.splits);
+    team.end = int(int64_t(team.spans) * (share + 1) / a.splits);
+  }
+  if (!kl_row_mix<false>(rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh)) return;
+  if (threadIdx.x == 0) kl_finish<KlOp::kJsd>(rows, a, row, sh.state);
+}
+
+// --- gradient ---------------------------------------------------------------------------------------------------------
+
+template <KlOp op>
+__device__ __forceinline__ StatsRow kl_kept(const KlArgs& a, int64_t row) {
+  if (op == KlOp::kStats || op == KlOp::kAlone) return reinterpret_cast<const StatsRow*>(a.kept)[row];
+  return StatsRow{reinterpret_cast<const KlRow*>(a.kept)[row], 0, 0, 0};
+}
+
+// Grid: (n rows, tiles of kTile entries). kBoth: the reference's gradient too; dx may then be null.
+template <class T, KlOp op, bool kBoth>
+__global__ void __launch_bounds__(kKlThreads, 3) kl_gradient_kernel(const __grid_constant__ KlArgs a) {
+  constexpr bool stats = op == KlOp::kStats || op == KlOp::kAlone;
+  const int64_t row = blockIdx.x, first = int64_t(blockIdx.y) * kTile, begin = first + int(threadIdx.x / 32) * kSpan;
+  const int64_t end = begin + kSpan < a.v ? begin + kSpan : a.v;
+  T* const dx = a.dx.base ? reinterpret_cast<T*>(kl_row_at<T>(a.dx, row)) : nullptr;
+  T* const dy = kBoth && a.dy.base ? reinterpret_cast<T*>(kl_row_at<T>(a.dy, row)) : nullptr;
+  bool live = !a.mask || a.mask[row];
+  if (stats && live) {
+    live = false;
+    for (int s = 0; s < kTokenStats; ++s) live |= a.upstream[s * a.n + row] != 0;
+  }
+  if (!live) {
+    if (begin < end) kl_span_zero(begin, end, dx, dy);
+    return;
+  }
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+                         reinterpret_cast<const T*>(kl_row_at<T>(op == KlOp::kAlone ? a.x : a.y, row)));
+  const KlSlope<op, kBoth> slope(a.k, kl_kept<op>(a, row), a.upstream + row, a.n);
+  if (begin < end) kl_span_gradient(rows, slope, begin, end, dx, dy);
+  if constexpr (stats) {
+    const int64_t id = a.ids ? a.ids[row] : -1;
+    if (id < first || id >= first + kTile || id >= a.v) return;
+    __syncthreads();  // whoever wrote this entry has done so
+    if (threadIdx.x == 0) {
+      float for_x, for_y;
+      slope.at(rows.x_one(id), op == KlOp::kAlone ? rows.x_one(id) : rows.y_one(id), for_x, for_y);
+      if (dx) dx[id] = kl_narrow<T>(for_x);
+      if (dy) dy[id] = kl_narrow<T>(for_y);
+    }
+  }
+}
+
+// --- forward and the policy's gradient ----------------------------------------------------------------------------------
+
+template <KlOp op, bool kCluster, class T, class Source>
+__device__ void kl_both_row(const KlGlobal<T>& prime, const Source& rows, const KlArgs& a, int64_t row, KlTeam& team, KlShared& sh, T* dx) {
+  kl_row_sums<op, kCluster>(prime, rows, a, team, nullptr, sh);
+  if (op == KlOp::kJsd) kl_row_mix<kCluster>(rows, a, team, nullptr, sh);
+  __syncthreads();
+  if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(rows, a, row, sh.state);
+  const int64_t span = kl_span(a.v);
+  const KlSlope<op, false> slope(a.k, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
+  for (int i = team.end - 1 - int(threadIdx.x / 32); i >= team.begin; i -= kKlWarps)  // backwards: what was read last is nearest
+    kl_span_gradient(rows, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, static_cast<T*>(nullptr));
+}
+
+// Two sweeps over rows that do not fit on chip. Grid: n.
+template <class T, KlOp op>
+__global__ void __launch_bounds__(kKlThreads, 2) kl_two_sweeps_kernel(const __grid_constant__ KlArgs a) {
+  FASTTAX_DYNAMIC_SHARED(memory);
+  const int64_t row = blockIdx.x;
+  T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
+  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
+  if (a.mask && !a.mask[row]) {
+    if (threadIdx.x == 0) kl_finish_masked<op>(a, row);
+    const int64_t span = kl_span(a.v);
+    for (int i = int(threadIdx.x / 32); i < team.spans; i += kKlWarps)
+      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, static_cast<T*>(nullptr));
+    return;
+  }
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)), reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+  kl_both_row<op, false>(rows, rows, a, row, team, *reinterpret_cast<KlShared*>(memory), dx);
+}
+
+// A row pair held in the shared memory of a.cluster blocks, a slice of whole spans each: logits are read once. Grid: n * a.cluster.
+template <class T, KlOp op>
+__global__ void __launch_bounds__(kKlThreads, 2) kl_resident_kernel(const __grid_constant__ KlArgs a) {
+  FASTTAX_DYNAMIC_SHARED(memory);
+  constexpr int n = KlVector<T>::kEntries;
+  KlShared& sh = *reinterpret_cast<KlShared*>(memory);
+  const int64_t row = blockIdx.x / unsigned(a.cluster), span = kl_span(a.v);
+  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
+  team.size = a.cluster;
+  team.rank = int(blockIdx.x % unsigned(a.cluster));
+  team.each = (team.spans + team.size - 1) / team.size;
+  team.base = team.begin = team.rank * team.each;
+  team.end = team.begin + team.each < team.spans ? team.begin + team.each : team.spans;
+  const int64_t first = team.begin * span, last = team.end * span < a.v ? team.end * span : a.v;
+  T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
+  if (a.mask && !a.mask[row]) {
+    if (threadIdx.x == 0 && team.rank == 0) kl_finish_masked<op>(a, row);
+    for (int i = team.begin + int(threadIdx.x / 32); i < team.end; i += kKlWarps)
+      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, static_cast<T*>(nullptr));
+    return;
+  }
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)), reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+  const size_t slices = (kl_shared_bytes(op, team.each) + 15) / 16 * 16;
+  T* const x = reinterpret_cast<T*>(memory + slices);
+  T* const y = x + team.each * span;
+  const int64_t vectors = (last - first) / n;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < vectors; i += kKlThreads) {
+    reinterpret_cast<uint4*>(x)[i] = rows.x_at(first + i * n).bits;
+    reinterpret_cast<uint4*>(y)[i] = rows.y_at(first + i * n).bits;
+  }
+  for (int64_t i = vectors * n + threadIdx.x; i < last - first; i += kKlThreads) x[i] = rows.x[first + i], y[i] = rows.y[first + i];
+  const KlStaged<T> staged{x, y, first};
+  kl_both_row<op, true>(rows, staged, a, row, team, sh, dx);
+  kl_cluster_sync();  // no block may leave while another reads its parts
+}
+
+}  // namespace fasttax

@@ -1,0 +1,217 @@
+#pragma once
+
+// Rows of logits on the device: addresses, 16 bytes at a time, and raw logits turned into what math/kl.h sums.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../math/kl_row.h"
+#include "kl.h"
+
+#if !defined(FASTTAX_DYNAMIC_SHARED)  // the SIMT machine of the tests has its own
+#define FASTTAX_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+#endif
+
+namespace fasttax {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+__device__ __forceinline__ float kl_infinity() { return __builtin_huge_valf(); }
+
+__device__ __forceinline__ float kl_exp2(float v) {  // relative error 2^-22; 0 below 2^-126
+#if defined(__CUDA_ARCH__)
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v));
+  return e;
+#else
+  return exp2f(v);
+#endif
+}
+
+template <class To, class From>
+__device__ __forceinline__ To kl_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same bits");
+  To to;
+  memcpy(static_cast<void*>(&to), &from, sizeof(To));
+  return to;
+}
+
+template <class T>
+__device__ __forceinline__ char* kl_row_at(const KlLayout& rows, int64_t row) {
+  int64_t offset = 0;
+#pragma unroll
+  for (int d = kKlDims - 1; d >= 0; --d) {
+    if (d >= rows.dims) continue;
+    offset += d == 0 ? row * rows.strides[d] : row % rows.sizes[d] * rows.strides[d];
+    if (d > 0) row /= rows.sizes[d];
+  }
+  return rows.base + offset;
+}
+
+// --- 16 bytes: 4 floats or 8 halves -----------------------------------------------------------------------------------
+
+template <class T>
+struct KlVector {
+  static constexpr int kEntries = 16 / int(sizeof(T));
+  uint4 bits;
+
+  __device__ __forceinline__ uint32_t& word(int w) { return w == 0 ? bits.x : w == 1 ? bits.y : w == 2 ? bits.z : bits.w; }
+  __device__ __forceinline__ uint32_t word(int w) const { return w == 0 ? bits.x : w == 1 ? bits.y : w == 2 ? bits.z : bits.w; }
+};
+
+__device__ __forceinline__ float kl_widen(float v) { return v; }
+__device__ __forceinline__ float kl_widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float kl_widen(__half v) { return __half2float(v); }
+template <class T>
+__device__ __forceinline__ T kl_narrow(float v) {
+  if constexpr (std::is_same<T, float>::value) return v;
+  else if constexpr (std::is_same<T, __nv_bfloat16>::value) return __float2bfloat16_rn(v);
+  else return __float2half_rn(v);
+}
+
+template <class T>
+__device__ __forceinline__ void kl_widen(const KlVector<T>& from, float (&to)[KlVector<T>::kEntries]) {
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const uint32_t word = from.word(w);
+    if constexpr (std::is_same<T, float>::value) {
+      to[w] = kl_bits<float>(word);
+    } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+      to[2 * w] = kl_bits<float>(word << 16);
+      to[2 * w + 1] = kl_bits<float>(word & 0xffff0000u);
+    } else {
+      to[2 * w] = __half2float(kl_bits<__half>(uint16_t(word & 0xffff)));
+      to[2 * w + 1] = __half2float(kl_bits<__half>(uint16_t(word >> 16)));
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ KlVector<T> kl_narrow(const float (&from)[KlVector<T>::kEntries]) {
+  KlVector<T> to;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (std::is_same<T, float>::value) to.word(w) = kl_bits<uint32_t>(from[w]);
+    else if constexpr (std::is_same<T, __nv_bfloat16>::value)
+      to.word(w) = kl_bits<uint32_t>(__floats2bfloat162_rn(from[2 * w], from[2 * w + 1]));
+    else to.word(w) = kl_bits<uint32_t>(__floats2half2_rn(from[2 * w], from[2 * w + 1]));
+  }
+  return to;
+}
+
+// --- where a row pair is read from ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ bool kl_aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+
+// A row whose vocabulary or offset is odd comes entry by entry, into the same lanes: which lane adds what must not depend on
+// where a row lies, or the batch around a token would change its bits.
+template <class T>
+__device__ __forceinline__ KlVector<T> kl_load(const T* from, bool aligned) {
+  KlVector<T> v;
+  if (aligned) {
+    v.bits = __ldcs(reinterpret_cast<const uint4*>(from));
+    return v;
+  }
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (sizeof(T) == 4) {
+      v.word(w) = __ldcs(reinterpret_cast<const unsigned*>(from) + w);
+    } else {
+      const unsigned short* halves = reinterpret_cast<const unsigned short*>(from) + 2 * w;
+      const uint32_t low = __ldcs(halves), high = __ldcs(halves + 1);
+      v.word(w) = low | high << 16;
+    }
+  }
+  return v;
+}
+
+template <class T>
+__device__ __forceinline__ void kl_store(T* to, const KlVector<T>& v, bool aligned) {
+  if (aligned) {
+    __stcs(reinterpret_cast<uint4*>(to), v.bits);
+    return;
+  }
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (sizeof(T) == 4) {
+      __stcs(reinterpret_cast<unsigned*>(to) + w, v.word(w));
+    } else {
+      unsigned short* halves = reinterpret_cast<unsigned short*>(to) + 2 * w;
+      __stcs(halves, static_cast<unsigned short>(v.word(w) & 0xffff));
+      __stcs(halves + 1, static_cast<unsigned short>(v.word(w) >> 16));
+    }
+  }
+}
+
+template <class T>
+struct KlGlobal {  // the rows themselves
+  using Entry = T;
+  const T *x, *y;
+  bool aligned;
+
+  __device__ __forceinline__ KlGlobal(const T* policy, const T* ref) : x(policy), y(ref), aligned(kl_aligned(policy) && kl_aligned(ref)) {}
+  __device__ __forceinline__ KlVector<T> x_at(int64_t i) const { return kl_load(x + i, aligned); }
+  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const { return kl_load(y + i, aligned); }
+  __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i]); }
+  __device__ __forceinline__ float y_one(int64_t i) const { return kl_widen(y[i]); }
+};
+
+template <class T>
+struct KlStaged {  // entries [first, ...) of the rows in this block's shared memory
+  using Entry = T;
+  const T *x, *y;
+  int64_t first;
+
+  __device__ __forceinline__ KlVector<T> x_at(int64_t i) const { return {*reinterpret_cast<const uint4*>(x + (i - first))}; }
+  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const { return {*reinterpret_cast<const uint4*>(y + (i - first))}; }
+  __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i - first]); }
+  __device__ __forceinline__ float y_one(int64_t i) const { return kl_widen(y[i - first]); }
+};
+
+// --- frames -----------------------------------------------------------------------------------------------------------
+
+// How raw logits become ax and d (math/kl.h): fast() for rows that share one scale and lie in like frames, careful() for all.
+struct KlFrame {
+  const KlParams& k;
+  KlRow r;
+  float s2, cs;     // fast: ax log2 e = (x - mx) s2, d = (x - y) row_scale - cs
+  float ox, oy, c;  // careful: d = ((x - ox) - (y - oy) - c) row_scale - shift
+  bool fast;
+
+  __device__ __forceinline__ KlFrame(const KlParams& params, const KlRow& row) : k(params), r(row) {
+    const bool alike = fabsf(row.mx - row.my) <= 4.0f;
+    fast = params.plain && alike && row.shift == 0;
+    s2 = params.row_scale * kLog2e;
+    cs = (row.mx - row.my) * params.row_scale;
+    ox = alike ? 0.0f : row.mx;
+    oy = alike ? 0.0f : row.my;
+    c = alike ? row.mx - row.my : 0.0f;
+  }
+
+  __device__ __forceinline__ float gap(float x, float y) const { return fmaf(x - y, k.row_scale, -cs); }
+  __device__ __forceinline__ float ax2(float x) const { return (x - r.mx) * s2; }  // not x s2 - mx s2: rounded at 1000, that is 4e-5 off
+  __device__ __forceinline__ float ay2(float y) const { return (y - r.my) * s2; }
+  __device__ __forceinline__ float ax(float x) const { return (x - r.mx) * k.row_scale; }
+
+  __device__ __forceinline__ void raw(float& x, float& y) const {
+    const bool gone = k.inf_mask && (x == -kl_infinity() || y == -kl_infinity());
+    if (k.cap > 0) x = tanhf(x * (k.scale / k.cap)) * k.cap;
+    if (k.ref_cap > 0) y = tanhf(y * (k.ref_scale / k.ref_cap)) * k.ref_cap;
+    if (gone) x = y = -kl_infinity();
+  }
+
+  __device__ __forceinline__ void careful(float x, float y, float& ax_out, float& ay_out, float& d) const {
+    if (!k.plain) raw(x, y);
+    ax_out = ax(x);
+    ay_out = (y - r.my) * k.ref_row_scale + r.shift;
+    d = k.plain ? (((x - ox) - (y - oy)) - c) * k.row_scale - r.shift : ax_out - ay_out;
+  }
+};
+
+}  // namespace fasttax

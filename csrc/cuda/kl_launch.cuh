@@ -1,0 +1,74 @@
+#pragma once
+
+// What the launchers share: the device's limits, and kernels started for a type and an op.
+
+#include "kl.cuh"
+
+namespace fasttax {
+
+inline const char* kl_words(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+struct KlDevice {
+  int multiprocessors = 0, block_limit = 0, sm_limit = 0, major = 0;
+  cudaError_t error;
+
+  KlDevice() {
+    int device = 0;
+    error = cudaGetDevice(&device);
+    const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+    };
+    ask(multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(block_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    ask(sm_limit, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    ask(major, cudaDevAttrComputeCapabilityMajor);
+  }
+};
+
+// Calls start(entry type) for the logits' type; float64 does not come here.
+template <class Start>
+const char* kl_with_type(LogitType type, Start&& start) {
+  switch (type) {
+    case LogitType::kFloat: return start(float());
+    case LogitType::kBFloat16: return start(__nv_bfloat16());
+    case LogitType::kFloat16: return start(__half());
+    default: return "float64 logits have no CUDA kernel";
+  }
+}
+
+template <KlOp op>
+using KlOpIs = std::integral_constant<KlOp, op>;
+
+template <class Start>
+const char* kl_with_divergence(KlOp op, Start&& start) {
+  if (op == KlOp::kPolicyRef) return start(KlOpIs<KlOp::kPolicyRef>());
+  return op == KlOp::kRefPolicy ? start(KlOpIs<KlOp::kRefPolicy>()) : start(KlOpIs<KlOp::kJsd>());
+}
+
+template <class Start>
+const char* kl_with_op(KlOp op, Start&& start) {
+  if (op == KlOp::kStats) return start(KlOpIs<KlOp::kStats>());
+  return op == KlOp::kAlone ? start(KlOpIs<KlOp::kAlone>()) : kl_with_divergence(op, start);
+}
+
+// Starts kernel(args) in `blocks`; cluster > 1: in clusters of so many.
+inline const char* kl_start(void (*kernel)(KlArgs), dim3 blocks, size_t shared_bytes, const KlLaunch& x, int cluster = 1) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (error != cudaSuccess) return kl_words(error);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = dim3(kKlThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(x.stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return kl_words(cudaLaunchKernelEx(&config, kernel, x.args));
+}
+
+}  // namespace fasttax

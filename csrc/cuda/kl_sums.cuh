@@ -1,0 +1,287 @@
+#pragma once
+
+// The sums of math/kl_row.h over a span of entries by one warp. Spans are cut by V alone, a lane's entries and the order of every addition
+// by the span alone: what a row gives does not depend on the blocks that share it, on its place in memory, or on the batch around it.
+//
+// Three ways to sum a vector, by how many lanes hold an entry with |d| > 1/4: none: one exp and the series; few: each entry by its own
+// size; many: two exps and plain sums, 13 instructions an entry against 27. Plain sums are good to 1e-7 of their mass: a row that comes out
+// below 1e-2 of that is summed again, each entry by its own size and with 0 * inf = 0.
+
+#include "kl_elements.cuh"
+
+namespace fasttax {
+
+constexpr int kKlThreads = 256;
+constexpr int kKlWarps = kKlThreads / 32;
+constexpr int kSpan = 1024;  // entries of one warp in a row of up to 2^19; a multiple of it beyond
+constexpr int kMaxSpans = 512;
+constexpr int kBatch = 4;     // vectors of either row whose loads a lane starts before it needs the first: 128 bytes
+constexpr int kPrime = 1024;  // entries that a row's first frame is taken from
+constexpr int kFewLanes = 16;
+
+__host__ __device__ inline int64_t kl_span(int64_t v) {
+  return (v + int64_t(kSpan) * kMaxSpans - 1) / (int64_t(kSpan) * kMaxSpans) * kSpan;
+}
+__host__ __device__ inline int kl_spans(int64_t v) { return int((v + kl_span(v) - 1) / kl_span(v)); }
+
+// How many floats a span leaves, the next power of two, and where pivot and peaks lie among them.
+template <KlOp op>
+struct KlParts {
+  static constexpr bool kPair = op != KlOp::kAlone;
+  static constexpr bool kForwards = op == KlOp::kPolicyRef || op == KlOp::kStats;
+  static constexpr bool kBackwards = op == KlOp::kRefPolicy || op == KlOp::kStats;
+  static constexpr bool kEntropy = op == KlOp::kStats || op == KlOp::kAlone;
+  static constexpr int kMass = kPair ? 4 + 2 * kForwards + 2 * kBackwards : 0;  // then moment, pivot, peaks
+  static constexpr int kCount = kMass + 4 * kEntropy;
+  static constexpr int kPadded = kCount <= 4 ? 4 : kCount <= 8 ? 8 : 16;
+};
+constexpr int kMixParts = 4;  // of jsd's second sweep: gap, KL(p||m), KL(q||m)
+
+// v[i] summed over the warp, in lane i * 32 / K and the ones after it: K + log2(32 / K) shuffles for K sums.
+template <int half, int bit, int K>
+__device__ __forceinline__ void kl_fold(float (&v)[K]) {
+  if constexpr (half > 0) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float send = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
+      v[i] = keep + __shfl_xor_sync(kWholeWarp, send, bit);
+    }
+  } else {
+    v[0] += __shfl_xor_sync(kWholeWarp, v[0], bit);
+  }
+  if constexpr (bit > 1) kl_fold<half / 2, bit / 2>(v);
+}
+
+template <int K>
+__device__ __forceinline__ float kl_warp_sums(float (&v)[K]) {
+  kl_fold<K / 2, 16>(v);
+  return v[0];
+}
+
+template <KlOp op>
+struct KlLanes {
+  using P = KlParts<op>;
+  float s = 0, g = 0, b = 0, c = 0;                  // entries with |d| <= 1/4: e^ax, e^ay - e^ax, B, C
+  float far_x = 0, far_y = 0, far_a = 0, far_c = 0;  // the others: e^ax, e^ay, e^ax d, -e^ay d
+  float mass = 0, moment = 0;                        // e^ax and e^ax ax log2 e of all
+
+  __device__ __forceinline__ void entropy(float ex, float ax2) {
+    mass += ex;
+    moment = fmaf(ex, ax2, moment);
+  }
+  __device__ __forceinline__ void near(float ex, float d) {
+    float f, back = 0;
+    if (P::kForwards && P::kBackwards) kl_bregman_small(d, f, back);
+    else f = kl_bregman_small(d);
+    if (!P::kForwards && P::kBackwards) back = kl_bregman_small(-d);
+    const float change = ex * (f - d);
+    s += ex;
+    g += change;
+    if (P::kForwards) b = fmaf(ex, f, b);
+    if (P::kBackwards) c = fmaf(ex + change, back, c);
+  }
+  __device__ __forceinline__ void far(float ex, float ey, float x_pull, float y_pull) {
+    far_x += ex;
+    far_y += ey;
+    if (P::kForwards) far_a += x_pull;
+    if (P::kBackwards) far_c -= y_pull;
+  }
+
+  __device__ __forceinline__ void pack(float (&v)[P::kPadded]) const {
+    int i = 0;
+    if (P::kPair) v[i++] = s, v[i++] = g, v[i++] = far_x, v[i++] = far_y;
+    if (P::kForwards) v[i++] = b, v[i++] = far_a;
+    if (P::kBackwards) v[i++] = c, v[i++] = far_c;
+    if (P::kEntropy) v[i++] = mass, v[i++] = moment;
+#pragma unroll
+    for (; i < P::kPadded; ++i) v[i] = 0;
+  }
+};
+
+template <KlOp op>
+__device__ __forceinline__ void kl_careful_entry(const KlFrame& frame, float x, float y, KlLanes<op>& lanes) {
+  float ax, ay, d;
+  frame.careful(x, y, ax, ay, d);
+  const float ex = kl_exp2(ax * kLog2e);
+  if (KlParts<op>::kPair) {
+    if (fabsf(d) <= kSmallGap) {
+      lanes.near(ex, d);
+    } else {
+      const float ey = kl_exp2(ay * kLog2e);
+      lanes.far(ex, ey, ex == 0 ? 0.0f : ex * d, ey == 0 ? 0.0f : ey * d);
+    }
+  }
+  if (KlParts<op>::kEntropy && ex != 0) lanes.entropy(ex, ax * kLog2e);  // NaN != 0
+}
+
+template <KlOp op, class T>
+__device__ __forceinline__ void kl_fast_vector(const KlFrame& frame, const KlVector<T>& x_bits, const KlVector<T>& y_bits,
+                                               KlLanes<op>& lanes) {
+  constexpr int n = KlVector<T>::kEntries;
+  float x[n], y[n];
+  kl_widen(x_bits, x);
+  if constexpr (!KlParts<op>::kPair) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const float ax2 = frame.ax2(x[j]);
+      lanes.entropy(kl_exp2(ax2), ax2);
+    }
+  } else {
+    kl_widen(y_bits, y);
+    float widest = 0;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      y[j] = frame.gap(x[j], y[j]);
+      x[j] = frame.ax2(x[j]);
+      widest = fmaxf(widest, fabsf(y[j]));  // loses a NaN; the sums do not
+    }
+    const auto each = [&](auto add) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        const float ex = kl_exp2(x[j]);
+        add(ex, x[j], y[j]);
+        if (KlParts<op>::kEntropy) lanes.entropy(ex, x[j]);
+      }
+    };
+    const auto plain = [&](float ex, float ax2, float d) {
+      const float ey = kl_exp2(fmaf(d, -kLog2e, ax2));
+      lanes.far(ex, ey, ex * d, ey * d);
+    };
+    const unsigned wide = __ballot_sync(kWholeWarp, !(widest <= kSmallGap));
+    if (wide == 0) {
+      each([&](float ex, float, float d) { lanes.near(ex, d); });
+    } else if (__popc(wide) > kFewLanes) {
+      each(plain);
+    } else {
+      each([&](float ex, float ax2, float d) {
+        if (fabsf(d) <= kSmallGap) lanes.near(ex, d);
+        else plain(ex, ax2, d);
+      });
+    }
+  }
+}
+
+// Mass and moment of a span around its highest entry, which is counted apart: where that entry holds nearly all of the mass or stands
+// above the frame, its ax in every term, or its 1 in every sum, would cost the digits that the entropy lives on (KlSums).
+template <KlOp op, class Source>
+__device__ void kl_around_peak(const Source& row, const KlFrame& frame, int64_t begin, int64_t end, float* part) {
+  const int lane = int(threadIdx.x) % 32;
+  const auto ax_at = [&](int64_t i) {
+    float x = row.x_one(i), y = KlParts<op>::kPair ? row.y_one(i) : x, ay, d, ax;
+    frame.careful(x, y, ax, ay, d);
+    return ax;
+  };
+  float peak = -kl_infinity();
+  for (int64_t i = begin + lane; i < end; i += 32) peak = fmaxf(peak, ax_at(i));
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) peak = fmaxf(peak, __shfl_xor_sync(kWholeWarp, peak, bit));
+  float v[4] = {0, 0, 0, 0};
+  for (int64_t i = begin + lane; i < end; i += 32) {
+    const float off = (ax_at(i) - peak) * kLog2e, e = kl_exp2(off);
+    if (off == 0) {
+      v[3] += 1;
+    } else if (e != 0) {
+      v[0] += e;
+      v[1] = fmaf(e, off, v[1]);
+    }
+  }
+  const float sum = kl_warp_sums<4>(v);
+  if (lane % 8 == 0) part[lane / 8] = lane == 16 ? peak : sum;  // mass, moment, pivot, peaks
+}
+
+template <KlOp op, class Source>
+__device__ void kl_span_sums(const Source& row, const KlFrame& frame, bool careful, int64_t begin, int64_t end, float* part) {
+  using T = typename Source::Entry;
+  using P = KlParts<op>;
+  constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
+  const int lane = int(threadIdx.x) % 32;
+  KlLanes<op> lanes;
+  int64_t i = begin;
+  if (careful) {
+#pragma unroll 1
+    for (; i + kRound <= end; i += kRound) {
+      float x[n], y[n] = {};
+      kl_widen(row.x_at(i + lane * n), x);
+      if (P::kPair) kl_widen(row.y_at(i + lane * n), y);
+#pragma unroll
+      for (int j = 0; j < n; ++j) kl_careful_entry(frame, x[j], P::kPair ? y[j] : x[j], lanes);
+    }
+  } else {
+#pragma unroll 1
+    for (; i + kBatch * kRound <= end; i += kBatch * kRound) {
+      KlVector<T> x[kBatch], y[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        x[j] = row.x_at(i + j * kRound + lane * n);
+        if (P::kPair) y[j] = row.y_at(i + j * kRound + lane * n);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) kl_fast_vector(frame, x[j], y[j], lanes);
+    }
+  }
+#pragma unroll 1
+  for (i += lane; i < end; i += 32) kl_careful_entry(frame, row.x_one(i), P::kPair ? row.y_one(i) : row.x_one(i), lanes);
+  float v[P::kPadded];
+  lanes.pack(v);
+  constexpr int kStride = 32 / P::kPadded;
+  const float sum = kl_warp_sums<P::kPadded>(v);
+  if (lane % kStride == 0 && lane / kStride < P::kCount) part[lane / kStride] = sum;
+  if (P::kEntropy) {
+    const float mass = __shfl_sync(kWholeWarp, sum, P::kMass * kStride),
+                moment = __shfl_sync(kWholeWarp, sum, (P::kMass + 1) * kStride) * kLn2;
+    if (moment > float(kDominated) * mass && mass <= 3e38f) {
+      __syncwarp();  // the lanes that wrote these floats are not those that do so now
+      kl_around_peak<op>(row, frame, begin, end, part + P::kMass);
+    }
+  }
+}
+
+// --- a row's sums out of its spans' ----------------------------------------------------------------------------------
+
+__device__ __forceinline__ double kl_warp_total(double v) {  // in every lane, always in the same order
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) v += __shfl_xor_sync(kWholeWarp, v, bit);
+  return v;
+}
+
+template <KlOp op>
+__device__ __forceinline__ void kl_add_part(const volatile float* part, KlSums& t) {
+  using P = KlParts<op>;
+  if (P::kPair) {
+    const double s = part[0], g = part[1], far_x = part[2], far_y = part[3], change = far_y - far_x;
+    t.s += s + far_x;
+    t.y += (s + g) + far_y;
+    t.g += g + change;
+    t.far += far_x + far_y;
+    if (P::kForwards) {
+      const double b = part[4], pull = part[5];
+      t.b += b + (pull + change);
+      t.a += (b - g) + pull;
+    }
+    if (P::kBackwards) {
+      const double c = part[4 + 2 * P::kForwards], pull = part[5 + 2 * P::kForwards];
+      t.c += c + (pull - change);
+      t.back += (c + g) + pull;
+    }
+  }
+  if (P::kEntropy) {
+    const double pivot = part[P::kMass + 2], around = double(part[P::kMass + 3]) + double(part[P::kMass]);
+    const double off = double(part[P::kMass + 1]) * double(kLn2), scale = pivot == 0 ? 1.0 : exp(pivot);
+    t.mass += scale * around;
+    t.moment += scale * (off + pivot * around);
+  }
+}
+
+template <KlOp op>
+__device__ __forceinline__ void kl_total(KlSums& t) {
+  using P = KlParts<op>;
+  if (P::kPair) {
+    t.s = kl_warp_total(t.s), t.y = kl_warp_total(t.y), t.g = kl_warp_total(t.g), t.far = kl_warp_total(t.far);
+    if (P::kForwards) t.b = kl_warp_total(t.b), t.a = kl_warp_total(t.a);
+    if (P::kBackwards) t.c = kl_warp_total(t.c), t.back = kl_warp_total(t.back);
+  }
+  if (P::kEntropy) t.mass = kl_warp_total(t.mass), t.moment = kl_warp_total(t.moment);
+}
+
+}  // namespace fasttax
