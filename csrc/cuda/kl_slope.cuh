@@ -61,14 +61,16 @@ struct KlSlope {
     }
   }
 
-  // p - q by the series where rows are close, so that it does not cancel
+  // p - q; by the series where rows are close, so that it does not cancel
+  template <bool kClose>
   __device__ __forceinline__ float difference(float p, float q, float d) const {
+    if (!kClose) return p - q;
     const float u = d - log_ratio;
-    return close && fabsf(u) <= kSmallGap ? p * (u - kl_bregman_small(u)) : p - q;
+    return fabsf(u) <= kSmallGap ? p * (u - kl_bregman_small(u)) : p - q;
   }
 
-  // kFast: frame.fast. at_id leaves the log-probs' own terms out of p and q, for `at` to add them without cancellation.
-  template <bool kFast>
+  // kFast: frame.fast; kClose: close. at_id leaves the log-probs' own terms out of p and q, for `at` to add them without cancellation.
+  template <bool kFast, bool kClose>
   __device__ __forceinline__ void operator()(float x, float y, float& dx, float& dy, bool at_id = false) const {
     float ax2, ay2, d, ax;
     const float raw_x = x, raw_y = y;
@@ -84,10 +86,10 @@ struct KlSlope {
     dx = dy = 0;
     if constexpr (op == KlOp::kPolicyRef) {
       dx = p == 0 ? 0.0f : p * (d - gap);
-      if (kBoth) dy = -difference(p, q_of(), d);
+      if (kBoth) dy = -difference<kClose>(p, q_of(), d);
     } else if constexpr (op == KlOp::kRefPolicy) {
       const float q = q_of();
-      dx = difference(p, q, d);
+      dx = difference<kClose>(p, q, d);
       if (kBoth) dy = q == 0 ? 0.0f : q * (gap - d);
     } else if constexpr (op == KlOp::kJsd) {
       const float beta = frame.k.beta, q = q_of(), u = d - log_ratio;
@@ -104,7 +106,7 @@ struct KlSlope {
       if (pair && g_forwards != 0) c = fmaf(d - gap, g_forwards, c);  // else d may be inf where nobody asks for it
       dx = p == 0 ? 0.0f : p * c;
       if (pair && (kBoth || g_backwards != 0)) {
-        const float q = q_of(), apart = difference(p, q, d);
+        const float q = q_of(), apart = difference<kClose>(p, q, d);
         if (g_backwards != 0) dx = fmaf(apart, g_backwards, dx);
         if (kBoth) {
           c = at_id ? 0.0f : -g_ref_logp;
@@ -120,6 +122,12 @@ struct KlSlope {
     if (!kFast && frame.k.ref_cap > 0) dy *= bend(raw_y, frame.k.ref_scale / frame.k.ref_cap);
   }
 
+  // One entry by itself.
+  __device__ __forceinline__ void any(float x, float y, float& dx, float& dy, bool at_id = false) const {
+    if (close) operator()<false, true>(x, y, dx, dy, at_id);
+    else operator()<false, false>(x, y, dx, dy, at_id);
+  }
+
   __device__ __forceinline__ static float bend(float raw, float over_cap) {  // the derivative of a softcap
     const float t = tanhf(raw * over_cap);
     return 1 - t * t;
@@ -127,7 +135,7 @@ struct KlSlope {
 
   // The entry of the id: d logp = 1 - p = -expm1(logp), which p in float would round away.
   __device__ __forceinline__ void at(float x, float y, float& dx, float& dy) const {
-    operator()<false>(x, y, dx, dy, true);
+    any(x, y, dx, dy, true);
     const float bend_x = frame.k.cap > 0 ? bend(x, frame.k.scale / frame.k.cap) : 1.0f;
     const float bend_y = frame.k.ref_cap > 0 ? bend(y, frame.k.ref_scale / frame.k.ref_cap) : 1.0f;
     dx -= bend_x * (expm1f(logp) * g_logp * gx);
@@ -143,24 +151,31 @@ __device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlop
   constexpr bool pair = op != KlOp::kAlone;
   const int lane = int(threadIdx.x) % 32;
   const bool aligned = (!dx || kl_aligned(dx)) && (!kBoth || !dy || kl_aligned(dy));
-  const auto vectors = [&](auto fast) {
-    constexpr int kAtOnce = decltype(fast)::value ? 2 : 1;
+  const auto vectors = [&](auto fast, auto close) {
+    [[maybe_unused]] constexpr int kAtOnce = decltype(fast)::value ? 2 : 1;
 #pragma unroll kAtOnce
     for (int64_t i = begin + lane * n; i + n <= end; i += kRound) {
       float x[n], y[n] = {}, for_x[n], for_y[n];
       kl_widen(row.x_at(i), x);
       if (pair) kl_widen(row.y_at(i), y);
 #pragma unroll
-      for (int j = 0; j < n; ++j) slope.template operator()<decltype(fast)::value>(x[j], pair ? y[j] : x[j], for_x[j], for_y[j]);
+      for (int j = 0; j < n; ++j)
+        slope.template operator()<decltype(fast)::value, decltype(close)::value>(x[j], pair ? y[j] : x[j], for_x[j], for_y[j]);
       if (dx) kl_store(dx + i, kl_narrow<T>(for_x), aligned);
       if (kBoth && dy) kl_store(dy + i, kl_narrow<T>(for_y), aligned);
     }
   };
-  if (slope.frame.fast) vectors(std::true_type{});
-  else vectors(std::false_type{});
+  constexpr bool by_difference = kBoth || op == KlOp::kRefPolicy || op == KlOp::kStats;
+  const auto any_close = [&](auto fast) {
+    if constexpr (by_difference && op != KlOp::kJsd)
+      if (!slope.close) return vectors(fast, std::false_type{});
+    vectors(fast, std::true_type{});
+  };
+  if (slope.frame.fast) any_close(std::true_type{});
+  else any_close(std::false_type{});
   for (int64_t i = end - (end - begin) % n + lane; i < end; i += 32) {
     float for_x, for_y;
-    slope.template operator()<false>(row.x_one(i), pair ? row.y_one(i) : row.x_one(i), for_x, for_y);
+    slope.any(row.x_one(i), pair ? row.y_one(i) : row.x_one(i), for_x, for_y);
     if (dx) dx[i] = kl_narrow<T>(for_x);
     if (kBoth && dy) dy[i] = kl_narrow<T>(for_y);
   }

@@ -72,9 +72,8 @@ struct KlLanes {
   }
   __device__ __forceinline__ void near(float ex, float d) {
     float f, back = 0;
-    if (P::kForwards && P::kBackwards) kl_bregman_small(d, f, back);
+    if (P::kBackwards) kl_bregman_small(d, f, back);
     else f = kl_bregman_small(d);
-    if (!P::kForwards && P::kBackwards) back = kl_bregman_small(-d);
     const float change = ex * (f - d);
     s += ex;
     g += change;

@@ -16,7 +16,9 @@ struct Options {
 
   fasttax::KlParams params(fasttax::KlOp op) const {
     fasttax::KlParams k{};
-    k.kind = op == fasttax::KlOp::kRefPolicy ? fasttax::KlKind::kRefPolicy : op == fasttax::KlOp::kJsd ? fasttax::KlKind::kJsd : fasttax::KlKind::kPolicyRef;
+    k.kind = op == fasttax::KlOp::kRefPolicy ? fasttax::KlKind::kRefPolicy
+             : op == fasttax::KlOp::kJsd     ? fasttax::KlKind::kJsd
+                                             : fasttax::KlKind::kPolicyRef;
     k.inf_mask = inf_mask;
     k.beta = float(beta), k.scale = float(scale), k.ref_scale = float(ref_scale), k.cap = float(cap), k.ref_cap = float(ref_cap);
     k.row_scale = float(cap > 0 ? 1 / temperature : scale / temperature);
@@ -42,7 +44,8 @@ struct Row {  // one side
       most = std::max(most, logp[i]);
     }
     for (const S v : logp) total += std::exp(v - most);
-    lse = most == -INFINITY && std::all_of(logp.begin(), logp.end(), [](S v) { return v == -INFINITY; }) ? -INFINITY : most + std::log(total);
+    lse =
+        most == -INFINITY && std::all_of(logp.begin(), logp.end(), [](S v) { return v == -INFINITY; }) ? -INFINITY : most + std::log(total);
     for (S& v : logp) v = (v - most) - std::log(total);
   }
 };
@@ -52,7 +55,8 @@ struct Textbook {
   S values[fasttax::kTokenStats] = {};  // one KL, or token_stats' values
   std::vector<S> dx, dy;
 
-  Textbook(fasttax::KlOp op, std::vector<double> x, std::vector<double> y, const Options& o, const float* g, int64_t id) : dx(x.size()), dy(x.size()) {
+  Textbook(fasttax::KlOp op, std::vector<double> x, std::vector<double> y, const Options& o, const float* g, int64_t id)
+      : dx(x.size()), dy(x.size()) {
     using fasttax::KlOp;
     if (o.inf_mask && op != KlOp::kAlone)
       for (size_t i = 0; i < x.size(); ++i)
@@ -75,7 +79,8 @@ struct Textbook {
     }
     const bool stats = op == KlOp::kStats || op == KlOp::kAlone, pair = op != KlOp::kAlone;
     if (stats) {
-      const S all[] = {id < 0 ? S(0) : lp[size_t(id)], id < 0 || !pair ? S(0) : lq[size_t(id)], entropy, p_row.lse, pair ? forwards : S(0), pair ? backwards : S(0)};
+      const S all[] = {id < 0 ? S(0) : lp[size_t(id)], id < 0 || !pair ? S(0) : lq[size_t(id)], entropy, p_row.lse, pair ? forwards : S(0),
+                       pair ? backwards : S(0)};
       std::copy(all, all + fasttax::kTokenStats, values);
     } else {
       values[0] = op == KlOp::kPolicyRef ? forwards : op == KlOp::kRefPolicy ? backwards : beta * q_m + (1 - beta) * p_m;
@@ -85,12 +90,20 @@ struct Textbook {
       const S f_x = times(p, (lp[i] - lq[i]) - forwards), f_y = q - p, b_x = p - q, b_y = times(q, (lq[i] - lp[i]) - backwards);
       if (op == KlOp::kPolicyRef) dx[i] = g[0] * f_x, dy[i] = g[0] * f_y;
       if (op == KlOp::kRefPolicy) dx[i] = g[0] * b_x, dy[i] = g[0] * b_y;
-      if (op == KlOp::kJsd) dx[i] = g[0] * (1 - beta) * times(p, lp[i] - log_mix(i) - p_m), dy[i] = g[0] * beta * times(q, lq[i] - log_mix(i) - q_m);
+      if (op == KlOp::kJsd)
+        dx[i] = g[0] * (1 - beta) * times(p, lp[i] - log_mix(i) - p_m), dy[i] = g[0] * beta * times(q, lq[i] - log_mix(i) - q_m);
       if (stats) {
         const bool here = int64_t(i) == id;
-        dx[i] = S(g[fasttax::kLogp]) * (here ? -std::expm1(lp[i]) : id < 0 ? S(0) : -p) + S(g[fasttax::kLse]) * p - S(g[fasttax::kEntropy]) * times(p, lp[i] + entropy);
+        dx[i] = S(g[fasttax::kLogp]) * (here     ? -std::expm1(lp[i])
+                                        : id < 0 ? S(0)
+                                                 : -p) +
+                S(g[fasttax::kLse]) * p - S(g[fasttax::kEntropy]) * times(p, lp[i] + entropy);
         if (pair) dx[i] += S(g[fasttax::kKlPolicyRef]) * f_x + S(g[fasttax::kKlRefPolicy]) * b_x;
-        if (pair) dy[i] = S(g[fasttax::kRefLogp]) * (here ? -std::expm1(lq[i]) : id < 0 ? S(0) : -q) + S(g[fasttax::kKlPolicyRef]) * f_y + S(g[fasttax::kKlRefPolicy]) * b_y;
+        if (pair)
+          dy[i] = S(g[fasttax::kRefLogp]) * (here     ? -std::expm1(lq[i])
+                                             : id < 0 ? S(0)
+                                                      : -q) +
+                  S(g[fasttax::kKlPolicyRef]) * f_y + S(g[fasttax::kKlRefPolicy]) * b_y;
       }
       dx[i] *= p_row.slope[i];
       dy[i] *= q_row.slope[i];
