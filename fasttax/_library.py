@@ -1,12 +1,15 @@
 """The `fasttax::` operator library: schemas, the backend behind each op, and why.
 
 One kernel per (op, device). Every op has its PyTorch reference registered for all devices; `fasttax._C` (C++) puts its
-kernels over it on the CPU, `fasttax._C_cuda` (CUDA C++) on GPUs. FASTTAX_BACKEND forces another choice:
+kernels over it on the CPU, `fasttax._C_cuda` (CUDA C++) on GPUs, and `fasttax.triton` on GPUs what CUDA C++ leaves open.
+FASTTAX_BACKEND forces another choice:
 
-    auto (default)   native kernels where they are built, the reference elsewhere
+    auto (default)   native kernels where they are built, else Triton's on GPUs, the reference elsewhere
     reference        the reference everywhere
     cpp              as auto, and an error at import where the C++ CPU library is not built
     cuda             as auto, and an error at import where the CUDA C++ library is not built
+    triton           Triton's kernels on GPUs, CUDA C++ nowhere, and an error at import without triton; with TRITON_INTERPRET=1
+                     on the CPU too, in Triton's interpreter (slow; for tests and debugging)
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "cpp", "cuda")
+from fasttax import triton
+
+BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 
 lib = torch.library.Library("fasttax", "DEF")  # deregisters when collected, so it lives as long as the process
 OPS: list[str] = []
 problems: dict[str, str] = {}  # library -> why it is not loaded
+on_triton: dict[tuple[str, str], str] = {}  # (op, dispatch key) that Triton serves -> why
 
 
 def chosen_backend() -> str:
@@ -75,8 +81,15 @@ def prefer_huge_pages(t: Tensor) -> Tensor:
     return t
 
 
+def _register_triton(key: str, why: str) -> None:
+    for name in triton.MODULES:
+        if name in OPS and not torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttax::{name}", key):
+            lib.impl(name, triton.implementation(name), key)
+            on_triton[name, key] = why
+
+
 def load_native() -> None:
-    """Imports the native libraries; their static initialisers register the kernels."""
+    """Imports the native libraries, whose static initialisers register the kernels, and registers Triton's."""
     choice = chosen_backend()
     lib.define("_simd_level(int level) -> int")  # implemented by _C alone: 0 portable, 1 AVX2, 2 AVX-512
     lib.define("_prefer_huge_pages(Tensor t) -> ()")
@@ -84,11 +97,20 @@ def load_native() -> None:
     if choice == "reference":
         problems["_C"] = problems["_C_cuda"] = "FASTTAX_BACKEND=reference"
         return
-    libraries = ["_C"] + (["_C_cuda"] if torch.version.cuda else [])
-    if not torch.version.cuda:
-        problems["_C_cuda"] = "this torch is built without CUDA"
+    interpreted = choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if choice == "triton" and not triton.available():
+        raise ImportError("fasttax: FASTTAX_BACKEND=triton, but triton is not installed; `pip install triton` (torch for GPUs brings it on Linux)")
+    left_out = {"_C": "FASTTAX_BACKEND=triton with TRITON_INTERPRET=1" if interpreted else "",
+                "_C_cuda": "FASTTAX_BACKEND=triton" if choice == "triton" else "" if torch.version.cuda else "this torch is built without CUDA"}  # fmt: skip
+    problems.update((library, why) for library, why in left_out.items() if why)
+    libraries = [library for library, why in left_out.items() if not why]
     for library in libraries:
         _load(library)
+    if triton.available() and (choice == "triton" or torch.version.cuda or torch.version.hip):
+        _register_triton("CUDA", "FASTTAX_BACKEND=triton" if choice == "triton" else f"CUDA C++: {problems.get('_C_cuda', 'no kernel for this op yet')}")
+    if interpreted:
+        _register_triton("CPU", "TRITON_INTERPRET=1")
+        return
     if "_C" in problems:
         advice = (
             f"fasttax: the C++ CPU kernels are not available ({problems['_C']}); the PyTorch reference is used. "
@@ -107,6 +129,8 @@ def load_native() -> None:
 def active(name: str, device: str) -> tuple[str, str]:
     """(backend, reason) of op `name` on "cpu" or "cuda"."""
     key = device.upper()
+    if (name, key) in on_triton:
+        return "Triton", on_triton[name, key]
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttax::{name}", key):
         return ("C++" if device == "cpu" else "CUDA C++"), "built and registered"
     library = "_C" if device == "cpu" else "_C_cuda"

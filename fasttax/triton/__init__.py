@@ -1,0 +1,30 @@
+"""The Triton kernels, for NVIDIA and AMD GPUs: no compiler needed at install. Nothing here imports triton before the first call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+MODULES = {  # op -> the module that has it, by the op's own name
+    "token_kl": "kl",
+    "token_kl_grad": "kl",
+    "token_kl_backward": "kl",
+    "token_kl_backward_": "kl",
+    "token_stats": "stats",
+    "token_stats_backward": "stats",
+}
+
+
+def available() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def implementation(op: str) -> Callable[..., Any]:
+    """The op, which imports its module when it is first called."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"fasttax.triton.{MODULES[op]}"), op)(*args)
+
+    return call

@@ -1,0 +1,287 @@
+"""What the Triton kernels over logits share: rows and their addresses, launch geometry, frames and the sums of csrc/math/kl.h.
+
+A program owns a row. Tiles are (LANES, WIDTH), WIDTH being 16 bytes of entries, so that a tile's loads are 128 bits wide and its sum along
+WIDTH stays within a thread; lanes are added up once a row, in float64. LANES and WIDTH depend on the dtype and on V alone: what a row
+gives does not depend on the batch around it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SMALL_GAP = tl.constexpr(0.25)  # |d| up to which the series is used, as in csrc/math/kl.h
+FRAME_SLACK = tl.constexpr(20.0)
+TOO_HIGH = tl.constexpr(4.85e8)  # e^20: an entry stands so far above its frame that the row is summed again in its true one
+DOMINATED = tl.constexpr(-0.05)  # csrc/math/kl_row.h
+TRUSTED = tl.constexpr(1e-2)
+INF = tl.constexpr(float("inf"))
+
+POLICY_REF, REF_POLICY, JSD, STATS, ALONE = (tl.constexpr(op) for op in range(5))  # what a forward gives; ALONE: token_stats without a reference
+
+WARPS = 8
+OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
+
+
+class Params(NamedTuple):
+    """Numbers of a call, as csrc/kl_params.h has them: `row_scale` from frame units to tempered logits, `row_slope` d tempered / d raw."""
+
+    beta: float
+    scale: float
+    ref_scale: float
+    cap: float
+    ref_cap: float
+    row_scale: float
+    ref_row_scale: float
+    row_slope: float
+    ref_row_slope: float
+
+
+class Rows(NamedTuple):
+    """Row n of a tensor (..., V) lies at (n // inner) * outer_stride + (n % inner) * stride."""
+
+    inner: int
+    outer_stride: int
+    stride: int
+
+
+class Geometry(NamedTuple):
+    lanes: int
+    width: int
+
+    @property
+    def tile(self) -> int:
+        return self.lanes * self.width
+
+
+def geometry(V: int, dtype: torch.dtype) -> Geometry:
+    """Four 16-byte loads a row and thread where V lets them be aligned: 128 bytes in flight, 64 KB an SM at 2 programs. Shorter rows, shorter
+    tiles; a V that 16 does not divide loads entry by entry."""
+    width = 16 // dtype.itemsize if V % 16 == 0 else 1
+    return Geometry(max(32, min(1024 if width > 1 else 2048, triton.next_power_of_2(triton.cdiv(V, width)))), width)
+
+
+def params(beta: float, scale: float, ref_scale: float, softcap: float, ref_softcap: float, inv_t: float, ref_inv_t: float) -> Params:
+    row_scale, ref_row_scale = (inv_t if softcap > 0 else scale * inv_t), (ref_inv_t if ref_softcap > 0 else ref_scale * ref_inv_t)
+    return Params(beta, scale, ref_scale, softcap, ref_softcap, row_scale, ref_row_scale, scale * inv_t, ref_scale * ref_inv_t)
+
+
+def is_general(k: Params, inf_mask: bool) -> bool:
+    """Whether the rows need more than one scale on both."""
+    return inf_mask or k.cap > 0 or k.ref_cap > 0 or k.row_scale != k.ref_row_scale
+
+
+def with_rows(t: Tensor) -> tuple[Tensor, Rows]:
+    """`t`, or a contiguous copy where its leading dimensions fold into more than two, and where its rows lie."""
+    folded: list[tuple[int, int]] = []
+    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if folded and folded[-1][1] == size * stride:
+            folded[-1] = (folded[-1][0] * size, stride)
+        else:
+            folded.append((size, stride))
+    if len(folded) > 2:
+        return with_rows(t.contiguous())
+    (_, outer), (inner, stride) = ([(1, 0)] * (2 - len(folded))) + folded
+    return t, Rows(inner, outer, stride)
+
+
+# --- on the device -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_at(base, rows, n):
+    n = n.to(tl.int64)
+    return base + (n // rows.inner) * rows.outer_stride + (n % rows.inner) * rows.stride
+
+
+@triton.jit
+def bregman_pair(d):  # e^-d - 1 + d and e^d - 1 - d for |d| <= 1/4: their even and odd parts
+    z = d * d
+    even = (z * (1.0 / 720) + 1.0 / 24) * z + 0.5
+    odd = ((z * (1.0 / 5040) + 1.0 / 120) * z + 1.0 / 6) * d
+    return z * (even - odd), z * (even + odd)
+
+
+@triton.jit
+def bregman(d):
+    f, back = bregman_pair(d)
+    return f
+
+
+@triton.jit
+def jensen_gap(t):  # g(t) = (1 + t) log1p(t) - t for |t| <= 1/4
+    p = t * (-1.0 / 132) + 1.0 / 110
+    p = p * -t + 1.0 / 90
+    p = p * -t + 1.0 / 72
+    p = p * -t + 1.0 / 56
+    p = p * -t + 1.0 / 42
+    p = p * -t + 1.0 / 30
+    p = p * -t + 1.0 / 20
+    p = p * -t + 1.0 / 12
+    p = p * -t + 1.0 / 6
+    p = p * -t + 0.5
+    return t * t * p
+
+
+@triton.jit
+def log1p(t):  # libdevice's is not there in the interpreter
+    one_more = 1.0 + t
+    return tl.where(one_more == 1.0, t, tl.log(one_more) * (t / (one_more - 1.0)))
+
+
+@triton.jit
+def tanh(v):
+    z = v * v
+    series = v * (1.0 + z * (-1.0 / 3 + z * (2.0 / 15 + z * (-17.0 / 315 + z * (62.0 / 2835)))))
+    e = tl.exp2(tl.abs(v) * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(v) < 0.25, series, tl.where(v < 0, -far, far))
+
+
+@triton.jit
+def bend(raw, over_cap):  # the derivative of a softcap
+    t = tanh(raw * over_cap)
+    return 1.0 - t * t
+
+
+@triton.jit
+def cap_rows(x, y, live, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
+    """Raw logits through their softcaps; filler stays -inf, which a softcap would turn into -cap."""
+    if GENERAL:
+        gone = live == 0
+        if INF_MASK:
+            gone = gone | (x == -INF) | (y == -INF)
+        x = tl.where(k.cap > 0, tanh(x * (k.scale / k.cap)) * k.cap, x)
+        y = tl.where(k.ref_cap > 0, tanh(y * (k.ref_scale / k.ref_cap)) * k.ref_cap, y)
+        x = tl.where(gone, -INF, x)
+        y = tl.where(gone, -INF, y)
+    return x, y
+
+
+@triton.jit
+def framed(x, y, live, mx, my, shift, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
+    """ax, ay and d = ax - ay. Logits of like size: their difference is exact, so it comes first; rows offset by hundreds: each is centred first."""
+    x, y = cap_rows(x, y, live, k, GENERAL, INF_MASK)
+    ax = (x - mx) * k.row_scale
+    ay = (y - my) * k.ref_row_scale + shift
+    if GENERAL:
+        d = ax - ay
+    else:
+        alike = tl.abs(mx - my) <= 4.0
+        ox = tl.where(alike, 0.0, mx)
+        oy = tl.where(alike, 0.0, my)
+        c = tl.where(alike, mx - my, 0.0)
+        d = (((x - ox) - (y - oy)) - c) * k.row_scale - shift
+    return ax, ay, d
+
+
+@triton.jit
+def load_pair(x_row, y_row, at, V, PAIR: tl.constexpr):
+    live = at < V
+    x = tl.load(x_row + at, mask=live, other=-INF).to(tl.float32)
+    y = x
+    if PAIR:
+        y = tl.load(y_row + at, mask=live, other=-INF).to(tl.float32)
+    return x, y, live
+
+
+@triton.jit
+def tile_lanes(LANES: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def maxima(x_row, y_row, end, V, k, PAIR: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Of the entries before `end`. NaN is passed over here and reaches the sums through exp."""
+    top_x = tl.full([LANES, WIDTH], -INF, tl.float32)
+    top_y = tl.full([LANES, WIDTH], -INF, tl.float32)
+    for start in range(0, end, LANES * WIDTH):
+        x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, PAIR)
+        x, y = cap_rows(x, y, live, k, GENERAL, INF_MASK)
+        top_x = tl.where(x > top_x, x, top_x)
+        top_y = tl.where(y > top_y, y, top_y)
+    return tl.max(tl.max(top_x, 1), 0), tl.max(tl.max(top_y, 1), 0)
+
+
+@triton.jit
+def total(lanes):
+    return tl.sum(lanes.to(tl.float64), 0)
+
+
+@triton.jit
+def row_sums(x_row, y_row, V, mx, my, shift, k, OP: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """s, y, g, b, a, c, back, mass, moment, peaks: the sums of csrc/math/kl_row.h, in float64; 0 where OP does not want one. `mass` and `moment`
+    leave out entries at the frame itself, which `peaks` counts: beside its 1 a collapsed row's other mass would lose its digits."""
+    PAIR: tl.constexpr = OP != ALONE
+    FORWARDS: tl.constexpr = (OP == POLICY_REF) or (OP == STATS)
+    BACKWARDS: tl.constexpr = (OP == REF_POLICY) or (OP == STATS)
+    ENTROPY: tl.constexpr = (OP == STATS) or (OP == ALONE)
+    s = tl.zeros([LANES], tl.float32)
+    y_sum = tl.zeros([LANES], tl.float32)
+    g = tl.zeros([LANES], tl.float32)
+    b = tl.zeros([LANES], tl.float32)
+    a = tl.zeros([LANES], tl.float32)
+    c = tl.zeros([LANES], tl.float32)
+    back = tl.zeros([LANES], tl.float32)
+    mass = tl.zeros([LANES], tl.float32)
+    moment = tl.zeros([LANES], tl.float32)
+    peaks = tl.zeros([LANES], tl.float32)
+    for start in range(0, V, LANES * WIDTH):
+        x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, PAIR)
+        ax, ay, d = framed(x, y, live, mx, my, shift, k, GENERAL, INF_MASK)
+        ex = tl.exp2(ax * LOG2E)
+        if PAIR:
+            ey = tl.exp2(ay * LOG2E)
+            near = tl.abs(d) <= SMALL_GAP
+            f, f_back = bregman_pair(d)
+            change = tl.where(near, ex * (f - d), ey - ex)
+            s += tl.sum(ex, 1)
+            y_sum += tl.sum(ey, 1)
+            g += tl.sum(change, 1)
+            if FORWARDS:
+                pull = tl.where(ex == 0, 0.0, ex * d)
+                b += tl.sum(tl.where(near, ex * f, change + pull), 1)
+                a += tl.sum(pull, 1)
+            if BACKWARDS:
+                pull = tl.where(ey == 0, 0.0, ey * d)
+                c += tl.sum(tl.where(near, ey * f_back, -change - pull), 1)
+                back -= tl.sum(pull, 1)
+        if ENTROPY:
+            at_peak = ax == 0
+            beside = tl.where(at_peak, 0.0, ex)
+            mass += tl.sum(beside, 1)
+            moment += tl.sum(tl.where(beside == 0, 0.0, beside * ax), 1)
+            peaks += tl.sum(at_peak.to(tl.float32), 1)
+    return total(s), total(y_sum), total(g), total(b), total(a), total(c), total(back), total(mass), total(moment), total(peaks)
+
+
+@triton.jit
+def defect(t):  # t - log(1 + t), float64
+    series = t * t * (0.5 - t * (1.0 / 3 - t * (0.25 - t * (0.2 - t * (1.0 / 6 - t * (1.0 / 7 - t * 0.125))))))
+    return tl.where(tl.abs(t) < 1e-2, series, t - tl.log(1.0 + t))
+
+
+@triton.jit
+def divergence(s, y, g, bregman_sum, pull, FORWARDS: tl.constexpr):
+    """value, gap, size, log_ratio, recentre of csrc/math/kl_row.h; (b, a) for KL(p||q), (c, back) for KL(q||p)."""
+    tau = g / s
+    centred = tl.abs(tau) <= 0.5
+    log_ratio = tl.where(centred, -tl.log(1.0 + tau), tl.log(s / y))
+    if FORWARDS:
+        size = tl.where(centred, bregman_sum / s, tl.abs(log_ratio))
+        gap = pull / s
+        value = tl.where(centred, size - defect(tau), gap - log_ratio)
+    else:
+        size = tl.where(centred, bregman_sum / y, tl.abs(log_ratio))
+        gap = -pull / y
+        value = tl.where(centred, size - defect(-g / y), log_ratio - gap)
+    cancels = value < tl.where(centred, size / 16, 0.25)
+    return value, gap, size, log_ratio, cancels & (gap != 0) & (tl.abs(gap) < FRAME_SLACK)
