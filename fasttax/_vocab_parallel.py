@@ -6,17 +6,22 @@ and p_k, q_k the distributions within it, the chain rule merges what each rank h
     KL(p || q) = sum_k P_k KL(p_k || q_k) + KL(P || Q)        H(p) = sum_k P_k H(p_k) + H(P)
 
 Every term is >= 0, so a small KL keeps its digits. The order of the sum is that of the ranks: all of them get the same bits.
+
+The mixture m of jsd is where beta KL(q || m) + (1 - beta) KL(p || m) is smallest, so its gradient through m is 0: with log m known from
+the two global lse, jsd is two such KLs against a constant. It, and inf="mask", work on float32 copies of the shards.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fasttax import _checks
+from fasttax import _checks, reference
 
 if TYPE_CHECKING:
     from fasttax.kl import Tempering
@@ -115,30 +120,44 @@ def merge_shards(op: str, logits: Tensor, ref_logits: Tensor | None, ids: Tensor
     return {name: value if mask is None else value.masked_fill(~mask, 0.0) for name, value in out.items() if name in wanted}
 
 
-class _GatherVocab(torch.autograd.Function):
-    """Concatenates the shards in rank order; a rank's gradient is its slice, as in _Gather."""
-
-    @staticmethod
-    def forward(ctx: Any, shard: Tensor, group: Any) -> Tensor:
-        widths = _widths(shard.shape[-1], shard.device, group).tolist()
-        padded = torch.nn.functional.pad(shard, (0, max(widths) - shard.shape[-1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in widths]
-        dist.all_gather(parts, padded, group=group)
-        rank = dist.get_rank(group)
-        ctx.start, ctx.width = sum(widths[:rank]), widths[rank]
-        return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.narrow(-1, ctx.start, ctx.width), None
+CHUNK_BYTES = 64 << 20  # of logits that are turned into log m at a time
 
 
-def gather_vocab(op: str, shard: Any, group: Any) -> Tensor:
-    """The whole (..., V) from this rank's shard, for what does not merge: the mixture of jsd, and inf="mask"."""
-    _checks.tensor(op, "logits", shard)
+def _log_mixture(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
+    """log m, without a graph; equal to lp where lp and lq are equal."""
+    V, m = lp.shape[-1], torch.empty_like(lp)
+    rows = zip(*(z.detach().view(-1, V).split(max(1, CHUNK_BYTES // (4 * V))) for z in (lp, lq, m)), strict=True)
+    for p, q, out in rows:
+        torch.where(p == -torch.inf, q + math.log(beta), p + reference.log_mixture(reference.gap(p, q), beta), out=out)
+    return m
+
+
+def _tempered(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering) -> tuple[Tensor, Tensor, Tempering]:
+    """Tempered copies, with inf="mask" carried out (before a softcap makes its -inf finite), and the tempering that is left: none."""
+    gone = (logits == -torch.inf) | (ref_logits == -torch.inf) if t.inf_mask else logits.new_zeros((), dtype=torch.bool)
+    hidden = gone if mask is None else gone | ~mask[..., None]  # NaN may lie there, and the slope of a softcap is then NaN too
+    x = reference.temper(logits.masked_fill(hidden, 0.0), t.scale, t.softcap, t.inv_temperature)
+    y = reference.temper(ref_logits.masked_fill(hidden, 0.0), t.ref_scale, t.ref_softcap, t.ref_inv_temperature)
+    left = replace(t, scale=1.0, softcap=0.0, inv_temperature=1.0, ref_scale=1.0, ref_softcap=0.0, ref_inv_temperature=1.0, inf_mask=False)
+    return x.masked_fill(gone, -torch.inf), y.masked_fill(gone, -torch.inf), left
+
+
+def merge_kl(op: str, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering, group: Any) -> Tensor:
+    """`token_kl` of every token from this rank's shards of the logits (checked, of one dtype)."""
     _check_group(op)
-    whole: Tensor = _GatherVocab.apply(shard, group)
-    return whole
+    jsd = t.kind == reference.JSD
+    if t.inf_mask or jsd:
+        logits, ref_logits, t = _tempered(logits, ref_logits, mask, t)
+    if not jsd:
+        name = ("kl_policy_ref", "kl_ref_policy")[t.kind]
+        return merge_shards(op, logits, ref_logits, None, mask, t, {name}, group)[name]
+    lse, ref_lse = (merge_shards(op, z, None, None, mask, t, {"lse"}, group)["lse"] for z in (logits, ref_logits))
+    if t.beta in (0.0, 1.0):  # 0; NaN for a row of NaN
+        return (lse + ref_lse) * 0
+    lp, lq = logits - lse.detach()[..., None], ref_logits - ref_lse.detach()[..., None]  # a KL does not see the shift
+    m = _log_mixture(lp, lq, t.beta)
+    of_policy, of_ref = (merge_shards(op, z, m, None, mask, t, {"kl_policy_ref"}, group)["kl_policy_ref"] for z in (lp, lq))
+    return (1 - t.beta) * of_policy + t.beta * of_ref
 
 
 class _ToGroup(torch.autograd.Function):

@@ -23,7 +23,7 @@ from torch import Tensor
 from fasttax import _checks, reference
 from fasttax._kl_transforms import differentiable, register_vmap
 from fasttax._library import define, lib, no_double_backward, second_derivative_message
-from fasttax._vocab_parallel import gather_vocab, merge_shards
+from fasttax._vocab_parallel import merge_kl
 
 KINDS = ("policy_ref", "ref_policy", "jsd")
 REDUCTIONS = ("none", "sum", "mean")
@@ -139,7 +139,7 @@ def token_kl(logits: Tensor, ref_logits: Tensor, *, kind: str = "policy_ref", be
         inplace_backward: write the policy's gradient over `logits` (saves an N x V buffer; refused if anything else
             needs their values, as autograd's version check sees).
         tp_group: a torch.distributed group whose ranks hold consecutive shards of the vocabulary. A few floats a token cross the
-            ranks; for jsd and inf="mask" the shards themselves.
+            ranks. jsd keeps a shard of log m in float32 for its backward, inf="mask" copies of the shards.
 
     Returns:
         float32 (float64 for float64 logits), (...) or 0-d; never negative; NaN for an unmasked row with NaN.
@@ -152,14 +152,11 @@ def token_kl(logits: Tensor, ref_logits: Tensor, *, kind: str = "policy_ref", be
     t = tempering(op, kind=kind, beta=beta, temperature=temperature, ref_temperature=ref_temperature, softcap=softcap,
                   ref_softcap=ref_softcap, logit_scale=logit_scale, ref_logit_scale=ref_logit_scale, inf=inf)  # fmt: skip
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
-    merges = tp_group is not None and KINDS[t.kind] != "jsd" and not t.inf_mask
-    if tp_group is not None and not merges:
-        logits, ref_logits = gather_vocab(op, logits, tp_group), gather_vocab(op, ref_logits, tp_group)
     given = logits
     logits, ref_logits = check_logits(op, logits, ref_logits)
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
-    if merges and not inplace_backward:
-        kl = merge_shards(op, logits, ref_logits, None, mask, t, {f"kl_{kind}"}, tp_group)[f"kl_{kind}"]
+    if tp_group is not None and not inplace_backward:
+        kl = merge_kl(op, logits, ref_logits, mask, t, tp_group)
     elif inplace_backward:
         if logits is not given or tp_group is not None:
             raise _checks.fail(op, "inplace_backward", "False with tp_group, mixed dtypes or a strided vocabulary", "True",

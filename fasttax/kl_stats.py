@@ -16,7 +16,7 @@ from torch import Tensor
 from fasttax import _checks, reference
 from fasttax._kl_transforms import differentiable, register_vmap
 from fasttax._library import define, lib, no_double_backward
-from fasttax._vocab_parallel import gather_vocab, merge_shards
+from fasttax._vocab_parallel import merge_shards
 from fasttax.kl import Tempering, check_logits, check_mask, reduce, tempering, token_kl
 
 ROWS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy")  # of what the op gives: csrc/math/kl.h, TokenStat
@@ -76,16 +76,12 @@ def token_stats(logits: Tensor, ref_logits: Tensor | None = None, ids: Tensor | 
                "ref_softcap": ref_softcap, "logit_scale": logit_scale, "ref_logit_scale": ref_logit_scale, "inf": inf}  # fmt: skip
     t = tempering(op, **options)  # type: ignore[arg-type]
     outputs = check_outputs(op, outputs, ids, ref_logits)
-    merges = tp_group is not None and not t.inf_mask and not ("kl" in outputs and kind == "jsd")
-    if tp_group is not None and not merges:
-        logits = gather_vocab(op, logits, tp_group)
-        ref_logits = None if ref_logits is None else gather_vocab(op, ref_logits, tp_group)
     logits, checked = check_logits(op, logits, logits if ref_logits is None else ref_logits)
     ref_logits = None if ref_logits is None else checked
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
     if ids is not None:
-        ids = check_ids(op, ids, logits, mask, whole=not merges)
-    values = _values(logits, ref_logits, ids, outputs, mask, t, options, tp_group if merges else None)
+        ids = check_ids(op, ids, logits, mask, whole=tp_group is None)
+    values = _values(logits, ref_logits, ids, outputs, mask, t, options, tp_group)
     return TokenStats(**{name: reduce(op, values[name], mask, weight, reduction) for name in outputs})
 
 
@@ -98,13 +94,14 @@ def _values(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, outpu
     apart = {name for name, which in kls.items() if which == "jsd" or t.inf_mask or (set(outputs) == {name} and tp_group is None)}
     for name in apart:
         assert ref_logits is not None
-        values[name] = token_kl(logits, ref_logits, mask=mask, **{**options, "kind": kls[name]})
+        values[name] = token_kl(logits, ref_logits, mask=mask, tp_group=tp_group, **{**options, "kind": kls[name]})
     estimates = [name for name in outputs if name in ESTIMATORS]
     needs_logp, needs_ref_logp = bool(estimates or "logp" in outputs), bool(estimates or "ref_logp" in outputs)
     policy, ref = (t.scale, t.softcap, t.inv_temperature), (t.ref_scale, t.ref_softcap, t.ref_inv_temperature)
     if tp_group is not None:
-        wanted = {"kl_" + options["kind"] if name == "kl" else name for name in outputs if name not in ESTIMATORS}
-        rows = merge_shards("token_stats", logits, ref_logits, ids, mask, t, wanted | ({"logp", "ref_logp"} if estimates else set()), tp_group)
+        wanted = {f"kl_{kls[name]}" if name in kls else name for name in outputs if name not in ESTIMATORS and name not in apart}
+        wanted |= {"logp", "ref_logp"} if estimates else set()
+        rows = merge_shards("token_stats", logits, ref_logits, ids, mask, t, wanted, tp_group) if wanted else {}
     elif kls.keys() - apart:
         rows = dict(zip(ROWS, _op(logits, ref_logits, ids, mask, policy, ref), strict=True))
     else:

@@ -35,10 +35,15 @@ def simd(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.ops.fasttax._simd_level(best)
 
 
-@pytest.fixture(params=["reference", *simd_levels()], ids=lambda backend: backend if isinstance(backend, str) else SIMD[backend])
+def backends() -> list[str | int]:
+    """ "triton" where its interpreter stands in for the CPU's kernels: tests/test_triton.py starts such a run."""
+    return ["triton"] if ("token_kl", "CPU") in _library.on_triton else ["reference", *simd_levels()]
+
+
+@pytest.fixture(params=backends(), ids=lambda backend: backend if isinstance(backend, str) else SIMD[backend])
 def backend(request: pytest.FixtureRequest) -> Iterator[str | int]:
     """The reference, then every instruction set."""
-    if request.param == "reference":
+    if isinstance(request.param, str):
         yield request.param
         return
     best = torch.ops.fasttax._simd_level(-1)

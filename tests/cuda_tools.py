@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(sysconfig.get_paths()["purelib"])
 ARCHS = ("80", "90", "100", "120")
+LOAD, STORE, ARITHMETIC = r"LDG\.E.*\.128", r"STG\.E.*\.128", r"F(ADD|MUL|FMA)\b|MUFU"  # in SASS
 ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 TSAN = ("-fsanitize=thread",)
 
@@ -154,3 +155,12 @@ def basic_blocks(code: str) -> list[list[str]]:
             if re.match(r"BRA|EXIT|BRX|RET|JMP", step):
                 blocks.append([])
     return [block for block in blocks if block]
+
+
+def longest_run(opcodes: list[str], wanted: str, forbidden: str) -> int:
+    """Most `wanted` with no `forbidden` between them."""
+    most = count = 0
+    for step in opcodes:
+        count = 0 if re.match(forbidden, step) else count + bool(re.match(wanted, step))
+        most = max(most, count)
+    return most

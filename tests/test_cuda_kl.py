@@ -11,7 +11,24 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from cuda_tools import ARCHS, ASAN, TSAN, Done, Fault, basic_blocks, build_cubins, finished, machine_code, registers, start_runs, steps
+from cuda_tools import (
+    ARCHS,
+    ARITHMETIC,
+    ASAN,
+    LOAD,
+    STORE,
+    TSAN,
+    Done,
+    Fault,
+    basic_blocks,
+    build_cubins,
+    finished,
+    longest_run,
+    machine_code,
+    registers,
+    start_runs,
+    steps,
+)
 
 from fasttax import _library
 
@@ -70,18 +87,6 @@ def kernel(code: dict[str, str], stem: str, dtype: str, op: str, rest: str = "")
     wanted = f"{stem}I{dtype}LNS_4KlOpE{OPS[op]}E{rest}"
     (found,) = [body for name, body in code.items() if wanted in name]
     return found
-
-
-def longest_run(opcodes: list[str], wanted: str, forbidden: str) -> int:
-    """Most `wanted` with no `forbidden` between them."""
-    most = count = 0
-    for step in opcodes:
-        count = 0 if re.match(forbidden, step) else count + bool(re.match(wanted, step))
-        most = max(most, count)
-    return most
-
-
-LOAD, STORE, ARITHMETIC = r"LDG\.E.*\.128", r"STG\.E.*\.128", r"F(ADD|MUL|FMA)\b|MUFU"
 
 
 @pytest.mark.parametrize("arch", ARCHS)

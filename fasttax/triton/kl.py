@@ -14,7 +14,6 @@ from fasttax.triton.rows import (
     INF,
     JSD,
     LOG2E,
-    OPTIONS,
     POLICY_REF,
     REF_POLICY,
     SMALL_GAP,
@@ -28,6 +27,7 @@ from fasttax.triton.rows import (
     geometry,
     is_general,
     jensen_gap,
+    launch_options,
     load_pair,
     log1p,
     maxima,
@@ -35,6 +35,7 @@ from fasttax.triton.rows import (
     row_at,
     row_sums,
     tile_lanes,
+    tiles,
     total,
     with_rows,
 )
@@ -54,11 +55,12 @@ def mix_sums(x_row, y_row, V, mx, my, log_ratio, inv_s, inv_s_ref, k, GENERAL: t
     gap = tl.zeros([LANES], tl.float32)
     p_to_m = tl.zeros([LANES], tl.float32)
     q_to_m = tl.zeros([LANES], tl.float32)
+    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
     for start in range(0, V, LANES * WIDTH):
         x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, True)
-        ax, ay, d = framed(x, y, live, mx, my, 0.0, k, GENERAL, INF_MASK)
-        p = tl.exp2(ax * LOG2E) * inv_s
-        q = tl.exp2(ay * LOG2E) * inv_s_ref
+        ax, ay, d = framed(x, y, live, mx, my, 0.0, k, GENERAL, INF_MASK, SHORT)
+        p = tl.exp2(ax) * inv_s
+        q = tl.exp2(ay) * inv_s_ref
         u = d - log_ratio
         to_mix = log_mix(u, k.beta)
         eps = bregman(u) - u  # e^-u - 1
@@ -74,14 +76,14 @@ def mix_sums(x_row, y_row, V, mx, my, log_ratio, inv_s, inv_s_ref, k, GENERAL: t
 
 @triton.jit
 def slope_at(x, y, live, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref, g, k, OP: tl.constexpr, WANT_X: tl.constexpr, WANT_Y: tl.constexpr,
-             GENERAL: tl.constexpr, INF_MASK: tl.constexpr):  # fmt: skip
+             GENERAL: tl.constexpr, INF_MASK: tl.constexpr, SHORT: tl.constexpr):  # fmt: skip
     """The gradients at a tile's entries; the formulas of csrc/cpu/kl_kernels.h, KlSlope."""
-    ax, ay, d = framed(x, y, live, mx, my, shift, k, GENERAL, INF_MASK)
-    p = tl.exp2(ax * LOG2E) * inv_s
-    q = tl.exp2(ay * LOG2E) * inv_s_ref
+    ax, ay, d = framed(x, y, live, mx, my, shift, k, GENERAL, INF_MASK, SHORT)
+    p = tl.exp2(ax) * inv_s
+    q = tl.exp2(ay) * inv_s_ref
     u = d - log_ratio
-    close = tl.abs(gap - log_ratio) < TRUSTED
-    apart = tl.where(close & (tl.abs(u) <= SMALL_GAP), p * (u - bregman(u)), p - q)  # p - q, which cancels in rows that are close
+    by_series = tl.where(tl.abs(gap - log_ratio) < TRUSTED, SMALL_GAP, -1.0)  # p - q cancels in rows that are close
+    apart = tl.where(tl.abs(u) <= by_series, p * (u - bregman(u)), p - q)
     dx = p
     dy = q
     if OP == POLICY_REF:
@@ -101,9 +103,9 @@ def slope_at(x, y, live, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s
     dy = dy * (g * k.ref_row_slope)
     if GENERAL:
         if WANT_X:
-            dx = tl.where(k.cap > 0, dx * bend(x, k.scale / k.cap), dx)
+            dx = tl.where(k.cap > 0, dx * bend(x, k.over_cap), dx)
         if WANT_Y:
-            dy = tl.where(k.ref_cap > 0, dy * bend(y, k.ref_scale / k.ref_cap), dy)
+            dy = tl.where(k.ref_cap > 0, dy * bend(y, k.ref_over_cap), dy)
     return dx, dy
 
 
@@ -162,7 +164,8 @@ def forward_row(x_row, y_row, V, k, OP: tl.constexpr, GENERAL: tl.constexpr, INF
 def write_slopes(x_row, y_row, dx_row, dy_row, at, V, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref, g, k, OP: tl.constexpr,
                  WANT_X: tl.constexpr, WANT_Y: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):  # fmt: skip
     x, y, live = load_pair(x_row, y_row, at, V, True)
-    dx, dy = slope_at(x, y, live, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref, g, k, OP, WANT_X, WANT_Y, GENERAL, INF_MASK)
+    dx, dy = slope_at(x, y, live, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref, g, k, OP, WANT_X, WANT_Y, GENERAL, INF_MASK,
+                      x_row.dtype.element_ty == tl.bfloat16)  # fmt: skip
     if WANT_X:
         tl.store(dx_row + at, dx.to(dx_row.dtype.element_ty), mask=live)
     if WANT_Y:
@@ -248,10 +251,12 @@ def gradient_kernel(x_ptr, y_ptr, mask_ptr, kept_ptr, upstream_ptr, dx_ptr, dy_p
 # --- the ops -----------------------------------------------------------------------------------------------------------
 
 
-def _call(options: tuple[Any, ...]) -> tuple[Params, dict[str, Any]]:
+def _call(logits: Tensor, options: tuple[Any, ...]) -> tuple[Params, dict[str, Any]]:
     kind, beta, scale, ref_scale, softcap, ref_softcap, inv_t, ref_inv_t, inf_mask = options
     k = params(beta, scale, ref_scale, softcap, ref_softcap, inv_t, ref_inv_t)
-    return k, {"OP": kind, "GENERAL": is_general(k, inf_mask), "INF_MASK": inf_mask, **OPTIONS}
+    general = is_general(k, inf_mask)
+    shape = geometry(logits.shape[-1], logits.dtype, kind, general)
+    return k, {"OP": kind, "GENERAL": general, "INF_MASK": inf_mask, **shape, **launch_options()}
 
 
 def on_device(t: Tensor) -> Any:
@@ -261,14 +266,13 @@ def on_device(t: Tensor) -> Any:
 def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     if logits.dtype == torch.float64:
         return reference.token_kl(logits, ref_logits, mask, *options)
-    k, meta = _call(options)
+    k, meta = _call(logits, options)
     kl = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
     kept = logits.new_empty((*logits.shape[:-1], KEPT), dtype=torch.float32)
     if kl.numel():
-        V, (lanes, width) = logits.shape[-1], geometry(logits.shape[-1], logits.dtype)
         (x, x_rows), (y, y_rows) = with_rows(logits), with_rows(ref_logits)
         with on_device(logits):
-            forward_kernel[(kl.numel(),)](x, y, mask, kl, kept, None, None, V, x_rows, y_rows, x_rows, k, LANES=lanes, WIDTH=width, **meta)
+            forward_kernel[(kl.numel(),)](x, y, mask, kl, kept, None, None, logits.shape[-1], x_rows, y_rows, x_rows, k, **meta)
     return kl, kept
 
 
@@ -279,31 +283,28 @@ def token_kl_grad(token_weight: Tensor, logits: Tensor, ref_logits: Tensor, mask
     if need_ref or not need_policy:  # not the common case: two launches
         kl, kept = token_kl(logits, ref_logits, mask, *kl_options)
         return (kl, *token_kl_backward(token_weight, logits, ref_logits, mask, kept, *options))
-    k, meta = _call(tuple(kl_options))
+    k, meta = _call(logits, tuple(kl_options))
     kl = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
     d_logits = logits.new_empty(logits.shape)
     if kl.numel():
-        V, (lanes, width) = logits.shape[-1], geometry(logits.shape[-1], logits.dtype)
         (x, x_rows), (y, y_rows), (dx, dx_rows) = with_rows(logits), with_rows(ref_logits), with_rows(d_logits)
         with on_device(logits):
-            forward_kernel[(kl.numel(),)](x, y, mask, kl, None, token_weight.contiguous(), dx, V, x_rows, y_rows, dx_rows, k, LANES=lanes, WIDTH=width, **meta)
+            forward_kernel[(kl.numel(),)](x, y, mask, kl, None, token_weight.contiguous(), dx, logits.shape[-1], x_rows, y_rows, dx_rows, k, **meta)
     return kl, d_logits, ref_logits.new_empty((0,))
 
 
 def _write_gradients(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, kept: Tensor, options: tuple[Any, ...],
                      d_logits: Tensor | None, d_ref: Tensor | None) -> None:  # fmt: skip
-    k, meta = _call(options)
+    k, meta = _call(logits, options)
     N, V = grad.numel(), logits.shape[-1]
     if N == 0 or (d_logits is None and d_ref is None):
         return
-    shape = geometry(V, logits.dtype)
     (x, x_rows), (y, y_rows) = with_rows(logits), with_rows(ref_logits)
     dx, dx_rows = (None, x_rows) if d_logits is None else with_rows(d_logits)
     dy, dy_rows = (None, y_rows) if d_ref is None else with_rows(d_ref)
     with on_device(logits):
-        gradient_kernel[(N, triton.cdiv(V, shape.tile))](x, y, mask, kept, grad.contiguous(), dx, dy, V, x_rows, y_rows, dx_rows, dy_rows, k,
-                                                         LANES=shape.lanes, WIDTH=shape.width, **meta)  # fmt: skip
-    if d_logits is not None and dx is not d_logits:  # in place, over strides that do not fold
+        gradient_kernel[(N, tiles(V, meta))](x, y, mask, kept, grad.contiguous(), dx, dy, V, x_rows, y_rows, dx_rows, dy_rows, k, **meta)
+    if d_logits is not None and dx is not None and dx is not d_logits:  # in place, over strides that do not fold
         d_logits.copy_(dx)
 
 

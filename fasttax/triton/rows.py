@@ -25,18 +25,18 @@ INF = tl.constexpr(float("inf"))
 
 POLICY_REF, REF_POLICY, JSD, STATS, ALONE = (tl.constexpr(op) for op in range(5))  # what a forward gives; ALONE: token_stats without a reference
 
-WARPS = 8
-OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
+THREADS = 256
+REGISTERS = 128  # a thread: two programs on an SM
 
 
 class Params(NamedTuple):
     """Numbers of a call, as csrc/kl_params.h has them: `row_scale` from frame units to tempered logits, `row_slope` d tempered / d raw."""
 
     beta: float
-    scale: float
-    ref_scale: float
     cap: float
     ref_cap: float
+    over_cap: float  # what raw logits are multiplied by inside tanh; 0 without a softcap
+    ref_over_cap: float
     row_scale: float
     ref_row_scale: float
     row_slope: float
@@ -51,25 +51,28 @@ class Rows(NamedTuple):
     stride: int
 
 
-class Geometry(NamedTuple):
-    lanes: int
-    width: int
-
-    @property
-    def tile(self) -> int:
-        return self.lanes * self.width
-
-
-def geometry(V: int, dtype: torch.dtype) -> Geometry:
-    """Four 16-byte loads a row and thread where V lets them be aligned: 128 bytes in flight, 64 KB an SM at 2 programs. Shorter rows, shorter
-    tiles; a V that 16 does not divide loads entry by entry."""
+def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, int]:
+    """LANES and WIDTH. Of either row a thread starts two 16-byte loads before it needs the first (four for a KL in float32, one in the general
+    frame: what the registers of two programs on an SM allow), 32 KB an SM. Shorter rows, shorter tiles; a V that 16 does not divide loads
+    entry by entry."""
+    vectors = 1 if general else 4 if op in (POLICY_REF.value, REF_POLICY.value) and dtype.itemsize == 4 else 2
     width = 16 // dtype.itemsize if V % 16 == 0 else 1
-    return Geometry(max(32, min(1024 if width > 1 else 2048, triton.next_power_of_2(triton.cdiv(V, width)))), width)
+    most = THREADS * vectors * (1 if width > 1 else 2)
+    return {"LANES": max(32, min(most, triton.next_power_of_2(triton.cdiv(V, width)))), "WIDTH": width}
+
+
+def tiles(V: int, meta: dict[str, Any]) -> int:
+    return triton.cdiv(V, meta["LANES"] * meta["WIDTH"])
+
+
+def launch_options(hip: bool = torch.version.hip is not None) -> dict[str, Any]:
+    return {"num_warps": THREADS // 64} if hip else {"num_warps": THREADS // 32, "maxnreg": REGISTERS}
 
 
 def params(beta: float, scale: float, ref_scale: float, softcap: float, ref_softcap: float, inv_t: float, ref_inv_t: float) -> Params:
     row_scale, ref_row_scale = (inv_t if softcap > 0 else scale * inv_t), (ref_inv_t if ref_softcap > 0 else ref_scale * ref_inv_t)
-    return Params(beta, scale, ref_scale, softcap, ref_softcap, row_scale, ref_row_scale, scale * inv_t, ref_scale * ref_inv_t)
+    over_cap, ref_over_cap = (scale / softcap if softcap > 0 else 0.0), (ref_scale / ref_softcap if ref_softcap > 0 else 0.0)
+    return Params(beta, softcap, ref_softcap, over_cap, ref_over_cap, row_scale, ref_row_scale, scale * inv_t, ref_scale * ref_inv_t)
 
 
 def is_general(k: Params, inf_mask: bool) -> bool:
@@ -112,8 +115,12 @@ def bregman_pair(d):  # e^-d - 1 + d and e^d - 1 - d for |d| <= 1/4: their even 
 
 @triton.jit
 def bregman(d):
-    f, back = bregman_pair(d)
-    return f
+    p = tl.fma(d, -1.0 / 5040, 1.0 / 720)
+    p = tl.fma(p, d, -1.0 / 120)
+    p = tl.fma(p, d, 1.0 / 24)
+    p = tl.fma(p, d, -1.0 / 6)
+    p = tl.fma(p, d, 0.5)
+    return d * d * p
 
 
 @triton.jit
@@ -159,28 +166,36 @@ def cap_rows(x, y, live, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
         gone = live == 0
         if INF_MASK:
             gone = gone | (x == -INF) | (y == -INF)
-        x = tl.where(k.cap > 0, tanh(x * (k.scale / k.cap)) * k.cap, x)
-        y = tl.where(k.ref_cap > 0, tanh(y * (k.ref_scale / k.ref_cap)) * k.ref_cap, y)
+        x = tl.where(k.cap > 0, tanh(x * k.over_cap) * k.cap, x)
+        y = tl.where(k.ref_cap > 0, tanh(y * k.ref_over_cap) * k.ref_cap, y)
         x = tl.where(gone, -INF, x)
         y = tl.where(gone, -INF, y)
     return x, y
 
 
 @triton.jit
-def framed(x, y, live, mx, my, shift, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
-    """ax, ay and d = ax - ay. Logits of like size: their difference is exact, so it comes first; rows offset by hundreds: each is centred first."""
+def framed(x, y, live, mx, my, shift, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, SHORT: tl.constexpr):
+    """ax, ay and d = ax - ay, the first two in units of log 2. SHORT: x - mx is exact but for entries 2^16 times smaller (bfloat16). Else, of
+    rows alike in size x - y is the exact one; rows offset by hundreds are each centred first. Multiply-adds are spelled out, for the
+    gradient's d has to be that of the sums to the bit."""
     x, y = cap_rows(x, y, live, k, GENERAL, INF_MASK)
-    ax = (x - mx) * k.row_scale
-    ay = (y - my) * k.ref_row_scale + shift
     if GENERAL:
-        d = ax - ay
+        ax = (x - mx) * k.row_scale
+        ay = tl.fma(y - my, k.ref_row_scale, shift)
+        return ax * LOG2E, ay * LOG2E, ax - ay
     else:
-        alike = tl.abs(mx - my) <= 4.0
-        ox = tl.where(alike, 0.0, mx)
-        oy = tl.where(alike, 0.0, my)
-        c = tl.where(alike, mx - my, 0.0)
-        d = (((x - ox) - (y - oy)) - c) * k.row_scale - shift
-    return ax, ay, d
+        scale = k.row_scale * LOG2E
+        ax = x - mx
+        ay = y - my
+        if SHORT:
+            d = tl.fma(ax - ay, k.row_scale, -shift)
+        else:
+            alike = tl.abs(mx - my) <= 4.0
+            ox = tl.where(alike, 0.0, mx)
+            oy = tl.where(alike, 0.0, my)
+            c = tl.where(alike, (mx - my) * k.row_scale, 0.0) + shift
+            d = tl.fma((x - ox) - (y - oy), k.row_scale, -c)
+        return ax * scale, tl.fma(ay, scale, shift * LOG2E), d
 
 
 @triton.jit
@@ -224,6 +239,7 @@ def row_sums(x_row, y_row, V, mx, my, shift, k, OP: tl.constexpr, GENERAL: tl.co
     FORWARDS: tl.constexpr = (OP == POLICY_REF) or (OP == STATS)
     BACKWARDS: tl.constexpr = (OP == REF_POLICY) or (OP == STATS)
     ENTROPY: tl.constexpr = (OP == STATS) or (OP == ALONE)
+    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
     s = tl.zeros([LANES], tl.float32)
     y_sum = tl.zeros([LANES], tl.float32)
     g = tl.zeros([LANES], tl.float32)
@@ -236,14 +252,18 @@ def row_sums(x_row, y_row, V, mx, my, shift, k, OP: tl.constexpr, GENERAL: tl.co
     peaks = tl.zeros([LANES], tl.float32)
     for start in range(0, V, LANES * WIDTH):
         x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, PAIR)
-        ax, ay, d = framed(x, y, live, mx, my, shift, k, GENERAL, INF_MASK)
-        ex = tl.exp2(ax * LOG2E)
+        ax, ay, d = framed(x, y, live, mx, my, shift, k, GENERAL, INF_MASK, SHORT)
+        ex = tl.exp2(ax)
         if PAIR:
-            ey = tl.exp2(ay * LOG2E)
+            ey = tl.exp2(ay)
             near = tl.abs(d) <= SMALL_GAP
-            f, f_back = bregman_pair(d)
+            if BACKWARDS:
+                f, f_back = bregman_pair(d)
+            else:
+                f = bregman(d)
             change = tl.where(near, ex * (f - d), ey - ex)
-            s += tl.sum(ex, 1)
+            if not ENTROPY:
+                s += tl.sum(ex, 1)
             y_sum += tl.sum(ey, 1)
             g += tl.sum(change, 1)
             if FORWARDS:
@@ -260,7 +280,8 @@ def row_sums(x_row, y_row, V, mx, my, shift, k, OP: tl.constexpr, GENERAL: tl.co
             mass += tl.sum(beside, 1)
             moment += tl.sum(tl.where(beside == 0, 0.0, beside * ax), 1)
             peaks += tl.sum(at_peak.to(tl.float32), 1)
-    return total(s), total(y_sum), total(g), total(b), total(a), total(c), total(back), total(mass), total(moment), total(peaks)
+    whole = total(mass) + total(peaks) if ENTROPY else total(s)
+    return whole, total(y_sum), total(g), total(b), total(a), total(c), total(back), total(mass), total(moment) * LN2, total(peaks)
 
 
 @triton.jit

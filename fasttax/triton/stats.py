@@ -15,8 +15,7 @@ from fasttax.triton.rows import (
     ALONE,
     DOMINATED,
     INF,
-    LOG2E,
-    OPTIONS,
+    LN2,
     SMALL_GAP,
     STATS,
     TOO_HIGH,
@@ -28,12 +27,14 @@ from fasttax.triton.rows import (
     framed,
     geometry,
     is_general,
+    launch_options,
     load_pair,
     maxima,
     params,
     row_at,
     row_sums,
     tile_lanes,
+    tiles,
     with_rows,
 )
 
@@ -46,9 +47,9 @@ def at_most(v, bound):  # NaN passes through
 
 
 @triton.jit
-def entry(row, id, y, own):
-    """The entry of an id, as a block of one; `y` where there is no second row."""
-    return tl.load(row + id).to(tl.float32) if own else y
+def rounded(found):  # a row's results live through its next sweep: as float32 they leave it registers
+    value, gap, size, log_ratio, recentre = found
+    return value.to(tl.float32), gap.to(tl.float32), size.to(tl.float32), log_ratio.to(tl.float32), recentre
 
 
 @triton.jit
@@ -57,6 +58,7 @@ def forward_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, values_ptr, kept_ptr, N, V, 
     """Grid: rows."""
     n = tl.program_id(0)
     PAIR: tl.constexpr = OP == STATS
+    SHORT: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     live_row = True
     if mask_ptr is not None:
         live_row = tl.load(mask_ptr + n) != 0
@@ -84,20 +86,20 @@ def forward_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, values_ptr, kept_ptr, N, V, 
         mass = tl.full((), 0.0, tl.float64)
         mean = mass
         y = mass
-        value_f = mass
-        gap_f = mass
-        size_f = mass
-        log_ratio = mass
-        value_b = mass
-        gap_b = mass
-        size_b = mass
+        value_f = none
+        gap_f = none
+        size_f = none
+        log_ratio = none
+        value_b = none
+        gap_b = none
+        size_b = none
         recentred = False
         again = True
         while again:
             s, y, g, b, a, c, back, beside, moment, peaks = row_sums(x_row, y_row, V, mx, my, shift, k, OP, GENERAL, False, LANES, WIDTH)
             again = False
             now_mass = beside + peaks
-            too_high = (now_mass > TOO_HIGH) | (moment > DOMINATED * now_mass)  # or a peak outside the first tile holds most of the mass
+            too_high = (now_mass > TOO_HIGH) | (moment > now_mass * DOMINATED)  # or a peak outside the first tile holds most of the mass
             if PAIR:
                 too_high = too_high | (s > TOO_HIGH) | (y > TOO_HIGH)
             if too_high & (exact == 0) & (recentred == 0):
@@ -107,8 +109,8 @@ def forward_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, values_ptr, kept_ptr, N, V, 
                 exact = True
                 again = True
             elif PAIR:
-                f_value, f_gap, f_size, f_ratio, f_recentre = divergence(s, y, g, b, a, True)
-                b_value, b_gap, b_size, b_ratio, b_recentre = divergence(s, y, g, c, back, False)
+                f_value, f_gap, f_size, f_ratio, f_recentre = rounded(divergence(s, y, g, b, a, True))
+                b_value, b_gap, b_size, b_ratio, b_recentre = rounded(divergence(s, y, g, c, back, False))
                 # after a shift each keeps the better of its two values; entropy and log-probs stay with the first frame
                 value_f = tl.where(recentred & (f_size > size_f), value_f, f_value)
                 value_b = tl.where(recentred & (b_size > size_b), value_b, b_value)
@@ -122,7 +124,7 @@ def forward_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, values_ptr, kept_ptr, N, V, 
                     mean = moment / now_mass
                     if f_recentre | b_recentre:  # the frame is that of the smaller one, where digits are scarce
                         first = f_recentre & ((b_recentre == 0) | (b_value >= f_value))
-                        shift = tl.where(first, f_gap, b_gap).to(tl.float32)
+                        shift = tl.where(first, f_gap, b_gap)
                         recentred = True
                         again = True
             else:
@@ -137,25 +139,25 @@ def forward_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, values_ptr, kept_ptr, N, V, 
             raw_y = raw_x
             if PAIR:
                 raw_y = tl.load(y_row + safe).to(tl.float32)
-            ax, ay, d = framed(raw_x, raw_y, inside, mx, my, shift, k, GENERAL, False)
+            ax, ay, d = framed(raw_x, raw_y, inside, mx, my, shift, k, GENERAL, False, SHORT)
             nan = tl.full((), float("nan"), tl.float32)  # to look for ids out of range on the host would be a sync
-            logp = tl.where(inside, at_most(ax - log_mass, 0.0).to(tl.float32), nan)
+            logp = tl.where(inside, at_most(ax * LN2 - log_mass, 0.0).to(tl.float32), nan)
             if PAIR:
                 same = (value_f == 0) & (log_ratio == 0)  # equal rows get equal bits
-                ref_logp = tl.where(inside, at_most(ay - tl.where(same, log_mass, tl.log(y)), 0.0).to(tl.float32), nan)
+                ref_logp = tl.where(inside, at_most(ay * LN2 - tl.where(same, log_mass, tl.log(y)), 0.0).to(tl.float32), nan)
         spread = log_mass - mean
         entropy = tl.where(spread < 0, 0.0, spread).to(tl.float32)
         lse = (mx.to(tl.float64) * k.row_scale + log_mass).to(tl.float32)
         if PAIR:
-            kl_forwards = tl.where(value_f < 0, 0.0, value_f).to(tl.float32)
-            kl_backwards = tl.where(value_b < 0, 0.0, value_b).to(tl.float32)
+            kl_forwards = tl.where(value_f < 0, 0.0, value_f)
+            kl_backwards = tl.where(value_b < 0, 0.0, value_b)
         tl.store(kept, mx)
         tl.store(kept + 1, my)
         tl.store(kept + 2, shift)
         tl.store(kept + 3, (1.0 / mass).to(tl.float32))
-        tl.store(kept + 4, log_ratio.to(tl.float32))
-        tl.store(kept + 5, gap_f.to(tl.float32))
-        tl.store(kept + 6, gap_b.to(tl.float32))
+        tl.store(kept + 4, log_ratio)
+        tl.store(kept + 5, gap_f)
+        tl.store(kept + 6, gap_b)
         tl.store(kept + 7, (1.0 / y).to(tl.float32) if PAIR else 0.0)
         tl.store(kept + 8, mean.to(tl.float32))
         tl.store(kept + 9, logp)
@@ -184,6 +186,7 @@ def gradient_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, kept_ptr, upstream_ptr, dx_
     n = tl.program_id(0)
     at = tl.program_id(1) * (LANES * WIDTH) + tile_lanes(LANES, WIDTH)
     PAIR: tl.constexpr = OP == STATS
+    SHORT: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     WANT_X: tl.constexpr = dx_ptr is not None
     WANT_Y: tl.constexpr = dy_ptr is not None
     rows = N.to(tl.int64)
@@ -209,28 +212,28 @@ def gradient_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, kept_ptr, upstream_ptr, dx_
         if PAIR:
             y_row = row_at(y_ptr, y_rows, n)
         x, y, live = load_pair(x_row, y_row, at, V, PAIR)
-        ax, ay, d = framed(x, y, live, tl.load(kept), tl.load(kept + 1), tl.load(kept + 2), k, GENERAL, False)
-        p = tl.exp2(ax * LOG2E) * inv_s
+        ax, ay, d = framed(x, y, live, tl.load(kept), tl.load(kept + 1), tl.load(kept + 2), k, GENERAL, False, SHORT)
+        p = tl.exp2(ax) * inv_s
         id = tl.full((), -1, tl.int64)
         if ids_ptr is not None:
             id = tl.load(ids_ptr + n)
         here = at == id
-        centred = (mean - ax) * g_entropy + g_lse
+        centred = tl.fma(ax, -LN2, mean) * g_entropy + g_lse
         q = p
         apart = p
         if PAIR:
             centred = tl.where(g_forwards != 0, centred + (d - gap) * g_forwards, centred)  # d may be inf where nobody asks for it
-            q = tl.exp2(ay * LOG2E) * tl.load(kept + 7)
+            q = tl.exp2(ay) * tl.load(kept + 7)
             u = d - log_ratio
             smaller = tl.where(gap - log_ratio < log_ratio - ref_center, gap - log_ratio, log_ratio - ref_center)
-            apart = tl.where((smaller < TRUSTED) & (tl.abs(u) <= SMALL_GAP), p * (u - bregman(u)), p - q)
+            apart = tl.where(tl.abs(u) <= tl.where(smaller < TRUSTED, SMALL_GAP, -1.0), p * (u - bregman(u)), p - q)
         if WANT_X:  # d logp at its id is 1 - p = -expm1(logp), which p in float would round away
             dx = tl.where(p == 0, 0.0, p * centred) - g_logp * tl.where(here, expm1_of(tl.load(kept + 9)), tl.where(ids_ptr is not None, p, 0.0))
             if PAIR:
                 dx = tl.where(g_backwards != 0, dx + apart * g_backwards, dx)
             dx = dx * k.row_slope
             if GENERAL:
-                dx = tl.where(k.cap > 0, dx * bend(x, k.scale / k.cap), dx)
+                dx = tl.where(k.cap > 0, dx * bend(x, k.over_cap), dx)
             tl.store(row_at(dx_ptr, dx_rows, n) + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
         if WANT_Y:
             about = tl.where(g_backwards != 0, (ref_center - d) * g_backwards, 0.0)
@@ -238,7 +241,7 @@ def gradient_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, kept_ptr, upstream_ptr, dx_
             dy = tl.where(g_forwards != 0, dy - apart * g_forwards, dy)
             dy = dy * k.ref_row_slope
             if GENERAL:
-                dy = tl.where(k.ref_cap > 0, dy * bend(y, k.ref_scale / k.ref_cap), dy)
+                dy = tl.where(k.ref_cap > 0, dy * bend(y, k.ref_over_cap), dy)
             tl.store(row_at(dy_ptr, dy_rows, n) + at, dy.to(dy_ptr.dtype.element_ty), mask=live)
     else:
         if WANT_X:
@@ -250,26 +253,26 @@ def gradient_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, kept_ptr, upstream_ptr, dx_
 # --- the ops -----------------------------------------------------------------------------------------------------------
 
 
-def _call(pair: bool, options: tuple[float, ...]) -> tuple[Params, dict[str, Any]]:
+def _call(logits: Tensor, pair: bool, options: tuple[float, ...]) -> tuple[Params, dict[str, Any]]:
     scale, ref_scale, softcap, ref_softcap, inv_t, ref_inv_t = options
     if not pair:  # one row stands for both
         ref_scale, ref_softcap, ref_inv_t = scale, softcap, inv_t
     k = params(0.0, scale, ref_scale, softcap, ref_softcap, inv_t, ref_inv_t)
-    return k, {"OP": STATS.value if pair else ALONE.value, "GENERAL": is_general(k, False), **OPTIONS}
+    op, general = (STATS if pair else ALONE).value, is_general(k, False)
+    return k, {"OP": op, "GENERAL": general, **geometry(logits.shape[-1], logits.dtype, op, general), **launch_options()}
 
 
 def token_stats(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, mask: Tensor | None, *options: float) -> tuple[Tensor, Tensor]:
     if logits.dtype == torch.float64:
         return reference.token_stats(logits, ref_logits, ids, mask, *options)
-    k, meta = _call(ref_logits is not None, options)
+    k, meta = _call(logits, ref_logits is not None, options)
     values = logits.new_empty((VALUES, *logits.shape[:-1]), dtype=torch.float32)
     kept = logits.new_empty((*logits.shape[:-1], KEPT), dtype=torch.float32)
     N, V = values[0].numel(), logits.shape[-1]
     if N:
-        shape = geometry(V, logits.dtype)
         (x, x_rows), (y, y_rows) = with_rows(logits), with_rows(logits if ref_logits is None else ref_logits)
         with on_device(logits):
-            forward_kernel[(N,)](x, y, ids, mask, values, kept, N, V, x_rows, y_rows, k, LANES=shape.lanes, WIDTH=shape.width, **meta)
+            forward_kernel[(N,)](x, y, ids, mask, values, kept, N, V, x_rows, y_rows, k, **meta)
     return values, kept
 
 
@@ -278,15 +281,13 @@ def token_stats_backward(grads: Tensor, logits: Tensor, ref_logits: Tensor | Non
     *numbers, need_policy, need_ref = options
     if logits.dtype == torch.float64:
         return reference.token_stats_backward(grads, logits, ref_logits, ids, mask, stats, *options)
-    k, meta = _call(ref_logits is not None, tuple(numbers))
+    k, meta = _call(logits, ref_logits is not None, tuple(numbers))
     d_logits = logits.new_empty(logits.shape if need_policy else (0,))
     d_ref = logits.new_empty(logits.shape if need_ref else (0,))
     N, V = grads[0].numel(), logits.shape[-1]
     if N and (need_policy or need_ref):
-        shape = geometry(V, logits.dtype)
         (x, x_rows), (y, y_rows) = with_rows(logits), with_rows(logits if ref_logits is None else ref_logits)
         (dx, dx_rows), (dy, dy_rows) = (with_rows(d) if d.numel() else (None, x_rows) for d in (d_logits, d_ref))
         with on_device(logits):
-            gradient_kernel[(N, triton.cdiv(V, shape.tile))](x, y, ids, mask, stats, grads.contiguous(), dx, dy, N, V, x_rows, y_rows, dx_rows, dy_rows, k,
-                                                             LANES=shape.lanes, WIDTH=shape.width, **meta)  # fmt: skip
+            gradient_kernel[(N, tiles(V, meta))](x, y, ids, mask, stats, grads.contiguous(), dx, dy, N, V, x_rows, y_rows, dx_rows, dy_rows, k, **meta)
     return d_logits, d_ref
