@@ -47,14 +47,21 @@ class Result:
     headline: bool = True
 
 
-def bandwidth() -> float:
+def now() -> float:
+    """Seconds, after all that was started has ended."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bandwidth(device: str = "cpu") -> float:
     """Bytes/s of copying 512 MB (read + write), best of five."""
-    source, target = torch.ones(1 << 27), torch.empty(1 << 27)
+    source, target = torch.ones(1 << 27, device=device), torch.empty(1 << 27, device=device)
     best = 0.0
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = now()
         target.copy_(source)
-        best = max(best, 2 * source.nbytes / (time.perf_counter() - begin))
+        best = max(best, 2 * source.nbytes / (now() - begin))
     return best
 
 
@@ -69,9 +76,9 @@ def run(case: Case, bytes_per_second: float) -> Result:
     try:
         for _ in range(case.rounds):
             for name in names:
-                begin = time.perf_counter()
+                begin = now()
                 call_result = case.contenders[name]()
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(now() - begin)
                 del call_result
     finally:
         gc.enable()
@@ -90,7 +97,7 @@ def environment(bytes_per_second: float) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     return {
-        "cpu": (names or [platform.processor()])[0], "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None, "cpu": (names or [platform.processor()])[0], "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(), "fasttax": fasttax.__version__, "commit": commit or "none",
         "simd": None if "_C" in _library.problems else torch.ops.fasttax._simd_level(-1),
         "copy_GB_per_s": round(bytes_per_second / 1e9, 1), "date": time.strftime("%Y-%m-%d"),

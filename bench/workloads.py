@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 KL = [("512 x 49152", 512, 49152), ("128 x 151936", 128, 151936)]  # SmolLM2's vocabulary, Qwen2.5's
+GPU_KL = [("4096 x 151936", 4096, 151936), ("64 x 128256", 64, 128256)]  # a training step's tokens; a few rows of Llama 3's
 LINEAR_KL = [("512 tokens, 576 -> 49152", 512, 576, 49152)]
 SQGRAD = [
     ("N=16 T=128 1536x576", 16, 128, 1536, 576),  # SmolLM2's down projection

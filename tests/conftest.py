@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # thousands of tiny parallel regions: spinning threads would fight over two cores
 
@@ -26,23 +27,12 @@ def simd_levels() -> list[int]:
     return [] if "_C" in _library.problems else list(range(torch.ops.fasttax._simd_level(-1) + 1))
 
 
-@pytest.fixture(params=simd_levels(), ids=lambda level: SIMD[level])
-def simd(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Every instruction set in turn."""
-    best = torch.ops.fasttax._simd_level(-1)
-    torch.ops.fasttax._simd_level(request.param)
-    yield request.param
-    torch.ops.fasttax._simd_level(best)
+def name(backend: str | int) -> str:
+    return backend if isinstance(backend, str) else SIMD[backend]
 
 
-def backends() -> list[str | int]:
-    """ "triton" where its interpreter stands in for the CPU's kernels: tests/test_triton.py starts such a run."""
-    return ["triton"] if ("token_kl", "CPU") in _library.on_triton else ["reference", *simd_levels()]
-
-
-@pytest.fixture(params=backends(), ids=lambda backend: backend if isinstance(backend, str) else SIMD[backend])
-def backend(request: pytest.FixtureRequest) -> Iterator[str | int]:
-    """The reference, then every instruction set."""
+def chosen(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The fixture's parameter; while an instruction set is in use, the CPU's kernels are its."""
     if isinstance(request.param, str):
         yield request.param
         return
@@ -50,6 +40,32 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str | int]:
     torch.ops.fasttax._simd_level(request.param)
     yield request.param
     torch.ops.fasttax._simd_level(best)
+
+
+def kernels() -> list[str | int]:
+    """What stands behind the ops over logits here: the CPU's instruction sets, or "triton" in its interpreter (tests/test_triton_kl.py starts such
+    a run); and with a GPU "cuda", whichever kernel is registered there, and "triton" beside it."""
+    if ("token_kl", "CPU") in _library.on_triton:
+        return ["triton"]
+    return [*simd_levels(), *(["cuda", "triton"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=[kernel for kernel in kernels() if kernel != "cuda" and not (kernel == "triton" and torch.cuda.is_available())], ids=name)
+def simd(request: pytest.FixtureRequest) -> Iterator[str | int]:
+    """Every kernel for tensors on the CPU: its instruction sets, or Triton's interpreter."""
+    yield from chosen(request)
+
+
+@pytest.fixture(params=kernels(), ids=name)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str | int]:
+    """Every kernel of the ops over logits."""
+    yield from chosen(request)
+
+
+@pytest.fixture(params=["reference", *kernels()], ids=name)
+def backend(request: pytest.FixtureRequest) -> Iterator[str | int]:
+    """The reference, then every kernel."""
+    yield from chosen(request)
 
 
 @pytest.fixture

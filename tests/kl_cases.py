@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,18 +53,38 @@ def run_oracle(x: Tensor, y: Tensor, upstream: Tensor, dtype: torch.dtype, **opt
     return (kl.detach(), *torch.autograd.grad(kl, (a, b), upstream.to(dtype)))
 
 
-def run(backend: str | int, x: Tensor, y: Tensor, upstream: Tensor | None = None, mask: Tensor | None = None, **options: Any) -> Result:
-    """Value and both gradients, by the reference's functions or the public op."""
-    x, y = x.detach(), y.detach()
-    upstream = torch.ones(x.shape[:-1]) if upstream is None else upstream
-    upstream = upstream.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+def device_of(backend: str | int) -> str:
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def functions(backend: str | int) -> Any:
+    """Where the backend's token_kl, token_kl_backward, token_stats, token_stats_backward are."""
     if backend == "reference":
+        return reference
+    if device_of(backend) == "cpu" or backend == "cuda":
+        return torch.ops.fasttax
+    from fasttax.triton import kl, stats  # on a GPU whose op is CUDA C++'s
+
+    return SimpleNamespace(**{name: getattr(module, name) for module in (kl, stats) for name in vars(module) if name.startswith("token_")})
+
+
+def run(backend: str | int, x: Tensor, y: Tensor, upstream: Tensor | None = None, mask: Tensor | None = None, **options: Any) -> Result:
+    """Value and both gradients, by the backend's functions or the public op; on the CPU."""
+    device = device_of(backend)
+    x, y = x.detach().to(device), y.detach().to(device)
+    upstream = torch.ones(x.shape[:-1]) if upstream is None else upstream
+    upstream = upstream.to(device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    mask = None if mask is None else mask.to(device)
+    ops = functions(backend)
+    if ops is not torch.ops.fasttax:
         args = tempering("test", **options).args()
-        kl, stats = reference.token_kl(x, y, mask, *args)
-        return (kl, *reference.token_kl_backward(upstream, x, y, mask, stats, *args, True, True))
-    x, y = x.requires_grad_(), y.requires_grad_()
-    kl = fasttax.token_kl(x, y, mask=mask, **options)
-    return (kl.detach(), *torch.autograd.grad(kl, (x, y), upstream))
+        kl, stats = ops.token_kl(x, y, mask, *args)
+        out = (kl, *ops.token_kl_backward(upstream, x, y, mask, stats, *args, True, True))
+    else:
+        x, y = x.requires_grad_(), y.requires_grad_()
+        kl = fasttax.token_kl(x, y, mask=mask, **options)
+        out = (kl.detach(), *torch.autograd.grad(kl, (x, y), upstream))
+    return out[0].cpu(), out[1].cpu(), out[2].cpu()
 
 
 def check(backend: str | int, x: Tensor, y: Tensor, **options: Any) -> None:

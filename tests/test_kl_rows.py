@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from kl_cases import DTYPES, INF, KINDS, NAN, check, oracle, run
+from kl_cases import DTYPES, INF, KINDS, NAN, check, device_of, functions, oracle, run
 from torch import Tensor
 
 import fasttax
-from fasttax import reference
 from fasttax.kl import tempering
 
 # --- -inf, NaN, masks ------------------------------------------------------------------------------------------------------
@@ -194,19 +193,19 @@ def test_mixed_dtypes() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_batch_invariance(dtype: torch.dtype, kind: str, simd: int, threads: Callable[[int], None]) -> None:
+def test_batch_invariance(dtype: torch.dtype, kind: str, kernel: str | int, threads: Callable[[int], None]) -> None:
     """A row's bits depend on nothing but the row: not on its neighbours, its place, its alignment or the threads."""
     x, y = (2 * torch.randn(2, 70, 2201)).to(dtype)  # 70 rows of 2201 make five tasks of 14
     x[1, 2150] += 60  # a neighbour that is run twice
     threads(1)
-    one = run(simd, x, y, kind=kind)
+    one = run(kernel, x, y, kind=kind)
     threads(2)
-    for other in (run(simd, x, y, kind=kind), run(simd, x, y, kind=kind)):
+    for other in (run(kernel, x, y, kind=kind), run(kernel, x, y, kind=kind)):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a, b)
-    back = run(simd, x.flip(0), y.flip(0), kind=kind)
+    back = run(kernel, x.flip(0), y.flip(0), kind=kind)
     for n in (0, 1, 69):
-        for alone, whole, moved in zip(run(simd, x[n : n + 1], y[n : n + 1], kind=kind), one, back, strict=True):
+        for alone, whole, moved in zip(run(kernel, x[n : n + 1], y[n : n + 1], kind=kind), one, back, strict=True):
             assert torch.equal(alone[0], whole[n])
             assert torch.equal(moved[69 - n], whole[n])
 
@@ -217,11 +216,11 @@ def test_each_gradient_alone_is_the_same(kind: str, options: dict[str, Any], bac
     """One side, the other and both are compiled apart."""
     x, y = torch.randn(2, 3, 2201)
     args = tempering("test", kind=kind, **options).args()
-    ops = reference if backend == "reference" else torch.ops.fasttax
+    ops, upstream, x, y = functions(backend), *(z.to(device_of(backend)) for z in (torch.ones(3), x, y))
     _, stats = ops.token_kl(x, y, None, *args)
-    both = ops.token_kl_backward(torch.ones(3), x, y, None, stats, *args, True, True)
-    policy = ops.token_kl_backward(torch.ones(3), x, y, None, stats, *args, True, False)
-    ref = ops.token_kl_backward(torch.ones(3), x, y, None, stats, *args, False, True)
+    both = ops.token_kl_backward(upstream, x, y, None, stats, *args, True, True)
+    policy = ops.token_kl_backward(upstream, x, y, None, stats, *args, True, False)
+    ref = ops.token_kl_backward(upstream, x, y, None, stats, *args, False, True)
     assert (policy[1].numel(), ref[0].numel()) == (0, 0)
     scale = max(float(both[0].abs().max()), float(both[1].abs().max()))
     torch.testing.assert_close((policy[0], ref[1]), both, rtol=1e-5, atol=2e-7 * scale)
@@ -256,19 +255,21 @@ def test_inputs_are_left_alone(backend: str | int) -> None:
 # --- size --------------------------------------------------------------------------------------------------------------------
 
 
-def test_more_than_2_31_cells(simd: int) -> None:
+def test_more_than_2_31_cells(kernel: str | int) -> None:
     """Two rows 2^31 + 8 elements apart in 4 GiB that are never touched between them: an offset of 32 bits would fault or miss."""
     V, stride = 3001, 2**31 + 8
-    space = torch.empty(stride + V, dtype=torch.bfloat16).as_strided((2, V), (stride, 1))
+    device = device_of(kernel)
+    space = torch.empty(stride + V, dtype=torch.bfloat16, device=device).as_strided((2, V), (stride, 1))
     space.copy_(torch.randn(2, V))
-    ref = torch.randn(2, V).bfloat16()
+    ref = torch.randn(2, V).bfloat16().to(device)
     near = space.contiguous()
-    for a, b in zip(run(simd, space, ref), run(simd, near, ref), strict=True):
+    for a, b in zip(run(kernel, space, ref), run(kernel, near, ref), strict=True):
         assert torch.equal(a, b)
     args = tempering("test").args()
-    _, stats = torch.ops.fasttax.token_kl(near, ref, None, *args)
+    ops = functions(kernel)
+    _, stats = ops.token_kl(near, ref, None, *args)
     for logits in (space, near):
-        torch.ops.fasttax.token_kl_backward_(torch.ones(2), logits, ref, None, stats, *args, False)
+        ops.token_kl_backward_(torch.ones(2, device=device), logits, ref, None, stats, *args, False)
     assert torch.equal(space, near)
 
 

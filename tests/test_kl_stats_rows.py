@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from kl_cases import DTYPES, INF, NAN, oracle
+from kl_cases import DTYPES, INF, NAN, device_of, functions, oracle
 from test_kl import OPTIONS, VOCABULARIES, peaked, rows
 from test_kl_rows import LAYOUTS
 from torch import Tensor
 from utils import assert_within, own_result
 
 import fasttax
-from fasttax import reference
 from fasttax.kl import tempering
 from fasttax.kl_stats import ROWS
 
@@ -30,12 +29,12 @@ def numbers(options: dict[str, Any]) -> tuple[float, ...]:
 
 def run(backend: str | int, x: Tensor, y: Tensor | None, ids: Tensor | None, coefficients: Tensor, mask: Tensor | None = None, **options: Any) -> Result:
     """Values (6, ...) and both gradients of sum coefficients * values; the reference's is empty where there is none."""
-    coefficients = coefficients.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
-    op, backward = (torch.ops.fasttax.token_stats, torch.ops.fasttax.token_stats_backward)
-    if backend == "reference":
-        op, backward = reference.token_stats, reference.token_stats_backward
-    values, stats = op(x, y, ids, mask, *numbers(options))
-    return (values, *backward(coefficients, x, y, ids, mask, stats, *numbers(options), True, y is not None))
+    ops, device = functions(backend), device_of(backend)
+    coefficients = coefficients.to(device, torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+    x, y, ids, mask = (None if z is None else z.to(device) for z in (x, y, ids, mask))
+    values, stats = ops.token_stats(x, y, ids, mask, *numbers(options))
+    d = ops.token_stats_backward(coefficients, x, y, ids, mask, stats, *numbers(options), True, y is not None)
+    return values.cpu(), d[0].cpu(), d[1].cpu()
 
 
 def textbook(x: Tensor, y: Tensor | None, ids: Tensor | None, **options: Any) -> list[Tensor]:

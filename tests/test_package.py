@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import os
@@ -136,8 +137,31 @@ def test_reference_backend_gives_the_same_numbers() -> None:
 def test_wrong_backend_names_all_choices() -> None:
     done = python("import fasttax", FASTTAX_BACKEND="tpu")
     assert done.returncode != 0
-    for word in ("ImportError", "FASTTAX_BACKEND", "auto", "reference", "cpp", "cuda", "'tpu'"):
+    for word in ("ImportError", "FASTTAX_BACKEND", "auto", "reference", "cpp", "cuda", "triton", "'tpu'"):
         assert word in done.stderr
+
+
+ACTIVE = """
+import fasttax
+from fasttax import _library
+print(_library.active("token_kl", "cpu")[0], *_library.active("token_kl", "cuda"), sep=", ")
+"""
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_triton_backend() -> None:
+    assert python(ACTIVE, FASTTAX_BACKEND="triton").stdout.strip().endswith(", Triton, FASTTAX_BACKEND=triton")
+    assert python(ACTIVE, FASTTAX_BACKEND="triton", TRITON_INTERPRET="1").stdout.strip() == "Triton, Triton, FASTTAX_BACKEND=triton"
+    if torch.version.cuda:  # where nvcc was missing at install, GPUs get Triton's kernels
+        no_cuda = "import sys; sys.modules['fasttax._C_cuda'] = None\n" + ACTIVE
+        assert ", Triton, CUDA C++: " in python(no_cuda).stdout
+
+
+def test_triton_backend_without_triton() -> None:
+    done = python(NO_TRITON + "import fasttax", FASTTAX_BACKEND="triton")
+    assert "ImportError: fasttax: FASTTAX_BACKEND=triton, but triton is not installed; `pip install triton`" in done.stderr
+    assert python(NO_TRITON + ACTIVE).returncode == 0
 
 
 def test_without_the_built_library_it_warns_once_and_works(tmp_path: Path) -> None:

@@ -13,10 +13,25 @@ from typing import Any
 import pytest
 import torch
 from cuda_tools import ARITHMETIC, LOAD, STORE, basic_blocks, longest_run, steps
-from triton_tools import TARGETS, Binary, compiled
+from triton_tools import TARGETS, Binary, compiled, run_in_the_interpreter
 
 from fasttax.triton import kl, rows, stats
 
+SIZES = "test_vocabularies and (1003 or -17-) and (float32 or bfloat16)"
+INTERPRETED: dict[str, tuple[str, int, list[str]]] = {  # what runs again in the interpreter: a file, at least so many of its cases, and which
+    "values and gradients": ("test_kl.py", 25, [SIZES, "test_options and float32 and (policy_ref or all or beta_tiny)"]),
+    "hard rows": ("test_kl.py", 18, ["test_peaks and 60-3000-apart", "test_small_kl and 1003", "test_equal and float32-policy_ref", "ends"]),
+    "rows": ("test_kl_rows.py", 35, [
+        "test_minus_infinity and 130", "suppressed", "test_what and float32", "uninitialised", "alone_is and policy_ref", "left_alone",
+        "test_layouts and bfloat16 and (unaligned or transposed or every_other_entry)",
+    ]),
+    "stats": ("test_kl_stats_rows.py", 20, [
+        SIZES, "test_options and float32 and pair and (all or softcaps or temperatures)", "coefficient", "collapsed", "test_equal and float32", "ids_out",
+    ]),
+    "stats of hard rows": ("test_kl_stats_rows.py", 8, ["test_peaks and 60-3000-apart", "test_small_kl", "test_minus_infinity", "test_what and float32"]),
+    "reduced": ("test_kl_reduced.py", 10, ["test_the_same_bits and float32", "upstream", "only_what"]),
+    "autograd": ("test_kl_autograd.py", 10, ["test_inplace_backward", "opcheck and plain", "two_losses"]),
+}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 V = 151936  # Qwen's
 OPS = {"policy_ref": 0, "ref_policy": 1, "jsd": 2, "stats": rows.STATS.value, "alone": rows.ALONE.value}
@@ -101,3 +116,38 @@ def test_instructions_an_entry(role: str, op: str, dtype: str, most: int, folder
     sweeps = [len(block) for block in blocks if sum(step.startswith("MUFU.EX2") for step in block) >= exps]
     assert sweeps
     assert min(sweeps) / entries <= most
+
+
+# --- results, in the interpreter -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subject", INTERPRETED)
+def test_in_the_interpreter(subject: str) -> None:
+    file, least, expressions = INTERPRETED[subject]
+    assert run_in_the_interpreter(file, " or ".join(f"({expression})" for expression in expressions)) >= least
+
+
+class Recorder:
+    """Stands for a kernel, and keeps the grid it is started with."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grid = grid
+        return lambda *args, **constants: None
+
+
+def test_rows_lie_on_the_grid_axis_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """65535 blocks are the most on the others (Liger#1294)."""
+    recorder = Recorder()
+    for module in (kl, stats):
+        for name in ("forward_kernel", "gradient_kernel"):
+            monkeypatch.setattr(module, name, recorder)
+    x = torch.zeros(70_000, 16)
+    options = (0, 0.5, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, False)
+    _, kept = kl.token_kl(x, x, None, *options)
+    assert recorder.grid == (70_000,)
+    kl.token_kl_backward(torch.ones(70_000), x, x, None, kept, *options, True, False)
+    assert recorder.grid == (70_000, 1)
+    _, kept = stats.token_stats(x, x, None, None, *options[2:8])
+    assert recorder.grid == (70_000,)
+    stats.token_stats_backward(torch.ones(6, 70_000), x, x, None, None, kept, *options[2:8], True, True)
+    assert recorder.grid == (70_000, 1)
