@@ -97,7 +97,8 @@ def environment(bytes_per_second: float) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None, "cpu": (names or [platform.processor()])[0], "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
+        "cpu": (names or [platform.processor()])[0], "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(), "fasttax": fasttax.__version__, "commit": commit or "none",
         "simd": None if "_C" in _library.problems else torch.ops.fasttax._simd_level(-1),
         "copy_GB_per_s": round(bytes_per_second / 1e9, 1), "date": time.strftime("%Y-%m-%d"),
