@@ -254,3 +254,22 @@ def test_the_op_itself_checks() -> None:
     for x, y, mask in ((X, X[:, :4], None), (X.T, X.T, None), (X, X.double(), None), (X, X, torch.ones(3).bool()), (X[:, :0], X[:, :0], None)):
         with pytest.raises(RuntimeError, match="token_kl: "):
             torch.ops.fasttax.token_kl(x, y, mask, *args)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_never_waits_for_the_device() -> None:
+    x, y, ids, mask = torch.randn(8, 1003), torch.randn(8, 1003), torch.randint(1003, (8,)), torch.arange(8) > 2
+    hidden, head = torch.randn(8, 32), torch.randn(1003, 32)
+    x, y, ids, mask, hidden, head = (z.cuda() for z in (x, y, ids, mask, hidden, head))
+    x, hidden, head = (z.requires_grad_() for z in (x, hidden, head))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for kind in ("policy_ref", "ref_policy", "jsd"):
+            fasttax.token_kl(x, y, kind=kind, mask=mask, reduction="mean").backward()
+            fasttax.token_kl(x, y, kind=kind, mask=mask).sum().backward()
+        stats = fasttax.token_stats(x, y, ids, outputs=("logp", "entropy", "kl_policy_ref", "k3"), mask=mask)
+        (stats.logp + stats.entropy + stats.kl_policy_ref + stats.k3).sum().backward()
+        fasttax.linear_token_kl(hidden, head, hidden.detach(), head.detach(), mask=mask, reduction="mean").backward()
+        fasttax.linear_token_logprobs(hidden, head, ids, mask=mask).logp.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
