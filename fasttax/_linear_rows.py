@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax._library import define, lib, no_double_backward, prefer_huge_pages
+from fasttax._library import define, lib, no_double_backward, prefer_huge_pages, second_derivative_message
 from fasttax.kl import _OPTIONS as KL_OPTIONS
 from fasttax.kl import Tempering
 
@@ -237,7 +237,7 @@ class _Chunk:
             d_y = ops.token_kl_backward_(by_token, self.x, self.y, self.mask, self._kept(0), *sweep.t.args(), need_y)
             if d_x is not None and need_x:
                 self.x.add_(d_x)
-        elif need_x:
+        elif d_x is not None and need_x:
             self.x.copy_(d_x)
         return d_y if need_y else None
 
@@ -249,6 +249,7 @@ def empty_kept(rows: Tensor, work: Work) -> list[Tensor]:
 
 # --- schemas, shapes, autograd -----------------------------------------------------------------------------------------
 
+NAMES = "linear_token_kl or linear_token_logprobs"
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? ref_hidden, Tensor? ref_weight, Tensor? bias, Tensor? ref_bias, Tensor? ids, Tensor? mask"
 _REST = f"{KL_OPTIONS}, bool kl, bool stats, bool pair, int? token_chunk, int? vocab_chunk"
 
@@ -291,13 +292,34 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, d_rows: Tensor, *others: Any) -> Any:
-    tensors, kept, needs = ctx.saved_tensors[:8], ctx.saved_tensors[8:], list(ctx.needs_input_grad[:6])
-    d = torch.ops.fasttax.linear_token_rows_backward(d_rows, *kept, *tensors, *ctx.rest, needs)
+    saved, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
+    backward = _RowsBackward.apply if torch._C._are_functorch_transforms_active() else torch.ops.fasttax.linear_token_rows_backward
+    d = backward(d_rows, *saved[8:], *saved[:8], *ctx.rest, needs)
     return (*(g if need else None for g, need in zip(d, needs, strict=True)), None, None, *[None] * len(ctx.rest))
+
+
+class _RowsBackward(torch.autograd.Function):
+    """The backward op: torch.func always asks for a graph of it, and only using that graph is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.fasttax.linear_token_rows_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(second_derivative_message(NAMES, "its backward"))
 
 
 class _Rows(torch.autograd.Function):
     """The op for code that torch.func transforms: functorch refuses an op's registered autograd."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -318,4 +340,4 @@ define(f"linear_token_rows({_TENSORS}, {_REST}) -> (Tensor, Tensor, Tensor, Tens
 define(f"linear_token_rows_backward(Tensor d_rows, Tensor kl_kept, Tensor kept, Tensor ref_kept, {_TENSORS}, {_REST}, bool[] needs) -> "
        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _rows_backward, _rows_backward_fake)  # fmt: skip
 torch.library.register_autograd("fasttax::linear_token_rows", _backward, setup_context=_setup, lib=lib)
-no_double_backward("linear_token_rows_backward", "linear_token_kl or linear_token_logprobs")
+no_double_backward("linear_token_rows_backward", NAMES)
