@@ -216,6 +216,7 @@ class _Chunk:
             rows[:6], self._kept(1)[:] = ops.token_stats(self.x, self.y, self.ids, self.mask, *self.options)
             of_ref, self._kept(2)[:] = ops.token_stats(self.y, None, None, self.mask, *self.of_ref)
             rows[REF_LSE] = of_ref[LSE]
+            rows[LSE] = ops.token_stats(self.x, None, None, self.mask, *self.of_policy)[0][LSE]  # as the reference's: equal rows, equal bits
         elif work.stats:
             rows[:6], self._kept(1)[:] = ops.token_stats(self.x, None, self.ids, self.mask, *self.of_policy)
 
