@@ -136,15 +136,20 @@ class Head:
 
 class Sweep:
     """All chunks of a call in turn. `run` without `d_rows` fills `rows` and what a backward wants of them (`kept`); with `d_rows` and
-    those of an earlier run it adds up the gradients of sum(d_rows * rows); with `d_rows` on a fresh sweep it does both at once."""
+    those of an earlier run it adds up the gradients of sum(d_rows * rows); with `d_rows` on a fresh sweep it does both at once.
+
+    On a CPU masked tokens are left out of the GEMMs; a GPU's host would have to wait to learn how many there are."""
 
     def __init__(self, tensors: Sequence[Tensor | None], ids: Tensor | None, mask: Tensor | None, t: Tempering, work: Work,
                  needs: Sequence[bool] = (False,) * 6) -> None:  # fmt: skip
         hidden, weight, ref_hidden, ref_weight, bias, ref_bias = tensors
         assert hidden is not None
         assert weight is not None
-        self.ids, self.mask, self.t, self.work = ids, mask, t, work
-        self.dtype = wide_dtype(*tensors)
+        self.t, self.work, self.dtype, self.given_N = t, work, wide_dtype(*tensors), hidden.shape[0]
+        self.live = None if mask is None or mask.device.type != "cpu" else mask.nonzero()[:, 0]
+        self.mask = mask if self.live is None else None
+        self.ids = None if ids is None else self._take(ids, 0)
+        hidden, ref_hidden = self._take(hidden, 0), None if ref_hidden is None else self._take(ref_hidden, 0)
         self.policy = Head(hidden, weight, bias, (needs[0], needs[1], needs[4]), self.dtype)
         self.ref = None
         if ref_hidden is not None and ref_weight is not None:
@@ -155,7 +160,26 @@ class Sweep:
         self.rows = hidden.new_zeros((len(ROWS), -(-self.V // self.columns), self.N), dtype=self.dtype)
         self.kept = empty_kept(self.rows, work)
 
+    def _take(self, t: Tensor, dim: int) -> Tensor:
+        return t if self.live is None else t.index_select(dim, self.live)
+
+    def _spread(self, t: Tensor, dim: int) -> Tensor:
+        if self.live is None or not t.dim() > dim:
+            return t
+        shape = (*t.shape[:dim], self.given_N, *t.shape[dim + 1 :])
+        return t.new_zeros(shape).index_copy_(dim, self.live, t)
+
+    def results(self) -> tuple[Tensor, ...]:
+        """(rows, what a backward wants of them), of every token."""
+        return self._spread(self.rows, 2), *(self._spread(kept, 1) for kept in self.kept)
+
+    def resume(self, kept: Sequence[Tensor]) -> Sweep:
+        """With what an earlier sweep kept."""
+        self.kept = [k if k.dim() == 1 else self._take(k, 1) for k in kept]
+        return self
+
     def run(self, d_rows: Tensor | None, fresh: bool = True) -> None:
+        d_rows = None if d_rows is None else self._take(d_rows, 2)
         step, part = self.work.tokens(self.N, self.V, self.shared, self.rows)
         step, part = min(step, self.N), min(part, self.N)
         both = self.ref is not None and self.shared
@@ -189,6 +213,7 @@ class Sweep:
         """Of hidden, weight, ref_hidden, ref_weight, bias, ref_bias."""
         d_hidden, d_weight, d_bias = self.policy.gradients()
         d_ref_hidden, d_ref_weight, d_ref_bias = (None, None, None) if self.ref is None else self.ref.gradients()
+        d_hidden, d_ref_hidden = (d if d is None else self._spread(d, 0) for d in (d_hidden, d_ref_hidden))
         return [d_hidden, d_weight, d_ref_hidden, d_ref_weight, d_bias, d_ref_bias]
 
 
@@ -264,14 +289,13 @@ def _rows(*args: Any) -> tuple[Tensor, ...]:
     with torch.autocast(args[0].device.type, enabled=False):
         sweep = _sweep(args)
         sweep.run(None)
-    return (sweep.rows, *sweep.kept)
+        return sweep.results()
 
 
 def _rows_backward(d_rows: Tensor, kl_kept: Tensor, kept: Tensor, ref_kept: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of sum(d_rows * rows) by hidden, weight, ref_hidden, ref_weight, bias, ref_bias; those not needed are empty."""
     with torch.autocast(d_rows.device.type, enabled=False):
-        sweep = _sweep(args[:-1], args[-1])
-        sweep.kept = [kl_kept, kept, ref_kept]
+        sweep = _sweep(args[:-1], args[-1]).resume((kl_kept, kept, ref_kept))
         sweep.run(d_rows, fresh=False)
         return tuple(d_rows.new_empty(0) if d is None else d for d in sweep.gradients())
 

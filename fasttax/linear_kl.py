@@ -87,6 +87,7 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
     Returns:
         float32 (float64 where any tensor is), (...) or 0-d: logits and gradients are summed in float32 for bfloat16 and float16 tensors too,
         also under autocast. On a CPU such heads are widened once, V x H floats each; on NVIDIA GPUs GEMMs take them as they are.
+        Masked tokens are left out of the GEMMs on a CPU.
 
     Raises:
         ValueError, TypeError: shape, dtype, device or an option does not fit; grad_mode="forward" where a gradient would be wrong.
@@ -232,12 +233,13 @@ class _GradientInForward(torch.autograd.Function):
         ctx.op, ctx.known = call.op, reduction != "none"
         with torch.autocast(args[0].device.type, enabled=False):
             sweep = Sweep([t if t is None else t.detach() for t in args[:6]], call.ids, call.mask, call.t, call.work, ctx.needs_input_grad[:6])
-            by_token = reduced_gradient(call.op, sweep.rows[row, 0], call.mask, token_weight, reduction if ctx.known else "sum")
-            d_rows = torch.zeros_like(sweep.rows)
+            values = sweep.rows.new_zeros(args[0].shape[0])
+            by_token = reduced_gradient(call.op, values, call.mask, token_weight, reduction if ctx.known else "sum")
+            d_rows = values.new_zeros((len(ROWS), 1, values.shape[0]))
             d_rows[row, 0] = by_token
             sweep.run(d_rows)
             hold_gradients(ctx, sweep.gradients(), by_token)
-            return reduce(call.op, sweep.rows[row, 0], call.mask, token_weight, reduction)
+            return reduce(call.op, sweep.results()[0][row, 0], call.mask, token_weight, reduction)
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:

@@ -105,6 +105,26 @@ def test_gemms_of_logprobs(case: str, gemms: list[int]) -> None:
     assert len(gemms) == per_chunk * 3
 
 
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_masked_tokens_cost_no_gemm(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    real = _linear_rows.gemm
+
+    def counted(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        rows.append(a.shape[1] if out.shape[0] == V else a.shape[0])  # the tokens are what a head's gradient sums over
+        real(a, b, out, add)
+
+    monkeypatch.setattr(_linear_rows, "gemm", counted)
+    t, mask = tensors(), torch.arange(N) % 3 == 1
+    for keep in (mask, torch.zeros_like(mask)):
+        rows.clear()
+        loss = fasttax.linear_token_kl(*(t[name] for name in NAMES[:4]), mask=keep, reduction="sum", grad_mode=mode)
+        grads = torch.autograd.grad(loss, [t[name] for name in NAMES[:4]])
+        assert set(rows) == ({4} if keep.any() else set())  # of the 13 tokens
+        assert not grads[0][~keep].any()
+        assert keep.any() or not any(d.any() for d in grads)
+
+
 @pytest.mark.parametrize("output", ["logp", "entropy", "lse"])
 @pytest.mark.parametrize("case", ["sum", "mean", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
