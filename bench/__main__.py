@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import bench_ewc, bench_fisher, bench_kl, timing
+from bench import bench_ewc, bench_fisher, bench_kl, bench_linear_kl, timing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-FAMILIES: dict[str, Callable[[], Iterator[timing.Case]]] = {"kl": bench_kl.cases, "ewc": bench_ewc.cases, "fisher": bench_fisher.cases}
+FAMILIES: dict[str, Callable[[], Iterator[timing.Case]]] = {
+    "kl": bench_kl.cases, "linear_kl": bench_linear_kl.cases, "ewc": bench_ewc.cases, "fisher": bench_fisher.cases,
+}  # fmt: skip
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -30,7 +32,8 @@ def measure(family: str) -> Path:
         results.append(timing.as_json(result))
         ratios = ", ".join(f"{k} {v:.2f}x" for k, v in result.ratios.items())
         share = f"{100 * result.share_of_bandwidth_floor:.0f} % of the bandwidth floor"
-        tqdm.write(f"{result.name}, {result.shape}: {result.milliseconds['fasttax']:.1f} ms; {ratios}; {share}")
+        peaks = "".join(f"; {name} {size:.0f} MB at its peak" for name, size in result.peak_extra_MB.items())
+        tqdm.write(f"{result.name}, {result.shape}: {result.milliseconds['fasttax']:.1f} ms; {ratios}; {share}{peaks}")
     report = {"command": f"python -m bench {family}", "environment": timing.environment(rate), "results": results}
     target = RESULTS / f"cpu-{family}.json"
     RESULTS.mkdir(exist_ok=True)
@@ -43,8 +46,9 @@ def table() -> str:
     reports: list[dict[str, Any]] = [json.loads(path.read_text()) for f in FAMILIES if (path := RESULTS / f"cpu-{f}.json").exists()]
     rows = ["| case | size | fasttax | others, and how many times fasttax's time |", "|---|---|---:|---|"]
     for r in (r for report in reports for r in report["results"] if r.get("headline", True)):
-        others = ", ".join(f"{name} {r['milliseconds'][name]:.0f} ms ({ratio:.2f}x)" for name, ratio in r["ratios"].items())
-        rows.append(f"| {r['name']} | {r['shape']} | {r['milliseconds']['fasttax']:.1f} ms | {others} |")
+        peaks = {name: f", {size:.0f} MB" for name, size in r.get("peak_extra_MB", {}).items()}
+        others = ", ".join(f"{name} {r['milliseconds'][name]:.0f} ms ({ratio:.2f}x){peaks.get(name, '')}" for name, ratio in r["ratios"].items())
+        rows.append(f"| {r['name']} | {r['shape']} | {r['milliseconds']['fasttax']:.1f} ms{peaks.get('fasttax', '')} | {others} |")
     runs = dict.fromkeys("{cpu}, {threads} threads, torch {torch}, commit {commit}, {date}".format(**report["environment"]) for report in reports)
     return "\n".join([*rows, "", f"{'; '.join(runs)}. Medians of interleaved rounds, written by `make bench`; all cases in `bench/results`."])
 

@@ -18,6 +18,27 @@ def eager_linear_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
     return eager_kl(hidden @ weight.T, ref_hidden @ ref_weight.T)
 
 
+def eager_linear_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, ids[:, None]).mean()
+
+
+def trl_linear_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    """TRL's beta = 1 is KL(policy || ref)."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    divergence: Tensor = ChunkedDivergenceFunction.apply(hidden, weight, None, ref_hidden, ref_weight, None, 1.0)[0]
+    return divergence.mean()
+
+
+def trl_linear_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """With the columns at a time that TRL's divergence takes, and the log-probs alone of its outputs."""
+    from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    logp: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, VOCAB_CHUNK_SIZE, None, 1.0, ())[0]
+    return logp.mean()
+
+
 def eager_stats(logits: Tensor, ref_logits: Tensor, ids: Tensor) -> Tensor:
     logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     p, q = logp.exp(), ref_logp.exp()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,25 +81,3 @@ def cases() -> Iterator[Case]:
                 if level < torch.ops.fasttax._simd_level(-1):
                     contenders = {"eager": eager, "fasttax": at_level(level, step(fused, (x,), (y,)))}
                     yield Case(f"token_kl forward+backward, {name}, {SIMD[level]}", shape, contenders, floor_bytes=3 * size, headline=False)
-    yield from linear_cases()
-
-
-def linear_cases() -> Iterator[Case]:
-    """SmolLM2's head, trained, against a frozen one."""
-    for shape, n, h, v in workloads.LINEAR_KL:
-        hidden, weight = torch.randn(n, h), torch.randn(v, h) / h**0.5
-        ref_hidden, ref_weight = hidden + 0.1 * torch.randn(n, h), weight + 0.01 * torch.randn(v, h)
-        leaves, refs = (hidden, weight), (ref_hidden, ref_weight)
-
-        def gemms(leaves: tuple[Tensor, Tensor] = leaves, refs: tuple[Tensor, Tensor] = refs) -> None:
-            x = leaves[0] @ leaves[1].T
-            refs[0] @ refs[1].T
-            x @ leaves[1]
-            x.T @ leaves[0]
-
-        contenders = {
-            "its 4 GEMMs alone": gemms,
-            "eager": step(baselines.eager_linear_kl, leaves, refs),
-            "fasttax": step(partial(fasttax.linear_token_kl, reduction="mean"), leaves, refs),
-        }
-        yield Case("linear_token_kl forward+backward, float32", shape, contenders, floor_bytes=4 * (3 * v * h + 4 * n * h))

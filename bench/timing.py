@@ -8,11 +8,15 @@ large copy reached in the same run.
 from __future__ import annotations
 
 import gc
+import json
+import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +35,7 @@ class Case:
     floor_flops: float = 0.0
     rounds: int = 7
     headline: bool = True  # in README's table; bench/results has all
+    memory: bool = False  # also measure what each contender allocates at its peak
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Result:
     rounds: int
     extra: dict[str, float] = field(default_factory=dict)
     headline: bool = True
+    peak_extra_MB: dict[str, float] = field(default_factory=dict)
 
 
 def now() -> float:
@@ -63,6 +69,20 @@ def bandwidth(device: str = "cpu") -> float:
         target.copy_(source)
         best = max(best, 2 * source.nbytes / (now() - begin))
     return best
+
+
+def peak_extra_bytes(call: Callable[[], Any]) -> int:
+    """The most that torch's allocator held at once for `call`, over what it held before: inputs are not in it, gradients are. Every
+    allocation and release is in the profiler's trace, so the number is the same in every run; RSS is not, and has freed pages in it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # no warnings of missing GPUs
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    held = accumulate(e["args"]["Bytes"] for e in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]))
+    return max(held, default=0)
 
 
 def run(case: Case, bytes_per_second: float) -> Result:
@@ -86,7 +106,8 @@ def run(case: Case, bytes_per_second: float) -> Result:
     ratios = {name: median(t / o for t, o in zip(times[name], ours, strict=True)) for name in names[:-1]}
     floor = case.floor_bytes / bytes_per_second
     return Result(case.name, case.shape, {n: 1e3 * median(t) for n, t in times.items()}, ratios, case.floor_bytes, case.floor_flops,
-                  floor / median(ours), case.rounds, headline=case.headline)  # fmt: skip
+                  floor / median(ours), case.rounds, headline=case.headline,
+                  peak_extra_MB={n: peak_extra_bytes(c) / 1e6 for n, c in case.contenders.items()} if case.memory else {})  # fmt: skip
 
 
 def environment(bytes_per_second: float) -> dict[str, Any]:

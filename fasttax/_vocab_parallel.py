@@ -99,7 +99,13 @@ def merge_shards(op: str, logits: Tensor, ref_logits: Tensor | None, ids: Tensor
         parts["mine"] = mine.to(rows["lse"].dtype)
     names = sorted(parts)
     whole = dict(zip(names, _Gather.apply(torch.stack([parts[name] for name in names]), group).unbind(1), strict=True))
+    return merge_parts(whole, wanted, mask)
 
+
+def merge_parts(whole: dict[str, Tensor], wanted: set[str], mask: Tensor | None) -> dict[str, Tensor]:
+    """The `wanted` of MERGED, from (shards, ...) of what each shard has of its own: lse and the wanted ones by their names, ref_lse for
+    what is the reference's, and for log-probs `mine`, 1 in the shard that owns the id."""
+    of_ref = wanted & {"kl_policy_ref", "kl_ref_policy", "ref_logp"}
     log_share, out = whole["lse"].log_softmax(0), {"lse": whole["lse"].logsumexp(0)}
     share = log_share.exp()
     if "logp" in wanted:

@@ -1,7 +1,8 @@
 """KL and log-probs from hidden states and head: logits exist for a chunk of tokens at a time, forward and backward.
 
 Memory is chunk x V whatever the number of tokens. Where the tokens' weights are known up front, each chunk's gradient is made
-while its logits are there: four GEMMs in all, two forward and two back. Elsewhere a chunk is recomputed in its backward: six.
+while its logits are there: four GEMMs in all, two forward and two back. Elsewhere a chunk is recomputed in the backward: six.
+For log-probs, which have no reference, three and four.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fasttax import _checks
-from fasttax._library import prefer_huge_pages
-from fasttax._vocab_parallel import to_group
+from fasttax import _checks, reference
+from fasttax._linear_rows import KL, ROWS, Sweep, Work, linear_token_rows, pieces, wide_dtype
+from fasttax._vocab_parallel import merge_parts, to_group
 from fasttax.kl import (
     NO_GRAD,
     REDUCTIONS,
@@ -30,11 +31,10 @@ from fasttax.kl import (
     tempering,
     token_kl,
 )
-from fasttax.kl_stats import OUTPUTS, TokenStats, check_outputs, token_stats
+from fasttax.kl_stats import TokenStats, check_outputs, token_stats
 
 GRAD_MODES = ("auto", "forward", "recompute")
-CHUNK_BYTES = 96 << 20  # of float32 logits, both models together: 256 tokens of SmolLM2's vocabulary
-MIN_CHUNK = 64  # below it a GEMM no longer runs at its rate
+CPU_TOKENS, GPU_TOKENS = 256, 1024  # at a time under tp_group, whose shards of the vocabulary are small
 
 
 def _head(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor:
@@ -43,27 +43,21 @@ def _head(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor:
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
         raise _checks.fail(op, f"{prefix}weight", f"shape (V, {hidden.shape[-1] if hidden.dim() else 'H'}), the head of {prefix}hidden", weight)
     _checks.same_device(op, f"{prefix}weight", weight, f"{prefix}hidden", hidden)
-    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
-        raise _checks.fail(op, f"{prefix}bias", f"shape ({weight.shape[0]},)", bias)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+            raise _checks.fail(op, f"{prefix}bias", f"shape ({weight.shape[0]},)", bias)
+        _checks.tensor(op, f"{prefix}bias", bias)
+        _checks.same_device(op, f"{prefix}bias", bias, f"{prefix}hidden", hidden)
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def _wide_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """What logits are computed in: float32, or float64 where any tensor has it."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """float32 (or float64) logits also from bfloat16 operands and under autocast: rounded logits cost 4-23 % of a JSD gradient (Liger#1432)."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
-
-
-def _chunk(op: str, token_chunk: Any, vocab_chunk: Any, V: int, models: int) -> int:
+def _check_chunks(op: str, token_chunk: Any, vocab_chunk: Any, grad_mode: Any, tp_group: Any) -> None:
     for name, value in (("token_chunk", token_chunk), ("vocab_chunk", vocab_chunk)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise _checks.fail(op, name, "None or an integer >= 1", value)
-    return token_chunk or max(MIN_CHUNK, CHUNK_BYTES // (4 * V * models))
+    if vocab_chunk is not None and tp_group is not None:
+        raise _checks.fail(op, "vocab_chunk", "None under tp_group", vocab_chunk, "a rank's shard is its chunk of the vocabulary; token_chunk bounds memory")
+    _checks.choice(op, "grad_mode", grad_mode, GRAD_MODES)
 
 
 def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, bias: Tensor | None = None, ref_bias: Tensor | None = None,
@@ -79,20 +73,32 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
         token_weight: (...), multiplies the tokens' values (`weight` is the head).
         return_entropy: also return the policy's entropy, as (kl, entropy).
         grad_mode: "forward" makes the gradients in the forward (four GEMMs), which needs reduction "sum" or "mean", or heads
-            (and biases) that do not require grad; not with return_entropy, tp_group, float16 tensors, a token_weight that
-            requires grad, torch.compile or torch.func. "recompute" computes the logits again in the backward (six GEMMs).
-            "auto" takes "forward" where it can.
-        token_chunk: tokens at a time; None keeps both logits of a chunk within 96 MiB, or 64 tokens if that is more.
-        vocab_chunk: accepted as an upper bound on columns at a time; chunks here are whole rows, so token_chunk alone bounds memory.
-        tp_group: ranks hold consecutive rows of the heads (and biases).
+            (and biases) that do not require grad; not with return_entropy, vocab_chunk < V, tp_group, float16 tensors, a
+            token_weight that requires grad, torch.compile or torch.func. "recompute" computes the logits again in the backward
+            (six GEMMs). "auto" takes "forward" where it can.
+        token_chunk: tokens at a time; None keeps the logits of a chunk, both models together, within 60 MiB (1 GiB on a GPU), or
+            128 tokens if that is more.
+        vocab_chunk: columns at a time: logits of token_chunk x vocab_chunk exist, and their values meet by the chain rule as under
+            tp_group. For kind="jsd" and inf="mask" whole rows are needed: of as many tokens as keep within token_chunk x vocab_chunk
+            logits, at least one. None: whole rows. Not with tp_group.
+        tp_group: ranks hold consecutive rows of the heads (and biases); by default 256 tokens at a time (1024 on a GPU).
         Others as in `token_kl`.
+
+    Returns:
+        float32 (float64 where any tensor is), (...) or 0-d: logits and gradients are summed in float32 for bfloat16 and float16 tensors too,
+        also under autocast. On a CPU such heads are widened once, V x H floats each; on NVIDIA GPUs GEMMs take them as they are.
+        Masked tokens are left out of the GEMMs on a CPU.
+
+    Raises:
+        ValueError, TypeError: shape, dtype, device or an option does not fit; grad_mode="forward" where a gradient would be wrong.
+        RuntimeError: a second derivative is asked for.
     """
     op = "linear_token_kl"
     options = {"kind": kind, "beta": beta, "temperature": temperature, "ref_temperature": ref_temperature, "softcap": softcap,
                "ref_softcap": ref_softcap, "logit_scale": logit_scale, "ref_logit_scale": ref_logit_scale, "inf": inf}  # fmt: skip
     t = tempering(op, **options)  # type: ignore[arg-type]
     _checks.choice(op, "reduction", reduction, REDUCTIONS)
-    _checks.choice(op, "grad_mode", grad_mode, GRAD_MODES)
+    _check_chunks(op, token_chunk, vocab_chunk, grad_mode, tp_group)
     h, r = _head(op, "", hidden, weight, bias), _head(op, "ref_", ref_hidden, ref_weight, ref_bias)
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise _checks.fail(op, "ref_hidden", f"leading shape {tuple(hidden.shape[:-1])} as hidden", ref_hidden)
@@ -103,177 +109,169 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
     flat_mask = None if mask is None else mask.reshape(-1)
     if flat_mask is not None:  # NaN under the mask would reach the heads' gradients through 0 * NaN
         h, r = h.masked_fill(~flat_mask[:, None], 0.0), r.masked_fill(~flat_mask[:, None], 0.0)
-    step = _chunk(op, token_chunk, vocab_chunk, weight.shape[0], 2)
-    if grad_mode != "recompute":
-        obstacle = _obstacle((h, weight, r, ref_weight, bias, ref_bias), token_weight, reduction, return_entropy, tp_group)
-        if not obstacle:
-            plan = _Plan(t, flat_mask, None if token_weight is None else _flat(op, token_weight, hidden), reduction, step)
-            kl: Tensor = _GradientInForward.apply(h, weight, r, ref_weight, bias, ref_bias, plan)
-            return kl.reshape(hidden.shape[:-1]) if reduction == "none" else kl
-        if grad_mode == "forward" and obstacle != NO_GRAD:
-            raise _checks.fail(op, "grad_mode", "'auto' or 'recompute'", "'forward'", f"the forward can't make the gradients: {obstacle}")
+    tiled = vocab_chunk is not None and vocab_chunk < weight.shape[0] and t.kind != reference.JSD and not t.inf_mask
+    tensors = (h, weight, r, ref_weight, bias, ref_bias)
+    call = _Call(op, grad_mode, tensors, None, flat_mask, t, Work(not tiled, return_entropy or tiled, tiled, token_chunk, vocab_chunk))
+    if call.in_forward(token_weight, reduction, tp_group, "return_entropy gives two results, each with a gradient of its own" if return_entropy else ""):
+        return call.made_in_forward(KL, token_weight, reduction, hidden.shape[:-1])
+    names = ("kl", "entropy") if return_entropy else ("kl",)
     if tp_group is not None:
-        h, r = to_group(h, tp_group), to_group(r, tp_group)
-    # widened once, so that the chunks' gradients meet in float32
-    dtype = _wide_dtype(hidden, weight, ref_hidden, ref_weight, bias, ref_bias)
-    weight, ref_weight = weight.to(dtype), ref_weight.to(dtype)
-
-    def part(h: Tensor, r: Tensor, w: Tensor, rw: Tensor, b: Tensor | None, rb: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
-        x, y = _logits(h, w, b), _logits(r, rw, rb)
-        if not return_entropy:
-            return (token_kl(x, y, mask=m, tp_group=tp_group, **options),)  # type: ignore[arg-type]
-        stats = token_stats(x, y, outputs=("kl", "entropy"), mask=m, tp_group=tp_group, **options)  # type: ignore[arg-type]
-        assert stats.kl is not None
-        assert stats.entropy is not None
-        return stats.kl, stats.entropy
-
-    pieces = []
-    for i in range(0, max(1, h.shape[0]), step):
-        m = None if flat_mask is None else flat_mask[i : i + step]
-        pieces.append(checkpoint(part, h[i : i + step], r[i : i + step], weight, ref_weight, bias, ref_bias, m, use_reentrant=False))
-    outs = [reduce(op, torch.cat(group).reshape(hidden.shape[:-1]), mask, token_weight, reduction) for group in zip(*pieces, strict=True)]
-    return tuple(outs) if return_entropy else outs[0]
-
-
-def _flat(op: str, token_weight: Tensor, hidden: Tensor) -> Tensor:
-    return _checks.per_token(op, "token_weight", token_weight, hidden.shape[:-1], hidden.device).reshape(-1)
-
-
-def _obstacle(tensors: Sequence[Tensor | None], token_weight: Tensor | None, reduction: str, return_entropy: bool, tp_group: Any) -> str:
-    """Why the gradients of (hidden, weight, ref_hidden, ref_weight, bias, ref_bias) can't be made in the forward; "" where they can."""
-    _, weight, _, ref_weight, bias, ref_bias = tensors
-    if reduction == "none" and any(head is not None and head.requires_grad for head in (weight, ref_weight, bias, ref_bias)):
-        return "with reduction='none' the tokens' weights are not known, and a head requires grad"
-    if return_entropy:
-        return "return_entropy gives two results, each with a gradient of its own"
-    if tp_group is not None:
-        return "under tp_group it takes the other ranks' logits"
-    return gradient_in_forward(tensors, token_weight)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    t: Tempering
-    mask: Tensor | None
-    token_weight: Tensor | None
-    reduction: str
-    step: int
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-class _Side:
-    """One model's head: logits of a chunk into a buffer, and its gradients, added up chunk by chunk in `dtype`."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], rows: int,
-                 dtype: torch.dtype) -> None:  # fmt: skip
-        self.hidden, self.weight = hidden.detach().to(dtype), weight.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().to(dtype)
-        self.logits = prefer_huge_pages(self.hidden.new_empty(rows, weight.shape[0]))
-        self.d_hidden = torch.zeros_like(self.hidden) if needs[0] else None
-        self.d_weight = prefer_huge_pages(torch.empty_like(self.weight)) if needs[1] else None
-        self.d_bias = self.hidden.new_zeros(weight.shape[0]) if needs[2] else None
-        self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        if self.d_weight is not None and not hidden.shape[0]:
-            self.d_weight.zero_()
-
-    def project(self, hidden: Tensor) -> Tensor:
-        out = self.logits[: hidden.shape[0]]
-        return torch.mm(hidden, self.weight.T, out=out) if self.bias is None else torch.addmm(self.bias, hidden, self.weight.T, out=out)
-
-    def add(self, begin: int, end: int, d_logits: Tensor) -> None:
-        if self.d_hidden is not None:
-            torch.mm(d_logits, self.weight, out=self.d_hidden[begin:end])
-        if self.d_weight is not None and begin == 0:
-            torch.mm(d_logits.T, self.hidden[begin:end], out=self.d_weight)
-        elif self.d_weight is not None:
-            self.d_weight.addmm_(d_logits.T, self.hidden[begin:end])
-        if self.d_bias is not None:
-            self.d_bias += d_logits.sum(0)
-
-    def gradients(self) -> list[Tensor | None]:
-        """Of hidden, weight, bias, in their dtypes."""
-        return [None if d is None else d.to(dtype) for d, dtype in zip((self.d_hidden, self.d_weight, self.d_bias), self.dtypes, strict=True)]
-
-
-class _GradientInForward(torch.autograd.Function):
-    """linear_token_kl whose forward leaves nothing to do for the backward but a multiplication by what comes from above."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None, ref_bias: Tensor | None,
-                plan: _Plan) -> Tensor:  # fmt: skip
-        needs = ctx.needs_input_grad
-        with torch.autocast(hidden.device.type, enabled=False):
-            shared, rows = _same(weight, ref_weight) and _same(bias, ref_bias), min(plan.step, hidden.shape[0])
-            dtype = _wide_dtype(hidden, weight, ref_hidden, ref_weight, bias, ref_bias)
-            policy = _Side(hidden, weight, bias, (needs[0], needs[1], needs[4]), 2 * rows if shared else rows, dtype)
-            ref = _Side(ref_hidden, ref_weight, ref_bias, (needs[2], needs[3], needs[5]), 0 if shared else rows, dtype)
-            kl = policy.logits.new_empty(hidden.shape[0])
-            ctx.known = plan.reduction != "none"  # what comes from above is one number; else one a token, and only hidden states have gradients
-            token_weight = reduced_gradient("linear_token_kl", kl, plan.mask, plan.token_weight, plan.reduction if ctx.known else "sum")
-            need_policy, need_ref = any(needs[i] for i in (0, 1, 4)), any(needs[i] for i in (2, 3, 5))
-            for begin in range(0, hidden.shape[0], plan.step):
-                end = min(begin + plan.step, hidden.shape[0])
-                if shared:  # one GEMM reads the head once
-                    x, y = policy.project(torch.cat((policy.hidden[begin:end], ref.hidden[begin:end]))).chunk(2)
-                else:
-                    x, y = policy.project(policy.hidden[begin:end]), ref.project(ref.hidden[begin:end])
-                mask = None if plan.mask is None else plan.mask[begin:end]
-                kl[begin:end], stats = torch.ops.fasttax.token_kl(x, y, mask, *plan.t.args())
-                by_token = token_weight[begin:end].contiguous()
-                if need_policy:
-                    d_ref = torch.ops.fasttax.token_kl_backward_(by_token, x, y, mask, stats, *plan.t.args(), need_ref)
-                    policy.add(begin, end, x)
-                else:
-                    d_ref = torch.ops.fasttax.token_kl_backward(by_token, x, y, mask, stats, *plan.t.args(), False, True)[1]
-                if need_ref:
-                    ref.add(begin, end, d_ref)
-        (d_hidden, d_weight, d_bias), (d_ref_hidden, d_ref_weight, d_ref_bias) = policy.gradients(), ref.gradients()
-        hold_gradients(ctx, [d_hidden, d_weight, d_ref_hidden, d_ref_weight, d_bias, d_ref_bias], token_weight)
-        return reduce("linear_token_kl", kl, plan.mask, plan.token_weight, plan.reduction)
-
-    @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> Any:
-        return *held_gradients(ctx, "linear_token_kl", factor if ctx.known else factor[:, None]), None
+        values = _over_ranks(call, names, options, tp_group)
+    elif tiled:
+        values = call.merged({f"kl_{kind}", *names[1:]})
+        values["kl"] = values[f"kl_{kind}"]
+    else:
+        rows = linear_token_rows(tensors, None, flat_mask, t, call.work)
+        values = {name: rows[ROWS.index(name), 0] for name in names}
+    outs = tuple(reduce(op, values[name].reshape(hidden.shape[:-1]), mask, token_weight, reduction) for name in names)
+    return outs if return_entropy else outs[0]
 
 
 def linear_token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None, outputs: Sequence[str] = ("logp",),
-                          temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0, mask: Tensor | None = None,
-                          token_weight: Tensor | None = None, reduction: str = "none", token_chunk: int | None = None, vocab_chunk: int | None = None,
-                          tp_group: Any = None) -> TokenStats:  # fmt: skip
-    """`logp`, `entropy` and `lse` of hidden @ weight^T for the tokens `ids`, by chunks of tokens as `linear_token_kl`.
+                          grad_mode: str = "auto", temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
+                          mask: Tensor | None = None, token_weight: Tensor | None = None, reduction: str = "none", token_chunk: int | None = None,
+                          vocab_chunk: int | None = None, tp_group: Any = None) -> TokenStats:  # fmt: skip
+    """`logp`, `entropy` and `lse` of hidden @ weight^T for the tokens `ids`, by chunks as `linear_token_kl`.
 
     Args:
-        hidden: (..., H). weight: (V, H). bias: (V,). ids: int64 (...), in [0, V).
-        Others as in `token_stats` and `linear_token_kl`.
+        hidden: (..., H). weight: (V, H). bias: (V,). ids: int64 (...), in [0, V) where the mask is true.
+        grad_mode: "forward" makes the gradients in the forward (three GEMMs; two with a frozen head), which takes a single output
+            and reduction "sum" or "mean" or a head and bias that do not require grad; otherwise as in `linear_token_kl`.
+            "recompute": four GEMMs. "auto" takes "forward" where it can.
+        Others, result and errors as in `token_stats` and `linear_token_kl`.
     """
     op = "linear_token_logprobs"
-    h = _head(op, "", hidden, weight, bias)
+    options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    t = tempering(op, **options)  # type: ignore[arg-type]
+    _checks.choice(op, "reduction", reduction, REDUCTIONS)
+    _check_chunks(op, token_chunk, vocab_chunk, grad_mode, tp_group)
+    h, V = _head(op, "", hidden, weight, bias), weight.shape[0]
     names = check_outputs(op, outputs, ids, None)
     _checks.tensor(op, "ids", ids, (torch.int64, torch.int32))
     if ids.shape != hidden.shape[:-1]:
         raise _checks.fail(op, "ids", f"shape {tuple(hidden.shape[:-1])}, one id a token", ids)
+    _checks.same_device(op, "ids", ids, "hidden", hidden)
     mask = check_mask(op, mask, hidden.shape[:-1], hidden.device)
-    flat_mask, flat_ids = None if mask is None else mask.reshape(-1), ids.reshape(-1)
+    ids = (ids if mask is None else ids.masked_fill(~mask, 0)).long().reshape(-1)
+    if tp_group is None:
+        _checks.ids_in_range(op, "ids", ids, V)
+    flat_mask = None if mask is None else mask.reshape(-1)
     if flat_mask is not None:
         h = h.masked_fill(~flat_mask[:, None], 0.0)
+    call = _Call(op, grad_mode, (h, weight, None, None, bias, None), ids, flat_mask, t, Work(False, True, False, token_chunk, vocab_chunk))
+    several = "" if len(set(names)) == 1 else "several outputs each have a gradient of their own"
+    if call.in_forward(token_weight, reduction, tp_group, several):
+        return TokenStats(**{names[0]: call.made_in_forward(ROWS.index(names[0]), token_weight, reduction, hidden.shape[:-1])})
     if tp_group is not None:
-        h = to_group(h, tp_group)
-    weight = weight.to(_wide_dtype(hidden, weight, bias))
+        values = _over_ranks(call, names, options, tp_group)
+    elif call.work.columns(V) < V:
+        values = call.merged(set(names))
+    else:
+        rows = linear_token_rows(call.tensors, ids, flat_mask, t, call.work)
+        values = {name: rows[ROWS.index(name), 0] for name in names}
+    return TokenStats(**{name: reduce(op, values[name].reshape(hidden.shape[:-1]), mask, token_weight, reduction) for name in names})
 
-    def part(h: Tensor, i: Tensor, w: Tensor, b: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
-        stats = token_stats(_logits(h, w, b), None, i, outputs=names, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-                            mask=m, tp_group=tp_group)  # fmt: skip
+
+@dataclass(frozen=True)
+class _Call:
+    """A checked call: tensors are (hidden, weight, ref_hidden, ref_weight, bias, ref_bias), tokens flattened."""
+
+    op: str
+    grad_mode: str
+    tensors: tuple[Tensor | None, ...]
+    ids: Tensor | None
+    mask: Tensor | None
+    t: Tempering
+    work: Work
+
+    def in_forward(self, token_weight: Tensor | None, reduction: str, tp_group: Any, several: str) -> bool:
+        """Whether the gradients are to be made in the forward; an error where grad_mode asks for what would be wrong."""
+        if self.grad_mode == "recompute":
+            return False
+        obstacle = self._obstacle(token_weight, reduction, tp_group, several)
+        if self.grad_mode == "forward" and obstacle not in ("", NO_GRAD):
+            raise _checks.fail(self.op, "grad_mode", "'auto' or 'recompute'", "'forward'", f"the forward can't make the gradients: {obstacle}")
+        return not obstacle
+
+    def _obstacle(self, token_weight: Tensor | None, reduction: str, tp_group: Any, several: str) -> str:
+        _, weight, _, ref_weight, *biases = self.tensors
+        assert weight is not None
+        if reduction == "none" and any(head is not None and head.requires_grad for head in (weight, ref_weight, *biases)):
+            return "with reduction='none' the tokens' weights are not known, and a head requires grad"
+        if several:
+            return several
+        if tp_group is not None:
+            return "under tp_group it takes the other ranks' logits"
+        if self.work.columns(weight.shape[0]) < weight.shape[0]:
+            return "with vocab_chunk < V a gradient takes the other chunks' logits"
+        return gradient_in_forward(self.tensors, token_weight)
+
+    def made_in_forward(self, row: int, token_weight: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
+        if token_weight is not None:
+            token_weight = _checks.per_token(self.op, "token_weight", token_weight, shape, self.tensors[0].device).reshape(-1)  # type: ignore[union-attr]
+        value: Tensor = _GradientInForward.apply(*self.tensors, self, row, token_weight, reduction)
+        return value.reshape(shape) if reduction == "none" else value
+
+    def merged(self, wanted: set[str]) -> dict[str, Tensor]:
+        """The `wanted` of every token from tiles of the vocabulary."""
+        weight = self.tensors[1]
+        assert weight is not None
+        rows = linear_token_rows(self.tensors, self.ids, self.mask, self.t, self.work)
+        whole = {name: rows[i] for i, name in enumerate(ROWS) if name in wanted or name == "lse" or (name == "ref_lse" and self.work.pair)}
+        if self.ids is not None:
+            whole["mine"] = torch.stack([(self.ids >= c.start) & (self.ids < c.stop) for c in pieces(0, weight.shape[0], self.work.columns(weight.shape[0]))])
+        return merge_parts(whole, wanted, self.mask)
+
+
+class _GradientInForward(torch.autograd.Function):
+    """One value a token, or their sum or mean, whose forward leaves nothing to do for the backward but a multiplication by what comes from
+    above: one number, or with reduction "none" one a token, for the hidden states alone."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        call, row, token_weight, reduction = args[6:]
+        ctx.op, ctx.known = call.op, reduction != "none"
+        with torch.autocast(args[0].device.type, enabled=False):
+            sweep = Sweep([t if t is None else t.detach() for t in args[:6]], call.ids, call.mask, call.t, call.work, ctx.needs_input_grad[:6])
+            values = sweep.rows.new_zeros(args[0].shape[0])
+            by_token = reduced_gradient(call.op, values, call.mask, token_weight, reduction if ctx.known else "sum")
+            d_rows = values.new_zeros((len(ROWS), 1, values.shape[0]))
+            d_rows[row, 0] = by_token
+            sweep.run(d_rows)
+            hold_gradients(ctx, sweep.gradients(), by_token)
+            return reduce(call.op, sweep.results()[0][row, 0], call.mask, token_weight, reduction)
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        return *held_gradients(ctx, ctx.op, factor if ctx.known else factor[:, None]), *[None] * 4
+
+
+def _over_ranks(call: _Call, names: tuple[str, ...], options: dict[str, Any], group: Any) -> dict[str, Tensor]:
+    """Chunks of the tokens under activation checkpointing: a chunk's ops talk to the other ranks, so autograd runs them as they are."""
+    h, weight, r, ref_weight, bias, ref_bias = call.tensors
+    assert h is not None
+    assert weight is not None
+    h, dtype = to_group(h, group), wide_dtype(*call.tensors)
+    weight = weight.to(dtype)  # widened once, so that the chunks' gradients meet in float32
+    if r is not None and ref_weight is not None:
+        r, ref_weight = to_group(r, group), ref_weight.to(dtype)
+
+    def logits(hidden: Tensor, head: Tensor, offset: Tensor | None) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.to(dtype), head, None if offset is None else offset.to(dtype))
+
+    def part(h: Tensor, r: Tensor | None, ids: Tensor | None, mask: Tensor | None, w: Tensor, rw: Tensor | None, b: Tensor | None,
+             rb: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+        x, y = logits(h, w, b), None if r is None or rw is None else logits(r, rw, rb)
+        if y is not None and names == ("kl",):
+            return (token_kl(x, y, mask=mask, tp_group=group, **options),)
+        stats = token_stats(x, y, ids, outputs=names, mask=mask, tp_group=group, **options)
         return tuple(getattr(stats, name) for name in names)
 
-    step = _chunk(op, token_chunk, vocab_chunk, weight.shape[0], 1)
-    pieces = [
-        checkpoint(part, h[i : i + step], flat_ids[i : i + step], weight, bias, None if flat_mask is None else flat_mask[i : i + step], use_reentrant=False)
-        for i in range(0, max(1, h.shape[0]), step)
-    ]
-    values = {name: torch.cat(group).reshape(hidden.shape[:-1]) for name, group in zip(names, zip(*pieces, strict=True), strict=True)}
-    return TokenStats(**{name: reduce(op, values[name], mask, token_weight, reduction) for name in OUTPUTS if name in values})
+    # the same on every rank, whatever its shard: a collective more on one of them would hang the others
+    step = call.work.token_chunk or (CPU_TOKENS if h.device.type == "cpu" else GPU_TOKENS)
+    outs = []
+    for i in pieces(0, h.shape[0], step) if h.shape[0] else [slice(0, 0)]:
+        by_token = [None if t is None else t[i] for t in (h, r, call.ids, call.mask)]
+        outs.append(checkpoint(part, *by_token, weight, ref_weight, bias, ref_bias, use_reentrant=False))
+    return {name: torch.cat(group) for name, group in zip(names, zip(*outs, strict=True), strict=True)}

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -36,3 +42,15 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
     """Norm of the difference over the norm of the truth."""
     truth = truth.double()
     return float((out.double() - truth).norm() / truth.norm().clamp_min(1e-300))
+
+
+def peak_bytes(call: Callable[[], None]) -> int:
+    """The most that torch's allocator held at once for `call`, over what it held before, as the profiler's trace has it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    assert events, "no allocation was seen"
+    return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))

@@ -1,0 +1,75 @@
+"""linear_token_kl and linear_token_logprobs, forward and backward, at SmolLM2's head: times beside their GEMMs, and peak memory.
+
+The GEMMs alone are timed as a user gets them, by `@` into fresh outputs: so autograd runs them. "Warm" is the same into buffers that
+were there before, which no caller's gradients can be: the machine's GEMM rate without a page fault.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fasttax
+from bench import baselines, workloads
+from bench.bench_kl import step
+from bench.timing import Case
+
+
+def gemms(*pairs: tuple[Tensor, Tensor]) -> dict[str, Callable[[], None]]:
+    outputs = [a @ b for a, b in pairs]
+
+    def fresh() -> None:
+        for a, b in pairs:
+            a @ b
+
+    def warm() -> None:
+        for (a, b), out in zip(pairs, outputs, strict=True):
+            torch.mm(a, b, out=out)
+
+    return {f"its {len(pairs)} GEMMs alone": fresh, "the GEMMs, warm": warm}
+
+
+def peer(name: str, call: Callable[[], None]) -> dict[str, Callable[[], None]]:
+    if importlib.util.find_spec("trl") is None:
+        print(f"{name} is left out: trl is not installed (pip install 'fasttax[trl]')")
+        return {}
+    return {name: call}
+
+
+def tokens(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    return fasttax.linear_token_kl(hidden, weight, ref_hidden, ref_weight).mean()
+
+
+def logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    logp = fasttax.linear_token_logprobs(hidden, weight, ids, reduction="mean").logp
+    assert logp is not None
+    return logp
+
+
+def cases() -> Iterator[Case]:
+    """The policy's head is trained, the reference's is not."""
+    kl = partial(fasttax.linear_token_kl, reduction="mean")
+    for shape, n, h, v in workloads.LINEAR_KL:
+        hidden, weight = torch.randn(n, h), torch.randn(v, h) / h**0.5
+        refs, ids = (hidden + 0.1 * torch.randn(n, h), weight + 0.01 * torch.randn(v, h)), (torch.randint(v, (n,)),)
+        leaves, x, half = (hidden, weight), hidden @ weight.T, (hidden.bfloat16(), weight.bfloat16())
+        half_refs = (refs[0].bfloat16(), refs[1].bfloat16())
+        ours = [(hidden, weight.T), (x, weight), (x.T, hidden)]
+        flops, size = 2.0 * n * h * v, 4.0 * (v * h + n * h)
+        eager, trl = baselines.eager_linear_kl, baselines.trl_linear_kl
+
+        contenders = {**gemms(*ours, (refs[0], refs[1].T)), "eager": step(eager, leaves, refs),
+                      **peer("TRL", step(trl, leaves, refs)), "fasttax": step(kl, leaves, refs)}  # fmt: skip
+        yield Case("linear_token_kl forward+backward, float32", shape, contenders, 3 * size, 4 * flops, memory=True)
+        contenders = {"eager": step(eager, leaves, refs), **peer("TRL", step(trl, leaves, refs)), "fasttax": step(tokens, leaves, refs)}
+        yield Case("linear_token_kl per token (recomputes), float32", shape, contenders, 3 * size, 6 * flops, headline=False, memory=True)
+        contenders = {"eager": step(eager, half, half_refs), **peer("TRL", step(trl, half, half_refs)), "fasttax": step(kl, half, half_refs)}
+        yield Case("linear_token_kl forward+backward, bfloat16", shape, contenders, 1.5 * size, 4 * flops, headline=False, memory=True)
+
+        contenders = {**gemms(*ours), "eager": step(baselines.eager_linear_logprobs, leaves, ids),
+                      **peer("TRL", step(baselines.trl_linear_logprobs, leaves, ids)), "fasttax": step(logprobs, leaves, ids)}  # fmt: skip
+        yield Case("linear_token_logprobs forward+backward, float32", shape, contenders, 2 * size, 3 * flops, memory=True)

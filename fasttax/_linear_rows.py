@@ -1,0 +1,368 @@
+"""Rows of `token_kl` and `token_stats` from hidden states and heads. Logits exist for a chunk of tokens (and of columns) at a time.
+
+A chunk's logits lie in one buffer; their gradient is written over them, and goes into the gradients of hidden states and head by GEMMs
+into buffers of their own, so that nothing of a chunk's size is allocated twice. A fresh page costs more than the KL's arithmetic on it:
+the reference's logits are made for a fifth of a chunk's tokens at a time, where the head is not shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax._library import define, lib, no_double_backward, prefer_huge_pages, second_derivative_message
+from fasttax.kl import _OPTIONS as KL_OPTIONS
+from fasttax.kl import Tempering
+
+ROWS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy", "kl", "ref_lse")  # the first six as token_stats gives them
+LSE, KL, REF_LSE = 3, 6, 7
+CPU_BYTES = 60 << 20  # of logits at a time: 256 tokens of SmolLM2's vocabulary and 56 of the reference's
+GPU_BYTES = 1 << 30  # 1,472 tokens of Qwen's; a GPU's GEMM wants a thousand, and its caching allocator keeps the buffer
+MIN_TOKENS = 128  # below it a GEMM no longer runs at its rate
+MIN_PART = 56  # tokens: MKL's GEMM takes 8 % longer than for 256, and 256 with 56 less than 176 with 88 or 160 with 160
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of a chunk: `kl` by token_kl, which takes whole rows; `stats` by token_stats of the policy's, or with `pair` of both
+    rows, and then the reference's lse too: all that `merge_parts` wants of a tile of the vocabulary."""
+
+    kl: bool
+    stats: bool
+    pair: bool
+    token_chunk: int | None
+    vocab_chunk: int | None
+
+    def columns(self, V: int) -> int:
+        return V if self.kl or self.vocab_chunk is None else min(self.vocab_chunk, V)
+
+    def args(self) -> tuple[Any, ...]:
+        return self.kl, self.stats, self.pair, self.token_chunk, self.vocab_chunk
+
+    def tokens(self, N: int, V: int, shared: bool, like: Tensor) -> tuple[int, int]:
+        """Of a chunk, and of the part of it whose reference logits (or whose gradient beside the logits) exist at a time."""
+        two = self.kl or self.pair
+        columns, rows_a_token = self.columns(V), 2.0 if two and shared else 1.2 if two else 1.0
+        if self.token_chunk is not None:
+            tokens = self.token_chunk
+        else:
+            budget = CPU_BYTES if like.device.type == "cpu" else GPU_BYTES
+            most = max(MIN_TOKENS, int(budget / (like.element_size() * columns * rows_a_token)) // 16 * 16)
+            even = -(-N // max(1, -(-N // most)))  # chunks of one size
+            tokens = max(1, -(-even // 16) * 16)
+        if self.kl and self.vocab_chunk is not None and self.vocab_chunk < V:  # whole rows, of so many tokens fewer
+            tokens = max(1, tokens * self.vocab_chunk // V)
+        part = tokens if two and shared else -(-tokens // 40) * 8 if two else 0
+        return tokens, min(tokens, max(MIN_PART, part))
+
+
+def pieces(begin: int, end: int, step: int) -> Iterator[slice]:
+    for start in range(begin, end, step):
+        yield slice(start, min(start + step, end))
+
+
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What logits and gradients are summed in: float32, or float64 where any tensor has it."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def narrow_gemm(device: torch.device) -> bool:
+    """Whether a GEMM of half-width operands with float32 results is to be had: cuBLAS has it (torch.mm(out_dtype=)), torch's CPU does
+    not, and there widened operands are no slower without AMX (64 against 89 ms in bfloat16 for 256 tokens, 576 -> 49152, Sapphire Rapids)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out = a @ b, or out += a @ b, summed in out's dtype. Logits rounded to bfloat16 cost 4-23 % of a JSD gradient (Liger#1432)."""
+    if a.dtype != out.dtype and a.is_cuda:
+        if add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+class Head:
+    """One model's hidden states and head: logits of a chunk, and the gradients, added up chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
+        narrow = hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32 and narrow_gemm(weight.device)
+        operand = weight.dtype if narrow else dtype
+        self.given = (hidden, weight, bias)
+        self.hidden, self.weight = hidden.to(operand), weight.to(operand)
+        self.bias = None if bias is None else bias.to(dtype)
+        empty = torch.empty if hidden.shape[0] else torch.zeros
+        self.d_hidden = empty(hidden.shape, dtype=dtype, device=hidden.device) if needs[0] else None
+        self.d_weight = prefer_huge_pages(empty(weight.shape, dtype=dtype, device=hidden.device)) if needs[1] else None
+        self.d_bias = torch.zeros(weight.shape[0], dtype=dtype, device=hidden.device) if needs[2] else None
+        self.trains = any(needs)
+
+    def project(self, hidden: Tensor, columns: slice, buffer: Tensor) -> Tensor:
+        weight = self.weight[columns]
+        logits = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+        gemm(hidden, weight.T, logits, add=False)
+        return logits if self.bias is None else logits.add_(self.bias[columns])
+
+    def add(self, tokens: slice, columns: slice, d_logits: Tensor) -> None:
+        """The chunk's part of every gradient; the first of a sum writes it."""
+        d = d_logits.to(self.weight.dtype)
+        if self.d_hidden is not None:
+            gemm(d, self.weight[columns], self.d_hidden[tokens], add=columns.start > 0)
+        if self.d_weight is not None:
+            gemm(d.T, self.hidden[tokens], self.d_weight[columns], add=tokens.start > 0)
+        if self.d_bias is not None:
+            self.d_bias[columns] += d_logits.sum(0)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of hidden, weight, bias, in their dtypes."""
+        wide = (self.d_hidden, self.d_weight, self.d_bias)
+        return [None if d is None or t is None else d.to(t.dtype) for d, t in zip(wide, self.given, strict=True)]
+
+
+class Sweep:
+    """All chunks of a call in turn. `run` without `d_rows` fills `rows` and what a backward wants of them (`kept`); with `d_rows` and
+    those of an earlier run it adds up the gradients of sum(d_rows * rows); with `d_rows` on a fresh sweep it does both at once.
+
+    On a CPU masked tokens are left out of the GEMMs; a GPU's host would have to wait to learn how many there are."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], ids: Tensor | None, mask: Tensor | None, t: Tempering, work: Work,
+                 needs: Sequence[bool] = (False,) * 6) -> None:  # fmt: skip
+        hidden, weight, ref_hidden, ref_weight, bias, ref_bias = tensors
+        assert hidden is not None
+        assert weight is not None
+        self.t, self.work, self.dtype, self.given_N = t, work, wide_dtype(*tensors), hidden.shape[0]
+        self.live = None if mask is None or mask.device.type != "cpu" else mask.nonzero()[:, 0]
+        self.mask = mask if self.live is None else None
+        self.ids = None if ids is None else self._take(ids, 0)
+        hidden, ref_hidden = self._take(hidden, 0), None if ref_hidden is None else self._take(ref_hidden, 0)
+        self.policy = Head(hidden, weight, bias, (needs[0], needs[1], needs[4]), self.dtype)
+        self.ref = None
+        if ref_hidden is not None and ref_weight is not None:
+            self.ref = Head(ref_hidden, ref_weight, ref_bias, (needs[2], needs[3], needs[5]), self.dtype)
+        self.N, self.V = hidden.shape[0], weight.shape[0]
+        self.shared = same(weight, ref_weight) and same(bias, ref_bias)
+        self.columns = work.columns(self.V)
+        self.rows = hidden.new_zeros((len(ROWS), -(-self.V // self.columns), self.N), dtype=self.dtype)
+        self.kept = empty_kept(self.rows, work)
+
+    def _take(self, t: Tensor, dim: int) -> Tensor:
+        return t if self.live is None else t.index_select(dim, self.live)
+
+    def _spread(self, t: Tensor, dim: int) -> Tensor:
+        if self.live is None or not t.dim() > dim:
+            return t
+        shape = (*t.shape[:dim], self.given_N, *t.shape[dim + 1 :])
+        return t.new_zeros(shape).index_copy_(dim, self.live, t)
+
+    def results(self) -> tuple[Tensor, ...]:
+        """(rows, what a backward wants of them), of every token."""
+        return self._spread(self.rows, 2), *(self._spread(kept, 1) for kept in self.kept)
+
+    def resume(self, kept: Sequence[Tensor]) -> Sweep:
+        """With what an earlier sweep kept."""
+        self.kept = [k if k.dim() == 1 else self._take(k, 1) for k in kept]
+        return self
+
+    def run(self, d_rows: Tensor | None, fresh: bool = True) -> None:
+        d_rows = None if d_rows is None else self._take(d_rows, 2)
+        step, part = self.work.tokens(self.N, self.V, self.shared, self.rows)
+        step, part = min(step, self.N), min(part, self.N)
+        both = self.ref is not None and self.shared
+        buffer = prefer_huge_pages(self.rows.new_empty((2 if both else 1) * step * self.columns))
+        ref_buffer = prefer_huge_pages(self.rows.new_empty(part * self.columns if self.ref is not None and not both else 0))
+        for tokens in pieces(0, self.N, max(1, step)):
+            for tile, columns in enumerate(pieces(0, self.V, self.columns)):
+                x, ys = self._logits(tokens, columns, buffer)
+                for part_tokens in pieces(tokens.start, tokens.stop, part):
+                    inside = slice(part_tokens.start - tokens.start, part_tokens.stop - tokens.start)
+                    y = ys[inside] if ys is not None else None if self.ref is None else self.ref.project(self.ref.hidden[part_tokens], columns, ref_buffer)
+                    chunk = _Chunk(self, tile, columns, part_tokens, x[inside], y)
+                    if fresh:
+                        chunk.forward()
+                    if d_rows is not None:
+                        d_y = chunk.backward(d_rows[:, tile, part_tokens])
+                        if self.ref is not None and d_y is not None:
+                            self.ref.add(part_tokens, columns, d_y)
+                if d_rows is not None and self.policy.trains:
+                    self.policy.add(tokens, columns, x)
+
+    def _logits(self, tokens: slice, columns: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the policy, and where one GEMM over a shared head gives both, of the reference."""
+        hidden = self.policy.hidden[tokens]
+        if self.ref is None or not self.shared:
+            return self.policy.project(hidden, columns, buffer), None
+        x, y = self.policy.project(torch.cat((hidden, self.ref.hidden[tokens])), columns, buffer).chunk(2)
+        return x, y
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of hidden, weight, ref_hidden, ref_weight, bias, ref_bias."""
+        d_hidden, d_weight, d_bias = self.policy.gradients()
+        d_ref_hidden, d_ref_weight, d_ref_bias = (None, None, None) if self.ref is None else self.ref.gradients()
+        d_hidden, d_ref_hidden = (d if d is None else self._spread(d, 0) for d in (d_hidden, d_ref_hidden))
+        return [d_hidden, d_weight, d_ref_hidden, d_ref_weight, d_bias, d_ref_bias]
+
+
+class _Chunk:
+    """A part's logits, and the ops over them."""
+
+    def __init__(self, sweep: Sweep, tile: int, columns: slice, tokens: slice, x: Tensor, y: Tensor | None) -> None:
+        self.sweep, self.tile, self.tokens, self.x, self.y = sweep, tile, tokens, x, y
+        self.mask = None if sweep.mask is None else sweep.mask[tokens]
+        self.ids = None
+        if sweep.ids is not None:  # where the id is another tile's, merge_parts takes nothing from here
+            ids = sweep.ids[tokens] - columns.start
+            self.ids = ids if sweep.columns == sweep.V else ids.where((ids >= 0) & (ids < x.shape[1]), 0)
+        scale, ref_scale, cap, ref_cap, inv_t, ref_inv_t = self.options = sweep.t.args()[2:8]
+        self.of_policy, self.of_ref = (scale, scale, cap, cap, inv_t, inv_t), (ref_scale, ref_scale, ref_cap, ref_cap, ref_inv_t, ref_inv_t)
+
+    def _kept(self, which: int) -> Tensor:
+        return self.sweep.kept[which][self.tile, self.tokens]
+
+    def forward(self) -> None:
+        work, rows, ops = self.sweep.work, self.sweep.rows[:, self.tile, self.tokens], torch.ops.fasttax
+        if work.kl:
+            rows[KL], self._kept(0)[:] = ops.token_kl(self.x, self.y, self.mask, *self.sweep.t.args())
+        if work.pair:
+            rows[:6], self._kept(1)[:] = ops.token_stats(self.x, self.y, self.ids, self.mask, *self.options)
+            of_ref, self._kept(2)[:] = ops.token_stats(self.y, None, None, self.mask, *self.of_ref)
+            rows[REF_LSE] = of_ref[LSE]
+            rows[LSE] = ops.token_stats(self.x, None, None, self.mask, *self.of_policy)[0][LSE]  # as the reference's: equal rows, equal bits
+        elif work.stats:
+            rows[:6], self._kept(1)[:] = ops.token_stats(self.x, None, self.ids, self.mask, *self.of_policy)
+
+    def backward(self, d_rows: Tensor) -> Tensor | None:
+        """Writes the policy's gradient over its logits; returns the reference's where that trains."""
+        sweep, ops = self.sweep, torch.ops.fasttax
+        need_x, need_y = sweep.policy.trains, sweep.ref is not None and sweep.ref.trains
+        d_x, d_y = None, None
+        if sweep.work.stats:
+            d, y = d_rows[:6].contiguous(), self.y if sweep.work.pair else None
+            options = self.options if sweep.work.pair else self.of_policy
+            d_x, d_y = ops.token_stats_backward(d, self.x, y, self.ids, self.mask, self._kept(1), *options, need_x, need_y and sweep.work.pair)
+        if sweep.work.pair and need_y:
+            d = torch.zeros_like(d_rows[:6])
+            d[LSE] = d_rows[REF_LSE]
+            d_y += ops.token_stats_backward(d, self.y, None, None, self.mask, self._kept(2), *self.of_ref, True, False)[0]
+        if sweep.work.kl:
+            by_token = d_rows[KL].contiguous()
+            d_y = ops.token_kl_backward_(by_token, self.x, self.y, self.mask, self._kept(0), *sweep.t.args(), need_y)
+            if d_x is not None and need_x:
+                self.x.add_(d_x)
+        elif d_x is not None and need_x:
+            self.x.copy_(d_x)
+        return d_y if need_y else None
+
+
+def empty_kept(rows: Tensor, work: Work) -> list[Tensor]:
+    """What the ops keep of every tile and token for their backwards: token_kl 8 numbers, token_stats 11 of each call."""
+    return [rows.new_empty((*rows.shape[1:], width) if used else (0,)) for width, used in ((8, work.kl), (11, work.stats), (11, work.pair))]
+
+
+# --- schemas, shapes, autograd -----------------------------------------------------------------------------------------
+
+NAMES = "linear_token_kl or linear_token_logprobs"
+_TENSORS = "Tensor hidden, Tensor weight, Tensor? ref_hidden, Tensor? ref_weight, Tensor? bias, Tensor? ref_bias, Tensor? ids, Tensor? mask"
+_REST = f"{KL_OPTIONS}, bool kl, bool stats, bool pair, int? token_chunk, int? vocab_chunk"
+
+
+def _sweep(args: Sequence[Any], needs: Sequence[bool] = (False,) * 6) -> Sweep:
+    return Sweep(args[:6], args[6], args[7], Tempering(*args[8:17]), Work(*args[17:]), needs)
+
+
+def _rows(*args: Any) -> tuple[Tensor, ...]:
+    """(rows (8, tiles, N), what the backward wants of them)."""
+    with torch.autocast(args[0].device.type, enabled=False):
+        sweep = _sweep(args)
+        sweep.run(None)
+        return sweep.results()
+
+
+def _rows_backward(d_rows: Tensor, kl_kept: Tensor, kept: Tensor, ref_kept: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of sum(d_rows * rows) by hidden, weight, ref_hidden, ref_weight, bias, ref_bias; those not needed are empty."""
+    with torch.autocast(d_rows.device.type, enabled=False):
+        sweep = _sweep(args[:-1], args[-1]).resume((kl_kept, kept, ref_kept))
+        sweep.run(d_rows, fresh=False)
+        return tuple(d_rows.new_empty(0) if d is None else d for d in sweep.gradients())
+
+
+def _rows_fake(*args: Any) -> tuple[Tensor, ...]:
+    work, V = Work(*args[17:]), args[1].shape[0]
+    rows = args[0].new_empty((len(ROWS), -(-V // work.columns(V)), args[0].shape[0]), dtype=wide_dtype(*args[:6]))
+    return (rows, *empty_kept(rows, work))
+
+
+def _rows_backward_fake(d_rows: Tensor, kl_kept: Tensor, kept: Tensor, ref_kept: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) if need else d_rows.new_empty(0) for t, need in zip(args[:6], args[-1], strict=True))
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.rest = inputs[8:]
+    ctx.save_for_backward(*inputs[:8], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, d_rows: Tensor, *others: Any) -> Any:
+    saved, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
+    backward = _RowsBackward.apply if torch._C._are_functorch_transforms_active() else torch.ops.fasttax.linear_token_rows_backward
+    d = backward(d_rows, *saved[8:], *saved[:8], *ctx.rest, needs)
+    return (*(g if need else None for g, need in zip(d, needs, strict=True)), None, None, *[None] * len(ctx.rest))
+
+
+class _RowsBackward(torch.autograd.Function):
+    """The backward op: torch.func always asks for a graph of it, and only using that graph is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.fasttax.linear_token_rows_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(second_derivative_message(NAMES, "its backward"))
+
+
+class _Rows(torch.autograd.Function):
+    """The op for code that torch.func transforms: functorch refuses an op's registered autograd."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.fasttax.linear_token_rows(*args)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+
+
+def linear_token_rows(tensors: Sequence[Tensor | None], ids: Tensor | None, mask: Tensor | None, t: Tempering, work: Work) -> Tensor:
+    """ROWS of every tile of the vocabulary and every token, differentiable by all of `tensors` (as in `Sweep`)."""
+    args = (*tensors, ids, mask, *t.args(), *work.args())
+    rows: Tensor = (_Rows.apply if torch._C._are_functorch_transforms_active() else torch.ops.fasttax.linear_token_rows)(*args)[0]
+    return rows
+
+
+define(f"linear_token_rows({_TENSORS}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)", _rows, _rows_fake)
+define(f"linear_token_rows_backward(Tensor d_rows, Tensor kl_kept, Tensor kept, Tensor ref_kept, {_TENSORS}, {_REST}, bool[] needs) -> "
+       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _rows_backward, _rows_backward_fake)  # fmt: skip
+torch.library.register_autograd("fasttax::linear_token_rows", _backward, setup_context=_setup, lib=lib)
+no_double_backward("linear_token_rows_backward", NAMES)
