@@ -17,10 +17,14 @@ struct Operand {  // exactly as large as it says, so that ASan sees one byte too
   int64_t numel = 0;
   std::vector<float> scales;
 
-  static int64_t size(EwcType t) { return t == EwcType::kDouble ? 8 : t == EwcType::kFloat ? 4 : t == EwcType::kU8Log ? 1 : 2; }
+  static int64_t size(EwcType t) { return t == EwcType::kDouble ? 8 : t == EwcType::kFloat ? 4 : t == EwcType::kU8Log || t == EwcType::kSplit ? 1 : 2; }
+
+  static int64_t bytes(EwcType t, int64_t n) { return t == EwcType::kSplit ? (n + 255) / 256 * kSplitBytes : n * size(t); }
 
   Operand(EwcType t, int64_t n, int shift)
-      : type(t), memory(new char[size_t((n + shift) * size(t))]), data(memory.get() + shift * size(t)), numel(n) {}
+      : type(t), memory(new char[size_t(bytes(t, n) + shift * size(t))]()), data(memory.get() + shift * size(t)), numel(n) {
+    if (t == EwcType::kSplit && shift) data = memory.get() + (shift & ~1);  // its bfloat16 stay on even addresses
+  }
 
   double get(int64_t i) const {
     switch (type) {
@@ -28,6 +32,7 @@ struct Operand {  // exactly as large as it says, so that ASan sees one byte too
       case EwcType::kDouble: return reinterpret_cast<const double*>(data)[i];
       case EwcType::kBFloat16: return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(data)[i]);
       case EwcType::kFloat16: return __half2float(reinterpret_cast<const __half*>(data)[i]);
+      case EwcType::kSplit: return ewc_join(__bfloat162float(split_hi(i)), split_lo(i));
       default: {
         const int code = reinterpret_cast<const uint8_t*>(data)[i];
         return code == 0 ? 0.0 : std::exp2(double(scales[size_t(i / 256 * 2)]) + double(scales[size_t(i / 256 * 2 + 1)]) * (code - 1));
@@ -35,8 +40,17 @@ struct Operand {  // exactly as large as it says, so that ASan sees one byte too
     }
   }
 
+  __nv_bfloat16& split_hi(int64_t i) const { return reinterpret_cast<__nv_bfloat16*>(data + i / 256 * kSplitBytes)[i % 256]; }
+  int8_t& split_lo(int64_t i) const { return reinterpret_cast<int8_t*>(data + i / 256 * kSplitBytes + 512)[i % 256]; }
+
   void set(int64_t i, double v) {
     switch (type) {
+      case EwcType::kSplit: {
+        split_hi(i) = __float2bfloat16(float(v));
+        const double hi = __bfloat162float(split_hi(i)), step = std::exp2(std::floor(std::log2(std::fabs(hi)))) / 128 / 254;
+        split_lo(i) = hi == 0 ? int8_t(0) : int8_t(std::lround((v - hi) / step));
+        break;
+      }
       case EwcType::kFloat: reinterpret_cast<float*>(data)[i] = float(v); break;
       case EwcType::kDouble: reinterpret_cast<double*>(data)[i] = v; break;
       case EwcType::kBFloat16: reinterpret_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(float(v)); break;
@@ -148,7 +162,7 @@ bool check(const char* what, const std::function<std::vector<Parameter>()>& make
     }
     for (int k = 0; k < 4; ++k)
       ok = ok && memcmp(after[p].operands[size_t(k)].data, again[p].operands[size_t(k)].data,
-                        size_t(x[size_t(k)].numel * Operand::size(x[size_t(k)].type))) == 0;
+                        size_t(Operand::bytes(x[size_t(k)].type, x[size_t(k)].numel))) == 0;
   }
   if (mode == EwcMode::kValue || mode == EwcMode::kAdd) ok = ok && close("value", value, kFactor * total, 4e-6 * std::fabs(kFactor * total));
   if (!ok) printf("failed: %s, mode %d\n", what, int(mode));
@@ -170,12 +184,13 @@ int main(int arguments, char**) {
   // 1023 to 1025: one round of the block; 255 to 257: a u8log block; 0: takes no place in a launch
   constexpr int64_t kSizes[] = {257, 0, 1, 1025, 3, 4, 5, 255, 256, 1023, 1024, 2051, 7};
   bool ok = true;
-  // 108 mixes, two launches; every third list starts off alignment
+  constexpr EwcType kAnchors[4] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16, EwcType::kSplit};
+  // 144 mixes, three launches; every third list starts off alignment
   ok &= check_all("every mix", [&](bool same) {
     std::mt19937 random(1);
     std::vector<Parameter> list;
-    for (int c = 0; c < 108; ++c) {
-      const EwcType theta = kFloats[c % 3], types[4] = {theta, kFloats[c / 3 % 3], kFishers[c / 9 % 4], same ? theta : kFloats[c / 36]};
+    for (int c = 0; c < 144; ++c) {
+      const EwcType theta = kFloats[c % 3], types[4] = {theta, kAnchors[c / 3 % 4], kFishers[c / 12 % 4], same ? theta : kFloats[c / 48]};
       list.emplace_back(types, kSizes[c % 13], c % 3 == 2 || c % 7 == 0 ? 1 + c % 3 : 0, random);
     }
     return list;
@@ -185,7 +200,7 @@ int main(int arguments, char**) {
     std::mt19937 random(2);
     std::vector<Parameter> list;
     const EwcType f = EwcType::kFloat, b = EwcType::kBFloat16;
-    const EwcType mixes[3][4] = {{f, f, f, f}, {f, b, EwcType::kU8Log, same ? f : b}, {b, b, b, b}};
+    const EwcType mixes[3][4] = {{f, EwcType::kSplit, f, f}, {f, b, EwcType::kU8Log, same ? f : b}, {b, b, b, b}};
     const int64_t sizes[3] = {65537, 2 * 65536, 65536 + 2051};
     for (int m = 0; m < 3; ++m) list.emplace_back(mixes[m], sizes[m], 0, random);
     return list;
