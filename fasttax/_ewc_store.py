@@ -60,7 +60,7 @@ def checked_anchor_dtype(op: str, value: Any) -> torch.dtype | str | None:
         return value
     if value in ANCHORS:
         return ANCHORS[value]
-    raise _checks.fail(op, "anchor_dtype", f"None, a floating-point torch.dtype, 'fp32', 'bf16', 'fp16' or {SPLIT!r}", value)
+    raise _checks.fail(op, "anchor_dtype", f"None, a floating-point torch.dtype, 'fp32', 'bf16', 'fp16' or {SPLIT!r}", repr(value))
 
 
 def encode_anchor(anchor: Tensor, dtype: torch.dtype | str) -> Tensor:
