@@ -2,6 +2,7 @@
 // its own (7 passes become 9; AdamW, then a penalty into the gradient, makes 12). Tasks of 64 Ki elements, one parallel
 // region, each task's part of the penalty in its own slot: the sum does not depend on threads.
 #include "../adamw_lists.h"
+#include "../math/adamw_element.h"
 
 #define FASTTAX_KERNELS "adamw_kernels.h"
 #include "isa.h"

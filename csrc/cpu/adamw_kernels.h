@@ -11,25 +11,13 @@ template <AdamWMode mode, bool amsgrad, class S, class Root>
 inline S adamw_element(S& theta, S anchor, S fisher, S grad, S& m, S& v, S& most, bool from_second, const AdamWStep<S>& k, const Root& root,
                        S one) {
   S term = theta - theta;
-  S g = grad * k.grad_factor;
-  if (mode == AdamWMode::kGrad) {
-    if (from_second) fisher = v * k.fisher_factor;
-    const S pull = ewc_pull(theta, anchor, fisher);
-    term = pull * (theta - anchor);
-    g += pull * k.first * k.second;
-  }
+  const S g = adamw_gradient<mode>(grad, theta, anchor, fisher, v, from_second, k, term);
   m = adamw_first(m, g, k.one_minus_beta1);
   v = adamw_second(v, g, k.beta2, k.one_minus_beta2);
   S for_metric = v;
   if (amsgrad) for_metric = most = v > most ? v : most;
   const S metric = adamw_metric(root(for_metric), k.root_factor, k.eps);
-  S moved = adamw_theta(rounded(theta * k.decay), m, metric, k.step);
-  if (mode == AdamWMode::kProx) {
-    if (from_second) fisher = v * k.fisher_factor;
-    term = ewc_pull(theta, anchor, fisher) * (theta - anchor);
-    moved = ewc_prox(moved, anchor, metric, fisher * k.first * k.second, one);
-  }
-  theta = moved;
+  theta = adamw_moved<mode>(theta, rounded(theta * k.decay), anchor, fisher, m, v, metric, from_second, k, term, one);
   return term;
 }
 
