@@ -19,11 +19,12 @@ from fasttax.kl_topk import topk_kl as topk_kl
 from fasttax.kl_topk import topk_logprobs as topk_logprobs
 from fasttax.linear_kl import linear_token_kl as linear_token_kl
 from fasttax.linear_kl import linear_token_logprobs as linear_token_logprobs
+from fasttax.optim import AdamWEWC as AdamWEWC
 
 _load_native()
 
 __all__ = [
-    "EWC", "DiagonalFisher", "FisherEstimate", "TokenStats", "estimate_fisher", "functional", "kl_estimate", "linear_token_kl",
+    "EWC", "AdamWEWC", "DiagonalFisher", "FisherEstimate", "TokenStats", "estimate_fisher", "functional", "kl_estimate", "linear_token_kl",
     "linear_token_logprobs", "token_kl", "token_stats", "topk_kl", "topk_logprobs",
 ]  # fmt: skip
 

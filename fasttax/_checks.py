@@ -57,6 +57,12 @@ def number(op: str, argument: str, value: Any, *, low: float = -math.inf, high: 
     return value
 
 
+def count(op: str, argument: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise fail(op, argument, "an integer >= 1", value)
+    return value
+
+
 def same_device(op: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
     if value.device != like.device:
         raise fail(op, argument, f"a tensor on {like.device}, where {other} is", value, f"move it with {argument}.to({other}.device)")

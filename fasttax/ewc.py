@@ -9,199 +9,260 @@ Kirkpatrick et al. 2017 (arXiv:1612.00796); online consolidation: Schwarz et al.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasttax import _checks, _files
-from fasttax._attach import Handle, attach
-from fasttax.estimate import STORAGES, FisherEstimate, Stored, encode
+from fasttax import _checks, _ewc_files, _shards
+from fasttax._attach import Handle, attach, during_backward
+from fasttax._drift import Drift
+from fasttax._ewc_fit import Target, check_hash, differences, match, pick_anchor, survey
+from fasttax._ewc_lora import LoraHeld
+from fasttax._ewc_store import Item, Kept, Lists, Store, checked_anchor_dtype, encode_for
+from fasttax.estimate import STORAGES, FisherEstimate
 from fasttax.functional import ewc as ops
 
 NORMALIZE = (None, "mean", "max")
-
-
-@dataclass(frozen=True)
-class Drift:
-    """sum fisher * (theta - anchor)^2 in total and per parameter, 0-d tensors; the penalty is strength/2 times the total."""
-
-    total: Tensor
-    per_parameter: dict[str, Tensor]
-
-
-@dataclass
-class _Held:
-    """One held parameter: the live tensor, its Fisher as stored, its anchor."""
-
-    theta: Tensor
-    fisher: Stored
-    anchor: Tensor
+OFFLOAD = (None, "cpu")
 
 
 class EWC:
     """The EWC penalty of a model towards the weights it has now (or `anchor`).
 
     Args:
-        model: the model to hold. Its parameters are read live; tied weights count once; frozen ones cost nothing.
+        model: the model to hold. Its parameters are read live; tied weights count once; frozen ones cost nothing. Names are matched
+            without what DDP, torch.compile, activation checkpointing and PEFT insert. FSDP2 (DTensor) parameters are held by their
+            local shards. A frozen weight under a PEFT LoRA layer is held by its update: the penalty is on delta W = scale B A summed over the active
+            adapters, weighed by the base weight's Fisher, with gradients to A and B.
         fisher: a FisherEstimate, the path of one, or a mapping of parameter names to tensors >= 0. Parameters that it does
-            not name are left free; a name that the model lacks is an error.
+            not name (new heads, say) are left free; a name that the model lacks is an error.
         strength: finite, >= 0.
-        anchor: mapping of names to tensors (a state_dict); None copies the present weights. Always a copy.
+        anchor: mapping of names to tensors (a state_dict); None copies the present weights. Always a copy. A LoRA update's anchor is 0.
         storage: of the Fisher: "fp32", "bf16" or "u8log" (4, 2, 1 bytes a parameter).
-        anchor_dtype: of the anchor; None keeps each parameter's dtype. bfloat16 is exact only for bfloat16 checkpoints.
-        offload: None, or "cpu" to keep Fisher and anchor in host memory and bring them over parameter by parameter.
+        anchor_dtype: of the anchor: None keeps each parameter's dtype; a torch.dtype; "bf16+8", for float32 weights, is bfloat16 with 8 more
+            bits (3 bytes, relative error < 1.6e-5). bfloat16 alone is exact only for bfloat16 checkpoints: at weight 2e-2 and drift 1e-4 its
+            rounding is a third of the drift.
+        offload: None, or "cpu" to keep Fisher and anchor off the parameters' device: beside a GPU in pinned host memory, copied over block by
+            block while the block before is worked on; for parameters on the CPU in a memory-mapped file in the temporary folder (TMPDIR),
+            read block by block and dropped again, so that they take no memory of the process.
         clamp: upper bound on Fisher values, or a pair (low, high).
         normalize: None, "mean" or "max": divide the Fisher by its overall mean or maximum, after clamping.
+        rename: the Fisher's names -> the model's, for parameters or whole modules that were renamed since.
 
     Raises:
-        ValueError, TypeError: names, shapes, values or options do not fit; name and shape differences come in one list.
+        ValueError, TypeError: names, shapes, values or options do not fit; name and shape differences come in one list. DoRA, FSDP1 and
+            DeepSpeed ZeRO-3 are refused with the reason. (ZeRO-1 and 2: `loss + ewc.penalty()`.)
     """
 
     def __init__(self, model: nn.Module, fisher: FisherEstimate | str | os.PathLike[str] | Mapping[str, Tensor], *, strength: float,
-                 anchor: Mapping[str, Tensor] | None = None, storage: str = "fp32", anchor_dtype: torch.dtype | None = None,
-                 offload: str | None = None, clamp: float | Sequence[float] | None = None, normalize: str | None = None) -> None:  # fmt: skip
+                 anchor: Mapping[str, Tensor] | None = None, storage: str = "fp32", anchor_dtype: torch.dtype | str | None = None,
+                 offload: str | None = None, clamp: float | Sequence[float] | None = None, normalize: str | None = None,
+                 rename: Mapping[str, str] | None = None) -> None:  # fmt: skip
         op = "EWC"
         if not isinstance(model, nn.Module):
             raise _checks.fail(op, "model", "a torch.nn.Module", model, error=TypeError)
         self.strength = _checks.number(op, "strength", strength, low=0)
-        _checks.choice(op, "storage", storage, STORAGES)
-        if offload not in (None, "cpu"):
+        self.storage = _checks.choice(op, "storage", storage, STORAGES)
+        if offload not in OFFLOAD:
             raise _checks.fail(op, "offload", "None or 'cpu'", repr(offload))
         if normalize not in NORMALIZE:
             raise _checks.fail(op, "normalize", "None, 'mean' or 'max'", repr(normalize))
-        if anchor_dtype is not None and anchor_dtype not in _checks.FLOATS:
-            raise _checks.fail(op, "anchor_dtype", "a floating-point torch.dtype", anchor_dtype)
-        self.storage, self.offload = storage, offload
+        self._anchor_dtype = checked_anchor_dtype(op, anchor_dtype)
         if isinstance(fisher, (str, os.PathLike)):
             fisher = FisherEstimate.load(fisher)
         if not isinstance(fisher, Mapping):
             raise _checks.fail(op, "fisher", "a FisherEstimate, a path, or a mapping of parameter names to tensors", fisher, error=TypeError)
-        params = _match(op, model, fisher, anchor)
-        _check_hash(op, fisher, {n: p if anchor is None else anchor[n] for n, p in params.items()})
-        prepared = _prepare(op, {name: fisher[name].detach() for name in params}, clamp, normalize)
-        self.metadata = dict(getattr(fisher, "metadata", {}))
-        self._held = {}
-        for name, theta in params.items():
-            home = torch.device("cpu") if offload == "cpu" else theta.device
-            source = theta if anchor is None else anchor[name]
-            dtype = torch.float64 if theta.dtype == torch.float64 else anchor_dtype or theta.dtype
-            kept = source.detach().to(device=home, dtype=dtype, copy=True).contiguous()
-            f = prepared[name].to(home)
-            stored = Stored(f.double()) if theta.dtype == torch.float64 else encode(f, storage)
-            self._held[name] = _Held(theta, stored, kept)
+        targets = match(op, model, _shapes(fisher), rename)
+        anchors = {} if anchor is None else pick_anchor(op, anchor, targets)
+        check_hash(op, fisher, targets, anchors)
+        recipe = survey(op, fisher, [t.given for t in targets], clamp, normalize)
+        self.metadata: dict[str, Any] = dict(getattr(fisher, "metadata", {}))
+        self._fill(targets, offload, lambda t: recipe(fisher[t.given]), lambda t: anchors.get(t.name, t.theta))
+
+    def _fill(self, targets: Sequence[Target], offload: str | None, fisher_of: Callable[[Target], Tensor], anchor_of: Callable[[Target], Tensor]) -> None:
+        self.offload = offload
+        self._lora = [LoraHeld(t.name, encode_for(t.theta, fisher_of(t), self.storage), t.lora) for t in targets if t.lora is not None]
+        self._store = Store(offload)
+
+        def maker(t: Target) -> Callable[[], tuple[Tensor, Tensor]]:
+            return lambda: (fisher_of(t), anchor_of(t).detach().clone())
+
+        items = [Item(t.name, t.theta, maker(t)) for t in targets if t.lora is None]
+        self._store.fill(items, self.storage, self._anchor_dtype)
 
     def __repr__(self) -> str:
-        held = sum(h.theta.numel() for h in self._held.values())
-        return f"EWC({len(self._held)} tensors, {held:,} parameters, strength={self.strength:g}, storage={self.storage})"
+        held = sum(h.theta.numel() for h in self._store.held.values())
+        lora = f", {len(self._lora)} LoRA updates" if self._lora else ""
+        return f"EWC({len(self._store.held)} tensors, {held:,} parameters{lora}, strength={self.strength:g}, storage={self.storage})"
 
     # --- what it holds -----------------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters held, by name, frozen ones included."""
-        return {name: h.theta for name, h in self._held.items()}
+        """The parameters held, by name, frozen ones included; of LoRA updates the trainable factors."""
+        out = {name: h.theta for name, h in self._store.held.items()}
+        return out | {f"{h.name} (LoRA {i})": p for h in self._lora for i, p in enumerate(h.parameters())}
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        return {name: h.anchor for name, h in self._held.items()}
+        """By name, as floats; this rank's shards of sharded parameters."""
+        return {name: h.decoded_anchor() for name, h in self._store.held.items()}
 
     @property
     def fisher(self) -> FisherEstimate:
-        return FisherEstimate({name: h.fisher for name, h in self._held.items()}, self.metadata)
+        """As stored; this rank's shards of sharded parameters."""
+        return FisherEstimate({h.name: h.fisher for h in self.kept()}, self.metadata)
 
-    def _lists(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        held = [self._held[n] for n in names]
-        params = [h.theta for h in held]
-        anchors = [h.anchor.to(h.theta.device, non_blocking=True) for h in held]
-        fishers = [h.fisher.values.to(h.theta.device, non_blocking=True) for h in held]
-        if self.storage != "u8log":
-            return params, anchors, fishers, []
-        empty = torch.empty(0)
-        scales = [(empty if h.fisher.scales is None else h.fisher.scales).to(h.theta.device, non_blocking=True) for h in held]
-        return params, anchors, fishers, scales
+    def kept(self) -> list[Kept]:
+        return [*self._store.held.values(), *self._lora]
 
-    def _groups(self, only: Sequence[Tensor] | None = None, frozen: bool = False) -> list[list[str]]:
-        """Names by dtype class and device: one call each. Offloaded: one call a parameter, so that few are on the device."""
-        wanted = None if only is None else {id(p) for p in only}
-        groups: dict[Any, list[str]] = {}
-        for name, h in self._held.items():
-            if (h.theta.requires_grad or frozen) and (wanted is None or id(h.theta) in wanted):
-                key: Any = (h.theta.device, h.theta.dtype == torch.float64)
-                groups.setdefault((key, name) if h.anchor.device != h.theta.device else key, []).append(name)
-        return list(groups.values())
+    def _like(self) -> Tensor:
+        """A tensor where sums are to be."""
+        if self._store.held:
+            return _shards.local(next(iter(self._store.held.values())).theta.detach())
+        return self._lora[0].module.base_layer.weight.new_empty(0, dtype=torch.float32)
+
+    def _total(self, parts: list[tuple[_shards.Key, Tensor]]) -> Tensor:
+        return _shards.total(parts, self._store.meshes(), self._like())
 
     # --- the three ways to apply it ------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """strength/2 * sum fisher * (theta - anchor)^2, 0-d, differentiable by the trainable parameters."""
-        parts = [ops.penalty(*self._lists(names), self.strength) for names in self._groups()]
-        return _total(parts, self._held)
+        """strength/2 * sum fisher * (theta - anchor)^2, 0-d, differentiable by the trainable parameters.
 
-    def add_grad_(self, scale: float = 1.0, *, only: Sequence[Tensor] | None = None) -> Tensor:
+        Over sharded parameters a collective: every rank calls it. Each rank's gradient is that of its own shards.
+        """
+        parts: list[tuple[_shards.Key, Tensor]] = [(None, h.penalty(self.strength)) for h in self._lora if h.parameters()]
+        blocks = self._store.blocks()
+        if self.offload is not None and torch.is_grad_enabled():
+            parts += [(_shards.key_of(b[0].theta), _Streamed.apply(self, b, *[_shards.local(h.theta) for h in b])) for b in blocks]
+        else:
+            parts += [(x.key, ops.penalty(x.params, x.anchors, x.fishers, x.scales, self.strength)) for x in self._store.stream(blocks)]
+        return self._total(parts)
+
+    def add_grad_(self, scale: float | Tensor = 1.0, *, only: Sequence[Tensor] | None = None) -> Tensor:
         """p.grad += scale * strength * fisher * (theta - anchor) in one pass and with no graph; returns the penalty, no sync.
 
         Args:
-            scale: multiplies the gradient, not the value returned (a GradScaler's scale, say).
+            scale: multiplies the gradient, not the value returned. A 0-d tensor (a GradScaler's scale on a GPU) is used without a sync.
             only: the parameters to touch; None is all trainable ones. A missing p.grad is created.
-        """
-        parts = []
-        for names in self._groups(only):
-            params, anchors, fishers, scales = self._lists(names)
-            for p in params:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            grads = [p.grad for p in params if p.grad is not None]
-            parts.append(ops.add_grad_(params, grads, anchors, fishers, scales, self.strength, scale))
-        return _total(parts, self._held)
 
+        Over sharded parameters a collective for the value: every rank calls it.
+        """
+        return self._total(self._add_grad_(self._store.blocks(only), scale, only))
+
+    def _add_grad_(self, blocks: list[Any], scale: float | Tensor, only: Sequence[Tensor] | None) -> list[tuple[_shards.Key, Tensor]]:
+        chosen = None if only is None else {id(p) for p in only}
+        parts = [(None, h.add_grad_(self.strength, scale, chosen)) for h in self._lora if chosen is None or chosen & {id(p) for p in h.parameters()}]
+        with torch.no_grad():
+            return parts + [(x.key, self._add_block_(x, scale)) for x in self._store.stream(blocks)]
+
+    def _add_block_(self, x: Lists, scale: float | Tensor) -> Tensor:
+        for p in x.owners:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        grads = [_shards.local(p.grad) for p in x.owners]
+        params = [p.detach() for p in x.params]
+        if not isinstance(scale, Tensor):
+            return ops.add_grad_(params, grads, x.anchors, x.fishers, x.scales, self.strength, scale)
+        pulls = torch.ops.fasttax.ewc_penalty_backward(scale.reshape(()).float(), params, x.anchors, x.fishers, x.scales, self.strength)
+        torch._foreach_add_(grads, pulls)
+        return ops.penalty(params, x.anchors, x.fishers, x.scales, self.strength)
+
+    @torch.no_grad()
     def prox_(self, lr: float, *, only: Sequence[Tensor] | None = None) -> None:
         """theta <- anchor + (theta - anchor) / (1 + lr * strength * fisher): stable for any strength.
 
-        The proximal step of the penalty in the Euclidean metric at step size lr; call it after the optimizer's step.
+        The proximal step of the penalty in the Euclidean metric at step size lr; call it after the optimizer's step. (In Adam's
+        metric: AdamWEWC.) LoRA updates have none: the penalty is not separable in A and B.
         """
         lr = _checks.number("EWC.prox_", "lr", lr, low=0)
-        for names in self._groups(only):
-            ops.prox_(*self._lists(names), lr * self.strength)
+        self.refuse_prox_of_lora("EWC.prox_")
+        for x in self._store.stream(self._store.blocks(only)):
+            ops.prox_([p.detach() for p in x.params], x.anchors, x.fishers, x.scales, lr * self.strength)
+
+    def refuse_prox_of_lora(self, op: str) -> None:
+        if self._lora:
+            raise _checks.fail(op, "mode", "'grad' (or .penalty(), .add_grad_()) for LoRA updates", "a proximal step",
+                               "the penalty on B A has no closed form in A and B")  # fmt: skip
 
     def attach(self, optimizer: Any, mode: str = "grad", every: int = 1) -> Handle:
         """Applies the penalty at every optimizer step; returns a handle with .remove() (also a context manager).
 
         mode "grad" adds the gradient before each step (it is not part of a clipping done earlier), "prox" runs `prox_` with
         each group's lr after it. `every=k` acts on every k-th step with k times the weight. Wrapped optimizers (with an
-        `.optimizer` inside, as Accelerate's) are unwrapped.
+        `.optimizer` inside, as Accelerate's) are unwrapped; one that is no torch.optim.Optimizer but has param_groups and step() is
+        wrapped itself, until .remove(). Under `maximize` the gradient is subtracted, so that it pulls to the anchor all the same.
 
         Raises:
             ValueError: a wrong mode or `every`, or an optimizer that holds none of the parameters covered here.
         """
         return attach(self, optimizer, mode, every)
 
+    def during_backward(self, scale: float = 1.0) -> Handle:
+        """Adds the gradient within the backward pass, block by block as the blocks' own gradients are complete, until .remove().
+
+        For offload="cpu": while the pass goes on the next block is already under way. The penalty is then part of what is clipped. With k
+        micro-batches a step pass scale=1/k (each backward adds once); with a GradScaler its scale. `handle.penalty` is the last pass's value
+        (of this rank's shards).
+        """
+        return during_backward(self, scale)
+
     # --- looking and keeping -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def distance(self) -> Drift:
-        """How far the weights have moved, weighed by the Fisher: sum fisher * (theta - anchor)^2, and each parameter's part."""
-        per = {}
-        for names in self._groups(frozen=True):
-            for name in names:
-                params, anchors, fishers, scales = self._lists([name])
-                per[name] = ops.penalty(params, anchors, fishers, scales, 2.0)
-        return Drift(_total(list(per.values()), self._held), per)
+        """How far the weights have moved, weighed by the Fisher: sum fisher * (theta - anchor)^2, in total, by parameter, module and layer.
+
+        0-d tensors, no sync; over sharded parameters a collective.
+        """
+        per = {h.name: h.penalty(2.0) for h in self._lora}
+        local: dict[_shards.Key, dict[str, Tensor]] = {}
+        blocks = self._store.blocks(frozen=True)
+        for block, x in zip(blocks, self._store.stream(blocks), strict=True):
+            for i, h in enumerate(block):
+                value = ops.penalty([x.params[i]], [x.anchors[i]], [x.fishers[i]], x.scales[i : i + 1], 2.0)
+                local.setdefault(x.key, {})[h.name] = value
+        for key, values in local.items():
+            summed = _shards.over_ranks(torch.stack(list(values.values())), key)
+            per |= dict(zip(values, summed.unbind(), strict=True))
+        return Drift({h.name: per[h.name] for h in self.kept()})
 
     @torch.no_grad()
     def consolidate(self, fisher: FisherEstimate | Mapping[str, Tensor], decay: float = 1.0) -> None:
-        """Online EWC: anchor <- a copy of the present weights (at which `fisher` was estimated), F <- decay * F + fisher."""
-        decay = _checks.number("EWC.consolidate", "decay", decay, low=0)
-        model = {name: h.theta for name, h in self._held.items()}
-        _compare("EWC.consolidate", "fisher", fisher, model, subset=False)
-        _compare("EWC.consolidate", "fisher", fisher, model, subset=True)
-        _check_hash("EWC.consolidate", fisher, model)
-        new = _prepare("EWC.consolidate", {n: fisher[n].detach() for n in model}, None, None)
-        for name, h in self._held.items():
-            total = decay * h.fisher.decode() + new[name].to(h.fisher.values.device)
-            h.fisher = Stored(total.double()) if h.theta.dtype == torch.float64 else encode(total, self.storage)
-            h.anchor.copy_(h.theta)
+        """Online EWC: anchor <- a copy of the present weights (at which `fisher` was estimated), F <- decay * F + fisher.
+
+        The metadata's model_hash becomes that of the new anchor. A LoRA update's anchor becomes the present update (the penalty there is
+        then 0 but for rounding: it is the norm of a difference of products).
+        """
+        op = "EWC.consolidate"
+        decay = _checks.number(op, "decay", decay, low=0)
+        targets = [Target(h.name, h.name, h.theta, None) for h in self._store.held.values()]
+        targets += [Target(h.name, h.name, h.module.base_layer.weight, h.module) for h in self._lora]
+        given = _shapes(fisher)
+        wrong = [f"{n}: not held here" for n in given if n not in {t.name for t in targets}]
+        wrong += [f"{t.name}: missing" for t in targets if t.name not in given]
+        wrong += [f"{t.name}: shape {tuple(given[t.name].shape)}, the model has {t.shape}" for t in targets
+                  if t.name in given and tuple(given[t.name].shape) != t.shape]  # fmt: skip
+        differences(op, "fisher", wrong)
+        check_hash(op, fisher, targets, {})
+        survey(op, fisher, [t.name for t in targets], None, None)
+        old, lora = self._store.held, {h.name: h for h in self._lora}
+
+        def summed(t: Target) -> Tensor:
+            part = decay * old[t.name].fisher.decode() + _shards.part_of(fisher[t.name].detach().to(old[t.name].fisher.values.device), t.theta)
+            return _shards.as_theta(part, t.theta)
+
+        for h in lora.values():
+            h.consolidate(encode_for(h.module.base_layer.weight, decay * h.fisher.decode() + fisher[h.name].detach().to(h.fisher.values.device), self.storage))
+        store = Store(self.offload)
+        items = [Item(t.name, t.theta, lambda t=t: (summed(t), t.theta.detach().clone())) for t in targets if t.lora is None]  # type: ignore[misc]
+        store.fill(items, self.storage, self._anchor_dtype)
+        self._store = store
+        counts: dict[str, Any] = {k: self.metadata[k] + fisher.metadata[k] for k in ("examples", "tokens")
+                  if isinstance(fisher, FisherEstimate) and k in self.metadata and k in fisher.metadata}  # fmt: skip
+        self.metadata = {**self.metadata, **counts, "consolidated": self.metadata.get("consolidated", 1) + 1, "model_hash": _ewc_files.anchor_hash(self)}
 
     @staticmethod
     @torch.no_grad()
@@ -209,132 +270,89 @@ class EWC:
         """Several tasks as ONE quadratic, exactly: F = sum F_k, anchor = sum F_k anchor_k / sum F_k, F_k = strength_k fisher_k.
 
         The result has strength 1. The sum of the penalties differs from its penalty by a constant, which is dropped: gradients
-        are those of the sum. Where every F_k is 0 the anchor is the first task's.
+        are those of the sum. Where every F_k is 0 the anchor is the first task's. Anchors are kept in float32 unless they are "bf16+8": a mean of
+        bfloat16 anchors is no bfloat16 number.
         """
-        if not ewcs or not all(isinstance(e, EWC) for e in ewcs):
-            raise _checks.fail("EWC.combine", "ewcs", "a non-empty list of EWC", ewcs, error=TypeError)
+        op = "EWC.combine"
+        if isinstance(ewcs, EWC) or not ewcs or not all(isinstance(e, EWC) for e in ewcs):
+            raise _checks.fail(op, "ewcs", "a non-empty list of EWC", ewcs, error=TypeError)
         first = ewcs[0]
         for other in ewcs[1:]:
-            if {n: id(h.theta) for n, h in other._held.items()} != {n: id(h.theta) for n, h in first._held.items()}:
-                raise _checks.fail("EWC.combine", "ewcs", "EWCs that hold the same parameters of one model", f"{other} beside {first}")
-        result = object.__new__(EWC)
+            if {n: id(h.theta) for n, h in other._store.held.items()} != {n: id(h.theta) for n, h in first._store.held.items()} or [
+                id(h.module) for h in other._lora
+            ] != [id(h.module) for h in first._lora]:
+                raise _checks.fail(op, "ewcs", "EWCs that hold the same parameters of one model", f"{other} beside {first}")
+        if any(h.anchor is not None for e in ewcs for h in e._lora):
+            raise _checks.fail(
+                op, "ewcs", "LoRA updates whose anchors are 0", "consolidated ones", "their Fisher-weighted mean has no low rank: merge the adapter"
+            )
+
+        def quadratic(name: str) -> tuple[Tensor, Tensor]:
+            total, moment, fallback = torch.zeros(()), torch.zeros(()), first._store.held[name].decoded_anchor().double()
+            for e in ewcs:
+                h = e._store.held[name]
+                f = e.strength * h.fisher.decode().double()
+                total, moment = total + f, moment + f * h.decoded_anchor().double().to(f.device)
+            theta = first._store.held[name].theta
+            return tuple(_shards.as_theta(t, theta) for t in (total, torch.where(total > 0, moment / total, fallback)))  # type: ignore[return-value]
+
+        result: EWC = object.__new__(EWC)
         result.strength, result.storage, result.offload = 1.0, first.storage, first.offload
+        result._anchor_dtype = first._anchor_dtype if isinstance(first._anchor_dtype, str) else torch.float32
+        result._store = Store(first.offload)
+        items = [Item(name, h.theta, lambda name=name: quadratic(name)) for name, h in first._store.held.items()]  # type: ignore[misc]
+        result._store.fill(items, result.storage, result._anchor_dtype)
+        sums = [torch.stack([e.strength * e._lora[i].fisher.decode().double() for e in ewcs]).sum(0) for i in range(len(first._lora))]
+        result._lora = [LoraHeld(h.name, encode_for(h.module.base_layer.weight, f, result.storage), h.module) for h, f in zip(first._lora, sums, strict=True)]
         result.metadata = {**first.metadata, "combined": len(ewcs)}
-        result._held = {}
-        for name, h in first._held.items():
-            pairs = [(e.strength * e._held[name].fisher.decode().double(), e._held[name].anchor.double()) for e in ewcs]
-            total = torch.stack([f for f, _ in pairs]).sum(0)
-            mean = torch.stack([f * a for f, a in pairs]).sum(0) / total
-            anchor = torch.where(total > 0, mean, pairs[0][1])
-            wide = h.theta.dtype == torch.float64
-            # a mean of bf16 anchors is no bf16 number: keep it in float32
-            anchor = anchor if wide else anchor.float()
-            result._held[name] = _Held(h.theta, Stored(total) if wide else encode(total, result.storage), anchor)
+        result.metadata["model_hash"] = _ewc_files.anchor_hash(result)
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes Fisher, anchor and strength to a safetensors file; a crash leaves the old file."""
-        tensors = {f"anchor.{n}": h.anchor for n, h in self._held.items()} | {f"fisher.{n}": h.fisher.values for n, h in self._held.items()}
-        tensors |= {f"scales.{n}": h.fisher.scales for n, h in self._held.items() if h.fisher.scales is not None}
-        extra = {"strength": self.strength, "storage": self.storage, "offload": self.offload, "anchor_hash": _files.weights_hash(self.anchor.items())}
-        _files.write(path, "EWC", tensors, {**self.metadata, "ewc": extra})
+        """Writes Fisher, anchor and strength to a safetensors file; a crash leaves the old file. Every rank calls it, rank 0 writes the whole."""
+        _ewc_files.save(self, path)
 
     @staticmethod
-    def load(path: str | os.PathLike[str], model: nn.Module) -> EWC:
-        """The EWC written by `save`, on `model`, whose weights may have moved on; names and shapes must fit."""
-        tensors, metadata = _files.read(path, "EWC")
-        extra = metadata.pop("ewc")
-        anchors = {n.removeprefix("anchor."): t for n, t in tensors.items() if n.startswith("anchor.")}
-        if _files.weights_hash(anchors.items()) != extra["anchor_hash"]:
-            raise ValueError(f"EWC.load: {path}: the anchor does not match its hash; the file is damaged, write it anew with .save()")
-        missing = [n for n in anchors if f"fisher.{n}" not in tensors]
-        if missing:
-            raise ValueError(f"EWC.load: {path}: no Fisher for {', '.join(missing[:5])}; the file is damaged, write it anew with .save()")
-        stored = {n: Stored(tensors[f"fisher.{n}"], tensors.get(f"scales.{n}")) for n in anchors}
-        _prepare("EWC.load", {n: s.decode() for n, s in stored.items()}, None, None)
-        _compare("EWC.load", "fisher", {n: s.values for n, s in stored.items()}, anchors, subset=False)
-        params = _match("EWC.load", model, {n: a for n, a in anchors.items()}, None)
-        result = object.__new__(EWC)
-        result.strength, result.storage, result.offload, result.metadata = extra["strength"], extra["storage"], extra["offload"], metadata
-        result._held = {}
-        for name, theta in params.items():
-            home = torch.device("cpu") if result.offload == "cpu" else theta.device
-            scales = stored[name].scales
-            moved = Stored(stored[name].values.to(home), None if scales is None else scales.to(home))
-            result._held[name] = _Held(theta, moved, anchors[name].to(home))
+    def load(path: str | os.PathLike[str], model: nn.Module, *, offload: str | None = "as saved", rename: Mapping[str, str] | None = None) -> EWC:
+        """The EWC written by `save`, on `model`, whose weights may have moved on; names and shapes must fit.
+
+        With offload="cpu" and the model on the CPU the file itself is mapped, and read block by block as it is needed: leave it in place.
+        """
+        result: EWC = object.__new__(EWC)
+        _ewc_files.load(result, path, model, offload, rename)
         return result
 
+    def state_dict(self) -> dict[str, Any]:
+        """Strength, Fisher, anchor and provenance, for a trainer's checkpoint: tensors, numbers and strings alone. This rank's shards."""
+        return _ewc_files.state_dict(self)
 
-# --- fitting a Fisher to a model -----------------------------------------------------------------------------------------
-
-
-def _compare(op: str, what: str, given: Mapping[str, Tensor], model: Mapping[str, Tensor], subset: bool) -> None:
-    differences = [f"{n}: not a parameter of the model" for n in given if n not in model] if subset else []
-    differences += [] if subset else [f"{n}: missing" for n in model if n not in given]
-    differences += [f"{n}: shape {tuple(t.shape)}, the model has {tuple(model[n].shape)}" for n, t in given.items() if n in model and t.shape != model[n].shape]
-    if differences:
-        more = f"\n  and {len(differences) - 20} more" if len(differences) > 20 else ""
-        raise ValueError(f"{op}: {what}: expected names and shapes of the model's parameters, got {len(differences)} differences:\n  "
-                         + "\n  ".join(differences[:20]) + more + "\nestimate the Fisher on this model, or drop or rename the entries")  # fmt: skip
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave, on the same model; names and shapes must fit."""
+        _ewc_files.load_state_dict(self, state)
 
 
-def _match(op: str, model: nn.Module, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The model's parameters that `fisher` names, tied ones once, after all checks."""
-    every = dict(model.named_parameters(remove_duplicate=False))
-    if not len(fisher):
-        raise _checks.fail(op, "fisher", "at least one parameter", "an empty mapping")
-    _compare(op, "fisher", fisher, every, subset=True)
-    params: dict[str, Tensor] = {}
-    seen: dict[int, str] = {}
-    for name in fisher:
-        theta = every[name]
-        if type(theta.data).__name__ == "DTensor":
-            raise _checks.fail(op, "model", "parameters that are plain tensors", f"{name} as a DTensor", "build the EWC before fully_shard")
-        if not theta.is_floating_point():
-            raise _checks.fail(op, "model", "floating-point parameters", f"{name} of dtype {theta.dtype}", "leave it out of the Fisher")
-        if id(theta) in seen:
-            raise _checks.fail(op, "fisher", "tied weights once", f"{seen[id(theta)]} and {name}, one parameter", "drop one of the two")
-        seen[id(theta)] = name
-        params[name] = theta
-    if anchor is not None:
-        _compare(op, "anchor", {n: anchor[n] for n in params if n in anchor}, params, subset=False)
-    return params
+class _Streamed(torch.autograd.Function):
+    """A block's penalty that keeps no copy of its Fisher and anchor between forward and backward: both bring them over anew."""
+
+    @staticmethod
+    def forward(ctx: Any, ewc: EWC, block: list[Any], *params: Tensor) -> Tensor:
+        ctx.ewc, ctx.block = ewc, block
+        ctx.save_for_backward(*params)
+        (value,) = [ops.penalty([p.detach() for p in params], x.anchors, x.fishers, x.scales, ewc.strength) for x in ewc._store.stream([block])]
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        params = [p.detach().contiguous() for p in ctx.saved_tensors]
+        (pulls,) = [
+            torch.ops.fasttax.ewc_penalty_backward(grad, params, x.anchors, x.fishers, x.scales, ctx.ewc.strength) for x in ctx.ewc._store.stream([ctx.block])
+        ]
+        return None, None, *pulls
 
 
-def _check_hash(op: str, fisher: Mapping[str, Tensor], anchors: Mapping[str, Tensor]) -> None:
-    expected = getattr(fisher, "metadata", {}).get("model_hash")
-    if expected is not None and expected != (found := _files.weights_hash(anchors.items())):
-        raise ValueError(
-            f"{op}: fisher: expected one estimated at the anchor's weights (hash {found}), got one estimated at others (hash {expected}); "
-            "estimate it on this model, pass those weights as anchor=, or pass dict(fisher) to use it all the same"
-        )
-
-
-def _prepare(op: str, fisher: dict[str, Tensor], clamp: float | Sequence[float] | None, normalize: str | None) -> dict[str, Tensor]:
-    bad = [n for n, f in fisher.items() if not bool(torch.isfinite(f).all()) or bool((f < 0).any())]
-    if bad:
-        raise _checks.fail(op, "fisher", "finite values >= 0", "others in " + ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""),
-                           "estimate it again in float32 and on finite losses")  # fmt: skip
-    if clamp is not None:
-        pair = (0.0, clamp) if not isinstance(clamp, Sequence) else tuple(clamp)
-        if len(pair) != 2:
-            raise _checks.fail(op, "clamp", "a number or a pair (low, high)", clamp)
-        low, high = (_checks.number(op, "clamp", bound, low=0) for bound in pair)
-        fisher = {n: f.clamp(low, high) for n, f in fisher.items()}
-    if normalize is not None:
-        count = sum(f.numel() for f in fisher.values())
-        divisor = sum(float(f.double().sum()) for f in fisher.values()) / count if normalize == "mean" else max(float(f.max()) for f in fisher.values())
-        if divisor == 0:
-            raise _checks.fail(op, "normalize", "a Fisher that is not 0 everywhere", repr(normalize), "pass normalize=None")
-        fisher = {n: f / divisor for n, f in fisher.items()}
-    return fisher
-
-
-def _total(parts: list[Tensor], held: Mapping[str, _Held]) -> Tensor:
-    if not parts:
-        device = next(iter(held.values())).theta.device
-        return torch.zeros((), device=device)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part.to(total.device)
-    return total
+def _shapes(fisher: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Names to things with a shape; a FisherEstimate's without decoding it."""
+    if not isinstance(fisher, FisherEstimate):
+        return fisher
+    return {name: fisher.stored(name).values for name in fisher}

@@ -41,8 +41,8 @@ def simt_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done
 def test_kernels_on_the_simt_machine(simt_runs: dict[str, Future[Done]], build: str) -> None:
     done = finished(simt_runs, build)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    # 4 modes x 2 runs x (2 for the 108 mixes, 1 for the chunks but under TSan, 1 for float64, 0 for nothing)
-    assert f"ok: {24 if build == 'thread' else 32} launches" in done.stdout
+    # 4 modes x 2 runs x (3 for the 144 mixes, 1 for the chunks but under TSan, 1 for float64, 0 for nothing)
+    assert f"ok: {32 if build == 'thread' else 40} launches" in done.stdout
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))

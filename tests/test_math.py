@@ -60,7 +60,7 @@ PYBIND11_MODULE(fasttax_math, m) {
   m.def("jsd_g_small", py::vectorize([](double t) { return fasttax::jsd_g_small(t); }));
   m.def("pull", py::vectorize([](double t, double a, double f) { return fasttax::ewc_pull(t, a, f); }));
   m.def("term", py::vectorize([](double t, double a, double f) { return fasttax::ewc_term(t, a, f); }));
-  m.def("prox", py::vectorize([](double t, double a, double f, double s) { return fasttax::ewc_prox(t, a, f, s, 1.0); }));
+  m.def("prox", py::vectorize([](double t, double a, double f, double s) { return fasttax::ewc_prox(t, a, 1.0, s * f, 1.0); }));
 }
 """
 

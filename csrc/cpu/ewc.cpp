@@ -30,7 +30,7 @@ double run_double(EwcMode mode, const Task& t, double scale) {
   double total = 0;
   for (int64_t i = t.begin; i < t.end; ++i) {
     if (mode == EwcMode::kProx) {
-      theta[i] = ewc_prox(theta[i], anchor[i], fisher[i], scale, 1.0);
+      theta[i] = ewc_prox(theta[i], anchor[i], 1.0, scale * fisher[i], 1.0);
       continue;
     }
     total += ewc_term(theta[i], anchor[i], fisher[i]);
@@ -45,8 +45,9 @@ double run(EwcMode mode, const std::vector<Task>& tasks, double scale) {
   torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Task& t = tasks[i];
-      parts[i] = t.types[0] == EwcType::kDouble ? run_double(mode, t, scale)
-                                                : FASTTAX_DISPATCH(ewc_task, mode, t.data, t.types, t.scales, t.begin, t.end, float(scale));
+      parts[i] = t.types[0] == EwcType::kDouble
+                     ? run_double(mode, t, scale)
+                     : FASTTAX_DISPATCH(ewc_task, mode, t.data, t.types, t.scales, t.begin, t.end, ewc_step(scale));
     }
   });
   double total = 0;

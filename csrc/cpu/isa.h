@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../math/adamw.h"
 #include "../math/ewc.h"
 #include "../math/kl_row.h"
 #include "level.h"

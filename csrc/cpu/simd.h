@@ -52,6 +52,18 @@ inline VF min_keep_nan(VF a, VF b) {
 #endif
 }
 
+inline VF sqrt(VF a) {
+#if FASTTAX_ISA == 512
+  return (VF)_mm512_sqrt_ps((__m512)a);
+#elif FASTTAX_ISA == 256
+  return (VF)_mm256_sqrt_ps((__m256)a);
+#else
+  VF v;
+  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(a[i]);
+  return v;
+#endif
+}
+
 inline VF abs(VF a) { return as_float(as_int(a) & 0x7fffffff); }
 
 // True when a <= b holds in every lane; a NaN makes it false.

@@ -3,7 +3,7 @@
 // EWC over a model's whole parameter list, a handful of launches per call.
 //
 // Bytes: read theta, anchor, fisher, grad, write grad, each once: 20 per element in float32, 9 with bf16 everywhere and a u8log fisher.
-// Dtypes mix freely and in one launch: a block looks up its tensor and takes the loop for the operands' byte widths (24 for kAdd);
+// Dtypes mix freely and in one launch: a block looks up its tensor and takes the loop for the operands' byte widths (36 for kAdd);
 // bfloat16 or float16 is a predicate within the loop. A thread handles 4 elements a round, so that a warp's access is one contiguous run
 // in every dtype: 16 bytes a lane in float32, 8 in half.
 // In flight: a thread starts the loads of all operands before it converts the first: 64 bytes in float32, 44 with bf16 anchors and u8log
@@ -79,12 +79,17 @@ const char* ewc_for_each_table(const EwcTensor* tensors, int64_t count, EwcArgs&
 
 // --- one element -------------------------------------------------------------------------------------------------------
 
+template <class S>
+struct EwcScale {
+  S first, second;  // ewc_step
+};
+
 // out: the gradient before and after (kAdd, kWrite), or theta after (kProx). Returns the term of the penalty.
 template <EwcMode mode, class S>
-__device__ __forceinline__ S ewc_element(S theta, S anchor, S fisher, S& out, S scale) {
-  if (mode == EwcMode::kAdd) out += scale * ewc_pull(theta, anchor, fisher);
-  if (mode == EwcMode::kWrite) out = scale * ewc_pull(theta, anchor, fisher);
-  if (mode == EwcMode::kProx) out = ewc_prox(theta, anchor, fisher, scale, S(1));
+__device__ __forceinline__ S ewc_element(S theta, S anchor, S fisher, S& out, const EwcScale<S>& scale) {
+  if (mode == EwcMode::kAdd) out += ewc_pull(theta, anchor, fisher) * scale.first * scale.second;
+  if (mode == EwcMode::kWrite) out = ewc_pull(theta, anchor, fisher) * scale.first * scale.second;
+  if (mode == EwcMode::kProx) out = ewc_prox(theta, anchor, S(1), fisher * scale.first * scale.second, S(1));
   return mode == EwcMode::kValue || mode == EwcMode::kAdd ? ewc_term(theta, anchor, fisher) : S(0);
 }
 
@@ -93,7 +98,7 @@ __device__ __forceinline__ S ewc_element(S theta, S anchor, S fisher, S& out, S 
 // Elements [begin, end) one at a time, coalesced: misaligned tensors, tails, float64. A thread may have 256 of them: it adds in double,
 // which at one a round hides behind the loads.
 template <EwcMode mode, class S>
-__device__ __forceinline__ double ewc_singly(const EwcView& x, int begin, int end, S scale) {
+__device__ __forceinline__ double ewc_singly(const EwcView& x, int begin, int end, const EwcScale<S>& scale) {
   constexpr int kOut = mode == EwcMode::kProx ? kTheta : kGrad;
   double total = 0;
 #pragma unroll 1
@@ -109,7 +114,7 @@ __device__ __forceinline__ double ewc_singly(const EwcView& x, int begin, int en
 // Elements [0, end), end a multiple of 4, for operands of these byte widths (w_out: of what the mode writes). A thread adds up to 64 sums
 // of 4 in float: relative error under 4e-6 at worst and 3e-7 as a rule, since no term is negative; everything above it is double.
 template <EwcMode mode, int w_theta, int w_anchor, int w_fisher, int w_out>
-__device__ __forceinline__ double ewc_grouped(const EwcView& x, int end, float scale) {
+__device__ __forceinline__ double ewc_grouped(const EwcView& x, int end, const EwcScale<float>& scale) {
   constexpr int kOut = mode == EwcMode::kProx ? kTheta : kGrad;
   constexpr EwcType kB = EwcType::kBFloat16;
   const bool bfloat[4] = {x.types[kTheta] == kB, x.types[kAnchor] == kB, x.types[kFisher] == kB, x.types[kGrad] == kB};
@@ -140,8 +145,8 @@ __device__ __forceinline__ double ewc_grouped(const EwcView& x, int end, float s
 
 // The loop for the operands' widths; bfloat16 or float16 is a predicate within it. kWrite and kProx write theta's type.
 template <EwcMode mode>
-__device__ __forceinline__ double ewc_grouped_any(const EwcView& x, int end, float scale) {
-  const bool theta4 = x.types[kTheta] == EwcType::kFloat, anchor4 = x.types[kAnchor] == EwcType::kFloat;
+__device__ __forceinline__ double ewc_grouped_any(const EwcView& x, int end, const EwcScale<float>& scale) {
+  const bool theta4 = x.types[kTheta] == EwcType::kFloat;
   const auto with_out = [&](auto t, auto a, auto f) {
     constexpr int w_t = decltype(t)::value, w_a = decltype(a)::value, w_f = decltype(f)::value;
     if constexpr (mode == EwcMode::kAdd) {
@@ -155,8 +160,11 @@ __device__ __forceinline__ double ewc_grouped_any(const EwcView& x, int end, flo
     if (x.types[kFisher] == EwcType::kFloat) return with_out(t, a, EwcWidth<4>{});
     return x.types[kFisher] == EwcType::kU8Log ? with_out(t, a, EwcWidth<1>{}) : with_out(t, a, EwcWidth<2>{});
   };
-  if (theta4) return anchor4 ? with_fisher(EwcWidth<4>{}, EwcWidth<4>{}) : with_fisher(EwcWidth<4>{}, EwcWidth<2>{});
-  return anchor4 ? with_fisher(EwcWidth<2>{}, EwcWidth<4>{}) : with_fisher(EwcWidth<2>{}, EwcWidth<2>{});
+  const auto with_anchor = [&](auto t) {
+    if (x.types[kAnchor] == EwcType::kFloat) return with_fisher(t, EwcWidth<4>{});
+    return x.types[kAnchor] == EwcType::kSplit ? with_fisher(t, EwcWidth<3>{}) : with_fisher(t, EwcWidth<2>{});
+  };
+  return theta4 ? with_anchor(EwcWidth<4>{}) : with_anchor(EwcWidth<2>{});
 }
 
 template <int kThreads>
@@ -188,11 +196,12 @@ __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm) ewc_kernel(const
   if (mode == EwcMode::kWrite)
     scale *= args.upstream_double ? *static_cast<const double*>(args.upstream) : double(*static_cast<const float*>(args.upstream));
   if (tensor.types[0] == EwcType::kDouble) {
-    total = ewc_singly<mode, double>(x, 0, end, scale);
+    total = ewc_singly<mode, double>(x, 0, end, {scale, 1.0});
   } else {
     const int whole = tensor.aligned ? end - end % kEwcGroup : 0;
-    total = ewc_grouped_any<mode>(x, whole, float(scale));
-    total += ewc_singly<mode, float>(x, whole, end, float(scale));
+    const EwcStep step = ewc_step(scale);
+    total = ewc_grouped_any<mode>(x, whole, {step.first, step.second});
+    total += ewc_singly<mode, float>(x, whole, end, {step.first, step.second});
   }
   if (mode == EwcMode::kValue || mode == EwcMode::kAdd) {
     total = ewc_block_sum<kEwcThreads>(total);

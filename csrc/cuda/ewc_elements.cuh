@@ -27,7 +27,11 @@ __device__ __forceinline__ EwcView ewc_view(const EwcTensor& x, int64_t begin) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const EwcType type = x.types[k];
-    const int64_t size = type == EwcType::kDouble ? 8 : type == EwcType::kFloat ? 4 : type == EwcType::kU8Log ? 1 : 2;
+    const int64_t size = type == EwcType::kDouble  ? 8
+                         : type == EwcType::kFloat ? 4
+                         : type == EwcType::kSplit ? 3  // begin is a multiple of 256, so this is whole blocks
+                         : type == EwcType::kU8Log ? 1
+                                                   : 2;
     view.types[k] = type;
     view.data[k] = static_cast<char*>(x.data[k]) + begin * size;
 #if defined(__CUDA_ARCH__)
@@ -55,17 +59,33 @@ __device__ __forceinline__ float ewc_u8log(uint32_t code, float lo, float step) 
   return code == 0 ? 0.0f : exp2f(lo + step * float(int(code) - 1));
 }
 
+__device__ __forceinline__ float ewc_join(float hi, int8_t lo) {  // hi + lo * ulp(hi) / 254
+  return fmaf(float(lo), ewc_bits<float>(ewc_bits<uint32_t>(hi) & 0x7f800000u) * (0x1p-7f / 254), hi);
+}
+
 template <int width>
 using EwcWidth = std::integral_constant<int, width>;
 
-// Four elements of 4, 2 or 1 bytes as they lie. __ldcs, __stcs: every byte is used once, so it is first to leave the cache; and they name
-// global memory, which the compiler cannot know of pointers that come in a struct.
+struct EwcSplitFour {
+  uint2 hi;
+  uint32_t lo;
+};
+
+// Four elements of 4, 2 or 1 bytes (3: split) as they lie. __ldcs, __stcs: every byte is used once, so it is first to leave the cache; and
+// they name global memory, which the compiler cannot know of pointers that come in a struct.
 template <int width>
-using EwcFour = std::conditional_t<width == 4, uint4, std::conditional_t<width == 2, uint2, uint32_t>>;
+using EwcFour =
+    std::conditional_t<width == 4, uint4, std::conditional_t<width == 3, EwcSplitFour, std::conditional_t<width == 2, uint2, uint32_t>>>;
 
 template <int width>
 __device__ __forceinline__ EwcFour<width> ewc_load(const EwcView& x, int k, int i) {
-  return __ldcs(&ewc_at<EwcFour<width>>(x, k, i / 4));
+  if constexpr (width == 3) {
+    const char* block = x.data[k] + i / kEwcBlock * kSplitBytes;
+    const int at = i % kEwcBlock;
+    return {__ldcs(reinterpret_cast<const uint2*>(block + 2 * at)), __ldcs(reinterpret_cast<const uint32_t*>(block + 2 * kEwcBlock + at))};
+  } else {
+    return __ldcs(&ewc_at<EwcFour<width>>(x, k, i / 4));
+  }
 }
 
 __device__ __forceinline__ void ewc_widen(const uint4& four, bool, float (&out)[4]) {
@@ -79,6 +99,12 @@ __device__ __forceinline__ void ewc_widen(const uint2& four, bool bfloat, float 
     const uint32_t bits = j % 2 ? word[j / 2] >> 16 : word[j / 2] & 0xffff;
     out[j] = bfloat ? ewc_bits<float>(bits << 16) : __half2float(ewc_bits<__half>(uint16_t(bits)));
   }
+}
+
+__device__ __forceinline__ void ewc_widen(const EwcSplitFour& four, bool, float (&out)[4]) {
+  ewc_widen(four.hi, true, out);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) out[j] = ewc_join(out[j], int8_t(four.lo >> 8 * j & 0xff));
 }
 
 __device__ __forceinline__ void ewc_store(uint4* to, bool, const float (&v)[4]) {
@@ -98,6 +124,12 @@ __device__ __forceinline__ S ewc_get(const EwcView& x, int k, int i) {
   } else {
     if (k == kFisher && x.types[k] == EwcType::kU8Log)
       return ewc_u8log(__ldcs(&ewc_at<uint8_t>(x, k, i)), x.scales[i / 256 * 2], x.scales[i / 256 * 2 + 1]);
+    if (k == kAnchor && x.types[k] == EwcType::kSplit) {
+      const char* block = x.data[k] + i / kEwcBlock * kSplitBytes;
+      const int at = i % kEwcBlock;
+      return ewc_join(__bfloat162float(__ldcs(reinterpret_cast<const __nv_bfloat16*>(block) + at)),
+                      int8_t(__ldcs(reinterpret_cast<const uint8_t*>(block) + 2 * kEwcBlock + at)));
+    }
     if (x.types[k] == EwcType::kFloat) return __ldcs(&ewc_at<float>(x, k, i));
     if (x.types[k] == EwcType::kBFloat16) return __bfloat162float(__ldcs(&ewc_at<__nv_bfloat16>(x, k, i)));
     return __half2float(__ldcs(&ewc_at<__half>(x, k, i)));

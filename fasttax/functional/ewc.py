@@ -19,8 +19,8 @@ from fasttax._library import define, lib, no_double_backward
 FISHER_DTYPES = (*_checks.FLOATS, torch.uint8)
 
 
-def _lists(op: str, params: Sequence[Tensor], scales: Sequence[Tensor], **others: Sequence[Tensor]) -> None:
-    """Checks lists against `params`; `scales` belongs to u8log Fishers and may be empty."""
+def _lists(op: str, params: Sequence[Tensor], packed: bool, **others: Sequence[Tensor]) -> None:
+    """Checks lists against `params`; `packed` allows uint8 Fishers (u8log) and anchors (split), which EWC makes and the kernels check."""
     for name, values in {"params": params, **others}.items():
         if isinstance(values, Tensor) or not isinstance(values, Sequence):
             raise _checks.fail(op, name, "a list of tensors", values, f"pass [{name}]", TypeError)
@@ -28,7 +28,10 @@ def _lists(op: str, params: Sequence[Tensor], scales: Sequence[Tensor], **others
             raise _checks.fail(op, name, f"{len(params)} tensors, one per parameter", f"{len(values)}")
         for i, value in enumerate(values):
             where = f"{name}[{i}]"
-            dtypes = FISHER_DTYPES if name == "fishers" and scales else _checks.FLOATS
+            if name == "anchors" and packed and value.dtype == torch.uint8:
+                _checks.same_device(op, where, value, f"params[{i}]", params[i])
+                continue
+            dtypes = FISHER_DTYPES if name == "fishers" and packed else _checks.FLOATS
             _checks.tensor(op, where, value, dtypes)
             if value.shape != params[i].shape:
                 raise _checks.fail(op, where, f"shape {tuple(params[i].shape)} as params[{i}]", value)
@@ -60,13 +63,13 @@ def ewc_penalty(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Se
     Raises:
         ValueError, TypeError: a list, shape, dtype, device or strength does not fit.
     """
-    return penalty(params, anchors, fishers, (), strength)
+    return penalty(params, anchors, fishers, None, strength)
 
 
-def penalty(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], scales: Sequence[Tensor], strength: float) -> Tensor:
+def penalty(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], scales: Sequence[Tensor] | None, strength: float) -> Tensor:
     strength = _checks.number("ewc_penalty", "strength", strength, low=0)
-    _lists("ewc_penalty", params, scales, anchors=anchors, fishers=fishers)
-    value: Tensor = torch.ops.fasttax.ewc_penalty(_contiguous(params), _contiguous(anchors), _contiguous(fishers), list(scales), strength)
+    _lists("ewc_penalty", params, scales is not None, anchors=anchors, fishers=fishers)
+    value: Tensor = torch.ops.fasttax.ewc_penalty(_contiguous(params), _contiguous(anchors), _contiguous(fishers), list(scales or ()), strength)
     return value
 
 
@@ -76,17 +79,23 @@ def ewc_add_grad_(params: Sequence[Tensor], grads: Sequence[Tensor], anchors: Se
     Five passes over the parameters: read theta, anchor, fisher and grad, write grad. Arguments and errors as
     `ewc_penalty`; `grads` are written in place and must be contiguous. The value is not synchronised with the host.
     """
-    return add_grad_(params, grads, anchors, fishers, (), strength, 1.0)
+    return add_grad_(params, grads, anchors, fishers, None, strength, 1.0)
 
 
 def add_grad_(params: Sequence[Tensor], grads: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor],
-              scales: Sequence[Tensor], strength: float, scale: float) -> Tensor:  # fmt: skip
+              scales: Sequence[Tensor] | None, strength: float, scale: float) -> Tensor:  # fmt: skip
     strength = _checks.number("ewc_add_grad_", "strength", strength, low=0)
     scale = _checks.number("ewc_add_grad_", "scale", scale)
-    _lists("ewc_add_grad_", params, scales, grads=grads, anchors=anchors, fishers=fishers)
+    _lists("ewc_add_grad_", params, scales is not None, grads=grads, anchors=anchors, fishers=fishers)
     with torch.no_grad():
         value: Tensor = torch.ops.fasttax.ewc_add_grad_(
-            _contiguous([p.detach() for p in params]), [g.detach() for g in grads], _contiguous(anchors), _contiguous(fishers), list(scales), strength, scale
+            _contiguous([p.detach() for p in params]),
+            [g.detach() for g in grads],
+            _contiguous(anchors),
+            _contiguous(fishers),
+            list(scales or ()),
+            strength,
+            scale,
         )
     return value
 
@@ -98,14 +107,14 @@ def ewc_prox_(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequ
     where lr * strength * fisher > 2; this one contracts towards the anchor for every value >= 0.
     Arguments and errors as `ewc_penalty`; `params` are written in place and must be contiguous.
     """
-    prox_(params, anchors, fishers, (), strength_times_lr)
+    prox_(params, anchors, fishers, None, strength_times_lr)
 
 
-def prox_(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], scales: Sequence[Tensor], strength_times_lr: float) -> None:
+def prox_(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], scales: Sequence[Tensor] | None, strength_times_lr: float) -> None:
     step = _checks.number("ewc_prox_", "strength_times_lr", strength_times_lr, low=0)
-    _lists("ewc_prox_", params, scales, anchors=anchors, fishers=fishers)
+    _lists("ewc_prox_", params, scales is not None, anchors=anchors, fishers=fishers)
     with torch.no_grad():
-        torch.ops.fasttax.ewc_prox_([p.detach() for p in params], _contiguous(anchors), _contiguous(fishers), list(scales), step)
+        torch.ops.fasttax.ewc_prox_([p.detach() for p in params], _contiguous(anchors), _contiguous(fishers), list(scales or ()), step)
 
 
 def lora_ewc_penalty(lora_A: Tensor, lora_B: Tensor, fisher: Tensor, scale: float, strength: float) -> Tensor:
@@ -117,11 +126,20 @@ def lora_ewc_penalty(lora_A: Tensor, lora_B: Tensor, fisher: Tensor, scale: floa
 
     Returns:
         0-d float32 (float64 for float64 factors), differentiable by lora_A and lora_B:
-        with G = strength * scale * fisher * (scale * B A), d_A = B^T G and d_B = G A^T.
+        with G = strength * scale * fisher * (scale B A), d_A = B^T G and d_B = G A^T. Where one of them requires grad, the gradients are
+        made with the value, in one sweep over fisher, and kept until the backward pass.
     """
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("fisher", fisher)):
+        _checks.tensor("lora_ewc_penalty", name, value)
+    wanted = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
+    return lora_penalty(lora_A, lora_B, fisher, None, scale, strength, wanted)[0]
+
+
+def lora_penalty(lora_A: Tensor, lora_B: Tensor, fisher: Tensor, scales: Tensor | None, scale: float, strength: float,
+                 gradient: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(value, d_A, d_B), the gradients empty where not asked for; a uint8 `fisher` is u8log with its `scales`."""
     op = "lora_ewc_penalty"
     for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("fisher", fisher)):
-        _checks.tensor(op, name, value)
         if value.dim() != 2:
             raise _checks.fail(op, name, "a matrix", value)
         _checks.same_device(op, name, value, "lora_A", lora_A)
@@ -132,8 +150,11 @@ def lora_ewc_penalty(lora_A: Tensor, lora_B: Tensor, fisher: Tensor, scale: floa
     if fisher.shape != (lora_B.shape[0], lora_A.shape[1]):
         raise _checks.fail(op, "fisher", f"shape {(lora_B.shape[0], lora_A.shape[1])} as B @ A", fisher)
     strength = _checks.number(op, "strength", strength, low=0)
-    total: Tensor = torch.ops.fasttax.lora_ewc_penalty(lora_A, lora_B, fisher, _checks.number(op, "scale", scale), strength)
-    return total
+    ranges = lora_A.new_empty(0, dtype=torch.float32) if scales is None else scales
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.fasttax.lora_ewc_penalty(
+        lora_A.contiguous(), lora_B.contiguous(), fisher.contiguous(), ranges, _checks.number(op, "scale", scale), strength, gradient
+    )
+    return out
 
 
 # --- schemas, shapes, autograd -----------------------------------------------------------------------------------------
@@ -159,15 +180,20 @@ define(
     lambda params, anchors, fishers, scales, strength_times_lr: None,
 )
 define(
-    "lora_ewc_penalty(Tensor lora_A, Tensor lora_B, Tensor fisher, float scale, float strength) -> Tensor",
+    "lora_ewc_penalty(Tensor lora_A, Tensor lora_B, Tensor fisher, Tensor scales, float scale, float strength, bool gradient) -> (Tensor, Tensor, Tensor)",
     reference.lora_ewc_penalty,
-    lambda lora_A, lora_B, fisher, scale, strength: _scalar_like([lora_A]),
+    lambda lora_A, lora_B, fisher, scales, scale, strength, gradient: (_scalar_like([lora_A]), *(_gradient_like(x, gradient) for x in (lora_A, lora_B))),
 )
+
 define(
-    "lora_ewc_penalty_backward(Tensor grad, Tensor lora_A, Tensor lora_B, Tensor fisher, float scale, float strength) -> (Tensor, Tensor)",
+    "lora_ewc_penalty_backward(Tensor grad, Tensor lora_A, Tensor lora_B, Tensor d_A, Tensor d_B) -> (Tensor, Tensor)",
     reference.lora_ewc_penalty_backward,
-    lambda grad, lora_A, lora_B, fisher, scale, strength: (torch.empty_like(lora_A), torch.empty_like(lora_B)),
+    lambda grad, lora_A, lora_B, d_A, d_B: (torch.empty_like(lora_A), torch.empty_like(lora_B)),
 )
+
+
+def _gradient_like(factor: Tensor, gradient: bool) -> Tensor:
+    return factor.new_empty(factor.shape if gradient else (0, 0), dtype=torch.float64 if factor.dtype == torch.float64 else torch.float32)
 
 
 def _scalar_like(params: Sequence[Tensor]) -> Tensor:
@@ -190,13 +216,15 @@ def _penalty_backward(ctx: Any, grad: Tensor) -> Any:
 
 
 def _lora_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    lora_A, lora_B, fisher, ctx.scale, ctx.strength = inputs
-    ctx.save_for_backward(lora_A, lora_B, fisher)
+    lora_A, lora_B, *_, ctx.made = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(lora_A, lora_B, *output[1:])
 
 
-def _lora_backward(ctx: Any, grad: Tensor) -> Any:
-    d_a, d_b = torch.ops.fasttax.lora_ewc_penalty_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.strength)
-    return d_a, d_b, None, None, None
+def _lora_backward(ctx: Any, grad: Tensor, *others: Any) -> Any:
+    if not ctx.made:
+        raise RuntimeError("lora_ewc_penalty: expected gradient=True where lora_A or lora_B requires grad, got False; use fasttax.functional.lora_ewc_penalty")
+    return *torch.ops.fasttax.lora_ewc_penalty_backward(grad, *ctx.saved_tensors), None, None, None, None, None
 
 
 torch.library.register_autograd("fasttax::ewc_penalty", _penalty_backward, setup_context=_penalty_setup, lib=lib)

@@ -14,6 +14,12 @@ MODULES = {  # op -> the module that has it, by the op's own name
     "token_kl_backward_": "kl",
     "token_stats": "stats",
     "token_stats_backward": "stats",
+    "ewc_penalty": "ewc",
+    "ewc_penalty_backward": "ewc",
+    "ewc_add_grad_": "ewc",
+    "ewc_prox_": "ewc",
+    "ewc_adamw_": "ewc",
+    "lora_ewc_penalty": "ewc",
 }
 
 

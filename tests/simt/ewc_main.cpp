@@ -1,59 +1,8 @@
 // Runs csrc/cuda/ewc.cuh on the SIMT machine against a float64 oracle: all four modes, every mix of dtypes, sizes around every boundary of
 // the kernel, misaligned bases, more tensors than one launch holds. Prints what it ran; exits 1 on a wrong value.
-#include "simt_cuda.h"
-
-#include "cuda/ewc.cuh"
-
-#include <memory>
+#include "ewc_operand.h"
 
 namespace {
-
-using namespace fasttax;
-
-struct Operand {  // exactly as large as it says, so that ASan sees one byte too many; `shift` elements off the allocator's alignment
-  EwcType type;
-  std::unique_ptr<char[]> memory;
-  char* data = nullptr;
-  int64_t numel = 0;
-  std::vector<float> scales;
-
-  static int64_t size(EwcType t) { return t == EwcType::kDouble ? 8 : t == EwcType::kFloat ? 4 : t == EwcType::kU8Log ? 1 : 2; }
-
-  Operand(EwcType t, int64_t n, int shift)
-      : type(t), memory(new char[size_t((n + shift) * size(t))]), data(memory.get() + shift * size(t)), numel(n) {}
-
-  double get(int64_t i) const {
-    switch (type) {
-      case EwcType::kFloat: return reinterpret_cast<const float*>(data)[i];
-      case EwcType::kDouble: return reinterpret_cast<const double*>(data)[i];
-      case EwcType::kBFloat16: return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(data)[i]);
-      case EwcType::kFloat16: return __half2float(reinterpret_cast<const __half*>(data)[i]);
-      default: {
-        const int code = reinterpret_cast<const uint8_t*>(data)[i];
-        return code == 0 ? 0.0 : std::exp2(double(scales[size_t(i / 256 * 2)]) + double(scales[size_t(i / 256 * 2 + 1)]) * (code - 1));
-      }
-    }
-  }
-
-  void set(int64_t i, double v) {
-    switch (type) {
-      case EwcType::kFloat: reinterpret_cast<float*>(data)[i] = float(v); break;
-      case EwcType::kDouble: reinterpret_cast<double*>(data)[i] = v; break;
-      case EwcType::kBFloat16: reinterpret_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(float(v)); break;
-      case EwcType::kFloat16: reinterpret_cast<__half*>(data)[i] = __float2half(float(v)); break;
-      default: reinterpret_cast<uint8_t*>(data)[i] = uint8_t(v);
-    }
-  }
-
-  double epsilon() const {  // of one rounding to this type
-    switch (type) {
-      case EwcType::kDouble: return 1e-16;
-      case EwcType::kBFloat16: return 0x1p-8;
-      case EwcType::kFloat16: return 0x1p-11;
-      default: return 0x1p-24;
-    }
-  }
-};
 
 struct Parameter {
   std::vector<Operand> operands;  // theta, anchor, fisher, grad
@@ -106,12 +55,6 @@ double run(std::vector<Parameter>& list, double scale, const double* upstream, d
   return out;
 }
 
-bool close(const char* what, double got, double want, double tolerance) {
-  if (std::fabs(got - want) <= tolerance) return true;
-  printf("%s: got %.9g, expected %.9g, tolerance %.3g\n", what, got, want, tolerance);
-  return false;
-}
-
 // One mode on copies of `list` (made anew from the seed), every written element and the value checked.
 template <EwcMode mode>
 bool check(const char* what, const std::function<std::vector<Parameter>()>& make) {
@@ -148,7 +91,7 @@ bool check(const char* what, const std::function<std::vector<Parameter>()>& make
     }
     for (int k = 0; k < 4; ++k)
       ok = ok && memcmp(after[p].operands[size_t(k)].data, again[p].operands[size_t(k)].data,
-                        size_t(x[size_t(k)].numel * Operand::size(x[size_t(k)].type))) == 0;
+                        size_t(Operand::bytes(x[size_t(k)].type, x[size_t(k)].numel))) == 0;
   }
   if (mode == EwcMode::kValue || mode == EwcMode::kAdd) ok = ok && close("value", value, kFactor * total, 4e-6 * std::fabs(kFactor * total));
   if (!ok) printf("failed: %s, mode %d\n", what, int(mode));
@@ -170,12 +113,13 @@ int main(int arguments, char**) {
   // 1023 to 1025: one round of the block; 255 to 257: a u8log block; 0: takes no place in a launch
   constexpr int64_t kSizes[] = {257, 0, 1, 1025, 3, 4, 5, 255, 256, 1023, 1024, 2051, 7};
   bool ok = true;
-  // 108 mixes, two launches; every third list starts off alignment
+  constexpr EwcType kAnchors[4] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16, EwcType::kSplit};
+  // 144 mixes, three launches; every third list starts off alignment
   ok &= check_all("every mix", [&](bool same) {
     std::mt19937 random(1);
     std::vector<Parameter> list;
-    for (int c = 0; c < 108; ++c) {
-      const EwcType theta = kFloats[c % 3], types[4] = {theta, kFloats[c / 3 % 3], kFishers[c / 9 % 4], same ? theta : kFloats[c / 36]};
+    for (int c = 0; c < 144; ++c) {
+      const EwcType theta = kFloats[c % 3], types[4] = {theta, kAnchors[c / 3 % 4], kFishers[c / 12 % 4], same ? theta : kFloats[c / 48]};
       list.emplace_back(types, kSizes[c % 13], c % 3 == 2 || c % 7 == 0 ? 1 + c % 3 : 0, random);
     }
     return list;
@@ -185,7 +129,7 @@ int main(int arguments, char**) {
     std::mt19937 random(2);
     std::vector<Parameter> list;
     const EwcType f = EwcType::kFloat, b = EwcType::kBFloat16;
-    const EwcType mixes[3][4] = {{f, f, f, f}, {f, b, EwcType::kU8Log, same ? f : b}, {b, b, b, b}};
+    const EwcType mixes[3][4] = {{f, EwcType::kSplit, f, f}, {f, b, EwcType::kU8Log, same ? f : b}, {b, b, b, b}};
     const int64_t sizes[3] = {65537, 2 * 65536, 65536 + 2051};
     for (int m = 0; m < 3; ++m) list.emplace_back(mixes[m], sizes[m], 0, random);
     return list;

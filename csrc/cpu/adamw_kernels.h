@@ -1,0 +1,80 @@
+// AdamW with EWC over a run of elements of one tensor, in blocks of 256 that stay in L1 (ewc_stage.h): 28 bytes an
+// element for AdamW in float32 and 8 for fisher and anchor, each once; square root and two divisions (about 40 cycles
+// per 16 elements on Zen 4) hide behind the 120 that memory takes.
+#include "ewc_stage.h"
+
+namespace fasttax {
+namespace FASTTAX_ISA_NS {
+
+// One vector or one float: S with its loads. Returns the term of the penalty, at theta before the step.
+template <AdamWMode mode, bool amsgrad, class S, class Root>
+inline S adamw_element(S& theta, S anchor, S fisher, S grad, S& m, S& v, S& most, bool from_second, const AdamWStep<S>& k, const Root& root,
+                       S one) {
+  S term = theta - theta;
+  const S g = adamw_gradient<mode>(grad, theta, anchor, fisher, v, from_second, k, term);
+  m = adamw_first(m, g, k.one_minus_beta1);
+  v = adamw_second(v, g, k.beta2, k.one_minus_beta2);
+  S for_metric = v;
+  if (amsgrad) for_metric = most = v > most ? v : most;
+  const S metric = adamw_metric(root(for_metric), k.root_factor, k.eps);
+  theta = adamw_moved<mode>(theta, rounded(theta * k.decay), anchor, fisher, m, v, metric, from_second, k, term, one);
+  return term;
+}
+
+template <AdamWMode mode, bool amsgrad>
+inline double adamw_run(const Operand (&x)[kAwOperands], int64_t begin, int64_t end, const AdamWStep<float>& k) {
+  alignas(64) float buffers[kAwOperands][kStage];
+  const auto root = [](float a) { return std::sqrt(a); };
+  const auto roots = [](VF a) { return sqrt(a); };
+  const AdamWStep<VF> ks{splat(k.grad_factor),     splat(k.decay),  splat(k.one_minus_beta1), splat(k.beta2),
+                         splat(k.one_minus_beta2), splat(k.step),   splat(k.root_factor),     splat(k.eps),
+                         splat(k.first),           splat(k.second), splat(k.fisher_factor)};
+  const bool from_second = mode != AdamWMode::kPlain && !x[kAwFisher].data;
+  double total = 0;
+  for (int64_t start = begin; start < end; start += kStage) {
+    const int64_t n = std::min(kStage, end - start);
+    float* at[kAwOperands];
+    for (int o = 0; o < kAwOperands; ++o) at[o] = x[o].data ? const_cast<float*>(stage(x[o], start, n, buffers[o])) : buffers[o];
+    VF sums{};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int o = 0; o < kAwOperands; ++o) ahead(at[o] + i);  // of a buffer on the stack: in L1 anyhow
+      VF theta = load(at[kAwTheta] + i), m = load(at[kAwFirst] + i), v = load(at[kAwSecond] + i), anchor{}, fisher{}, most{};
+      if (mode != AdamWMode::kPlain) anchor = load(at[kAwAnchor] + i);
+      if (mode != AdamWMode::kPlain && !from_second) fisher = load(at[kAwFisher] + i);
+      if (amsgrad) most = load(at[kAwMax] + i);
+      sums += adamw_element<mode, amsgrad>(theta, anchor, fisher, load(at[kAwGrad] + i), m, v, most, from_second, ks, roots, splat(1.0f));
+      store(at[kAwTheta] + i, theta);
+      store(at[kAwFirst] + i, m);
+      store(at[kAwSecond] + i, v);
+      if (amsgrad) store(at[kAwMax] + i, most);
+    }
+    for (; i < n; ++i) {
+      const float anchor = mode != AdamWMode::kPlain ? at[kAwAnchor][i] : 0;
+      const float fisher = mode != AdamWMode::kPlain && !from_second ? at[kAwFisher][i] : 0;
+      float unused = 0;
+      total += double(adamw_element<mode, amsgrad>(at[kAwTheta][i], anchor, fisher, at[kAwGrad][i], at[kAwFirst][i], at[kAwSecond][i],
+                                                   amsgrad ? at[kAwMax][i] : unused, from_second, k, root, 1.0f));
+    }
+    if (mode != AdamWMode::kPlain) total += sum(sums);
+    for (int o : {kAwTheta, kAwFirst, kAwSecond}) unstage(x[o], start, n, at[o]);
+    if (amsgrad) unstage(x[kAwMax], start, n, at[kAwMax]);
+  }
+  return total;
+}
+
+inline double adamw_task(const AdamWTensor& t, int64_t begin, int64_t end, const AdamWStep<float>& k) {
+  Operand x[kAwOperands];
+  for (int o = 0; o < kAwOperands; ++o) x[o] = {t.data[o], t.types[o], o == kAwFisher ? t.scales : nullptr};
+  const bool amsgrad = t.data[kAwMax] != nullptr;
+  switch (t.mode) {
+    case AdamWMode::kGrad:
+      return amsgrad ? adamw_run<AdamWMode::kGrad, true>(x, begin, end, k) : adamw_run<AdamWMode::kGrad, false>(x, begin, end, k);
+    case AdamWMode::kProx:
+      return amsgrad ? adamw_run<AdamWMode::kProx, true>(x, begin, end, k) : adamw_run<AdamWMode::kProx, false>(x, begin, end, k);
+    default: return amsgrad ? adamw_run<AdamWMode::kPlain, true>(x, begin, end, k) : adamw_run<AdamWMode::kPlain, false>(x, begin, end, k);
+  }
+}
+
+}  // namespace FASTTAX_ISA_NS
+}  // namespace fasttax

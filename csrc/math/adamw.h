@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cmath>
+
+#include "../adamw_types.h"
+#include "ewc.h"
+
+// AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), element by element, in the order of torch.optim.AdamW:
+//   m <- m + (g - m) (1 - beta1)      v <- beta2 v + (1 - beta2) g^2      D = sqrt(v) / sqrt(1 - beta2^t) + eps
+//   theta <- theta (1 - lr weight_decay) - lr / (1 - beta1^t) * m / D
+// S is a scalar or a SIMD vector; the square root is the backend's.
+namespace fasttax {
+
+template <class S>
+FASTTAX_HD S adamw_first(S m, S grad, S one_minus_beta1) {
+  return m + (grad - m) * one_minus_beta1;
+}
+
+template <class S>
+FASTTAX_HD S adamw_second(S v, S grad, S beta2, S one_minus_beta2) {
+  return v * beta2 + one_minus_beta2 * grad * grad;
+}
+
+template <class S>
+FASTTAX_HD S adamw_metric(S root, S root_factor, S eps) {  // D
+  return root * root_factor + eps;
+}
+
+template <class S>
+FASTTAX_HD S adamw_theta(S decayed, S m, S metric, S step) {  // decayed = theta (1 - lr weight_decay), rounded
+  return decayed - step * m / metric;
+}
+
+// t: this step's number, from 1; lr and inv_grad_scale apart from the options because they may come from the device.
+template <class S>
+FASTTAX_HD AdamWStep<S> adamw_step(const AdamWOptions& x, AdamWMode mode, double lr, double inv_grad_scale, double t) {
+  const double unbias2 = 1 - pow(x.beta2, t), before2 = 1 - pow(x.beta2, t - 1);
+  const double pull = mode == AdamWMode::kProx ? lr * x.strength : x.strength;
+  const EwcStep product = ewc_step(pull);
+  const double moment = mode == AdamWMode::kProx ? 1 / unbias2 : before2 > 0 ? 1 / before2 : 0;
+  return {S((x.maximize ? -1 : 1) * inv_grad_scale),
+          S(1 - lr * x.weight_decay),
+          S(1 - x.beta1),
+          S(x.beta2),
+          S(1 - x.beta2),
+          S(lr / (1 - pow(x.beta1, t))),
+          S(1 / std::sqrt(unbias2)),
+          S(x.eps),
+          sizeof(S) == 8 ? S(pull) : S(product.first),
+          sizeof(S) == 8 ? S(1) : S(product.second),
+          S(x.second_moment * moment)};
+}
+
+}  // namespace fasttax

@@ -1,0 +1,54 @@
+"""The CUDA AdamW+EWC kernel without a GPU: its source on a SIMT machine, with faults that must be caught, and its machine code."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from cuda_tools import ARCHS, ASAN, TSAN, Done, Fault, build_cubins, finished, machine_code, registers, start_runs, steps
+
+ADAMW = "cuda/adamw.cuh"
+FAULTS = {
+    "ignores alignment": Fault(ASAN, ADAMW, "tensor.aligned ?", "true ?", "misaligned address"),
+    "no barrier": Fault(TSAN, ADAMW, "  __syncthreads();\n", "", "data race"),
+    "second launch over the first": Fault((), ADAMW, "    args.parts += blocks;\n", "", "FAILED"),
+}
+
+
+@pytest.fixture(scope="module")
+def simt_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done]]:
+    return start_runs("adamw", FAULTS, tmp_path_factory)
+
+
+@pytest.mark.parametrize("build", ["plain", "address", "thread"])
+def test_kernel_on_the_simt_machine(simt_runs: dict[str, Future[Done]], build: str) -> None:
+    done = finished(simt_runs, build)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    # 2 runs x (2 for each list of 72 mixes, of which there are 4, 1 for float64, 1 for the chunks but under TSan)
+    assert f"ok: {18 if build == 'thread' else 20} launches" in done.stdout
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_the_simt_machine_catches(simt_runs: dict[str, Future[Done]], fault: str) -> None:
+    done = finished(simt_runs, fault)
+    assert done.returncode != 0
+    assert FAULTS[fault].says in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, Path]]]:
+    return build_cubins(["adamw.cu"], tmp_path_factory.mktemp("cubin"))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+    report, cubin = cubins[arch][0]
+    used = registers(report)
+    assert max(used.values()) <= 80, used  # 3 blocks of 256 per SM
+    code = next(body for name, body in machine_code(cubin).items() if "adamw_kernel" in name)
+    assert not re.search(r"\b(LDL|STL|RED|ATOM)", code)
+    opcodes = steps(code)
+    assert sum(bool(re.match(r"LDG\.E.*\.128$", step)) for step in opcodes) >= 4 + 6 + 6  # each mode's float32 operands
+    assert sum(bool(re.match(r"STG\.E.*\.128$", step)) for step in opcodes) >= 3 * 3

@@ -1,0 +1,112 @@
+"""The Triton kernels of EWC without a GPU: the ops against fasttax.reference in Triton's interpreter, and that they compile for GPUs.
+
+The interpreter checks results, not bounds, races or speed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasttax import reference
+from fasttax._ewc_store import SPLIT, encode_anchor
+from fasttax.estimate import encode
+
+pytest.importorskip("triton")
+
+SIZES = (0, 1, 257, 2048 + 5)  # none, one, beyond a block of 256, beyond a program
+MIXES = {  # theta, grad, anchor, Fisher
+    "float32": (torch.float32, torch.float32, "fp32", "fp32"),
+    "half": (torch.bfloat16, torch.bfloat16, "bf16", "bf16"),
+    "packed": (torch.float32, torch.float16, SPLIT, "u8log"),
+}
+NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def lists(mix: str) -> dict[str, list[Tensor]]:
+    torch.manual_seed(0)
+    theta, grad, anchor, storage = MIXES[mix]
+    stored = [encode(torch.randn(n).exp(), storage) for n in SIZES]
+    out = {name: [torch.randn(n).to(d) for n in SIZES] for name, d in (("params", theta), ("grads", grad), ("m", theta))}
+    out["v"] = [torch.rand(n).add(0.1).to(theta) for n in SIZES]
+    out["anchors"] = [encode_anchor(torch.randn(n), NAMES.get(anchor, anchor)) for n in SIZES]
+    out["fishers"] = [s.values for s in stored]
+    out["scales"] = [s.scales for s in stored if s.scales is not None]
+    return out
+
+
+def close(got: Any, want: Any) -> None:
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=2 * torch.finfo(w.dtype).eps + 2e-5, atol=2e-5)
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
+def check_lists() -> None:
+    """Penalty, backward, add_grad_ and prox_, also at strengths that float32 cannot hold."""
+    op = torch.ops.fasttax
+    for mix in MIXES:
+        x = lists(mix)
+        held = x["anchors"], x["fishers"], x["scales"]
+        close([op.ewc_penalty(x["params"], *held, 3.0)], [reference.ewc_penalty(x["params"], *held, 3.0)])
+        upstream = torch.tensor(0.7)
+        close(op.ewc_penalty_backward(upstream, x["params"], *held, 3.0), reference.ewc_penalty_backward(upstream, x["params"], *held, 3.0))
+        grads = [clones(x["grads"]) for _ in range(2)]
+        values = [f.ewc_add_grad_(x["params"], g, *held, 0.5, 0.3) for f, g in zip((op, reference), grads, strict=True)]
+        close([values[0], *grads[0]], [values[1], *grads[1]])
+        for step in (0.3, 1e12, 1e45):
+            params = [clones(x["params"]) for _ in range(2)]
+            for f, p in zip((op, reference), params, strict=True):
+                f.ewc_prox_(p, *held, step)
+            close(*params)
+
+
+def check_adamw() -> None:
+    """Every mode, amsgrad, a GradScaler's tensors, the second moment, parameters that are not held."""
+    empty = torch.empty(0)
+    scale, fine, inf = torch.tensor(8.0), torch.tensor(0.0), torch.tensor([1.0])
+    cases = ((False, 0.0, False, None, None), (True, 0.0, True, scale, fine), (False, 2.0, False, None, None), (True, 2.0, False, None, None),
+             (True, 0.0, False, scale, inf))  # fmt: skip
+    for mix in MIXES:
+        for prox, second, amsgrad, grad_scale, found_inf in cases:
+            results = []
+            for f in (torch.ops.fasttax, reference):
+                x = lists(mix)
+                anchors = [empty if i == 2 else a for i, a in enumerate(x["anchors"])]
+                fishers = [empty] * len(SIZES) if second else x["fishers"]
+                steps = [torch.tensor(float(i)) for i in range(len(SIZES))]
+                most = clones(x["v"]) if amsgrad else []
+                value = f.ewc_adamw_(x["params"], x["grads"], x["m"], x["v"], most, steps, anchors, fishers, [] if second else x["scales"], prox, 0.4, second,
+                                     torch.tensor(0.01, dtype=torch.float64), 0.9, 0.999, 1e-8, 0.01, True, grad_scale, found_inf)  # fmt: skip
+                results.append([value, *x["params"], *x["m"], *x["v"], *most, *steps])
+            close(*results)
+
+
+def check_lora() -> None:
+    for shape in ((1, 1, 1), (3, 33, 65), (17, 70, 130)):
+        r, out, width = shape
+        for dtype, storage in ((torch.float32, "fp32"), (torch.bfloat16, "u8log")):
+            a, b, stored = torch.randn(r, width).to(dtype), torch.randn(out, r).to(dtype), encode(torch.randn(out, width).exp(), storage)
+            scales = torch.empty(0) if stored.scales is None else stored.scales
+            for gradient in (True, False):
+                got, want = (f.lora_ewc_penalty(a, b, stored.values, scales, 0.25, 3.0, gradient) for f in (torch.ops.fasttax, reference))
+                for g, w in zip(got, want, strict=True):
+                    torch.testing.assert_close(g, w, rtol=3e-5, atol=1e-5 * float(w.abs().max()) if w.numel() else 0.0)
+
+
+def test_in_the_interpreter() -> None:
+    """In one process of its own: Triton chooses the interpreter when it is imported."""
+    calls = "t.check_lists(); t.check_adamw(); t.check_lora()"
+    code = f"import test_triton_ewc as t; from fasttax import _library; assert _library.active('ewc_adamw_', 'cpu')[0] == 'Triton'; {calls}"
+    environment = {**os.environ, "FASTTAX_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
