@@ -68,7 +68,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
     weights = example_weight->const_data_ptr();
   }
   if (R == 0 || I == 0 || O == 0) return;
-  FASTTAX_CHECK(inputs.stride(1) == 1 && grad_outputs.stride(1) == 1, op, "inputs and grad_outputs: the last dimension must be contiguous");
+  FASTTAX_CHECK((inputs.stride(1) == 1 || I == 1) && (grad_outputs.stride(1) == 1 || O == 1), op, "inputs and grad_outputs: the last dimension must be contiguous");
   if (wide) {
     sqgrad_double(static_cast<const double*>(inputs.const_data_ptr()), inputs.stride(0),
                   static_cast<const double*>(grad_outputs.const_data_ptr()), grad_outputs.stride(0), starts, examples,
