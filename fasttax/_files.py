@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT_KEY = "fasttax"
+INDEX = "index.safetensors"
 
 
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -51,6 +52,58 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         raise ValueError(f"fasttax: {target} is truncated or no safetensors file ({error}); write it anew with .save()") from error
 
 
+def gathered(t: Tensor) -> Tensor:
+    """The whole of a DTensor, which every rank of its mesh must ask for; other tensors as they are."""
+    whole: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[operator]
+    return whole
+
+
+def write_sharded(folder: str | os.PathLike[str], kind: str, groups: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any], max_bytes: int) -> None:
+    """Part files of about `max_bytes` each, then an index that names them: a crash leaves no index, or the old one.
+
+    groups: name -> tensors that stay in one file. Under torch.distributed rank 0 writes; the others help to gather.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    target = Path(folder)
+    if rank == 0:
+        target.mkdir(exist_ok=True)
+    parts: list[list[str]] = []
+    part: dict[str, Tensor] = {}
+    names: list[str] = []
+
+    def flush() -> None:
+        if rank == 0 and part:
+            write(target / f"part-{len(parts):05d}.safetensors", kind, part, {})
+        parts.append(list(names))
+        part.clear()
+        names.clear()
+
+    size = 0
+    for name, tensors in groups.items():
+        whole = {n: gathered(t) for n, t in tensors.items()}
+        more = sum(t.nbytes for t in whole.values())
+        if part and size + more > max_bytes:
+            flush()
+            size = 0
+        part.update(whole)
+        names.append(name)
+        size += more
+    flush()
+    if rank == 0:
+        files = {f"part-{i:05d}.safetensors": p for i, p in enumerate(parts)}
+        write(target / INDEX, kind, {"empty": torch.empty(0)}, {**metadata, "_parts": files})
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def read_sharded(folder: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    _, metadata = read(Path(folder) / INDEX, kind)
+    tensors: dict[str, Tensor] = {}
+    for part in metadata.pop("_parts"):
+        tensors |= read(Path(folder) / part, kind)[0]
+    return tensors, metadata
+
+
 def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A short hash of names, shapes and up to 256 evenly spaced values a tensor, rounded to bfloat16.
 
@@ -58,7 +111,7 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, t in sorted(tensors, key=lambda item: item[0]):
-        flat = t.detach().reshape(-1)
+        flat = gathered(t.detach()).reshape(-1)
         index = torch.linspace(0, max(0, flat.numel() - 1), min(256, flat.numel()), dtype=torch.float64, device=flat.device).long()
         sample = flat[index].to(torch.bfloat16).cpu().contiguous().view(torch.int16)
         digest.update(f"{name} {tuple(t.shape)}".encode())
