@@ -6,11 +6,11 @@ import importlib
 from typing import Any
 
 from fasttax import functional as functional
+from fasttax._estimation import estimate_fisher as estimate_fisher
 from fasttax._library import load_native as _load_native
 from fasttax.estimate import FisherEstimate as FisherEstimate
 from fasttax.ewc import EWC as EWC
 from fasttax.fisher import DiagonalFisher as DiagonalFisher
-from fasttax.fisher import estimate_fisher as estimate_fisher
 from fasttax.kl import token_kl as token_kl
 from fasttax.kl_stats import TokenStats as TokenStats
 from fasttax.kl_stats import kl_estimate as kl_estimate

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fasttax import _checks, _files, _shards
+from fasttax import _checks, _files, _mapped, _shards
 from fasttax._ewc_fit import differences, match, survey
 from fasttax._ewc_lora import LoraHeld
 from fasttax._ewc_store import Held, Kept, Store, decode_anchor, encode_anchor, encode_for
@@ -65,7 +65,7 @@ def save(ewc: EWC, path: str | os.PathLike[str]) -> None:
         extra = {**_facts(ewc), "anchor_hash": _files.weights_hash(anchors.items())}
         tensors = _tensors(held, ewc._lora)
         specs = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-        _files.write_streamed(path, "EWC", specs, {**ewc.metadata, "ewc": extra}, tensors.items())
+        _mapped.write_streamed(path, "EWC", specs, {**ewc.metadata, "ewc": extra}, tensors.items())
     if sharded:
         dist.barrier()
 
@@ -109,7 +109,7 @@ def load(ewc: EWC, path: str | os.PathLike[str], model: nn.Module, offload: str 
             plain[t.given] = t
     if offload == "cpu" and all(t.theta.device.type == "cpu" and t.given == t.name and not _shards.is_sharded(t.theta) for t in plain.values()):
         del tensors, anchors, stored
-        ewc._store.adopt(_files.Mapped(path), {t.name: t.theta for t in plain.values()})
+        ewc._store.adopt(_mapped.Mapped(path), {t.name: t.theta for t in plain.values()})
         return
     held = []
     for given, t in plain.items():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax import _checks, _files, _shards, reference
+from fasttax import _checks, _mapped, _shards, reference
 from fasttax.estimate import BLOCK, Stored, encode
 
 SPLIT = "bf16+8"
@@ -81,7 +81,7 @@ def decode_anchor(anchor: Tensor, shape: torch.Size) -> Tensor:
     return reference.decode_split(anchor, shape.numel()).view(shape) if anchor.dtype == torch.uint8 else anchor
 
 
-def spec_of(count_shape: torch.Size, dtype: torch.dtype | str) -> _files.Spec:
+def spec_of(count_shape: torch.Size, dtype: torch.dtype | str) -> _mapped.Spec:
     if isinstance(dtype, torch.dtype):
         return dtype, tuple(count_shape)
     return torch.uint8, ((count_shape.numel() + BLOCK - 1) // BLOCK * 3 * BLOCK,)
@@ -106,7 +106,7 @@ class Item:
     def kind(self, dtype: torch.dtype | str | None) -> torch.dtype | str:
         return torch.float64 if self.theta.dtype == torch.float64 else dtype or self.theta.dtype
 
-    def specs(self, storage: str, dtype: torch.dtype | str | None) -> dict[str, _files.Spec]:
+    def specs(self, storage: str, dtype: torch.dtype | str | None) -> dict[str, _mapped.Spec]:
         shape = _shards.local(self.theta.detach()).shape
         wide = self.theta.dtype == torch.float64
         kind = torch.float64 if wide else {"fp32": torch.float32, "bf16": torch.bfloat16, "u8log": torch.uint8}[storage]
@@ -122,7 +122,7 @@ class Store:
     def __init__(self, offload: str | None) -> None:
         self.offload = offload
         self.held: dict[str, Held] = {}
-        self._file: _files.Mapped | None = None
+        self._file: _mapped.Mapped | None = None
         self._stream: Any = None
 
     def fill(self, items: Sequence[Item], storage: str, dtype: torch.dtype | str | None) -> None:
@@ -134,7 +134,7 @@ class Store:
                 self.held[item.name] = Held(item.name, self._at_home(fisher, item.theta), item.theta, self._home(anchor, item.theta))
         if not to_file:
             return
-        specs: dict[str, _files.Spec] = {}
+        specs: dict[str, _mapped.Spec] = {}
         for item in to_file:
             specs.update(item.specs(storage, dtype))
 
@@ -159,16 +159,16 @@ class Store:
             tensors |= {f"scales.{h.name}": h.fisher.scales for h in on_file if h.fisher.scales is not None}
             self._to_file({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, tensors.items(), {h.name: h.theta for h in on_file})
 
-    def _to_file(self, specs: dict[str, _files.Spec], tensors: Iterable[tuple[str, Tensor]], params: dict[str, Tensor]) -> None:
+    def _to_file(self, specs: dict[str, _mapped.Spec], tensors: Iterable[tuple[str, Tensor]], params: dict[str, Tensor]) -> None:
         handle, path = tempfile.mkstemp(prefix="fasttax-ewc-", suffix=".safetensors")
         os.close(handle)
         try:
-            _files.write_streamed(path, "EWC", specs, {}, tensors)
-            self.adopt(_files.Mapped(path), params)
+            _mapped.write_streamed(path, "EWC", specs, {}, tensors)
+            self.adopt(_mapped.Mapped(path), params)
         finally:
             os.unlink(path)  # the mapping keeps it
 
-    def adopt(self, file: _files.Mapped, params: dict[str, Tensor]) -> None:
+    def adopt(self, file: _mapped.Mapped, params: dict[str, Tensor]) -> None:
         """Holds `params` by what `file` has for them, without reading it."""
         self._file = file
         for name, theta in params.items():

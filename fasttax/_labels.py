@@ -7,12 +7,10 @@ from torch import Tensor
 
 from fasttax import _batches, _checks
 
-_SAMPLE_BLOCK = 256
-
 
 @torch.no_grad()
 def score(logits: Tensor, batch: _batches.Batch, generator: torch.Generator | None) -> Tensor:
-    """The gradient of -sum log p(label) at the logits: softmax - onehot at the predictions that count, 0 elsewhere.
+    """The gradient of -sum log p(label) at the logits, float32 (float64): softmax - onehot at the predictions that count, else 0.
 
     Labels are drawn from the logits' own distribution by `generator`; without one they are the batch's own.
     """
@@ -24,7 +22,7 @@ def score(logits: Tensor, batch: _batches.Batch, generator: torch.Generator | No
         if int(labels.max()) >= p.shape[-1]:
             raise _checks.fail("DiagonalFisher.update", "batch['labels']", f"labels in [0, {p.shape[-1]})", f"{int(labels.max())}")
     p.scatter_add_(-1, labels[..., None], torch.full_like(labels[..., None], -1, dtype=p.dtype))
-    return p.masked_fill_(~batch.counted[..., None], 0.0).to(logits.dtype)
+    return p.masked_fill_(~batch.counted[..., None], 0.0)
 
 
 _SAMPLE_BLOCK = 256
@@ -39,7 +37,8 @@ def sample(p: Tensor, generator: torch.Generator) -> Tensor:
     whole = V - V % _SAMPLE_BLOCK
     masses = [p[..., :whole].unflatten(-1, (-1, _SAMPLE_BLOCK)).sum(-1)] + ([p[..., whole:].sum(-1, keepdim=True)] if whole < V else [])
     running = torch.cat(masses, -1).cumsum(-1)
-    u = torch.rand(p.shape[:-1], dtype=p.dtype, device=p.device, generator=generator)[..., None] * running[..., -1:]
+    drawn = torch.rand(p.shape[:-1], dtype=p.dtype, device=generator.device, generator=generator).to(p.device)
+    u = drawn[..., None] * running[..., -1:]
     block = torch.searchsorted(running, u, right=True).clamp_max(running.shape[-1] - 1)
     before = torch.where(block > 0, running.gather(-1, (block - 1).clamp_min(0)), 0.0)
     index = block * _SAMPLE_BLOCK + torch.arange(min(_SAMPLE_BLOCK, V), device=p.device)

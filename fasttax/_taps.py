@@ -1,30 +1,31 @@
 """Taps: where the squared per-example gradients of a module's parameters are taken, inside one ordinary backward pass.
 
 A tap is an identity on a module's output whose backward sees D (the gradient at the output) beside what the module saw in its
-forward, and adds the parameters' squares to the estimate. The parameters themselves are frozen meanwhile, so that autograd
-computes no weight gradient: the square takes its place. Inputs are kept by save_for_backward, so activation checkpointing,
-reentrant or not, treats them as any saved tensor.
+forward, and hands both to the sums. The parameters themselves are frozen meanwhile, so that autograd computes no weight
+gradient: the square takes its place. Inputs are kept by save_for_backward, so activation checkpointing, reentrant or not,
+treats them as any saved tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fasttax.functional import fisher as ops
+from fasttax import _sharding
+from fasttax._pass import WAY_OUT, Pass, in_backward
+from fasttax._pieces import Rows
 
 
 class Sink(Protocol):
     """The estimator's side of a tap."""
 
-    def segments(self, leading: torch.Size, where: str) -> Tensor: ...
-    def add(self, name: str) -> Tensor: ...
-    def weight(self, examples: int) -> Tensor | None: ...
-    def batch_size(self) -> int | None: ...
+    current: Pass | None
+
+    def take(self, current: Pass, name: str, piece: Rows) -> None: ...
+    def take_gradients(self, current: Pass, tap: Any, call: tuple[Any, ...], several: bool) -> None: ...
 
 
 class _Tap(torch.autograd.Function):
@@ -42,45 +43,72 @@ class _Tap(torch.autograd.Function):
         return d, None, None, *[None] * len(saved)
 
 
+def _batched(y: Tensor, x: Tensor, current: Pass) -> tuple[Tensor, Tensor]:
+    """What was computed once for the whole batch (position embeddings, of (1, T) or (T,)) as one copy for each example."""
+    batch = 1 if current.only is not None else current.batch
+    T = current.shape[1] if current.shape is not None else None
+    if batch > 1 and y.dim() > 1 and y.shape[0] == 1:
+        return y.expand(batch, *y.shape[1:]), x.expand(batch, *x.shape[1:])
+    once = x.dim() == 1 and y.dim() == 2 and T is not None and x.shape[0] == T != current.layout()[0]
+    return (y.expand(batch, *y.shape), x.expand(batch, *x.shape)) if once and batch > 1 else (y, x)
+
+
 class Tap:
     """Base: a forward hook that puts the tap behind a module. `names` maps the module's own parameter names to the model's."""
 
     def __init__(self, sink: Sink, module: nn.Module, where: str, names: dict[str, str]) -> None:
         self.sink, self.module, self.where, self.names = sink, module, where, names
-        self.seed = torch.zeros((), requires_grad=True)  # makes the output require grad though every parameter is frozen
+        self.parallel = False  # the module's input and output are split over ranks by features
+        self.seed: Tensor | None = None
 
     def install(self) -> Any:
-        return self.module.register_forward_hook(self._hook, with_kwargs=True)
+        # first of the module's hooks: what others make of its output is not its own
+        return self.module.register_forward_hook(self._hook, with_kwargs=True, prepend=True)
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        current = self.sink.current
+        if current is None:
+            return y  # a tap's own rerun of a module
+        if not in_backward():
+            current.calls[self] += 1
         if not torch.is_grad_enabled():
             return y  # a reentrant checkpoint's first pass, or somebody's evaluation
+        return self._tapped(current, args, kwargs, y)
+
+    def _apply(self, y: Tensor, record: Callable[..., None], *saved: Tensor) -> Tensor:
+        if self.seed is None or self.seed.device != y.device:  # makes the output require grad though every parameter is frozen
+            self.seed = torch.zeros((), device=y.device, requires_grad=True)
+        out: Tensor = _Tap.apply(y, self.seed, record, *saved)
+        return out
+
+    def _tapped(self, current: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(y, Tensor) or not isinstance(x, Tensor):
-            raise TypeError(f"DiagonalFisher: {self.where} ({type(module).__name__}): expected one tensor in and one out; "
-                            "leave its parameters out with params=, or use fallback='loop'")  # fmt: skip
-        batch = self.sink.batch_size()
-        if batch is not None and batch > 1 and y.dim() > 1 and y.shape[0] == 1:
-            # computed once for the whole batch (position embeddings): give every example its own copy to differentiate
-            y, x = y.expand(batch, *y.shape[1:]), x.expand(batch, *x.shape[1:])
-        seed = self.seed.to(y.device)
-        return _Tap.apply(y, seed if seed.requires_grad else seed.requires_grad_(), self.record, *self.keep(x))
+            raise TypeError(f"DiagonalFisher: {self.where} ({type(self.module).__name__}): expected one tensor in and one out; {WAY_OUT}")
+        y, x = _batched(y, x.detach(), current)
+        only = current.only
+        like = _sharding.placements(y)
 
-    def keep(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x.detach(),)
+        def record(d: Tensor, x: Tensor) -> None:
+            self.parallel = like is not None
+            leading = x.shape[: self.leading(x)]
+            self.record(current, _sharding.local(d, self.where, like), _sharding.local(x, self.where), current.segments(leading, self.where, only))
 
-    def record(self, d: Tensor, *saved: Tensor) -> None:
+        return self._apply(y, record, x)
+
+    def leading(self, x: Tensor) -> int:
+        return x.dim() - 1
+
+    def _give(self, current: Pass, own: str, piece: Rows) -> None:
+        piece.parallel = self.parallel
+        self.sink.take(current, self.names[own], piece)
+
+    def record(self, current: Pass, d: Tensor, x: Tensor, bounds: Tensor) -> None:
         raise AssertionError(f"{type(self).__name__} must define record")
 
-    def _bias(self, d: Tensor, bounds: Tensor) -> None:
+    def _bias(self, current: Pass, d: Tensor, bounds: Tensor) -> None:
         if "bias" in self.names:
-            out = self.sink.add(self.names["bias"])
-            ops.bias_sqgrad(d, cu_seqlens=bounds, example_weight=self.sink.weight(bounds.numel() - 1), out=out)
-
-
-def _widen(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 on both sides where it is on either."""
-    return (a.double(), b.double()) if torch.float64 in (a.dtype, b.dtype) else (a, b)
+            self._give(current, "bias", Rows("bias", bounds, d))
 
 
 class LinearTap(Tap):
@@ -88,41 +116,113 @@ class LinearTap(Tap):
 
     transposed = False
 
-    def record(self, d: Tensor, *saved: Tensor) -> None:
-        (x,) = saved
-        bounds = self.sink.segments(x.shape[:-1], self.where)
-        a, d = _widen(x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1]))
-        self._bias(d, bounds)
-        if "weight" in self.names:
-            self._weight(a, d, bounds)
+    def _tapped(self, current: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        out = super()._tapped(current, args, kwargs, y)
+        current.outputs[out.data_ptr() if not _sharding.is_dtensor(out) else 0] = self
+        return out
 
-    def _weight(self, a: Tensor, d: Tensor, bounds: Tensor) -> None:
-        out = self.sink.add(self.names["weight"])
-        pair = (d, a) if self.transposed else (a, d)
-        ops.linear_sqgrad(*pair, cu_seqlens=bounds, example_weight=self.sink.weight(bounds.numel() - 1), out=out)
+    def record(self, current: Pass, d: Tensor, x: Tensor, bounds: Tensor) -> None:
+        a, d = x.reshape(-1, x.shape[-1]), d.reshape(-1, d.shape[-1])
+        if d.dtype in (torch.bfloat16, torch.float16) and a.dtype == torch.float32:
+            a = a.to(d.dtype)  # autocast: what the layer multiplied
+        if current.score is not None and current.head is self:
+            score = current.score.reshape(-1, current.score.shape[-1])
+            if "bias" in self.names:
+                self._give(current, "bias", Rows("head", bounds, d, None, score))
+            if "weight" in self.names:
+                self._give(current, "weight", Rows("head", bounds, d, a, score))
+            return
+        self._bias(current, d, bounds)
+        if "weight" in self.names:
+            self._give(current, "weight", Rows("linear", bounds, a, d) if self.transposed else Rows("linear", bounds, d, a))
 
 
 class Conv1DTap(LinearTap):
     transposed = True
 
 
-class EmbeddingTap(Tap):
-    def record(self, d: Tensor, *saved: Tensor) -> None:
-        (ids,) = saved
-        bounds = self.sink.segments(ids.shape, self.where)
-        keys, rows = self.rows(ids, d, bounds)
-        self._add(keys, rows * rows, bounds)
+class ConvTap(Tap):
+    """nn.Conv1d and nn.Conv2d of one group: a linear layer over the patches, every position of the output a token."""
 
-    def rows(self, ids: Tensor, d: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    def leading(self, x: Tensor) -> int:
         module = self.module
-        assert isinstance(module, nn.Embedding)
-        return ops.embedding_rows("DiagonalFisher", ids.flatten(), d.reshape(-1, d.shape[-1]), bounds, module.num_embeddings, module.padding_idx)
+        assert isinstance(module, nn.Conv1d | nn.Conv2d)
+        if x.dim() != len(module.kernel_size) + 2:
+            raise ValueError(f"DiagonalFisher: {self.where}: expected a batch of {len(module.kernel_size) + 2} dimensions, got {tuple(x.shape)}; {WAY_OUT}")
+        return 1
 
-    def _add(self, keys: Tensor, square: Tensor, bounds: Tensor) -> None:
-        weight = self.sink.weight(bounds.numel() - 1)
-        out = self.sink.add(self.names["weight"])
-        square = square if weight is None else square * weight[keys[0]][:, None]
-        out.index_add_(0, keys[1], square.to(out.dtype))
+    def record(self, current: Pass, d: Tensor, x: Tensor, bounds: Tensor) -> None:
+        positions = d[0, 0].numel()
+        rows = d.shape[0] * positions
+        bounds = torch.arange(rows + 1) if current.unit == "token" else bounds * positions
+        d = d.flatten(2).transpose(1, 2).reshape(rows, -1)
+        self._bias(current, d, bounds)
+        if "weight" in self.names:
+            self._give(current, "weight", Rows("linear", bounds, d, self.patches(x)))
+
+    def patches(self, x: Tensor) -> Tensor:
+        module: Any = self.module
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        sizes: list[tuple[int, ...]] = [module.kernel_size, module.dilation, module.stride]
+        if x.dim() == 3:
+            x, sizes = x[:, :, None], [(1, *size) for size in sizes]
+        kernel, dilation, stride = sizes
+        unfolded = nn.functional.unfold(x, kernel, dilation=dilation, stride=stride)  # (B, C * kernel, positions)
+        return unfolded.transpose(1, 2).flatten(0, 1)
+
+
+class EmbeddingTap(Tap):
+    """nn.Embedding and its subclasses, whatever they do to the ids and whatever number they multiply a row by."""
+
+    def _tapped(self, current: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        if type(self.module).forward is nn.Embedding.forward:
+            ids, factor = (args[0] if args else kwargs["input"]), None
+        else:
+            ids, factor = self._lookup(args, kwargs)
+        if not isinstance(y, Tensor) or y.shape[:-1] != ids.shape:
+            raise TypeError(f"DiagonalFisher: {self.where} ({type(self.module).__name__}): expected a tensor of ids in and one row each out; {WAY_OUT}")
+        if _sharding.is_dtensor(y):
+            raise TypeError(f"DiagonalFisher: {self.where}: an embedding split over ranks (tensor parallel) has no rule; {WAY_OUT}")
+        y, ids = _batched(y, ids.detach(), current)
+        only = current.only
+        if not in_backward() and only is None:
+            current.ids[self.names["weight"]] = ids
+
+        def record(d: Tensor, ids: Tensor, *factor: Tensor) -> None:
+            bounds = current.segments(ids.shape, self.where, only)
+            d = d * factor[0][..., None].to(d.dtype) if factor else d
+            self.record(current, d, ids, bounds)
+
+        return self._apply(y, record, ids, *([] if factor is None else [factor.expand(ids.shape)]))
+
+    def record(self, current: Pass, d: Tensor, x: Tensor, bounds: Tensor) -> None:
+        module: Any = self.module
+        rows, ids = d.reshape(-1, d.shape[-1]), x.flatten()
+        if module.padding_idx is not None:
+            rows = rows.masked_fill((ids == module.padding_idx % module.num_embeddings)[:, None], 0.0)
+        self._give(current, "weight", Rows("embedding", bounds, rows, ids))
+
+    @torch.no_grad()
+    def _lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(ids, factor) of a subclass's forward, read off its own output with two tables in place of the weight: (1, row) and 1."""
+        module: Any = self.module
+        rows = torch.arange(module.num_embeddings, dtype=torch.float64, device=module.weight.device)
+        out = self._with_table(torch.stack((torch.ones_like(rows), rows), -1), args, kwargs)
+        factor = self._with_table(torch.ones(len(rows), 1, dtype=module.weight.dtype, device=rows.device), args, kwargs)
+        if out.shape[-1:] != (2,) or factor.shape != (*out.shape[:-1], 1):
+            raise TypeError(f"DiagonalFisher: {self.where} ({type(module).__name__}): what it makes of its table is no row times a number; {WAY_OUT}")
+        ids = torch.where(out[..., 0] != 0, out[..., 1] / out[..., 0], 0.0).round().long()
+        return ids, factor[..., 0]
+
+    def _with_table(self, table: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        kept = self.module._parameters["weight"]
+        self.module._parameters["weight"] = table  # type: ignore[assignment]
+        try:
+            out: Tensor = self.module.forward(*args, **kwargs)
+        finally:
+            self.module._parameters["weight"] = kept
+        return out
 
 
 class ElementwiseTap(Tap):
@@ -131,75 +231,28 @@ class ElementwiseTap(Tap):
     xhat is the module's own output at weight 1 less that at weight 0, so nothing is divided by a weight and no eps is guessed.
     """
 
-    def record(self, d: Tensor, *saved: Tensor) -> None:
-        (x,) = saved
-        bounds = self.sink.segments(x.shape[:-1], self.where)
-        width = d.shape[-1]
-        flat = d.reshape(-1, width)
-        self._bias(flat, bounds)
+    def record(self, current: Pass, d: Tensor, x: Tensor, bounds: Tensor) -> None:
+        flat = d.reshape(-1, d.shape[-1])
+        self._bias(current, flat, bounds)
         if "weight" in self.names:
-            xhat = (self._at(x, 1.0) - self._at(x, 0.0)).reshape(-1, width)
-            weight = self.sink.weight(bounds.numel() - 1)
-            ops.norm_sqgrad(*_widen(xhat, flat), cu_seqlens=bounds, example_weight=weight, out=self.sink.add(self.names["weight"]))
+            xhat = (self._at(x, 1.0) - self._at(x, 0.0)).reshape(flat.shape)
+            self._give(current, "weight", Rows("scale", bounds, flat, xhat))
 
     def _at(self, x: Tensor, value: float) -> Tensor:
         kept = self.module._parameters["weight"]
         assert kept is not None
-        self.module._parameters["weight"] = torch.full_like(kept, value)  # type: ignore[assignment]
+        plain = torch.full(kept.shape, value, dtype=kept.dtype, device=x.device)
+        self.module._parameters["weight"] = plain  # type: ignore[assignment]
+        bias = self.module._parameters.get("bias")
+        if bias is not None:
+            self.module._parameters["bias"] = torch.zeros(bias.shape, dtype=bias.dtype, device=x.device)  # type: ignore[assignment]
         try:
             out: Tensor = self.module.forward(x)
         finally:
             self.module._parameters["weight"] = kept
+            if bias is not None:
+                self.module._parameters["bias"] = bias
         return out
-
-
-class TiedEmbeddingTap(EmbeddingTap):
-    """The embedding's side of a weight that a head shares: G = G_e + G_h squared exactly, with the cross terms.
-
-    F = sum_n G_h^2 (the head's own tap) + sum over the example's tokens' rows of (G_e^2 + 2 G_e G_h): G_h is needed only in the
-    rows that the example's tokens touch, U x H numbers an example.
-    """
-
-    def __init__(self, sink: Sink, module: nn.Module, where: str, names: dict[str, str]) -> None:
-        super().__init__(sink, module, where, names)
-        self.seen: list[tuple[Tensor, Tensor]] = []  # (ids, head rows) of this backward
-        self.ids: Tensor | None = None
-
-    def keep(self, x: Tensor) -> tuple[Tensor, ...]:
-        self.ids = x.detach()
-        return super().keep(x)
-
-    def record(self, d: Tensor, *saved: Tensor) -> None:
-        (ids,) = saved
-        bounds = self.sink.segments(ids.shape, self.where)
-        keys, rows = self.rows(ids, d, bounds)
-        square = rows * rows
-        for seen_keys, head_rows in self.seen:
-            if not torch.equal(seen_keys, keys):
-                raise RuntimeError(f"DiagonalFisher: {self.where}: the tied head and the embedding saw different tokens; pass tied='sum_of_squares'")
-            square += 2 * rows * head_rows
-        self.seen.clear()
-        self._add(keys, square, bounds)
-
-
-class TiedHeadTap(LinearTap):
-    def __init__(self, sink: Sink, module: nn.Module, where: str, names: dict[str, str], embedding: TiedEmbeddingTap) -> None:
-        super().__init__(sink, module, where, names)
-        self.embedding = embedding
-
-    def _weight(self, a: Tensor, d: Tensor, bounds: Tensor) -> None:
-        super()._weight(a, d, bounds)
-        ids = self.embedding.ids
-        if ids is None:
-            return  # inputs_embeds: the embedding took no part
-        id_bounds = self.sink.segments(ids.shape, self.embedding.where)
-        keys, _ = ops.embedding_rows("DiagonalFisher", ids.flatten(), torch.zeros(ids.numel(), 1, device=ids.device), id_bounds, d.shape[-1], None)
-        head_rows = torch.empty(keys.shape[1], a.shape[-1], dtype=torch.float64 if a.dtype == torch.float64 else torch.float32, device=a.device)
-        starts = bounds.tolist()
-        for n, (begin, end) in enumerate(pairwise(starts)):
-            mine = keys[0] == n
-            head_rows[mine] = (d[begin:end][:, keys[1][mine]].T.to(head_rows.dtype)) @ a[begin:end].to(head_rows.dtype)
-        self.embedding.seen.append((keys, head_rows))
 
 
 def require_input_grads(model: nn.Module) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax import _checks, _files, reference
+from fasttax import _checks, _files, _sharded_files, _shards, reference
 
 STORAGES = ("fp32", "bf16", "u8log")
 BLOCK = 256  # elements that share a range in u8log
@@ -30,6 +30,9 @@ class Stored:
 
 def encode(fisher: Tensor, storage: str) -> Stored:
     """fp32, bf16 (relative error <= 2^-8), or u8log: 255 steps of log2 F between each block's extremes, zeros exact."""
+    if storage == "u8log" and hasattr(fisher, "full_tensor"):
+        raise _checks.fail("FisherEstimate.to", "storage", "'fp32' or 'bf16' for DTensors, whose shards cut u8log's blocks", "'u8log'",
+                           "gather with .save(path) and load it first")  # fmt: skip
     if storage == "fp32":
         return Stored(fisher.float().contiguous())
     if storage == "bf16":
@@ -107,15 +110,23 @@ class FisherEstimate(Mapping[str, Tensor]):
 
     __rmul__ = __mul__
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file with the metadata in its header; a crash leaves the old file."""
-        tensors = {f"fisher.{n}": s.values for n, s in self._stored.items()}
-        tensors |= {f"scales.{n}": s.scales for n, s in self._stored.items() if s.scales is not None}
-        _files.write(path, "FisherEstimate", tensors, self.metadata)
+    def save(self, path: str | os.PathLike[str], *, sharded: bool = False, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Writes a safetensors file with the metadata in its header; a crash leaves the old file.
+
+        Of DTensors (FSDP2) the whole is gathered, so that every rank must call it. `sharded` makes `path` a folder of files of
+        about `max_shard_bytes` and an index, gathered one tensor at a time and written by rank 0.
+        """
+        groups = {n: {f"fisher.{n}": s.values, **({} if s.scales is None else {f"scales.{n}": s.scales})} for n, s in self._stored.items()}
+        if sharded:
+            _sharded_files.write(path, "FisherEstimate", groups, self.metadata, max_shard_bytes)
+        else:
+            _files.write(path, "FisherEstimate", {k: _shards.whole(t) for group in groups.values() for k, t in group.items()}, self.metadata)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> FisherEstimate:
-        tensors, metadata = _files.read(path, "FisherEstimate")
+        """A file, or a folder that save(sharded=True) wrote."""
+        read = _sharded_files.read if os.path.isdir(path) else _files.read
+        tensors, metadata = read(path, "FisherEstimate")
         names = [n.removeprefix("fisher.") for n in tensors if n.startswith("fisher.")]
         return FisherEstimate({n: Stored(tensors[f"fisher.{n}"], tensors.get(f"scales.{n}")) for n in names}, metadata)
 

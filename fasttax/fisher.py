@@ -10,24 +10,25 @@ float64 model in float64.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from fasttax import _batches, _checks, _files, _labels
-from fasttax._plan import TIED, Filter, plan, select
-from fasttax._taps import TiedEmbeddingTap, require_input_grads
+from fasttax import _batches, _checks, _files, _labels, _loop, _sharding
+from fasttax._error import SamplingError
+from fasttax._pass import Pass
+from fasttax._plan import LORA, TIED, Filter, delta_w, plan, select
+from fasttax._sums import Slot, Sums
+from fasttax._taps import LinearTap, require_input_grads
 from fasttax.estimate import STORAGES, FisherEstimate
 
-LABELS = ("sample", "true")
+LABELS = ("sample", "true", "exact_head")
 UNITS = ("example", "token", "batch")
-LORA = ("factors",)
 FALLBACK = (None, "loop")
 NORMALIZE = ("mean", "sum")
 
@@ -36,8 +37,9 @@ class DiagonalFisher:
     """Accumulates a model's diagonal Fisher batch by batch.
 
     Args:
-        model: a decoder language model (or a classifier) whose output is, or has, `.logits`.
-        labels: "sample" draws one label a token from the model's distribution; "true" uses the data's own next tokens.
+        model: a decoder language model or a classifier whose output is, or has, `.logits`. A compiled model runs uncompiled here.
+        labels: "sample" draws one label a token from the model's distribution; "true" uses the data's own next tokens;
+            "exact_head" samples and takes the head's own Fisher in closed form over the whole vocabulary, without sampling error.
         unit: "example" squares each example's whole gradient, exactly as a loop over single examples would. "token" squares
             token by token (an approximation: it drops the products between tokens). "batch" squares the batch's summed
             gradient (Gauss-Newton-Bartlett, Liu et al. 2023, arXiv:2305.14342: unbiased with sampled labels, 10-25 times the
@@ -45,8 +47,11 @@ class DiagonalFisher:
         params: None for all trainable parameters, a predicate (name, parameter) -> bool, or names and patterns with *.
         tied: a weight that embedding and head share is squared as one, cross terms included ("exact"), or use by use
             ("sum_of_squares").
-        lora: "factors" treats adapter factors as the parameters they are.
+        lora: "factors" treats adapter factors as the parameters they are; "delta_w" gives, in their place, the Fisher of
+            W + scale B A by the base weight's name, which a frozen or quantised base has too.
         generator: for label sampling; None is a generator of its own, seeded with 0.
+        mc_samples: label draws a batch, averaged; each costs a backward.
+        shift: labels of (B, T) are next tokens; False for models that predict each token in place (masked language models).
         fallback: "loop" differentiates one example at a time where a parameter has no rule: exact for any model, slow.
         verify: on the first batch, checks the method against autograd on 16 tokens, parameter by parameter, so that a
             weight used in a way the taps do not see is an error and not a wrong number.
@@ -56,78 +61,54 @@ class DiagonalFisher:
     """
 
     def __init__(self, model: nn.Module, *, labels: str = "sample", unit: str = "example", params: Filter = None, tied: str = "exact",
-                 lora: str = "factors", generator: torch.Generator | None = None, fallback: str | None = None, verify: bool = True) -> None:  # fmt: skip
+                 lora: str = "factors", generator: torch.Generator | None = None, mc_samples: int = 1, shift: bool = True,
+                 fallback: str | None = None, verify: bool = True) -> None:  # fmt: skip
         op = "DiagonalFisher"
         if not isinstance(model, nn.Module):
             raise _checks.fail(op, "model", "a torch.nn.Module", model, error=TypeError)
+        self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        compiled = model._modules.get("_orig_mod")
+        self.model = model if compiled is None else compiled
         self.labels = _checks.choice(op, "labels", labels, LABELS)
         self.unit = _checks.choice(op, "unit", unit, UNITS)
         _checks.choice(op, "tied", tied, TIED)
-        _checks.choice(op, "lora", lora, LORA)
+        self.lora = _checks.choice(op, "lora", lora, LORA)
         if fallback not in FALLBACK:
             raise _checks.fail(op, "fallback", "None or 'loop'", repr(fallback))
+        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
+            raise _checks.fail(op, "mc_samples", "an integer >= 1", mc_samples)
+        if labels == "true" and mc_samples != 1:
+            raise _checks.fail(op, "mc_samples", "1 with labels='true', which draws none", mc_samples)
         if unit == "batch" and labels == "true":
-            raise _checks.fail(op, "labels", "'sample' with unit='batch'", "'true'",
+            raise _checks.fail(op, "labels", "'sample' or 'exact_head' with unit='batch'", "'true'",
                                "a squared sum of true-label gradients is biased by the squared mean gradient")  # fmt: skip
-        if fallback == "loop" and unit != "example":
-            raise _checks.fail(op, "unit", "'example' with fallback='loop'", repr(unit))
-        self.model, self.fallback = model, fallback
-        self._params = select(op, model, params)
-        self._taps = [] if fallback == "loop" else plan(op, model, self._params, tied, self)
-        device = next(iter(self._params.values())).device
-        self.generator = torch.Generator(device).manual_seed(0) if generator is None else generator
-        self.examples = self.tokens = 0
-        self._sums: dict[str, Tensor] = {}
-        self._hash = _files.weights_hash(self._params.items())
-        self._unverified = verify and fallback is None
-        self._layout: tuple[tuple[int, ...], Tensor] | None = None  # (B, T) and boundaries of the batch in flight
-        self._uses = Counter(name for tap in self._taps for name in tap.names.values())
-        self._recorded: Counter[str] = Counter()  # by this backward
-        self._damaged = False
+        if fallback == "loop" and (unit != "example" or labels == "exact_head" or lora == "delta_w"):
+            option, value, fits = (("unit", unit, "'example'") if unit != "example" else ("labels", labels, "'sample' or 'true'") if labels == "exact_head"
+                                   else ("lora", lora, "'factors'"))  # fmt: skip
+            raise _checks.fail(op, option, f"{fits} with fallback='loop'", repr(value))
+        self.fallback, self.mc_samples, self.shift = fallback, mc_samples, shift
+        self.params = select(op, self.model, params)
+        slots = {n: Slot.of(p) for n, p in self.params.items()}
+        extra = delta_w(op, self.model, self.params, slots) if lora == "delta_w" else {}
+        slots = {n: s for n, s in slots.items() if n in self.params or n in extra}
+        self.sums = Sums(slots, tied)
+        self.sums.weight = None if mc_samples == 1 else 1 / mc_samples
+        self._taps, self._blocks = ([], []) if fallback == "loop" else plan(op, self.model, self.params, extra, self.sums)
+        self.device = next(iter(slots.values())).device
+        self.generator = torch.Generator(self.device).manual_seed(0) if generator is None else generator
+        self.examples = self.tokens = self.batches = 0
+        self.error = SamplingError({n: (self.sums.shards[n].local if n in self.sums.shards else s).shape.numel() for n, s in slots.items()})
+        hashed = ((n, s.param) for n, s in slots.items() if s.param is not None)
+        self._hash = _files.weights_hash(hashed)
+        self._unverified = verify and fallback is None and not self.sums.shards
+        self._packed_unverified = verify
+        self._damaged = self._reduced = False
 
-    # --- the taps' side ------------------------------------------------------------------------------------------------
-
-    def batch_size(self) -> int | None:
-        return None if self._layout is None else self._layout[0][0]
-
-    def segments(self, leading: torch.Size, where: str) -> Tensor:
-        """Boundaries of the units over a layer's rows, from the leading shape of its input."""
-        if self._layout is None:  # observe() without a layout: rows of the first layer seen are the examples
-            shape = (leading[0], leading[1] if len(leading) > 1 else 1)
-            self._layout = (shape, torch.arange(leading[0] + 1) * shape[1])
-        (B, T), bounds = self._layout
-        rows = leading.numel()
-        packed = bounds.numel() - 1 != B
-        if self.unit == "batch":
-            return torch.tensor([0, rows])
-        if tuple(leading[:2]) == (B, T) or (len(leading) == 1 and leading[0] == B * T):
-            per_token = rows // (B * T)
-            return torch.arange(B * T + 1) * per_token if self.unit == "token" else bounds.cpu() * per_token
-        if leading[0] == B and not packed:
-            return torch.arange(rows + 1) if self.unit == "token" else torch.arange(B + 1) * (rows // B)
-        raise ValueError(
-            f"DiagonalFisher: {where}: expected an input that keeps the batch's {B} rows (of {T} tokens) apart, got leading shape "
-            f"{tuple(leading)}; leave its parameters out with params=, or pass fallback='loop'"
-        )
-
-    def add(self, name: str) -> Tensor:
-        """The accumulator of parameter `name`, to be added to by each of its taps once a backward."""
-        self._recorded[name] += 1
-        if self._recorded[name] > self._uses[name]:
-            raise RuntimeError(f"DiagonalFisher: {name} took part twice in one backward (a module called more than once, or two losses): its uses "
-                               "would be squared apart; sum the losses into one backward, leave it out with params=, or pass fallback='loop'")  # fmt: skip
-        return self._sum(name)
-
-    def _sum(self, name: str) -> Tensor:
-        if name not in self._sums:
-            p = self._params[name]
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            self._sums[name] = torch.zeros(p.shape, dtype=dtype, device=p.device)
-        return self._sums[name]
-
-    def weight(self, examples: int) -> Tensor | None:
-        return None
+    @property
+    def drawing(self) -> torch.Generator | None:
+        """The generator of labels; None where they are the data's."""
+        return None if self.labels == "true" else self.generator
 
     # --- one batch -----------------------------------------------------------------------------------------------------
 
@@ -137,243 +118,275 @@ class DiagonalFisher:
         Args:
             batch: input_ids (B, T), or a dict or BatchEncoding with input_ids and, as they apply, attention_mask, labels (-100
                 leaves a token out; (B,) for a classifier), position_ids or cu_seqlens of packed rows (each document is an
-                example). A token's label is the next token of its own document.
+                example). A token's label is the next token of its own document. pixel_values in place of ids are right too.
 
         Raises:
             ValueError, TypeError, IndexError: the batch does not fit; nothing is accumulated.
         """
         self._check_whole("update")
         ready = self._read(batch)
+        if self._packed_unverified and ready.packed:
+            _loop.check_isolation(self, batch, ready)
+            self._packed_unverified = False
         if self._unverified:
-            self._verify(batch)
+            _loop.verify(self, batch)
             self._unverified = False
         if self.fallback == "loop":
-            self._update_loop(batch, ready)
+            _loop.update(self, batch, ready)
         else:
-            with self._tapped((ready.shape, ready.bounds)):
+            current = Pass(self.unit, ready.shape, ready.bounds)
+            with self._tapped([current]):
                 logits = self._forward(ready)
-                logits.backward(self._score(logits, ready))
-        self.examples += ready.examples
-        self.tokens += int(ready.counted.sum())
+                ready = ready.settled(logits)
+                for draw in range(self.mc_samples):
+                    score = _labels.score(logits, ready, self.drawing)
+                    if self.labels == "exact_head":
+                        current.head, current.score = self._head(current, logits), score
+                    logits.backward(score.to(logits.dtype), retain_graph=draw + 1 < self.mc_samples)
+                    self.sums.finish(current)
+        self._count(ready.examples, int(ready.counted.sum()))
+
+    def _count(self, examples: int, tokens: int) -> None:
+        self.examples += examples
+        self.tokens += tokens
+        self.batches += 1
+        self.error.batch(self.sums.value, tokens if self.unit == "token" else examples)
+
+    def relative_error(self) -> float:
+        """The estimate's own relative error (standard error over norm, on 64 coordinates a parameter) from the spread between batches.
+
+        It halves with four times the examples. NaN before the second batch.
+        """
+        return self.error.relative()
 
     def _check_whole(self, method: str) -> None:
         if self._damaged:
             raise RuntimeError(f"DiagonalFisher.{method}: an earlier batch failed halfway through its backward, so that some layers counted it and others "
                                "did not; start a new DiagonalFisher")  # fmt: skip
+        if self._reduced and method != "finalize":
+            raise RuntimeError(f"DiagonalFisher.{method}: the sums are those of all ranks since reduce(); start a new DiagonalFisher")
 
     def _read(self, batch: Any) -> _batches.Batch:
+        op = "DiagonalFisher.update"
+        if isinstance(batch, Mapping):
+            _sharding.refuse_context_parallel(op, self.unit, *batch.values())
         get_embedding: Any = getattr(self.model, "get_input_embeddings", None)
-        embedding = None if get_embedding is None else get_embedding()
+        embedding = None if get_embedding is None or not hasattr(self.model, "config") else get_embedding()
         vocab = getattr(embedding, "num_embeddings", None)
-        device = next(iter(self._params.values())).device
-        if self.model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules()):
+        self._check_model()
+        return _batches.read(op, batch, self.device, vocab, positions=_takes(self.model, "position_ids"), shift=self.shift)
+
+    def _check_model(self) -> None:
+        if not self.model.training and not any(m.training for m in self.model.modules()):
+            return
+        for where, m in self.model.named_modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
+                raise ValueError(
+                    f"DiagonalFisher: model: expected batch norms in eval mode, got {where} in train mode, which mixes the examples; call model.eval()"
+                )
+        dropouts = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in self.model.modules())
+        if dropouts or any(getattr(m, "attention_dropout", 0) not in (0, None) and m.training for m in self.model.modules()):
             warnings.warn("DiagonalFisher: the model is in train mode and has dropout; the estimate is of the dropped-out model "
-                          "(call model.eval())", stacklevel=3)  # fmt: skip
-        return _batches.read("DiagonalFisher.update", batch, device, vocab)
+                          "(call model.eval())", stacklevel=4)  # fmt: skip
+
+    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        cached = hasattr(self.model, "config") and hasattr(self.model, "generate")
+        return {**({"use_cache": False} if cached else {}), **inputs}
+
+    def _logits(self, output: Any) -> Any:
+        return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
     def _forward(self, batch: _batches.Batch) -> Tensor:
-        inputs = dict(batch.inputs)
-        if hasattr(self.model, "config") and hasattr(self.model, "generate"):
-            inputs.setdefault("use_cache", False)
-        output = self.model(**inputs)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor) or logits.shape[: batch.targets.dim()] != batch.targets.shape or logits.dim() != batch.targets.dim() + 1:
-            raise _checks.fail("DiagonalFisher.update", "model", f"an output with logits of shape {(*batch.targets.shape, 'V')}",
-                               logits if isinstance(logits, Tensor) else type(output).__name__,
-                               "for a classifier pass labels of shape (B,); for anything else use observe() with your own loss")  # fmt: skip
+        logits = self._logits(self.model(**self._arguments(batch.inputs)))
+        expected = f"an output with logits of shape {(*batch.targets.shape, 'V')}"
+        way_out = "for a classifier pass labels of shape (B,); for anything else use observe() with your own loss"
+        if not isinstance(logits, Tensor):
+            raise _checks.fail("DiagonalFisher.update", "model", expected, type(logits).__name__, way_out)
+        classifies = logits.dim() == 2 and logits.shape[0] == batch.shape[0] and not batch.labelled
+        if classifies and self.labels == "true":
+            raise _checks.fail("DiagonalFisher.update", "batch", "a key 'labels' of shape (B,) for a classifier with labels='true'", "none")
+        if not classifies and (logits.shape[:-1] != batch.targets.shape):
+            raise _checks.fail("DiagonalFisher.update", "model", expected, logits, way_out)
         return logits
 
-    def _score(self, logits: Tensor, batch: _batches.Batch) -> Tensor:
-        return _labels.score(logits, batch, self.generator if self.labels == "sample" else None)
+    def _head(self, current: Pass, logits: Tensor) -> Any:
+        """The tap of the head: the model's output embedding, or the linear layer whose output the logits are."""
+        get_head: Any = getattr(self.model, "get_output_embeddings", None)
+        head = get_head() if get_head is not None else None
+        for tap in self._taps:
+            if type(tap) is LinearTap and tap.module is head:
+                return tap
+        last = current.outputs.get(logits.data_ptr())
+        if last is None:
+            raise _checks.fail("DiagonalFisher.update", "labels", "a linear head among params whose output is the logits with 'exact_head'", "none found",
+                               "use labels='sample', or name the head in params=")  # fmt: skip
+        return last
 
     @contextlib.contextmanager
-    def _tapped(self, layout: tuple[tuple[int, ...], Tensor] | None) -> Iterator[None]:
+    def _tapped(self, passes: list[Pass]) -> Iterator[None]:
         """Taps in place and every parameter frozen, so that autograd computes no weight gradient; all undone at the end."""
-        handles, flags = [], [(p, p.requires_grad) for p in self.model.parameters()]
-        devices = sorted({p.device.index for p, _ in flags if p.device.type == "cuda"})
-        self._layout, self._recorded = layout, Counter()
+        handles: list[Any] = []
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        parts: list[Any] = [*self._taps, *self._blocks]
+        self.sums.current = passes[0]
         try:
             for p, _ in flags:
                 p.requires_grad_(False)
-            handles = [tap.install() for tap in self._taps] + require_input_grads(self.model)
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            handles = [part.install() for part in parts]
+            handles += require_input_grads(self.model)
+            with _uncompiled(self.model), torch.random.fork_rng(devices=_loop.cuda_devices(self.model)), torch.inference_mode(False), torch.enable_grad():
                 yield
         except BaseException:
-            self._damaged = self._damaged or bool(self._recorded)  # some layers have added this batch, others have not
+            self._damaged = self._damaged or any(p.seen for p in passes)  # some layers have added this batch, others have not
             raise
         finally:
+            self.sums.current = None
             for handle in handles:
                 handle.remove()
             for p, flag in flags:
                 p.requires_grad_(flag)
-            for tap in self._taps:
-                if isinstance(tap, TiedEmbeddingTap):
-                    tap.seen.clear()
-                    tap.ids = None
 
     @contextlib.contextmanager
     def observe(self, *, cu_seqlens: Tensor | None = None, shape: tuple[int, int] | None = None) -> Iterator[None]:
-        """Inside, the user's own forward and one backward of the SUM of per-token losses add to the estimate; p.grad is untouched.
+        """Inside, the user's own forward and backward of SUMs of per-token losses add to the estimate; p.grad is untouched.
+
+        Several losses of one forward are one: their gradients are summed before squaring, in one backward or in several (with
+        retain_graph=True before the last). Every forward of the model is a batch of its own.
 
         Args:
             cu_seqlens: boundaries of the examples in one packed row. Without it, rows of the batch are the examples.
-            shape: (B, T) of the batch, where the first layer's input does not show it.
+            shape: (B, T) of the batch, where the model's input does not show it.
         """
-        layout = None
+        op = "DiagonalFisher.observe"
+        self._check_whole("observe")
+        if self.fallback == "loop" or self.labels == "exact_head":
+            option = "fallback" if self.fallback == "loop" else "labels"
+            raise _checks.fail(op, option, "None" if option == "fallback" else "'sample' or 'true'", repr(getattr(self, option)), "use update()")
+        _sharding.refuse_context_parallel(op, self.unit)
+        self._check_model()
+        bounds = None
         if cu_seqlens is not None:
-            _checks.tensor("DiagonalFisher.observe", "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
-            layout = ((1, int(cu_seqlens[-1])), cu_seqlens.long())
+            _checks.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+            bounds, shape = cu_seqlens, (1, int(cu_seqlens[-1]))
         elif shape is not None:
-            layout = (shape, torch.arange(shape[0] + 1) * shape[1])
-        with self._tapped(layout):
-            yield
-            if self._recorded and self._layout is not None:
-                self.examples += self._layout[1].numel() - 1
-                self.tokens += int(self._layout[1][-1])
-            else:
-                raise RuntimeError("DiagonalFisher.observe: no gradient reached the model's layers; run forward and backward of the loss inside the block")
+            bounds = torch.arange(shape[0] + 1) * shape[1]
+        passes = [Pass(self.unit, shape, bounds, observed=True)]
 
-    def _update_loop(self, batch: Any, ready: _batches.Batch) -> None:
-        if ready.packed:
-            raise _checks.fail("DiagonalFisher.update", "batch", "unpacked rows with fallback='loop'", "packed rows", "pass one document a row, padded")
-        params = list(self._params.values())
-        flags = [p.requires_grad for p in params]
-        devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
-        try:
-            for p in params:
-                p.requires_grad_(True)
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
-                for n in range(ready.shape[0]):
-                    for name, g in zip(self._params, self._gradients(self._read(_batches.rows(batch, n, n + 1))), strict=True):
-                        if g is not None:
-                            total = self._sum(name)
-                            total += g.to(total.dtype) ** 2
-        finally:
-            for p, flag in zip(params, flags, strict=True):
-                p.requires_grad_(flag)
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if passes[-1].calls:
+                passes.append(Pass(self.unit, shape, bounds, observed=True))
+                self.sums.current = passes[-1]
+            tensors = [t for t in (kwargs.get("input_ids"), *args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+            _sharding.refuse_context_parallel(op, self.unit, *tensors)
+            if tensors and shape is None:
+                passes[-1].batch = tensors[0].shape[0]
 
-    def _gradients(self, ready: _batches.Batch) -> list[Tensor | None]:
-        """By .backward(), since reentrant checkpointing refuses torch.autograd.grad; every p.grad is put back."""
-        everything = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        wanted = {id(p) for p in self._params.values()}
-        root = require_input_grads(self.model)
-        try:
-            for p, _, _ in everything:
-                p.requires_grad_(id(p) in wanted)
-                p.grad = None
-            logits = self._forward(ready)
-            logits.backward(self._score(logits, ready))
-            return [p.grad for p in self._params.values()]
-        finally:
-            for handle in root:
+        quiet: Any = self._ddp.no_sync() if self._ddp is not None else contextlib.nullcontext()
+        with quiet, self._tapped(passes):
+            handle = self.model.register_forward_pre_hook(begin, with_kwargs=True)
+            try:
+                yield
+            finally:
                 handle.remove()
-            for p, flag, grad in everything:
-                p.requires_grad_(flag)
-                p.grad = grad
-
-    def _verify(self, batch: Any) -> None:
-        """Taps against autograd on a 16-token example, parameter by parameter."""
-        small = self._read(_batches.snippet(batch, 16))
-        if not bool(small.counted.any()):
-            return
-        state = self.generator.get_state()
-        kept, self._sums = self._sums, {}
-        flags = [(p, p.requires_grad) for p in self._params.values()]
-        try:
-            with self._tapped((small.shape, small.bounds)):
-                logits = self._forward(small)
-                logits.backward(self._score(logits, small))
-            self.generator.set_state(state)
-            for p, _ in flags:
-                p.requires_grad_(True)
-            devices = sorted({p.device.index for p, _ in flags if p.device.type == "cuda"})
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
-                truth = self._gradients(small)
-            slack = 1e-3 if all(p.dtype in (torch.float32, torch.float64) for p, _ in flags) and not torch.is_autocast_enabled() else 0.1
-            wrong = []
-            for (name, p), g in zip(self._params.items(), truth, strict=True):
-                expected = torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() ** 2
-                got = self._sums.get(name, torch.zeros_like(expected)).float()
-                error, size = float((got.sqrt() - expected.sqrt()).norm()), float(expected.sqrt().norm())
-                if self.unit == "example" and error > slack * size + 1e-12:
-                    wrong.append(f"{name}: off by {error / max(size, 1e-30):.1e} of its gradient's norm")
-                elif self.unit != "example" and (size > 0) != bool(got.any()):
-                    wrong.append(f"{name}: {'no' if size > 0 else 'a'} gradient seen where autograd has {'one' if size > 0 else 'none'}")
-        finally:
-            self._sums, self._damaged = kept, False
-            self.generator.set_state(state)
-            for p, flag in flags:
-                p.requires_grad_(flag)
-        if wrong:
-            raise ValueError("DiagonalFisher: the layers' taps disagree with autograd on:\n  " + "\n  ".join(wrong[:10])
-                             + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "") + "\nthese weights are used outside their own module's "
-                             "forward (or in a way it does not show); leave them out with params=, or pass fallback='loop'")  # fmt: skip
+            seen = [p for p in passes if p.seen]
+            if not seen:
+                raise RuntimeError("DiagonalFisher.observe: no gradient reached the model's layers; run forward and backward of the loss inside the block")
+            for p in seen:
+                self.sums.finish(p)
+        self._count(sum(p.examples for p in seen), sum(int(p.layout()[2][-1]) for p in seen))
 
     # --- the whole -----------------------------------------------------------------------------------------------------
 
     def reduce(self, group: Any = None) -> None:
-        """Sums squares and counts over the ranks of a torch.distributed group: all ranks then hold the single-process estimate."""
+        """Sums squares and counts over the ranks of a torch.distributed group: all ranks then hold the single-process estimate.
+
+        Under FSDP2 the squares are summed as they come, each rank keeping its shard, and this sums the counts.
+        """
+        op = "DiagonalFisher.reduce"
         if not dist.is_available() or not dist.is_initialized():
-            raise _checks.fail("DiagonalFisher.reduce", "group", "an initialised torch.distributed", "none", "call torch.distributed.init_process_group first")
-        for name in self._params:  # one order on every rank, also where a rank has seen nothing
-            dist.all_reduce(self._sum(name), group=group)
-        counts = torch.tensor([self.examples, self.tokens], device=next(iter(self._params.values())).device)
+            raise _checks.fail(op, "group", "an initialised torch.distributed", "none", "call torch.distributed.init_process_group first")
+        self._check_whole("reduce")
+        if group is None and any(s.parallel for s in self.sums.shards.values()):
+            raise _checks.fail(op, "group", "the data-parallel group, since ranks of a tensor-parallel group hold shards of one estimate", "None")
+        self.sums.reduce(group)
+        self.examples, self.tokens = self._everywhere(group)
+        self._reduced = True
+
+    def _everywhere(self, group: Any) -> tuple[int, int]:
+        counts = torch.tensor([self.examples, self.tokens], device=self.device)
         dist.all_reduce(counts, group=group)
-        self.examples, self.tokens = (int(c) for c in counts)
+        return int(counts[0]), int(counts[1])
 
     def finalize(self, normalize: str = "mean", storage: str = "fp32") -> FisherEstimate:
         """The estimate so far: "mean" per example (per token for unit="token") or the "sum", as "fp32", "bf16" or "u8log"."""
         _checks.choice("DiagonalFisher.finalize", "normalize", normalize, NORMALIZE)
         _checks.choice("DiagonalFisher.finalize", "storage", storage, STORAGES)
         self._check_whole("finalize")
-        if self.examples == 0:
+        examples, tokens = self._everywhere(None) if self.sums.fully_sharded and not self._reduced else (self.examples, self.tokens)
+        if examples == 0:
             raise RuntimeError("DiagonalFisher.finalize: no example was seen; call update(batch) first")
-        count = self.tokens if self.unit == "token" else self.examples
-        values = {name: self._sum(name) / count if normalize == "mean" else self._sum(name).clone() for name in self._params}
-        from fasttax import __version__
-
-        metadata = {
-            "estimator": "diagonal_fisher", "labels": self.labels, "unit": self.unit, "examples": self.examples, "tokens": self.tokens,
-            "normalize": normalize, "storage": "fp32", "model": type(self.model).__name__, "model_hash": self._hash,
-            "fasttax": __version__, "torch": torch.__version__,
-        }  # fmt: skip
+        count = max(1, tokens if self.unit == "token" else examples)
+        values = {}
+        for name in self.sums.slots:
+            value = self.sums.value(name)
+            value = value / count if normalize == "mean" else value.clone()
+            values[name] = self.sums.shards[name].tensor(value) if name in self.sums.shards else value
+        metadata = {**self._facts(), "examples": examples, "tokens": tokens, "normalize": normalize, "storage": "fp32"}
+        if self.batches > 1:
+            metadata["relative_error"] = self.relative_error()
         estimate = FisherEstimate(values, metadata)
         return estimate if storage == "fp32" else estimate.to(storage)
 
+    def _facts(self) -> dict[str, Any]:
+        from fasttax import __version__
 
-def estimate_fisher(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor], *, labels: str = "sample", unit: str = "example",
-                    max_examples: int | None = None, progress: bool = True, params: Filter = None, tied: str = "exact",
-                    lora: str = "factors", generator: torch.Generator | None = None, fallback: str | None = None,
-                    normalize: str = "mean", storage: str = "fp32") -> FisherEstimate:  # fmt: skip
-    """The diagonal Fisher of `model` over `batches`, with a progress bar; options as in `DiagonalFisher` and its `finalize`.
+        options = {"labels": self.labels, "unit": self.unit, "mc_samples": self.mc_samples, "tied": self.sums.tied, "lora": self.lora}
+        versions = {"fasttax": __version__, "torch": torch.__version__}
+        return {"estimator": "diagonal_fisher", **options, "model": type(self.model).__name__, "model_hash": self._hash, **versions}
 
-    Args:
-        batches: an iterable of what `DiagonalFisher.update` takes.
-        max_examples: stop after this many rows; the last batch is cut to fit.
-        progress: show examples done, examples/s and the time left.
+    # --- across a crash -------------------------------------------------------------------------------------------------
 
-    Example:
-        >>> fisher = fasttax.estimate_fisher(model, loader, max_examples=256)
-        >>> ewc = fasttax.EWC(model, fisher, strength=1e3)
-    """
-    if max_examples is not None and (not isinstance(max_examples, int) or isinstance(max_examples, bool) or max_examples < 1):
-        raise _checks.fail("estimate_fisher", "max_examples", "None or an integer >= 1", max_examples)
-    if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
-        raise _checks.fail("estimate_fisher", "batches", "an iterable of batches", batches, "for one batch pass [batch]", TypeError)
-    estimator = DiagonalFisher(model, labels=labels, unit=unit, params=params, tied=tied, lora=lora, generator=generator, fallback=fallback)
-    _checks.choice("estimate_fisher", "normalize", normalize, NORMALIZE)
-    _checks.choice("estimate_fisher", "storage", storage, STORAGES)
-    with tqdm(total=max_examples, unit="ex", desc="Fisher", disable=not progress) as bar:
-        for batch in batches:
-            room = None if max_examples is None else max_examples - estimator.examples
-            if room is not None and isinstance(batch, (Mapping, Tensor)):
-                ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
-                batch = _batches.rows(batch, 0, room) if isinstance(ids, Tensor) and ids.shape[0] > room else batch
-            before = estimator.examples
-            estimator.update(batch)
-            bar.update(estimator.examples - before)
-            if max_examples is not None and estimator.examples >= max_examples:
-                break
-    if estimator.examples == 0:
-        raise _checks.fail("estimate_fisher", "batches", "at least one batch", "an empty iterable")
-    return estimator.finalize(normalize=normalize, storage=storage)
+    def checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Writes sums, counts and the generator's state; `resume` continues from there to the same bits. A path for each rank."""
+        self._check_whole("checkpoint")
+        tensors = {f"sum.{n}": self.sums.value(n) for n in self.sums.slots}
+        tensors |= {f"error.{k}": t for k, t in self.error.state().items()}
+        tensors["generator"] = self.generator.get_state()
+        _files.write(path, "DiagonalFisher", tensors, {**self._facts(), "examples": self.examples, "tokens": self.tokens, "batches": self.batches})
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """Takes up what `checkpoint` wrote, for the same model and options."""
+        tensors, metadata = _files.read(path, "DiagonalFisher")
+        facts = {k: v for k, v in self._facts().items() if k not in ("fasttax", "torch")}
+        differences = [f"{k}: {metadata.get(k)!r} in the file, {v!r} here" for k, v in facts.items() if metadata.get(k) != v]
+        shapes = {n: tuple(self.sums.value(n).shape) for n in self.sums.slots}
+        stored = {n.removeprefix("sum."): tuple(t.shape) for n, t in tensors.items() if n.startswith("sum.")}
+        differences += [
+            f"{n}: {stored.get(n, 'missing')} in the file, {shapes.get(n, 'missing')} here"
+            for n in sorted({*stored, *shapes})
+            if stored.get(n) != shapes.get(n)
+        ]
+        if differences:
+            raise ValueError(f"DiagonalFisher.resume: {os.fspath(path)} was written by another estimation:\n  " + "\n  ".join(differences[:20])
+                             + "\ndelete the file to begin anew, or give the model and options that wrote it")  # fmt: skip
+        for n in shapes:
+            self.sums.value(n).copy_(tensors[f"sum.{n}"])
+        self.error.restore({k.removeprefix("error."): t for k, t in tensors.items() if k.startswith("error.")})
+        self.generator.set_state(tensors["generator"])
+        self.examples, self.tokens, self.batches = (metadata[k] for k in ("examples", "tokens", "batches"))
+        self._unverified = False
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    import inspect
+
+    wrapped: Any = model
+    while hasattr(wrapped, "get_base_model"):  # PEFT's forward takes anything
+        wrapped = wrapped.get_base_model()
+    return argument in inspect.signature(wrapped.forward).parameters
+
+
+def _uncompiled(model: nn.Module) -> Any:
+    """Compiled parts run eagerly: hooks that come after compilation are not in the compiled code."""
+    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

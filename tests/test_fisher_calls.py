@@ -33,7 +33,7 @@ def test_model_is_as_before_also_after_an_exception(fails: str, fallback: str | 
     model.register_forward_hook(lambda *_: None)
     estimator = DiagonalFisher(model, fallback=fallback)
     estimator.update(x)
-    first = {n: estimator._sum(n).clone() for n in estimator._params}
+    first = {n: estimator.sums.value(n).clone() for n in estimator.params}
     if fails == "forward":
         model.last.register_forward_pre_hook(lambda *_: 1 / 0)
     if fails == "backward":
@@ -47,7 +47,7 @@ def test_model_is_as_before_also_after_an_exception(fails: str, fallback: str | 
     assert_same_state(model, before)
     if fails == "forward":
         assert estimator.examples == 2
-        assert all(torch.equal(estimator._sum(n), first[n]) for n in first)
+        assert all(torch.equal(estimator.sums.value(n), first[n]) for n in first)
     if fails == "backward" and fallback is None:
         with pytest.raises(RuntimeError, match="new DiagonalFisher"):  # half a batch is in the sums
             estimator.finalize()

@@ -67,6 +67,28 @@ def test_linear_sqgrad(shape: str, dtype: torch.dtype, simd: int) -> None:
     assert_within(out, oracle(*flat, bounds, dtype=own(dtype)), oracle(*flat, bounds))
 
 
+@pytest.fixture
+def bf16_products() -> Iterator[None]:
+    """vdpbf16ps, also where the CPU has it and it does not gain."""
+    best = torch.ops.fasttax._simd_level(-1)
+    try:
+        torch.ops.fasttax._simd_level(3)
+    except RuntimeError:
+        pytest.skip("this CPU has no AVX512-BF16")
+    yield
+    torch.ops.fasttax._simd_level(best)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (1, 4, 0, 7, 2), (300, 257), (1, 1)], ids=str)
+def test_linear_sqgrad_bf16_in_pairs(lengths: tuple[int, ...], bf16_products: None) -> None:
+    """Odd lengths end with half a pair; long ones are summed in runs; examples of one token are squared first."""
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    a, d, weight = torch.randn(bounds[-1], 71).bfloat16(), torch.randn(bounds[-1], 29).bfloat16(), torch.rand(len(lengths))
+    for w in (None, weight):
+        out = F.linear_sqgrad(a, d, cu_seqlens=torch.tensor(bounds), example_weight=w)
+        assert_within(out, oracle(a, d, bounds, w, torch.float32), oracle(a, d, bounds, w))
+
+
 def test_linear_sqgrad_long_examples_round_as_a_gemm(simd: int) -> None:
     a, d = pair(1, 4096, 40, 24, torch.float32)
     assert_within(F.linear_sqgrad(a, d), oracle(a[0], d[0], [0, 4096], dtype=torch.float32), oracle(a[0], d[0], [0, 4096]))

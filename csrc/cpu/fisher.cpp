@@ -1,6 +1,8 @@
 // linear_sqgrad: the exact per-example diagonal Fisher of a linear layer at the price of its weight-gradient GEMM.
 // Two parallel regions: pack A, then walk the tiles of F. Deterministic, and the same bits for any thread count:
 // each tile of F is summed by one thread, over examples and tokens in order.
+#include <memory>
+
 #include "../check.h"
 
 namespace fasttax {
@@ -68,7 +70,8 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
     weights = example_weight->const_data_ptr();
   }
   if (R == 0 || I == 0 || O == 0) return;
-  FASTTAX_CHECK(inputs.stride(1) == 1 && grad_outputs.stride(1) == 1, op, "inputs and grad_outputs: the last dimension must be contiguous");
+  FASTTAX_CHECK((inputs.stride(1) == 1 || I == 1) && (grad_outputs.stride(1) == 1 || O == 1), op,
+                "inputs and grad_outputs: the last dimension must be contiguous");
   if (wide) {
     sqgrad_double(static_cast<const double*>(inputs.const_data_ptr()), inputs.stride(0),
                   static_cast<const double*>(grad_outputs.const_data_ptr()), grad_outputs.stride(0), starts, examples,
@@ -81,35 +84,55 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
     for (int64_t n = 0; n < examples; ++n)
       if (starts[n + 1] > starts[n]) token_weight[starts[n]] = static_cast<const float*>(weights)[n];
   }
-  const int64_t rows = FASTTAX_DISPATCH(tile_rows), cols = FASTTAX_DISPATCH(tile_cols);
+  const bool pairs = !single && isa_bf16() && a_type == LogitType::kBFloat16 && d_type == LogitType::kBFloat16;
+  std::vector<int64_t> pair_starts;
+  if (pairs) {
+    pair_starts.assign(1, 0);
+    for (int64_t n = 0; n < examples; ++n) pair_starts.push_back(pair_starts.back() + (starts[n + 1] - starts[n] + 1) / 2);
+  }
+  const int64_t* bounds = pairs ? pair_starts.data() : starts;
+  const int64_t steps = bounds[examples], rows = FASTTAX_DISPATCH(tile_rows), cols = FASTTAX_DISPATCH(tile_cols);
   const int64_t col_blocks = (I + cols - 1) / cols, row_blocks = (O + rows - 1) / rows;
-  const Tensor packed = torch::stable::empty({col_blocks * R * cols}, ScalarType::Float);
-  float* a = static_cast<float*>(packed.mutable_data_ptr());
+  const int64_t block_size = steps * cols;
+  thread_local std::vector<float> kept;  // fresh pages cost a tenth of the op: up to 64 MB stay for the next layer
+  std::vector<float> fresh;
+  const size_t needed = size_t((col_blocks * block_size + cols) + 16);
+  std::vector<float>& packed = needed <= (size_t(1) << 24) ? kept : fresh;
+  if (packed.size() < needed) packed = std::vector<float>(needed);
+  float* a = packed.data() + (16 - reinterpret_cast<uintptr_t>(packed.data()) / 4 % 16) % 16;
   const void *a_src = inputs.const_data_ptr(), *d_src = grad_outputs.const_data_ptr();
-  torch::stable::parallel_for(0, col_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
-      FASTTAX_DISPATCH(pack_block, a_type, a_src, inputs.stride(0), R, b * cols, std::min(cols, I - b * cols), cols, single, nullptr,
-                       a + b * R * cols);
+  const auto pack = [&](LogitType type, const void* src, int64_t stride, int64_t first, int64_t total, int64_t blocks, int64_t width,
+                        const float* scale, float* dst, int64_t dst_stride) {
+    if (pairs)
+      FASTTAX_DISPATCH(pack_pairs, static_cast<const uint16_t*>(src), stride, starts, examples, first, total, blocks, width,
+                       reinterpret_cast<uint32_t*>(dst), dst_stride);
+    else FASTTAX_DISPATCH(pack_blocks, type, src, stride, R, first, total, blocks, width, single, scale, dst, dst_stride);
+  };
+  constexpr int64_t kTogether = 4;  // column blocks packed at once
+  torch::stable::parallel_for(0, (col_blocks + kTogether - 1) / kTogether, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin * kTogether; b < std::min(col_blocks, end * kTogether); b += kTogether)
+      pack(a_type, a_src, inputs.stride(0), b * cols, I, std::min(kTogether, col_blocks - b), cols, nullptr, a + b * block_size,
+           block_size);
   });
-  // A group of row blocks (about 96 rows of D) shares each block of A while it is in L2.
-  const int64_t group = std::max<int64_t>(1, 96 / rows), groups = (row_blocks + group - 1) / group;
+  // Rows of F that share a block of A: many, since it comes from L3; for short examples fewer, so that the panel of squares, which
+  // they read and write once an example, stays in L1; and never so many that a thread is left without work.
+  const int64_t most = R < 64 * examples && !single ? 96 : 384, threads = torch::stable::get_num_threads();
+  const int64_t group = std::max<int64_t>(1, std::min(most, (O + threads - 1) / threads) / rows), groups = (row_blocks + group - 1) / group;
+  const int64_t d_stride = steps * rows + cols;  // a block's last step may be written a vector long
   float* f = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> d(group * R * rows), tile(rows * cols);
+    const std::unique_ptr<float[]> memory(new float[group * (d_stride + 2 * rows * cols) + cols]);
+    float* panel = memory.get() + (16 - reinterpret_cast<uintptr_t>(memory.get()) / 4 % 16) % 16;  // whole cache lines
+    float *gathered = panel + group * rows * cols, *d = gathered + group * rows * cols;
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * group, last = std::min(row_blocks, first + group);
-      for (int64_t b = first; b < last; ++b)
-        FASTTAX_DISPATCH(pack_block, d_type, d_src, grad_outputs.stride(0), R, b * rows, std::min(rows, O - b * rows), rows, single,
-                         single && weights ? token_weight.data() : nullptr, d.data() + (b - first) * R * rows);
-      for (int64_t c = 0; c < col_blocks; ++c)
-        for (int64_t b = first; b < last; ++b) {
-          const int64_t live_rows = std::min(rows, O - b * rows), live_cols = std::min(cols, I - c * cols);
-          std::fill(tile.begin(), tile.end(), 0.0f);
-          FASTTAX_DISPATCH(fisher_tile, a + c * R * cols, d.data() + (b - first) * R * rows, starts, examples,
-                           single ? nullptr : static_cast<const float*>(weights), single, tile.data());
-          for (int64_t r = 0; r < live_rows; ++r)
-            for (int64_t j = 0; j < live_cols; ++j) f[(b * rows + r) * I + c * cols + j] += tile[r * cols + j];
-        }
+      pack(d_type, d_src, grad_outputs.stride(0), first * rows, O, last - first, rows, single && weights ? token_weight.data() : nullptr, d,
+           d_stride);
+      for (int64_t c = 0; c < col_blocks; ++c) {
+        FASTTAX_DISPATCH(fisher_panel, a + c * block_size, d, d_stride, bounds, examples,
+                         single ? nullptr : static_cast<const float*>(weights), single, pairs, f + first * rows * I + c * cols, I,
+                         std::min(O, last * rows) - first * rows, std::min(cols, I - c * cols), panel, gathered);
+      }
     }
   });
 }

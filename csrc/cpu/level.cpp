@@ -22,11 +22,23 @@ namespace {
 
 std::atomic<int64_t> chosen{-1};
 
-// Tests and benchmarks lower the level; -1 asks without changing. Returns the level in force.
+constexpr int64_t kForceBFloat16 = 3;
+
+bool has_bf16() {
+#if defined(__x86_64__)
+  static const bool there = __builtin_cpu_supports("avx512bf16") != 0;
+  return there && isa_best() == Isa::kAvx512;
+#else
+  return false;
+#endif
+}
+
+// Tests and benchmarks lower the level; -1 asks without changing; 3 is AVX-512 with vdpbf16ps even where it does not gain.
+// Returns the level in force.
 int64_t simd_level(int64_t level) {
   const int64_t best = static_cast<int64_t>(isa_best());
-  FASTTAX_CHECK(level >= -1 && level <= best, "_simd_level", "level must be -1 (ask) or 0..", best,
-                " on this CPU (0 portable, 1 AVX2, 2 AVX-512), got ", level);
+  FASTTAX_CHECK((level >= -1 && level <= best) || (level == kForceBFloat16 && has_bf16()), "_simd_level", "level must be -1 (ask) or 0..",
+                best, " on this CPU (0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products), got ", level);
   if (level >= 0) chosen.store(level, std::memory_order_relaxed);
   return static_cast<int64_t>(isa_level());
 }
@@ -39,7 +51,16 @@ Isa isa_level() {
     level = static_cast<int64_t>(isa_best());
     chosen.store(level, std::memory_order_relaxed);
   }
-  return static_cast<Isa>(level);
+  return static_cast<Isa>(level == kForceBFloat16 ? static_cast<int64_t>(Isa::kAvx512) : level);
+}
+
+bool isa_bf16() {
+#if defined(__x86_64__)
+  static const bool gains = __builtin_cpu_is("amd") != 0;
+  return has_bf16() && isa_level() == Isa::kAvx512 && (gains || chosen.load(std::memory_order_relaxed) == kForceBFloat16);
+#else
+  return false;
+#endif
 }
 
 }  // namespace fasttax
