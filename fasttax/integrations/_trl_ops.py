@@ -1,0 +1,260 @@
+"""TRL's fused ops on fasttax's row kernels: same arguments, same results, same dtypes at every step.
+
+TRL (1.16, trl/kernels) folds tiles of tokens x 32768 columns into running sums. Here a chunk of tokens has its whole row of logits for
+as long as one sweep reads it: log-prob, entropy and divergences come out of that sweep, and the backward's out of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax import reference
+from fasttax._library import prefer_huge_pages
+from fasttax.kl import KINDS, token_kl
+from fasttax.kl_stats import token_stats
+
+CHUNK_BYTES = {"cpu": 64 << 20}  # of one model's logits at a time; on an accelerator TRL's own tile, 4096 x 32768 floats
+ACCELERATOR_BYTES = 512 << 20
+MIN_ROWS = 64  # below it a GEMM no longer runs at its rate
+LOGP, ENTROPY, LSE, KL_POLICY_REF, KL_REF_POLICY = 0, 2, 3, 4, 5  # rows of fasttax::token_stats
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """TRL's rule: autocast's dtype where it is on, else the hidden states'."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _rows_at_a_time(hidden: Tensor, V: int, models: int = 1) -> int:
+    rows = CHUNK_BYTES.get(hidden.device.type, ACCELERATOR_BYTES) // (4 * V * models)
+    return max(1, min(hidden.shape[0], max(MIN_ROWS, rows)))
+
+
+def _chunks(n: int, step: int) -> Iterator[slice]:
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def _addmm_wide(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """acc += a @ b in float32, the product never rounded to the operands' dtype."""
+    if acc.device.type == "cuda" and a.dtype in (torch.float16, torch.bfloat16):
+        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    else:
+        acc.addmm_(a.float(), b.float())
+
+
+class _Gradients:
+    """float32 sums of one head's gradients, and their way back to the tensors' dtypes."""
+
+    def __init__(self, needs: Sequence[bool], *tensors: Tensor | None) -> None:
+        self.tensors = tensors
+        self.sums = [torch.zeros(t.shape, device=t.device, dtype=torch.float32) if t is not None and need else None
+                     for t, need in zip(tensors, needs, strict=True)]  # fmt: skip
+
+    def add(self, where: Tensor | slice, d_logits: Tensor, wide: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """d_logits in the dtype that multiplies; `wide` before that rounding, for the bias."""
+        d_hidden, d_weight, d_bias = self.sums
+        if d_hidden is not None:
+            part = torch.zeros(d_logits.shape[0], weight.shape[1], device=weight.device, dtype=torch.float32)
+            _addmm_wide(part, d_logits, weight)
+            d_hidden[where] = part
+        if d_weight is not None:
+            _addmm_wide(d_weight, d_logits.T, hidden)
+        if d_bias is not None:
+            d_bias += wide.sum(0, dtype=torch.float32)
+
+    def results(self) -> list[Tensor | None]:
+        return [None if s is None or t is None else s.to(t.dtype) for s, t in zip(self.sums, self.tensors, strict=True)]
+
+
+def _active(*grads: Tensor | None) -> Tensor | slice:
+    """The tokens that have a gradient. TRL projects every position on a CPU; those of the prompt come back with 0. On an accelerator
+    it has left them out already, and looking would be a sync."""
+    given = [g for g in grads if g is not None]
+    if given[0].device.type != "cpu":
+        return slice(None)
+    nonzero = torch.stack([g != 0 for g in given]).any(0)
+    return slice(None) if bool(nonzero.all()) else nonzero.nonzero().flatten()
+
+
+def _pick(where: Tensor | slice, chunk: slice) -> Tensor | slice:
+    return chunk if isinstance(where, slice) else where[chunk]
+
+
+def _gathered(*params: Any) -> AbstractContextManager[Any]:
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    gathered: AbstractContextManager[Any] = maybe_gather_lm_head_ctx(*params)
+    return gathered
+
+
+class LogProb(torch.autograd.Function):
+    """(logp, entropy, log sum p^2, mean logit, target is the argmax) of hidden @ weight^T; those not in `outputs` are None, and the
+    last three have no gradient. hidden (N, H), weight (V, H), bias (V,) or None, targets (N,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, softcap: float | None,
+                logit_scale: float, outputs: tuple[str, ...]) -> tuple[Tensor | None, ...]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        N, V, dtype = hidden.shape[0], weight.shape[0], compute_dtype(hidden)
+        options = (logit_scale, logit_scale, softcap or 0.0, softcap or 0.0, 1 / temperature, 1 / temperature)
+        halved = (*options[:4], 2 / temperature, 2 / temperature)
+        step = _rows_at_a_time(hidden, V)
+        buffer = prefer_huge_pages(torch.empty(step, V, device=hidden.device, dtype=dtype))
+        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        values = torch.empty(5, N, device=hidden.device, dtype=torch.float32)
+        top1 = torch.empty(N, device=hidden.device, dtype=torch.bool)
+        kept = []
+        for at in _chunks(N, step):
+            logits = _project(buffer[: at.stop - at.start], hidden[at].to(dtype), w, b)
+            rows, stats = torch.ops.fasttax.token_stats(logits, None, targets[at], None, *options)
+            kept.append(stats)
+            values[0, at], values[1, at] = rows[LOGP], rows[ENTROPY]
+            if "log_sum_sq_probs" in outputs:
+                values[2, at] = torch.ops.fasttax.token_stats(logits, None, None, None, *halved)[0][LSE] - 2 * rows[LSE]
+            if "mean_logits" in outputs:
+                values[3, at] = (logits.mean(-1, dtype=torch.float32) * (logit_scale / temperature) if softcap is None
+                                 else reference.temper(logits.float(), logit_scale, softcap, 1 / temperature).mean(-1))  # fmt: skip
+            if "is_top1" in outputs:
+                top1[at] = logits.argmax(-1) == targets[at]
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(kept) if kept else values.new_empty(0))
+        ctx.options, ctx.dtype, ctx.step = options, dtype, step
+        results = (values[0], *(values[i] if name in outputs else None for i, name in enumerate(("entropy", "log_sum_sq_probs", "mean_logits"), 1)),
+                   top1 if "is_top1" in outputs else None)  # fmt: skip
+        ctx.mark_non_differentiable(*(r for r in results[2:] if r is not None))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *others: Any) -> Any:
+        hidden, weight, bias, targets, stats = ctx.saved_tensors
+        if d_logp is None and d_entropy is None:
+            return (None,) * 8
+        with _gathered(weight, bias):
+            gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
+            where = _active(d_logp, d_entropy)
+            n = hidden.shape[0] if isinstance(where, slice) else where.numel()
+            buffer = prefer_huge_pages(torch.empty(min(n, ctx.step), weight.shape[0], device=hidden.device, dtype=ctx.dtype))
+            w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+            for at in _chunks(n, ctx.step):
+                tokens = _pick(where, at)
+                h = hidden[tokens].to(ctx.dtype)
+                logits = _project(buffer[: at.stop - at.start], h, w, b)
+                grads = torch.zeros(6, at.stop - at.start, device=hidden.device, dtype=torch.float32)
+                for row, d in ((LOGP, d_logp), (ENTROPY, d_entropy)):
+                    if d is not None:
+                        grads[row] = d[tokens]
+                d_logits = torch.ops.fasttax.token_stats_backward(grads, logits, None, targets[tokens], None, stats[tokens], *ctx.options, True, False)[0]
+                gradients.add(tokens, d_logits, d_logits, h, w)
+        return *gradients.results(), None, None, None, None, None
+
+
+class Divergence(torch.autograd.Function):
+    """(divergence, student's entropy) per token: beta 0 is KL(teacher || student), 1 is KL(student || teacher), else the generalised
+    JSD. The gradient goes to the student; the entropy has none."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
+                teacher_bias: Tensor | None, beta: float, temperature: float, scale: float, softcap: float | None, teacher_scale: float,
+                teacher_softcap: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        N, V = hidden.shape[0], weight.shape[0]
+        tempering = (scale, teacher_scale, softcap or 0.0, teacher_softcap or 0.0, 1 / temperature, 1 / temperature)
+        own = (scale, scale, softcap or 0.0, softcap or 0.0, 1 / temperature, 1 / temperature)
+        ctx.row = {0.0: KL_REF_POLICY, 1.0: KL_POLICY_REF}.get(float(beta))
+        ctx.options = tempering if ctx.row is not None else (KINDS.index("jsd"), beta, *tempering, False)
+        ctx.dtypes = compute_dtype(hidden), compute_dtype(teacher_hidden)
+        ctx.step = _rows_at_a_time(hidden, V, 2)
+        values = torch.empty(2, N, device=hidden.device, dtype=torch.float32)
+        kept = []
+        with _gathered(weight, bias), _gathered(teacher_weight, teacher_bias):
+            heads = _Pair(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, min(N, ctx.step))
+            for at in _chunks(N, ctx.step):
+                x, y, _ = heads.logits(at)
+                if ctx.row is not None:
+                    rows, stats = torch.ops.fasttax.token_stats(x, y, None, None, *ctx.options)
+                    values[0, at], values[1, at] = rows[ctx.row], rows[ENTROPY]
+                else:
+                    values[0, at], stats = torch.ops.fasttax.token_kl(x, y, None, *ctx.options)
+                    values[1, at] = torch.ops.fasttax.token_stats(x, None, None, None, *own)[0][ENTROPY]
+                kept.append(stats)
+        ctx.save_for_backward(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, torch.cat(kept) if kept else values.new_empty(0))
+        entropy = values[1]
+        ctx.mark_non_differentiable(entropy)
+        return values[0], entropy
+
+    @staticmethod
+    def backward(ctx: Any, d_divergence: Tensor | None, d_entropy: Any) -> Any:
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, stats = ctx.saved_tensors
+        if d_divergence is None:
+            return (None,) * 12
+        d_divergence = d_divergence.float().contiguous()
+        with _gathered(weight, bias), _gathered(teacher_weight, teacher_bias):
+            gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
+            where = _active(d_divergence)
+            n = hidden.shape[0] if isinstance(where, slice) else where.numel()
+            heads = _Pair(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, min(n, ctx.step))
+            for at in _chunks(n, ctx.step):
+                tokens = _pick(where, at)
+                x, y, h = heads.logits(tokens)
+                if ctx.row is not None:
+                    grads = torch.zeros(6, at.stop - at.start, device=hidden.device, dtype=torch.float32)
+                    grads[ctx.row] = d_divergence[tokens]
+                    d_logits = torch.ops.fasttax.token_stats_backward(grads, x, y, None, None, stats[tokens], *ctx.options, True, False)[0]
+                else:
+                    torch.ops.fasttax.token_kl_backward_(d_divergence[tokens], x, y, None, stats[tokens], *ctx.options, False)
+                    d_logits = x
+                gradients.add(tokens, d_logits.to(ctx.dtypes[0]), d_logits, h, heads.weight)
+        return *gradients.results(), *(None,) * 9
+
+
+class _Pair:
+    """Student's and teacher's logits of some tokens in float32, from operands rounded to the compute dtype, as TRL has them."""
+
+    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
+                 teacher_bias: Tensor | None, rows: int) -> None:  # fmt: skip
+        self.hidden, self.teacher_hidden, self.dtypes = hidden, teacher_hidden, ctx.dtypes
+        self.weight, self.teacher_weight = weight.to(ctx.dtypes[0]), teacher_weight.to(ctx.dtypes[1])
+        self.bias, self.teacher_bias = (None if b is None else b.float() for b in (bias, teacher_bias))
+        self.buffers = [prefer_huge_pages(torch.empty(rows, weight.shape[0], device=hidden.device, dtype=torch.float32)) for _ in range(2)]
+
+    def logits(self, tokens: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        h, t = self.hidden[tokens].to(self.dtypes[0]), self.teacher_hidden[tokens].to(self.dtypes[1])
+        x = _project(self.buffers[0][: h.shape[0]], h, self.weight, self.bias)
+        return x, _project(self.buffers[1][: h.shape[0]], t, self.teacher_weight, self.teacher_bias), h
+
+
+def _project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if out.dtype == hidden.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    elif out.device.type == "cuda":
+        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(hidden.to(out.dtype), weight.T.to(out.dtype), out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def jsd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, beta: float, temperature: float, reduction: str,
+             num_items_in_batch: Any) -> Tensor:  # fmt: skip
+    """GKD's and GOLD's generalized_jsd_loss for a reduction to one number; gradients are made in the forward sweep."""
+    kind = {0.0: "ref_policy", 1.0: "policy_ref"}.get(float(beta), "jsd")
+    mask = None if labels is None else labels != -100
+    total = token_kl(student_logits, teacher_logits, kind=kind, beta=beta, temperature=temperature, mask=mask, reduction="sum")
+    if num_items_in_batch is not None:
+        return total / torch.as_tensor(num_items_in_batch, device=total.device)
+    if reduction == "sum":
+        return total
+    if reduction == "batchmean":
+        return total / (mask.sum().clamp(min=1) if mask is not None else max(student_logits.shape[0], 1))
+    tokens = mask.sum() if mask is not None else student_logits[..., 0].numel()
+    return total / (tokens * student_logits.shape[-1])
+
+
+def selected_logp(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> Tensor:
+    """selective_log_softmax for one index a token, in the logits' dtype as TRL's."""
+    logp = token_stats(logits, None, index, outputs=("logp",), temperature=temperature, mask=row_mask).logp
+    assert logp is not None
+    return logp.to(logits.dtype)
