@@ -79,7 +79,7 @@ def make(name: str, folder: Path, *, base: type | None = None, model: nn.Module 
     if lora:
         from peft import LoraConfig
 
-        given["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], lora_dropout=0.0)
+        given["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
     other = tiny_lm.model(1) if teacher is None else teacher
     if name in ("dpo", "kto", "online_dpo") and not lora:
         given["ref_model"] = copy.deepcopy(other)

@@ -92,6 +92,12 @@ def _gathered(*params: Any) -> AbstractContextManager[Any]:
     return gathered
 
 
+def _log_sum_squares(x: Tensor) -> Tensor:
+    """log sum p^2; relative to the maximum, for a difference of two large lse would lose its digits."""
+    x = x - x.amax(-1, keepdim=True)
+    return (2 * x).logsumexp(-1) - 2 * x.logsumexp(-1)
+
+
 class LogProb(torch.autograd.Function):
     """(logp, entropy, log sum p^2, mean logit, target is the argmax) of hidden @ weight^T; those not in `outputs` are None, and the
     last three have no gradient. hidden (N, H), weight (V, H), bias (V,) or None, targets (N,)."""
@@ -102,7 +108,6 @@ class LogProb(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         N, V, dtype = hidden.shape[0], weight.shape[0], compute_dtype(hidden)
         options = (logit_scale, logit_scale, softcap or 0.0, softcap or 0.0, 1 / temperature, 1 / temperature)
-        halved = (*options[:4], 2 / temperature, 2 / temperature)
         step = _rows_at_a_time(hidden, V)
         buffer = prefer_huge_pages(torch.empty(step, V, device=hidden.device, dtype=dtype))
         w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -115,7 +120,7 @@ class LogProb(torch.autograd.Function):
             kept.append(stats)
             values[0, at], values[1, at] = rows[LOGP], rows[ENTROPY]
             if "log_sum_sq_probs" in outputs:
-                values[2, at] = torch.ops.fasttax.token_stats(logits, None, None, None, *halved)[0][LSE] - 2 * rows[LSE]
+                values[2, at] = _log_sum_squares(reference.temper(logits.float(), *options[::2]))
             if "mean_logits" in outputs:
                 values[3, at] = (logits.mean(-1, dtype=torch.float32) * (logit_scale / temperature) if softcap is None
                                  else reference.temper(logits.float(), logit_scale, softcap, 1 / temperature).mean(-1))  # fmt: skip

@@ -224,7 +224,8 @@ class FusedGKDMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not getattr(cls.generalized_jsd_loss, "fasttax", False) or not any(c.__name__ in ("GKDTrainer", "GOLDTrainer") for c in cls.__mro__):
+        order = [c.__name__ for c in cls.__mro__]
+        if not any(name in order[order.index("FusedGKDMixin") :] for name in ("GKDTrainer", "GOLDTrainer")):
             bases = ", ".join(b.__name__ for b in cls.__bases__)
             raise _checks.fail("FusedGKDMixin", "bases", "(FusedGKDMixin, GKDTrainer) or (FusedGKDMixin, GOLDTrainer)", f"({bases})", error=TypeError)
 
@@ -238,5 +239,3 @@ class FusedGKDMixin:
             return GOLDTrainer.generalized_jsd_loss(student_logits, teacher_logits, labels=labels, beta=beta, temperature=temperature,
                                                     reduction=reduction, logits_are_probs=logits_are_probs, num_items_in_batch=num_items_in_batch)  # fmt: skip
         return ops.jsd_loss(student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch)
-
-    generalized_jsd_loss.fasttax = True  # type: ignore[attr-defined]
