@@ -12,14 +12,10 @@ import tiny_lm
 import torch
 from processes import on_ranks
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fasttax
 from fasttax.integrations import AdaptiveKL
-
-transformers = pytest.importorskip("transformers")
-
-from transformers import Trainer, TrainerCallback, TrainingArguments
-
 from fasttax.integrations.transformers import EWCCallback, attach
 
 STRENGTH = 20.0
@@ -114,7 +110,7 @@ def test_equals_the_penalty_in_the_loss(tmp_path: Path, how: str, changes: Any) 
 
 def test_post_clip_adds_the_whole_gradient_after_clipping(tmp_path: Path) -> None:
     """One step of SGD: theta - lr * (clipped task gradient + penalty's gradient)."""
-    ours, ewc = run(tmp_path, "post_clip", max_steps=1)
+    ours, _ = run(tmp_path, "post_clip", max_steps=1)
     plain, _ = run(tmp_path, "none", max_steps=1)
     assert history(ours, "grad_norm") == history(plain, "grad_norm")
     model = tiny_lm.model()
@@ -125,7 +121,7 @@ def test_post_clip_adds_the_whole_gradient_after_clipping(tmp_path: Path) -> Non
 
 
 def test_frozen_parameters_stay_and_lora_factors_are_held(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
 
     def lora() -> nn.Module:
         torch.manual_seed(4)

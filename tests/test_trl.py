@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import tiny_lm
 import torch
+import transformers
+import trl
+import trl_runs
 from torch import Tensor, nn
 from utils import assert_within
-
-trl = pytest.importorskip("trl")
-
-import transformers
-import trl_runs
 
 from fasttax.integrations import _trl_ops as ops
 from fasttax.integrations.trl import TARGETS, FusedGKDMixin, patch
@@ -256,7 +254,7 @@ def test_patch_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) ->
     before = current()
     with pytest.raises(ValueError, match=r"patch: trainers: expected one of 'sft', 'dpo', .*'online_dpo', got 'ppo'"):
         patch("ppo")
-    with pytest.raises(ValueError, match="patch: trainers: expected one of 'sft', .* or a trainer of these kinds"):
+    with pytest.raises(ValueError, match=r"patch: trainers: expected one of 'sft', .* or a trainer of these kinds"):
         patch(trl.RewardTrainer)
     with monkeypatch.context() as m:
         m.setattr(trl, "__version__", "1.17.0")

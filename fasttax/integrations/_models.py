@@ -46,8 +46,8 @@ def causal_lm(op: str, argument: str, model: Any) -> Any:
     """The transformers model inside DDP, PEFT or nothing, with a backbone and a head."""
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    if hasattr(model, "peft_config") and callable(base := getattr(model, "get_base_model", None)):
+        model = base()
     if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise _checks.fail(op, argument, "a transformers causal language model with an output head", type(model).__name__, error=TypeError)
     return model
