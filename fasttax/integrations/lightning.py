@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fasttax import _checks, _files
-from fasttax._attach import Handle as AttachHandle
+from fasttax.integrations._handle import Handle
 from fasttax.integrations._models import check_parameters
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class EWCCallback(Callback):
     Args:
         ewc: an `fasttax.EWC` over parameters of the LightningModule.
         where: "pre_clip" adds it in `on_before_optimizer_step`, which Lightning calls after unscaling and before clipping (under manual
-            optimization, when your code calls step: clipping is yours). "post_clip" adds it as the optimizer steps.
+            optimization, when your code calls step: clipping is yours). "post_clip" adds it after `configure_gradient_clipping`, which
+            only automatic optimization calls.
 
     Raises:
         TypeError, ValueError: when made; or as fitting begins: DeepSpeed, FSDP1, parameters that are not the module's or all frozen,
@@ -35,7 +37,7 @@ class EWCCallback(Callback):
             raise _checks.fail(op, "ewc", "a fasttax.EWC", ewc, error=TypeError)
         self.ewc = ewc
         self.where = _checks.choice(op, "where", where, WHERE)
-        self._attached: list[AttachHandle] = []
+        self._handle = Handle()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = type(trainer.strategy).__name__
@@ -44,19 +46,30 @@ class EWCCallback(Callback):
                                "its engine keeps the gradients to itself; use ddp or fsdp2 (ModelParallelStrategy)")  # fmt: skip
         check_parameters("EWCCallback", self.ewc, pl_module)
         if self.where == "post_clip":
-            self._attached = [self.ewc.attach(optimizer) for optimizer in trainer.optimizers]
+            if not pl_module.automatic_optimization:
+                raise _checks.fail("EWCCallback", "where", "'pre_clip' under manual optimization, where clipping is yours", "'post_clip'")
+            self._handle.replace(pl_module, "configure_gradient_clipping", self._then_add(pl_module.configure_gradient_clipping), "configure_gradient_clipping")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self.where == "pre_clip":
-            self.ewc.add_grad_(only=[p for group in optimizer.param_groups for p in group["params"]])
+            self._add(optimizer)
         pl_module.log_dict({"ewc/penalty": self.ewc.penalty().detach(), "ewc/distance": self.ewc.distance().total}, on_step=True, on_epoch=False)
 
+    def _add(self, optimizer: Any) -> None:
+        self.ewc.add_grad_(only=[p for group in optimizer.param_groups for p in group["params"]])
+
+    def _then_add(self, clip: Callable[..., None]) -> Callable[..., None]:
+        def configure_gradient_clipping(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            clip(optimizer, *args, **kwargs)
+            self._add(optimizer)
+
+        return configure_gradient_clipping
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        while self._attached:
-            self._attached.pop().remove()
+        self._handle.undo()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+        self._handle.undo()
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
