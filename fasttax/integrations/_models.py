@@ -48,7 +48,8 @@ def causal_lm(op: str, argument: str, model: Any) -> Any:
         model = model.module
     if hasattr(model, "peft_config") and callable(base := getattr(model, "get_base_model", None)):
         model = base()
-    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+    output = getattr(model, "get_output_embeddings", None)
+    if not isinstance(model, nn.Module) or not callable(output) or output() is None:
         raise _checks.fail(op, argument, "a transformers causal language model with an output head", type(model).__name__, error=TypeError)
     return model
 
