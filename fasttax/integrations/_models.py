@@ -17,19 +17,25 @@ if TYPE_CHECKING:
     from fasttax.ewc import EWC
 
 
-def check_parameters(op: str, ewc: EWC, model: Any) -> None:
-    """What EWC holds must be what is trained, else its gradient would go to tensors that nobody steps."""
+def on_model(op: str, ewc: EWC, model: Any) -> EWC:
+    """The EWC on the parameters that are trained: as it is; or, where FSDP2 put sharded ones in their place, made anew on those.
+
+    Whatever else it holds would get its gradient where nobody steps, and is an error.
+    """
     held = ewc.parameters()
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         raise _checks.fail(op, "model", "plain, DDP or FSDP2 parameters", "FSDP1's flattened ones", "use FSDP2 (fsdp_version=2)")
     live = {id(p) for p in model.parameters()}
     strangers = [name for name, p in held.items() if id(p) not in live]
+    if strangers and any(hasattr(p, "full_tensor") for p in model.parameters()) and not any(hasattr(p, "full_tensor") for p in held.values()):
+        return type(ewc)(model, dict(ewc.fisher), strength=ewc.strength, anchor=ewc.anchor, storage=ewc.storage)
     if strangers:
         raise _checks.fail(op, "ewc", "parameters of the model being trained", f"{len(strangers)} that are not, as {strangers[0]}",
-                           "build the EWC on the trainer's model; where wrapping replaces the parameters (FSDP2), on the wrapped one")  # fmt: skip
+                           "build the EWC on the model that the trainer trains")  # fmt: skip
     if not any(p.requires_grad for p in held.values()):
         raise _checks.fail(op, "ewc", "at least one trainable parameter", f"{len(held)} frozen ones, whose penalty has no gradient",
                            "under PEFT hold the adapter's parameters (DiagonalFisher(model, lora='factors'))")  # fmt: skip
+    return ewc
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fasttax import _checks, _files
 from fasttax.integrations._handle import Handle
-from fasttax.integrations._models import check_parameters
+from fasttax.integrations._models import on_model
 
 if TYPE_CHECKING:
     from fasttax.ewc import EWC
@@ -21,7 +21,7 @@ class EWCCallback(Callback):
     """The EWC penalty's gradient at every optimizer step; logs `ewc/penalty` and `ewc/distance`.
 
     Args:
-        ewc: an `fasttax.EWC` over parameters of the LightningModule.
+        ewc: an `fasttax.EWC` over parameters of the LightningModule (under FSDP2 made anew on the sharded ones).
         where: "pre_clip" adds it in `on_before_optimizer_step`, which Lightning calls after unscaling and before clipping (under manual
             optimization, when your code calls step: clipping is yours). "post_clip" adds it after `configure_gradient_clipping`, which
             only automatic optimization calls.
@@ -44,7 +44,7 @@ class EWCCallback(Callback):
         if "DeepSpeed" in strategy:
             raise _checks.fail("EWCCallback", "trainer", "a strategy other than DeepSpeed", strategy,
                                "its engine keeps the gradients to itself; use ddp or fsdp2 (ModelParallelStrategy)")  # fmt: skip
-        check_parameters("EWCCallback", self.ewc, pl_module)
+        self.ewc = on_model("EWCCallback", self.ewc, pl_module)
         if self.where == "post_clip":
             if not pl_module.automatic_optimization:
                 raise _checks.fail("EWCCallback", "where", "'pre_clip' under manual optimization, where clipping is yours", "'post_clip'")

@@ -20,7 +20,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from fasttax import _checks, _files
 from fasttax.integrations._handle import Handle
-from fasttax.integrations._models import check_parameters
+from fasttax.integrations._models import on_model
 
 if TYPE_CHECKING:
     from fasttax.ewc import EWC
@@ -36,7 +36,8 @@ class EWCCallback(TrainerCallback):
     `ewc/distance` (sum fisher * (theta - anchor)^2), both of the weights after the step.
 
     Args:
-        ewc: an `fasttax.EWC` over parameters of the model being trained (under PEFT: of the wrapped model).
+        ewc: an `fasttax.EWC` over parameters of the model being trained (under PEFT: of the wrapped model). Where FSDP2 puts sharded
+            parameters in their place it is made anew on those, with the same Fisher, anchor and strength.
         where: "pre_clip": part of the gradient that is clipped and of grad_norm; p.grad of the held parameters then exists from
             the step's begin on. "post_clip": added after clipping, so that clipping never weakens it.
 
@@ -72,8 +73,8 @@ class EWCCallback(TrainerCallback):
         self._primed = False
         refuse_deepspeed("EWCCallback", args, optimizer)
         if model is not None:
-            check_parameters("EWCCallback", self.ewc, model)
-        _check_resumed(self.ewc, checkpoint_folder(args, state) / STATE_FILE)
+            self.ewc = on_model("EWCCallback", self.ewc, model)
+        _check_resumed(self.ewc, checkpoint_folder(args, state) / _state_file(self.ewc, args))
         _to_the_front(self)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -81,8 +82,9 @@ class EWCCallback(TrainerCallback):
             publish(state, logs, {"ewc/penalty": self.ewc.penalty().detach(), "ewc/distance": self.ewc.distance().total})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            write_state(checkpoint_folder(args, state) / STATE_FILE, {"anchor_hash": _anchor_hash(self.ewc), "strength": self.ewc.strength})
+        name = _state_file(self.ewc, args)
+        if state.is_world_process_zero or name != STATE_FILE:
+            write_state(checkpoint_folder(args, state) / name, {"anchor_hash": _anchor_hash(self.ewc), "strength": self.ewc.strength})
 
 
 def attach(trainer: Any, *, ewc: EWC | None = None, kl: Mapping[str, Any] | None = None, where: str = "pre_clip") -> Handle:
@@ -173,6 +175,13 @@ def write_state(path: Path, values: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(dict(values)))
     partial.replace(path)
+
+
+def _state_file(ewc: EWC, args: Any) -> str:
+    """One for all ranks, or where each has shards of its own one a rank."""
+    if not any(hasattr(p, "full_tensor") for p in ewc.parameters().values()):
+        return STATE_FILE
+    return STATE_FILE.replace(".json", f"-{args.process_index}-of-{args.world_size}.json")
 
 
 def _anchor_hash(ewc: EWC) -> str:
