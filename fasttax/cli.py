@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except ModuleNotFoundError as error:
         if error.name in ("transformers", "gguf", "rich", "matplotlib"):
-            print(f"fasttax {command}: {error.name} is not installed; run `pip install 'fasttax[demo]'`", file=sys.stderr)
+            extra = "transformers" if command == "kl" else "demo"
+            print(f"fasttax {command}: {error.name} is not installed; run `pip install 'fasttax[{extra}]'`", file=sys.stderr)
             return 2
         raise
     except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_lm
 import torch
+import transformers
 from processes import on_ranks
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -168,6 +169,7 @@ class FakeArguments:
     deepspeed = None
     distributed_state = None
     output_dir = "nowhere"
+    process_index, world_size = 0, 1
 
 
 class FakeState:
@@ -223,9 +225,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def train_on_two(rank: int, folder: Path) -> None:
-    trainer, _ = run(folder, "attach", per_device_train_batch_size=1, ddp_backend="gloo", max_steps=2)
+    torch.manual_seed(0)
+    ref = tiny_lm.model(1)
+    model = tiny_lm.model()
+    trainer = Trainer(model, arguments(folder, per_device_train_batch_size=1, ddp_backend="gloo", max_steps=2), train_dataset=Rows(tiny_lm.ids()))
+    attach(trainer, ewc=held(model), kl={"ref_model": ref, "beta": 0.3})
+    trainer.train()
     if rank == 0:
-        torch.save(trainer.model.state_dict(), folder / "two.pt")
+        torch.save((trainer.model.state_dict(), history(trainer, "kl/policy_ref")), folder / "two.pt")
 
 
 def launch_two(rank: int, folder: Path) -> None:
@@ -233,16 +240,6 @@ def launch_two(rank: int, folder: Path) -> None:
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29511")
     train_on_two(rank, folder)
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    """DDP: every rank adds the same gradient, and the mean over ranks leaves it as it is."""
-    on_ranks(launch_two, tmp_path)
-    alone, _ = run(tmp_path, "oracle", max_steps=2)
-    two = copy.deepcopy(alone.model)
-    two.load_state_dict(torch.load(tmp_path / "two.pt"))
-    assert difference(two, alone.model) <= ROUNDING
 
 
 # --- KL --------------------------------------------------------------------------------------------------------------------
@@ -258,6 +255,22 @@ class WithKL(Trainer):
         logp, ref_logp = out.logits[:, :-1].log_softmax(-1), ref[:, :-1].log_softmax(-1)
         kl = (logp.exp() * (logp - ref_logp)).sum(-1)[inputs["labels"][:, 1:] != -100]
         return loss + 0.3 * kl.sum() / num_items_in_batch
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """DDP: every rank adds the penalty's gradient, which the mean leaves as it is; the KL is the mean over all ranks' tokens."""
+    on_ranks(launch_two, tmp_path)
+    model = tiny_lm.model()
+    alone = WithKL(model, arguments(tmp_path, max_steps=2), train_dataset=Rows(tiny_lm.ids()), callbacks=[EWCCallback(held(model))])
+    alone.ref = tiny_lm.model(1)
+    transformers.set_seed(5)
+    alone.train()
+    state, kl = torch.load(tmp_path / "two.pt")
+    two = copy.deepcopy(alone.model)
+    two.load_state_dict(state)
+    assert difference(two, alone.model) <= 4 * ROUNDING
+    assert len(kl) == 2
 
 
 def test_attached_kl_is_the_kl_in_the_loss(tmp_path: Path) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from fasttax import _checks, _files
 from fasttax.integrations._handle import Handle
 from fasttax.integrations._models import on_model
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"fasttax.integrations.lightning: {error.name} is not installed; run `pip install 'fasttax[lightning]'`", name=error.name
+    ) from error
 
 if TYPE_CHECKING:
     from fasttax.ewc import EWC

@@ -15,12 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
 
 from fasttax import _checks, _files
 from fasttax.integrations._handle import Handle
 from fasttax.integrations._models import on_model
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import CallbackHandler
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"fasttax.integrations.transformers: {error.name} is not installed; run `pip install 'fasttax[transformers]'`", name=error.name
+    ) from error
 
 if TYPE_CHECKING:
     from fasttax.ewc import EWC

@@ -20,13 +20,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import trl
 from torch import Tensor
 
 from fasttax import _checks
 from fasttax.integrations import _trl_ops as ops
-from fasttax.integrations._full_kl import FullKL as FullKL
 from fasttax.integrations._handle import Handle
+
+try:
+    import trl
+
+    from fasttax.integrations._full_kl import FullKL as FullKL
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"fasttax.integrations.trl: {error.name} is not installed; run `pip install 'fasttax[trl]'`", name=error.name) from error
 
 __all__ = ["FullKL", "FusedGKDMixin", "Patch", "patch"]
 
