@@ -98,6 +98,9 @@ def test_is_the_kl_in_the_loss(name: str, kind: str, tmp_path: Path) -> None:
     assert history(ours, "grad_norm") == pytest.approx(history(theirs, "grad_norm"), rel=2e-5)
     assert len(history(ours, f"kl/{kind}")) == 2
     assert min(history(ours, f"kl/{kind}")) > 1e-3
+    for other in ("kl/policy_ref", "kl/ref_policy", "entropy"):
+        assert len(history(ours, other)) == 2
+        assert min(history(ours, other)) > 1e-3
     plain = make(name, tmp_path)
     calls = count_forwards(plain.model)
     assert difference(train(plain), ours) > 30 * ROUNDING  # the KL acts, beside a task gradient that clipping shortens

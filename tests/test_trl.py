@@ -245,6 +245,7 @@ def test_patch_says_what_it_replaced_and_undoes_it(capsys: pytest.CaptureFixture
     handle.undo()
     handle.undo()
     assert all(current()[label] is before[label] for label in before)
+    patch("GKD", "OnlineDPOTrainer", quiet=True).undo()
     with patch(trl.DistillationTrainer, quiet=True) as handle:
         assert handle.replaced == ["trl.trainer.distillation_trainer.ChunkedDivergenceFunction"]
     assert current() == before

@@ -28,7 +28,7 @@ from fasttax.linear_kl import linear_token_kl
 GENERATING = ("GRPOTrainer", "RLOOTrainer")
 TOKEN_LOSSES = ("cispo", "dapo", "vespo")  # GRPO losses that divide by the tokens of the whole accumulation window
 STATE_FILE = "fasttax_kl.json"
-TOPK_ROWS = 256  # tokens whose logits exist at a time beside a top-k reference
+ROWS = 256  # tokens whose logits exist at a time, for a top-k reference and for the log
 
 
 class FullKL(Handle):
@@ -52,8 +52,8 @@ class FullKL(Handle):
         temperature: of both distributions; None is the trainer's sampling temperature in GRPO and RLOO, else 1.
         jsd_beta: the reference's share of the mixture in "jsd".
 
-    Logs `kl/<kind>`, the mean over the tokens since the last log, and `kl/beta` under an AdaptiveKL; where logits are there, `kl/policy_ref`,
-    `kl/ref_policy` and `entropy`.
+    Logs `kl/<kind>`, the mean over the tokens since the last log; `kl/policy_ref`, `kl/ref_policy` and `entropy` (where the trainer has none
+    of its own) over the tokens of the step that is logged; `kl/beta` under an AdaptiveKL. A TopKReference knows its `kind` alone.
 
     Raises:
         ValueError, TypeError: an argument does not fit; GRPO with beta != 0; DeepSpeed; a second FullKL on one trainer.
@@ -91,7 +91,7 @@ class FullKL(Handle):
         self._sum: Tensor | None = None
         self._count: Any = 0
         self._asked = False  # for a loss, in this step
-        self._totals: dict[str, Tensor] = {}  # since the last log; "tokens" counts
+        self._totals: dict[str, tuple[Tensor, Tensor]] = {}  # by metric: sum and number of tokens since the last log
         self._window: list[Tensor] = []  # (sum, count) since the last step, for the controller
         self.replace(trainer, "compute_loss", self._with_kl(trainer.compute_loss), "compute_loss")
         hooks = (backbone(self.policy).register_forward_hook(self._see_backbone, with_kwargs=True),
@@ -152,10 +152,10 @@ class FullKL(Handle):
             values = self._values(call, getattr(output, "logits", None), mask)
         self._count = self._count + mask.sum()
         self._sum = values[self.kind] if self._sum is None else self._sum + values[self.kind]
-        names = {"policy_ref": "kl/policy_ref", "ref_policy": "kl/ref_policy", "jsd": "kl/jsd", "entropy": "entropy"}
-        for name, value in {**values, "tokens": mask.sum()}.items():
-            key = names.get(name, name)
-            self._totals[key] = self._totals.get(key, 0) + value.detach()
+        for name, value in values.items():
+            key, nothing = name if name == "entropy" else f"kl/{name}", value.new_zeros(())
+            total, count = self._totals.get(key, (nothing, nothing))
+            self._totals[key] = (total + value.detach(), count + mask.sum())
 
     def _values(self, call: tuple[tuple[Any, ...], dict[str, Any], Any], logits: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
         """Sums over the tokens of `mask`, (B, T) by the position that predicts."""
@@ -171,7 +171,26 @@ class FullKL(Handle):
         rows, ref = self._reference_rows(args, kwargs, mask)
         kl = linear_token_kl(hidden_states(output)[mask], own.weight, rows, ref.weight, bias=own.bias, ref_bias=ref.bias, softcap=own.softcap,
                              ref_softcap=ref.softcap, logit_scale=own.logit_scale, ref_logit_scale=ref.logit_scale, reduction="sum", **options)  # fmt: skip
-        return {self.kind: kl}
+        if not self._log_is_due():
+            return {self.kind: kl}
+        return {**self._looked_at(hidden_states(output)[mask], own, rows, ref), self.kind: kl}
+
+    def _log_is_due(self) -> bool:
+        args, state = self.trainer.args, self.trainer.state
+        every = max(1, int(state.logging_steps or args.logging_steps)) if args.logging_strategy == "steps" else 0
+        return bool(every and (state.global_step + 1) % every == 0) or (args.logging_first_step and state.global_step == 0)
+
+    @torch.no_grad()
+    def _looked_at(self, hidden: Tensor, own: Head, ref_hidden: Tensor, ref: Head) -> dict[str, Tensor]:
+        """Both KLs and the entropy, for the log alone: two more GEMMs, at the steps that are logged."""
+        options = {**self.options, "kind": "policy_ref", "softcap": own.softcap, "ref_softcap": ref.softcap, "logit_scale": own.logit_scale,
+                   "ref_logit_scale": ref.logit_scale, "reduction": "sum"}  # fmt: skip
+        sums = torch.zeros(3, device=hidden.device)
+        for i in range(0, hidden.shape[0], ROWS):
+            x, y = (nn.functional.linear(h[i : i + ROWS].to(m.weight.dtype), m.weight, m.bias).float() for h, m in ((hidden, own), (ref_hidden, ref)))
+            stats = token_stats(x, y, outputs=("kl_policy_ref", "kl_ref_policy", "entropy"), **options)
+            sums += torch.stack([s for s in (stats.kl_policy_ref, stats.kl_ref_policy, stats.entropy) if s is not None])
+        return dict(zip(("policy_ref", "ref_policy", "entropy"), sums.unbind(), strict=True))
 
     def _reference_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> tuple[Tensor, Head]:
         assert isinstance(self.ref, _ModelReference)
@@ -195,8 +214,8 @@ class FullKL(Handle):
             logits = nn.functional.linear(h.to(weight.dtype), weight, bias)
             return topk_kl(logits, logp, top, **self.options, softcap=own.softcap, logit_scale=own.logit_scale, reduction="sum")
 
-        pieces = [checkpoint(part, *(x[i : i + TOPK_ROWS] for x in (hidden, logp, top)), own.weight, own.bias, use_reentrant=False)
-                  for i in range(0, hidden.shape[0], TOPK_ROWS)]  # fmt: skip
+        pieces = [checkpoint(part, *(x[i : i + ROWS] for x in (hidden, logp, top)), own.weight, own.bias, use_reentrant=False)
+                  for i in range(0, hidden.shape[0], ROWS)]  # fmt: skip
         return torch.stack(pieces).sum() if pieces else hidden.sum() * 0
 
     # --- adding it to the loss -----------------------------------------------------------------------------------------
@@ -300,9 +319,7 @@ class _Events(TrainerCallback):
         if logs is None or "loss" not in logs or not owner._totals:
             return
         names = list(owner._totals)
-        totals = owner.trainer.accelerator.reduce(torch.stack([owner._totals[n].float() for n in names]), reduction="sum")
+        pairs = owner.trainer.accelerator.reduce(torch.stack([torch.stack(owner._totals[n]) for n in names]).float(), reduction="sum")
         owner._totals.clear()
-        sums = dict(zip(names, totals.tolist(), strict=True))
-        tokens = max(1.0, sums.pop("tokens"))
-        values = {name: value / tokens for name, value in sums.items()}
+        values = {n: total / max(1.0, count) for n, (total, count) in zip(names, pairs.tolist(), strict=True) if n not in logs}
         publish(state, logs, values if owner.control is None else {**values, "kl/beta": owner.control.beta})

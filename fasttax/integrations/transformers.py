@@ -100,7 +100,7 @@ def attach(trainer: Any, *, ewc: EWC | None = None, kl: Mapping[str, Any] | None
         trainer: a transformers Trainer, or one of TRL's.
         ewc, where: as in `EWCCallback`.
         kl: the arguments of `fasttax.integrations.trl.FullKL` but for the trainer: {"ref_model": ..., "beta": 0.1, "kind": "policy_ref"}.
-            Logs `kl/policy_ref`, `kl/ref_policy` and `entropy` where the model's logits are there anyway, else the KL of `kind`.
+            Logs `kl/policy_ref`, `kl/ref_policy` and `entropy`.
 
     Raises:
         ValueError, TypeError: neither ewc nor kl; DeepSpeed; or as the two of them.

@@ -66,8 +66,8 @@ def patch(*trainers: Any, any_version: bool = False, quiet: bool = False) -> Pat
     rounding, under autocast too. What has no fasttax op goes on to TRL's: GOLD's `logits_are_probs` (ULD), an unreduced JSD.
 
     Args:
-        trainers: names among "sft", "dpo", "kto", "grpo", "rloo", "distillation", "gkd", "gold", "orpo", "cpo", "online_dpo", or trainers
-            or their classes; none is all of them.
+        trainers: names (or TRL's: "SFT", "SFTTrainer") among "sft", "dpo", "kto", "grpo", "rloo", "distillation", "gkd", "gold", "orpo", "cpo",
+            "online_dpo", or trainers, or their classes; none is all of them.
         any_version: also patch a TRL other than 1.16; signatures are checked all the same.
         quiet: do not print what was replaced to stderr.
 
@@ -95,7 +95,8 @@ def patch(*trainers: Any, any_version: bool = False, quiet: bool = False) -> Pat
 
 def _name_of(trainer: Any) -> str:
     if isinstance(trainer, str):
-        return _checks.choice("patch", "trainers", trainer, tuple(CHOICES))
+        spelled = {name: choice for choice, name in CHOICES.items()} | {name.removesuffix("Trainer"): choice for choice, name in CHOICES.items()}
+        return _checks.choice("patch", "trainers", spelled.get(trainer, trainer), tuple(CHOICES))
     classes = {c.__name__ for c in (trainer if isinstance(trainer, type) else type(trainer)).__mro__}
     for name, class_name in CHOICES.items():
         if class_name in classes:
