@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._library import prefer_huge_pages
-from fasttax.kl import KINDS, token_kl
+from fasttax.kl import KINDS, held_gradients, hold_gradients, token_kl
 from fasttax.kl_stats import token_stats
 
 CHUNK_BYTES = {"cpu": 64 << 20}  # of one model's logits at a time; on an accelerator TRL's own tile, 4096 x 32768 floats
@@ -159,12 +159,15 @@ class LogProb(torch.autograd.Function):
 
 class Divergence(torch.autograd.Function):
     """(divergence, student's entropy) per token: beta 0 is KL(teacher || student), 1 is KL(student || teacher), else the generalised
-    JSD. The gradient goes to the student; the entropy has none."""
+    JSD. The gradient goes to the student; the entropy has none.
+
+    With a token_weight (N,) the first result is the weighed sum, and its gradients are made while the logits are there: four GEMMs, not six.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
                 teacher_bias: Tensor | None, beta: float, temperature: float, scale: float, softcap: float | None, teacher_scale: float,
-                teacher_softcap: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                teacher_softcap: float | None, token_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         N, V = hidden.shape[0], weight.shape[0]
         tempering = (scale, teacher_scale, softcap or 0.0, teacher_softcap or 0.0, 1 / temperature, 1 / temperature)
@@ -177,25 +180,36 @@ class Divergence(torch.autograd.Function):
         kept = []
         with _gathered(weight, bias), _gathered(teacher_weight, teacher_bias):
             heads = _Pair(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, min(N, ctx.step))
+            gradients = None if token_weight is None else _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
             for at in _chunks(N, ctx.step):
-                x, y, _ = heads.logits(at)
+                x, y, h = heads.logits(at)
                 if ctx.row is not None:
                     rows, stats = torch.ops.fasttax.token_stats(x, y, None, None, *ctx.options)
                     values[0, at], values[1, at] = rows[ctx.row], rows[ENTROPY]
                 else:
                     values[0, at], stats = torch.ops.fasttax.token_kl(x, y, None, *ctx.options)
                     values[1, at] = torch.ops.fasttax.token_stats(x, None, None, None, *own)[0][ENTROPY]
-                kept.append(stats)
-        ctx.save_for_backward(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, torch.cat(kept) if kept else values.new_empty(0))
-        entropy = values[1]
+                if gradients is None or token_weight is None:
+                    kept.append(stats)
+                else:
+                    d_logits = _divergence_backward(ctx, token_weight[at], x, y, stats)
+                    gradients.add(at, d_logits.to(ctx.dtypes[0]), d_logits, h, heads.weight)
+        ctx.known = gradients is not None
+        divergence, entropy = values.unbind()
         ctx.mark_non_differentiable(entropy)
-        return values[0], entropy
+        if gradients is not None and token_weight is not None:
+            hold_gradients(ctx, gradients.results(), token_weight)
+            return torch.dot(divergence, token_weight), entropy
+        ctx.save_for_backward(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, torch.cat(kept) if kept else values.new_empty(0))
+        return divergence, entropy
 
     @staticmethod
     def backward(ctx: Any, d_divergence: Tensor | None, d_entropy: Any) -> Any:
-        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, stats = ctx.saved_tensors
         if d_divergence is None:
-            return (None,) * 12
+            return (None,) * 13
+        if ctx.known:
+            return *held_gradients(ctx, "patch", d_divergence), *(None,) * 10
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, stats = ctx.saved_tensors
         d_divergence = d_divergence.float().contiguous()
         with _gathered(weight, bias), _gathered(teacher_weight, teacher_bias):
             gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
@@ -205,15 +219,43 @@ class Divergence(torch.autograd.Function):
             for at in _chunks(n, ctx.step):
                 tokens = _pick(where, at)
                 x, y, h = heads.logits(tokens)
-                if ctx.row is not None:
-                    grads = torch.zeros(6, at.stop - at.start, device=hidden.device, dtype=torch.float32)
-                    grads[ctx.row] = d_divergence[tokens]
-                    d_logits = torch.ops.fasttax.token_stats_backward(grads, x, y, None, None, stats[tokens], *ctx.options, True, False)[0]
-                else:
-                    torch.ops.fasttax.token_kl_backward_(d_divergence[tokens], x, y, None, stats[tokens], *ctx.options, False)
-                    d_logits = x
+                d_logits = _divergence_backward(ctx, d_divergence[tokens], x, y, stats[tokens])
                 gradients.add(tokens, d_logits.to(ctx.dtypes[0]), d_logits, h, heads.weight)
-        return *gradients.results(), *(None,) * 9
+        return *gradients.results(), *(None,) * 10
+
+
+def _divergence_backward(ctx: Any, d_divergence: Tensor, x: Tensor, y: Tensor, stats: Tensor) -> Tensor:
+    if ctx.row is None:
+        torch.ops.fasttax.token_kl_backward_(d_divergence.contiguous(), x, y, None, stats, *ctx.options, False)
+        return x
+    grads = torch.zeros(6, x.shape[0], device=x.device, dtype=torch.float32)
+    grads[ctx.row] = d_divergence
+    d_logits: Tensor = torch.ops.fasttax.token_stats_backward(grads, x, y, None, None, stats, *ctx.options, True, False)[0]
+    return d_logits
+
+
+def divergence_loss(student: tuple[Tensor, Tensor, Tensor | None], teacher: tuple[Tensor, Tensor, Tensor | None], mask: Tensor, num_items_in_batch: Any,
+                    *options: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What TRL's _chunked_divergence_loss returns: the loss, the sum of the student's entropies, the number of tokens. Its mask and divisor
+    are known here, so the gradients are made in the forward; and masked tokens are left out on every device.
+
+    student, teacher: hidden states (B, K, H), the head's weight and bias. options: as `Divergence`'s after the tensors.
+    """
+    valid = mask.reshape(-1) != 0
+    count = valid.sum()
+    divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=count.device)
+    tensors: list[Any] = []
+    for hidden, weight, bias in (student, teacher):
+        if hasattr(weight, "full_tensor"):  # FSDP2: gathered once, and in the dtype that multiplies
+            weight, bias = weight.full_tensor().to(hidden.dtype), None if bias is None else bias.full_tensor()  # type: ignore[attr-defined]
+        tensors += [hidden.reshape(-1, hidden.shape[-1])[valid], weight, bias]
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3])
+    if trains and compute_dtype(tensors[0]) != torch.float16:  # float16 gradients would underflow before the loss scale reaches them
+        ones = torch.ones(tensors[0].shape[0], device=count.device, dtype=torch.float32)
+        total, entropy = Divergence.apply(*tensors, *options, ones / divisor)
+        return total, entropy.sum(), count
+    divergence, entropy = Divergence.apply(*tensors, *options)
+    return divergence.sum() / divisor, entropy.sum(), count
 
 
 class _Pair:

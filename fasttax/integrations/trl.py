@@ -40,6 +40,9 @@ REDUCTIONS = ("batchmean", "sum", "mean")
 LOGPROB = ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs")
 DIVERGENCE = ("ctx", "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta", "temperature",
               "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale", "teacher_final_logit_softcapping")  # fmt: skip
+LOSS = ("student_hidden_states", "teacher_hidden_states", "student_lm_head_weight", "teacher_lm_head_weight", "completion_mask", "beta",
+        "num_items_in_batch", "student_lm_head_bias", "teacher_lm_head_bias", "student_logit_scale", "teacher_logit_scale",
+        "student_final_logit_softcapping", "teacher_final_logit_softcapping", "temperature")  # fmt: skip
 JSD = ("student_logits", "teacher_logits", "labels", "beta", "temperature", "reduction", "num_items_in_batch")
 GOLD_JSD = (*JSD[:-1], "logits_are_probs", "num_items_in_batch")
 SELECTIVE = ("logits", "index", "temperature", "row_mask")
@@ -140,6 +143,25 @@ def _divergence(original: Any, calls: Counter[str], label: str) -> _Apply:
     return _Apply(apply)
 
 
+def _divergence_loss(original: Any, calls: Counter[str], label: str) -> Callable[..., Any]:
+    def _chunked_divergence_loss(student_hidden_states: Tensor, teacher_hidden_states: Tensor, student_lm_head_weight: Tensor,
+                                 teacher_lm_head_weight: Tensor, completion_mask: Tensor, beta: float, num_items_in_batch: Any = None,
+                                 student_lm_head_bias: Tensor | None = None, teacher_lm_head_bias: Tensor | None = None, student_logit_scale: float = 1.0,
+                                 teacher_logit_scale: float = 1.0, student_final_logit_softcapping: float | None = None,
+                                 teacher_final_logit_softcapping: float | None = None, temperature: float = 1.0) -> Any:  # fmt: skip
+        if student_logit_scale <= 0 or teacher_logit_scale <= 0:
+            return original(student_hidden_states, teacher_hidden_states, student_lm_head_weight, teacher_lm_head_weight, completion_mask, beta,
+                            num_items_in_batch, student_lm_head_bias, teacher_lm_head_bias, student_logit_scale, teacher_logit_scale,
+                            student_final_logit_softcapping, teacher_final_logit_softcapping, temperature)  # fmt: skip
+        calls[label] += 1
+        return ops.divergence_loss((student_hidden_states, student_lm_head_weight, student_lm_head_bias),
+                                   (teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias), completion_mask, num_items_in_batch, beta,
+                                   temperature, student_logit_scale, student_final_logit_softcapping, teacher_logit_scale,
+                                   teacher_final_logit_softcapping)  # fmt: skip
+
+    return _chunked_divergence_loss
+
+
 def _jsd(original: Any, calls: Counter[str], label: str) -> staticmethod[..., Any]:
     def generalized_jsd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, beta: float = 0.5, temperature: float = 1.0,
                              reduction: str = "batchmean", num_items_in_batch: Any = None, **others: Any) -> Any:  # fmt: skip
@@ -214,6 +236,7 @@ CHOICES = {"sft": "SFTTrainer", "dpo": "DPOTrainer", "kto": "KTOTrainer", "grpo"
 TARGETS = (
     _Target(("sft", "dpo", "kto", "grpo", "rloo"), "trl.trainer.utils", "", "_ChunkedLogProbFunction", LOGPROB, _logprob),
     _Target(("distillation",), "trl.trainer.distillation_trainer", "", "ChunkedDivergenceFunction", DIVERGENCE, _divergence),
+    _Target(("distillation",), "trl.trainer.distillation_trainer", "", "_chunked_divergence_loss", LOSS, _divergence_loss),
     _Target(("gkd",), "trl.experimental.gkd.gkd_trainer", "GKDTrainer", "generalized_jsd_loss", JSD, _jsd),
     _Target(("gold",), "trl.experimental.gold.gold_trainer", "GOLDTrainer", "generalized_jsd_loss", GOLD_JSD, _jsd),
     _Target(("orpo",), "trl.experimental.orpo.orpo_trainer", "", "selective_log_softmax", SELECTIVE, _selective),
