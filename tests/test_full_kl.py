@@ -82,9 +82,13 @@ def history(trainer: Any, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, "policy_ref") for n in TRAINERS] + [("dpo", "ref_policy"), ("grpo", "jsd")])
-def test_is_the_kl_in_the_loss(name: str, kind: str, tmp_path: Path) -> None:
-    ours = make(name, tmp_path)
+CASES: list[tuple[str, str, dict[str, Any]]] = [*((n, "policy_ref", {}) for n in TRAINERS), ("dpo", "ref_policy", {}), ("grpo", "jsd", {}),
+                                                ("kto", "policy_ref", {"gradient_checkpointing": True})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind", "changes"), CASES)
+def test_is_the_kl_in_the_loss(name: str, kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    ours = make(name, tmp_path, **changes)
     calls = count_forwards(ours.model)
     full = FullKL(ours, tiny_lm.model(1), BETA, kind)
     with full:
@@ -132,6 +136,13 @@ def test_bf16_of_equal_models_is_exactly_zero(tmp_path: Path) -> None:
     trainer = make("sft", tmp_path, bf16=True, max_steps=1)
     FullKL(trainer, tiny_lm.model(), BETA)
     assert history(train(trainer), "kl/policy_ref") == [0.0]
+
+
+def test_evaluation_stays_the_trainers(tmp_path: Path) -> None:
+    trainer = make("sft", tmp_path)
+    with FullKL(trainer, tiny_lm.model(1), BETA):
+        with_kl = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == with_kl
 
 
 def test_reference_is_run_once_a_batch(tmp_path: Path) -> None:

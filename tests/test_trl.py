@@ -182,7 +182,8 @@ def test_mixin_wants_a_trainer_of_its_kind() -> None:
 # --- the trainers --------------------------------------------------------------------------------------------------------------
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
-    ("sft", {}), ("sft", {"bf16": True}), ("sft", {"lora": True}), ("dpo", {}), ("dpo", {"lora": True}), ("dpo", {"use_weighting": True}), ("kto", {}),
+    ("sft", {}), ("sft", {"bf16": True}), ("sft", {"lora": True}), ("sft", {"gradient_checkpointing": True}),
+    ("dpo", {}), ("dpo", {"lora": True}), ("dpo", {"use_weighting": True}), ("kto", {}),
     ("grpo", {"beta": 0.1}), ("grpo", {"lora": True, "beta": 0.1}), ("rloo", {"beta": 0.1}), ("distillation", {"beta": 0.0}), ("distillation", {}),
     ("distillation", {"beta": 1.0, "bf16": True}), ("gkd", {}), ("gkd", {"beta": 0.0, "bf16": True}), ("gold", {"beta": 1.0}), ("orpo", {}), ("cpo", {}),
     ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0}), ("online_dpo", {}),
