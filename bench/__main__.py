@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import bench_ewc, bench_fisher, bench_kl, bench_linear_kl, timing
+from bench import bench_ewc, bench_fisher, bench_gpu, bench_kl, bench_linear_kl, bench_trainers, timing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 FAMILIES: dict[str, Callable[[], Iterator[timing.Case]]] = {
-    "kl": bench_kl.cases, "linear_kl": bench_linear_kl.cases, "ewc": bench_ewc.cases, "fisher": bench_fisher.cases,
+    "kl": bench_kl.cases, "linear_kl": bench_linear_kl.cases, "ewc": bench_ewc.cases, "fisher": bench_fisher.cases, "trainers": bench_trainers.cases,
+    "gpu": bench_gpu.cases,
 }  # fmt: skip
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 

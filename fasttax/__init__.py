@@ -30,6 +30,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "demo":  # needs the [demo] extra
-        return importlib.import_module("fasttax.demo")
+    if name in ("demo", "integrations"):  # they need the extras of their names
+        return importlib.import_module(f"fasttax.{name}")
     raise AttributeError(f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -1,4 +1,4 @@
-"""The `fasttax` command: demo, fisher, doctor."""
+"""The `fasttax` command: demo, fisher, kl, doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "align a small real model with and without fasttax, and report what each way costs",
     "fisher": "estimate a model's diagonal Fisher on text and save it",
+    "kl": "cache: keep a reference model's top-k log-probs of training data, so that training needs no reference in memory",
     "doctor": "show which kernels are active here and why, and what would bring the missing ones",
 }
 
@@ -72,11 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return doctor.main(rest)
         if command == "fisher":
             return _fisher(rest)
+        if command == "kl":
+            from fasttax.integrations import reference
+
+            return reference.main(rest)
         code: int = importlib.import_module("fasttax.demo").main(rest)
         return code
     except ModuleNotFoundError as error:
         if error.name in ("transformers", "gguf", "rich", "matplotlib"):
-            print(f"fasttax {command}: {error.name} is not installed; run `pip install 'fasttax[demo]'`", file=sys.stderr)
+            extra = "transformers" if command == "kl" else "demo"
+            print(f"fasttax {command}: {error.name} is not installed; run `pip install 'fasttax[{extra}]'`", file=sys.stderr)
             return 2
         raise
     except (ValueError, OSError) as error:

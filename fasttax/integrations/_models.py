@@ -1,0 +1,98 @@
+"""What the integrations must know of a causal language model: its parameters, its backbone, its head, how it tempers its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from fasttax import _checks
+
+if TYPE_CHECKING:
+    from fasttax.ewc import EWC
+
+
+def on_model(op: str, ewc: EWC, model: Any) -> EWC:
+    """The EWC on the parameters that are trained: as it is; or, where FSDP2 put sharded ones in their place, made anew on those.
+
+    Whatever else it holds would get its gradient where nobody steps, and is an error.
+    """
+    held = ewc.parameters()
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+        raise _checks.fail(op, "model", "plain, DDP or FSDP2 parameters", "FSDP1's flattened ones", "use FSDP2 (fsdp_version=2)")
+    live = {id(p) for p in model.parameters()}
+    strangers = [name for name, p in held.items() if id(p) not in live]
+    if strangers and any(hasattr(p, "full_tensor") for p in model.parameters()) and not any(hasattr(p, "full_tensor") for p in held.values()):
+        return type(ewc)(model, dict(ewc.fisher), strength=ewc.strength, anchor=ewc.anchor, storage=ewc.storage)
+    if strangers:
+        raise _checks.fail(op, "ewc", "parameters of the model being trained", f"{len(strangers)} that are not, as {strangers[0]}",
+                           "build the EWC on the model that the trainer trains")  # fmt: skip
+    if not any(p.requires_grad for p in held.values()):
+        raise _checks.fail(op, "ewc", "at least one trainable parameter", f"{len(held)} frozen ones, whose penalty has no gradient",
+                           "under PEFT hold the adapter's parameters (DiagonalFisher(model, lora='factors'))")  # fmt: skip
+    return ewc
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head's weight (V, H), bias (V,) or None, and how logits are tempered before temperature."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+def causal_lm(op: str, argument: str, model: Any) -> Any:
+    """The transformers model inside DDP, PEFT or nothing, with a backbone and a head."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    if hasattr(model, "peft_config") and callable(base := getattr(model, "get_base_model", None)):
+        model = base()
+    output = getattr(model, "get_output_embeddings", None)
+    if not isinstance(model, nn.Module) or not callable(output) or output() is None:
+        raise _checks.fail(op, argument, "a transformers causal language model with an output head", type(model).__name__, error=TypeError)
+    return model
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    found = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if not isinstance(found, nn.Module):
+        raise _checks.fail("FullKL", "model", "a model whose backbone is its base_model", type(model).__name__, error=TypeError)
+    return found
+
+
+def head(model: Any) -> Head:
+    """Read while the model's forward runs, where sharded heads are whole."""
+    layer = model.get_output_embeddings()
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if hasattr(weight, "full_tensor"):
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    config = model.config.get_text_config()
+    scale = next((v for key in ("logit_scale", "output_multiplier", "lm_head_multiplier") if (v := getattr(config, key, None)) is not None), None)
+    if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor  # Granite divides, HyperCLOVA X multiplies
+    return Head(weight, bias, 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def hidden_states(output: Any) -> Tensor:
+    states: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return states
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Without gradients, in eval mode, and in the mode from before afterwards."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True
