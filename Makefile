@@ -8,7 +8,7 @@ STAMP   = $(VENV)/.fasttax
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test bench lint format doctor clean
+.PHONY: help demo demo-tiny test bench bench-gpu lint format doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,11 +30,14 @@ demo: $(STAMP)   ## align SmolLM2-135M four ways and write the report (about 8 m
 demo-tiny: $(STAMP) ## the same on a small model trained from scratch (about 90 seconds, no download)
 	$(PY) -m fasttax demo --tiny
 
-test: $(STAMP)   ## the test suite
-	$(PY) -m pytest
+test: $(STAMP)   ## the test suite, two files at a time
+	$(PY) -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP)  ## measure against eager PyTorch, torch.compile and foreach; writes bench/results and README's table
 	$(PY) -m bench
+
+bench-gpu: $(STAMP) ## the same on a GPU: CUDA C++ and Triton; writes bench/results/gpu.json
+	$(PY) -m bench gpu
 
 lint: $(STAMP)   ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

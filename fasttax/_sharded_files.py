@@ -26,10 +26,11 @@ def write(folder: str | os.PathLike[str], kind: str, groups: Mapping[str, Mappin
     """
     together = dist.is_available() and dist.is_initialized()
     target, writes = Path(folder), not together or dist.get_rank() == 0
-    token, old, files = secrets.token_hex(4), [], {}
+    token, old = secrets.token_hex(4), []
     if writes:
         target.mkdir(exist_ok=True)
         old = [*target.glob("part-*.safetensors")]
+    files: dict[str, list[str]] = {}
     part: dict[str, Tensor] = {}
     names: list[str] = []
 
