@@ -7,6 +7,7 @@ test_cuda_kl_gpu.py is the part that needs a card.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,14 @@ def shape_of(op: str, dtype: str, general: bool = False) -> dict[str, int]:
     return rows.geometry(V, DTYPES[dtype], OPS[op], general)
 
 
-def build(role: str, op: str, dtype: str, target: str, folder: Path, general: bool = False) -> Binary:
+def build(role: str, op: str, dtype: str, target: str, folder: Path, general: bool = False, ones: Collection[str] = ()) -> Binary:
     kernel, pointers = ROLES[role]
     data = {"x_ptr", "y_ptr", "dx_ptr", "dy_ptr"}
     types: dict[str, Any] = {name: f"*{dtype}" if name in data else {"mask_ptr": "*i1", "ids_ptr": "*i64"}.get(name, "*fp32") for name in pointers}
     types |= {name: rows.Rows("i32", "i32", "i32") for name in kernel.arg_names if name.endswith("_rows")}
     types |= {"k": rows.Params(*["fp32"] * len(rows.Params._fields)), "V": "i32"} | ({"N": "i32"} if "N" in kernel.arg_names else {})
-    constants = {"OP": OPS[op], "GENERAL": general, "INF_MASK": False, **shape_of(op, dtype, general)}
+    types = {name: of for name, of in types.items() if name not in ones}
+    constants = {**dict.fromkeys(ones, 1), "OP": OPS[op], "GENERAL": general, "INF_MASK": False, **shape_of(op, dtype, general)}
     return compiled(kernel, target, types, constants, rows.launch_options(hip=target == "gfx942"), folder)
 
 
@@ -125,6 +127,15 @@ def test_instructions_an_entry(role: str, op: str, dtype: str, most: int, folder
 def test_in_the_interpreter(subject: str) -> None:
     file, least, expressions = INTERPRETED[subject]
     assert run_in_the_interpreter(file, " or ".join(f"({expression})" for expression in expressions)) >= least
+
+
+@pytest.mark.parametrize("role", ["forward", "gradient", "stats", "stats gradient"])
+def test_sizes_of_one_compile(role: str, folder: Path) -> None:
+    """Triton makes an integer argument of 1 a constant, which the interpreter does not; one told not to stays an argument."""
+    kernel = ROLES[role][0]
+    ones = {name for name in ("N", "V") if name in kernel.arg_names and name not in kernel.do_not_specialize}
+    op = "stats" if "stats" in role else "policy_ref"
+    assert build(role, op, "fp32", "sm_90", folder, ones=ones).spills == 0
 
 
 class Recorder:

@@ -128,34 +128,35 @@ __device__ __forceinline__ void kl_fast_vector(const KlFrame& frame, const KlVec
     }
   } else {
     kl_widen(y_bits, y);
-    float widest = 0;
+    float d[n], widest = 0;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      y[j] = frame.gap(x[j], y[j]);
+      d[j] = frame.gap(x[j], y[j]);
       x[j] = frame.ax2(x[j]);
-      widest = fmaxf(widest, fabsf(y[j]));  // loses a NaN; the sums do not
+      widest = fmaxf(widest, fabsf(d[j]));  // loses a NaN; the sums do not
     }
     const auto each = [&](auto add) {
 #pragma unroll
       for (int j = 0; j < n; ++j) {
         const float ex = kl_exp2(x[j]);
-        add(ex, x[j], y[j]);
+        add(ex, y[j], d[j]);
         if (KlParts<op>::kEntropy) lanes.entropy(ex, x[j]);
       }
     };
-    const auto plain = [&](float ex, float ax2, float d) {
-      const float ey = kl_exp2(fmaf(d, -kLog2e, ax2));
-      lanes.far(ex, ey, ex * d, ey * d);
+    const auto plain = [&](float ex, float raw_y,
+                           float gap) {  // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
+      const float ey = kl_exp2(frame.ay2(raw_y));
+      lanes.far(ex, ey, ex * gap, ey * gap);
     };
     const unsigned wide = __ballot_sync(kWholeWarp, !(widest <= kSmallGap));
     if (wide == 0) {
-      each([&](float ex, float, float d) { lanes.near(ex, d); });
+      each([&](float ex, float, float gap) { lanes.near(ex, gap); });
     } else if (__popc(wide) > kFewLanes) {
       each(plain);
     } else {
-      each([&](float ex, float ax2, float d) {
-        if (fabsf(d) <= kSmallGap) lanes.near(ex, d);
-        else plain(ex, ax2, d);
+      each([&](float ex, float raw_y, float gap) {
+        if (fabsf(gap) <= kSmallGap) lanes.near(ex, gap);
+        else plain(ex, raw_y, gap);
       });
     }
   }

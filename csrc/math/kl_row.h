@@ -48,7 +48,7 @@ FASTTAX_HD Divergence divergence(const KlSums& t, bool policy_ref) {
     v.gap = -t.back / t.y;
     v.size = centred ? t.c / t.y : fabs(v.log_ratio);
   }
-  v.cancels = centred ? v.value < v.size / 16 : v.value < 0.25;
+  v.cancels = v.value < v.size / 16;
   return v;
 }
 

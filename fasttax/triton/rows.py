@@ -304,5 +304,4 @@ def divergence(s, y, g, bregman_sum, pull, FORWARDS: tl.constexpr):
         size = tl.where(centred, bregman_sum / y, tl.abs(log_ratio))
         gap = -pull / y
         value = tl.where(centred, size - defect(-g / y), log_ratio - gap)
-    cancels = value < tl.where(centred, size / 16, 0.25)
-    return value, gap, size, log_ratio, cancels & (gap != 0) & (tl.abs(gap) < FRAME_SLACK)
+    return value, gap, size, log_ratio, (value < size / 16) & (gap != 0) & (tl.abs(gap) < FRAME_SLACK)

@@ -52,7 +52,7 @@ def rounded(found):  # a row's results live through its next sweep: as float32 t
     return value.to(tl.float32), gap.to(tl.float32), size.to(tl.float32), log_ratio.to(tl.float32), recentre
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # a constant 1 has no .to()
 def forward_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, values_ptr, kept_ptr, N, V, x_rows, y_rows, k, OP: tl.constexpr, GENERAL: tl.constexpr,
                    LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Grid: rows."""
@@ -179,7 +179,7 @@ def expm1_of(logp):  # of a float32 <= 0, by way of float64: 1e-16 absolute
     return (tl.exp(logp.to(tl.float64)) - 1.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def gradient_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, kept_ptr, upstream_ptr, dx_ptr, dy_ptr, N, V, x_rows, y_rows, dx_rows, dy_rows, k, OP: tl.constexpr,
                     GENERAL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Grid: (rows, tiles). The formulas of csrc/cpu/stats_kernels.h, StatsSlope."""
