@@ -2,7 +2,8 @@
 
 A chunk's logits lie in one buffer; their gradient is written over them, and goes into the gradients of hidden states and head by GEMMs
 into buffers of their own, so that nothing of a chunk's size is allocated twice. A fresh page costs more than the KL's arithmetic on it:
-the reference's logits are made for a fifth of a chunk's tokens at a time, where the head is not shared.
+the reference's logits are made for a fifth of a chunk's tokens at a time, where the head is not shared. Not on huge pages: where a
+virtual machine has given its free ones back to the host, 176 MB of them took 0.4 to 0.9 s, small ones 0.09 s.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax._library import define, lib, no_double_backward, prefer_huge_pages, second_derivative_message
-from fasttax.kl import _OPTIONS as KL_OPTIONS
 from fasttax.kl import Tempering
 
 ROWS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy", "kl", "ref_lse")  # the first six as token_stats gives them
@@ -108,7 +107,7 @@ class Head:
         self.bias = None if bias is None else bias.to(dtype)
         empty = torch.empty if hidden.shape[0] else torch.zeros
         self.d_hidden = empty(hidden.shape, dtype=dtype, device=hidden.device) if needs[0] else None
-        self.d_weight = prefer_huge_pages(empty(weight.shape, dtype=dtype, device=hidden.device)) if needs[1] else None
+        self.d_weight = empty(weight.shape, dtype=dtype, device=hidden.device) if needs[1] else None
         self.d_bias = torch.zeros(weight.shape[0], dtype=dtype, device=hidden.device) if needs[2] else None
         self.trains = any(needs)
 
@@ -183,8 +182,8 @@ class Sweep:
         step, part = self.work.tokens(self.N, self.V, self.shared, self.rows)
         step, part = min(step, self.N), min(part, self.N)
         both = self.ref is not None and self.shared
-        buffer = prefer_huge_pages(self.rows.new_empty((2 if both else 1) * step * self.columns))
-        ref_buffer = prefer_huge_pages(self.rows.new_empty(part * self.columns if self.ref is not None and not both else 0))
+        buffer = self.rows.new_empty((2 if both else 1) * step * self.columns)
+        ref_buffer = self.rows.new_empty(part * self.columns if self.ref is not None and not both else 0)
         for tokens in pieces(0, self.N, max(1, step)):
             for tile, columns in enumerate(pieces(0, self.V, self.columns)):
                 x, ys = self._logits(tokens, columns, buffer)
@@ -271,98 +270,3 @@ class _Chunk:
 def empty_kept(rows: Tensor, work: Work) -> list[Tensor]:
     """What the ops keep of every tile and token for their backwards: token_kl 8 numbers, token_stats 11 of each call."""
     return [rows.new_empty((*rows.shape[1:], width) if used else (0,)) for width, used in ((8, work.kl), (11, work.stats), (11, work.pair))]
-
-
-# --- schemas, shapes, autograd -----------------------------------------------------------------------------------------
-
-NAMES = "linear_token_kl or linear_token_logprobs"
-_TENSORS = "Tensor hidden, Tensor weight, Tensor? ref_hidden, Tensor? ref_weight, Tensor? bias, Tensor? ref_bias, Tensor? ids, Tensor? mask"
-_REST = f"{KL_OPTIONS}, bool kl, bool stats, bool pair, int? token_chunk, int? vocab_chunk"
-
-
-def _sweep(args: Sequence[Any], needs: Sequence[bool] = (False,) * 6) -> Sweep:
-    return Sweep(args[:6], args[6], args[7], Tempering(*args[8:17]), Work(*args[17:]), needs)
-
-
-def _rows(*args: Any) -> tuple[Tensor, ...]:
-    """(rows (8, tiles, N), what the backward wants of them)."""
-    with torch.autocast(args[0].device.type, enabled=False):
-        sweep = _sweep(args)
-        sweep.run(None)
-        return sweep.results()
-
-
-def _rows_backward(d_rows: Tensor, kl_kept: Tensor, kept: Tensor, ref_kept: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of sum(d_rows * rows) by hidden, weight, ref_hidden, ref_weight, bias, ref_bias; those not needed are empty."""
-    with torch.autocast(d_rows.device.type, enabled=False):
-        sweep = _sweep(args[:-1], args[-1]).resume((kl_kept, kept, ref_kept))
-        sweep.run(d_rows, fresh=False)
-        return tuple(d_rows.new_empty(0) if d is None else d for d in sweep.gradients())
-
-
-def _rows_fake(*args: Any) -> tuple[Tensor, ...]:
-    work, V = Work(*args[17:]), args[1].shape[0]
-    rows = args[0].new_empty((len(ROWS), -(-V // work.columns(V)), args[0].shape[0]), dtype=wide_dtype(*args[:6]))
-    return (rows, *empty_kept(rows, work))
-
-
-def _rows_backward_fake(d_rows: Tensor, kl_kept: Tensor, kept: Tensor, ref_kept: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) if need else d_rows.new_empty(0) for t, need in zip(args[:6], args[-1], strict=True))
-
-
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.rest = inputs[8:]
-    ctx.save_for_backward(*inputs[:8], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx: Any, d_rows: Tensor, *others: Any) -> Any:
-    saved, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
-    backward = _RowsBackward.apply if torch._C._are_functorch_transforms_active() else torch.ops.fasttax.linear_token_rows_backward
-    d = backward(d_rows, *saved[8:], *saved[:8], *ctx.rest, needs)
-    return (*(g if need else None for g, need in zip(d, needs, strict=True)), None, None, *[None] * len(ctx.rest))
-
-
-class _RowsBackward(torch.autograd.Function):
-    """The backward op: torch.func always asks for a graph of it, and only using that graph is an error."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.fasttax.linear_token_rows_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(second_derivative_message(NAMES, "its backward"))
-
-
-class _Rows(torch.autograd.Function):
-    """The op for code that torch.func transforms: functorch refuses an op's registered autograd."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.fasttax.linear_token_rows(*args)
-
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
-
-
-def linear_token_rows(tensors: Sequence[Tensor | None], ids: Tensor | None, mask: Tensor | None, t: Tempering, work: Work) -> Tensor:
-    """ROWS of every tile of the vocabulary and every token, differentiable by all of `tensors` (as in `Sweep`)."""
-    args = (*tensors, ids, mask, *t.args(), *work.args())
-    rows: Tensor = (_Rows.apply if torch._C._are_functorch_transforms_active() else torch.ops.fasttax.linear_token_rows)(*args)[0]
-    return rows
-
-
-define(f"linear_token_rows({_TENSORS}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)", _rows, _rows_fake)
-define(f"linear_token_rows_backward(Tensor d_rows, Tensor kl_kept, Tensor kept, Tensor ref_kept, {_TENSORS}, {_REST}, bool[] needs) -> "
-       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _rows_backward, _rows_backward_fake)  # fmt: skip
-torch.library.register_autograd("fasttax::linear_token_rows", _backward, setup_context=_setup, lib=lib)
-no_double_backward("linear_token_rows_backward", NAMES)

@@ -231,17 +231,18 @@ def _backward(ctx: Any, d_kl: Tensor, d_stats: Tensor) -> Any:
 NO_GRAD = "nothing requires grad"
 
 
-def gradient_in_forward(tensors: Sequence[Tensor | None], weight: Tensor | None) -> str:
+def gradient_in_forward(tensors: Sequence[Tensor | None], weight: Tensor | None, stateless: bool = False) -> str:
     """Why a forward can't write the gradients of `tensors` while it is at it; "" where it can.
 
-    float16 gradients would underflow before a GradScaler's factor reaches them; torch.compile and torch.func want ops without state."""
+    float16 gradients would underflow before a GradScaler's factor reaches them; torch.compile and torch.func want ops without state
+    (`stateless`: there is one)."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return NO_GRAD
     if any(t is not None and t.dtype == torch.float16 for t in tensors):
         return "a float16 gradient would underflow before a GradScaler's factor reaches it"
     if weight is not None and weight.requires_grad:
         return "the tokens' weights require grad"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if (torch.compiler.is_compiling() and not stateless) or torch._C._are_functorch_transforms_active():
         return "torch.compile and torch.func want ops without state"
     return ""
 
@@ -278,10 +279,15 @@ def held_gradients(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     gradients, ctx.gradients = ctx.gradients, ctx.gradients if keep else None
     gradients = [d if d is None else _scaled(d, factor.detach(), keep) for d in gradients]
-    if torch.is_grad_enabled():  # create_graph
-        marker = torch.zeros((), requires_grad=True)
-        gradients = [d if d is None else _NoSecondDerivative.apply(d, marker, op) for d in gradients]
-    return gradients
+    return no_second_derivative(gradients, op)
+
+
+def no_second_derivative(gradients: list[Tensor | None], op: str) -> list[Tensor | None]:
+    """Gradients made without a graph, under create_graph: using what autograd would take for their graph is an error."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    marker = torch.zeros((), requires_grad=True)
+    return [d if d is None else _NoSecondDerivative.apply(d, marker, op) for d in gradients]
 
 
 class _ReducedTokenKL(torch.autograd.Function):

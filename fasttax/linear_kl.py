@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fasttax import _checks, reference
-from fasttax._linear_rows import KL, ROWS, Sweep, Work, linear_token_rows, pieces, wide_dtype
+from fasttax._linear_ops import linear_token_rows, linear_token_total
+from fasttax._linear_rows import KL, ROWS, Sweep, Work, pieces, wide_dtype
 from fasttax._vocab_parallel import merge_parts, to_group
 from fasttax.kl import (
     NO_GRAD,
@@ -74,8 +75,8 @@ def linear_token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
         return_entropy: also return the policy's entropy, as (kl, entropy).
         grad_mode: "forward" makes the gradients in the forward (four GEMMs), which needs reduction "sum" or "mean", or heads
             (and biases) that do not require grad; not with return_entropy, vocab_chunk < V, tp_group, float16 tensors, a
-            token_weight that requires grad, torch.compile or torch.func. "recompute" computes the logits again in the backward
-            (six GEMMs). "auto" takes "forward" where it can.
+            token_weight that requires grad, torch.func, or torch.compile and reduction "none". "recompute" computes the logits
+            again in the backward (six GEMMs). "auto" takes "forward" where it can.
         token_chunk: tokens at a time; None keeps the logits of a chunk, both models together, within 60 MiB (1 GiB on a GPU), or
             128 tokens if that is more.
         vocab_chunk: columns at a time: logits of token_chunk x vocab_chunk exist, and their values meet by the chain rule as under
@@ -204,11 +205,17 @@ class _Call:
             return "under tp_group it takes the other ranks' logits"
         if self.work.columns(weight.shape[0]) < weight.shape[0]:
             return "with vocab_chunk < V a gradient takes the other chunks' logits"
-        return gradient_in_forward(self.tensors, token_weight)
+        return gradient_in_forward(self.tensors, token_weight, stateless=reduction != "none")
 
     def made_in_forward(self, row: int, token_weight: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
         if token_weight is not None:
             token_weight = _checks.per_token(self.op, "token_weight", token_weight, shape, self.tensors[0].device).reshape(-1)  # type: ignore[union-attr]
+        if torch.compiler.is_compiling():
+            hidden = self.tensors[0]
+            assert hidden is not None
+            values = hidden.new_zeros(hidden.shape[0], dtype=wide_dtype(*self.tensors))
+            by_token = reduced_gradient(self.op, values, self.mask, token_weight, reduction)
+            return linear_token_total(by_token, self.tensors, self.ids, self.mask, self.t, self.work, row)
         value: Tensor = _GradientInForward.apply(*self.tensors, self, row, token_weight, reduction)
         return value.reshape(shape) if reduction == "none" else value
 

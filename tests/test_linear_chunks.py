@@ -136,9 +136,11 @@ def test_opcheck(n: int, work: Work) -> None:
     tensors = [t.detach().float().requires_grad_(i != 2) for i, t in enumerate(small(n))]
     rest = (torch.arange(n), torch.arange(n) % 2 == 0, *tempering("test", temperature=0.7).args(), *work.args())
     torch.library.opcheck(torch.ops.fasttax.linear_token_rows, (*tensors, *rest))
-    tensors = [t.detach() for t in tensors]
-    rows, *kept = torch.ops.fasttax.linear_token_rows(*tensors, *rest)
-    args = (torch.rand_like(rows), *kept, *tensors, *rest, [True, True, False, True, True, False])
+    rows, *kept = torch.ops.fasttax.linear_token_rows(*(t.detach() for t in tensors), *rest)
+    if not work.pair:
+        total = (torch.rand(n), *(t.requires_grad_(i != 2) for i, t in enumerate(tensors)), *rest, 6 if work.kl else 2, [True, True, False, True, True, True])
+        torch.library.opcheck(torch.ops.fasttax.linear_token_total, total)
+    args = (torch.rand_like(rows), *kept, *(t.detach() for t in tensors), *rest, [True, True, False, True, True, False])
     torch.library.opcheck(torch.ops.fasttax.linear_token_rows_backward, args)
 
 
@@ -151,7 +153,8 @@ def test_compile_once_for_every_number_of_tokens() -> None:
 
     def loss(*t: Tensor) -> Tensor:
         ids = torch.zeros(t[0].shape[0], dtype=torch.long)
-        return kl_of(*t, token_chunk=4, reduction="mean") + kl_of(*t, vocab_chunk=3).sum() + fasttax.linear_token_logprobs(t[0], t[1], ids).logp.sum()
+        logp = fasttax.linear_token_logprobs(t[0], t[1], ids, reduction="sum").logp
+        return kl_of(*t, token_chunk=4, reduction="mean", grad_mode="forward") + kl_of(*t, vocab_chunk=3).sum() + logp
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)

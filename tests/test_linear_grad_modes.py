@@ -11,7 +11,7 @@ from torch import Tensor
 from utils import assert_within, own_result, peak_bytes
 
 import fasttax
-from fasttax import _linear_rows
+from fasttax import _library, _linear_rows
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -151,6 +151,7 @@ def test_logprobs_gradients_in_the_forward(dtype: torch.dtype, case: str, output
         assert_within(o, own_result(b, d, o.dtype), d, name=name)
 
 
+@pytest.mark.skipif("_C" in _library.problems, reason="the reference has temporaries of a chunk's size")
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
 def test_peak_memory_is_a_chunk_and_the_gradients(mode: str) -> None:
     """Four times the tokens, and the same memory but for what is of the hidden states' size."""
