@@ -50,13 +50,13 @@ def add_grad_cases() -> Iterator[Case]:
         "fasttax": lambda: fasttax.functional.ewc_add_grad_(detached, grads, anchors, fishers, 0.5),
     }
     yield Case("ewc_add_grad_, float32", size, float32, floor_bytes=20 * count, rounds=5)
-    half = [[t.bfloat16() for t in tensors] for tensors in (anchors, fishers)]
+    half_anchors, half_fishers = ([t.bfloat16() for t in tensors] for tensors in (anchors, fishers))
     codes = [encode(f, "u8log") for f in fishers]
     values, scales = [c.values for c in codes], [c.scales for c in codes if c.scales is not None]
     packed: dict[str, Callable[[], Any]] = {
         "torch.compile, float32": loop,
-        "fasttax, bf16 anchor and u8log Fisher": lambda: add_grad_(detached, grads, half[0], values, scales, 0.5, 1.0),
-        "fasttax": lambda: fasttax.functional.ewc_add_grad_(detached, grads, *half, 0.5),
+        "fasttax, bf16 anchor and u8log Fisher": lambda: add_grad_(detached, grads, half_anchors, values, scales, 0.5, 1.0),
+        "fasttax": lambda: fasttax.functional.ewc_add_grad_(detached, grads, half_anchors, half_fishers, 0.5),
     }
     yield Case("ewc_add_grad_, bf16 anchor and Fisher", size, packed, floor_bytes=16 * count, rounds=7)
 
@@ -91,7 +91,7 @@ def lora_cases() -> Iterator[Case]:
     for name, fisher in (("float32", torch.rand(width, width)), ("bfloat16", torch.rand(width, width).bfloat16())):
 
         def ours(fisher: Tensor = fisher) -> None:
-            fasttax.functional.lora_ewc_penalty(a, b, fisher, 0.25, 1.0).backward()  # type: ignore[no-untyped-call]
+            fasttax.functional.lora_ewc_penalty(a, b, fisher, 0.25, 1.0).backward()
 
         def eager(fisher: Tensor = fisher) -> None:
             dense_lora(a, b, fisher)
