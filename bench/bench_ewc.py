@@ -50,13 +50,13 @@ def add_grad_cases() -> Iterator[Case]:
         "fasttax": lambda: fasttax.functional.ewc_add_grad_(detached, grads, anchors, fishers, 0.5),
     }
     yield Case("ewc_add_grad_, float32", size, float32, floor_bytes=20 * count, rounds=5)
-    half = [[t.bfloat16() for t in tensors] for tensors in (anchors, fishers)]
+    half_anchors, half_fishers = ([t.bfloat16() for t in tensors] for tensors in (anchors, fishers))
     codes = [encode(f, "u8log") for f in fishers]
     values, scales = [c.values for c in codes], [c.scales for c in codes if c.scales is not None]
     packed: dict[str, Callable[[], Any]] = {
         "torch.compile, float32": loop,
-        "fasttax, bf16 anchor and u8log Fisher": lambda: add_grad_(detached, grads, half[0], values, scales, 0.5, 1.0),
-        "fasttax": lambda: fasttax.functional.ewc_add_grad_(detached, grads, half[0], half[1], 0.5),
+        "fasttax, bf16 anchor and u8log Fisher": lambda: add_grad_(detached, grads, half_anchors, values, scales, 0.5, 1.0),
+        "fasttax": lambda: fasttax.functional.ewc_add_grad_(detached, grads, half_anchors, half_fishers, 0.5),
     }
     yield Case("ewc_add_grad_, bf16 anchor and Fisher", size, packed, floor_bytes=16 * count, rounds=7)
 

@@ -87,13 +87,13 @@ class AdamWEWC(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):  # before anything is written
+            raise RuntimeError("AdamWEWC: a parameter has a sparse gradient: expected dense ones; build its Embedding with sparse=False")
         turn = self.param_groups[0]["ewc_turn"] = self.param_groups[0].get("ewc_turn", 0) + 1
         ewc = self.ewc if turn % self.every == 0 else None
         parts: list[Any] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError("AdamWEWC: a parameter has a sparse gradient: expected dense ones; build its Embedding with sparse=False")
             blocks = [] if ewc is None else ewc._store.blocks(params)
             if ewc is not None and ewc._lora:
                 scale = (-1.0 if group["maximize"] else 1.0) * self.every

@@ -7,11 +7,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from cuda_tools import ARCHS, ASAN, TSAN, Done, Fault, build_cubins, finished, machine_code, registers, start_runs, steps
+from cuda_tools import ARCHS, TSAN, Done, Fault, build_cubins, finished, machine_code, registers, start_runs, steps
 
 ADAMW = "cuda/adamw.cuh"
 FAULTS = {
-    "ignores alignment": Fault(ASAN, ADAMW, "tensor.aligned ?", "true ?", "misaligned address"),
     "no barrier": Fault(TSAN, ADAMW, "  __syncthreads();\n", "", "data race"),
     "second launch over the first": Fault((), ADAMW, "    args.parts += blocks;\n", "", "FAILED"),
 }

@@ -373,11 +373,14 @@ def test_wrong_calls_say_what_to_do(case: str) -> None:
 
 
 def test_sparse_gradients_are_refused() -> None:
-    table = nn.Embedding(10, 4, sparse=True)
-    optimizer = AdamWEWC(table.parameters(), ewc=None)
-    table(torch.tensor([1, 2])).sum().backward()
+    table, dense = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4)
+    optimizer = AdamWEWC([{"params": dense.parameters()}, {"params": table.parameters()}], ewc=None)
+    dense(table(torch.tensor([1, 2]))).sum().backward()
+    before = dense.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"sparse.*sparse=False"):
         optimizer.step()
+    assert torch.equal(dense.weight, before)
+    assert not optimizer.state
 
 
 def test_opcheck_and_threads(threads: Callable[[int], None]) -> None:

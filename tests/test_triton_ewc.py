@@ -6,6 +6,7 @@ The interpreter checks results, not bounds, races or speed.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_tools import steps
 from torch import Tensor
+from triton_tools import compiled
 
 from fasttax import reference
 from fasttax._ewc_store import SPLIT, encode_anchor
 from fasttax.estimate import encode
-
-pytest.importorskip("triton")
+from fasttax.triton import ewc
 
 SIZES = (0, 1, 257, 2048 + 5)  # none, one, beyond a block of 256, beyond a program
 MIXES = {  # theta, grad, anchor, Fisher
@@ -110,3 +112,44 @@ def test_in_the_interpreter() -> None:
     environment = {**os.environ, "FASTTAX_BACKEND": "triton", "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "packed": "*fp32"}
+SCALARS = ("first", "second", "eps", "weight_decay", "strength_first", "strength_second", "second_moment", "sign", "factor")
+
+
+def types_of(kernel: Any, mix: str, left_out: tuple[str, ...] = ()) -> dict[str, str]:
+    """Of a kernel's arguments, the operands in a mix of dtypes."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in left_out or name.isupper():
+            continue
+        if name in SCALARS:
+            types[name] = "fp32"
+        elif name in ("n", "r", "out", "width"):
+            types[name] = "i32"
+        else:
+            packed = {"anchor_ptr": "*bf16", "lo_ptr": "*i8", "fisher_ptr": "*u8"} if mix == "packed" else {}
+            fixed = {"parts_ptr": "*fp64", "scales_ptr": "*fp32", "step_ptr": "*fp32", "lr_ptr": "*fp64", "beta1": "*fp64", "beta2": "*fp64",
+                     "scale_ptr": "*fp32", "inf_ptr": "*fp32", "upstream_ptr": "*fp32"}  # fmt: skip
+            types[name] = packed.get(name) or fixed.get(name) or POINTERS[mix]
+    return types
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiles_for_gpus_without_spills_and_with_wide_loads(target: str, tmp_path: Path) -> None:
+    warps = {"num_warps": 4}
+    for mix in POINTERS if target == "sm_90" else ("fp32",):
+        kinds = {"SPLIT": mix == "packed", "U8": mix == "packed", "BLOCK": ewc.BLOCK}
+        built = {"add": compiled(ewc.ewc_kernel, target, types_of(ewc.ewc_kernel, mix), {"MODE": ewc.ADD.value, **kinds}, warps, tmp_path)}
+        constants = {"MODE": ewc.PROX.value, "AMSGRAD": False, "FROM_SECOND": False, **kinds}
+        built["adamw"] = compiled(ewc.adamw_kernel, target, types_of(ewc.adamw_kernel, mix), constants, warps, tmp_path)
+        for name, binary in built.items():
+            assert binary.spills == 0, (name, mix)
+            if target.startswith("sm") and mix == "fp32":
+                wide = sum(bool(re.match(r"LDG\.E.*\.128", step)) for step in steps(binary.code))
+                assert wide >= {"add": 4, "adamw": 6}[name] * ewc.BLOCK // (128 * 4), (name, wide)
+    meta = {"U8": False, "R": 16, "ROWS": 32, "COLS": 64}
+    for kernel, extra in ((ewc.lora_rows_kernel, {"GRADIENT": True}), (ewc.lora_columns_kernel, {})):
+        types = types_of(kernel, "fp32") | {name: "*fp32" for name in ("a_ptr", "b_ptr")}
+        assert compiled(kernel, target, types, {**meta, **extra}, warps, tmp_path).spills == 0
