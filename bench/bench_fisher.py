@@ -113,6 +113,7 @@ def memory() -> Case:
     parameters = 4 * sum(p.numel() for p in model.parameters())
     shares = []
     for n in (1, 4):  # the sums are there already, as the gradients are not for the ordinary pass
+        model.zero_grad(set_to_none=True)
         ours, theirs = peak(lambda n=n: estimator.update(ids[:n])), peak(lambda n=n: ordinary(ids[:n]))  # type: ignore[misc]
         shares.append(f"N={n}: {(ours + parameters) / 2**20:.0f} MiB, ordinary pass {theirs / 2**20:.0f} MiB")
     model.zero_grad(set_to_none=True)
