@@ -54,7 +54,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
 
 def gathered(t: Tensor) -> Tensor:
     """The whole of a DTensor, which every rank of its mesh must ask for; other tensors as they are."""
-    whole: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    whole: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[operator]
     return whole
 
 
