@@ -11,7 +11,9 @@ LINEAR_KL = [("512 tokens, 576 -> 49152", 512, 576, 49152)]
 SQGRAD = [
     ("N=16 T=128 1536x576", 16, 128, 1536, 576),  # SmolLM2's down projection
     ("N=8 T=512 576x1536", 8, 512, 576, 1536),  # its up projection, long rows
-    ("N=8 T=16 576x1536", 8, 16, 576, 1536),  # and short ones
+    ("N=8 T=128 576x576", 8, 128, 576, 576),  # its query projection
+    ("N=32 T=16 576x1536", 32, 16, 576, 1536),  # short rows
+    ("N=512 T=1 576x1536", 512, 1, 576, 1536),  # single tokens, as in a classifier's head
 ]
 
 

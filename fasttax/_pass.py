@@ -48,6 +48,7 @@ class Pass:
         self.done: set[str] = set()
         self.ids: dict[str, Tensor] = {}  # embedding parameter -> the ids of its last call
         self.outputs: dict[int, Any] = {}  # where in memory a linear layer's last output is -> its tap
+        self.recomputed = False  # reentrant checkpointing: inner backward passes do not show whether the outer one keeps its graph
         self.muted = False  # a backward that is to add nothing
         self.seen = False  # a layer has added to the sums
         self.local: dict[Any, list[Any]] = {}
@@ -72,7 +73,7 @@ class Pass:
         return self.shape is not None and self.examples != self.shape[0]
 
     def keeps(self) -> bool:
-        return self.observed and graph_is_kept()
+        return self.observed and (self.recomputed or graph_is_kept())
 
     def segments(self, leading: torch.Size, where: str, only: int | None) -> Tensor:
         """Boundaries of the units over a layer's rows, from the leading shape of its input."""

@@ -139,7 +139,7 @@ def head_rows(p: Rows, ids: Tensor, bounds: Tensor, out: Tensor, *, whole: bool 
     """G_h in the rows that each unit's tokens touch: U x H numbers a unit, where a whole gradient has V x H."""
     assert p.x is not None
     flat = ids.flatten()
-    keys, _ = ops.embedding_rows("DiagonalFisher", flat, torch.zeros(flat.numel(), 1, device=flat.device), bounds, out.shape[0], None)
+    keys, _ = ops.embedding_rows("DiagonalFisher", flat, torch.zeros(flat.numel(), 1, device=flat.device), bounds, out.shape[0])
     rows = torch.zeros(keys.shape[1], out.shape[1], dtype=out.dtype, device=out.device)
     of_unit = torch.bincount(keys[0].cpu(), minlength=p.bounds.numel() - 1).cumsum(0).tolist()
     a, d = _fit(p.x, out), _fit(p.d, out)
@@ -156,7 +156,7 @@ def _finish_tied(out: Tensor, name: str, head: HeadRows, embedding: Rows | None,
         rows = torch.zeros_like(head.rows)
     else:
         assert embedding.x is not None
-        keys, rows = ops.embedding_rows("DiagonalFisher", embedding.x, _fit(embedding.d, out), embedding.bounds, out.shape[0], None)
+        keys, rows = ops.embedding_rows("DiagonalFisher", embedding.x, _fit(embedding.d, out), embedding.bounds, out.shape[0])
         if not torch.equal(keys, head.keys):
             raise RuntimeError(f"DiagonalFisher: {name}: the tied head and the embedding saw different tokens; pass tied='sum_of_squares'")
     square = (rows + head.rows).square_() if head.whole else rows * (rows + 2 * head.rows)

@@ -69,7 +69,9 @@ class Tap:
         current = self.sink.current
         if current is None:
             return y  # a tap's own rerun of a module
-        if not in_backward():
+        if in_backward():
+            current.recomputed = True
+        else:
             current.calls[self] += 1
         if not torch.is_grad_enabled():
             return y  # a reentrant checkpoint's first pass, or somebody's evaluation

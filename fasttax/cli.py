@@ -25,7 +25,7 @@ def _fisher(argv: Sequence[str]) -> int:
     parser.add_argument("model", help="a folder or Hub id of a causal language model")
     parser.add_argument("text", help="a UTF-8 text file")
     parser.add_argument("--output", default="fisher.safetensors")
-    parser.add_argument("--labels", choices=("sample", "true"), default="sample")
+    parser.add_argument("--labels", choices=("sample", "true", "exact_head"), default="sample")
     parser.add_argument("--length", type=int, default=128, help="tokens an example (default 128)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--examples", type=int, default=256)

@@ -101,7 +101,8 @@ class FisherEstimate(Mapping[str, Tensor]):
         if differences:
             raise ValueError("FisherEstimate.__add__: the estimates do not fit:\n  " + "\n  ".join(differences[:20]))
         counts: dict[str, Any] = {k: self.metadata[k] + other.metadata[k] for k in ("examples", "tokens") if k in self.metadata and k in other.metadata}
-        return FisherEstimate({n: self[n].float() + other[n].float() for n in self}, {**self.metadata, **counts, "storage": "fp32"})
+        facts = {k: v for k, v in self.metadata.items() if k != "relative_error"}  # of one of them alone
+        return FisherEstimate({n: self[n].float() + other[n].float() for n in self}, {**facts, **counts, "storage": "fp32"})
 
     def __mul__(self, factor: float) -> FisherEstimate:
         factor = _checks.number("FisherEstimate.__mul__", "factor", factor, low=0)

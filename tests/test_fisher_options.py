@@ -162,6 +162,29 @@ def test_several_losses_are_summed_before_squaring(kind: str) -> None:
         assert estimator.examples == 3
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_several_losses_under_checkpointing(use_reentrant: bool) -> None:
+    model, x = causal_lm("llama_tied").double(), ids(3, 7)
+    once = fisher_of(model, x)
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    estimator = DiagonalFisher(model, labels="true")
+    with estimator.observe():
+        logits = model(input_ids=x, use_cache=False).logits
+        loss = CE(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), reduction="sum")
+        loss.backward(retain_graph=True)
+        (0.5 * loss).backward()
+    assert_exact(estimator.finalize("sum"), {n: 2.25 * f for n, f in once.items()}, 1e-6)
+    mc = fisher_of(model, x, labels="sample", mc_samples=2)
+    assert_exact(mc, dict(fisher_of(causal_lm("llama_tied").double(), x, labels="sample", mc_samples=2)), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("unit", ["token", "batch"])
+def test_exact_head_of_other_units_runs_on_tied_models(kind: str, unit: str) -> None:
+    out = fisher_of(causal_lm(kind), ids(2, 6), labels="exact_head", unit=unit)
+    assert all(bool((f >= 0).all()) and bool(f.isfinite().all()) for f in out.values())
+
+
 def test_every_forward_is_a_batch_of_its_own() -> None:
     model, x = causal_lm("llama_tied").double(), ids(4, 6)
     estimator = DiagonalFisher(model, labels="true")

@@ -180,8 +180,8 @@ def test_linear_sqgrad_overwrites_poisoned_memory(simd: int) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bias_and_norm_sqgrad(dtype: torch.dtype, weighted: bool) -> None:
-    x, d = pair(4, 6, 13, 13, dtype)
+def test_bias_and_norm_sqgrad(dtype: torch.dtype, weighted: bool, simd: int) -> None:
+    x, d = pair(4, 6, 141, 141, dtype)  # two groups of 64 columns and a rest
     weight = torch.rand(4) if weighted else None
     w = torch.ones(4, dtype=torch.float64) if weight is None else weight.double()
     for out, per_token in ((F.bias_sqgrad(d, example_weight=weight), d), (F.norm_sqgrad(x, d, example_weight=weight), (x, d))):
@@ -194,7 +194,7 @@ def test_bias_and_norm_sqgrad(dtype: torch.dtype, weighted: bool) -> None:
         assert_within(out, compose(own(dtype)), compose(torch.float64))
 
 
-def test_bias_and_norm_sqgrad_cu_seqlens_and_out() -> None:
+def test_bias_and_norm_sqgrad_cu_seqlens_and_out(simd: int) -> None:
     x, d = torch.randn(9, 5), torch.randn(9, 5)
     cu, bounds = torch.tensor([0, 4, 4, 9]), [(0, 4), (4, 9)]
     truth = sum(d[a:b].double().sum(0) ** 2 for a, b in bounds)
@@ -207,12 +207,12 @@ def test_bias_and_norm_sqgrad_cu_seqlens_and_out() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padding_idx", [None, 2, -1], ids=["none", "2", "negative"])
-def test_embedding_sqgrad_repeated_tokens_sum_first(dtype: torch.dtype, padding_idx: int | None) -> None:
+def test_embedding_sqgrad_repeated_tokens_sum_first(dtype: torch.dtype, padding_idx: int | None, simd: int) -> None:
     ids = torch.tensor([[1, 1, 2, 6], [2, 2, 2, 1], [0, 5, 0, 5]])  # repeats inside an example and across examples
-    d, weight = torch.randn(3, 4, 5).to(dtype), torch.tensor([1.0, 0.5, 0.0])
-    truth = torch.zeros(7, 5, dtype=torch.float64)
+    d, weight = torch.randn(3, 4, 75).to(dtype), torch.tensor([1.0, 0.5, 0.0])  # 75: one group of 64 columns and a rest
+    truth = torch.zeros(7, 75, dtype=torch.float64)
     for n in range(3):
-        g = torch.zeros(7, 5, dtype=torch.float64).index_add_(0, ids[n], d[n].double())
+        g = torch.zeros(7, 75, dtype=torch.float64).index_add_(0, ids[n], d[n].double())
         if padding_idx is not None:
             g[padding_idx] = 0
         truth += weight[n] * g**2
@@ -230,6 +230,41 @@ def test_embedding_sqgrad_matches_autograd_and_accumulates() -> None:
         truth += torch.autograd.grad((table(ids[a:b]) * d[a:b]).sum(), table.weight)[0] ** 2
     torch.testing.assert_close(F.embedding_sqgrad(ids, d, 11, cu_seqlens=cu, out=start), truth, rtol=1e-6, atol=1e-7)
     assert torch.equal(F.embedding_sqgrad(torch.empty(0, 4, dtype=torch.int64), torch.empty(0, 4, 3), 11), torch.zeros(11, 3))
+
+
+def test_row_sqgrads_same_bits_for_any_thread_count_and_layout(simd: int, threads: Callable[[int], None]) -> None:
+    x, d, ids = torch.randn(3, 9, 300), torch.randn(3, 9, 300), torch.randint(0, 6, (3, 9))
+    apart = torch.cat((d, d), -1)[..., :300], d.transpose(1, 2).contiguous().transpose(1, 2)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        results += [(F.bias_sqgrad(y), F.norm_sqgrad(x, y), F.embedding_sqgrad(ids, y, 6)) for y in (d, *apart)]
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_the_references_are_the_kernels(weighted: bool) -> None:
+    x, d, ids, cu = torch.randn(9, 70), torch.randn(9, 70), torch.randint(0, 4, (9,)), torch.tensor([0, 4, 4, 9])
+    weight = torch.rand(3) if weighted else None
+    ops = torch.ops.fasttax
+    for name, shape, args in (
+        ("linear_sqgrad_", (70, 70), (x, d, cu, weight)),
+        ("bias_sqgrad_", (70,), (d, cu, weight)),
+        ("norm_sqgrad_", (70,), (x, d, cu, weight)),
+        ("embedding_sqgrad_", (4, 70), (ids, d, cu, weight, 1)),
+        ("lm_head_fisher_", (5, 70), (x, torch.randn(5, 70), None, 4)),
+    ):
+        results = []
+        for prefix, dtype in (("", torch.float32), ("_reference_", torch.float32), ("_reference_", torch.float64)):
+            out = torch.zeros(shape, dtype=dtype)
+            getattr(ops, prefix + name)(out, *(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+            results.append(out)
+        assert_within(results[0], results[1], results[2], name=name)
+
+
+def test_norm_sqgrad_of_two_dtypes_is_float32s() -> None:
+    x, d = torch.randn(2, 3, 5).bfloat16(), torch.randn(2, 3, 5)
+    assert torch.equal(F.norm_sqgrad(x, d), F.norm_sqgrad(x.float(), d))
 
 
 def test_sqgrads_build_no_graph() -> None:
@@ -268,6 +303,11 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for cu in (torch.tensor([0, 4, 4, 9]), torch.arange(10)):
         for weight in (None, torch.rand(cu.numel() - 1, dtype=dtype)):
             torch.library.opcheck(torch.ops.fasttax.linear_sqgrad_.default, (torch.zeros(3, 5, dtype=dtype), a, d, cu, weight))
+        torch.library.opcheck(torch.ops.fasttax.bias_sqgrad_.default, (torch.zeros(3, dtype=dtype), d, cu, None))
+        torch.library.opcheck(torch.ops.fasttax.norm_sqgrad_.default, (torch.zeros(3, dtype=dtype), d * 2, d, cu, None))
+        ids = torch.tensor([1, 1, 0, 3, 3, 2, 1, 0, 0])
+        torch.library.opcheck(torch.ops.fasttax.embedding_sqgrad_.default, (torch.zeros(4, 3, dtype=dtype), ids, d, cu, None, 2))
+    torch.library.opcheck(torch.ops.fasttax.lm_head_fisher_.default, (torch.zeros(7, 5, dtype=dtype), a, torch.randn(7, 5, dtype=dtype), None, 4))
 
 
 def test_compiled_is_eager() -> None:

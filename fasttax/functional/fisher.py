@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax import _checks, reference
+from fasttax import _checks, _fisher_reference, reference
 from fasttax._library import define
 
 
@@ -90,7 +90,7 @@ def linear_sqgrad(inputs: Tensor, grad_outputs: Tensor, *, cu_seqlens: Tensor | 
     a, bounds = _segments(op, "inputs", inputs, 1, cu_seqlens)
     d = grad_outputs.reshape(a.shape[0], grad_outputs.shape[-1])
     result = _result(op, out, (d.shape[1], a.shape[1]), a)
-    a, d = (x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous() for x in (a, d))
+    a, d = _rows(a), _rows(d)
     weights = _weights(op, example_weight, bounds.numel() - 1, result)
     torch.ops.fasttax.linear_sqgrad_(result, a.detach(), d.detach(), bounds, weights)
     return result
@@ -103,9 +103,7 @@ def bias_sqgrad(grad_outputs: Tensor, *, cu_seqlens: Tensor | None = None, examp
     _checks.tensor(op, "grad_outputs", grad_outputs)
     d, bounds = _segments(op, "grad_outputs", grad_outputs.detach(), 1, cu_seqlens)
     result = _result(op, out, (d.shape[1],), d)
-    sums = _example_sums(d.to(result.dtype), bounds)
-    weights = _weights(op, example_weight, sums.shape[0], result)
-    result += (sums * sums if weights is None else sums * sums * weights[:, None]).sum(0)
+    torch.ops.fasttax.bias_sqgrad_(result, _rows(d), bounds, _weights(op, example_weight, bounds.numel() - 1, result))
     return result
 
 
@@ -117,8 +115,13 @@ def norm_sqgrad(inputs: Tensor, grad_outputs: Tensor, *, cu_seqlens: Tensor | No
     """
     op = "norm_sqgrad"
     inputs, grad_outputs = _paired(op, inputs, grad_outputs, inputs.dim() if isinstance(inputs, Tensor) else 1)
-    x, d = reference.wide(inputs), reference.wide(grad_outputs)
-    return bias_sqgrad(x * d, cu_seqlens=cu_seqlens, example_weight=example_weight, out=out)
+    x, bounds = _segments(op, "inputs", inputs.detach(), 1, cu_seqlens)
+    d = grad_outputs.detach().reshape(x.shape)
+    if x.dtype != d.dtype:
+        x, d = x.float(), d.float()
+    result = _result(op, out, (d.shape[1],), d)
+    torch.ops.fasttax.norm_sqgrad_(result, _rows(x), _rows(d), bounds, _weights(op, example_weight, bounds.numel() - 1, result))
+    return result
 
 
 def embedding_sqgrad(ids: Tensor, grad_outputs: Tensor, num_embeddings: int, *, padding_idx: int | None = None,
@@ -140,25 +143,23 @@ def embedding_sqgrad(ids: Tensor, grad_outputs: Tensor, num_embeddings: int, *, 
     flat, bounds = _segments(op, "ids", ids, 0, cu_seqlens)
     H = grad_outputs.shape[-1]
     result = _result(op, out, (int(num_embeddings), H), grad_outputs)
-    keys, rows = embedding_rows(op, flat, grad_outputs.detach().reshape(-1, H), bounds, int(num_embeddings), padding_idx)
+    _ids_in_range(op, flat, int(num_embeddings))
     weights = _weights(op, example_weight, bounds.numel() - 1, result)
-    square = rows * rows if weights is None else rows * rows * weights[keys[0]][:, None]
-    return result.index_add_(0, keys[1], square)
+    skip = -1 if padding_idx is None else padding_idx % int(num_embeddings)
+    d = _rows(grad_outputs.detach().reshape(-1, H))
+    torch.ops.fasttax.embedding_sqgrad_(result, flat.long().contiguous(), d, bounds, weights, skip)
+    return result
 
 
-def embedding_rows(op: str, flat_ids: Tensor, d: Tensor, bounds: Tensor, num_embeddings: int, padding_idx: int | None) -> tuple[Tensor, Tensor]:
-    """The non-zero rows of every example's embedding gradient: keys (2, U) of (example, id), rows (U, H)."""
-    if flat_ids.numel() and (int(flat_ids.min()) < 0 or int(flat_ids.max()) >= num_embeddings):
-        raise _checks.fail(op, "ids", f"values in [0, {num_embeddings})", f"{int(flat_ids.min())} to {int(flat_ids.max())}", error=IndexError)
-    lengths = bounds[1:] - bounds[:-1]
-    example = torch.repeat_interleave(torch.arange(lengths.numel(), device=flat_ids.device), lengths)
-    key, inverse = torch.unique(example * num_embeddings + flat_ids.long(), return_inverse=True)
-    d = reference.wide(d)
-    rows = torch.zeros(key.numel(), d.shape[1], dtype=d.dtype, device=d.device).index_add_(0, inverse, d)
-    keys = torch.stack((key // num_embeddings, key % num_embeddings))
-    if padding_idx is not None:
-        rows = rows.masked_fill((keys[1] == padding_idx % num_embeddings)[:, None], 0.0)
-    return keys, rows
+def embedding_rows(op: str, flat_ids: Tensor, d: Tensor, bounds: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
+    """The rows of every example's embedding gradient that its tokens touch: keys (2, U) of (example, id), rows (U, H)."""
+    _ids_in_range(op, flat_ids, num_embeddings)
+    return _fisher_reference.embedding_rows(flat_ids.long(), reference.wide(d), bounds, num_embeddings, -1)
+
+
+def _ids_in_range(op: str, ids: Tensor, count: int) -> None:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
+        raise _checks.fail(op, "ids", f"values in [0, {count})", f"{int(ids.min())} to {int(ids.max())}", error=IndexError)
 
 
 def lm_head_fisher(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None, token_chunk: int = 256,
@@ -189,23 +190,36 @@ def lm_head_fisher(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None
     if mask is not None:
         a = a[_checks.per_token(op, "mask", mask, hidden.shape[:-1], hidden.device).reshape(-1) != 0]
     result = _result(op, out, tuple(weight.shape), a)
-    for start in range(0, a.shape[0], token_chunk):
-        part = a[start : start + token_chunk]
-        p = reference.wide(torch.nn.functional.linear(part, weight.detach(), None if bias is None else bias.detach())).softmax(-1)
-        result.addmm_((p * (1 - p)).T, reference.wide(part).square())
+    torch.ops.fasttax.lm_head_fisher_(result, a, weight.detach(), None if bias is None else bias.detach(), token_chunk)
     return result
 
 
-def _example_sums(d: Tensor, bounds: Tensor) -> Tensor:
-    """(N, O): the sum of each example's rows."""
-    examples = bounds.numel() - 1
-    lengths = bounds[1:] - bounds[:-1]
-    example = torch.repeat_interleave(torch.arange(examples, device=d.device), lengths)
-    return torch.zeros(examples, d.shape[1], dtype=d.dtype, device=d.device).index_add_(0, example, d)
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
 define(
     "linear_sqgrad_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight) -> ()",
     reference.linear_sqgrad_,
     lambda out, inputs, grad_outputs, cu_seqlens, example_weight: None,
+)
+define(
+    "bias_sqgrad_(Tensor(a!) out, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight) -> ()",
+    _fisher_reference.bias_sqgrad_,
+    lambda out, grad_outputs, cu_seqlens, example_weight: None,
+)
+define(
+    "norm_sqgrad_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight) -> ()",
+    _fisher_reference.norm_sqgrad_,
+    lambda out, inputs, grad_outputs, cu_seqlens, example_weight: None,
+)
+define(
+    "embedding_sqgrad_(Tensor(a!) out, Tensor ids, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight, int skip) -> ()",
+    _fisher_reference.embedding_sqgrad_,
+    lambda out, ids, grad_outputs, cu_seqlens, example_weight, skip: None,
+)
+define(
+    "lm_head_fisher_(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias, int token_chunk) -> ()",
+    _fisher_reference.lm_head_fisher_,
+    lambda out, hidden, weight, bias, token_chunk: None,
 )

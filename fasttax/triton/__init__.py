@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 MODULES = {  # op -> the module that has it, by the op's own name
+    "linear_sqgrad_": "fisher",
+    "bias_sqgrad_": "fisher",
+    "norm_sqgrad_": "fisher",
     "token_kl": "kl",
     "token_kl_grad": "kl",
     "token_kl_backward": "kl",

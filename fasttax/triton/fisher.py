@@ -1,0 +1,137 @@
+"""Triton kernels of the Fisher: linear_sqgrad's tile of F on chip over all examples, and the squares of biases and norms.
+
+A program owns a tile of F and runs over examples: the example's gradient tile is gathered by tl.dot in registers, squared, and added to a second
+register tile; F is read and written once. No per-example gradient reaches memory, and every sum has one order: deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# rows and columns of F, tokens at a time: two float32 tiles of 64 x 64 are 64 registers a thread at 4 warps, and no spill
+TILE_O, TILE_I, TILE_T = 64, 64, 32
+COLUMNS, ROWS = 64, 32  # of the row kernels
+
+
+@triton.jit
+def block_of(ptr, stride, t, live_t, at, live, WIDE: tl.constexpr):
+    """[token, feature] of an operand, 0 outside; as float32 where WIDE."""
+    x = tl.load(ptr + t[:, None].to(tl.int64) * stride + at[None, :], mask=live_t[:, None] & live[None, :], other=0.0)
+    return x.to(tl.float32) if WIDE else x
+
+
+@triton.jit
+def linear_kernel(out_ptr, a_ptr, d_ptr, cu_ptr, weight_ptr, examples, inputs, outputs, a_stride, d_stride, SINGLE: tl.constexpr, WIDE: tl.constexpr,
+                  TILE_O: tl.constexpr, TILE_I: tl.constexpr, TILE_T: tl.constexpr):  # fmt: skip
+    """out[o, i] += sum_n w_n (sum_t d[t, o] a[t, i])^2. SINGLE: every example is a token, so that one product of squares is the answer."""
+    at_o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
+    at_i = tl.program_id(0) * TILE_I + tl.arange(0, TILE_I)
+    live_o, live_i = at_o < outputs, at_i < inputs
+    squares = tl.zeros([TILE_O, TILE_I], tl.float32)
+    if SINGLE:
+        for start in range(0, examples, TILE_T):
+            t = start + tl.arange(0, TILE_T)
+            live_t = t < examples
+            d = block_of(d_ptr, d_stride, t, live_t, at_o, live_o, True)
+            a = block_of(a_ptr, a_stride, t, live_t, at_i, live_i, True)
+            d = d * d
+            if weight_ptr is not None:
+                d *= tl.load(weight_ptr + t, mask=live_t, other=0.0)[:, None]
+            squares = tl.dot(tl.trans(d), a * a, squares, input_precision="ieee")
+    else:
+        begin = tl.load(cu_ptr)
+        for n in range(examples):
+            end = tl.load(cu_ptr + n + 1)
+            gradient = tl.zeros([TILE_O, TILE_I], tl.float32)
+            for start in range(begin, end, TILE_T):
+                t = start + tl.arange(0, TILE_T)
+                live_t = t < end
+                d = block_of(d_ptr, d_stride, t, live_t, at_o, live_o, WIDE)
+                a = block_of(a_ptr, a_stride, t, live_t, at_i, live_i, WIDE)
+                gradient = tl.dot(tl.trans(d), a, gradient, input_precision="ieee")
+            weighted = gradient
+            if weight_ptr is not None:
+                weighted = gradient * tl.load(weight_ptr + n)
+            squares += weighted * gradient
+            begin = end
+    to = out_ptr + at_o[:, None].to(tl.int64) * inputs + at_i[None, :]
+    live = live_o[:, None] & live_i[None, :]
+    tl.store(to, tl.load(to, mask=live, other=0.0) + squares, mask=live)
+
+
+@triton.jit
+def rows_kernel(out_ptr, x_ptr, d_ptr, cu_ptr, weight_ptr, examples, width, x_stride, d_stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """out[j] += sum_n w_n (sum_t d[t, j] x[t, j])^2, without x_ptr of d alone."""
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    live = at < width
+    squares = tl.zeros([COLUMNS], tl.float32)
+    begin = tl.load(cu_ptr)
+    for n in range(examples):
+        end = tl.load(cu_ptr + n + 1)
+        gathered = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(begin, end, ROWS):
+            t = start + tl.arange(0, ROWS)
+            d = block_of(d_ptr, d_stride, t, t < end, at, live, True)
+            if x_ptr is not None:
+                d *= block_of(x_ptr, x_stride, t, t < end, at, live, True)
+            gathered += d
+        gradient = tl.sum(gathered, 0)
+        weighted = gradient
+        if weight_ptr is not None:
+            weighted = gradient * tl.load(weight_ptr + n)
+        squares += weighted * gradient
+        begin = end
+    tl.store(out_ptr + at, tl.load(out_ptr + at, mask=live, other=0.0) + squares, mask=live)
+
+
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def linear_sqgrad_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
+    if out.dtype == torch.float64:
+        torch.ops.fasttax._reference_linear_sqgrad_(out, inputs, grad_outputs, cu_seqlens, example_weight)
+        return
+    outputs, width, examples = out.shape[0], out.shape[1], cu_seqlens.numel() - 1
+    if not (outputs and width and examples and inputs.shape[0]):
+        return
+    # one token an example, by shape alone: to look at the boundaries would be a host sync
+    single = examples == inputs.shape[0] and not _ragged(cu_seqlens)
+    wide = _interpreted() or inputs.dtype != grad_outputs.dtype  # the interpreter's bfloat16 dot is wrong
+    grid = (triton.cdiv(width, TILE_I), triton.cdiv(outputs, TILE_O))
+    linear_kernel[grid](out, inputs, grad_outputs, cu_seqlens, example_weight, examples, width, outputs, inputs.stride(0), grad_outputs.stride(0),
+                        SINGLE=single, WIDE=wide, TILE_O=TILE_O, TILE_I=TILE_I, TILE_T=TILE_T, num_warps=4)  # fmt: skip
+
+
+def _ragged(cu_seqlens: Tensor) -> bool:
+    """As many examples as rows: one each, unless some have none and others several."""
+    return bool((cu_seqlens.diff() != 1).any())
+
+
+def _rows(out: Tensor, x: Tensor | None, d: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
+    examples, width = cu_seqlens.numel() - 1, d.shape[1]
+    if not (examples and width and d.shape[0]):
+        return
+    rows_kernel[(triton.cdiv(width, COLUMNS),)](out, x, d, cu_seqlens, example_weight, examples, width, 0 if x is None else x.stride(0), d.stride(0),
+                                                COLUMNS=COLUMNS, ROWS=ROWS, num_warps=4)  # fmt: skip
+
+
+def bias_sqgrad_(out: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
+    reference: Any = torch.ops.fasttax._reference_bias_sqgrad_
+    if out.dtype == torch.float64:
+        reference(out, grad_outputs, cu_seqlens, example_weight)
+    else:
+        _rows(out, None, grad_outputs, cu_seqlens, example_weight)
+
+
+def norm_sqgrad_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
+    reference: Any = torch.ops.fasttax._reference_norm_sqgrad_
+    if out.dtype == torch.float64:
+        reference(out, inputs, grad_outputs, cu_seqlens, example_weight)
+    else:
+        _rows(out, inputs, grad_outputs, cu_seqlens, example_weight)
