@@ -155,6 +155,24 @@ def test_reference_is_run_once_a_batch(tmp_path: Path) -> None:
     assert len(calls) == 2 * trl_runs.COMMON["gradient_accumulation_steps"]  # two generations; the second pass over each reads what was kept
 
 
+def test_tokens_that_a_tool_wrote_do_not_count(tmp_path: Path) -> None:
+    trainer = make("grpo", tmp_path)
+    trainer.current_gradient_accumulation_steps = 1
+    ids = tiny_lm.ids(2, 9)
+    tools = torch.tensor([[1, 1, 0, 0, 1], [1, 0, 1, 1, 1]])
+    inputs = {"prompt_ids": ids[:, :4], "prompt_mask": torch.ones(2, 4, dtype=torch.int64), "completion_ids": ids[:, 4:], "advantages": torch.zeros(2),
+              "completion_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), "tool_mask": tools, "num_items_in_batch": torch.tensor(6.0)}  # fmt: skip
+    full = FullKL(trainer, tiny_lm.model(1), BETA)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    assert full._count == 6
+    attention = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)
+    logits = [m(input_ids=ids, attention_mask=attention).logits[:, 3:-1] / 0.9 for m in (trainer.model, tiny_lm.model(1))]
+    kl = divergence("policy_ref", *logits)[(inputs["completion_mask"] * tools) != 0].sum()
+    steps = trainer.args.steps_per_generation
+    assert float(loss.detach()) == pytest.approx(BETA * float(kl.detach()) / (6 / steps), rel=1e-5)
+
+
 def test_undo_and_wrong_calls(tmp_path: Path) -> None:
     trainer = make("grpo", tmp_path)
     before = (dict(vars(trainer)), list(trainer.callback_handler.callbacks))

@@ -3,15 +3,12 @@ fp16, bf16, PEFT, resuming, two processes."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_lm
 import torch
-import transformers
-from processes import on_ranks
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -224,24 +221,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=folder)
 
 
-def train_on_two(rank: int, folder: Path) -> None:
-    torch.manual_seed(0)
-    ref = tiny_lm.model(1)
-    model = tiny_lm.model()
-    trainer = Trainer(model, arguments(folder, per_device_train_batch_size=1, ddp_backend="gloo", max_steps=2), train_dataset=Rows(tiny_lm.ids()))
-    attach(trainer, ewc=held(model), kl={"ref_model": ref, "beta": 0.3})
-    trainer.train()
-    if rank == 0:
-        torch.save((trainer.model.state_dict(), history(trainer, "kl/policy_ref")), folder / "two.pt")
-
-
-def launch_two(rank: int, folder: Path) -> None:
-    import os
-
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29511")
-    train_on_two(rank, folder)
-
-
 # --- KL --------------------------------------------------------------------------------------------------------------------
 
 
@@ -255,22 +234,6 @@ class WithKL(Trainer):
         logp, ref_logp = out.logits[:, :-1].log_softmax(-1), ref[:, :-1].log_softmax(-1)
         kl = (logp.exp() * (logp - ref_logp)).sum(-1)[inputs["labels"][:, 1:] != -100]
         return loss + 0.3 * kl.sum() / num_items_in_batch
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    """DDP: every rank adds the penalty's gradient, which the mean leaves as it is; the KL is the mean over all ranks' tokens."""
-    on_ranks(launch_two, tmp_path)
-    model = tiny_lm.model()
-    alone = WithKL(model, arguments(tmp_path, max_steps=2), train_dataset=Rows(tiny_lm.ids()), callbacks=[EWCCallback(held(model))])
-    alone.ref = tiny_lm.model(1)
-    transformers.set_seed(5)
-    alone.train()
-    state, kl = torch.load(tmp_path / "two.pt")
-    two = copy.deepcopy(alone.model)
-    two.load_state_dict(state)
-    assert difference(two, alone.model) <= 4 * ROUNDING
-    assert len(kl) == 2
 
 
 def test_attached_kl_is_the_kl_in_the_loss(tmp_path: Path) -> None:

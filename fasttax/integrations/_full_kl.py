@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ class FullKL(Handle):
 
     Args:
         trainer: one of those.
-        ref_model: a causal language model with the policy's vocabulary; None takes the trainer's own reference (`trainer.ref_model`,
-            or under PEFT the model without its adapter); a TopKReference or the path of one needs no model in memory (not in GRPO
-            and RLOO, whose sequences are new).
+        ref_model: a causal language model with the policy's vocabulary (moved to the policy's device; run in eval mode and without a
+            graph); None takes the trainer's own reference (`trainer.ref_model`, or under PEFT the model without its adapter); a TopKReference
+            or the path of one needs no model in memory (not in GRPO and RLOO, whose sequences are new).
         beta: the coefficient, >= 0, or an `AdaptiveKL`, which every optimizer step updates with the mean over all ranks.
         kind: "policy_ref", "ref_policy" or "jsd", as in `token_kl`.
         temperature: of both distributions; None is the trainer's sampling temperature in GRPO and RLOO, else 1.
@@ -126,7 +127,7 @@ class FullKL(Handle):
             raise _checks.fail(op, "ref_model", "a model of its own", "the policy itself, from which it would never differ", "pass a frozen copy")
         if not any(hasattr(p, "full_tensor") for p in lm.parameters()):
             lm.to(trainer.accelerator.device)
-        return _ModelReference(lm.requires_grad_(False), trainer.accelerator.autocast)
+        return _ModelReference(lm, trainer.accelerator.autocast)
 
     # --- seeing the policy's forward -----------------------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class FullKL(Handle):
             return self.ref.rows(args, kwargs, mask)
         if batch not in self._kept:
             self._kept[batch] = self.ref.rows(args, kwargs, mask)[0]
-        return self._kept[batch], head(self.ref.model)
+        return self._kept[batch], self.ref.head()
 
     def _topk(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, own: Head, mask: Tensor) -> Tensor:
         assert isinstance(self.ref, TopKReference)
@@ -281,7 +282,11 @@ class _ModelReference:
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> tuple[Tensor, Head]:
         """Hidden states of the tokens of `mask`, and the head."""
         with frozen(self.model), self._switch(), self.autocast():  # as the policy's own forward, or equal weights would differ
-            return hidden_states(backbone(self.model)(*args, **kwargs))[mask], head(self.model)
+            return hidden_states(backbone(self.model)(*args, **kwargs))[mask], self.head()
+
+    def head(self) -> Head:
+        h = head(self.model)
+        return replace(h, weight=h.weight.detach(), bias=None if h.bias is None else h.bias.detach())  # the reference gets no gradient
 
     def logits(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor) -> Tensor:
         rows, h = self.rows(args, kwargs, mask)
