@@ -80,8 +80,8 @@ std::vector<int64_t> checked(const char* op, const Tensor& cu_seqlens, int64_t R
 }
 
 std::vector<double> values(const char* op, const Tensor& weight, size_t examples, ScalarType dtype) {
-  FASTTAX_CHECK(size_t(weight.numel()) == examples && weight.is_contiguous() && weight.scalar_type() == dtype, op, "example_weight: expected ",
-                examples, " contiguous values in out's dtype");
+  FASTTAX_CHECK(size_t(weight.numel()) == examples && weight.is_contiguous() && weight.scalar_type() == dtype, op,
+                "example_weight: expected ", examples, " contiguous values in out's dtype");
   std::vector<double> out(examples);
   for (size_t n = 0; n < examples; ++n)
     out[n] = dtype == ScalarType::Double ? static_cast<const double*>(weight.const_data_ptr())[n]
@@ -89,7 +89,8 @@ std::vector<double> values(const char* op, const Tensor& weight, size_t examples
   return out;
 }
 
-void add_rows(const char* op, Tensor& out, const Tensor* x, const Tensor& d, const Tensor& cu_seqlens, const std::optional<Tensor>& weight) {
+void add_rows(const char* op, Tensor& out, const Tensor* x, const Tensor& d, const Tensor& cu_seqlens,
+              const std::optional<Tensor>& weight) {
   FASTTAX_CHECK(d.dim() == 2 && out.numel() == d.size(1), op, "grad_outputs (R, O) and out (O) must have one O");
   Runs runs;
   runs.starts = checked(op, cu_seqlens, d.size(0));
@@ -117,13 +118,15 @@ void embedding_sqgrad_(Tensor out, Tensor ids, Tensor grad_outputs, Tensor cu_se
   std::vector<double> weights;
   if (example_weight) weights = values(op, *example_weight, bounds.size() - 1, out.scalar_type());
   auto id = static_cast<const int64_t*>(ids.const_data_ptr());
-  for (int64_t t = 0; t < R; ++t) FASTTAX_CHECK(id[t] >= 0 && id[t] < out.size(0), op, "ids: expected values in [0, ", out.size(0), "), got ", id[t]);
+  for (int64_t t = 0; t < R; ++t)
+    FASTTAX_CHECK(id[t] >= 0 && id[t] < out.size(0), op, "ids: expected values in [0, ", out.size(0), "), got ", id[t]);
   Runs runs;
   runs.weighted = example_weight.has_value();
   runs.order.resize(R);
   std::iota(runs.order.begin(), runs.order.end(), int64_t(0));
   for (size_t n = 0; n + 1 < bounds.size(); ++n) {
-    std::stable_sort(runs.order.begin() + bounds[n], runs.order.begin() + bounds[n + 1], [&](int64_t a, int64_t b) { return id[a] < id[b]; });
+    std::stable_sort(runs.order.begin() + bounds[n], runs.order.begin() + bounds[n + 1],
+                     [&](int64_t a, int64_t b) { return id[a] < id[b]; });
     for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t)
       if (t == bounds[n] || id[runs.order[t]] != id[runs.order[t - 1]]) {
         runs.starts.push_back(t);

@@ -7,7 +7,8 @@ constexpr int64_t kWide = 4 * kLanes;  // columns at a time
 
 // sum[0 .. kWide) of d (times x) over rows `order[begin .. end)`, or rows begin .. end without an order.
 template <class T>
-inline void sum_rows(const T* x, int64_t x_stride, const T* d, int64_t d_stride, const int64_t* order, int64_t begin, int64_t end, VF* sum) {
+inline void sum_rows(const T* x, int64_t x_stride, const T* d, int64_t d_stride, const int64_t* order, int64_t begin, int64_t end,
+                     VF* sum) {
   for (int v = 0; v < 4; ++v) sum[v] = VF{};
   for (int64_t t = begin; t < end; ++t) {
     const int64_t row = order ? order[t] : t;
@@ -21,8 +22,8 @@ inline void sum_rows(const T* x, int64_t x_stride, const T* d, int64_t d_stride,
 
 // The columns [col, col + count) of out[to[r]] += w (sum of the rows of run r)^2, r's rows being starts[r] .. starts[r + 1].
 template <class T>
-inline void square_runs(const T* x, int64_t x_stride, const T* d, int64_t d_stride, const int64_t* order, const int64_t* starts, int64_t runs,
-                        const int64_t* to, const float* weights, int64_t col, int64_t count, float* out, int64_t out_stride) {
+inline void square_runs(const T* x, int64_t x_stride, const T* d, int64_t d_stride, const int64_t* order, const int64_t* starts,
+                        int64_t runs, const int64_t* to, const float* weights, int64_t col, int64_t count, float* out, int64_t out_stride) {
   int64_t j = col;
   for (; j + kWide <= col + count; j += kWide)
     for (int64_t r = 0; r < runs; ++r) {
@@ -48,16 +49,16 @@ inline void square_runs_of(LogitType type, const void* x, int64_t x_stride, cons
                            float* out, int64_t out_stride) {
   switch (type) {
     case LogitType::kBFloat16:
-      square_runs(static_cast<const BFloat16*>(x), x_stride, static_cast<const BFloat16*>(d), d_stride, order, starts, runs, to, weights, col,
-                  count, out, out_stride);
+      square_runs(static_cast<const BFloat16*>(x), x_stride, static_cast<const BFloat16*>(d), d_stride, order, starts, runs, to, weights,
+                  col, count, out, out_stride);
       break;
     case LogitType::kFloat16:
       square_runs(static_cast<const Float16*>(x), x_stride, static_cast<const Float16*>(d), d_stride, order, starts, runs, to, weights, col,
                   count, out, out_stride);
       break;
     default:
-      square_runs(static_cast<const float*>(x), x_stride, static_cast<const float*>(d), d_stride, order, starts, runs, to, weights, col, count,
-                  out, out_stride);
+      square_runs(static_cast<const float*>(x), x_stride, static_cast<const float*>(d), d_stride, order, starts, runs, to, weights, col,
+                  count, out, out_stride);
   }
 }
 
