@@ -110,7 +110,7 @@ def test_the_general_frame_does_not_spill(role: str, op: str, folder: Path) -> N
 ])  # fmt: skip
 def test_instructions_an_entry(role: str, op: str, dtype: str, most: int, folder: Path) -> None:
     """An H100 issues 132 x 4 x 32 instructions a cycle at 1.755 GHz and moves 3.35 TB/s: what keeps up with memory is 70 a pair of entries in a
-    float32 forward, 35 in bfloat16, 53 in a bfloat16 gradient. So only bfloat16's forward is at the edge: what CUDA C++'s 23 are for."""
+    float32 forward, 35 in bfloat16, 53 in a bfloat16 gradient. So only bfloat16's forward is at the edge: what CUDA C++'s 20 are for."""
     shape = shape_of(op, dtype)
     entries = shape["LANES"] * shape["WIDTH"] // rows.THREADS  # of a thread and tile
     exps = entries * (1 if (role, op) in (("gradient", "policy_ref"), ("stats", "alone")) else 2)
