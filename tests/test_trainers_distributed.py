@@ -13,7 +13,7 @@ import torch
 import transformers
 from processes import on_ranks
 from test_full_kl import BETA, make
-from test_transformers import ROUNDING, Rows, WithKL, arguments, difference, held, history
+from test_transformers import ROUNDING, FakeArguments, FakeState, Rows, WithKL, arguments, difference, held, history
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -46,6 +46,35 @@ def loss_and_gradient(folder: Path, shard: bool, rows: slice) -> dict[str, Tenso
     return {n: p.grad.full_tensor() if shard else p.grad for n, p in trainer.model.named_parameters()}
 
 
+def steps(model: nn.Module, callback: EWCCallback, batches: list[Tensor]) -> None:
+    """The Trainer's order of calls, with accumulation 2 and clipping."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        callback.on_step_begin(None, None, None, optimizer=optimizer)
+        for batch in (first, second):
+            (model(input_ids=batch, labels=batch, use_cache=False).loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        callback.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def ewc_under_fsdp2(rank: int, folder: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = tiny_lm.model()
+    callback = EWCCallback(held(model))
+    for layer in (*model.model.layers, model):
+        fully_shard(layer)
+    callback.on_train_begin(FakeArguments(), FakeState(), None, model=model)
+    rows = tiny_lm.ids(8)
+    steps(model, callback, [rows[i : i + 2][rank : rank + 1] for i in range(0, 8, 2)])
+    logs, state = {"loss": 1.0}, FakeState()
+    state.log_history = []
+    callback.on_log(None, state, None, logs=logs)
+    save(rank, folder / "ewc.pt", ({name: p.full_tensor() for name, p in model.state_dict().items()}, logs))
+
+
 def save(rank: int, path: Path, value: Any) -> None:
     if rank == 0:
         torch.save(value, path)
@@ -54,6 +83,7 @@ def save(rank: int, path: Path, value: Any) -> None:
 def everything(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29511")
     ddp(rank, folder)
+    ewc_under_fsdp2(rank, folder)
     save(rank, folder / "fsdp.pt", loss_and_gradient(folder, True, slice(2 * rank, 2 * rank + 2)))
 
 
@@ -89,3 +119,15 @@ def test_full_kl_under_fsdp2_is_one_process(ranks: Path, tmp_path: Path) -> None
     for name, gradient in alone.items():
         error = float((sharded[name] - gradient).norm() / gradient.norm())
         assert error <= 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.slow
+def test_ewc_under_fsdp2_is_one_process(ranks: Path) -> None:
+    """The EWC was built before sharding; the callback makes it anew on the shards."""
+    state, logs = torch.load(ranks / "ewc.pt")
+    model = tiny_lm.model()
+    ewc = held(model)
+    steps(model, EWCCallback(ewc), list(tiny_lm.ids(8).split(2)))
+    assert difference(load(tiny_lm.model(), state), model) <= ROUNDING
+    assert logs["ewc/penalty"] == pytest.approx(float(ewc.penalty().detach()), rel=1e-5)
+    assert logs["ewc/distance"] == pytest.approx(float(ewc.distance().total), rel=1e-5)
