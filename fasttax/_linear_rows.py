@@ -2,7 +2,7 @@
 
 A chunk's logits lie in one buffer; their gradient is written over them, and goes into the gradients of hidden states and head by GEMMs
 into buffers of their own, so that nothing of a chunk's size is allocated twice. A fresh page costs more than the KL's arithmetic on it:
-the reference's logits are made for a fifth of a chunk's tokens at a time, where the head is not shared. Not on huge pages: where a
+the reference's logits are made for half of a chunk's tokens at a time, where the head is not shared. Not on huge pages: where a
 virtual machine has given its free ones back to the host, 176 MB of them took 0.4 to 0.9 s, small ones 0.09 s.
 """
 
@@ -19,10 +19,10 @@ from fasttax.kl import Tempering
 
 ROWS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy", "kl", "ref_lse")  # the first six as token_stats gives them
 LSE, KL, REF_LSE = 3, 6, 7
-CPU_BYTES = 60 << 20  # of logits at a time: 256 tokens of SmolLM2's vocabulary and 56 of the reference's
-GPU_BYTES = 1 << 30  # 1,472 tokens of Qwen's; a GPU's GEMM wants a thousand, and its caching allocator keeps the buffer
+CPU_BYTES = 60 << 20  # of logits at a time: 208 tokens of SmolLM2's vocabulary and 104 of the reference's
+GPU_BYTES = 1 << 30  # 1,168 tokens of Qwen's; a GPU's GEMM wants a thousand, and its caching allocator keeps the buffer
 MIN_TOKENS = 128  # below it a GEMM no longer runs at its rate
-MIN_PART = 56  # tokens: MKL's GEMM takes 8 % longer than for 256, and 256 with 56 less than 176 with 88 or 160 with 160
+MIN_PART = 56  # tokens, of the reference; 512 of them took 1.04 of their GEMMs' time by 176 and 88, 1.05 by 128 and 128, 1.09 by 256 and 56
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Work:
     def tokens(self, N: int, V: int, shared: bool, like: Tensor) -> tuple[int, int]:
         """Of a chunk, and of the part of it whose reference logits (or whose gradient beside the logits) exist at a time."""
         two = self.kl or self.pair
-        columns, rows_a_token = self.columns(V), 2.0 if two and shared else 1.2 if two else 1.0
+        columns, rows_a_token = self.columns(V), 2.0 if two and shared else 1.5 if two else 1.0
         if self.token_chunk is not None:
             tokens = self.token_chunk
         else:
@@ -55,7 +55,7 @@ class Work:
             tokens = max(1, -(-even // 16) * 16)
         if self.kl and self.vocab_chunk is not None and self.vocab_chunk < V:  # whole rows, of so many tokens fewer
             tokens = max(1, tokens * self.vocab_chunk // V)
-        part = tokens if two and shared else -(-tokens // 40) * 8 if two else 0
+        part = tokens if two and shared else -(-tokens // 16) * 8 if two else 0
         return tokens, min(tokens, max(MIN_PART, part))
 
 
