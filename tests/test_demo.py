@@ -104,7 +104,10 @@ def test_rerun_reuses_fisher(finished: tuple[str, Path], cache: dict[str, str], 
 
 
 def test_ctrl_c_keeps_finished_runs(finished: tuple[str, Path], cache: dict[str, str], tmp_path: Path) -> None:
-    process = subprocess.Popen(command(tmp_path, "--steps", "40"), env=cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def heed() -> None:  # a shell's background jobs, which this run may be one of, ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command(tmp_path, "--steps", "40"), env=cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     assert process.stdout is not None
     seen = list(itertools.takewhile(lambda line: "candidate KL" not in line, process.stdout))  # mid-training: plain is done, KL begins
     process.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ import torch
 from models import TokenModel
 from torch import Tensor, nn
 
-from fasttax import EWC, AdamWEWC, _ewc_store, _files
+from fasttax import EWC, AdamWEWC, _ewc_store, _files, _mapped
 
 
 def pair(storage: str = "fp32") -> tuple[nn.Module, EWC, EWC]:
@@ -116,9 +116,9 @@ def test_streamed_files_are_safetensors_with_every_dtype(tmp_path: Path) -> None
 
     tensors: dict[str, Tensor] = {"b": torch.randn(3, 5).bfloat16(), "a": torch.randn(7), "c": torch.arange(9, dtype=torch.uint8), "d": torch.randn(2).double(),
                                   "e": torch.empty(0, 4), "h": torch.randn(1).half()}  # fmt: skip
-    _files.write_streamed(tmp_path / "t", "EWC", {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {"k": 1}, tensors.items())
+    _mapped.write_streamed(tmp_path / "t", "EWC", {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {"k": 1}, tensors.items())
     read = load_file(tmp_path / "t")
-    mapped = _files.Mapped(tmp_path / "t")
+    mapped = _mapped.Mapped(tmp_path / "t")
     for name, t in tensors.items():
         assert torch.equal(read[name], t)
         assert torch.equal(mapped.tensor(name), t)
