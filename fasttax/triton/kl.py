@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax.triton.rows import (
-    INF,
     JSD,
     LOG2E,
     POLICY_REF,
@@ -23,6 +22,7 @@ from fasttax.triton.rows import (
     bend,
     bregman,
     divergence,
+    first_frame,
     framed,
     geometry,
     is_general,
@@ -30,13 +30,13 @@ from fasttax.triton.rows import (
     launch_options,
     load_pair,
     log1p,
-    maxima,
     params,
     row_at,
     row_sums,
     tile_lanes,
     tiles,
     total,
+    true_frame,
     with_rows,
 )
 
@@ -110,21 +110,9 @@ def slope_at(x, y, live, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s
 
 
 @triton.jit
-def frame_of(top):
-    """A row of -inf gets the frame 0: its sums are 0 then, and NaN if it has one."""
-    return tl.where(top == -INF, 0.0, top)
-
-
-@triton.jit
 def forward_row(x_row, y_row, V, k, OP: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """Value, then a KlRow: mx, my, shift, inv_s, log_ratio, mean_gap, ref_center, inv_s_ref."""
-    mx, my = maxima(x_row, y_row, LANES * WIDTH, V, k, True, GENERAL, INF_MASK, LANES, WIDTH)
-    exact = V <= LANES * WIDTH
-    if ((mx == -INF) | (my == -INF)) & (exact == 0):
-        mx, my = maxima(x_row, y_row, V, V, k, True, GENERAL, INF_MASK, LANES, WIDTH)
-        exact = True
-    mx = frame_of(mx)
-    my = frame_of(my)
+    mx, my, exact = first_frame(x_row, y_row, V, k, True, GENERAL, INF_MASK, LANES, WIDTH)
     shift = 0.0
     s = tl.full((), 0.0, tl.float64)
     y = s
@@ -140,9 +128,7 @@ def forward_row(x_row, y_row, V, k, OP: tl.constexpr, GENERAL: tl.constexpr, INF
             value, gap, size, log_ratio, recentre = divergence(s, y, g, b, a, True)
         again = False
         if ((s > TOO_HIGH) | (y > TOO_HIGH)) & (exact == 0):
-            mx, my = maxima(x_row, y_row, V, V, k, True, GENERAL, INF_MASK, LANES, WIDTH)
-            mx = frame_of(mx)
-            my = frame_of(my)
+            mx, my = true_frame(x_row, y_row, V, k, True, GENERAL, INF_MASK, LANES, WIDTH)
             shift = 0.0
             exact = True
             again = True

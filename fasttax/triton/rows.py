@@ -227,6 +227,29 @@ def maxima(x_row, y_row, end, V, k, PAIR: tl.constexpr, GENERAL: tl.constexpr, I
 
 
 @triton.jit
+def frame_of(top):
+    """A row of -inf gets the frame 0: its sums are 0 then, and NaN if it has one."""
+    return tl.where(top == -INF, 0.0, top)
+
+
+@triton.jit
+def true_frame(x_row, y_row, V, k, PAIR: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    mx, my = maxima(x_row, y_row, V, V, k, PAIR, GENERAL, INF_MASK, LANES, WIDTH)
+    return frame_of(mx), frame_of(my)
+
+
+@triton.jit
+def first_frame(x_row, y_row, V, k, PAIR: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Of the first tile, or of the whole row where that holds nothing; and whether it is the row's true one."""
+    mx, my = maxima(x_row, y_row, LANES * WIDTH, V, k, PAIR, GENERAL, INF_MASK, LANES, WIDTH)
+    exact = V <= LANES * WIDTH
+    if ((mx == -INF) | (my == -INF)) & (exact == 0):
+        mx, my = maxima(x_row, y_row, V, V, k, PAIR, GENERAL, INF_MASK, LANES, WIDTH)
+        exact = True
+    return frame_of(mx), frame_of(my), exact
+
+
+@triton.jit
 def total(lanes):
     return tl.sum(lanes.to(tl.float64), 0)
 

@@ -10,11 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax import reference
-from fasttax.triton.kl import frame_of, on_device, zero
+from fasttax.triton.kl import on_device, zero
 from fasttax.triton.rows import (
     ALONE,
     DOMINATED,
-    INF,
     LN2,
     SMALL_GAP,
     STATS,
@@ -24,17 +23,18 @@ from fasttax.triton.rows import (
     bend,
     bregman,
     divergence,
+    first_frame,
     framed,
     geometry,
     is_general,
     launch_options,
     load_pair,
-    maxima,
     params,
     row_at,
     row_sums,
     tile_lanes,
     tiles,
+    true_frame,
     with_rows,
 )
 
@@ -75,13 +75,7 @@ def forward_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, values_ptr, kept_ptr, N, V, 
         y_row = x_row
         if PAIR:
             y_row = row_at(y_ptr, y_rows, n)
-        mx, my = maxima(x_row, y_row, LANES * WIDTH, V, k, PAIR, GENERAL, False, LANES, WIDTH)
-        exact = V <= LANES * WIDTH
-        if ((mx == -INF) | (my == -INF)) & (exact == 0):
-            mx, my = maxima(x_row, y_row, V, V, k, PAIR, GENERAL, False, LANES, WIDTH)
-            exact = True
-        mx = frame_of(mx)
-        my = frame_of(my)
+        mx, my, exact = first_frame(x_row, y_row, V, k, PAIR, GENERAL, False, LANES, WIDTH)
         shift = 0.0
         mass = tl.full((), 0.0, tl.float64)
         mean = mass
@@ -103,9 +97,7 @@ def forward_kernel(x_ptr, y_ptr, ids_ptr, mask_ptr, values_ptr, kept_ptr, N, V, 
             if PAIR:
                 too_high = too_high | (s > TOO_HIGH) | (y > TOO_HIGH)
             if too_high & (exact == 0) & (recentred == 0):
-                mx, my = maxima(x_row, y_row, V, V, k, PAIR, GENERAL, False, LANES, WIDTH)
-                mx = frame_of(mx)
-                my = frame_of(my)
+                mx, my = true_frame(x_row, y_row, V, k, PAIR, GENERAL, False, LANES, WIDTH)
                 exact = True
                 again = True
             elif PAIR:
