@@ -82,23 +82,27 @@ inline void for_vectors(const T* x, const T* y, int64_t begin, int64_t end, F&& 
 }
 
 // Writes the gradients that slope(x, y, n, d_x, d_y) gives for each vector. kSides: 1 the policy's, 2 the reference's, 3 both.
+// From the end of the row to its beginning: what the sweep before has read last is in L2 still, where the row pair is larger than that.
 template <int kSides, class T, class F>
 inline void write_gradients(const T* x, const T* y, int64_t V, T* dx, T* dy, const F& slope) {
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= V; i += 2 * kLanes) {
-    VF xv[2], yv[2], for_x[2], for_y[2];
-    load_pair(x + i, xv[0], xv[1]);
-    load_pair(y + i, yv[0], yv[1]);
-    for (int j = 0; j < 2; ++j) slope(xv[j], yv[j], kLanes, for_x[j], for_y[j]);
-    if (kSides & 1) store_pair(dx + i, for_x[0], for_x[1]);
-    if (kSides & 2) store_pair(dy + i, for_y[0], for_y[1]);
-  }
-  for (; i < V; i += kLanes) {
+  constexpr int64_t kPair = 2 * kLanes;
+  const int64_t pairs = V / kPair;
+  for (int64_t i = pairs * kPair; i < V; i += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, V - i);
     VF for_x, for_y;
     slope(load(x + i, n, -kInf), load(y + i, n, -kInf), n, for_x, for_y);
     if (kSides & 1) store(dx + i, for_x, n);
     if (kSides & 2) store(dy + i, for_y, n);
+  }
+  for (int64_t i = (pairs - 1) * kPair; i >= 0; i -= kPair) {
+    VF xv[2], yv[2], for_x[2], for_y[2];
+    fetch(x + i, kPair * sizeof(T), kDownwards);
+    fetch(y + i, kPair * sizeof(T), kDownwards);
+    load_pair(x + i, xv[0], xv[1]);
+    load_pair(y + i, yv[0], yv[1]);
+    for (int j = 0; j < 2; ++j) slope(xv[j], yv[j], kLanes, for_x[j], for_y[j]);
+    if (kSides & 1) store_pair(dx + i, for_x[0], for_x[1]);
+    if (kSides & 2) store_pair(dy + i, for_y[0], for_y[1]);
   }
 }
 

@@ -38,8 +38,7 @@ struct Target {
 };
 
 inline Tensor gradient_buffer(const Tensor& logits, bool need, Target& target) {
-  const Tensor d = torch::stable::empty(need ? sizes_of(logits, logits.dim()) : std::vector<int64_t>{0}, logits.scalar_type());
-  prefer_huge_pages(d);
+  const Tensor d = recycled_empty(need ? sizes_of(logits, logits.dim()) : std::vector<int64_t>{0}, logits.scalar_type());
   if (need) target.rows.emplace(d);
   return d;
 }

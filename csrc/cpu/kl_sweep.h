@@ -112,6 +112,8 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
     for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
       VF ax[4], d[4];
       VF xv[4], yv[4];
+      fetch(x + i, 4 * kLanes * sizeof(T), kUpwards);
+      fetch(y + i, 4 * kLanes * sizeof(T), kUpwards);
       for (int j = 0; j < 4; j += 2) {
         load_pair(x + i + j * kLanes, xv[j], xv[j + 1]);
         load_pair(y + i + j * kLanes, yv[j], yv[j + 1]);
