@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
     return {value, d_a, d_b};
   }
 
-  const int64_t cols = FASTTAX_DISPATCH(lora_cols), lanes = FASTTAX_DISPATCH(lora_lanes), strip = 32;
+  const int64_t cols = FASTTAX_DISPATCH(lora_cols), lanes = FASTTAX_DISPATCH(lora_lanes), strip = FASTTAX_DISPATCH(lora_strip);
   const std::vector<float> a = packed_columns(a_type, lora_A, cols);
   std::vector<float> b((O + strip) * r, 0.0f), rows_b(gradient ? O * r : 0);
   FASTTAX_DISPATCH(lora_widen, b_type, lora_B.const_data_ptr(), int64_t(0), O * r, b.data());
@@ -90,11 +90,15 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
   if (!gradient) return {value, d_a, d_b};
   float *to_a = static_cast<float*>(d_a.mutable_data_ptr()), *to_b = static_cast<float*>(d_b.mutable_data_ptr());
   torch::stable::parallel_for(0, r, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(cols);
     for (int64_t k = begin; k < end; ++k)
-      for (int64_t i = 0; i < I; ++i) {
-        double sum = 0;
-        for (int64_t c = 0; c < chunks; ++c) sum += partial[c * int64_t(a.size()) + (i / cols * r + k) * cols + i % cols];
-        to_a[k * I + i] = float(factor * sum);
+      for (int64_t i = 0; i < I; i += cols) {
+        std::fill(sums.begin(), sums.end(), 0.0);
+        for (int64_t c = 0; c < chunks; ++c) {
+          const float* part = partial.data() + c * int64_t(a.size()) + i * r + k * cols;
+          for (int64_t j = 0; j < cols; ++j) sums[j] += part[j];
+        }
+        for (int64_t j = 0; j < std::min(cols, I - i); ++j) to_a[k * I + i + j] = float(factor * sums[j]);
       }
   });
   for (int64_t i = 0; i < O * r; ++i) to_b[i] = float(factor * rows_b[i]);

@@ -77,7 +77,16 @@ inline double lora_tile(const float* a, const float* b, const float* const* fish
   return sum(total);
 }
 
-constexpr int64_t kLoraStrip = 32;  // rows that share a block of A and of d_A while it is in L1
+// Rows that share a block of A and of d_A while it is in L1, beside the rows' own d_b: at r = 16 4 + 4 + 16 KB.
+constexpr int64_t kLoraStrip = 16;
+
+inline int64_t lora_strip() { return kLoraStrip; }
+
+// Rows of F are read 256 bytes at a time, which no hardware stream follows: each block's are fetched while the block before is used.
+inline void lora_fetch(const Operand& fisher, int64_t at, int64_t n) {
+  const int64_t item = fisher.type == EwcType::kFloat ? 4 : fisher.type == EwcType::kU8Log ? 1 : 2;
+  for (int64_t byte = 0; byte < n * item; byte += 64) __builtin_prefetch(static_cast<const char*>(fisher.data) + at * item + byte);
+}
 
 // Rows [begin, end) of F. a: [column block][r][kLoraCols] and b: [rows][r], both padded with zeros; d_a (null without gradients) as a, this
 // chunk's own; d_b: [rows][r]; lanes: scratch of kLoraStrip * r vectors.
@@ -93,8 +102,11 @@ inline double lora_chunk(const float* a, const float* b, void* data, EwcType typ
       const int64_t n = std::min(kLoraCols, width - col);
       for (int64_t row = strip; row < stop; row += kLoraRows) {
         const float* fisher[kLoraRows];
-        for (int k = 0; k < kLoraRows; ++k)  // beyond the end B is 0 and any row of F will do
-          fisher[k] = lora_fisher(operand, std::min(row + k, stop - 1) * width + col, n, buffers[k]);
+        for (int k = 0; k < kLoraRows; ++k) {  // beyond the end B is 0 and any row of F will do
+          const int64_t at = std::min(row + k, stop - 1) * width + col;
+          fisher[k] = lora_fisher(operand, at, n, buffers[k]);
+          if (col + kLoraCols < width) lora_fetch(operand, at + kLoraCols, std::min(kLoraCols, width - col - kLoraCols));
+        }
         total += d_a ? lora_tile<true>(a + col * r, b + row * r, fisher, r, d_a + col * r, lanes + (row - strip) * r * kLanes)
                      : lora_tile<false>(a + col * r, b + row * r, fisher, r, nullptr, nullptr);
       }
