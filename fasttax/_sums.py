@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasttax._local import ModuleTap
-from fasttax._pass import WAY_OUT, Pass
+from fasttax._pass import Pass
 from fasttax._pieces import HeadRows, Rows, accumulate, closed_form, head_rows
 from fasttax._sharding import Shard, is_dtensor
 from fasttax._taps import EmbeddingTap, LinearTap, Tap
@@ -44,9 +44,9 @@ class Sums:
         self.weight: float | None = None  # of a square: 1 / mc_samples
 
     @property
-    def fully_sharded(self) -> bool:
-        """Whether FSDP2 has sharded a parameter, so that its sum is over all ranks already."""
-        return any(not s.parallel for s in self.shards.values())
+    def data_groups(self) -> list[Any]:
+        """The groups over which FSDP2 has summed already, one a dimension of its mesh; none without FSDP2."""
+        return next(([s.mesh.get_group(d) for d in s.data_dims] for s in self.shards.values() if s.data_dims), [])
 
     def value(self, name: str) -> Tensor:
         """The sum of `name`: this rank's part for a DTensor parameter."""
@@ -59,18 +59,16 @@ class Sums:
         return self.values[name]
 
     def _run(self, name: str, add: Callable[[Tensor], Any], parallel: bool = False) -> Any:
-        """Calls `add` with what to add to: the sum, or for an FSDP2 parameter a whole tensor that is then reduced to shards."""
+        """Calls `add` with what to add to: the sum, or for an FSDP2 parameter an unsharded tensor that is then reduced to shards."""
         if name not in self.shards:
             return add(self.value(name))
-        shard, slot = self.shards[name], self.slots[name]
-        if parallel:
-            if shard.mesh.ndim > 1:
-                raise ValueError(f"DiagonalFisher: {name}: FSDP2 and tensor parallelism together have no rule; {WAY_OUT}")
-            shard.parallel = True
+        shard = self.shards[name]
+        shard.parallel |= parallel
+        if not shard.data_dims:
             return add(shard.local)
-        whole = torch.zeros(slot.shape, dtype=slot.dtype, device=shard.local.device)
-        result = add(whole)
-        shard.add_everywhere(whole)
+        part = shard.unsharded()
+        result = add(part)
+        shard.add_everywhere(part)
         return result
 
     # --- the taps' side ------------------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ class Sums:
         elif piece.kind in ("linear", "head") and not waiting and self._is_tied_pair(current, name):
             ids = current.ids[name]
             bounds = current.segments(ids.shape, name, None)
-            current.waiting[name] = [self._run(name, lambda out: self._tied_head(out, piece, ids, bounds))]
+            current.waiting[name] = [self._run(name, lambda out: self._tied_head(out, piece, ids, bounds), piece.parallel)]
         elif sum(current.calls[tap] for tap in self.taps[name]) > 1 and not any(isinstance(p, HeadRows) for p in waiting):
             current.waiting.setdefault(name, []).append(piece)
         else:
@@ -153,8 +151,9 @@ class Sums:
 
     # --- ranks ----------------------------------------------------------------------------------------------------------
 
-    def reduce(self, group: Any) -> None:
-        """Sums over the ranks of `group`; FSDP2 sums are over all ranks already."""
+    def reduce(self, groups: list[Any]) -> None:
+        """Sums over the ranks of all `groups`; FSDP2's sums are over all ranks already."""
         for name in self.slots:  # one order on every rank, also where a rank has seen nothing
-            if name not in self.shards or self.shards[name].parallel:
-                dist.all_reduce(self.value(name), group=group)
+            if name not in self.shards or not self.shards[name].data_dims:
+                for group in groups:
+                    dist.all_reduce(self.value(name), group=group)

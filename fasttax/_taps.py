@@ -178,31 +178,34 @@ class EmbeddingTap(Tap):
     """nn.Embedding and its subclasses, whatever they do to the ids and whatever number they multiply a row by."""
 
     def _tapped(self, current: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-        if type(self.module).forward is nn.Embedding.forward:
-            ids, factor = (args[0] if args else kwargs["input"]), None
-        else:
-            ids, factor = self._lookup(args, kwargs)
+        module: Any = self.module
+        like, plain = _sharding.placements(y), type(module).forward is nn.Embedding.forward
+        if like is not None and not plain:
+            raise TypeError(f"DiagonalFisher: {self.where} ({type(module).__name__}): a subclass of nn.Embedding split over ranks has no rule; {WAY_OUT}")
+        ids, factor = (args[0] if args else kwargs["input"], None) if plain else self._lookup(args, kwargs)
         if not isinstance(y, Tensor) or y.shape[:-1] != ids.shape:
-            raise TypeError(f"DiagonalFisher: {self.where} ({type(self.module).__name__}): expected a tensor of ids in and one row each out; {WAY_OUT}")
-        if _sharding.is_dtensor(y):
-            raise TypeError(f"DiagonalFisher: {self.where}: an embedding split over ranks (tensor parallel) has no rule; {WAY_OUT}")
-        y, ids = _batched(y, ids.detach(), current)
+            raise TypeError(f"DiagonalFisher: {self.where} ({type(module).__name__}): expected a tensor of ids in and one row each out; {WAY_OUT}")
+        y, ids = _batched(y, _sharding.whole_ids(ids, self.where).detach(), current)
         only = current.only
+        counted = None if module.padding_idx is None else ids != module.padding_idx % module.num_embeddings
+        if like is not None:
+            ids, here = _sharding.own_rows(ids, module.weight)
+            counted = here if counted is None or here is None else counted & here
         if not in_backward() and only is None:
             current.ids[self.names["weight"]] = ids
+        saved = [t for t in (counted, None if factor is None else factor.expand(ids.shape)) if t is not None]
 
-        def record(d: Tensor, ids: Tensor, *factor: Tensor) -> None:
-            bounds = current.segments(ids.shape, self.where, only)
-            d = d * factor[0][..., None].to(d.dtype) if factor else d
-            self.record(current, d, ids, bounds)
+        def record(d: Tensor, ids: Tensor, *factors: Tensor) -> None:  # 0 for a row that does not count
+            self.parallel = like is not None
+            d = _sharding.local(d, self.where, like)
+            for f in factors:
+                d = d.masked_fill(~f[..., None], 0.0) if f.dtype == torch.bool else d * f[..., None].to(d.dtype)
+            self.record(current, d, ids, current.segments(ids.shape, self.where, only))
 
-        return self._apply(y, record, ids, *([] if factor is None else [factor.expand(ids.shape)]))
+        return self._apply(y, record, ids, *saved)
 
     def record(self, current: Pass, d: Tensor, x: Tensor, bounds: Tensor) -> None:
-        module: Any = self.module
         rows, ids = d.reshape(-1, d.shape[-1]), x.flatten()
-        if module.padding_idx is not None:
-            rows = rows.masked_fill((ids == module.padding_idx % module.num_embeddings)[:, None], 0.0)
         self._give(current, "weight", Rows("embedding", bounds, rows, ids))
 
     @torch.no_grad()

@@ -306,15 +306,17 @@ class DiagonalFisher:
         if not dist.is_available() or not dist.is_initialized():
             raise _checks.fail(op, "group", "an initialised torch.distributed", "none", "call torch.distributed.init_process_group first")
         self._check_whole("reduce")
-        if group is None and any(s.parallel for s in self.sums.shards.values()):
+        groups = self.sums.data_groups or [None] if group is None else [group]
+        if groups == [None] and self.sums.shards:
             raise _checks.fail(op, "group", "the data-parallel group, since ranks of a tensor-parallel group hold shards of one estimate", "None")
-        self.sums.reduce(group)
-        self.examples, self.tokens = self._everywhere(group)
+        self.sums.reduce(groups)
+        self.examples, self.tokens = self._everywhere(groups)
         self._reduced = True
 
-    def _everywhere(self, group: Any) -> tuple[int, int]:
+    def _everywhere(self, groups: list[Any]) -> tuple[int, int]:
         counts = torch.tensor([self.examples, self.tokens], device=self.device)
-        dist.all_reduce(counts, group=group)
+        for group in groups:
+            dist.all_reduce(counts, group=group)
         return int(counts[0]), int(counts[1])
 
     def finalize(self, normalize: str = "mean", storage: str = "fp32") -> FisherEstimate:
@@ -322,7 +324,7 @@ class DiagonalFisher:
         _checks.choice("DiagonalFisher.finalize", "normalize", normalize, NORMALIZE)
         _checks.choice("DiagonalFisher.finalize", "storage", storage, STORAGES)
         self._check_whole("finalize")
-        examples, tokens = self._everywhere(None) if self.sums.fully_sharded and not self._reduced else (self.examples, self.tokens)
+        examples, tokens = (self.examples, self.tokens) if self._reduced else self._everywhere(self.sums.data_groups)
         if examples == 0:
             raise RuntimeError("DiagonalFisher.finalize: no example was seen; call update(batch) first")
         count = max(1, tokens if self.unit == "token" else examples)

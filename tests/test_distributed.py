@@ -69,17 +69,54 @@ def fully_sharded(rank: int, folder: Path) -> None:
     assert model.model.norm.weight.grad is not None
 
 
-def tensor_parallel(rank: int, folder: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
+def split_by_features(model: nn.Module, mesh: Any, rows: bool = True) -> nn.Module:
+    """The two linear layers, the embedding (by words or by features) and the head over the ranks of `mesh`."""
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+    embed = RowwiseParallel(input_layouts=Replicate()) if rows else ColwiseParallel(output_layouts=Replicate())
+    head = ColwiseParallel(output_layouts=Replicate())
+    return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel(), "embed": embed, "head": head})
+
+
+def padded_model(tied: bool = False) -> TokenModel:
+    model = TokenModel(tied)
+    model.embed.padding_idx = 4
+    return model
+
+
+def tensor_parallel(rank: int, folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
     mesh = init_device_mesh("cpu", (2,))
-    model = parallelize_module(TokenModel(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    estimator = DiagonalFisher(model, labels="true")
-    estimator.update(ids(5, 6))
-    with pytest.raises(ValueError, match=r"reduce: group.*data-parallel"):
-        estimator.reduce()
-    estimator.finalize().save(folder / f"tp-{rank}.safetensors")
+    for kind, rows, tied in (("tp", True, False), ("tp-features", False, False), ("tp-tied", True, True)):
+        model: Any = split_by_features(padded_model(tied), mesh, rows)
+        if tied:
+            model.head.weight = model.embed.weight  # parallelize_module makes two of it
+        estimator = DiagonalFisher(model, labels="true")
+        estimator.update(ids(5, 6))
+        with pytest.raises(ValueError, match=r"reduce: group.*data-parallel"):
+            estimator.reduce()
+        estimator.finalize().save(folder / f"{kind}-{rank}.safetensors")
+
+
+def sharded_and_split(rank: int, folder: Path) -> None:
+    """FSDP2 over pairs of ranks that hold different examples, tensor parallelism within each pair."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "features"))
+    model: Any = split_by_features(padded_model(), mesh["features"])
+    for part in (model.up, model.head, model):
+        fully_shard(part, mesh=mesh["data"])
+    for how in ("finalize", "reduce"):
+        estimator = DiagonalFisher(model, labels="true")
+        estimator.update(my_rows(rank // 2))
+        if how == "reduce":
+            estimator.reduce()
+        fisher = estimator.finalize()
+        assert all(f.placements == p.placements for f, p in zip(fisher.values(), model.parameters(), strict=True))  # type: ignore[attr-defined]
+        fisher.save(folder / f"{how}-{rank}.safetensors")
 
 
 def context_parallel(rank: int, folder: Path) -> None:
@@ -107,17 +144,27 @@ def test_two_processes_are_one_process(tmp_path: Path) -> None:
     on_ranks(everything, tmp_path)
     whole = fasttax.estimate_fisher(TokenModel(), [ids(5, 6)], labels="true", progress=False)
     llama = fasttax.estimate_fisher(causal_lm("llama_tied"), [ids(5, 6)], labels="true", progress=False)
-    for kind, truth in (("update", whole), ("observe", whole), ("tp", whole), ("fsdp", llama)):
-        ranks = [FisherEstimate.load(tmp_path / f"{kind}-{rank}.safetensors") for rank in range(2)]
-        for f in ranks:
-            assert_exact(f, dict(truth), 1e-6)
-            assert (f.metadata["examples"], f.metadata["tokens"], f.metadata["model_hash"]) == (
-                5,
-                30 if kind == "observe" else 25,
-                truth.metadata["model_hash"],
-            )
-            assert all(torch.equal(ranks[0][n], f[n]) for n in f)
+    padded = fasttax.estimate_fisher(padded_model(), [ids(5, 6)], labels="true", progress=False)
+    tied = fasttax.estimate_fisher(padded_model(tied=True), [ids(5, 6)], labels="true", progress=False)
+    truths = {"update": whole, "observe": whole, "tp": padded, "tp-features": padded, "tp-tied": tied, "fsdp": llama}
+    for kind, truth in truths.items():
+        check(tmp_path, kind, truth, 2)
     assert fisher_of(TokenModel(), ids(2, 4)).metadata["examples"] == 2
+
+
+def test_four_processes_in_two_pairs_are_one_process(tmp_path: Path) -> None:
+    on_ranks(sharded_and_split, tmp_path, world_size=4)
+    truth = fasttax.estimate_fisher(padded_model(), [ids(5, 6)], labels="true", progress=False)
+    for how in ("finalize", "reduce"):
+        check(tmp_path, how, truth, 4)
+
+
+def check(folder: Path, kind: str, truth: FisherEstimate, world_size: int) -> None:
+    ranks = [FisherEstimate.load(folder / f"{kind}-{rank}.safetensors") for rank in range(world_size)]
+    for f in ranks:
+        assert_exact(f, dict(truth), 1e-6)
+        assert (f.metadata["examples"], f.metadata["tokens"], f.metadata["model_hash"]) == (5, 30 if kind == "observe" else 25, truth.metadata["model_hash"])
+        assert all(torch.equal(ranks[0][n], f[n]) for n in f)
 
 
 def test_sharded_files_of_one_process(tmp_path: Path) -> None:
