@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from fasttax import functional as functional
-from fasttax._estimation import estimate_fisher as estimate_fisher
+from fasttax._fisher.estimation import estimate_fisher as estimate_fisher
 from fasttax._library import load_native as _load_native
 from fasttax.estimate import FisherEstimate as FisherEstimate
 from fasttax.ewc import EWC as EWC

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax import _checks, _ewc_files, _shards
-from fasttax._attach import Handle, attach, during_backward
-from fasttax._drift import Drift
-from fasttax._ewc_fit import Target, check_hash, differences, match, pick_anchor, survey
-from fasttax._ewc_lora import LoraHeld
-from fasttax._ewc_store import Item, Kept, Lists, Store, checked_anchor_dtype, encode_for
+from fasttax import _checks, _shards
+from fasttax._ewc import files
+from fasttax._ewc.attach import Handle, attach, during_backward
+from fasttax._ewc.drift import Drift
+from fasttax._ewc.fit import Target, check_hash, differences, match, pick_anchor, survey
+from fasttax._ewc.lora import LoraHeld
+from fasttax._ewc.store import Item, Kept, Lists, Store, checked_anchor_dtype, encode_for
 from fasttax.estimate import STORAGES, FisherEstimate
 from fasttax.functional import ewc as ops
 
@@ -262,7 +263,7 @@ class EWC:
         self._store = store
         counts: dict[str, Any] = {k: self.metadata[k] + fisher.metadata[k] for k in ("examples", "tokens")
                   if isinstance(fisher, FisherEstimate) and k in self.metadata and k in fisher.metadata}  # fmt: skip
-        self.metadata = {**self.metadata, **counts, "consolidated": self.metadata.get("consolidated", 1) + 1, "model_hash": _ewc_files.anchor_hash(self)}
+        self.metadata = {**self.metadata, **counts, "consolidated": self.metadata.get("consolidated", 1) + 1, "model_hash": files.anchor_hash(self)}
 
     @staticmethod
     @torch.no_grad()
@@ -305,12 +306,12 @@ class EWC:
         sums = [torch.stack([e.strength * e._lora[i].fisher.decode().double() for e in ewcs]).sum(0) for i in range(len(first._lora))]
         result._lora = [LoraHeld(h.name, encode_for(h.module.base_layer.weight, f, result.storage), h.module) for h, f in zip(first._lora, sums, strict=True)]
         result.metadata = {**first.metadata, "combined": len(ewcs)}
-        result.metadata["model_hash"] = _ewc_files.anchor_hash(result)
+        result.metadata["model_hash"] = files.anchor_hash(result)
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes Fisher, anchor and strength to a safetensors file; a crash leaves the old file. Every rank calls it, rank 0 writes the whole."""
-        _ewc_files.save(self, path)
+        files.save(self, path)
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: nn.Module, *, offload: str | None = "as saved", rename: Mapping[str, str] | None = None) -> EWC:
@@ -319,16 +320,16 @@ class EWC:
         With offload="cpu" and the model on the CPU the file itself is mapped, and read block by block as it is needed: leave it in place.
         """
         result: EWC = object.__new__(EWC)
-        _ewc_files.load(result, path, model, offload, rename)
+        files.load(result, path, model, offload, rename)
         return result
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, Fisher, anchor and provenance, for a trainer's checkpoint: tensors, numbers and strings alone. This rank's shards."""
-        return _ewc_files.state_dict(self)
+        return files.state_dict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave, on the same model; names and shapes must fit."""
-        _ewc_files.load_state_dict(self, state)
+        files.load_state_dict(self, state)
 
 
 class _Streamed(torch.autograd.Function):

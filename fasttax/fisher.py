@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fasttax import _batches, _checks, _files, _labels, _loop, _sharding
-from fasttax._error import SamplingError
-from fasttax._pass import Pass
-from fasttax._plan import LORA, TIED, Filter, delta_w, plan, select
-from fasttax._sums import Slot, Sums
-from fasttax._taps import LinearTap, require_input_grads
+from fasttax import _checks, _files
+from fasttax._fisher import batches, labels, loop, sharding
+from fasttax._fisher.error import SamplingError
+from fasttax._fisher.passes import Pass
+from fasttax._fisher.plan import LORA, TIED, Filter, delta_w, plan, select
+from fasttax._fisher.sums import Slot, Sums
+from fasttax._fisher.taps import LinearTap, require_input_grads
 from fasttax.estimate import STORAGES, FisherEstimate
 
 LABELS = ("sample", "true", "exact_head")
@@ -126,20 +127,20 @@ class DiagonalFisher:
         self._check_whole("update")
         ready = self._read(batch)
         if self._packed_unverified and ready.packed:
-            _loop.check_isolation(self, batch, ready)
+            loop.check_isolation(self, batch, ready)
             self._packed_unverified = False
         if self._unverified:
-            _loop.verify(self, batch)
+            loop.verify(self, batch)
             self._unverified = False
         if self.fallback == "loop":
-            _loop.update(self, batch, ready)
+            loop.update(self, batch, ready)
         else:
             current = Pass(self.unit, ready.shape, ready.bounds)
             with self._tapped([current]):
                 logits = self._forward(ready)
                 ready = ready.settled(logits)
                 for draw in range(self.mc_samples):
-                    score = _labels.score(logits, ready, self.drawing)
+                    score = labels.score(logits, ready, self.drawing)
                     if self.labels == "exact_head":
                         current.head, current.score = self._head(current, logits), score
                     logits.backward(score.to(logits.dtype), retain_graph=draw + 1 < self.mc_samples)
@@ -166,15 +167,15 @@ class DiagonalFisher:
         if self._reduced and method != "finalize":
             raise RuntimeError(f"DiagonalFisher.{method}: the sums are those of all ranks since reduce(); start a new DiagonalFisher")
 
-    def _read(self, batch: Any) -> _batches.Batch:
+    def _read(self, batch: Any) -> batches.Batch:
         op = "DiagonalFisher.update"
         if isinstance(batch, Mapping):
-            _sharding.refuse_context_parallel(op, self.unit, *batch.values())
+            sharding.refuse_context_parallel(op, self.unit, *batch.values())
         get_embedding: Any = getattr(self.model, "get_input_embeddings", None)
         embedding = None if get_embedding is None or not hasattr(self.model, "config") else get_embedding()
         vocab = getattr(embedding, "num_embeddings", None)
         self._check_model()
-        return _batches.read(op, batch, self.device, vocab, positions=_takes(self.model, "position_ids"), shift=self.shift)
+        return batches.read(op, batch, self.device, vocab, positions=_takes(self.model, "position_ids"), shift=self.shift)
 
     def _check_model(self) -> None:
         if not self.model.training and not any(m.training for m in self.model.modules()):
@@ -196,7 +197,7 @@ class DiagonalFisher:
     def _logits(self, output: Any) -> Any:
         return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
-    def _forward(self, batch: _batches.Batch) -> Tensor:
+    def _forward(self, batch: batches.Batch) -> Tensor:
         logits = self._logits(self.model(**self._arguments(batch.inputs)))
         expected = f"an output with logits of shape {(*batch.targets.shape, 'V')}"
         way_out = "for a classifier pass labels of shape (B,); for anything else use observe() with your own loss"
@@ -234,7 +235,7 @@ class DiagonalFisher:
                 p.requires_grad_(False)
             handles = [part.install() for part in parts]
             handles += require_input_grads(self.model)
-            with _uncompiled(self.model), torch.random.fork_rng(devices=_loop.cuda_devices(self.model)), torch.inference_mode(False), torch.enable_grad():
+            with _uncompiled(self.model), torch.random.fork_rng(devices=loop.cuda_devices(self.model)), torch.inference_mode(False), torch.enable_grad():
                 yield
         except BaseException:
             self._damaged = self._damaged or any(p.seen for p in passes)  # some layers have added this batch, others have not
@@ -262,7 +263,7 @@ class DiagonalFisher:
         if self.fallback == "loop" or self.labels == "exact_head":
             option = "fallback" if self.fallback == "loop" else "labels"
             raise _checks.fail(op, option, "None" if option == "fallback" else "'sample' or 'true'", repr(getattr(self, option)), "use update()")
-        _sharding.refuse_context_parallel(op, self.unit)
+        sharding.refuse_context_parallel(op, self.unit)
         self._check_model()
         bounds = None
         if cu_seqlens is not None:
@@ -277,7 +278,7 @@ class DiagonalFisher:
                 passes.append(Pass(self.unit, shape, bounds, observed=True))
                 self.sums.current = passes[-1]
             tensors = [t for t in (kwargs.get("input_ids"), *args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
-            _sharding.refuse_context_parallel(op, self.unit, *tensors)
+            sharding.refuse_context_parallel(op, self.unit, *tensors)
             if tensors and shape is None:
                 passes[-1].batch = tensors[0].shape[0]
 

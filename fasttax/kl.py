@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fasttax import _checks, reference
-from fasttax._kl_transforms import differentiable, register_vmap
+from fasttax._kl.transforms import differentiable, register_vmap
+from fasttax._kl.vocab_parallel import merge_kl
 from fasttax._library import define, lib, no_double_backward, second_derivative_message
-from fasttax._vocab_parallel import merge_kl
 
 KINDS = ("policy_ref", "ref_policy", "jsd")
 REDUCTIONS = ("none", "sum", "mean")

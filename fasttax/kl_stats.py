@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fasttax import _checks, reference
-from fasttax._kl_transforms import differentiable, register_vmap
+from fasttax._kl.transforms import differentiable, register_vmap
+from fasttax._kl.vocab_parallel import merge_shards
 from fasttax._library import define, lib, no_double_backward
-from fasttax._vocab_parallel import merge_shards
 from fasttax.kl import Tempering, check_logits, check_mask, reduce, tempering, token_kl
 
 ROWS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy")  # of what the op gives: csrc/math/kl.h, TokenStat

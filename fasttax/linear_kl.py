@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fasttax import _checks, reference
-from fasttax._linear_ops import linear_token_rows, linear_token_total
-from fasttax._linear_rows import KL, ROWS, Sweep, Work, pieces, wide_dtype
-from fasttax._vocab_parallel import merge_parts, to_group
+from fasttax._kl.linear_ops import linear_token_rows, linear_token_total
+from fasttax._kl.linear_rows import KL, ROWS, Sweep, Work, pieces, wide_dtype
+from fasttax._kl.vocab_parallel import merge_parts, to_group
 from fasttax.kl import (
     NO_GRAD,
     REDUCTIONS,

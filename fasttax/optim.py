@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from fasttax import _checks, _shards, reference
-from fasttax._attach import check_optimizer
-from fasttax._ewc_store import Lists
+from fasttax._ewc.attach import check_optimizer
+from fasttax._ewc.store import Lists
 from fasttax._library import define
 from fasttax.ewc import EWC
 

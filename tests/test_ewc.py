@@ -14,7 +14,7 @@ from utils import assert_within
 
 from fasttax import functional as F
 from fasttax import reference
-from fasttax._ewc_store import SPLIT, decode_anchor, encode_anchor
+from fasttax._ewc.store import SPLIT, decode_anchor, encode_anchor
 from fasttax.estimate import encode
 
 # 0; 1; below, at and above the staging block of 256; a task of 65536 plus a ragged tail

@@ -15,7 +15,8 @@ import torch
 from models import TokenModel
 from torch import Tensor, nn
 
-from fasttax import EWC, AdamWEWC, _ewc_store, _files, _mapped
+from fasttax import EWC, AdamWEWC, _files, _mapped
+from fasttax._ewc import store
 
 
 def pair(storage: str = "fp32") -> tuple[nn.Module, EWC, EWC]:
@@ -30,7 +31,7 @@ def pair(storage: str = "fp32") -> tuple[nn.Module, EWC, EWC]:
 
 
 def blocks_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ewc_store, "STREAMED", 1)
+    monkeypatch.setattr(store, "STREAMED", 1)
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "u8log"])

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from utils import assert_within, own_result, peak_bytes
 
 import fasttax
-from fasttax import _linear_rows
-from fasttax._linear_rows import Work
+from fasttax._kl import linear_rows
+from fasttax._kl.linear_rows import Work
 from fasttax.kl import tempering
 
 INF = math.inf
@@ -72,14 +72,14 @@ def test_tiles_of_logprobs_and_entropy() -> None:
 @pytest.mark.parametrize(("option", "inf"), [("plain", "propagate"), ("jsd", "propagate"), ("plain", "mask")])
 def test_vocab_chunk_bounds_the_logits(option: str, inf: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No logits beyond token_chunk x vocab_chunk; where whole rows are needed, fewer tokens."""
-    sizes, real = [], _linear_rows.Head.project
+    sizes, real = [], linear_rows.Head.project
 
     def seen(self: Any, hidden: Tensor, columns: slice, buffer: Tensor) -> Tensor:
         logits = real(self, hidden, columns, buffer)
         sizes.append(logits.numel())
         return logits
 
-    monkeypatch.setattr(_linear_rows.Head, "project", seen)
+    monkeypatch.setattr(linear_rows.Head, "project", seen)
     fused(tensors(), token_chunk=6, vocab_chunk=10, inf=inf, **OPTIONS[option])
     assert max(sizes) <= 6 * 10
 
@@ -219,15 +219,15 @@ def test_gemms_of_half_width_operands(mode: str, monkeypatch: pytest.MonkeyPatch
     """The path of NVIDIA GPUs, with its GEMMs (float32 sums of bfloat16 operands) done by the CPU: logits are not rounded, and a gradient
     only as it enters the GEMMs back."""
     t = {name: value.detach().bfloat16().requires_grad_() for name, value in tensors().items()}
-    monkeypatch.setattr(_linear_rows, "narrow_gemm", lambda device: True)
+    monkeypatch.setattr(linear_rows, "narrow_gemm", lambda device: True)
     operands = set()
-    real = _linear_rows.gemm
+    real = linear_rows.gemm
 
     def seen(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         operands.add((a.dtype, b.dtype, out.dtype))
         real(a, b, out, add)
 
-    monkeypatch.setattr(_linear_rows, "gemm", seen)
+    monkeypatch.setattr(linear_rows, "gemm", seen)
     kl = fasttax.linear_token_kl(*(t[n] for n in NAMES[:4]), bias=t["bias"], ref_bias=t["ref_bias"], reduction="sum", grad_mode=mode, token_chunk=5)
     got = torch.autograd.grad(kl, list(t.values()))
     assert operands == {(torch.bfloat16, torch.bfloat16, torch.float32)}
@@ -242,6 +242,6 @@ def test_gemms_of_half_width_operands(mode: str, monkeypatch: pytest.MonkeyPatch
 def test_a_narrow_hidden_state_before_a_wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 hidden states and a float32 head: the head is not rounded to meet them."""
     h, w, rh, rw = torch.randn(N, H).bfloat16(), torch.randn(V, H), torch.randn(N, R).bfloat16(), torch.randn(V, R)
-    monkeypatch.setattr(_linear_rows, "narrow_gemm", lambda device: True)
+    monkeypatch.setattr(linear_rows, "narrow_gemm", lambda device: True)
     got = fasttax.linear_token_kl(h, w, rh, rw)
     torch.testing.assert_close(got, fasttax.token_kl(h.float() @ w.T, rh.float() @ rw.T), rtol=1e-5, atol=1e-6)

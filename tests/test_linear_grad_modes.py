@@ -11,7 +11,8 @@ from torch import Tensor
 from utils import assert_within, own_result, peak_bytes
 
 import fasttax
-from fasttax import _library, _linear_rows
+from fasttax import _library
+from fasttax._kl import linear_rows
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -54,13 +55,13 @@ def test_frozen_heads_take_an_upstream_per_token(chunk: int | None) -> None:
 def gemms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The size of every GEMM's result, as they come."""
     sizes: list[int] = []
-    real = _linear_rows.gemm
+    real = linear_rows.gemm
 
     def counted(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         sizes.append(out.numel())
         real(a, b, out, add)
 
-    monkeypatch.setattr(_linear_rows, "gemm", counted)
+    monkeypatch.setattr(linear_rows, "gemm", counted)
     return sizes
 
 
@@ -108,13 +109,13 @@ def test_gemms_of_logprobs(case: str, gemms: list[int]) -> None:
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
 def test_masked_tokens_cost_no_gemm(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    real = _linear_rows.gemm
+    real = linear_rows.gemm
 
     def counted(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         rows.append(a.shape[1] if out.shape[0] == V else a.shape[0])  # the tokens are what a head's gradient sums over
         real(a, b, out, add)
 
-    monkeypatch.setattr(_linear_rows, "gemm", counted)
+    monkeypatch.setattr(linear_rows, "gemm", counted)
     t, mask = tensors(), torch.arange(N) % 3 == 1
     for keep in (mask, torch.zeros_like(mask)):
         rows.clear()

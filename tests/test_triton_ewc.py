@@ -19,7 +19,7 @@ from torch import Tensor
 from triton_tools import compiled
 
 from fasttax import reference
-from fasttax._ewc_store import SPLIT, encode_anchor
+from fasttax._ewc.store import SPLIT, encode_anchor
 from fasttax.estimate import encode
 from fasttax.triton import ewc
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax import _checks, _fisher_reference, reference
+from fasttax import _checks, reference
+from fasttax._fisher import specification
 from fasttax._library import define
 
 
@@ -154,7 +155,7 @@ def embedding_sqgrad(ids: Tensor, grad_outputs: Tensor, num_embeddings: int, *, 
 def embedding_rows(op: str, flat_ids: Tensor, d: Tensor, bounds: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
     """The rows of every example's embedding gradient that its tokens touch: keys (2, U) of (example, id), rows (U, H)."""
     _ids_in_range(op, flat_ids, num_embeddings)
-    return _fisher_reference.embedding_rows(flat_ids.long(), reference.wide(d), bounds, num_embeddings, -1)
+    return specification.embedding_rows(flat_ids.long(), reference.wide(d), bounds, num_embeddings, -1)
 
 
 def _ids_in_range(op: str, ids: Tensor, count: int) -> None:
@@ -205,21 +206,21 @@ define(
 )
 define(
     "bias_sqgrad_(Tensor(a!) out, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight) -> ()",
-    _fisher_reference.bias_sqgrad_,
+    specification.bias_sqgrad_,
     lambda out, grad_outputs, cu_seqlens, example_weight: None,
 )
 define(
     "norm_sqgrad_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight) -> ()",
-    _fisher_reference.norm_sqgrad_,
+    specification.norm_sqgrad_,
     lambda out, inputs, grad_outputs, cu_seqlens, example_weight: None,
 )
 define(
     "embedding_sqgrad_(Tensor(a!) out, Tensor ids, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight, int skip) -> ()",
-    _fisher_reference.embedding_sqgrad_,
+    specification.embedding_sqgrad_,
     lambda out, ids, grad_outputs, cu_seqlens, example_weight, skip: None,
 )
 define(
     "lm_head_fisher_(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias, int token_chunk) -> ()",
-    _fisher_reference.lm_head_fisher_,
+    specification.lm_head_fisher_,
     lambda out, hidden, weight, bias, token_chunk: None,
 )

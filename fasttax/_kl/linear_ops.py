@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttax._kl.linear_rows import ROWS, Sweep, Work, empty_kept, wide_dtype
 from fasttax._library import define, lib, no_double_backward, second_derivative_message
-from fasttax._linear_rows import ROWS, Sweep, Work, empty_kept, wide_dtype
 from fasttax.kl import _OPTIONS as KL_OPTIONS
 from fasttax.kl import Tempering, no_second_derivative
 

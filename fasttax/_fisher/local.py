@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fasttax import _sharding
-from fasttax._pass import WAY_OUT, Pass
-from fasttax._taps import Sink, Tap
+from fasttax._fisher import sharding
+from fasttax._fisher.passes import WAY_OUT, Pass
+from fasttax._fisher.taps import Sink, Tap
 
 
 class ModuleTap(Tap):
@@ -24,7 +24,7 @@ class ModuleTap(Tap):
             raise ValueError(f"DiagonalFisher: {self.where} ({type(self.module).__name__}): no rule for unit='token'; {WAY_OUT}")
         outputs, out_spec = pytree.tree_flatten(y)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if any(_sharding.is_dtensor(t) for t in (*leaves, *outputs)):
+        if any(sharding.is_dtensor(t) for t in (*leaves, *outputs)):
             raise TypeError(f"DiagonalFisher: {self.where} ({type(self.module).__name__}): no rule under tensor parallelism; {WAY_OUT}")
         differentiable = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
         if not differentiable:

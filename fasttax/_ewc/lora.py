@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttax import _checks, _shards, reference
-from fasttax._ewc_store import Kept
+from fasttax._ewc.store import Kept
 from fasttax.estimate import Stored
 from fasttax.functional import ewc as ops
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fasttax._local import ModuleTap
-from fasttax._pass import Pass
-from fasttax._pieces import HeadRows, Rows, accumulate, closed_form, head_rows
-from fasttax._sharding import Shard, is_dtensor
-from fasttax._taps import EmbeddingTap, LinearTap, Tap
+from fasttax._fisher.local import ModuleTap
+from fasttax._fisher.passes import Pass
+from fasttax._fisher.pieces import HeadRows, Rows, accumulate, closed_form, head_rows
+from fasttax._fisher.sharding import Shard, is_dtensor
+from fasttax._fisher.taps import EmbeddingTap, LinearTap, Tap
 
 
 @dataclass(frozen=True)

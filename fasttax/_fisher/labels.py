@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttax import _batches, _checks
+from fasttax import _checks
+from fasttax._fisher import batches
 
 
 @torch.no_grad()
-def score(logits: Tensor, batch: _batches.Batch, generator: torch.Generator | None) -> Tensor:
+def score(logits: Tensor, batch: batches.Batch, generator: torch.Generator | None) -> Tensor:
     """The gradient of -sum log p(label) at the logits, float32 (float64): softmax - onehot at the predictions that count, else 0.
 
     Labels are drawn from the logits' own distribution by `generator`; without one they are the batch's own.

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttax import _checks, _files, _mapped, _shards
-from fasttax._ewc_fit import differences, match, survey
-from fasttax._ewc_lora import LoraHeld
-from fasttax._ewc_store import Held, Kept, Store, decode_anchor, encode_anchor, encode_for
+from fasttax._ewc.fit import differences, match, survey
+from fasttax._ewc.lora import LoraHeld
+from fasttax._ewc.store import Held, Kept, Store, decode_anchor, encode_anchor, encode_for
 from fasttax.estimate import STORAGES, FisherEstimate, Stored
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fasttax import _checks
-from fasttax._local import ModuleTap, RoutingBlock
-from fasttax._sums import Slot, Sums
-from fasttax._taps import Conv1DTap, ConvTap, ElementwiseTap, EmbeddingTap, LinearTap, Tap
+from fasttax._fisher.local import ModuleTap, RoutingBlock
+from fasttax._fisher.sums import Slot, Sums
+from fasttax._fisher.taps import Conv1DTap, ConvTap, ElementwiseTap, EmbeddingTap, LinearTap, Tap
 
 TIED = ("exact", "sum_of_squares")
 LORA = ("factors", "delta_w")

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fasttax._pass import WAY_OUT
+from fasttax._fisher.passes import WAY_OUT
 from fasttax.functional import fisher as ops
 
 _CHUNK = 256  # tokens of the head's closed form at a time

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax import _batches, _labels
-from fasttax._pass import WAY_OUT, Pass
-from fasttax._taps import require_input_grads
+from fasttax._fisher import batches, labels
+from fasttax._fisher.passes import WAY_OUT, Pass
+from fasttax._fisher.taps import require_input_grads
 
 
 def cuda_devices(model: nn.Module) -> list[int]:
@@ -47,14 +47,14 @@ def gradients(params: Mapping[str, Tensor], forward: Callable[[], Tensor], score
     return {n: p.grad for n, p in params.items() if p.grad is not None}
 
 
-def update(estimator: Any, batch: Any, ready: _batches.Batch) -> None:
+def update(estimator: Any, batch: Any, ready: batches.Batch) -> None:
     """One batch, one example at a time."""
     for n in range(ready.examples):
         for _ in range(estimator.mc_samples):
-            part = estimator._read(_batches.example(batch, ready, n))
+            part = estimator._read(batches.example(batch, ready, n))
 
-            def score(logits: Tensor, part: _batches.Batch = part) -> Tensor:
-                return _labels.score(logits, part.settled(logits), estimator.drawing)
+            def score(logits: Tensor, part: batches.Batch = part) -> Tensor:
+                return labels.score(logits, part.settled(logits), estimator.drawing)
 
             with only_these(estimator.model, estimator.params):
                 for name, g in gradients(estimator.params, lambda part=part: estimator._forward(part), score).items():  # type: ignore[misc]
@@ -64,7 +64,7 @@ def update(estimator: Any, batch: Any, ready: _batches.Batch) -> None:
 
 def verify(estimator: Any, batch: Any) -> None:
     """The taps against autograd on a few tokens of one or two examples, parameter by parameter."""
-    small = estimator._read(_batches.snippet(batch, 16))
+    small = estimator._read(batches.snippet(batch, 16))
     sums = estimator.sums
     state, kept, sums.values = estimator.generator.get_state(), sums.values, {}
     weight, sums.weight = sums.weight, None
@@ -74,7 +74,7 @@ def verify(estimator: Any, batch: Any) -> None:
         with estimator._tapped([current]):
             logits = estimator._forward(small)
             small = small.settled(logits)
-            score = _labels.score(logits, small, estimator.drawing)
+            score = labels.score(logits, small, estimator.drawing)
             if not bool(small.counted.any()):
                 return
             logits.backward(score.to(logits.dtype), retain_graph=estimator.labels == "exact_head")
@@ -85,7 +85,7 @@ def verify(estimator: Any, batch: Any) -> None:
         params = {n: s.param for n, s in sums.slots.items() if s.param is not None and not n.startswith("_")}
         with only_these(estimator.model, params):
             for n in range(small.examples if params else 0):
-                part = estimator._read(_batches.example(_batches.snippet(batch, 16), small, n))
+                part = estimator._read(batches.example(batches.snippet(batch, 16), small, n))
                 mine = score[n : n + 1, : part.shape[1]] if score.dim() > 2 else score[n : n + 1]
                 for name, g in gradients(params, lambda part=part: estimator._forward(part), lambda _, mine=mine: mine).items():  # type: ignore[misc]
                     truth[name] = truth.get(name, 0) + g.double() ** 2
@@ -110,14 +110,14 @@ def verify(estimator: Any, batch: Any) -> None:
                          f"forward (or in a way it does not show); {WAY_OUT}")  # fmt: skip
 
 
-def _check_head(estimator: Any, current: Pass, logits: Tensor, small: _batches.Batch, score: Tensor) -> None:
+def _check_head(estimator: Any, current: Pass, logits: Tensor, small: batches.Batch, score: Tensor) -> None:
     """The head's closed form needs logits that depend on the head's output entry by entry: its gradient is the score times a slope."""
     tap = estimator._head(current, logits)
     slopes: list[Tensor] = []
     current.muted = True
     try:
         tap.record = lambda current, d, x, bounds: slopes.append(d.reshape(-1, d.shape[-1]))
-        for s in (score, _labels.score(logits, small, estimator.generator)):
+        for s in (score, labels.score(logits, small, estimator.generator)):
             last = len(slopes) == 1
             logits.backward(s.to(logits.dtype), retain_graph=not last)
             s = s.reshape(-1, s.shape[-1])
@@ -135,9 +135,9 @@ def _check_head(estimator: Any, current: Pass, logits: Tensor, small: _batches.B
                          "scale are fine), which these are not; use labels='sample'")  # fmt: skip
 
 
-def check_isolation(estimator: Any, batch: Any, ready: _batches.Batch) -> None:
+def check_isolation(estimator: Any, batch: Any, ready: batches.Batch) -> None:
     """Packed documents are examples only where the model keeps them apart: a document's logits must not depend on its neighbours."""
-    pair = _batches.neighbours(ready, 8)
+    pair = batches.neighbours(ready, 8)
     if pair is None:
         return
     both, alone, start = pair

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fasttax import _sharding
-from fasttax._pass import WAY_OUT, Pass, in_backward
-from fasttax._pieces import Rows
+from fasttax._fisher import sharding
+from fasttax._fisher.passes import WAY_OUT, Pass, in_backward
+from fasttax._fisher.pieces import Rows
 
 
 class Sink(Protocol):
@@ -89,12 +89,12 @@ class Tap:
             raise TypeError(f"DiagonalFisher: {self.where} ({type(self.module).__name__}): expected one tensor in and one out; {WAY_OUT}")
         y, x = _batched(y, x.detach(), current)
         only = current.only
-        like = _sharding.placements(y)
+        like = sharding.placements(y)
 
         def record(d: Tensor, x: Tensor) -> None:
             self.parallel = like is not None
             leading = x.shape[: self.leading(x)]
-            self.record(current, _sharding.local(d, self.where, like), _sharding.local(x, self.where), current.segments(leading, self.where, only))
+            self.record(current, sharding.local(d, self.where, like), sharding.local(x, self.where), current.segments(leading, self.where, only))
 
         return self._apply(y, record, x)
 
@@ -120,7 +120,7 @@ class LinearTap(Tap):
 
     def _tapped(self, current: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         out = super()._tapped(current, args, kwargs, y)
-        current.outputs[out.data_ptr() if not _sharding.is_dtensor(out) else 0] = self
+        current.outputs[out.data_ptr() if not sharding.is_dtensor(out) else 0] = self
         return out
 
     def record(self, current: Pass, d: Tensor, x: Tensor, bounds: Tensor) -> None:
@@ -179,17 +179,17 @@ class EmbeddingTap(Tap):
 
     def _tapped(self, current: Pass, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         module: Any = self.module
-        like, plain = _sharding.placements(y), type(module).forward is nn.Embedding.forward
+        like, plain = sharding.placements(y), type(module).forward is nn.Embedding.forward
         if like is not None and not plain:
             raise TypeError(f"DiagonalFisher: {self.where} ({type(module).__name__}): a subclass of nn.Embedding split over ranks has no rule; {WAY_OUT}")
         ids, factor = (args[0] if args else kwargs["input"], None) if plain else self._lookup(args, kwargs)
         if not isinstance(y, Tensor) or y.shape[:-1] != ids.shape:
             raise TypeError(f"DiagonalFisher: {self.where} ({type(module).__name__}): expected a tensor of ids in and one row each out; {WAY_OUT}")
-        y, ids = _batched(y, _sharding.whole_ids(ids, self.where).detach(), current)
+        y, ids = _batched(y, sharding.whole_ids(ids, self.where).detach(), current)
         only = current.only
         counted = None if module.padding_idx is None else ids != module.padding_idx % module.num_embeddings
         if like is not None:
-            ids, here = _sharding.own_rows(ids, module.weight)
+            ids, here = sharding.own_rows(ids, module.weight)
             counted = here if counted is None or here is None else counted & here
         if not in_backward() and only is None:
             current.ids[self.names["weight"]] = ids
@@ -197,7 +197,7 @@ class EmbeddingTap(Tap):
 
         def record(d: Tensor, ids: Tensor, *factors: Tensor) -> None:  # 0 for a row that does not count
             self.parallel = like is not None
-            d = _sharding.local(d, self.where, like)
+            d = sharding.local(d, self.where, like)
             for f in factors:
                 d = d.masked_fill(~f[..., None], 0.0) if f.dtype == torch.bool else d * f[..., None].to(d.dtype)
             self.record(current, d, ids, current.segments(ids.shape, self.where, only))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax import _checks, _ewc_lora, _files, _shards
+from fasttax import _checks, _files, _shards
+from fasttax._ewc import lora
 
 # What wrappers put into parameters' names: PEFT, torch.compile, DDP, activation checkpointing.
 _INSERTED = re.compile(r"^base_model\.model\.|(?<![^.])(?:base_layer|_orig_mod|_checkpoint_wrapped_module)\.|\.modules_to_save\.[^.]+(?=\.)")
@@ -27,7 +28,7 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.theta.shape) if self.lora is None else _ewc_lora.weight_shape(self.lora)
+        return tuple(self.theta.shape) if self.lora is None else lora.weight_shape(self.lora)
 
 
 def canonical(name: str) -> str:
@@ -95,7 +96,7 @@ def match(op: str, model: nn.Module, shapes: Mapping[str, Any], rename: Mapping[
             every[name] = every[canonical(name)] = p
     if not len(shapes):
         raise _checks.fail(op, "fisher", "at least one parameter", "an empty mapping")
-    adapted = {canonical(name): m for name, m in _ewc_lora.layers(model).items()}
+    adapted = {canonical(name): m for name, m in lora.layers(model).items()}
     new = _renamer(op, rename, shapes)
     targets, wrong = [], []
     seen: dict[int, str] = {}
@@ -113,7 +114,7 @@ def match(op: str, model: nn.Module, shapes: Mapping[str, Any], rename: Mapping[
             wrong.append(f"{given}: shape {tuple(shapes[given].shape)}, the model has {target.shape}")
             continue
         if module is not None:
-            _ewc_lora.refuse_unsupported(op, name, module)
+            lora.refuse_unsupported(op, name, module)
         elif not theta.is_floating_point():
             raise _checks.fail(op, "model", "floating-point parameters", f"{name} of dtype {theta.dtype}", "leave it out of the Fisher")
         if id(theta) in seen:

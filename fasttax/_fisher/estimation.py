@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fasttax import _batches, _checks
-from fasttax._plan import Filter
+from fasttax import _checks
+from fasttax._fisher import batches
+from fasttax._fisher.plan import Filter
 from fasttax.estimate import STORAGES, FisherEstimate
 from fasttax.fisher import NORMALIZE, DiagonalFisher
 
@@ -81,7 +82,7 @@ def estimate_fisher(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tens
 def _cut(batch: Any, room: int) -> Any:
     """At most `room` rows of a batch of unpacked rows."""
     ids = batch if isinstance(batch, Tensor) else batch.get("input_ids") if isinstance(batch, Mapping) else None
-    return _batches.rows(batch, 0, room) if isinstance(ids, Tensor) and ids.shape[0] > room else batch
+    return batches.rows(batch, 0, room) if isinstance(ids, Tensor) and ids.shape[0] > room else batch
 
 
 def _examples_in(batches: Any) -> int | None:

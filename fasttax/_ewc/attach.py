@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttax import _checks
-from fasttax._ewc_store import Held
+from fasttax._ewc.store import Held
 
 if TYPE_CHECKING:
     from fasttax.ewc import EWC
