@@ -57,7 +57,7 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
     VF S{}, G{}, B{}, C{}, top = splat(-kInf);
     VF plain_x{}, plain_y{}, plain_a{}, plain_c{};  // lanes summed plainly: e^ax, e^ay, e^ax d and -e^ay d
     VF blend_x{}, blend_y{}, blend_g{}, blend_b{}, blend_a{}, blend_c{}, blend_back{};
-    VF mass{}, moment{};
+    VF moment{};
     auto small = [&](VF ax, VF d) {  // every |d| <= 1/4
       const VF ex = exp_flushed(ax);
       VF f, f_back{};
@@ -69,10 +69,7 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
       G += change;
       if (forwards) B = fma(ex, f, B);
       if (backwards) C = fma(ex + change, f_back, C);
-      if (entropy) {
-        mass += ex;
-        moment = fma(ex, ax, moment);
-      }
+      if (entropy) moment = fma(ex, ax, moment);
     };
     auto plain = [&](VF ax, VF d) {
       const VF ex = exp_flushed(ax), ey = exp_flushed(ax - d);
@@ -80,10 +77,7 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
       plain_y += ey;
       if (forwards) plain_a = fma(ex, d, plain_a);
       if (backwards) plain_c = fma(ey, -d, plain_c);
-      if (entropy) {
-        mass += ex;
-        moment = fma(ex, ax, moment);
-      }
+      if (entropy) moment = fma(ex, ax, moment);
     };
     auto blend = [&](VF ax, VF ay, VF d) {
       const VF ex = exp(ax), ey = exp(ay);
@@ -103,10 +97,7 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
         blend_back -= pull;
         blend_c += near ? ey * kl_bregman_small(-d) : -change - pull;
       }
-      if (entropy) {
-        mass += ex;
-        moment += where_zero(ex, ex * ax);
-      }
+      if (entropy) moment += where_zero(ex, ex * ax);
     };
     int64_t i = start;
     for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
@@ -157,7 +148,7 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
       total.c += bregman + (pull - far_change) + sum(blend_c);
       total.back += (bregman + near_change) + pull + sum(blend_back);
     }
-    if (entropy) total.add_moments(x, y, start, end, frame, mass, moment, max_of(top));
+    if (entropy) total.add_moments(x, y, start, end, frame, S + plain_x + blend_x, moment, max_of(top));
     total.top = std::max(total.top, max_of(top));
     if (total.top > kFrameSlack) break;
   }

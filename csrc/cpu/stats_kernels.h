@@ -150,14 +150,14 @@ struct StatsSlope {
       c = fma(as_float(as_int(d - r.mean_gap) & forwards), splat(g_forwards), c);
       for_x = where_zero(p, p * c);
       if (kBackwards) for_x = fma(p_minus_q, splat(g_backwards), for_x);
-      for_x *= k.row_slope;
+      if (mode != FrameMode::kUnit) for_x *= k.row_slope;
       if (mode == FrameMode::kGeneral && k.cap > 0) for_x *= bend(xv, k.scale / k.cap);
     }
     if (kSides & 2) {
       VF c = splat(at_id ? 0.0f : -g_ref_logp);
       if (kBackwards) c = fma(r.ref_center - d, splat(g_backwards), c);
       for_y = where_zero(q, q * c) - as_float(as_int(p_minus_q * g_forwards) & forwards);
-      for_y *= k.ref_row_slope;
+      if (mode != FrameMode::kUnit) for_y *= k.ref_row_slope;
       if (mode == FrameMode::kGeneral && k.ref_cap > 0) for_y *= bend(yv, k.ref_scale / k.ref_cap);
     }
   }
