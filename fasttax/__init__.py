@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from fasttax import functional as functional
+from fasttax import merge as merge
 from fasttax._fisher.estimation import estimate_fisher as estimate_fisher
 from fasttax._library import load_native as _load_native
 from fasttax.estimate import FisherEstimate as FisherEstimate
@@ -25,7 +26,7 @@ _load_native()
 
 __all__ = [
     "EWC", "AdamWEWC", "DiagonalFisher", "FisherEstimate", "TokenStats", "estimate_fisher", "functional", "kl_estimate", "linear_token_kl",
-    "linear_token_logprobs", "token_kl", "token_stats", "topk_kl", "topk_logprobs",
+    "linear_token_logprobs", "merge", "token_kl", "token_stats", "topk_kl", "topk_logprobs",
 ]  # fmt: skip
 
 

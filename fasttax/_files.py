@@ -46,6 +46,17 @@ def renamed(target: Path) -> Iterator[str]:
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with _opened(path, kind) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no Mapping)
+
+
+def read_metadata(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    with _opened(path, kind) as (_, metadata):
+        return metadata
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     target = Path(path)
     if not target.is_file():
         raise FileNotFoundError(f"fasttax: no file {target}; expected a {kind} file written by .save()")
@@ -55,7 +66,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             if header.get(FORMAT_KEY) != kind:
                 found = header.get(FORMAT_KEY, "no fasttax header")
                 raise ValueError(f"fasttax: {target} is not a {kind} file: expected header {FORMAT_KEY}={kind!r}, got {found!r}; write it with .save()")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["metadata"])  # noqa: SIM118 (no Mapping)
+            yield file, json.loads(header["metadata"])
     except SafetensorError as error:
         raise ValueError(f"fasttax: {target} is truncated or no safetensors file ({error}); write it anew with .save()") from error
 

@@ -16,19 +16,21 @@ from torch import Tensor
 from fasttax._files import FORMAT_KEY, renamed
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def write_streamed(
-    path: str | os.PathLike[str], kind: str, specs: Mapping[str, Spec], metadata: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]
-) -> None:
-    """As `write`, with one tensor in memory at a time; `specs` says beforehand what each will be."""
-    header: dict[str, Any] = {"__metadata__": {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata))}}
+def write_streamed(path: str | os.PathLike[str], kind: str, specs: Mapping[str, Spec], metadata: Mapping[str, Any],
+                   tensors: Iterable[tuple[str, Tensor]], more: Mapping[str, str] | None = None) -> None:  # fmt: skip
+    """As `write`, with one tensor in memory at a time; `specs` says beforehand what each will be. `more`: header entries of other readers."""
+    header: dict[str, Any] = {"__metadata__": {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata)), **(more or {})}}
     end = 0
     for name in sorted(specs, key=lambda n: -specs[n][0].itemsize):  # so that every tensor is aligned, and without holes, which readers refuse
         dtype, shape = specs[name]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with renamed(Path(path)) as temporary, open(temporary, "wb") as file:
@@ -58,7 +60,7 @@ class Mapped:
 
     def tensor(self, name: str) -> Tensor:
         entry = self._header[name]
-        dtype = next(d for d, code in _CODES.items() if code == entry["dtype"])
+        dtype = next(d for d, code in CODES.items() if code == entry["dtype"])
         begin, end = entry["data_offsets"]
         if begin == end:
             return torch.empty(entry["shape"], dtype=dtype)

@@ -1,4 +1,4 @@
-"""The `fasttax` command: demo, fisher, kl, doctor."""
+"""The `fasttax` command: demo, fisher, kl, merge, doctor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "align a small real model with and without fasttax, and report what each way costs",
     "fisher": "estimate a model's diagonal Fisher on text and save it",
     "kl": "cache: keep a reference model's top-k log-probs of training data, so that training needs no reference in memory",
+    "merge": "average models weight by weight: linear between a base and its aligned model, or by their Fishers",
     "doctor": "show which kernels are active here and why, and what would bring the missing ones",
 }
 
@@ -52,6 +53,30 @@ def _fisher(argv: Sequence[str]) -> int:
     return 0
 
 
+def _merge(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fasttax merge", description=COMMANDS["merge"])
+    ways = parser.add_subparsers(dest="way", required=True)
+    linear = ways.add_parser("linear", help="(1 - alpha) BASE + alpha ALIGNED")
+    linear.add_argument("base", help="a folder of safetensors as transformers saves it, or one file")
+    linear.add_argument("aligned", help="the same of the aligned model")
+    linear.add_argument("--alpha", type=float, required=True, help="0 is BASE, 1 is ALIGNED")
+    fisher = ways.add_parser("fisher", help="sum of w F MODEL over sum of w F")
+    fisher.add_argument("models", nargs="+", metavar="MODEL")
+    fisher.add_argument("--fisher", action="append", required=True, metavar="FILE", help="once for each model, in order: what `fasttax fisher` wrote")
+    fisher.add_argument("--weight", action="append", type=float, help="once for each model, or never (1)")
+    fisher.add_argument("--missing", choices=("error", "mean"), default="error", help="tensors without a Fisher: an error, or their plain mean")
+    for way in (linear, fisher):
+        way.add_argument("--output", required=True, help="a new folder, or a new .safetensors file")
+    args = parser.parse_args(argv)
+    from fasttax import merge
+
+    if args.way == "linear":
+        print(merge.linear(args.base, args.aligned, args.alpha, output=args.output))
+    else:
+        print(merge.fisher_average(args.models, args.fisher, weights=args.weight, missing=args.missing, output=args.output))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -73,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return doctor.main(rest)
         if command == "fisher":
             return _fisher(rest)
+        if command == "merge":
+            return _merge(rest)
         if command == "kl":
             from fasttax.integrations import reference
 

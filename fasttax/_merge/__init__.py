@@ -1,0 +1,1 @@
+"""How `merge` reads and writes checkpoints."""
