@@ -6,14 +6,31 @@
 #include "../check.h"
 
 namespace fasttax {
+
 enum class LogitType { kFloat, kBFloat16, kFloat16, kDouble };
-}
+
+// Examples [first, last) and a group of row blocks. a: [column block][step][columns], of all examples; d: [row block][step][rows], of
+// these; strides in floats a block; starts: the steps at which examples begin; weights: of the examples, or null; pairs: a step is a pair
+// of bfloat16 tokens.
+struct FisherBatch {
+  const float *a, *d;
+  int64_t a_stride, d_stride;
+  const int64_t* starts;
+  int64_t first, last, blocks;
+  const float* weights;
+  bool pairs;
+};
+
+}  // namespace fasttax
 
 #define FASTTAX_KERNELS "fisher_kernels.h"
 #include "isa.h"
 
 namespace fasttax {
 namespace {
+
+constexpr int64_t kBatchSteps = 512, kBatchFloats = 100 * 1024;  // whose rows of D stay in L2
+constexpr int64_t kPanelFloats = 1 << 20;                        // of squares, which come and go once a batch
 
 LogitType float_type(const Tensor& t, const char* op, const char* name) {
   switch (t.scalar_type()) {
@@ -91,47 +108,71 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
     for (int64_t n = 0; n < examples; ++n) pair_starts.push_back(pair_starts.back() + (starts[n + 1] - starts[n] + 1) / 2);
   }
   const int64_t* bounds = pairs ? pair_starts.data() : starts;
+  std::vector<int64_t> batches{0};  // the examples at which they begin: examples whose rows of D lie in L2 together, or one
+  for (int64_t n = 1; n < examples; ++n)
+    if (bounds[n + 1] - bounds[batches.back()] > kBatchSteps) batches.push_back(n);
+  batches.push_back(examples);
+  int64_t longest = 0;
+  for (size_t k = 1; k < batches.size(); ++k) longest = std::max(longest, bounds[batches[k]] - bounds[batches[k - 1]]);
+
   const int64_t steps = bounds[examples], rows = FASTTAX_DISPATCH(tile_rows), cols = FASTTAX_DISPATCH(tile_cols);
-  const int64_t col_blocks = (I + cols - 1) / cols, row_blocks = (O + rows - 1) / rows;
-  const int64_t block_size = steps * cols;
+  const int64_t col_blocks = (I + cols - 1) / cols, row_blocks = (O + rows - 1) / rows, a_stride = (steps + 1) * cols;
   thread_local std::vector<float> kept;  // fresh pages cost a tenth of the op: up to 64 MB stay for the next layer
   std::vector<float> fresh;
-  const size_t needed = size_t((col_blocks * block_size + cols) + 16);
+  const size_t needed = size_t(col_blocks * a_stride + cols + 16);
   std::vector<float>& packed = needed <= (size_t(1) << 24) ? kept : fresh;
   if (packed.size() < needed) packed = std::vector<float>(needed);
   float* a = packed.data() + (16 - reinterpret_cast<uintptr_t>(packed.data()) / 4 % 16) % 16;
-  const void *a_src = inputs.const_data_ptr(), *d_src = grad_outputs.const_data_ptr();
-  const auto pack = [&](LogitType type, const void* src, int64_t stride, int64_t first, int64_t total, int64_t blocks, int64_t width,
-                        const float* scale, float* dst, int64_t dst_stride) {
+  // Columns `from`.. of a batch's rows of `t`, in `blocks` blocks of `width`.
+  const auto pack = [&](const Tensor& t, LogitType type, int64_t batch, int64_t from, int64_t total, int64_t blocks, int64_t width,
+                        const float* scale, float* dst, int64_t stride) {
+    const int64_t first = batches[size_t(batch)], last = batches[size_t(batch) + 1], row = t.stride(0), begin = starts[first];
+    const char* src = static_cast<const char*>(t.const_data_ptr());
     if (pairs)
-      FASTTAX_DISPATCH(pack_pairs, static_cast<const uint16_t*>(src), stride, starts, examples, first, total, blocks, width,
-                       reinterpret_cast<uint32_t*>(dst), dst_stride);
-    else FASTTAX_DISPATCH(pack_blocks, type, src, stride, R, first, total, blocks, width, single, scale, dst, dst_stride);
+      FASTTAX_DISPATCH(pack_pairs, reinterpret_cast<const uint16_t*>(src), row, starts + first, last - first, from, total, blocks, width,
+                       reinterpret_cast<uint32_t*>(dst), stride);
+    else
+      FASTTAX_DISPATCH(pack_blocks, type, src + begin * row * element_size(t.scalar_type()), row, starts[last] - begin, from, total, blocks,
+                       width, single, scale ? scale + begin : nullptr, dst, stride);
   };
-  constexpr int64_t kTogether = 4;  // column blocks packed at once
-  torch::stable::parallel_for(0, (col_blocks + kTogether - 1) / kTogether, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin * kTogether; b < std::min(col_blocks, end * kTogether); b += kTogether)
-      pack(a_type, a_src, inputs.stride(0), b * cols, I, std::min(kTogether, col_blocks - b), cols, nullptr, a + b * block_size,
-           block_size);
+  const int64_t count = int64_t(batches.size()) - 1;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      pack(inputs, a_type, k, 0, I, col_blocks, cols, nullptr, a + bounds[batches[size_t(k)]] * cols, a_stride);
   });
-  // Rows of F that share a block of A: many, since it comes from L3; for short examples fewer, so that the panel of squares, which
-  // they read and write once an example, stays in L1; and never so many that a thread is left without work.
-  const int64_t most = R < 64 * examples && !single ? 96 : 384, threads = torch::stable::get_num_threads();
-  const int64_t group = std::max<int64_t>(1, std::min(most, (O + threads - 1) / threads) / rows), groups = (row_blocks + group - 1) / group;
-  const int64_t d_stride = steps * rows + cols;  // a block's last step may be written a vector long
+  // Rows of F that share a block of A, which comes from L3: as many as leave their D in L2; for short examples fewer, so that the panel of
+  // squares, which they read and write once an example, stays in L1.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = R < 64 * examples && !single ? 96 : std::clamp<int64_t>(kBatchFloats / longest, 48, 192);
+  const int64_t rounds = (O + threads * most - 1) / (threads * most);  // as many groups for each thread
+  const int64_t group = (row_blocks + threads * rounds - 1) / (threads * rounds), groups = (row_blocks + group - 1) / group;
+  const int64_t tiles = group * rows * cols, chunk = std::clamp<int64_t>(kPanelFloats / tiles, 1, col_blocks);
+  const int64_t d_stride = longest * rows + cols;  // a block's last step may be written a vector long
   float* f = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> memory(new float[group * (d_stride + 2 * rows * cols) + cols]);
-    float* panel = memory.get() + (16 - reinterpret_cast<uintptr_t>(memory.get()) / 4 % 16) % 16;  // whole cache lines
-    float *gathered = panel + group * rows * cols, *d = gathered + group * rows * cols;
+    const std::unique_ptr<float[]> memory(new float[size_t(group * d_stride + (chunk + 1) * tiles + cols)]);
+    float* panels = memory.get() + (16 - reinterpret_cast<uintptr_t>(memory.get()) / 4 % 16) % 16;  // whole cache lines
+    float *gathered = panels + chunk * tiles, *d = gathered + tiles;
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t first = g * group, last = std::min(row_blocks, first + group);
-      pack(d_type, d_src, grad_outputs.stride(0), first * rows, O, last - first, rows, single && weights ? token_weight.data() : nullptr, d,
-           d_stride);
-      for (int64_t c = 0; c < col_blocks; ++c) {
-        FASTTAX_DISPATCH(fisher_panel, a + c * block_size, d, d_stride, bounds, examples,
-                         single ? nullptr : static_cast<const float*>(weights), single, pairs, f + first * rows * I + c * cols, I,
-                         std::min(O, last * rows) - first * rows, std::min(cols, I - c * cols), panel, gathered);
+      const int64_t first = g * group, blocks = std::min(row_blocks, first + group) - first;
+      for (int64_t from = 0; from < col_blocks; from += chunk) {
+        const int64_t to = std::min(col_blocks, from + chunk);
+        std::fill(panels, panels + (to - from) * blocks * rows * cols, 0.0f);
+        for (int64_t k = 0; k < count; ++k) {
+          pack(grad_outputs, d_type, k, first * rows, O, blocks, rows, single && weights ? token_weight.data() : nullptr, d, d_stride);
+          const FisherBatch x{a,
+                              d,
+                              a_stride,
+                              d_stride,
+                              bounds,
+                              batches[size_t(k)],
+                              batches[size_t(k) + 1],
+                              blocks,
+                              single ? nullptr : static_cast<const float*>(weights),
+                              pairs};
+          FASTTAX_DISPATCH(fisher_batch, x, single, from, to, panels, gathered);
+        }
+        FASTTAX_DISPATCH(fisher_add, panels, blocks, from, to, f + first * rows * I, std::min(O - first * rows, blocks * rows), I);
       }
     }
   });
