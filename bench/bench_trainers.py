@@ -21,10 +21,11 @@ from bench.timing import Case
 
 VOCAB, PARAMETERS = 49152, 134.5e6
 HEADLINE = {"gkd": (4, 32, 96), "distillation": (4, 32, 96)}  # rows, prompt, completion
-OTHERS = {name: (2, 32, 64) for name in ("sft", "dpo", "kto", "grpo", "rloo", "gold", "orpo", "cpo")}
+OTHERS = {name: (2, 32, 64) for name in ("sft", "dpo", "kto", "grpo", "rloo", "gold", "orpo", "cpo", "online_dpo")}
 NAMES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO", "distillation": "Distillation", "gkd": "GKD", "gold": "GOLD",
-         "orpo": "ORPO", "cpo": "CPO"}  # fmt: skip
-FORWARDS = {"gkd": 4, "gold": 4, "distillation": 4, "dpo": 4, "kto": 6}  # forward = 1, backward = 2, of the policy; a reference's 1 each; else 3
+         "orpo": "ORPO", "cpo": "CPO", "online_dpo": "OnlineDPO"}  # fmt: skip
+# Passes through a model of this size for each step: the policy's forward is 1, its backward 2, a reference's forward 1; those not listed take 3.
+FORWARDS = {"gkd": 4, "gold": 4, "distillation": 4, "dpo": 4, "online_dpo": 4, "kto": 6}
 
 
 def model(seed: int) -> nn.Module:
@@ -52,12 +53,12 @@ def trainer(name: str, folder: str) -> Any:
 
     from datasets import Dataset
 
-    module = importlib.import_module(f"trl.experimental.{name}" if name in ("gkd", "gold", "orpo", "cpo") else "trl")
+    module = importlib.import_module(f"trl.experimental.{name}" if name in ("gkd", "gold", "orpo", "cpo", "online_dpo") else "trl")
     options: dict[str, Any] = {"output_dir": folder, "report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
                                "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "disable_tqdm": True}  # fmt: skip
     text = {"prompt": "a b", "completion": " c d", "chosen": " c d", "rejected": " e f", "label": True}
     columns = {"sft": ("prompt", "completion"), "kto": ("prompt", "completion", "label"), "grpo": ("prompt",), "rloo": ("prompt",),
-               "distillation": ("prompt",)}.get(name, ("prompt", "chosen", "rejected"))  # fmt: skip
+               "distillation": ("prompt",), "online_dpo": ("prompt",)}.get(name, ("prompt", "chosen", "rejected"))  # fmt: skip
     rows = [{key: text[key] for key in columns}] * 4
     given: dict[str, Any] = {"model": model(0), "processing_class": tokenizer()}
     if name in ("gkd", "gold"):
@@ -65,10 +66,11 @@ def trainer(name: str, folder: str) -> Any:
     if name in ("gkd", "gold", "distillation"):
         given["teacher_model"] = model(1)
         options["beta"] = 0.0 if name == "distillation" else 0.5
-    if name in ("grpo", "rloo"):
+    if name in ("grpo", "rloo", "online_dpo"):
         given["reward_funcs"] = lambda completions, **others: [0.0] * len(completions)
+    if name in ("grpo", "rloo"):
         options |= {"num_generations": 2, "beta": 0.0}
-    if name in ("dpo", "kto"):
+    if name in ("dpo", "kto", "online_dpo"):
         given["ref_model"] = model(1)
     if name == "kto":
         rows = [{**row, "label": bool(i % 2)} for i, row in enumerate(rows)]
@@ -86,10 +88,10 @@ def batch(name: str, rows: int, prompt: int, completion: int) -> dict[str, Any]:
     part = ones.clone()
     part[:, :prompt] = 0
     labels = ids.masked_fill(part == 0, -100)
-    if name in ("grpo", "rloo", "distillation"):
+    if name in ("grpo", "rloo", "distillation", "online_dpo"):
         found: dict[str, Any] = {"prompt_ids": ids[:, :prompt], "prompt_mask": ones[:, :prompt], "completion_ids": ids[:, prompt:],
                                  "completion_mask": ones[:, prompt:], "num_items_in_batch": torch.tensor(float(rows * completion))}  # fmt: skip
-        if name != "distillation":
+        if name in ("grpo", "rloo"):
             found |= {"advantages": torch.linspace(-1, 1, rows), "old_logps": torch.full((rows,), -10.0 * completion)}
         return found
     if name in ("dpo", "kto"):
@@ -106,10 +108,17 @@ def batch(name: str, rows: int, prompt: int, completion: int) -> dict[str, Any]:
 
 def step(name: str, shape: tuple[int, int, int], folder: str) -> Callable[[], Tensor]:
     made, inputs = trainer(name, folder), batch(name, *shape)
+    if name == "online_dpo":
+        generated = [inputs[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
+        made._generate = lambda *others: (*generated, None)  # its loss is inside its training step
 
     def run() -> Tensor:
+        if name == "online_dpo":
+            loss: Tensor = made.training_step(made.model, {"prompt": ["a b"] * (shape[0] // 2)})
+            made.model.zero_grad(set_to_none=True)
+            return loss.detach()
         options = {"num_items_in_batch": torch.tensor(shape[0] * shape[2])} if name in ("sft", "gkd", "gold", "distillation") else {}
-        loss: Tensor = made.compute_loss(made.model, dict(inputs), **options)
+        loss = made.compute_loss(made.model, dict(inputs), **options)
         loss.backward()
         made.model.zero_grad(set_to_none=True)
         return loss.detach()
@@ -144,7 +153,7 @@ def cases() -> Iterator[Case]:
             run = step(name, shape, folder)
             tokens = shape[0] * (shape[1] + shape[2])
             yield Case(f"{NAMES[name]} step, SmolLM2-135M", size, {"TRL": run, "fasttax": patched(run, name)},
-                       floor_bytes=12 * PARAMETERS, floor_flops=2 * FORWARDS.get(name, 3) * PARAMETERS * tokens, rounds=3, headline=headline)  # fmt: skip
+                       floor_bytes=12 * PARAMETERS, floor_flops=2 * FORWARDS.get(name, 3) * PARAMETERS * tokens, rounds=5, headline=headline)  # fmt: skip
 
 
 def _measure(name: str, whose: str) -> None:

@@ -228,12 +228,7 @@ __device__ __forceinline__ double adamw_chunk(const AdamWTensor& tensor, const A
 static __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerSm) adamw_kernel(const __grid_constant__ AdamWArgs args) {
   __shared__ AdamWStep<double> shared_step;
   const int64_t block = blockIdx.x;
-  int low = 0, high = args.count;  // the tensor whose chunks contain this block; an empty one begins where the next does
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (args.tensors[middle].first_chunk <= block ? low : high) = middle;
-  }
-  const AdamWTensor& tensor = args.tensors[low];
+  const AdamWTensor& tensor = args.tensors[ewc_tensor_of(args, block)];
   if (adamw_skipped(args)) {
     if (threadIdx.x == 0) args.parts[block] = 0;
     return;

@@ -183,12 +183,7 @@ __device__ __forceinline__ double ewc_block_sum(double value) {  // valid in thr
 template <EwcMode mode>
 __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm) ewc_kernel(const __grid_constant__ EwcArgs args) {
   const int64_t block = blockIdx.x;
-  int low = 0, high = args.count;  // the tensor whose chunks contain this block: first_chunk[low] <= block < first_chunk[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (args.tensors[middle].first_chunk <= block ? low : high) = middle;
-  }
-  const EwcTensor& tensor = args.tensors[low];
+  const EwcTensor& tensor = args.tensors[ewc_tensor_of(args, block)];
   const int64_t begin = (block - tensor.first_chunk) * kEwcChunk;
   const int end = int(tensor.numel - begin < kEwcChunk ? tensor.numel - begin : kEwcChunk);
   const EwcView x = ewc_view(tensor, begin);

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fasttax._fisher import batches, labels
 from fasttax._fisher.passes import WAY_OUT, Pass
+from fasttax._fisher.pieces import add_squares
 from fasttax._fisher.taps import require_input_grads
 
 
@@ -57,9 +58,8 @@ def update(estimator: Any, batch: Any, ready: batches.Batch) -> None:
                 return labels.score(logits, part.settled(logits), estimator.drawing)
 
             with only_these(estimator.model, estimator.params):
-                for name, g in gradients(estimator.params, lambda part=part: estimator._forward(part), score).items():  # type: ignore[misc]
-                    total = estimator.sums.value(name)
-                    total.addcmul_(g.to(total.dtype), g.to(total.dtype), value=1 / estimator.mc_samples)
+                found = gradients(estimator.params, lambda part=part: estimator._forward(part), score)  # type: ignore[misc]
+            add_squares([estimator.sums.value(name) for name in found], list(found.values()), 1 / estimator.mc_samples)
 
 
 def verify(estimator: Any, batch: Any) -> None:

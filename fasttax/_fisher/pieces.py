@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -42,6 +43,17 @@ class HeadRows:
 def _fit(x: Tensor, out: Tensor) -> Tensor:
     """In out's class: float64 for float64 sums, at most float32 for others."""
     return x.to(out.dtype) if torch.float64 in (x.dtype, out.dtype) and x.dtype != out.dtype else x
+
+
+def add_squares(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
+    """sums += weight * grads^2, in a call for each device."""
+    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for total, grad in zip(sums, grads, strict=True):
+        totals, gradients = by_device.setdefault(total.device, ([], []))
+        totals.append(total)
+        gradients.append(_fit(grad, total))
+    for totals, gradients in by_device.values():
+        ops.accumulate_sqgrad_(totals, gradients, weight)
 
 
 def merged(pieces: list[Rows], name: str) -> Rows:

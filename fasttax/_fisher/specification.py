@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-
-from fasttax.reference import wide
 
 
 def example_sums(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -43,8 +43,18 @@ def embedding_sqgrad_(out: Tensor, ids: Tensor, grad_outputs: Tensor, cu_seqlens
     out.index_add_(0, keys[1], square)
 
 
-def lm_head_fisher_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_chunk: int) -> None:
-    """out += (p (1 - p))^T (hidden * hidden), p = softmax(hidden weight^T + bias), `token_chunk` tokens' logits at a time."""
-    for part in hidden.split(token_chunk):
-        p = wide(torch.nn.functional.linear(part, weight, bias)).softmax(-1)
-        out.addmm_((p * (1 - p)).T, wide(part).square())
+def label_variance_(logits: Tensor) -> None:
+    """p (1 - p), p = softmax(logits), a row at a time in place. As e (Z - e) / Z^2 of e = exp(x - max), Z - 1 being summed without the maximum: where
+    the row has collapsed onto one label 1 - p would cancel."""
+    top = logits.amax(-1, keepdim=True)
+    is_top = logits == top
+    e = (logits - top).exp()
+    others = e.masked_fill(is_top, 0.0).sum(-1, keepdim=True) + (is_top.sum(-1, keepdim=True) - 1)
+    logits.copy_(e * ((1 - e) + others) / (others + 1).square())
+
+
+def accumulate_sqgrad_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
+    """sums += weight * grads^2, tensor by tensor."""
+    for total, grad in zip(sums, grads, strict=True):
+        g = grad.to(total.dtype)
+        total.addcmul_(g, g, value=weight)

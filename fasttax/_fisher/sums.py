@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fasttax._fisher.local import ModuleTap
 from fasttax._fisher.passes import Pass
-from fasttax._fisher.pieces import HeadRows, Rows, accumulate, closed_form, head_rows
+from fasttax._fisher.pieces import HeadRows, Rows, accumulate, add_squares, closed_form, head_rows
 from fasttax._fisher.sharding import Shard, is_dtensor
 from fasttax._fisher.taps import EmbeddingTap, LinearTap, Tap
 
@@ -128,9 +128,8 @@ class Sums:
         parts = {n: self.value(n) if n not in self.shards else torch.zeros(self.slots[n].shape, dtype=self.slots[n].dtype, device=self.slots[n].device)
                  for n in names}  # fmt: skip
         for unit in range(1 if current.unit == "batch" else current.examples):
-            for name, g in tap.gradients(current, calls, unit).items():
-                out = parts[name]
-                out.addcmul_(g.to(out.dtype), g.to(out.dtype), value=1.0 if self.weight is None else self.weight)
+            found = tap.gradients(current, calls, unit)
+            add_squares([parts[name] for name in found], list(found.values()), 1.0 if self.weight is None else self.weight)
         for name in names:
             if name in self.shards:
                 self.shards[name].add_everywhere(parts[name])

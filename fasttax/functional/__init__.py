@@ -4,6 +4,7 @@ from fasttax.functional.ewc import ewc_add_grad_ as ewc_add_grad_
 from fasttax.functional.ewc import ewc_penalty as ewc_penalty
 from fasttax.functional.ewc import ewc_prox_ as ewc_prox_
 from fasttax.functional.ewc import lora_ewc_penalty as lora_ewc_penalty
+from fasttax.functional.fisher import accumulate_sqgrad_ as accumulate_sqgrad_
 from fasttax.functional.fisher import bias_sqgrad as bias_sqgrad
 from fasttax.functional.fisher import embedding_sqgrad as embedding_sqgrad
 from fasttax.functional.fisher import linear_sqgrad as linear_sqgrad
@@ -11,6 +12,6 @@ from fasttax.functional.fisher import lm_head_fisher as lm_head_fisher
 from fasttax.functional.fisher import norm_sqgrad as norm_sqgrad
 
 __all__ = [
-    "bias_sqgrad", "embedding_sqgrad", "ewc_add_grad_", "ewc_penalty", "ewc_prox_",
+    "accumulate_sqgrad_", "bias_sqgrad", "embedding_sqgrad", "ewc_add_grad_", "ewc_penalty", "ewc_prox_",
     "linear_sqgrad", "lm_head_fisher", "lora_ewc_penalty", "norm_sqgrad",
 ]  # fmt: skip

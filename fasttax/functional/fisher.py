@@ -8,6 +8,7 @@ Results are float32, float64 for float64 inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fasttax import _checks, reference
-from fasttax._fisher import specification
+from fasttax._fisher import head, specification
 from fasttax._library import define
 
 
@@ -195,6 +196,38 @@ def lm_head_fisher(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None
     return result
 
 
+def accumulate_sqgrad_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0) -> None:
+    """sums += weight * grads^2 in place, for a model's whole list of gradients in one call: the Fisher's sum where an example's gradient is at hand.
+
+    Three passes: read sum and gradient, write the sum.
+
+    Args:
+        sums: contiguous, float32, or float64 where the gradient is.
+        grads: one for each sum, of its shape; float32, bfloat16, float16 or float64, in any mix.
+        weight: finite.
+
+    Raises:
+        ValueError, TypeError: a list, shape, dtype or device does not fit.
+    """
+    op = "accumulate_sqgrad_"
+    for name, values in (("sums", sums), ("grads", grads)):
+        if isinstance(values, Tensor) or not isinstance(values, Sequence):
+            raise _checks.fail(op, name, "a list of tensors", values, f"pass [{name}]", TypeError)
+    if len(sums) != len(grads):
+        raise _checks.fail(op, "grads", f"{len(sums)} tensors, one per sum", f"{len(grads)}")
+    weight = _checks.number(op, "weight", weight)
+    for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
+        _checks.tensor(op, f"grads[{i}]", grad)
+        _checks.tensor(op, f"sums[{i}]", total, (torch.float64 if grad.dtype == torch.float64 else torch.float32,))
+        if grad.shape != total.shape:
+            raise _checks.fail(op, f"grads[{i}]", f"shape {tuple(total.shape)} as sums[{i}]", grad)
+        _checks.same_device(op, f"grads[{i}]", grad, f"sums[{i}]", total)
+        _checks.same_device(op, f"sums[{i}]", total, "sums[0]", sums[0])
+        if not total.is_contiguous():
+            raise _checks.fail(op, f"sums[{i}]", "a contiguous tensor, since it is written in place", f"strides {total.stride()}")
+    torch.ops.fasttax.accumulate_sqgrad_(list(sums), [g.detach().contiguous() for g in grads], weight)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
@@ -219,8 +252,10 @@ define(
     specification.embedding_sqgrad_,
     lambda out, ids, grad_outputs, cu_seqlens, example_weight, skip: None,
 )
+define("accumulate_sqgrad_(Tensor(a!)[] sums, Tensor[] grads, float weight) -> ()", specification.accumulate_sqgrad_, lambda sums, grads, weight: None)
+define("label_variance_(Tensor(a!) logits) -> ()", specification.label_variance_, lambda logits: None)
 define(
     "lm_head_fisher_(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias, int token_chunk) -> ()",
-    specification.lm_head_fisher_,
+    head.lm_head_fisher_,
     lambda out, hidden, weight, bias, token_chunk: None,
 )

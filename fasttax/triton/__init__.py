@@ -11,6 +11,9 @@ MODULES = {  # op -> the module that has it, by the op's own name
     "linear_sqgrad_": "fisher",
     "bias_sqgrad_": "fisher",
     "norm_sqgrad_": "fisher",
+    "embedding_sqgrad_": "fisher",
+    "label_variance_": "fisher",
+    "accumulate_sqgrad_": "fisher",
     "token_kl": "kl",
     "token_kl_grad": "kl",
     "token_kl_backward": "kl",
@@ -37,3 +40,10 @@ def implementation(op: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"fasttax.triton.{MODULES[op]}"), op)(*args)
 
     return call
+
+
+def on_device(t: Any) -> Any:
+    """A launch goes to the current device; nothing for a CPU tensor (the interpreter's)."""
+    from torch.cuda import device_of
+
+    return device_of(t)

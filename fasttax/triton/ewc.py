@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fasttax.triton import on_device
+
 BLOCK = 2048  # elements a program: with 4 warps 16 a thread, so four 16-byte loads of each float32 operand are under way
 VALUE, ADD, WRITE, PROX = (tl.constexpr(mode) for mode in range(4))
 PLAIN, GRAD = tl.constexpr(0), tl.constexpr(1)  # of AdamW; PROX is the third mode there too
@@ -187,10 +189,6 @@ def lora_columns_kernel(a_ptr, b_ptr, fisher_ptr, scales_ptr, d_a_ptr, factor, r
 
 def _op(name: str) -> Any:
     return getattr(torch.ops.fasttax, "_reference_" + name)
-
-
-def on_device(t: Tensor) -> Any:
-    return torch.cuda.device_of(t)  # nothing for a CPU tensor
 
 
 def _factors(value: float) -> tuple[float, float]:

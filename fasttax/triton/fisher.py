@@ -1,4 +1,5 @@
-"""Triton kernels of the Fisher: linear_sqgrad's tile of F on chip over all examples, and the squares of biases and norms.
+"""Triton kernels of the Fisher: linear_sqgrad's tile of F on chip over all examples, the squares of biases, norms and embeddings, and the head's
+variances over its labels.
 
 A program owns a tile of F and runs over examples: the example's gradient tile is gathered by tl.dot in registers, squared, and added to a second
 register tile; F is read and written once. No per-example gradient reaches memory, and every sum has one order: deterministic.
@@ -6,6 +7,7 @@ register tile; F is read and written once. No per-example gradient reaches memor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fasttax.triton import on_device
+
 # rows and columns of F, tokens at a time: two float32 tiles of 64 x 64 are 64 registers a thread at 4 warps, and no spill
 TILE_O, TILE_I, TILE_T = 64, 64, 32
 COLUMNS, ROWS = 64, 32  # of the row kernels
+WORD_COLUMNS, WORD_ROWS = 128, 4  # of an embedding's rows: a word seldom stands more than four times in an example
+ROW_BLOCK = 4096  # logits of a row at a time
+BLOCK = 2048  # elements of accumulate_sqgrad_ a program
 
 
 @triton.jit
@@ -89,6 +96,72 @@ def rows_kernel(out_ptr, x_ptr, d_ptr, cu_ptr, weight_ptr, examples, width, x_st
     tl.store(out_ptr + at, tl.load(out_ptr + at, mask=live, other=0.0) + squares, mask=live)
 
 
+@triton.jit
+def words_kernel(out_ptr, d_ptr, order_ptr, word_ptr, end_ptr, last_ptr, example_ptr, weight_ptr, width, d_stride, skip, COLUMNS: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
+    """out[v] += sum_n w_n (sum_{t in n: ids[t] = v} d[t])^2 by the program that stands at the first of v's tokens, in the order of (word, example).
+
+    Of place p in that order: order[p] its row of d, word[p], example[p], end[p] where its example's tokens of the word end, last[p] where the word's do.
+    """
+    begin = tl.program_id(0)
+    word = tl.load(word_ptr + begin)
+    before = tl.load(word_ptr + begin - 1, mask=begin > 0, other=-1)
+    if (word != before) & (word != skip):
+        at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        live = at < width
+        squares = tl.zeros([COLUMNS], tl.float32)
+        last = tl.load(last_ptr + begin).to(tl.int32)
+        while begin < last:
+            end = tl.load(end_ptr + begin).to(tl.int32)
+            gathered = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for start in range(begin, end, ROWS):
+                p = start + tl.arange(0, ROWS)
+                gathered += block_of(d_ptr, d_stride, tl.load(order_ptr + p, mask=p < end, other=0), p < end, at, live, True)
+            gradient = tl.sum(gathered, 0)
+            weighted = gradient
+            if weight_ptr is not None:
+                weighted = gradient * tl.load(weight_ptr + tl.load(example_ptr + begin))
+            squares += weighted * gradient
+            begin = end
+        to = out_ptr + word.to(tl.int64) * width + at
+        tl.store(to, tl.load(to, mask=live, other=0.0) + squares, mask=live)
+
+
+@triton.jit
+def variance_kernel(x_ptr, V, stride, BLOCK: tl.constexpr):
+    """A row's logits -> p (1 - p), in place: e ((Z - 1) + (1 - e)) / Z^2 of e = exp(x - max), with Z - 1 summed without the maximum, so that it
+    does not cancel where the row has collapsed onto one label."""
+    row = x_ptr + tl.program_id(0).to(tl.int64) * stride
+    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        most = tl.maximum(most, tl.load(row + at, mask=at < V, other=float("-inf")))
+    top = tl.max(most, 0)
+    rest = tl.zeros([BLOCK], tl.float32)
+    ties = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(row + at, mask=at < V, other=float("-inf"))
+        rest += tl.where(x == top, 0.0, tl.exp(x - top))
+        ties += tl.where(x == top, 1.0, 0.0)
+    others = tl.sum(rest, 0) + (tl.sum(ties, 0) - 1.0)
+    total = others + 1.0
+    factor = 1.0 / (total * total)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        e = tl.exp(tl.load(row + at, mask=at < V, other=float("-inf")) - top)
+        tl.store(row + at, e * ((1.0 - e) + others) * factor, mask=at < V)
+
+
+@triton.jit
+def squares_kernel(sum_ptr, grad_ptr, weight, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    total = tl.load(sum_ptr + at, mask=live, other=0.0)
+    grad = tl.load(grad_ptr + at, mask=live, other=0.0).to(tl.float32)
+    tl.store(sum_ptr + at, total + grad * weight * grad, mask=live)
+
+
 def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
@@ -104,8 +177,9 @@ def linear_sqgrad_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, cu_seqlens
     single = examples == inputs.shape[0] and not _ragged(cu_seqlens)
     wide = _interpreted() or inputs.dtype != grad_outputs.dtype  # the interpreter's bfloat16 dot is wrong
     grid = (triton.cdiv(width, TILE_I), triton.cdiv(outputs, TILE_O))
-    linear_kernel[grid](out, inputs, grad_outputs, cu_seqlens, example_weight, examples, width, outputs, inputs.stride(0), grad_outputs.stride(0),
-                        SINGLE=single, WIDE=wide, TILE_O=TILE_O, TILE_I=TILE_I, TILE_T=TILE_T, num_warps=4)  # fmt: skip
+    with on_device(out):
+        linear_kernel[grid](out, inputs, grad_outputs, cu_seqlens, example_weight, examples, width, outputs, inputs.stride(0), grad_outputs.stride(0),
+                            SINGLE=single, WIDE=wide, TILE_O=TILE_O, TILE_I=TILE_I, TILE_T=TILE_T, num_warps=4)  # fmt: skip
 
 
 def _ragged(cu_seqlens: Tensor) -> bool:
@@ -117,8 +191,9 @@ def _rows(out: Tensor, x: Tensor | None, d: Tensor, cu_seqlens: Tensor, example_
     examples, width = cu_seqlens.numel() - 1, d.shape[1]
     if not (examples and width and d.shape[0]):
         return
-    rows_kernel[(triton.cdiv(width, COLUMNS),)](out, x, d, cu_seqlens, example_weight, examples, width, 0 if x is None else x.stride(0), d.stride(0),
-                                                COLUMNS=COLUMNS, ROWS=ROWS, num_warps=4)  # fmt: skip
+    with on_device(out):
+        rows_kernel[(triton.cdiv(width, COLUMNS),)](out, x, d, cu_seqlens, example_weight, examples, width, 0 if x is None else x.stride(0), d.stride(0),
+                                                    COLUMNS=COLUMNS, ROWS=ROWS, num_warps=4)  # fmt: skip
 
 
 def bias_sqgrad_(out: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
@@ -135,3 +210,38 @@ def norm_sqgrad_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, cu_seqlens: 
         reference(out, inputs, grad_outputs, cu_seqlens, example_weight)
     else:
         _rows(out, inputs, grad_outputs, cu_seqlens, example_weight)
+
+
+def embedding_sqgrad_(out: Tensor, ids: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None, skip: int) -> None:
+    if out.dtype == torch.float64:
+        torch.ops.fasttax._reference_embedding_sqgrad_(out, ids, grad_outputs, cu_seqlens, example_weight, skip)
+        return
+    rows, width = grad_outputs.shape
+    if not (rows and width):
+        return
+    examples = cu_seqlens.numel() - 1
+    example = torch.searchsorted(cu_seqlens, torch.arange(rows, device=ids.device), right=True) - 1
+    key, order = (ids * examples + example).sort(stable=True)  # within a word its examples, within an example its tokens: one order of every sum
+    word = key // examples
+    end, last = torch.searchsorted(key, key, right=True), torch.searchsorted(word, word, right=True)
+    grid = (rows, triton.cdiv(width, WORD_COLUMNS))
+    with on_device(out):
+        words_kernel[grid](out, grad_outputs, order, word, end, last, key % examples, example_weight, width, grad_outputs.stride(0), skip,
+                           COLUMNS=WORD_COLUMNS, ROWS=WORD_ROWS, num_warps=4)  # fmt: skip
+
+
+def label_variance_(logits: Tensor) -> None:
+    if logits.dtype == torch.float64:
+        torch.ops.fasttax._reference_label_variance_(logits)
+    elif logits.numel():
+        with on_device(logits):
+            variance_kernel[(logits.shape[0],)](logits, logits.shape[1], logits.stride(0), BLOCK=ROW_BLOCK, num_warps=8)
+
+
+def accumulate_sqgrad_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
+    for total, grad in zip(sums, grads, strict=True):
+        if total.dtype == torch.float64:
+            torch.ops.fasttax._reference_accumulate_sqgrad_([total], [grad], weight)
+        elif total.numel():
+            with on_device(total):
+                squares_kernel[(triton.cdiv(total.numel(), BLOCK),)](total, grad, weight, total.numel(), BLOCK=BLOCK)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax import reference
+from fasttax.triton import on_device
 from fasttax.triton.rows import (
     JSD,
     LOG2E,
@@ -243,10 +244,6 @@ def _call(logits: Tensor, options: tuple[Any, ...]) -> tuple[Params, dict[str, A
     general = is_general(k, inf_mask)
     shape = geometry(logits.shape[-1], logits.dtype, kind, general)
     return k, {"OP": kind, "GENERAL": general, "INF_MASK": inf_mask, **shape, **launch_options()}
-
-
-def on_device(t: Tensor) -> Any:
-    return torch.cuda.device_of(t)  # nothing for a CPU tensor
 
 
 def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:

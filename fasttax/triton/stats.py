@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax import reference
-from fasttax.triton.kl import on_device, zero
+from fasttax.triton import on_device
+from fasttax.triton.kl import zero
 from fasttax.triton.rows import (
     ALONE,
     DOMINATED,

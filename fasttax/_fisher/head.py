@@ -1,0 +1,24 @@
+"""The head's exact Fisher over all labels: two GEMMs a chunk of tokens, around `label_variance_`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasttax._kl.linear_rows import gemm, narrow_gemm
+
+
+def lm_head_fisher_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_chunk: int) -> None:
+    """out += (p (1 - p))^T (hidden * hidden), p = softmax(hidden weight^T + bias); logits in out's dtype, `token_chunk` tokens' at a time."""
+    if not (hidden.shape[0] and out.numel()):
+        return
+    if not narrow_gemm(weight.device):
+        weight = weight.to(out.dtype)
+    buffer = out.new_empty(min(token_chunk, hidden.shape[0]), weight.shape[0])
+    for part in hidden.split(token_chunk):
+        q = buffer[: part.shape[0]]
+        gemm(part, weight.T, q, add=False)
+        if bias is not None:
+            q += bias
+        torch.ops.fasttax.label_variance_(q)
+        out.addmm_(q.T, part.to(out.dtype).square())
