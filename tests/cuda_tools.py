@@ -8,10 +8,10 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -97,6 +97,29 @@ def finished(runs: Mapping[str, Future[Done]], name: str) -> Done:
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("this kernel's address randomisation is beyond g++'s ThreadSanitizer (sysctl vm.mmap_rnd_bits=28)")
     return done
+
+
+def simt_tests(program: str, faults: Mapping[str, Fault], launches: Callable[[str], int]) -> tuple[Any, Any, Any]:
+    """The fixture `simt_runs` and the tests that a file of a kernel has of tests/simt/<program>_main.cpp: every build is right and makes so many
+    `launches`, and says of each fault what it must."""
+
+    @pytest.fixture(scope="module")
+    def simt_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done]]:
+        return start_runs(program, faults, tmp_path_factory)
+
+    @pytest.mark.parametrize("build", ["plain", "address", "thread"])
+    def test_kernels(simt_runs: dict[str, Future[Done]], build: str) -> None:
+        done = finished(simt_runs, build)
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        assert f"ok: {launches(build)} launches" in done.stdout
+
+    @pytest.mark.parametrize("fault", list(faults))
+    def test_catches(simt_runs: dict[str, Future[Done]], fault: str) -> None:
+        done = finished(simt_runs, fault)
+        assert done.returncode != 0
+        assert faults[fault].says in done.stdout + done.stderr
+
+    return simt_runs, test_kernels, test_catches
 
 
 # --- the machine code ------------------------------------------------------------------------------------------------

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from cuda_tools import ARCHS, TSAN, Done, Fault, build_cubins, finished, machine_code, registers, start_runs, steps
+from cuda_tools import ARCHS, TSAN, Fault, build_cubins, machine_code, registers, simt_tests, steps
 
 ADAMW = "cuda/adamw.cuh"
 FAULTS = {
     "no barrier": Fault(TSAN, ADAMW, "  __syncthreads();\n", "", "data race"),
     "second launch over the first": Fault((), ADAMW, "    args.parts += blocks;\n", "", "FAILED"),
 }
-
-
-@pytest.fixture(scope="module")
-def simt_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done]]:
-    return start_runs("adamw", FAULTS, tmp_path_factory)
-
-
-@pytest.mark.parametrize("build", ["plain", "address", "thread"])
-def test_kernel_on_the_simt_machine(simt_runs: dict[str, Future[Done]], build: str) -> None:
-    done = finished(simt_runs, build)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    # 2 runs x (2 for each list of 72 mixes, of which there are 4, 1 for float64, 1 for the chunks but under TSan)
-    assert f"ok: {18 if build == 'thread' else 20} launches" in done.stdout
-
-
-@pytest.mark.parametrize("fault", list(FAULTS))
-def test_the_simt_machine_catches(simt_runs: dict[str, Future[Done]], fault: str) -> None:
-    done = finished(simt_runs, fault)
-    assert done.returncode != 0
-    assert FAULTS[fault].says in done.stdout + done.stderr
+# 2 runs x (2 for each list of 72 mixes, of which there are 4, 1 for float64, 1 for the chunks but under TSan)
+simt_runs, test_kernel_on_the_simt_machine, test_the_simt_machine_catches = simt_tests("adamw", FAULTS, lambda build: 18 if build == "thread" else 20)
 
 
 @pytest.fixture(scope="module")

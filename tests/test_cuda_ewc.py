@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from cuda_tools import ARCHS, ASAN, TSAN, Done, Fault, build_cubins, finished, first, machine_code, registers, run, start_runs, steps
+from cuda_tools import ARCHS, ASAN, TSAN, Fault, build_cubins, first, machine_code, registers, run, simt_tests, steps
 
 import fasttax
 from fasttax import _library
@@ -29,27 +28,8 @@ FAULTS = {
 }
 
 
-# --- the source, on the SIMT machine ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def simt_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done]]:
-    return start_runs("ewc", FAULTS, tmp_path_factory)
-
-
-@pytest.mark.parametrize("build", ["plain", "address", "thread"])
-def test_kernels_on_the_simt_machine(simt_runs: dict[str, Future[Done]], build: str) -> None:
-    done = finished(simt_runs, build)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    # 4 modes x 2 runs x (3 for the 144 mixes, 1 for the chunks but under TSan, 1 for float64, 0 for nothing)
-    assert f"ok: {32 if build == 'thread' else 40} launches" in done.stdout
-
-
-@pytest.mark.parametrize("fault", list(FAULTS))
-def test_the_simt_machine_catches(simt_runs: dict[str, Future[Done]], fault: str) -> None:
-    done = finished(simt_runs, fault)
-    assert done.returncode != 0
-    assert FAULTS[fault].says in done.stdout + done.stderr
+# 4 modes x 2 runs x (3 for the 144 mixes, 1 for the chunks but under TSan, 1 for float64, 0 for nothing)
+simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests("ewc", FAULTS, lambda build: 32 if build == "thread" else 40)
 
 
 # --- the machine code ------------------------------------------------------------------------------------------------
@@ -97,5 +77,5 @@ def test_library_needs_torchs_stable_abi_alone() -> None:
 def test_library_registers_without_a_gpu() -> None:
     if "_C_cuda" in _library.problems:
         pytest.skip(f"_C_cuda is not loaded: {_library.problems['_C_cuda']}")
-    for op in ("ewc_penalty", "ewc_penalty_backward", "ewc_add_grad_", "ewc_prox_"):
+    for op in ("ewc_penalty", "ewc_penalty_backward", "ewc_add_grad_", "ewc_prox_", "ewc_adamw_", "accumulate_sqgrad_"):
         assert _library.active(op, "cuda") == ("CUDA C++", "built and registered")

@@ -80,6 +80,16 @@ def test_equals_reference(mix: str) -> None:
     assert_close(got, want)
 
 
+@pytest.mark.parametrize("mix", [m for m in MIXES if m != "u8log"])
+def test_accumulate_sqgrad_equals_reference(mix: str) -> None:
+    grads = lists(mix)[1]
+    got = [torch.rand_like(g, dtype=torch.float64 if mix == "float64" else torch.float32) for g in grads]
+    want = clones(got)
+    torch.ops.fasttax.accumulate_sqgrad_(got, grads, 0.3)
+    torch.ops.fasttax._reference_accumulate_sqgrad_(want, grads, 0.3)
+    assert_close(got, want)
+
+
 def test_autograd_and_the_anchor() -> None:
     theta, _, anchors, fishers, _ = lists("float32")
     leaves = [t.requires_grad_() for t in theta]

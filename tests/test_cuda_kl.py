@@ -7,7 +7,6 @@ six faults injected into copies show that each of these checks can fail. test_cu
 from __future__ import annotations
 
 import re
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,13 @@ from cuda_tools import (
     LOAD,
     STORE,
     TSAN,
-    Done,
     Fault,
     basic_blocks,
     build_cubins,
-    finished,
     longest_run,
     machine_code,
     registers,
-    start_runs,
+    simt_tests,
     steps,
 )
 
@@ -47,23 +44,7 @@ SOURCES = ("kl.cu", "kl_gradient.cu", "kl_both.cu")
 OPS = {"policy_ref": 0, "ref_policy": 1, "jsd": 2, "stats": 3, "alone": 4}
 
 
-@pytest.fixture(scope="module")
-def simt_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done]]:
-    return start_runs("kl", FAULTS, tmp_path_factory)
-
-
-@pytest.mark.parametrize("build", ["plain", "address", "thread"])
-def test_kernels_on_the_simt_machine(simt_runs: dict[str, Future[Done]], build: str) -> None:
-    done = finished(simt_runs, build)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert f"ok: {336 if build == 'thread' else 1401} launches" in done.stdout
-
-
-@pytest.mark.parametrize("fault", list(FAULTS))
-def test_the_simt_machine_catches(simt_runs: dict[str, Future[Done]], fault: str) -> None:
-    done = finished(simt_runs, fault)
-    assert done.returncode != 0
-    assert FAULTS[fault].says in done.stdout + done.stderr
+simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests("kl", FAULTS, lambda build: 336 if build == "thread" else 1401)
 
 
 # --- the machine code ------------------------------------------------------------------------------------------------

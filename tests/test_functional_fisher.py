@@ -1,4 +1,4 @@
-"""functional.*_sqgrad and lm_head_fisher against a float64 sum over examples written out here."""
+"""functional.*_sqgrad against a float64 sum over examples written out here."""
 
 from __future__ import annotations
 
@@ -277,23 +277,6 @@ def test_sqgrads_build_no_graph() -> None:
 # --- the head ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_lm_head_fisher_is_the_mean_over_all_labels(with_bias: bool) -> None:
-    """E_y[(d log p(y) / d W)^2] token by token, every label enumerated with autograd in float64."""
-    a, w = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(5, dtype=torch.float64) if with_bias else None
-    mask = torch.tensor([[True, True, False], [True, False, True]])
-    truth = torch.zeros_like(w)
-    for token in a[mask]:
-        logp = torch.nn.functional.linear(token, w, bias).log_softmax(-1)
-        for y in range(5):
-            truth = truth + logp[y].exp().detach() * torch.autograd.grad(logp[y], w, retain_graph=True)[0] ** 2
-    for chunk in (1, 2, 256):
-        torch.testing.assert_close(F.lm_head_fisher(a, w, bias=bias, mask=mask, token_chunk=chunk), truth.detach(), rtol=1e-12, atol=0)
-    single = F.lm_head_fisher(a.float(), w.detach().float(), bias=None if bias is None else bias.float(), mask=mask, out=torch.ones(5, 4))
-    torch.testing.assert_close(single.double(), truth.detach() + 1, rtol=1e-5, atol=0)
-
-
 # --- operator contract ---------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +290,6 @@ def test_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(torch.ops.fasttax.norm_sqgrad_.default, (torch.zeros(3, dtype=dtype), d * 2, d, cu, None))
         ids = torch.tensor([1, 1, 0, 3, 3, 2, 1, 0, 0])
         torch.library.opcheck(torch.ops.fasttax.embedding_sqgrad_.default, (torch.zeros(4, 3, dtype=dtype), ids, d, cu, None, 2))
-    torch.library.opcheck(torch.ops.fasttax.lm_head_fisher_.default, (torch.zeros(7, 5, dtype=dtype), a, torch.randn(7, 5, dtype=dtype), None, 4))
 
 
 def test_compiled_is_eager() -> None:
@@ -344,11 +326,6 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     "id negative": (lambda: F.embedding_sqgrad(IDS - 1, D, 7), IndexError, ("embedding_sqgrad", "ids", "[0, 7)", "-1")),
     "ids floats": (lambda: F.embedding_sqgrad(IDS.float(), D, 7), TypeError, ("embedding_sqgrad", "ids", "int64")),
     "ids shape": (lambda: F.embedding_sqgrad(IDS[:, :2], D, 7), ValueError, ("embedding_sqgrad", "grad_outputs", "(2, 2)")),
-    "head width": (lambda: F.lm_head_fisher(A, torch.randn(7, 3)), ValueError, ("lm_head_fisher", "weight", "(V, 4)", "(7, 3)")),
-    "head bias": (lambda: F.lm_head_fisher(A, torch.randn(7, 4), bias=torch.randn(4)), ValueError, ("lm_head_fisher", "bias", "(7,)")),
-    "head mask": (lambda: F.lm_head_fisher(A, torch.randn(7, 4), mask=torch.ones(5)), ValueError, ("lm_head_fisher", "mask", "(2, 3)")),
-    "head dtypes": (lambda: F.lm_head_fisher(A, torch.randn(7, 4).double()), TypeError, ("lm_head_fisher", "weight", "float64")),
-    "head chunk": (lambda: F.lm_head_fisher(A, torch.randn(7, 4), token_chunk=0), ValueError, ("lm_head_fisher", "token_chunk", ">= 1", "0")),
 }  # fmt: skip
 
 

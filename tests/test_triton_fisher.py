@@ -17,7 +17,7 @@ import fasttax  # noqa: F401  (registers the ops)
 
 pytest.importorskip("triton", reason="Triton kernels need triton: `pip install triton`")
 from cuda_tools import ROOT
-from triton_tools import TARGETS, compiled
+from triton_tools import TARGETS, compiled, run_in_the_interpreter
 
 CASES: dict[str, tuple[tuple[int, ...], int, int]] = {  # lengths of the examples, in, out
     "tiles": ((32, 64), 64, 64),  # whole tiles of F and of tokens
@@ -45,7 +45,24 @@ def check() -> None:
                     getattr(op, "_reference_" + name)(own, *operands, cu, weight)
                     getattr(op, "_reference_" + name)(truth, *(t.double() for t in operands), cu, None if weight is None else weight.double())
                     assert_within(out, own, truth, name=name)
+                check_words(d, cu, weight)
     print("right")
+
+
+def check_words(d: Tensor, cu: Tensor, weight: Tensor | None) -> None:
+    """Few words, so that they repeat within examples and among them; one is skipped, and some are not there."""
+    op: Any = torch.ops.fasttax
+    for words, skip in ((9, 2), (1, -1)):
+        ids = torch.randint(0, words, d.shape[:1])
+        wide = torch.float64 if d.dtype == torch.float64 else torch.float32
+        start = torch.rand(words + 3, d.shape[1], dtype=wide)
+        out, own, truth = start.clone(), start.clone(), start.double()
+        op.embedding_sqgrad_(out, ids, d, cu, weight, skip)
+        op._reference_embedding_sqgrad_(own, ids, d, cu, weight, skip)
+        op._reference_embedding_sqgrad_(truth, ids, d.double(), cu, None if weight is None else weight.double(), skip)
+        assert_within(out, own, truth, name="embedding_sqgrad_")
+        assert torch.equal(out[words:], start[words:])
+        assert skip < 0 or torch.equal(out[skip], start[skip])
 
 
 def test_results_in_the_interpreter() -> None:
@@ -53,6 +70,11 @@ def test_results_in_the_interpreter() -> None:
     done = subprocess.run([sys.executable, "-c", "import test_triton_fisher as t; t.check()"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "right"
+
+
+@pytest.mark.parametrize("file", ["test_fisher_head.py", "test_accumulate_sqgrad.py"])
+def test_the_ops_own_tests_in_the_interpreter(file: str) -> None:
+    assert run_in_the_interpreter(file, "not opcheck and not any_row") >= 6
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -77,3 +99,22 @@ def test_the_row_kernel_compiles(tmp_path: Path) -> None:
              "x_stride": "i32", "d_stride": "i32"}  # fmt: skip
     binary = compiled(fisher.rows_kernel, "sm_90", types, {"COLUMNS": fisher.COLUMNS, "ROWS": fisher.ROWS}, {"num_warps": 4}, tmp_path)
     assert binary.spills == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_words_rows_and_lists_compile(target: str, tmp_path: Path) -> None:
+    """No spills, and accesses of 16 bytes where a row's entries lie side by side."""
+    from fasttax.triton import fisher
+
+    pointers = {name: "*i64" for name in ("order_ptr", "word_ptr", "end_ptr", "last_ptr", "example_ptr")}
+    kernels: dict[str, tuple[Any, dict[str, str], dict[str, int], int]] = {
+        "words": (fisher.words_kernel, {"out_ptr": "*fp32", "d_ptr": "*fp32", **pointers, "width": "i32", "d_stride": "i32", "skip": "i32"},
+                  {"COLUMNS": fisher.WORD_COLUMNS, "ROWS": fisher.WORD_ROWS}, 4),
+        "variance": (fisher.variance_kernel, {"x_ptr": "*fp32", "V": "i32", "stride": "i32"}, {"BLOCK": fisher.ROW_BLOCK}, 8),
+        "squares": (fisher.squares_kernel, {"sum_ptr": "*fp32", "grad_ptr": "*fp32", "weight": "fp32", "n": "i32"}, {"BLOCK": fisher.BLOCK}, 4),
+    }  # fmt: skip
+    for name, (kernel, types, constants, warps) in kernels.items():
+        binary = compiled(kernel, target, types, constants, {"num_warps": warps}, tmp_path)
+        assert binary.spills == 0, name
+        assert binary.registers <= 128, (name, binary.registers)
+        assert any(wide in binary.code for wide in (".128", "dwordx4")), f"{name}: no 16-byte access"
