@@ -38,7 +38,7 @@ inline double adamw_run(const Operand (&x)[kAwOperands], int64_t begin, int64_t 
     VF sums{};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      for (int o = 0; o < kAwOperands; ++o) ahead(at[o] + i);  // of a buffer on the stack: in L1 anyhow
+      for (int o = 0; o < kAwOperands; ++o) ahead(at[o] + i);  // of a buffer on the stack: nothing to fetch
       VF theta = load(at[kAwTheta] + i), m = load(at[kAwFirst] + i), v = load(at[kAwSecond] + i), anchor{}, fisher{}, most{};
       if (mode != AdamWMode::kPlain) anchor = load(at[kAwAnchor] + i);
       if (mode != AdamWMode::kPlain && !from_second) fisher = load(at[kAwFisher] + i);

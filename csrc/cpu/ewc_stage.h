@@ -10,11 +10,13 @@ struct Operand {
 
 constexpr int64_t kStage = kEwcBlock;
 
-// Asks for what lies kAhead bytes further: the hardware's own prefetch stops at each 4 KB page of each of up to seven streams.
-constexpr int64_t kAhead = 2048;
+// Asks for what lies a page further: the hardware's own prefetch stops at each 4 KB page of each of up to seven streams. Into L2: large
+// tensors begin at one place of their pages, so that in L1 the streams' next lines would push each other out (AdamW 1.52 -> 1.41 times
+// torch's fused one on Zen 4).
+constexpr int64_t kAhead = 4096;
 template <class T>
 inline void ahead(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 0, 2);
 }
 
 template <class T>
