@@ -21,6 +21,7 @@ def cases() -> Iterator[Case]:
     for shape, n, t, i, o in workloads.SQGRAD:
         yield from layer(shape, n, t, i, o)
     yield from rows()
+    yield lists()
     yield head()
     yield whole_model()
     yield memory()
@@ -55,6 +56,20 @@ def rows() -> Iterator[Case]:
         ours, theirs = (getattr(torch.ops.fasttax, prefix + name + "_") for prefix in ("", "_reference_"))
         contenders: dict[str, Callable[[], Any]] = {"PyTorch ops": partial(theirs, target, *args), "fasttax": partial(ours, target, *args)}
         yield Case(f"{name}, float32", f"{n} x {t} tokens of {h}", contenders, floor, rounds=25, headline=False)
+
+
+def lists() -> Case:
+    """A model's gradients, squared and added: what a loop over examples does with each of them."""
+    sums, grads = workloads.smollm2_like(2)
+    count = sum(g.numel() for g in grads)
+
+    def one_by_one() -> None:
+        for total, grad in zip(sums, grads, strict=True):
+            total += grad**2
+
+    contenders: dict[str, Callable[[], Any]] = {"tensor by tensor": one_by_one, "foreach": lambda: torch._foreach_addcmul_(sums, grads, grads),
+                                                "fasttax": lambda: fasttax.functional.accumulate_sqgrad_(sums, grads)}  # fmt: skip
+    return Case("accumulate_sqgrad_, float32", f"{count / 1e6:.1f} M parameters", contenders, 12 * count, rounds=9, headline=False)
 
 
 def head() -> Case:

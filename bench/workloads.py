@@ -15,6 +15,7 @@ SQGRAD = [
     ("N=32 T=16 576x1536", 32, 16, 576, 1536),  # short rows
     ("N=512 T=1 576x1536", 512, 1, 576, 1536),  # single tokens, as in a classifier's head
 ]
+GPU_SQGRAD = [("N=16 T=512 2048x8192", 16, 512, 2048, 8192), ("N=64 T=16 2048x8192", 64, 16, 2048, 8192)]  # Llama 3.2 1B's up projection
 
 
 def smollm2_shapes() -> list[tuple[int, ...]]:

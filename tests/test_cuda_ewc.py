@@ -24,7 +24,7 @@ FAULTS = {
     ),
     "ignores alignment": Fault(ASAN, EWC, "tensor.aligned ?", "true ?", "misaligned address", quick=False),
     "no barrier": Fault(TSAN, EWC, "  __syncthreads();\n", "", "data race"),
-    "second launch over the first": Fault((), EWC, "if (args.parts) args.parts += blocks;", "", "FAILED", quick=False),
+    "second launch over the first": Fault((), "cuda/ewc_tables.cuh", "if (args.parts) args.parts += blocks;", "", "FAILED", quick=False),
 }
 
 

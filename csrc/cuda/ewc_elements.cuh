@@ -15,17 +15,6 @@ namespace fasttax {
 
 enum EwcOperand : int { kTheta, kAnchor, kFisher, kGrad };
 
-// The tensor whose chunks contain this block, of a table whose first_chunk ascend; an empty tensor begins where the next does.
-template <class Args>
-__device__ __forceinline__ int ewc_tensor_of(const Args& args, int64_t block) {
-  int low = 0, high = args.count;  // first_chunk[low] <= block < first_chunk[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (args.tensors[middle].first_chunk <= block ? low : high) = middle;
-  }
-  return low;
-}
-
 // The chunk that a block owns. Offsets within it are 32-bit; the 64-bit one, to its first element, is added once, in ewc_view.
 struct EwcView {
   char* data[4];

@@ -1,12 +1,12 @@
 #pragma once
 
-// sums += weight * grad^2 over a model's whole gradient list, on ewc.cuh's tables and chunks: a launch for every 62 tensors.
+// sums += weight * grad^2 over a model's whole gradient list, on EWC's tables and chunks.
 //
 // Bytes: read sum and gradient, write the sum: 12 per element in float32, 10 with half gradients. A thread has two groups of 4 elements a
 // round and loads all of it before it converts any: 64 bytes in flight in float32, 48 with half gradients, so 64 and 48 KB per SM at 4
 // blocks of 256, where an H100 needs about 25. Deterministic: an element belongs to one thread.
 
-#include "ewc.cuh"
+#include "ewc_tables.cuh"
 
 namespace fasttax {
 

@@ -158,14 +158,14 @@ def lora_rows_kernel(a_ptr, b_ptr, fisher_ptr, scales_ptr, d_b_ptr, parts_ptr, f
                      R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """ROWS rows of F: their part of the value, and d_B of them."""
     o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, COLS], tl.float32)  # summed at the end: a product inside a reduction would be fused on one side of each shuffle alone
     d_b = tl.zeros([ROWS, R], tl.float32)
     for start in range(0, width, COLS):
         a, _, delta, weighed = lora_tile(a_ptr, b_ptr, fisher_ptr, scales_ptr, o, start + tl.arange(0, COLS), r, out, width, U8, R)
-        total += tl.sum(weighed * delta, 1)
+        total += weighed * delta
         if GRADIENT:
             d_b += tl.dot(weighed, tl.trans(a), input_precision="ieee")
-    tl.store(parts_ptr + tl.program_id(0), tl.sum(total.to(tl.float64), 0))
+    tl.store(parts_ptr + tl.program_id(0), tl.sum(tl.sum(total.to(tl.float64), 1), 0))
     if GRADIENT:
         k = tl.arange(0, R)
         tl.store(d_b_ptr + o[:, None].to(tl.int64) * r + k[None, :], d_b * factor, mask=(o[:, None] < out) & (k[None, :] < r))

@@ -2,6 +2,8 @@
 // the kernel, misaligned bases, more tensors than one launch holds. Prints what it ran; exits 1 on a wrong value.
 #include "ewc_operand.h"
 
+#include "cuda/ewc.cuh"
+
 namespace {
 
 struct Parameter {

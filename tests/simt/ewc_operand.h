@@ -3,7 +3,7 @@
 // An operand of an EWC kernel as the tests see it: any type, exactly as large as it says, readable and writable element by element in float64.
 #include "simt_cuda.h"
 
-#include "cuda/ewc.cuh"
+#include "cuda/ewc_elements.cuh"
 
 #include <memory>
 
