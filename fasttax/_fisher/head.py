@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttax._kl.linear_rows import gemm, narrow_gemm
+from fasttax._kl.linear_rows import narrow_gemm, project
 
 
 def lm_head_fisher_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_chunk: int) -> None:
@@ -17,7 +17,7 @@ def lm_head_fisher_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | 
     buffer = out.new_empty(min(token_chunk, hidden.shape[0]), weight.shape[0])
     for part in hidden.split(token_chunk):
         q = buffer[: part.shape[0]]
-        gemm(part, weight.T, q, add=False)
+        project(part, weight, q)
         if bias is not None:
             q += bias
         torch.ops.fasttax.label_variance_(q)

@@ -20,6 +20,7 @@ from fasttax.kl import Tempering
 ROWS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy", "kl", "ref_lse")  # the first six as token_stats gives them
 LSE, KL, REF_LSE = 3, 6, 7
 CPU_BYTES = 60 << 20  # of logits at a time: 208 tokens of SmolLM2's vocabulary and 104 of the reference's
+BLOCK_BYTES = 4 << 20  # of a head at a time, on CPUs
 GPU_BYTES = 1 << 30  # 1,168 tokens of Qwen's; a GPU's GEMM wants a thousand, and its caching allocator keeps the buffer
 MIN_TOKENS = 128  # below it a GEMM no longer runs at its rate
 MIN_PART = 56  # tokens, of the reference; 512 of them took 1.04 of their GEMMs' time by 176 and 88, 1.05 by 128 and 128, 1.09 by 256 and 56
@@ -90,6 +91,15 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         torch.mm(a, b, out=out)
 
 
+def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = hidden @ weight^T in out's dtype. On a CPU in blocks of the head that stay in its caches while they are packed: 60 -> 39 ms for 88
+    tokens of 576 -> 49152, 85 -> 64 for 176 (MKL on Zen 4)."""
+    V, H = weight.shape
+    step = V if out.device.type != "cpu" else max(256, BLOCK_BYTES // max(1, H * out.element_size()) // 64 * 64)
+    for columns in pieces(0, V, step):
+        gemm(hidden, weight[columns].T, out[:, columns], add=False)
+
+
 def same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
@@ -114,7 +124,7 @@ class Head:
     def project(self, hidden: Tensor, columns: slice, buffer: Tensor) -> Tensor:
         weight = self.weight[columns]
         logits = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
-        gemm(hidden, weight.T, logits, add=False)
+        project(hidden, weight, logits)
         return logits if self.bias is None else logits.add_(self.bias[columns])
 
     def add(self, tokens: slice, columns: slice, d_logits: Tensor) -> None:

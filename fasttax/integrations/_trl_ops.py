@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttax import reference
+from fasttax._kl.linear_rows import project
 from fasttax._library import prefer_huge_pages
 from fasttax.kl import KINDS, held_gradients, hold_gradients, token_kl
 from fasttax.kl_stats import token_stats
@@ -275,12 +276,7 @@ class _Pair:
 
 
 def _project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if out.dtype == hidden.dtype:
-        torch.mm(hidden, weight.T, out=out)
-    elif out.device.type == "cuda":
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(hidden.to(out.dtype), weight.T.to(out.dtype), out=out)
+    project(hidden, weight, out)
     return out if bias is None else out.add_(bias)
 
 

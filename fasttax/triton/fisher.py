@@ -20,7 +20,7 @@ from fasttax.triton import on_device
 # rows and columns of F, tokens at a time: two float32 tiles of 64 x 64 are 64 registers a thread at 4 warps, and no spill
 TILE_O, TILE_I, TILE_T = 64, 64, 32
 COLUMNS, ROWS = 128, 16  # of the row kernels
-WORD_COLUMNS, WORD_ROWS = 256, 4  # of an embedding's rows: a word seldom stands more than four times in an example
+WORD_COLUMNS, WORD_ROWS = 512, 4  # of an embedding's rows: a word seldom stands more than four times in an example
 ROW_BLOCK = 4096  # logits of a row at a time
 BLOCK = 2048  # elements of accumulate_sqgrad_ a program
 
