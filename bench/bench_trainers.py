@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bench.timing import Case
 
 VOCAB, PARAMETERS = 49152, 134.5e6
-HEADLINE = {"gkd": (4, 32, 96), "distillation": (4, 32, 96)}  # rows, prompt, completion
+WITH_PEAK = {"gkd": (4, 32, 96), "distillation": (4, 32, 96)}  # rows, prompt, completion
 OTHERS = {name: (2, 32, 64) for name in ("sft", "dpo", "kto", "grpo", "rloo", "gold", "orpo", "cpo", "online_dpo")}
 NAMES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO", "distillation": "Distillation", "gkd": "GKD", "gold": "GOLD",
          "orpo": "ORPO", "cpo": "CPO", "online_dpo": "OnlineDPO"}  # fmt: skip
@@ -144,21 +144,21 @@ def peak(name: str, ours: bool) -> float:
 
 
 def cases() -> Iterator[Case]:
-    for name, shape in {**HEADLINE, **OTHERS}.items():
-        headline = name in HEADLINE
+    for name, shape in {**WITH_PEAK, **OTHERS}.items():
         size = f"{shape[0]} x {shape[1] + shape[2]}"
-        if headline:
+        if name in WITH_PEAK:
             size += f", peak +{peak(name, True):.0f} MB (TRL +{peak(name, False):.0f} MB)"
         with tempfile.TemporaryDirectory() as folder:
             run = step(name, shape, folder)
             tokens = shape[0] * (shape[1] + shape[2])
             yield Case(f"{NAMES[name]} step, SmolLM2-135M", size, {"TRL": run, "fasttax": patched(run, name)},
-                       floor_bytes=12 * PARAMETERS, floor_flops=2 * FORWARDS.get(name, 3) * PARAMETERS * tokens, rounds=5 if headline else 8, headline=headline)  # fmt: skip
+                       floor_bytes=12 * PARAMETERS, floor_flops=2 * FORWARDS.get(name, 3) * PARAMETERS * tokens,
+                       rounds=5 if name in WITH_PEAK else 8)  # fmt: skip
 
 
 def _measure(name: str, whose: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run = step(name, {**HEADLINE, **OTHERS}[name], folder)
+        run = step(name, {**WITH_PEAK, **OTHERS}[name], folder)
         run = patched(run, name) if whose == "fasttax" else run
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _status("VmRSS")
