@@ -94,6 +94,7 @@ def load_native() -> None:
     lib.define("_simd_level(int level) -> int")  # implemented by _C alone: 0 portable, 1 AVX2, 2 AVX-512
     lib.define("_prefer_huge_pages(Tensor t) -> ()")
     lib.impl("_prefer_huge_pages", lambda t: None, "CompositeExplicitAutograd")
+    lib.define("_project_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()")  # by _C alone too; project() in _kl/linear_rows.py
     if choice == "reference":
         problems["_C"] = problems["_C_cuda"] = "FASTTAX_BACKEND=reference"
         return

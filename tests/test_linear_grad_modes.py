@@ -53,15 +53,21 @@ def test_frozen_heads_take_an_upstream_per_token(chunk: int | None) -> None:
 
 @pytest.fixture
 def gemms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The size of every GEMM's result, as they come."""
+    """The size of the result of every GEMM, logits' among them, as they come."""
     sizes: list[int] = []
-    real = linear_rows.gemm
+    gemm, project = linear_rows.gemm, linear_rows.project
 
     def counted(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         sizes.append(out.numel())
-        real(a, b, out, add)
+        gemm(a, b, out, add)
+
+    def projected(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        before = len(sizes)
+        project(hidden, weight, out)
+        sizes[before:] = [out.numel()]  # its own kernel, or GEMMs of blocks
 
     monkeypatch.setattr(linear_rows, "gemm", counted)
+    monkeypatch.setattr(linear_rows, "project", projected)
     return sizes
 
 
@@ -109,13 +115,18 @@ def test_gemms_of_logprobs(case: str, gemms: list[int]) -> None:
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
 def test_masked_tokens_cost_no_gemm(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    real = linear_rows.gemm
+    gemm, project = linear_rows.gemm, linear_rows.project
 
     def counted(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         rows.append(a.shape[1] if out.shape[0] == V else a.shape[0])  # the tokens are what a head's gradient sums over
-        real(a, b, out, add)
+        gemm(a, b, out, add)
+
+    def projected(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        rows.append(hidden.shape[0])
+        project(hidden, weight, out)
 
     monkeypatch.setattr(linear_rows, "gemm", counted)
+    monkeypatch.setattr(linear_rows, "project", projected)
     t, mask = tensors(), torch.arange(N) % 3 == 1
     for keep in (mask, torch.zeros_like(mask)):
         rows.clear()

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttax._library import problems
 from fasttax.kl import Tempering
 
 ROWS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy", "kl", "ref_lse")  # the first six as token_stats gives them
 LSE, KL, REF_LSE = 3, 6, 7
 CPU_BYTES = 60 << 20  # of logits at a time: 208 tokens of SmolLM2's vocabulary and 104 of the reference's
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_BYTES = 4 << 20  # of a head at a time, on CPUs
 GPU_BYTES = 1 << 30  # 1,168 tokens of Qwen's; a GPU's GEMM wants a thousand, and its caching allocator keeps the buffer
 MIN_TOKENS = 128  # below it a GEMM no longer runs at its rate
@@ -92,12 +94,25 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = hidden @ weight^T in out's dtype. On a CPU in blocks of the head that stay in its caches while they are packed: 60 -> 39 ms for 88
-    tokens of 576 -> 49152, 85 -> 64 for 176 (MKL on Zen 4)."""
+    """out = hidden @ weight^T in out's dtype, logits of a chunk of tokens.
+
+    On a CPU by a kernel that reads the head as it lies, where a GEMM packs all of it for every chunk (csrc/cpu/project_kernels.h): 98 -> 56 ms for
+    176 tokens of 576 -> 49152, 233 -> 158 for 512 (MKL on Zen 4). Where it does not run, in blocks of the head that stay in cache while
+    they are packed: 85 -> 64 ms for 176 tokens."""
     V, H = weight.shape
+    if _own_kernel(hidden, weight, out):
+        torch.ops.fasttax._project_(out, hidden, weight)
+        return
     step = V if out.device.type != "cpu" else max(256, BLOCK_BYTES // max(1, H * out.element_size()) // 64 * 64)
     for columns in pieces(0, V, step):
         gemm(hidden, weight[columns].T, out[:, columns], add=False)
+
+
+def _own_kernel(*tensors: Tensor) -> bool:
+    """x86 vectors (a library that was built, on AVX2 or better), float32 sums, rows that are contiguous and not empty."""
+    hidden, _, out = tensors
+    return (out.device.type == "cpu" and out.dtype == torch.float32 and all(t.dtype in NARROW and t.stride(1) == 1 for t in tensors)
+            and hidden.shape[1] > 0 and "_C" not in problems and not torch.compiler.is_compiling() and torch.ops.fasttax._simd_level(-1) > 0)  # fmt: skip
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
