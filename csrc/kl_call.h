@@ -1,6 +1,6 @@
 #pragma once
 
-#include "check.h"
+#include "float_type.h"
 #include "kl_params.h"
 
 // One call of an op over logits: its arguments, checked, for the CPU's kernels and CUDA's.
@@ -30,13 +30,7 @@ inline Call prepare(const char* op, const Tensor& logits, const Tensor& ref_logi
                 "logits and ref_logits: the last dimension must be contiguous");
   FASTTAX_CHECK(logits.scalar_type() == ref_logits.scalar_type(), op, "logits and ref_logits must have one dtype");
   FASTTAX_CHECK(kind >= 0 && kind <= 2, op, "kind must be 0, 1 or 2, got ", kind);
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: c.type = LogitType::kFloat; break;
-    case ScalarType::BFloat16: c.type = LogitType::kBFloat16; break;
-    case ScalarType::Half: c.type = LogitType::kFloat16; break;
-    case ScalarType::Double: c.type = LogitType::kDouble; break;
-    default: FASTTAX_CHECK(false, op, "logits: dtype must be float32, float64, bfloat16 or float16");
-  }
+  c.type = float_type(logits, op, "logits");
   c.mask = nullptr;
   if (mask.has_value()) {
     FASTTAX_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() && mask->numel() == c.N, op,

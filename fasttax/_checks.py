@@ -86,3 +86,14 @@ def ids_in_range(op: str, name: str, ids: Tensor, V: int) -> None:
     if looks and ids.numel() and not bool(((ids >= 0) & (ids < V)).all()):
         raise fail(op, name, f"values in [0, {V})", f"{int(ids.min())} to {int(ids.max())}",
                    "leave tokens without a label (-100) out with mask=", IndexError)  # fmt: skip
+
+
+def lists(op: str, per: str, **values: Sequence[Tensor]) -> None:
+    """Lists of tensors as long as the first of them, which has one `per` each."""
+    first: int | None = None
+    for name, value in values.items():
+        if isinstance(value, Tensor) or not isinstance(value, Sequence):
+            raise fail(op, name, "a list of tensors", value, f"pass [{name}]", TypeError)
+        first = len(value) if first is None else first
+        if len(value) != first:
+            raise fail(op, name, f"{first} tensors, one per {per}", f"{len(value)}")

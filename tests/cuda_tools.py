@@ -142,6 +142,16 @@ def build_cubins(sources: Sequence[str], folder: Path) -> dict[str, list[tuple[s
         return {arch: [job.result() for job in of_arch] for arch, of_arch in jobs.items()}
 
 
+def cubins_of(*sources: str) -> Any:
+    """The fixture `cubins` of a file's tests: build_cubins of these sources."""
+
+    @pytest.fixture(scope="module")
+    def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, Path]]]:
+        return build_cubins(sources, tmp_path_factory.mktemp("cubin"))
+
+    return cubins
+
+
 def registers(report: str) -> dict[str, int]:
     """kernel -> registers, out of what ptxas says; asserts that it warns of nothing, spills nothing and keeps nothing on a stack."""
     assert "warning" not in report, report

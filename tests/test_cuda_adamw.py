@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cuda_tools import ARCHS, TSAN, Fault, build_cubins, machine_code, registers, simt_tests, steps
+from cuda_tools import ARCHS, TSAN, Fault, cubins_of, machine_code, registers, simt_tests, steps
 
 ADAMW = "cuda/adamw.cuh"
 FAULTS = {
@@ -17,9 +17,7 @@ FAULTS = {
 simt_runs, test_kernel_on_the_simt_machine, test_the_simt_machine_catches = simt_tests("adamw", FAULTS, lambda build: 18 if build == "thread" else 20)
 
 
-@pytest.fixture(scope="module")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, Path]]]:
-    return build_cubins(["adamw.cu"], tmp_path_factory.mktemp("cubin"))
+cubins = cubins_of("adamw.cu")
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cuda_tools import ARCHS, ASAN, TSAN, Fault, build_cubins, first, machine_code, registers, run, simt_tests, steps
+from cuda_tools import ARCHS, ASAN, TSAN, Fault, cubins_of, first, machine_code, registers, run, simt_tests, steps
 
 import fasttax
 from fasttax import _library
@@ -35,9 +35,7 @@ simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = sim
 # --- the machine code ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, Path]]]:
-    return build_cubins(["ewc.cu"], tmp_path_factory.mktemp("cubin"))
+cubins = cubins_of("ewc.cu")
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cuda_tools import ARCHS, ASAN, Fault, build_cubins, machine_code, registers, simt_tests, steps
+from cuda_tools import ARCHS, ASAN, Fault, cubins_of, machine_code, registers, simt_tests, steps
 
 FISHER = "cuda/fisher.cuh"
 FAULTS = {
@@ -18,9 +18,7 @@ FAULTS = {
 simt_runs, test_kernel_on_the_simt_machine, test_the_simt_machine_catches = simt_tests("fisher", FAULTS, lambda build: 2 if build == "thread" else 3)
 
 
-@pytest.fixture(scope="module")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, Path]]]:
-    return build_cubins(["fisher.cu"], tmp_path_factory.mktemp("cubin"))
+cubins = cubins_of("fisher.cu")
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -19,7 +19,7 @@ from cuda_tools import (
     TSAN,
     Fault,
     basic_blocks,
-    build_cubins,
+    cubins_of,
     longest_run,
     machine_code,
     registers,
@@ -50,9 +50,7 @@ simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = sim
 # --- the machine code ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, Path]]]:
-    return build_cubins(SOURCES, tmp_path_factory.mktemp("cubin"))
+cubins = cubins_of(*SOURCES)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

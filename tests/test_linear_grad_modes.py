@@ -61,10 +61,11 @@ def gemms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(out.numel())
         gemm(a, b, out, add)
 
-    def projected(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         before = len(sizes)
-        project(hidden, weight, out)
+        project(hidden, weight, bias, out)
         sizes[before:] = [out.numel()]  # its own kernel, or GEMMs of blocks
+        return out
 
     monkeypatch.setattr(linear_rows, "gemm", counted)
     monkeypatch.setattr(linear_rows, "project", projected)
@@ -121,9 +122,9 @@ def test_masked_tokens_cost_no_gemm(mode: str, monkeypatch: pytest.MonkeyPatch) 
         rows.append(a.shape[1] if out.shape[0] == V else a.shape[0])  # the tokens are what a head's gradient sums over
         gemm(a, b, out, add)
 
-    def projected(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         rows.append(hidden.shape[0])
-        project(hidden, weight, out)
+        return project(hidden, weight, bias, out)
 
     monkeypatch.setattr(linear_rows, "gemm", counted)
     monkeypatch.setattr(linear_rows, "project", projected)

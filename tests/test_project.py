@@ -75,11 +75,13 @@ def test_project_in_any_way_is_the_product(dtype: torch.dtype, simd: int, monkey
     for head in (weight, weight.T.contiguous().T):
         for out in {wide, dtype}:
             got = torch.empty(6, 600, dtype=out)
-            project(hidden, head, got)
+            assert project(hidden, head, None, got) is got
             assert_within(got, hidden.to(out) @ weight.to(out).T, truth)
     nothing = torch.ones(2, 5)
-    project(torch.zeros(2, 0), torch.zeros(5, 0), nothing)
+    project(torch.zeros(2, 0), torch.zeros(5, 0), None, nothing)
     assert not nothing.any()
+    project(torch.zeros(2, 0), torch.zeros(5, 0), torch.arange(5.0), nothing)
+    assert torch.equal(nothing, torch.arange(5.0).expand(2, 5))
 
 
 O, A, W = torch.zeros(3, 5), torch.zeros(3, 4), torch.zeros(5, 4)

@@ -74,7 +74,8 @@ def test_results_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("file", ["test_fisher_head.py", "test_accumulate_sqgrad.py"])
 def test_the_ops_own_tests_in_the_interpreter(file: str) -> None:
-    assert run_in_the_interpreter(file, "not opcheck and not any_row") >= 6
+    """But for what a direct call of C++ refuses: Triton's ops are called with what has been checked."""
+    assert run_in_the_interpreter(file, "not opcheck and not any_row and not direct_op_call") >= 6
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -54,3 +56,11 @@ def peak_bytes(call: Callable[[], None]) -> int:
         events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
     assert events, "no allocation was seen"
     return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
+
+
+def assert_says(call: Callable[[], Any], error: type[Exception], words: Iterable[str]) -> None:
+    """The call raises `error`, whose text has all of `words`."""
+    with pytest.raises(error) as caught:
+        call()
+    missing = [w for w in words if w not in str(caught.value)]
+    assert not missing, f"{caught.value} lacks {missing}"

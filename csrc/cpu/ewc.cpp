@@ -5,26 +5,13 @@
 
 #define FASTTAX_KERNELS "ewc_kernels.h"
 #include "isa.h"
+#include "ewc_tasks.h"
 #include "memory.h"
 
 namespace fasttax {
 namespace {
 
-constexpr int64_t kTask = 1 << 16;  // elements; a multiple of 256, the u8log block
-
-struct Task : EwcTensor {
-  int64_t begin, end;
-};
-
-std::vector<Task> cut(const char* op, const std::vector<Tensor>& params, const std::vector<Tensor>& anchors,
-                      const std::vector<Tensor>& fishers, const std::vector<Tensor>& scales, const std::vector<Tensor>* grads) {
-  std::vector<Task> tasks;
-  for (const EwcTensor& x : ewc_lists(op, params, anchors, fishers, scales, grads))
-    for (int64_t begin = 0; begin < x.numel; begin += kTask) tasks.push_back({x, begin, std::min(x.numel, begin + kTask)});
-  return tasks;
-}
-
-double run_double(EwcMode mode, const Task& t, double scale) {
+double run_double(EwcMode mode, const EwcTask& t, double scale) {
   auto theta = static_cast<double*>(t.data[0]), grad = static_cast<double*>(t.data[3]);
   auto anchor = static_cast<const double*>(t.data[1]), fisher = static_cast<const double*>(t.data[2]);
   double total = 0;
@@ -40,11 +27,11 @@ double run_double(EwcMode mode, const Task& t, double scale) {
   return total;
 }
 
-double run(EwcMode mode, const std::vector<Task>& tasks, double scale) {
+double run(EwcMode mode, const std::vector<EwcTask>& tasks, double scale) {
   std::vector<double> parts(tasks.size());
   torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Task& t = tasks[i];
+      const EwcTask& t = tasks[i];
       parts[i] = t.types[0] == EwcType::kDouble
                      ? run_double(mode, t, scale)
                      : FASTTAX_DISPATCH(ewc_task, mode, t.data, t.types, t.scales, t.begin, t.end, ewc_step(scale));
@@ -65,7 +52,7 @@ Tensor scalar_like(const std::vector<Tensor>& params, double value) {
 
 Tensor ewc_penalty(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers, std::vector<Tensor> scales,
                    double strength) {
-  const auto tasks = cut("ewc_penalty", params, anchors, fishers, scales, nullptr);
+  const auto tasks = ewc_tasks(ewc_lists("ewc_penalty", params, anchors, fishers, scales, nullptr));
   return scalar_like(params, strength / 2 * run(EwcMode::kValue, tasks, 0));
 }
 
@@ -76,7 +63,7 @@ std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params
     d_params.push_back(torch::stable::empty_like(p));
     prefer_huge_pages(d_params.back());
   }
-  const auto tasks = cut("ewc_penalty_backward", params, anchors, fishers, scales, &d_params);
+  const auto tasks = ewc_tasks(ewc_lists("ewc_penalty_backward", params, anchors, fishers, scales, &d_params));
   const double upstream = grad.scalar_type() == ScalarType::Double ? *static_cast<const double*>(grad.const_data_ptr())
                                                                    : *static_cast<const float*>(grad.const_data_ptr());
   run(EwcMode::kWrite, tasks, upstream * strength);
@@ -85,13 +72,13 @@ std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params
 
 Tensor ewc_add_grad_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
                      std::vector<Tensor> scales, double strength, double scale) {
-  const auto tasks = cut("ewc_add_grad_", params, anchors, fishers, scales, &grads);
+  const auto tasks = ewc_tasks(ewc_lists("ewc_add_grad_", params, anchors, fishers, scales, &grads));
   return scalar_like(params, strength / 2 * run(EwcMode::kAdd, tasks, strength * scale));
 }
 
 void ewc_prox_(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers, std::vector<Tensor> scales,
                double strength_times_lr) {
-  run(EwcMode::kProx, cut("ewc_prox_", params, anchors, fishers, scales, nullptr), strength_times_lr);
+  run(EwcMode::kProx, ewc_tasks(ewc_lists("ewc_prox_", params, anchors, fishers, scales, nullptr)), strength_times_lr);
 }
 
 }  // namespace

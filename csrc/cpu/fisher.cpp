@@ -3,11 +3,9 @@
 // each tile of F is summed by one thread, over examples and tokens in order.
 #include <memory>
 
-#include "../check.h"
+#include "../float_type.h"
 
 namespace fasttax {
-
-enum class LogitType { kFloat, kBFloat16, kFloat16, kDouble };
 
 // Examples [first, last) and a group of row blocks. a: [column block][step][columns], of all examples; d: [row block][step][rows], of
 // these; strides in floats a block; starts: the steps at which examples begin; weights: of the examples, or null; pairs: a step is a pair
@@ -31,17 +29,6 @@ namespace {
 
 constexpr int64_t kBatchSteps = 512, kBatchFloats = 100 * 1024;  // whose rows of D stay in L2
 constexpr int64_t kPanelFloats = 1 << 20;                        // of squares, which come and go once a batch
-
-LogitType float_type(const Tensor& t, const char* op, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return LogitType::kFloat;
-    case ScalarType::BFloat16: return LogitType::kBFloat16;
-    case ScalarType::Half: return LogitType::kFloat16;
-    case ScalarType::Double: return LogitType::kDouble;
-    default: FASTTAX_CHECK(false, op, name, ": dtype must be float32, float64, bfloat16 or float16");
-  }
-  return LogitType::kFloat;
-}
 
 void sqgrad_double(const double* a, int64_t a_stride, const double* d, int64_t d_stride, const int64_t* starts, int64_t examples,
                    const double* weights, int64_t I, int64_t O, double* out) {

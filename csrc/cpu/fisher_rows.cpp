@@ -2,11 +2,7 @@
 // columns, so that every sum has one order: deterministic, and the same bits for any thread count.
 #include <numeric>
 
-#include "../check.h"
-
-namespace fasttax {
-enum class LogitType { kFloat, kBFloat16, kFloat16, kDouble };
-}
+#include "../float_type.h"
 
 #define FASTTAX_KERNELS "fisher_rows_kernels.h"
 #include "isa.h"
@@ -20,19 +16,8 @@ struct Runs {  // rows order[starts[r] .. starts[r + 1]) are summed, squared, an
   bool weighted = false;
 };
 
-LogitType row_type(const Tensor& t, const char* op) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return LogitType::kFloat;
-    case ScalarType::BFloat16: return LogitType::kBFloat16;
-    case ScalarType::Half: return LogitType::kFloat16;
-    case ScalarType::Double: return LogitType::kDouble;
-    default: FASTTAX_CHECK(false, op, "grad_outputs: dtype must be float32, float64, bfloat16 or float16");
-  }
-  return LogitType::kFloat;
-}
-
 void square(const char* op, const Runs& runs, const Tensor* x, const Tensor& d, Tensor& out) {
-  const LogitType type = row_type(d, op);
+  const LogitType type = float_type(d, op, "grad_outputs");
   const int64_t width = d.size(1), count = int64_t(runs.starts.size()) - 1;
   FASTTAX_CHECK(out.is_contiguous() && out.scalar_type() == (type == LogitType::kDouble ? ScalarType::Double : ScalarType::Float), op,
                 "out must be contiguous, and float32, or float64 where grad_outputs is");

@@ -1,10 +1,6 @@
 // _project_: logits of a chunk of tokens from hidden states and a head, for linear_token_kl and what else makes logits a chunk at a time.
 // One sum for each logit, in one order, whatever the number of tokens and threads.
-#include "../check.h"
-
-namespace fasttax {
-enum class LogitType { kFloat, kBFloat16, kFloat16, kDouble };
-}
+#include "../float_type.h"
 
 #define FASTTAX_KERNELS "project_kernels.h"
 #include "isa.h"
@@ -12,22 +8,13 @@ enum class LogitType { kFloat, kBFloat16, kFloat16, kDouble };
 namespace fasttax {
 namespace {
 
-LogitType operand_type(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return LogitType::kFloat;
-    case ScalarType::BFloat16: return LogitType::kBFloat16;
-    case ScalarType::Half: return LogitType::kFloat16;
-    default: FASTTAX_CHECK(false, "_project_", name, ": dtype must be float32, bfloat16 or float16");
-  }
-  return LogitType::kFloat;
-}
-
 // out (N, V) float32 = hidden (N, H) weight (V, H)^T; rows contiguous.
 void project_(Tensor out, Tensor hidden, Tensor weight) {
   const char* op = "_project_";
-  const LogitType hidden_type = operand_type(hidden, "hidden"), weight_type = operand_type(weight, "weight");
-  FASTTAX_CHECK(out.dim() == 2 && hidden.dim() == 2 && weight.dim() == 2 && out.scalar_type() == ScalarType::Float, op,
-                "expected out (N, V) float32, hidden (N, H) and weight (V, H)");
+  const LogitType hidden_type = float_type(hidden, op, "hidden"), weight_type = float_type(weight, op, "weight");
+  FASTTAX_CHECK(out.dim() == 2 && hidden.dim() == 2 && weight.dim() == 2 && out.scalar_type() == ScalarType::Float &&
+                    hidden_type != LogitType::kDouble && weight_type != LogitType::kDouble,
+                op, "expected out (N, V) float32, hidden (N, H) and weight (V, H), none float64");
   const int64_t N = hidden.size(0), H = hidden.size(1), V = weight.size(0);
   FASTTAX_CHECK(out.size(0) == N && out.size(1) == V && weight.size(1) == H && H > 0, op, "shapes do not fit");
   FASTTAX_CHECK((out.stride(1) == 1 || V == 1) && (hidden.stride(1) == 1 || H == 1) && (weight.stride(1) == 1 || H == 1), op,

@@ -1,9 +1,7 @@
 // AdamW with EWC on CUDA tensors, torch's side: check, allocate, find the stream, call the launcher.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../adamw_lists.h"
 #include "adamw.h"
+#include "launch_torch.h"
 
 namespace fasttax {
 namespace {
@@ -47,12 +45,10 @@ Tensor ewc_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::ve
   Tensor parts = torch::stable::new_empty(params[0], {adamw_workspace(launch.tensors, launch.count)}, ScalarType::Double);
   launch.out = out.mutable_data_ptr();
   launch.parts = static_cast<double*>(parts.mutable_data_ptr());
-  const int32_t device = params[0].get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &launch.stream));
-  const char* failed = adamw_launch(launch);
-  FASTTAX_CHECK(failed == nullptr, op, "the CUDA launch failed: ", failed ? failed : "",
-                "; see TORCH_CUDA_ARCH_LIST if the library was built for other GPUs");
+  launch_on(op, params[0], [&](void* stream) {
+    launch.stream = stream;
+    return adamw_launch(launch);
+  });
   return out;
 }
 

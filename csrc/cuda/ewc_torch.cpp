@@ -1,23 +1,19 @@
 // EWC on CUDA tensors, torch's side: check, allocate, find the stream, call the launcher.
 // Not ewc.cpp: setuptools names objects by stem, and ewc.cu is one already.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../ewc_lists.h"
 #include "ewc.h"
+#include "launch_torch.h"
 
 namespace fasttax {
 namespace {
 
-// The launches go to torch's current stream of the tensors' device, as its own ops do; `launch` is complete but for the stream.
-void launch_on(const char* op, const Tensor& device_of, EwcLaunch launch) {
-  FASTTAX_CHECK(device_of.is_cuda(), op, "params[0]: must be on the GPU as another argument is");
-  const int32_t device = device_of.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &launch.stream));
-  const char* failed = ewc_launch(launch);
-  FASTTAX_CHECK(failed == nullptr, op, "the CUDA launch failed: ", failed ? failed : "",
-                "; see TORCH_CUDA_ARCH_LIST if the library was built for other GPUs");
+// `launch` is complete but for the stream.
+void start(const char* op, const Tensor& first, EwcLaunch launch) {
+  check_on_gpu(op, "params", first);
+  launch_on(op, first, [&](void* stream) {
+    launch.stream = stream;
+    return ewc_launch(launch);
+  });
 }
 
 EwcLaunch launch_of(EwcMode mode, const std::vector<EwcTensor>& tensors, double scale) {
@@ -39,7 +35,7 @@ Tensor with_value(const char* op, const std::vector<Tensor>& params, const std::
   Tensor parts = torch::stable::new_empty(params[0], {ewc_workspace(launch.tensors, launch.count)}, ScalarType::Double);
   launch.out = out.mutable_data_ptr();
   launch.parts = static_cast<double*>(parts.mutable_data_ptr());
-  launch_on(op, params[0], launch);
+  start(op, params[0], launch);
   return out;
 }
 
@@ -63,7 +59,7 @@ std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params
   EwcLaunch launch = launch_of(EwcMode::kWrite, tensors, strength);
   launch.upstream = grad.const_data_ptr();
   launch.upstream_double = wide;
-  launch_on(op, params[0], launch);
+  start(op, params[0], launch);
   return d_params;
 }
 
@@ -78,7 +74,7 @@ void ewc_prox_(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vec
                double strength_times_lr) {
   const char* op = "ewc_prox_";
   const auto tensors = ewc_lists(op, params, anchors, fishers, scales, nullptr);
-  if (!params.empty()) launch_on(op, params[0], launch_of(EwcMode::kProx, tensors, strength_times_lr));
+  if (!params.empty()) start(op, params[0], launch_of(EwcMode::kProx, tensors, strength_times_lr));
 }
 
 }  // namespace

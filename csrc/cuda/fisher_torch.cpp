@@ -1,9 +1,7 @@
 // The Fisher on CUDA tensors, torch's side: check, find the stream, call the launcher.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../square_lists.h"
 #include "fisher.h"
+#include "launch_torch.h"
 
 namespace fasttax {
 namespace {
@@ -12,14 +10,8 @@ void accumulate_sqgrad_(std::vector<Tensor> sums, std::vector<Tensor> grads, dou
   const char* op = "accumulate_sqgrad_";
   const auto tensors = square_lists(sums, grads);
   if (sums.empty()) return;
-  FASTTAX_CHECK(sums[0].is_cuda(), op, "sums[0]: must be on the GPU as another argument is");
-  const int32_t device = sums[0].get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const char* failed = square_launch(tensors.data(), int64_t(tensors.size()), weight, stream);
-  FASTTAX_CHECK(failed == nullptr, op, "the CUDA launch failed: ", failed ? failed : "",
-                "; see TORCH_CUDA_ARCH_LIST if the library was built for other GPUs");
+  check_on_gpu(op, "sums", sums[0]);
+  launch_on(op, sums[0], [&](void* stream) { return square_launch(tensors.data(), int64_t(tensors.size()), weight, stream); });
 }
 
 }  // namespace

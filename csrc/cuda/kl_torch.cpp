@@ -1,11 +1,9 @@
 // token_kl and token_stats on CUDA tensors, torch's side: check, allocate, find the stream, call the launchers. float64, which is there for
 // gradcheck, goes to the reference.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../kl_call.h"
 #include "../math/kl.h"
 #include "kl.h"
+#include "launch_torch.h"
 
 namespace fasttax {
 namespace {
@@ -86,11 +84,10 @@ struct Work {
 
   void start(const char* (*launcher)(const KlLaunch&)) {
     if (launch.args.n == 0) return;
-    const int32_t device = logits.get_device_index();
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &launch.stream));
-    const char* failed = launcher(launch);
-    FASTTAX_CHECK(failed == nullptr, op, "the CUDA launch failed: ", failed ? failed : "",
-                  "; see TORCH_CUDA_ARCH_LIST if the library was built for other GPUs");
+    launch_on(op, logits, [&](void* stream) {
+      launch.stream = stream;
+      return launcher(launch);
+    });
   }
 
   void forward() {

@@ -16,9 +16,6 @@ def lm_head_fisher_(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | 
         weight = weight.to(out.dtype)
     buffer = out.new_empty(min(token_chunk, hidden.shape[0]), weight.shape[0])
     for part in hidden.split(token_chunk):
-        q = buffer[: part.shape[0]]
-        project(part, weight, q)
-        if bias is not None:
-            q += bias
+        q = project(part, weight, bias, buffer[: part.shape[0]])
         torch.ops.fasttax.label_variance_(q)
         out.addmm_(q.T, part.to(out.dtype).square())

@@ -21,11 +21,8 @@ FISHER_DTYPES = (*_checks.FLOATS, torch.uint8)
 
 def _lists(op: str, params: Sequence[Tensor], packed: bool, **others: Sequence[Tensor]) -> None:
     """Checks lists against `params`; `packed` allows uint8 Fishers (u8log) and anchors (split), which EWC makes and the kernels check."""
+    _checks.lists(op, "parameter", params=params, **others)
     for name, values in {"params": params, **others}.items():
-        if isinstance(values, Tensor) or not isinstance(values, Sequence):
-            raise _checks.fail(op, name, "a list of tensors", values, f"pass [{name}]", TypeError)
-        if len(values) != len(params):
-            raise _checks.fail(op, name, f"{len(params)} tensors, one per parameter", f"{len(values)}")
         for i, value in enumerate(values):
             where = f"{name}[{i}]"
             if name == "anchors" and packed and value.dtype == torch.uint8:

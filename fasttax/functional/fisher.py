@@ -210,11 +210,7 @@ def accumulate_sqgrad_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: 
         ValueError, TypeError: a list, shape, dtype or device does not fit.
     """
     op = "accumulate_sqgrad_"
-    for name, values in (("sums", sums), ("grads", grads)):
-        if isinstance(values, Tensor) or not isinstance(values, Sequence):
-            raise _checks.fail(op, name, "a list of tensors", values, f"pass [{name}]", TypeError)
-    if len(sums) != len(grads):
-        raise _checks.fail(op, "grads", f"{len(sums)} tensors, one per sum", f"{len(grads)}")
+    _checks.lists(op, "sum", sums=sums, grads=grads)
     weight = _checks.number(op, "weight", weight)
     for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
         _checks.tensor(op, f"grads[{i}]", grad)

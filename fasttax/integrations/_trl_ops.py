@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttax import reference
-from fasttax._kl.linear_rows import project
+from fasttax._kl.linear_rows import gemm, project
 from fasttax._library import prefer_huge_pages
 from fasttax.kl import KINDS, held_gradients, hold_gradients, token_kl
 from fasttax.kl_stats import token_stats
@@ -40,14 +40,6 @@ def _chunks(n: int, step: int) -> Iterator[slice]:
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
-def _addmm_wide(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """acc += a @ b in float32, the product never rounded to the operands' dtype."""
-    if acc.device.type == "cuda" and a.dtype in (torch.float16, torch.bfloat16):
-        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
-    else:
-        acc.addmm_(a.float(), b.float())
-
-
 class _Gradients:
     """float32 sums of one head's gradients, and their way back to the tensors' dtypes."""
 
@@ -60,11 +52,11 @@ class _Gradients:
         """d_logits in the dtype that multiplies; `wide` before that rounding, for the bias."""
         d_hidden, d_weight, d_bias = self.sums
         if d_hidden is not None:
-            part = torch.zeros(d_logits.shape[0], weight.shape[1], device=weight.device, dtype=torch.float32)
-            _addmm_wide(part, d_logits, weight)
+            part = torch.empty(d_logits.shape[0], weight.shape[1], device=weight.device, dtype=torch.float32)
+            gemm(d_logits, weight, part, add=False)
             d_hidden[where] = part
         if d_weight is not None:
-            _addmm_wide(d_weight, d_logits.T, hidden)
+            gemm(d_logits.T, hidden, d_weight, add=True)
         if d_bias is not None:
             d_bias += wide.sum(0, dtype=torch.float32)
 
@@ -116,7 +108,7 @@ class LogProb(torch.autograd.Function):
         top1 = torch.empty(N, device=hidden.device, dtype=torch.bool)
         kept = []
         for at in _chunks(N, step):
-            logits = _project(buffer[: at.stop - at.start], hidden[at].to(dtype), w, b)
+            logits = project(hidden[at].to(dtype), w, b, buffer[: at.stop - at.start])
             rows, stats = torch.ops.fasttax.token_stats(logits, None, targets[at], None, *options)
             kept.append(stats)
             values[0, at], values[1, at] = rows[LOGP], rows[ENTROPY]
@@ -148,7 +140,7 @@ class LogProb(torch.autograd.Function):
             for at in _chunks(n, ctx.step):
                 tokens = _pick(where, at)
                 h = hidden[tokens].to(ctx.dtype)
-                logits = _project(buffer[: at.stop - at.start], h, w, b)
+                logits = project(h, w, b, buffer[: at.stop - at.start])
                 grads = torch.zeros(6, at.stop - at.start, device=hidden.device, dtype=torch.float32)
                 for row, d in ((LOGP, d_logp), (ENTROPY, d_entropy)):
                     if d is not None:
@@ -271,13 +263,8 @@ class _Pair:
 
     def logits(self, tokens: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
         h, t = self.hidden[tokens].to(self.dtypes[0]), self.teacher_hidden[tokens].to(self.dtypes[1])
-        x = _project(self.buffers[0][: h.shape[0]], h, self.weight, self.bias)
-        return x, _project(self.buffers[1][: h.shape[0]], t, self.teacher_weight, self.teacher_bias), h
-
-
-def _project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    project(hidden, weight, out)
-    return out if bias is None else out.add_(bias)
+        x = project(h, self.weight, self.bias, self.buffers[0][: h.shape[0]])
+        return x, project(t, self.teacher_weight, self.teacher_bias, self.buffers[1][: h.shape[0]]), h
 
 
 def jsd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, beta: float, temperature: float, reduction: str,
