@@ -127,11 +127,13 @@ def test_streamed_files_are_safetensors_with_every_dtype(tmp_path: Path) -> None
 
 
 MEMORY = """
-import json, os, resource, sys, torch
+import ctypes, json, sys, torch
 import fasttax
 from torch import nn
 torch.set_num_threads(1)
 def rss():
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what was freed, now 0 MB and now 32
+    if trim is not None: trim(0)
     text = open("/proc/self/status").read()
     return {k: int(text.split(k + ":")[1].split()[0]) / 1024 for k in ("RssAnon", "RssFile", "VmHWM")}
 model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))
@@ -146,7 +148,7 @@ print(json.dumps({k: after[k] - before[k] for k in after}))
 
 
 def test_anchors_need_no_memory() -> None:
-    """24 M parameters: 192 MB of Fisher and anchor in memory, and under 24 MB more than before from a file."""
+    """24 M parameters: 192 MB of Fisher and anchor in memory, and next to nothing (0.2 MB, and 4.5 MB of code) from a file."""
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux's /proc")
     grown = {}
@@ -154,5 +156,5 @@ def test_anchors_need_no_memory() -> None:
         done = subprocess.run([sys.executable, "-c", MEMORY, offload], capture_output=True, text=True, check=True)
         grown[offload] = json.loads(done.stdout.splitlines()[-1])
     assert grown["None"]["RssAnon"] > 180
-    assert grown["cpu"]["RssAnon"] < 24
-    assert grown["cpu"]["RssFile"] < 24
+    assert grown["cpu"]["RssAnon"] < 4
+    assert grown["cpu"]["RssFile"] < 16
