@@ -21,7 +21,8 @@ inline S adamw_element(S& theta, S anchor, S fisher, S grad, S& m, S& v, S& most
   return term;
 }
 
-template <AdamWMode mode, bool amsgrad>
+// Held: what anchor and fisher are read as (ewc_stage.h).
+template <AdamWMode mode, bool amsgrad, class Held>
 inline double adamw_run(const Operand (&x)[kAwOperands], int64_t begin, int64_t end, const AdamWStep<float>& k) {
   alignas(64) float buffers[kAwOperands][kStage];
   const auto root = [](float a) { return std::sqrt(a); };
@@ -34,14 +35,21 @@ inline double adamw_run(const Operand (&x)[kAwOperands], int64_t begin, int64_t 
   for (int64_t start = begin; start < end; start += kStage) {
     const int64_t n = std::min(kStage, end - start);
     float* at[kAwOperands];
-    for (int o = 0; o < kAwOperands; ++o) at[o] = x[o].data ? const_cast<float*>(stage(x[o], start, n, buffers[o])) : buffers[o];
+    for (int o : {kAwTheta, kAwGrad, kAwFirst, kAwSecond, kAwMax})
+      at[o] = x[o].data ? const_cast<float*>(stage(x[o], start, n, buffers[o])) : buffers[o];
+    const Held* anchors = mode != AdamWMode::kPlain ? held<Held>(x[kAwAnchor], start, n, buffers[kAwAnchor]) : nullptr;
+    const Held* fishers = mode != AdamWMode::kPlain && !from_second ? held<Held>(x[kAwFisher], start, n, buffers[kAwFisher]) : anchors;
     VF sums{};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-      for (int o = 0; o < kAwOperands; ++o) ahead(at[o] + i);  // of a buffer on the stack: nothing to fetch
+      if (kAhead != 0) {
+        for (int o : {kAwTheta, kAwGrad, kAwFirst, kAwSecond, kAwMax}) ahead(at[o] + i);  // of a buffer on the stack: nothing to fetch
+        if (mode != AdamWMode::kPlain) ahead(anchors + i);
+        if (mode != AdamWMode::kPlain) ahead(fishers + i);
+      }
       VF theta = load(at[kAwTheta] + i), m = load(at[kAwFirst] + i), v = load(at[kAwSecond] + i), anchor{}, fisher{}, most{};
-      if (mode != AdamWMode::kPlain) anchor = load(at[kAwAnchor] + i);
-      if (mode != AdamWMode::kPlain && !from_second) fisher = load(at[kAwFisher] + i);
+      if (mode != AdamWMode::kPlain) anchor = load(anchors + i);
+      if (mode != AdamWMode::kPlain && !from_second) fisher = load(fishers + i);
       if (amsgrad) most = load(at[kAwMax] + i);
       sums += adamw_element<mode, amsgrad>(theta, anchor, fisher, load(at[kAwGrad] + i), m, v, most, from_second, ks, roots, splat(1.0f));
       store(at[kAwTheta] + i, theta);
@@ -50,8 +58,8 @@ inline double adamw_run(const Operand (&x)[kAwOperands], int64_t begin, int64_t 
       if (amsgrad) store(at[kAwMax] + i, most);
     }
     for (; i < n; ++i) {
-      const float anchor = mode != AdamWMode::kPlain ? at[kAwAnchor][i] : 0;
-      const float fisher = mode != AdamWMode::kPlain && !from_second ? at[kAwFisher][i] : 0;
+      const float anchor = mode != AdamWMode::kPlain ? to_float(anchors[i]) : 0;
+      const float fisher = mode != AdamWMode::kPlain && !from_second ? to_float(fishers[i]) : 0;
       float unused = 0;
       total += double(adamw_element<mode, amsgrad>(at[kAwTheta][i], anchor, fisher, at[kAwGrad][i], at[kAwFirst][i], at[kAwSecond][i],
                                                    amsgrad ? at[kAwMax][i] : unused, from_second, k, root, 1.0f));
@@ -63,16 +71,21 @@ inline double adamw_run(const Operand (&x)[kAwOperands], int64_t begin, int64_t 
   return total;
 }
 
+template <AdamWMode mode, class Held>
+inline double adamw_mode(const Operand (&x)[kAwOperands], int64_t begin, int64_t end, const AdamWStep<float>& k) {
+  return x[kAwMax].data ? adamw_run<mode, true, Held>(x, begin, end, k) : adamw_run<mode, false, Held>(x, begin, end, k);
+}
+
 inline double adamw_task(const AdamWTensor& t, int64_t begin, int64_t end, const AdamWStep<float>& k) {
   Operand x[kAwOperands];
   for (int o = 0; o < kAwOperands; ++o) x[o] = {t.data[o], t.types[o], o == kAwFisher ? t.scales : nullptr};
-  const bool amsgrad = t.data[kAwMax] != nullptr;
+  const bool halves = lie_as_bfloat16(x[kAwAnchor], x[kAwFisher]);
   switch (t.mode) {
     case AdamWMode::kGrad:
-      return amsgrad ? adamw_run<AdamWMode::kGrad, true>(x, begin, end, k) : adamw_run<AdamWMode::kGrad, false>(x, begin, end, k);
+      return halves ? adamw_mode<AdamWMode::kGrad, BFloat16>(x, begin, end, k) : adamw_mode<AdamWMode::kGrad, float>(x, begin, end, k);
     case AdamWMode::kProx:
-      return amsgrad ? adamw_run<AdamWMode::kProx, true>(x, begin, end, k) : adamw_run<AdamWMode::kProx, false>(x, begin, end, k);
-    default: return amsgrad ? adamw_run<AdamWMode::kPlain, true>(x, begin, end, k) : adamw_run<AdamWMode::kPlain, false>(x, begin, end, k);
+      return halves ? adamw_mode<AdamWMode::kProx, BFloat16>(x, begin, end, k) : adamw_mode<AdamWMode::kProx, float>(x, begin, end, k);
+    default: return adamw_mode<AdamWMode::kPlain, float>(x, begin, end, k);
   }
 }
 

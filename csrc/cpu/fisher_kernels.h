@@ -60,10 +60,8 @@ inline void pack_pairs(const uint16_t* src, int64_t row_stride, const int64_t* s
         uint32_t* dst = out + b * block_size;
         int64_t j = 0;
         for (; j < cols && j + kLanes <= reach; j += kLanes) {
-          VH low, high = {};
-          std::memcpy(&low, row + first + j, sizeof low);
-          if (both) std::memcpy(&high, row + row_stride + first + j, sizeof high);
-          const VU pair = __builtin_convertvector(low, VU) | (__builtin_convertvector(high, VU) << 16);
+          VU pair = widen_halves(row + first + j);
+          if (both) pair |= widen_halves(row + row_stride + first + j) << 16;
           std::memcpy(dst + j, &pair, sizeof pair);
         }
         for (; j < cols; ++j) dst[j] = row[first + j] | (both ? uint32_t(row[row_stride + first + j]) << 16 : 0);
