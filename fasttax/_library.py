@@ -95,6 +95,7 @@ def load_native() -> None:
     lib.define("_prefer_huge_pages(Tensor t) -> ()")
     lib.impl("_prefer_huge_pages", lambda t: None, "CompositeExplicitAutograd")
     lib.define("_project_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()")  # by _C alone too; project() in _kl/linear_rows.py
+    lib.define("_gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")  # the same; gemm() there
     if choice == "reference":
         problems["_C"] = problems["_C_cuda"] = "FASTTAX_BACKEND=reference"
         return

@@ -220,6 +220,7 @@ def test_gemms_of_half_width_operands(mode: str, monkeypatch: pytest.MonkeyPatch
     only as it enters the GEMMs back."""
     t = {name: value.detach().bfloat16().requires_grad_() for name, value in tensors().items()}
     monkeypatch.setattr(linear_rows, "narrow_gemm", lambda device: True)
+    monkeypatch.setattr(linear_rows, "mixed_gemm", lambda device: False)
     operands = set()
     real = linear_rows.gemm
 
@@ -243,5 +244,6 @@ def test_a_narrow_hidden_state_before_a_wide_head(monkeypatch: pytest.MonkeyPatc
     """bfloat16 hidden states and a float32 head: the head is not rounded to meet them."""
     h, w, rh, rw = torch.randn(N, H).bfloat16(), torch.randn(V, H), torch.randn(N, R).bfloat16(), torch.randn(V, R)
     monkeypatch.setattr(linear_rows, "narrow_gemm", lambda device: True)
+    monkeypatch.setattr(linear_rows, "mixed_gemm", lambda device: False)
     got = fasttax.linear_token_kl(h, w, rh, rw)
     torch.testing.assert_close(got, fasttax.token_kl(h.float() @ w.T, rh.float() @ rw.T), rtol=1e-5, atol=1e-6)

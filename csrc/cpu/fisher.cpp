@@ -116,7 +116,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
     const int64_t first = batches[size_t(batch)], last = batches[size_t(batch) + 1], row = t.stride(0), begin = starts[first];
     const char* src = static_cast<const char*>(t.const_data_ptr());
     if (pairs)
-      FASTTAX_DISPATCH(pack_pairs, reinterpret_cast<const uint16_t*>(src), row, starts + first, last - first, from, total, blocks, width,
+      FASTTAX_DISPATCH(pack_bfloat16_pairs, src, row, starts + first, last - first, from, total, blocks, width,
                        reinterpret_cast<uint32_t*>(dst), stride);
     else
       FASTTAX_DISPATCH(pack_blocks, type, src + begin * row * element_size(t.scalar_type()), row, starts[last] - begin, from, total, blocks,

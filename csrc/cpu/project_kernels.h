@@ -21,6 +21,12 @@ inline void widen_row(const T* src, int64_t n, float* dst) {
   for (; i < n; ++i) dst[i] = to_float(src[i]);
 }
 
+// Pairs of a row of bfloat16, which are one word each, with a zero for the last one's partner.
+inline void pairs_of(const void* src, int64_t first, int64_t n, float* dst) {
+  if (n % 2 != 0) dst[n / 2] = 0;
+  std::memcpy(dst, static_cast<const BFloat16*>(src) + first, size_t(n) * sizeof(BFloat16));
+}
+
 inline void widen_row_of(LogitType type, const void* src, int64_t first, int64_t n, float* dst) {
   switch (type) {
     case LogitType::kBFloat16: widen_row(static_cast<const BFloat16*>(src) + first, n, dst); break;
@@ -29,83 +35,97 @@ inline void widen_row_of(LogitType type, const void* src, int64_t first, int64_t
   }
 }
 
-// x [block of kTokens][depth][width], zeros beyond the last token; width is kTokens, for the last block as many vectors as it needs.
+// x [block of kTokens][steps][width], a step one product or, of bfloat16, a pair; zeros beyond the last token; width is kTokens, for the
+// last block as many vectors as it needs.
 inline int64_t block_width(int64_t tokens, int64_t first) { return std::min(kTokens, (tokens - first + kLanes - 1) / kLanes * kLanes); }
 
-inline void pack_tokens(LogitType type, const void* hidden, int64_t stride, int64_t tokens, int64_t depth, float* x) {
-  std::vector<float> row(size_t(depth), 0.0f);
+inline void pack_tokens(LogitType type, bool pairs, const void* hidden, int64_t stride, int64_t tokens, int64_t depth, float* x) {
+  const int64_t steps = pairs ? (depth + 1) / 2 : depth;
+  std::vector<float> row(size_t(steps), 0.0f);
   for (int64_t first = 0; first < tokens; first += kTokens) {
     const int64_t width = block_width(tokens, first);
     for (int64_t t = 0; t < width; ++t) {
-      if (first + t < tokens) widen_row_of(type, hidden, (first + t) * stride, depth, row.data());
-      else std::fill(row.begin(), row.end(), 0.0f);
-      for (int64_t h = 0; h < depth; ++h) x[first * depth + h * width + t] = row[size_t(h)];
+      if (first + t >= tokens) std::fill(row.begin(), row.end(), 0.0f);
+      else if (pairs) pairs_of(hidden, (first + t) * stride, depth, row.data());
+      else widen_row_of(type, hidden, (first + t) * stride, depth, row.data());
+      for (int64_t h = 0; h < steps; ++h) std::memcpy(x + first * steps + h * width + t, &row[size_t(h)], sizeof(float));
     }
   }
 }
 
 // sum[kWords][vectors * kLanes] = or += the products of `steps` columns of kWords rows of the head. `next`: rows that will be needed, half
 // a line a step.
+#define FASTTAX_PROJECT(STEP)                                                                                                           \
+  VF acc[kWords][vectors];                                                                                                              \
+  _Pragma("GCC unroll 16") for (int w = 0; w < kWords; ++w) _Pragma("GCC unroll 4") for (int v = 0; v < vectors; ++v) acc[w][v] = VF{}; \
+  _Pragma("GCC unroll 2") for (int64_t h = 0; h < steps; ++h) {                                                                         \
+    __builtin_prefetch(next + h * 8, 0, 2);                                                                                             \
+    VF token[vectors];                                                                                                                  \
+    for (int v = 0; v < vectors; ++v) token[v] = load(x + h * vectors * kLanes + v * kLanes);                                           \
+    _Pragma("GCC unroll 16") for (int w = 0; w < kWords; ++w) {                                                                         \
+      const VF word = splat(words[w * stride + h]);                                                                                     \
+      _Pragma("GCC unroll 4") for (int v = 0; v < vectors; ++v) acc[w][v] = STEP(word, token[v], acc[w][v]);                            \
+    }                                                                                                                                   \
+  }                                                                                                                                     \
+  _Pragma("GCC unroll 16") for (int w = 0; w < kWords; ++w) _Pragma("GCC unroll 4") for (int v = 0; v < vectors; ++v) {                 \
+    float* to = sum + w * vectors * kLanes + v * kLanes;                                                                                \
+    store(to, add ? load(to) + acc[w][v] : acc[w][v]);                                                                                  \
+  }
+
 template <int vectors>
 inline void project_run(const float* words, int64_t stride, const float* x, const float* next, int64_t steps, bool add, float* sum) {
-  VF acc[kWords][vectors];
-#pragma GCC unroll 16
-  for (int w = 0; w < kWords; ++w)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) acc[w][v] = VF{};
-#pragma GCC unroll 2
-  for (int64_t h = 0; h < steps; ++h) {
-    __builtin_prefetch(next + h * 8, 0, 2);
-    VF token[vectors];
-    for (int v = 0; v < vectors; ++v) token[v] = load(x + h * vectors * kLanes + v * kLanes);
-#pragma GCC unroll 16
-    for (int w = 0; w < kWords; ++w) {
-      const VF word = splat(words[w * stride + h]);
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) acc[w][v] = fma(word, token[v], acc[w][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int w = 0; w < kWords; ++w)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      float* to = sum + w * vectors * kLanes + v * kLanes;
-      store(to, add ? load(to) + acc[w][v] : acc[w][v]);
-    }
+  FASTTAX_PROJECT(fma)
 }
 
-inline void project_run_of(int64_t width, const float* words, int64_t stride, const float* x, const float* next, int64_t steps, bool add,
-                           float* sum) {
+#if FASTTAX_ISA == 512
+template <int vectors>
+FASTTAX_BF16 inline void project_pairs(const float* words, int64_t stride, const float* x, const float* next, int64_t steps, bool add,
+                                       float* sum) {
+  FASTTAX_PROJECT(dot_pairs)
+}
+#endif
+#undef FASTTAX_PROJECT
+
+template <int vectors>
+inline void project_run(bool pairs, const float* words, int64_t stride, const float* x, const float* next, int64_t steps, bool add,
+                        float* sum) {
+#if FASTTAX_ISA == 512
+  if (pairs) return project_pairs<vectors>(words, stride, x, next, steps, add, sum);
+#endif
+  project_run<vectors>(words, stride, x, next, steps, add, sum);
+}
+
+inline void project_run_of(int64_t width, bool pairs, const float* words, int64_t stride, const float* x, const float* next, int64_t steps,
+                           bool add, float* sum) {
   switch (width / kLanes) {
-    case 1: project_run<1>(words, stride, x, next, steps, add, sum); break;
-    case 2: project_run<2>(words, stride, x, next, steps, add, sum); break;
-    default: project_run<kVectors>(words, stride, x, next, steps, add, sum);
+    case 1: project_run<1>(pairs, words, stride, x, next, steps, add, sum); break;
+    case 2: project_run<2>(pairs, words, stride, x, next, steps, add, sum); break;
+    default: project_run<kVectors>(pairs, words, stride, x, next, steps, add, sum);
   }
 }
 
-// Logits of the words [first, last). scratch: kUnit rows of `depth`, for those that do not lie as whole float32 units.
-inline void project_words(LogitType type, const void* weight, int64_t weight_stride, const float* x, int64_t tokens, int64_t depth,
-                          int64_t first, int64_t last, float* out, int64_t out_stride, float* scratch) {
+// Logits of the words [first, last). scratch: kUnit rows of `depth`, for those that do not lie as whole units of float32 or of pairs.
+inline void project_words(LogitType type, bool pairs, const void* weight, int64_t weight_stride, const float* x, int64_t tokens,
+                          int64_t depth, int64_t first, int64_t last, float* out, int64_t out_stride, float* scratch) {
   alignas(64) float sum[kUnit * kTokens];
+  const int64_t steps = pairs ? (depth + 1) / 2 : depth;
   for (int64_t v = first; v < last; v += kUnit) {
     const int64_t words = std::min(kUnit, last - v);
-    const float* rows = static_cast<const float*>(weight) + v * weight_stride;
-    int64_t stride = weight_stride;
-    const bool in_place = type == LogitType::kFloat && words == kUnit;
-    if (!in_place) {
-      for (int64_t w = 0; w < kUnit; ++w)
-        if (w < words) widen_row_of(type, weight, (v + w) * weight_stride, depth, scratch + w * depth);
-        else std::fill(scratch + w * depth, scratch + (w + 1) * depth, 0.0f);
-      rows = scratch;
-      stride = depth;
-    }
+    const int64_t each = pairs ? 2 : 1;
+    const bool in_place = words == kUnit && (pairs ? depth % 2 == 0 && weight_stride % 2 == 0 : type == LogitType::kFloat);
+    const float* rows = in_place ? static_cast<const float*>(weight) + v * weight_stride / each : scratch;
+    const int64_t stride = in_place ? weight_stride / each : steps;
+    for (int64_t w = 0; w < kUnit && !in_place; ++w)
+      if (w >= words) std::fill(scratch + w * steps, scratch + (w + 1) * steps, 0.0f);
+      else if (pairs) pairs_of(weight, (v + w) * weight_stride, depth, scratch + w * steps);
+      else widen_row_of(type, weight, (v + w) * weight_stride, depth, scratch + w * steps);
     for (int64_t t0 = 0; t0 < tokens; t0 += kTokens) {
       const int64_t width = block_width(tokens, t0);
       for (int64_t w = 0; w < kUnit; w += kWords)
-        for (int64_t h = 0; h < depth; h += kFold) {
+        for (int64_t h = 0; h < steps; h += kFold) {
           const float* mine = rows + w * stride + h;
           const float* next = in_place && t0 == 0 && v + 2 * kUnit <= last ? mine + kUnit * stride : mine;
-          project_run_of(width, mine, stride, x + t0 * depth + h * width, next, std::min(kFold, depth - h), h > 0, sum + w * width);
+          project_run_of(width, pairs, mine, stride, x + t0 * steps + h * width, next, std::min(kFold, steps - h), h > 0, sum + w * width);
         }
       const int64_t count = std::min(width, tokens - t0);
       for (int64_t t = 0; t < count; ++t) {

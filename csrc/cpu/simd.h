@@ -178,8 +178,13 @@ inline VU round_to_bfloat16(VF v) {  // to nearest even in the upper half, which
 }
 
 inline void store(BFloat16* p, VF v) {
-  const VH h = __builtin_convertvector(round_to_bfloat16(v) >> 16, VH);
+  const VU upper = round_to_bfloat16(v) >> 16;
+#if FASTTAX_ISA == 512
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)upper));
+#else
+  const VH h = __builtin_convertvector(upper, VH);
   std::memcpy(p, &h, sizeof h);
+#endif
 }
 
 inline uint16_t to_half_bits(float f) {
@@ -225,6 +230,18 @@ inline void store(T* p, VF v, int64_t n) {
   store(whole, v);
   std::memcpy(p, whole, size_t(n) * sizeof(T));
 }
+
+// Where there is AVX512-BF16: acc + a pair of products in each lane, which are exact.
+#if FASTTAX_ISA == 512
+#if defined(__clang__)
+#define FASTTAX_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16")))
+#else
+#define FASTTAX_BF16 __attribute__((target("avx512bf16")))
+#endif
+FASTTAX_BF16 inline VF dot_pairs(VF row, VF col, VF acc) {
+  return (VF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)row, (__m512bh)(__m512i)col);
+}
+#endif
 
 // ---- functions ----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttax._fisher.passes import WAY_OUT
+from fasttax._kl.linear_rows import gemm
 from fasttax.functional import fisher as ops
 
 _CHUNK = 256  # tokens of the head's closed form at a time
@@ -144,7 +145,7 @@ def closed_form(out: Tensor, p: Rows, weight: float | None, skip: Tensor | None)
         if p.x is None:
             out += factor * q.sum(0)
         else:
-            out.addmm_(q.T, p.x[start : start + _CHUNK].to(out.dtype).square(), alpha=factor)
+            gemm(q.mul_(factor).T, p.x[start : start + _CHUNK].to(out.dtype).square(), out, add=True)
 
 
 def head_rows(p: Rows, ids: Tensor, bounds: Tensor, out: Tensor, *, whole: bool = False) -> HeadRows:

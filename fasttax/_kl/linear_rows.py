@@ -73,13 +73,23 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def narrow_gemm(device: torch.device) -> bool:
-    """Whether a GEMM of half-width operands with float32 results is to be had: cuBLAS has it (torch.mm(out_dtype=)), torch's CPU does
-    not, and there widened operands are no slower without AMX (64 against 89 ms in bfloat16 for 256 tokens, 576 -> 49152, Sapphire Rapids)."""
+    """Whether torch has a GEMM of half-width operands with float32 results: cuBLAS (torch.mm(out_dtype=)) has it, torch's CPU does not."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def mixed_gemm(device: torch.device) -> bool:
+    """Whether fasttax's kernels multiply operands of any two dtypes (csrc/cpu/gemm.cpp): a library that was built, x86 vectors from AVX2 on."""
+    return device.type == "cpu" and "_C" not in problems and not torch.compiler.is_compiling() and int(torch.ops.fasttax._simd_level(-1)) > 0
+
+
 def gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out = a @ b, or out += a @ b, summed in out's dtype. Logits rounded to bfloat16 cost 4-23 % of a JSD gradient (Liger#1432)."""
+    """out = a @ b, or out += a @ b, summed in out's dtype. Logits rounded to bfloat16 cost 4-23 % of a JSD gradient (Liger#1432).
+
+    On a CPU by a kernel that packs no more of a head than it multiplies next, and takes the operands in their dtypes. MKL, which packs
+    all of it and runs half as wide on AMD: 51 and 46 ms for the gradients of 176 hidden states and of the head, 576 -> 49152, against 25 and 22 (Zen 5)."""
+    if _own_kernel(out, b) and a.dtype in NARROW and 1 in a.stride() and a.shape[1] > 0:
+        torch.ops.fasttax._gemm_(out, a, b, add)
+        return
     if a.dtype != out.dtype and a.is_cuda:
         if add:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -100,7 +110,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     176 tokens of 576 -> 49152, 233 -> 158 for 512 (MKL on Zen 4). Where it does not run, in blocks of the head that stay in cache while
     they are packed: 85 -> 64 ms for 176 tokens."""
     V, H = weight.shape
-    if _own_kernel(hidden, weight, out):
+    if _own_kernel(out, hidden, weight) and hidden.shape[1] > 0:
         torch.ops.fasttax._project_(out, hidden, weight)
     else:
         step = V if out.device.type != "cpu" else max(256, BLOCK_BYTES // max(1, H * out.element_size()) // 64 * 64)
@@ -109,11 +119,9 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     return out if bias is None else out.add_(bias)
 
 
-def _own_kernel(*tensors: Tensor) -> bool:
-    """x86 vectors (a library that was built, on AVX2 or better), float32 sums, rows that are contiguous and not empty."""
-    hidden, _, out = tensors
-    return (out.device.type == "cpu" and out.dtype == torch.float32 and all(t.dtype in NARROW and t.stride(1) == 1 for t in tensors)
-            and hidden.shape[1] > 0 and "_C" not in problems and not torch.compiler.is_compiling() and torch.ops.fasttax._simd_level(-1) > 0)  # fmt: skip
+def _own_kernel(out: Tensor, *operands: Tensor) -> bool:
+    """Float32 sums, rows that are contiguous."""
+    return out.dtype == torch.float32 and mixed_gemm(out.device) and all(t.dtype in NARROW and t.stride(1) == 1 for t in (out, *operands))
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -126,10 +134,10 @@ class Head:
     """One model's hidden states and head: logits of a chunk, and the gradients, added up chunk by chunk."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
-        narrow = hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32 and narrow_gemm(weight.device)
-        operand = weight.dtype if narrow else dtype
+        wide, halves = dtype == torch.float32, hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16)
+        mixed, self.narrow = wide and mixed_gemm(weight.device), wide and halves and narrow_gemm(weight.device)
         self.given = (hidden, weight, bias)
-        self.hidden, self.weight = hidden.to(operand), weight.to(operand)
+        self.hidden, self.weight = (hidden, weight) if mixed or self.narrow else (hidden.to(dtype), weight.to(dtype))
         self.bias = None if bias is None else bias.to(dtype)
         empty = torch.empty if hidden.shape[0] else torch.zeros
         self.d_hidden = empty(hidden.shape, dtype=dtype, device=hidden.device) if needs[0] else None
@@ -144,7 +152,7 @@ class Head:
 
     def add(self, tokens: slice, columns: slice, d_logits: Tensor) -> None:
         """The chunk's part of every gradient; the first of a sum writes it."""
-        d = d_logits.to(self.weight.dtype)
+        d = d_logits.to(self.weight.dtype) if self.narrow else d_logits
         if self.d_hidden is not None:
             gemm(d, self.weight[columns], self.d_hidden[tokens], add=columns.start > 0)
         if self.d_weight is not None:

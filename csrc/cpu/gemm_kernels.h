@@ -1,0 +1,147 @@
+// out = or += a b by tiles (tile.h). Packed: a by blocks of kRows rows [block][step][kRows], b by blocks of kCols columns
+// [block][step][kCols]; a step is one k, or with GemmArgs::pairs two of them as bfloat16.
+#include "tile.h"
+
+namespace fasttax {
+namespace FASTTAX_ISA_NS {
+
+inline int64_t tile_fold() { return kFold; }
+
+// Steps [first, last) of `blocks` blocks of a matrix whose rows are k, from column `col` of `total`.
+inline void pack_steps(LogitType type, const void* src, int64_t row_stride, bool pairs, int64_t k, int64_t first, int64_t last, int64_t col,
+                       int64_t total, int64_t blocks, int64_t width, float* dst, int64_t block_size) {
+  const auto typed = [&](auto* p) {
+    const int64_t span[2] = {2 * first, std::min(k, 2 * last)};
+    if (pairs) pack_pairs(p, row_stride, span, 1, col, total, blocks, width, reinterpret_cast<uint32_t*>(dst), block_size);
+    else pack(p + first * row_stride, row_stride, last - first, col, total, blocks, width, false, nullptr, dst, block_size);
+  };
+  switch (type) {
+    case LogitType::kBFloat16: typed(static_cast<const BFloat16*>(src)); break;
+    case LogitType::kFloat16: typed(static_cast<const Float16*>(src)); break;
+    default: typed(static_cast<const float*>(src));
+  }
+}
+
+// A row's steps as 32-bit words, where they are not that already: pairs of bfloat16 lie as they will.
+template <class T>
+inline void words_of(const T* row, bool pairs, int64_t k, int64_t first, int64_t last, uint32_t* to) {
+  const auto copy = [](const T* from, int64_t n, auto* dst) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(from + i));
+    if (i < n) store(dst + i, load(from + i, n - i, 0.0f), n - i);
+  };
+  if (!pairs) return copy(row + first, last - first, reinterpret_cast<float*>(to));
+  const int64_t n = std::min(k, 2 * last) - 2 * first;
+  if (n % 2 != 0) to[n / 2] = 0;
+  if (std::is_same_v<T, BFloat16>) std::memcpy(to, row + 2 * first, size_t(n) * sizeof(T));
+  else copy(row + 2 * first, n, reinterpret_cast<BFloat16*>(to));
+}
+
+// to[s][kRows] = at[r][s], from s on; returns how far it came.
+inline int64_t turn_words(const uint32_t* const (&at)[kRows], int64_t steps, uint32_t* to) {
+  int64_t s = 0;
+#if FASTTAX_ISA == 512
+  static_assert(kRows == 8);
+  for (; s + 8 <= steps; s += 8) {
+    __m256 row[8], two[8], four[8];
+    for (int r = 0; r < 8; ++r) row[r] = _mm256_loadu_ps(reinterpret_cast<const float*>(at[r] + s));
+    for (int r = 0; r < 8; r += 2) {
+      two[r] = _mm256_unpacklo_ps(row[r], row[r + 1]);
+      two[r + 1] = _mm256_unpackhi_ps(row[r], row[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4) {
+      four[r] = _mm256_shuffle_ps(two[r], two[r + 2], 0x44);
+      four[r + 1] = _mm256_shuffle_ps(two[r], two[r + 2], 0xee);
+      four[r + 2] = _mm256_shuffle_ps(two[r + 1], two[r + 3], 0x44);
+      four[r + 3] = _mm256_shuffle_ps(two[r + 1], two[r + 3], 0xee);
+    }
+    for (int r = 0; r < 4; ++r) {
+      float* dst = reinterpret_cast<float*>(to + (s + r) * 8);
+      _mm256_storeu_ps(dst, _mm256_permute2f128_ps(four[r], four[r + 4], 0x20));
+      _mm256_storeu_ps(dst + 32, _mm256_permute2f128_ps(four[r], four[r + 4], 0x31));
+    }
+  }
+#endif
+  return s;
+}
+
+// The same of a matrix whose rows are those of the blocks: turned.
+template <class T>
+inline void turn_rows(const T* src, int64_t row_stride, bool pairs, int64_t k, int64_t first, int64_t last, int64_t row, int64_t total,
+                      int64_t blocks, float* dst, int64_t block_size) {
+  const int64_t steps = last - first;
+  const bool as_it_lies = std::is_same_v<T, float> && !pairs;
+  uint32_t words[kRows][kFold];
+  for (int64_t b = 0; b < blocks; ++b, row += kRows, dst += block_size) {
+    const uint32_t* at[kRows];
+    const int64_t rows = std::min<int64_t>(kRows, total - row);
+    for (int64_t r = 0; r < kRows; ++r) {
+      at[r] = words[r];
+      if (r >= rows) std::fill(words[r], words[r] + steps, 0u);
+      else if (as_it_lies) at[r] = reinterpret_cast<const uint32_t*>(src + (row + r) * row_stride + first);
+      else words_of(src + (row + r) * row_stride, pairs, k, first, last, words[r]);
+    }
+    uint32_t* to = reinterpret_cast<uint32_t*>(dst);
+    for (int64_t s = turn_words(at, steps, to); s < steps; ++s)
+      for (int64_t r = 0; r < kRows; ++r) to[s * kRows + r] = at[r][s];
+  }
+}
+
+inline void turn_steps(LogitType type, const void* src, int64_t row_stride, bool pairs, int64_t k, int64_t first, int64_t last, int64_t row,
+                       int64_t total, int64_t blocks, float* dst, int64_t block_size) {
+  switch (type) {
+    case LogitType::kBFloat16:
+      turn_rows(static_cast<const BFloat16*>(src), row_stride, pairs, k, first, last, row, total, blocks, dst, block_size);
+      break;
+    case LogitType::kFloat16:
+      turn_rows(static_cast<const Float16*>(src), row_stride, pairs, k, first, last, row, total, blocks, dst, block_size);
+      break;
+    default: turn_rows(static_cast<const float*>(src), row_stride, pairs, k, first, last, row, total, blocks, dst, block_size);
+  }
+}
+
+// One run of a tile at out[row, col]; what reaches over the edge goes by way of a tile aside.
+inline void gemm_tile(const GemmArgs& x, const float* a, const float* b, const float* ahead, int64_t steps, int64_t row, int64_t col,
+                      bool add) {
+  const int64_t rows = std::min<int64_t>(kRows, x.M - row), cols = std::min(kCols, x.N - col);
+  float* out = x.out + row * x.out_stride + col;
+  const bool whole = rows == kRows && cols == kCols;
+  alignas(64) float aside[kTile];
+  float* to = whole ? out : aside;
+  const int64_t stride = whole ? x.out_stride : kCols;
+  const Leave how = whole && add ? Leave::kAdd : Leave::kWrite;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; c += 16) __builtin_prefetch(out + r * x.out_stride + c, 1);
+#if FASTTAX_ISA == 512
+  if (x.pairs) run_pairs(b, a, ahead, steps, how, 1.0f, nullptr, to, stride);
+  else
+#endif
+    run_floats(b, a, ahead, steps, how, 1.0f, nullptr, to, stride);
+  if (whole) return;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) {
+      float& o = out[r * x.out_stride + c];
+      o = add ? o + aside[r * kCols + c] : aside[r * kCols + c];
+    }
+}
+
+// Blocks of rows from `row` times blocks of columns from `col`. Rows inside: a fold of a column block stays in L1 meanwhile.
+inline void gemm_blocks(const GemmArgs& x, const float* a, int64_t a_size, int64_t row_blocks, int64_t row, const float* b, int64_t b_size,
+                        int64_t col_blocks, int64_t col, int64_t steps, int64_t fold, bool add, GemmAhead* upcoming) {
+  const int64_t runs = col_blocks * row_blocks * ((steps + fold - 1) / fold);
+  const int64_t share[2] = {upcoming ? upcoming[0].lines() / runs + 1 : 0, upcoming ? upcoming[1].lines() / runs + 1 : 0};
+  for (int64_t c = 0; c < col_blocks; ++c)
+    for (int64_t s = 0; s < steps; s += fold) {
+      const int64_t count = std::min(fold, steps - s);
+      const float *mine = b + c * b_size + s * kCols, *next = s + fold < steps ? mine + count * kCols : b + (c + 1) * b_size;
+      for (int64_t r = 0; r < row_blocks; ++r) {
+        const float* rows = a + r * a_size + s * kRows;
+        for (int m = 0; m < 2 && upcoming; ++m) upcoming[m].fetch(share[m]);
+        const float* ahead = r < 3 ? next + r * count * kLanes : rows + a_size;
+        gemm_tile(x, rows, mine, ahead, count, row + r * kRows, col + c * kCols, add || s > 0);
+      }
+    }
+}
+
+}  // namespace FASTTAX_ISA_NS
+}  // namespace fasttax
