@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "../float_type.h"
+#include "gemm.h"
 
 namespace fasttax {
 
@@ -82,13 +83,16 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
                   static_cast<const double*>(weights), I, O, static_cast<double*>(out.mutable_data_ptr()));
     return;
   }
-  std::vector<float> token_weight;
-  if (single && weights) {
-    token_weight.resize(R);
-    for (int64_t n = 0; n < examples; ++n)
-      if (starts[n + 1] > starts[n]) token_weight[starts[n]] = static_cast<const float*>(weights)[n];
+  float* f = static_cast<float*>(out.mutable_data_ptr());
+  if (single) {  // F = (d * d)^T (a * a)
+    std::vector<float> token_weight(weights ? size_t(R) : 0);
+    for (int64_t n = 0; n < examples && weights; ++n)
+      if (starts[n + 1] > starts[n]) token_weight[size_t(starts[n])] = static_cast<const float*>(weights)[n];
+    const GemmMatrix d{d_type, grad_outputs.const_data_ptr(), grad_outputs.stride(0), false, true, weights ? token_weight.data() : nullptr};
+    gemm(O, I, R, d, {a_type, inputs.const_data_ptr(), inputs.stride(0), false, true}, f, I, true, false);
+    return;
   }
-  const bool pairs = !single && isa_bf16() && a_type == LogitType::kBFloat16 && d_type == LogitType::kBFloat16;
+  const bool pairs = isa_bf16() && a_type == LogitType::kBFloat16 && d_type == LogitType::kBFloat16;
   std::vector<int64_t> pair_starts;
   if (pairs) {
     pair_starts.assign(1, 0);
@@ -112,7 +116,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
   float* a = packed.data() + (16 - reinterpret_cast<uintptr_t>(packed.data()) / 4 % 16) % 16;
   // Columns `from`.. of a batch's rows of `t`, in `blocks` blocks of `width`.
   const auto pack = [&](const Tensor& t, LogitType type, int64_t batch, int64_t from, int64_t total, int64_t blocks, int64_t width,
-                        const float* scale, float* dst, int64_t stride) {
+                        float* dst, int64_t stride) {
     const int64_t first = batches[size_t(batch)], last = batches[size_t(batch) + 1], row = t.stride(0), begin = starts[first];
     const char* src = static_cast<const char*>(t.const_data_ptr());
     if (pairs)
@@ -120,22 +124,20 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
                        reinterpret_cast<uint32_t*>(dst), stride);
     else
       FASTTAX_DISPATCH(pack_blocks, type, src + begin * row * element_size(t.scalar_type()), row, starts[last] - begin, from, total, blocks,
-                       width, single, scale ? scale + begin : nullptr, dst, stride);
+                       width, dst, stride);
   };
   const int64_t count = int64_t(batches.size()) - 1;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      pack(inputs, a_type, k, 0, I, col_blocks, cols, nullptr, a + bounds[batches[size_t(k)]] * cols, a_stride);
+    for (int64_t k = begin; k < end; ++k) pack(inputs, a_type, k, 0, I, col_blocks, cols, a + bounds[batches[size_t(k)]] * cols, a_stride);
   });
   // Rows of F that share a block of A, which comes from L3: as many as leave their D in L2; for short examples fewer, so that the panel of
   // squares, which they read and write once an example, stays in L1.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = R < 64 * examples && !single ? 96 : std::clamp<int64_t>(kBatchFloats / longest, 48, 192);
+  const int64_t most = R < 64 * examples ? 96 : std::clamp<int64_t>(kBatchFloats / longest, 48, 192);
   const int64_t rounds = (O + threads * most - 1) / (threads * most);  // as many groups for each thread
   const int64_t group = (row_blocks + threads * rounds - 1) / (threads * rounds), groups = (row_blocks + group - 1) / group;
   const int64_t tiles = group * rows * cols, chunk = std::clamp<int64_t>(kPanelFloats / tiles, 1, col_blocks);
   const int64_t d_stride = longest * rows + cols;  // a block's last step may be written a vector long
-  float* f = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> memory(new float[size_t(group * d_stride + (chunk + 1) * tiles + cols)]);
     float* panels = memory.get() + (16 - reinterpret_cast<uintptr_t>(memory.get()) / 4 % 16) % 16;  // whole cache lines
@@ -146,18 +148,11 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
         const int64_t to = std::min(col_blocks, from + chunk);
         std::fill(panels, panels + (to - from) * blocks * rows * cols, 0.0f);
         for (int64_t k = 0; k < count; ++k) {
-          pack(grad_outputs, d_type, k, first * rows, O, blocks, rows, single && weights ? token_weight.data() : nullptr, d, d_stride);
-          const FisherBatch x{a,
-                              d,
-                              a_stride,
-                              d_stride,
-                              bounds,
-                              batches[size_t(k)],
-                              batches[size_t(k) + 1],
-                              blocks,
-                              single ? nullptr : static_cast<const float*>(weights),
-                              pairs};
-          FASTTAX_DISPATCH(fisher_batch, x, single, from, to, panels, gathered);
+          pack(grad_outputs, d_type, k, first * rows, O, blocks, rows, d, d_stride);
+          const FisherBatch x{
+              a,    d, a_stride, d_stride, bounds, batches[size_t(k)], batches[size_t(k) + 1], blocks, static_cast<const float*>(weights),
+              pairs};
+          FASTTAX_DISPATCH(fisher_batch, x, from, to, panels, gathered);
         }
         FASTTAX_DISPATCH(fisher_add, panels, blocks, from, to, f + first * rows * I, std::min(O - first * rows, blocks * rows), I);
       }

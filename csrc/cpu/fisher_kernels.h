@@ -37,26 +37,11 @@ inline void fisher_column(const FisherBatch& x, const float* a, const float* nex
   }
 }
 
-// T = 1: a and d hold squares, whose products are added up over all steps.
-inline void fisher_squares(const FisherBatch& x, const float* a, const float* next, float* panel) {
-  const int64_t begin = x.starts[x.first], end = x.starts[x.last];
-  for (int64_t t = begin; t < end; t += kFold) {
-    const int64_t steps = std::min(kFold, end - t);
-    const float* then = t + steps < end ? a + (t + steps) * kCols : next;
-    for (int64_t b = 0; b < x.blocks; ++b) {
-      const float* mine = x.d + b * x.d_stride + (t - begin) * kRows;
-      const float* ahead = b < 2 ? then + b * steps * kLanes : mine + x.d_stride;
-      run_floats(a + t * kCols, mine, ahead, steps, Leave::kAdd, 1.0f, nullptr, panel + b * kTile);
-    }
-  }
-}
-
 // One batch in column blocks [from, to), whose panels (`blocks` tiles each) lie side by side.
-inline void fisher_batch(const FisherBatch& x, bool squares, int64_t from, int64_t to, float* panels, float* gathered) {
+inline void fisher_batch(const FisherBatch& x, int64_t from, int64_t to, float* panels, float* gathered) {
   for (int64_t c = from; c < to; ++c, panels += x.blocks * kTile) {
     const float *a = x.a + c * x.a_stride, *next = x.a + (c + 1 < to ? c + 1 : from) * x.a_stride + x.starts[x.first] * kCols;
-    if (squares) fisher_squares(x, a, next, panels);
-    else fisher_column(x, a, next, panels, gathered);
+    fisher_column(x, a, next, panels, gathered);
   }
 }
 

@@ -1,6 +1,8 @@
 // _gemm_: the two products of a head's backward, out = or += a b with float32 sums. Either b is small and is packed once for all rows
 // (a weight's gradient: d^T hidden), or the sum is long and both are packed a fold of it at a time (hidden states' gradient: d weight),
 // where a GEMM of a library packs all of the head. One sum for each element, in one order, whatever the number of threads.
+#include "gemm.h"
+
 #include <memory>
 
 #include "../float_type.h"
@@ -44,22 +46,15 @@ constexpr int64_t kPackedSteps = 2048;                  // of a sum: few enough 
 constexpr int64_t kRowFloats = 100 * 1024;              // of a in L2
 constexpr int64_t kDeepRows = 256, kDeepColumns = 576;  // of out that one thread sums over folds: 0.6 MB
 
-struct Matrix {
-  LogitType type;
-  const void* data;
-  int64_t stride;
-  bool turned;  // rows are out's, not k
-};
-
 struct Gemm : GemmArgs {
-  Matrix a, b;
+  GemmMatrix a, b;
   int64_t steps, fold, rows, cols;  // of the sum; of one run of it; of a tile
 
   int64_t row_blocks() const { return (M + rows - 1) / rows; }
   int64_t col_blocks() const { return (N + cols - 1) / cols; }
 
   // Of `m`, the steps [first, last) of its other side's [begin, end).
-  GemmAhead ahead(const Matrix& m, int64_t first, int64_t last, int64_t begin, int64_t end) const {
+  GemmAhead ahead(const GemmMatrix& m, int64_t first, int64_t last, int64_t begin, int64_t end) const {
     const int64_t item = m.type == LogitType::kFloat ? 4 : 2, each = pairs ? 2 : 1, from = first * each, to = std::min(K, last * each);
     const int64_t row = m.turned ? begin : from,
                   rows = first == last ? 0
@@ -72,10 +67,10 @@ struct Gemm : GemmArgs {
 
   void pack_a(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst, int64_t size) const {
     if (a.turned) FASTTAX_DISPATCH(turn_steps, a.type, a.data, a.stride, pairs, K, first, last, block * rows, M, blocks, dst, size);
-    else FASTTAX_DISPATCH(pack_steps, a.type, a.data, a.stride, pairs, K, first, last, block * rows, M, blocks, rows, dst, size);
+    else FASTTAX_DISPATCH(pack_steps, a, pairs, K, first, last, block * rows, M, blocks, rows, dst, size);
   }
   void pack_b(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst, int64_t size) const {
-    FASTTAX_DISPATCH(pack_steps, b.type, b.data, b.stride, pairs, K, first, last, block * cols, N, blocks, cols, dst, size);
+    FASTTAX_DISPATCH(pack_steps, b, pairs, K, first, last, block * cols, N, blocks, cols, dst, size);
   }
 };
 
@@ -130,6 +125,23 @@ void fold_by_fold(const Gemm& g) {
   });
 }
 
+}  // namespace
+
+void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix& b, float* out, int64_t out_stride, bool add, bool pairs) {
+  const int64_t steps = pairs ? (K + 1) / 2 : K, most = FASTTAX_DISPATCH(tile_fold), folds = (steps + most - 1) / most;
+  const Gemm g{{M, N, K, out, out_stride, add, pairs},
+               a,
+               b,
+               steps,
+               (steps + folds - 1) / folds,
+               FASTTAX_DISPATCH(tile_rows),
+               FASTTAX_DISPATCH(tile_cols)};
+  if (steps <= kPackedSteps && steps * N <= kPackedOnce) with_b_packed_once(g);
+  else fold_by_fold(g);
+}
+
+namespace {
+
 // out (M, N) float32 = or += a (M, K) b (K, N). b's rows are contiguous, and a's rows or its columns. Products are exact or float32's: a
 // float32 a is not rounded to meet a bfloat16 b (a gradient's entries add up to 0 over the vocabulary, and so would its roundings not).
 void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
@@ -145,16 +157,8 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
                 "rows of out and b must be contiguous, and rows or columns of a");
   if (M == 0 || N == 0) return;
   const bool pairs = b_type == LogitType::kBFloat16 && a_type == LogitType::kBFloat16 && isa_bf16();
-  const int64_t steps = pairs ? (K + 1) / 2 : K, most = FASTTAX_DISPATCH(tile_fold), folds = (steps + most - 1) / most;
-  const Gemm g{{M, N, K, static_cast<float*>(out.mutable_data_ptr()), out.stride(0), add, pairs},
-               {a_type, a.const_data_ptr(), by_rows ? a.stride(0) : a.stride(1), by_rows},
-               {b_type, b.const_data_ptr(), b.stride(0), false},
-               steps,
-               (steps + folds - 1) / folds,
-               FASTTAX_DISPATCH(tile_rows),
-               FASTTAX_DISPATCH(tile_cols)};
-  if (steps <= kPackedSteps && steps * N <= kPackedOnce) with_b_packed_once(g);
-  else fold_by_fold(g);
+  gemm(M, N, K, {a_type, a.const_data_ptr(), by_rows ? a.stride(0) : a.stride(1), by_rows}, {b_type, b.const_data_ptr(), b.stride(0)},
+       static_cast<float*>(out.mutable_data_ptr()), out.stride(0), add, pairs);
 }
 
 }  // namespace

@@ -8,17 +8,18 @@ namespace FASTTAX_ISA_NS {
 inline int64_t tile_fold() { return kFold; }
 
 // Steps [first, last) of `blocks` blocks of a matrix whose rows are k, from column `col` of `total`.
-inline void pack_steps(LogitType type, const void* src, int64_t row_stride, bool pairs, int64_t k, int64_t first, int64_t last, int64_t col,
-                       int64_t total, int64_t blocks, int64_t width, float* dst, int64_t block_size) {
+inline void pack_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first, int64_t last, int64_t col, int64_t total, int64_t blocks,
+                       int64_t width, float* dst, int64_t block_size) {
+  const float* weight = x.weight ? x.weight + first : nullptr;
   const auto typed = [&](auto* p) {
     const int64_t span[2] = {2 * first, std::min(k, 2 * last)};
-    if (pairs) pack_pairs(p, row_stride, span, 1, col, total, blocks, width, reinterpret_cast<uint32_t*>(dst), block_size);
-    else pack(p + first * row_stride, row_stride, last - first, col, total, blocks, width, false, nullptr, dst, block_size);
+    if (pairs) pack_pairs(p, x.stride, span, 1, col, total, blocks, width, reinterpret_cast<uint32_t*>(dst), block_size);
+    else pack(p + first * x.stride, x.stride, last - first, col, total, blocks, width, x.square, weight, dst, block_size);
   };
-  switch (type) {
-    case LogitType::kBFloat16: typed(static_cast<const BFloat16*>(src)); break;
-    case LogitType::kFloat16: typed(static_cast<const Float16*>(src)); break;
-    default: typed(static_cast<const float*>(src));
+  switch (x.type) {
+    case LogitType::kBFloat16: typed(static_cast<const BFloat16*>(x.data)); break;
+    case LogitType::kFloat16: typed(static_cast<const Float16*>(x.data)); break;
+    default: typed(static_cast<const float*>(x.data));
   }
 }
 

@@ -88,15 +88,12 @@ inline void pack_bfloat16_pairs(const void* src, int64_t row_stride, const int64
 }
 
 inline void pack_blocks(LogitType type, const void* src, int64_t row_stride, int64_t tokens, int64_t col, int64_t total, int64_t blocks,
-                        int64_t width, bool square, const float* weights, float* out, int64_t block_size) {
+                        int64_t width, float* out, int64_t block_size) {
+  const auto typed = [&](auto* p) { pack(p, row_stride, tokens, col, total, blocks, width, false, nullptr, out, block_size); };
   switch (type) {
-    case LogitType::kBFloat16:
-      pack(static_cast<const BFloat16*>(src), row_stride, tokens, col, total, blocks, width, square, weights, out, block_size);
-      break;
-    case LogitType::kFloat16:
-      pack(static_cast<const Float16*>(src), row_stride, tokens, col, total, blocks, width, square, weights, out, block_size);
-      break;
-    default: pack(static_cast<const float*>(src), row_stride, tokens, col, total, blocks, width, square, weights, out, block_size); break;
+    case LogitType::kBFloat16: typed(static_cast<const BFloat16*>(src)); break;
+    case LogitType::kFloat16: typed(static_cast<const Float16*>(src)); break;
+    default: typed(static_cast<const float*>(src));
   }
 }
 
