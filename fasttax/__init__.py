@@ -31,6 +31,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("demo", "integrations"):  # they need the extras of their names
+    if name in ("demo", "integrations", "tax"):  # on use: they need extras, or nothing else needs them
         return importlib.import_module(f"fasttax.{name}")
     raise AttributeError(f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -1,4 +1,4 @@
-"""The `fasttax` command: demo, fisher, kl, merge, doctor."""
+"""The `fasttax` command: demo, fisher, kl, merge, tax, doctor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "fisher": "estimate a model's diagonal Fisher on text and save it",
     "kl": "cache: keep a reference model's top-k log-probs of training data, so that training needs no reference in memory",
     "merge": "average models weight by weight: linear between a base and its aligned model, or by their Fishers",
+    "tax": "report what each checkpoint gained and lost against its base: table, laws of forgetting, figure, page",
     "doctor": "show which kernels are active here and why, and what would bring the missing ones",
 }
 
@@ -77,6 +78,23 @@ def _merge(argv: Sequence[str]) -> int:
     return 0
 
 
+def _tax(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fasttax tax", description=COMMANDS["tax"])
+    parser.add_argument("report", help="JSON: base and checkpoints with capability and alignment, and kl, distance, run, stage, step where measured")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
+    parser.add_argument("--png", metavar="FILE", help="write the figure (needs matplotlib)")
+    parser.add_argument("--json", metavar="FILE", help="write the measurements with tax, gain, frontier and fits")
+    args = parser.parse_args(argv)
+    from fasttax.tax import TaxReport
+
+    report = TaxReport.load(args.report)
+    print(report)
+    for path, way in ((args.html, report.html), (args.png, report.plot), (args.json, report.save)):
+        if path:
+            print(way(path))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -100,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fisher(rest)
         if command == "merge":
             return _merge(rest)
+        if command == "tax":
+            return _tax(rest)
         if command == "kl":
             from fasttax.integrations import reference
 
@@ -108,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except ModuleNotFoundError as error:
         if error.name in ("transformers", "gguf", "rich", "matplotlib"):
-            extra = "transformers" if command == "kl" else "demo"
+            extra = {"kl": "transformers", "tax": "report"}.get(command, "demo")
             print(f"fasttax {command}: {error.name} is not installed; run `pip install 'fasttax[{extra}]'`", file=sys.stderr)
             return 2
         raise

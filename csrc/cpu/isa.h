@@ -18,6 +18,7 @@
 #include "../math/adamw.h"
 #include "../math/ewc.h"
 #include "../math/kl_row.h"
+#include "fetch.h"
 #include "level.h"
 
 #if defined(__x86_64__)

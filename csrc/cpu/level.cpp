@@ -1,9 +1,6 @@
 #include "level.h"
 
 #include <atomic>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 #include "../check.h"
 
@@ -63,18 +60,6 @@ bool isa_bf16() {
   return has_bf16() && isa_level() == Isa::kAvx512 && (gains || chosen.load(std::memory_order_relaxed) == kForceBFloat16);
 #else
   return false;
-#endif
-}
-
-int64_t fetch_ahead(int64_t distance) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  unsigned a = 0, b, c, d;
-  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return distance;
-  const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
-  return family >= 0x1a ? 0 : distance;
-#else
-  return distance;
 #endif
 }
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import html
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from fasttax import _page as html
+from fasttax._page import escape, table
 from fasttax.demo import figure, files, verdicts
 
 COLUMNS = (  # metric, heading, factor, digits
@@ -23,14 +22,6 @@ COLUMNS = (  # metric, heading, factor, digits
     ("fisher_distance", "Fisher distance", 1.0, 4),
 )
 PARTS = {"plain": (), "kl": ("kl",), "ewc": ("ewc",), "both": ("kl", "ewc")}
-CSS = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1040px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;margin:0} h2{font-size:1.1rem;margin:1.6rem 0 .4rem} p.sub{color:#666;margin:.2rem 0 1rem} li{margin:.3rem 0} img{width:100%}
-p.note{font-size:13px;color:#555} .partial{background:#fff3cd;padding:.6rem 1rem;border-left:4px solid #d39e00}
-table{border-collapse:collapse;width:100%;font-size:13px} th,td{padding:.3rem .5rem;text-align:right;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left} td small{color:#777} tr.chosen td{font-weight:600}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;font-size:13px} dt{color:#666} dd{margin:0;overflow-wrap:anywhere}
-"""
 NOTES = """
 ± is one standard error over held-out items. Runs are compared in pairs over the same items, and called better or worse only beyond two
 standard errors of the paired difference. Passages of one topic are not fully independent, so errors on general text are rather too small
@@ -101,34 +92,23 @@ def write(results: dict[str, Any], folder: Path) -> Path:
 
 
 def _page(results: dict[str, Any], picture: Path | None) -> str:
-    parts = [f"<h1>What alignment cost, four ways</h1><p class=sub>{_e(results.get('model', {}).get('name', 'model not loaded'))}, {_e(results['started'])}, "
-             f"{results['seconds']:.0f} s in total</p>"]  # fmt: skip
+    name = results.get("model", {}).get("name", "model not loaded")
+    sub = f"{escape(name)}, {escape(results['started'])}, {results['seconds']:.0f} s in total"
+    parts = [f"<h1>What alignment cost, four ways</h1><p class=sub>{sub}</p>"]
     if results["status"] != "complete":
         parts.append("<p class=partial>Partial: the demo was interrupted. What was finished is shown; the rest is missing, not zero.</p>")
-    parts.append("<ul>" + "".join(f"<li>{_e(s)}</li>" for s in results["verdicts"]) + "</ul>")
+    parts.append("<ul>" + "".join(f"<li>{escape(s)}</li>" for s in results["verdicts"]) + "</ul>")
     if picture is not None:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<img alt="Capability against alignment, a point for each run" src="data:image/png;base64,{data}">')
-    parts.append("<h2>Measures on held-out items</h2>" + _table(["run", *HEADINGS], [[_e(label), *map(_cell, cells)] for label, cells in _rows(results)]))
+        parts.append(html.picture(picture.read_bytes(), "Capability against alignment, a point for each run"))
+    parts.append("<h2>Measures on held-out items</h2>" + table(["run", *HEADINGS], [[escape(label), *map(_cell, cells)] for label, cells in _rows(results)]))
     parts.append(f"<p class=note>{NOTES}</p>")
     parts.append(_timing(results) + _strengths(results) + _provenance(results))
-    head = f'<meta charset=utf-8><meta name=viewport content="width=device-width"><title>fasttax demo</title><style>{CSS}</style>'
-    return f"<!doctype html><html lang=en>{head}{''.join(parts)}</html>\n"
-
-
-def _e(text: object) -> str:
-    return html.escape(str(text))
+    return html.page("fasttax demo", "".join(parts))
 
 
 def _cell(cell: tuple[str, str]) -> str:
     value, error = cell
     return f"{value}<br><small>{error}</small>" if error else value
-
-
-def _table(headings: list[str], rows: list[list[str]], chosen: Collection[int] = ()) -> str:
-    head = "".join(f"<th>{_e(h)}</th>" for h in headings)
-    body = "".join(f"<tr{' class=chosen' if i in chosen else ''}>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for i, row in enumerate(rows))
-    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _timing(results: dict[str, Any]) -> str:
@@ -137,9 +117,9 @@ def _timing(results: dict[str, Any]) -> str:
     timing = results["timing"]
     percent = timing["percent_of_plain_step"]
     names = ("plain step", *percent)
-    rows = [[_e(n), f"{timing['seconds'][n] * 1e3:.1f}", f"{percent[n]:.1f}" if n in percent else "100"] for n in names]
+    rows = [[escape(n), f"{timing['seconds'][n] * 1e3:.1f}", f"{percent[n]:.1f}" if n in percent else "100"] for n in names]
     note = f"<p>Medians of {timing['rounds']} interleaved rounds; the first batch has {timing['tokens']} tokens.</p>"
-    return f"<h2>Time of a step's parts</h2>{note}" + _table(["part", "ms", "% of a plain step"], rows)
+    return f"<h2>Time of a step's parts</h2>{note}" + table(["part", "ms", "% of a plain step"], rows)
 
 
 def _strengths(results: dict[str, Any]) -> str:
@@ -150,12 +130,12 @@ def _strengths(results: dict[str, Any]) -> str:
     for c in candidates:
         v = c["validation"]
         numbers = [f"{v[m]['mean']:.3f} <small>± {v[m]['se']:.3f}</small>" for m in ("answer_nll", "general_nll")]
-        rows.append([f"{c['family'].upper()} {c['strength']:g}", *numbers, _e(c.get("reason", "")) if c["chosen"] else ""])
+        rows.append([f"{c['family'].upper()} {c['strength']:g}", *numbers, escape(c.get("reason", "")) if c["chosen"] else ""])
     for name, v in results["validation"].items():
         rows.append([name, f"{v['answer_nll']:.3f}", f"{v['general_nll']:.3f}", ""])
     chosen = {i for i, c in enumerate(candidates) if c["chosen"]}
     headings = ["candidate", "validation answer NLL", "validation general NLL", "chosen because"]
-    return f"<h2>How the strengths were chosen</h2><p>{_e(verdicts.rule(results['settings']['keep_gain']))}</p>" + _table(headings, rows, chosen)
+    return f"<h2>How the strengths were chosen</h2><p>{escape(verdicts.rule(results['settings']['keep_gain']))}</p>" + table(headings, rows, chosen)
 
 
 def _provenance(results: dict[str, Any]) -> str:
@@ -176,4 +156,4 @@ def _provenance(results: dict[str, Any]) -> str:
     facts["machine"] = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
     facts["versions"] = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     facts["files"] = "results.json (all numbers and curves), pareto.png, report.html, in this folder"
-    return "<h2>Where it comes from</h2><dl>" + "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>" for k, v in facts.items()) + "</dl>"
+    return "<h2>Where it comes from</h2><dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
