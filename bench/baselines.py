@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def eager_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-    return (logp.exp() * (logp - ref_logp)).sum(-1).mean()
-
-
-def eager_linear_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
-    return eager_kl(hidden @ weight.T, ref_hidden @ ref_weight.T)
+from fasttax.bench import eager_kl as eager_kl
+from fasttax.bench import eager_linear_kl as eager_linear_kl
+from fasttax.bench import foreach_ewc as foreach_ewc
 
 
 def eager_linear_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -57,13 +52,6 @@ def autograd_ewc(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: S
     penalty = strength / 2 * total
     penalty.backward()
     return penalty
-
-
-@torch.no_grad()
-def foreach_ewc(params: Sequence[Tensor], grads: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], strength: float) -> None:
-    delta = torch._foreach_sub(list(params), list(anchors))
-    torch._foreach_mul_(delta, list(fishers))
-    torch._foreach_add_(list(grads), delta, alpha=strength)
 
 
 def loop_ewc(grad: Tensor, theta: Tensor, anchor: Tensor, fisher: Tensor, strength: float) -> Tensor:

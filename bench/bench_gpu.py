@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import fasttax
 from bench import baselines, workloads
-from bench.bench_kl import STATS, forward, fused, fused_stats, step
+from bench.bench_kl import STATS, forward, fused, fused_stats
 from bench.timing import Case
+from fasttax.bench import step
 from fasttax.kl import tempering
 
 

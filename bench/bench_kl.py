@@ -10,6 +10,7 @@ from torch import Tensor
 import fasttax
 from bench import baselines, workloads
 from bench.timing import Case
+from fasttax.bench import step
 
 STATS = ("logp", "entropy", "kl_policy_ref", "kl_ref_policy")
 SIMD = {1: "AVX2", 0: "portable"}
@@ -26,15 +27,6 @@ def tokens(x: Tensor, y: Tensor) -> Tensor:
 def fused_stats(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
     stats = fasttax.token_stats(x, y, ids, outputs=STATS)
     return torch.stack([getattr(stats, name) for name in STATS]).sum()
-
-
-def step(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> Callable[[], None]:
-    """Forward and backward to fresh leaves."""
-
-    def call() -> None:
-        function(*(leaf.detach().requires_grad_() for leaf in leaves), *others).backward()
-
-    return call
 
 
 def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], None]:

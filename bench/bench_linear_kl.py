@@ -15,8 +15,8 @@ from torch import Tensor
 
 import fasttax
 from bench import baselines, workloads
-from bench.bench_kl import step
 from bench.timing import Case
+from fasttax.bench import step
 
 
 def gemms(*pairs: tuple[Tensor, Tensor]) -> dict[str, Callable[[], None]]:

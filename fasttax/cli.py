@@ -1,4 +1,4 @@
-"""The `fasttax` command: demo, fisher, kl, merge, tax, doctor."""
+"""The `fasttax` command: demo, fisher, kl, merge, tax, bench, doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "kl": "cache: keep a reference model's top-k log-probs of training data, so that training needs no reference in memory",
     "merge": "average models weight by weight: linear between a base and its aligned model, or by their Fishers",
     "tax": "report what each checkpoint gained and lost against its base: table, laws of forgetting, figure, page",
+    "bench": "time the main ops beside plain PyTorch on this machine, at sizes of your own",
     "doctor": "show which kernels are active here and why, and what would bring the missing ones",
 }
 
@@ -120,6 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _merge(rest)
         if command == "tax":
             return _tax(rest)
+        if command == "bench":
+            from fasttax import bench
+
+            return bench.main(rest)
         if command == "kl":
             from fasttax.integrations import reference
 
