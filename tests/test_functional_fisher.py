@@ -94,6 +94,16 @@ def test_linear_sqgrad_long_examples_round_as_a_gemm(simd: int) -> None:
     assert_within(F.linear_sqgrad(a, d), oracle(a[0], d[0], [0, 4096], dtype=torch.float32), oracle(a[0], d[0], [0, 4096]))
 
 
+@pytest.mark.parametrize("tokens", [300, 3001])
+def test_linear_sqgrad_of_single_tokens_is_a_product_of_squares(tokens: int, simd: int) -> None:
+    """Few are packed at once, many fold by fold; each with its weight."""
+    a, d, weight, out = torch.randn(tokens, 50)[:, 3:], torch.randn(tokens, 21), torch.rand(tokens), torch.rand(21, 47)
+    own, truth = (out.to(t) + (weight.to(t)[:, None] * d.to(t) ** 2).T @ a.to(t) ** 2 for t in (torch.float32, torch.float64))
+    got = F.linear_sqgrad(a[:, None], d[:, None], example_weight=weight, out=out)
+    assert got is out
+    assert_within(out, own, truth)
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize(
     "lengths",
