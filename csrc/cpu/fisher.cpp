@@ -117,14 +117,9 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
   // Columns `from`.. of a batch's rows of `t`, in `blocks` blocks of `width`.
   const auto pack = [&](const Tensor& t, LogitType type, int64_t batch, int64_t from, int64_t total, int64_t blocks, int64_t width,
                         float* dst, int64_t stride) {
-    const int64_t first = batches[size_t(batch)], last = batches[size_t(batch) + 1], row = t.stride(0), begin = starts[first];
-    const char* src = static_cast<const char*>(t.const_data_ptr());
-    if (pairs)
-      FASTTAX_DISPATCH(pack_bfloat16_pairs, src, row, starts + first, last - first, from, total, blocks, width,
-                       reinterpret_cast<uint32_t*>(dst), stride);
-    else
-      FASTTAX_DISPATCH(pack_blocks, type, src + begin * row * element_size(t.scalar_type()), row, starts[last] - begin, from, total, blocks,
-                       width, dst, stride);
+    const int64_t first = batches[size_t(batch)], last = batches[size_t(batch) + 1];
+    FASTTAX_DISPATCH(pack_examples, type, pairs, t.const_data_ptr(), t.stride(0), starts + first, last - first, from, total, blocks, width,
+                     dst, stride);
   };
   const int64_t count = int64_t(batches.size()) - 1;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {

@@ -66,7 +66,7 @@ struct Gemm : GemmArgs {
   }
 
   void pack_a(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst, int64_t size) const {
-    if (a.turned) FASTTAX_DISPATCH(turn_steps, a.type, a.data, a.stride, pairs, K, first, last, block * rows, M, blocks, dst, size);
+    if (a.turned) FASTTAX_DISPATCH(turn_steps, a, pairs, K, first, last, block * rows, M, blocks, dst, size);
     else FASTTAX_DISPATCH(pack_steps, a, pairs, K, first, last, block * rows, M, blocks, rows, dst, size);
   }
   void pack_b(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst, int64_t size) const {

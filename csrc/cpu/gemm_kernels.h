@@ -10,42 +10,25 @@ inline int64_t tile_fold() { return kFold; }
 // Steps [first, last) of `blocks` blocks of a matrix whose rows are k, from column `col` of `total`.
 inline void pack_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first, int64_t last, int64_t col, int64_t total, int64_t blocks,
                        int64_t width, float* dst, int64_t block_size) {
-  const float* weight = x.weight ? x.weight + first : nullptr;
-  const auto typed = [&](auto* p) {
+  if (pairs) {
     const int64_t span[2] = {2 * first, std::min(k, 2 * last)};
-    if (pairs) pack_pairs(p, x.stride, span, 1, col, total, blocks, width, reinterpret_cast<uint32_t*>(dst), block_size);
-    else pack(p + first * x.stride, x.stride, last - first, col, total, blocks, width, x.square, weight, dst, block_size);
-  };
-  switch (x.type) {
-    case LogitType::kBFloat16: typed(static_cast<const BFloat16*>(x.data)); break;
-    case LogitType::kFloat16: typed(static_cast<const Float16*>(x.data)); break;
-    default: typed(static_cast<const float*>(x.data));
+    pack_pairs(static_cast<const BFloat16*>(x.data), x.stride, span, 1, col, total, blocks, width, reinterpret_cast<uint32_t*>(dst),
+               block_size);
+    return;
   }
-}
-
-// A row's steps as 32-bit words, where they are not that already: pairs of bfloat16 lie as they will.
-template <class T>
-inline void words_of(const T* row, bool pairs, int64_t k, int64_t first, int64_t last, uint32_t* to) {
-  const auto copy = [](const T* from, int64_t n, auto* dst) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(from + i));
-    if (i < n) store(dst + i, load(from + i, n - i, 0.0f), n - i);
-  };
-  if (!pairs) return copy(row + first, last - first, reinterpret_cast<float*>(to));
-  const int64_t n = std::min(k, 2 * last) - 2 * first;
-  if (n % 2 != 0) to[n / 2] = 0;
-  if (std::is_same_v<T, BFloat16>) std::memcpy(to, row + 2 * first, size_t(n) * sizeof(T));
-  else copy(row + 2 * first, n, reinterpret_cast<BFloat16*>(to));
+  const float* weight = x.weight ? x.weight + first : nullptr;
+  typed(x.type, x.data,
+        [&](auto* p) { pack(p + first * x.stride, x.stride, last - first, col, total, blocks, width, x.square, weight, dst, block_size); });
 }
 
 // to[s][kRows] = at[r][s], from s on; returns how far it came.
-inline int64_t turn_words(const uint32_t* const (&at)[kRows], int64_t steps, uint32_t* to) {
+inline int64_t turn_words(const float* const (&at)[kRows], int64_t steps, float* to) {
   int64_t s = 0;
 #if FASTTAX_ISA == 512
   static_assert(kRows == 8);
   for (; s + 8 <= steps; s += 8) {
     __m256 row[8], two[8], four[8];
-    for (int r = 0; r < 8; ++r) row[r] = _mm256_loadu_ps(reinterpret_cast<const float*>(at[r] + s));
+    for (int r = 0; r < 8; ++r) row[r] = _mm256_loadu_ps(at[r] + s);
     for (int r = 0; r < 8; r += 2) {
       two[r] = _mm256_unpacklo_ps(row[r], row[r + 1]);
       two[r + 1] = _mm256_unpackhi_ps(row[r], row[r + 1]);
@@ -57,7 +40,7 @@ inline int64_t turn_words(const uint32_t* const (&at)[kRows], int64_t steps, uin
       four[r + 3] = _mm256_shuffle_ps(two[r + 1], two[r + 3], 0xee);
     }
     for (int r = 0; r < 4; ++r) {
-      float* dst = reinterpret_cast<float*>(to + (s + r) * 8);
+      float* dst = to + (s + r) * 8;
       _mm256_storeu_ps(dst, _mm256_permute2f128_ps(four[r], four[r + 4], 0x20));
       _mm256_storeu_ps(dst + 32, _mm256_permute2f128_ps(four[r], four[r + 4], 0x31));
     }
@@ -67,37 +50,22 @@ inline int64_t turn_words(const uint32_t* const (&at)[kRows], int64_t steps, uin
 }
 
 // The same of a matrix whose rows are those of the blocks: turned.
-template <class T>
-inline void turn_rows(const T* src, int64_t row_stride, bool pairs, int64_t k, int64_t first, int64_t last, int64_t row, int64_t total,
-                      int64_t blocks, float* dst, int64_t block_size) {
+inline void turn_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first, int64_t last, int64_t row, int64_t total, int64_t blocks,
+                       float* dst, int64_t block_size) {
   const int64_t steps = last - first;
-  const bool as_it_lies = std::is_same_v<T, float> && !pairs;
-  uint32_t words[kRows][kFold];
+  float words[kRows][kFold];
   for (int64_t b = 0; b < blocks; ++b, row += kRows, dst += block_size) {
-    const uint32_t* at[kRows];
-    const int64_t rows = std::min<int64_t>(kRows, total - row);
+    const float* at[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t start = (row + r) * x.stride;
       at[r] = words[r];
-      if (r >= rows) std::fill(words[r], words[r] + steps, 0u);
-      else if (as_it_lies) at[r] = reinterpret_cast<const uint32_t*>(src + (row + r) * row_stride + first);
-      else words_of(src + (row + r) * row_stride, pairs, k, first, last, words[r]);
+      if (row + r >= total) std::fill(words[r], words[r] + steps, 0.0f);
+      else if (pairs) pairs_of(static_cast<const BFloat16*>(x.data) + start + 2 * first, std::min(k, 2 * last) - 2 * first, words[r]);
+      else if (x.type == LogitType::kFloat) at[r] = static_cast<const float*>(x.data) + start + first;
+      else typed(x.type, x.data, [&](auto* p) { widen_row(p + start + first, steps, words[r]); });
     }
-    uint32_t* to = reinterpret_cast<uint32_t*>(dst);
-    for (int64_t s = turn_words(at, steps, to); s < steps; ++s)
-      for (int64_t r = 0; r < kRows; ++r) to[s * kRows + r] = at[r][s];
-  }
-}
-
-inline void turn_steps(LogitType type, const void* src, int64_t row_stride, bool pairs, int64_t k, int64_t first, int64_t last, int64_t row,
-                       int64_t total, int64_t blocks, float* dst, int64_t block_size) {
-  switch (type) {
-    case LogitType::kBFloat16:
-      turn_rows(static_cast<const BFloat16*>(src), row_stride, pairs, k, first, last, row, total, blocks, dst, block_size);
-      break;
-    case LogitType::kFloat16:
-      turn_rows(static_cast<const Float16*>(src), row_stride, pairs, k, first, last, row, total, blocks, dst, block_size);
-      break;
-    default: turn_rows(static_cast<const float*>(src), row_stride, pairs, k, first, last, row, total, blocks, dst, block_size);
+    for (int64_t s = turn_words(at, steps, dst); s < steps; ++s)
+      for (int64_t r = 0; r < kRows; ++r) dst[s * kRows + r] = at[r][s];
   }
 }
 

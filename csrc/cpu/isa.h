@@ -15,6 +15,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../kl_params.h"
 #include "../math/adamw.h"
 #include "../math/ewc.h"
 #include "../math/kl_row.h"

@@ -14,25 +14,12 @@ constexpr int kWords = 4, kVectors = 2;
 constexpr int64_t kTokens = kVectors * kLanes, kUnit = 2 * kWords;  // words whose logits are turned and written together: a cache line
 constexpr int64_t kFold = 256;                                      // products summed in one run of floats
 
-template <class T>
-inline void widen_row(const T* src, int64_t n, float* dst) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
-  for (; i < n; ++i) dst[i] = to_float(src[i]);
-}
+inline int64_t project_steps(bool pairs, int64_t depth) { return pairs ? (depth + 1) / 2 : depth; }
 
-// Pairs of a row of bfloat16, which are one word each, with a zero for the last one's partner.
-inline void pairs_of(const void* src, int64_t first, int64_t n, float* dst) {
-  if (n % 2 != 0) dst[n / 2] = 0;
-  std::memcpy(dst, static_cast<const BFloat16*>(src) + first, size_t(n) * sizeof(BFloat16));
-}
-
-inline void widen_row_of(LogitType type, const void* src, int64_t first, int64_t n, float* dst) {
-  switch (type) {
-    case LogitType::kBFloat16: widen_row(static_cast<const BFloat16*>(src) + first, n, dst); break;
-    case LogitType::kFloat16: widen_row(static_cast<const Float16*>(src) + first, n, dst); break;
-    default: std::memcpy(dst, static_cast<const float*>(src) + first, size_t(n) * sizeof(float));
-  }
+// A row of hidden states or of the head as words: products' floats, or pairs of bfloat16.
+inline void words_of(LogitType type, bool pairs, const void* src, int64_t first, int64_t depth, float* dst) {
+  if (pairs) pairs_of(static_cast<const BFloat16*>(src) + first, depth, dst);
+  else typed(type, src, [&](auto* p) { widen_row(p + first, depth, dst); });
 }
 
 // x [block of kTokens][steps][width], a step one product or, of bfloat16, a pair; zeros beyond the last token; width is kTokens, for the
@@ -40,14 +27,13 @@ inline void widen_row_of(LogitType type, const void* src, int64_t first, int64_t
 inline int64_t block_width(int64_t tokens, int64_t first) { return std::min(kTokens, (tokens - first + kLanes - 1) / kLanes * kLanes); }
 
 inline void pack_tokens(LogitType type, bool pairs, const void* hidden, int64_t stride, int64_t tokens, int64_t depth, float* x) {
-  const int64_t steps = pairs ? (depth + 1) / 2 : depth;
+  const int64_t steps = project_steps(pairs, depth);
   std::vector<float> row(size_t(steps), 0.0f);
   for (int64_t first = 0; first < tokens; first += kTokens) {
     const int64_t width = block_width(tokens, first);
     for (int64_t t = 0; t < width; ++t) {
       if (first + t >= tokens) std::fill(row.begin(), row.end(), 0.0f);
-      else if (pairs) pairs_of(hidden, (first + t) * stride, depth, row.data());
-      else widen_row_of(type, hidden, (first + t) * stride, depth, row.data());
+      else words_of(type, pairs, hidden, (first + t) * stride, depth, row.data());
       for (int64_t h = 0; h < steps; ++h) std::memcpy(x + first * steps + h * width + t, &row[size_t(h)], sizeof(float));
     }
   }
@@ -104,11 +90,11 @@ inline void project_run_of(int64_t width, bool pairs, const float* words, int64_
   }
 }
 
-// Logits of the words [first, last). scratch: kUnit rows of `depth`, for those that do not lie as whole units of float32 or of pairs.
+// Logits of the words [first, last). scratch: kUnit rows, for those that do not lie as whole units of float32 or of pairs.
 inline void project_words(LogitType type, bool pairs, const void* weight, int64_t weight_stride, const float* x, int64_t tokens,
                           int64_t depth, int64_t first, int64_t last, float* out, int64_t out_stride, float* scratch) {
   alignas(64) float sum[kUnit * kTokens];
-  const int64_t steps = pairs ? (depth + 1) / 2 : depth;
+  const int64_t steps = project_steps(pairs, depth);
   for (int64_t v = first; v < last; v += kUnit) {
     const int64_t words = std::min(kUnit, last - v);
     const int64_t each = pairs ? 2 : 1;
@@ -117,8 +103,7 @@ inline void project_words(LogitType type, bool pairs, const void* weight, int64_
     const int64_t stride = in_place ? weight_stride / each : steps;
     for (int64_t w = 0; w < kUnit && !in_place; ++w)
       if (w >= words) std::fill(scratch + w * steps, scratch + (w + 1) * steps, 0.0f);
-      else if (pairs) pairs_of(weight, (v + w) * weight_stride, depth, scratch + w * steps);
-      else widen_row_of(type, weight, (v + w) * weight_stride, depth, scratch + w * steps);
+      else words_of(type, pairs, weight, (v + w) * weight_stride, depth, scratch + w * steps);
     for (int64_t t0 = 0; t0 < tokens; t0 += kTokens) {
       const int64_t width = block_width(tokens, t0);
       for (int64_t w = 0; w < kUnit; w += kWords)

@@ -45,56 +45,38 @@ inline void pack(const T* src, int64_t row_stride, int64_t tokens, int64_t col, 
   }
 }
 
-inline VU low_half(const BFloat16* p) { return widen_halves(p); }
-template <class T>
-inline VU low_half(const T* p) {
-  return round_to_bfloat16(load(p)) >> 16;
-}
-inline uint32_t half_of(BFloat16 a) { return a.bits; }
-template <class T>
-inline uint32_t half_of(T a) {
-  const float f = to_float(a);
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  return (f == f ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000) >> 16;
-}
-
-// A step is a pair of tokens, (token, next) in one 32-bit word, as bfloat16; an example of odd length ends with a zero for its partner.
-template <class T>
-inline void pack_pairs(const T* src, int64_t row_stride, const int64_t* starts, int64_t examples, int64_t col, int64_t total,
+// A step is a pair of tokens, (token, next) in one 32-bit word; an example of odd length ends with a zero for its partner.
+inline void pack_pairs(const BFloat16* src, int64_t row_stride, const int64_t* starts, int64_t examples, int64_t col, int64_t total,
                        int64_t blocks, int64_t width, uint32_t* out, int64_t block_size) {
   for (int64_t n = 0; n < examples; ++n)
     for (int64_t t = starts[n]; t < starts[n + 1]; t += 2, out += width) {
-      const T* row = src + t * row_stride;
+      const BFloat16* row = src + t * row_stride;
       const bool both = t + 1 < starts[n + 1];
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = col + b * width, cols = std::min(width, total - first), reach = cols == width ? total - first : cols;
         uint32_t* dst = out + b * block_size;
         int64_t j = 0;
         for (; j < cols && j + kLanes <= reach; j += kLanes) {
-          VU pair = low_half(row + first + j);
-          if (both) pair |= low_half(row + row_stride + first + j) << 16;
+          VU pair = widen_halves(row + first + j);
+          if (both) pair |= widen_halves(row + row_stride + first + j) << 16;
           std::memcpy(dst + j, &pair, sizeof pair);
         }
-        for (; j < cols; ++j) dst[j] = half_of(row[first + j]) | (both ? half_of(row[row_stride + first + j]) << 16 : 0);
+        for (; j < cols; ++j) dst[j] = row[first + j].bits | (both ? uint32_t(row[row_stride + first + j].bits) << 16 : 0);
         for (; j < width; ++j) dst[j] = 0;
       }
     }
 }
 
-inline void pack_bfloat16_pairs(const void* src, int64_t row_stride, const int64_t* starts, int64_t examples, int64_t col, int64_t total,
-                                int64_t blocks, int64_t width, uint32_t* out, int64_t block_size) {
-  pack_pairs(static_cast<const BFloat16*>(src), row_stride, starts, examples, col, total, blocks, width, out, block_size);
-}
-
-inline void pack_blocks(LogitType type, const void* src, int64_t row_stride, int64_t tokens, int64_t col, int64_t total, int64_t blocks,
-                        int64_t width, float* out, int64_t block_size) {
-  const auto typed = [&](auto* p) { pack(p, row_stride, tokens, col, total, blocks, width, false, nullptr, out, block_size); };
-  switch (type) {
-    case LogitType::kBFloat16: typed(static_cast<const BFloat16*>(src)); break;
-    case LogitType::kFloat16: typed(static_cast<const Float16*>(src)); break;
-    default: typed(static_cast<const float*>(src));
-  }
+// Of the examples that begin at `starts`; tokens' rows of `type`, or pairs of bfloat16 rows.
+inline void pack_examples(LogitType type, bool pairs, const void* src, int64_t row_stride, const int64_t* starts, int64_t examples,
+                          int64_t col, int64_t total, int64_t blocks, int64_t width, float* out, int64_t block_size) {
+  const int64_t begin = starts[0], tokens = starts[examples] - begin;
+  if (pairs)
+    pack_pairs(static_cast<const BFloat16*>(src), row_stride, starts, examples, col, total, blocks, width, reinterpret_cast<uint32_t*>(out),
+               block_size);
+  else
+    typed(type, src,
+          [&](auto* p) { pack(p + begin * row_stride, row_stride, tokens, col, total, blocks, width, false, nullptr, out, block_size); });
 }
 
 // acc = sum over `steps` of d[step][kRows] (x) a[step][kCols]; a step is a token, or with dot_pairs a pair of bfloat16 tokens.
