@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import fasttax
 from bench import baselines, workloads
-from bench.bench_kl import STATS, forward, fused, fused_stats
+from bench.bench_kl import STATS, forward, fused_stats
 from bench.timing import Case
-from fasttax.bench import step
+from fasttax.bench import fused_kl, step
 from fasttax.kl import tempering
 
 
@@ -43,9 +43,9 @@ def kl_cases(device: str, shapes: Sequence[tuple[str, int, int]]) -> Iterator[Ca
             contenders = {"eager": step(baselines.eager_kl, (x,), (y,)), "torch.compile": step(compiled, (x,), (y,))}
             if x.is_cuda:
                 contenders["Triton"] = triton_step(x, y)
-            contenders["fasttax"] = step(fused, (x,), (y,))
+            contenders["fasttax"] = step(fused_kl, (x,), (y,))
             yield Case(f"token_kl forward+backward, {name}", shape, contenders, floor_bytes=3 * size)
-            contenders = {"eager": forward(baselines.eager_kl, x, y), "torch.compile": forward(compiled, x, y), "fasttax": forward(fused, x, y)}
+            contenders = {"eager": forward(baselines.eager_kl, x, y), "torch.compile": forward(compiled, x, y), "fasttax": forward(fused_kl, x, y)}
             yield Case(f"token_kl forward only, {name}", shape, contenders, floor_bytes=2 * size)
             contenders = {"eager": step(baselines.eager_stats, (x,), (y, ids)), "torch.compile": step(compiled_stats, (x,), (y, ids)),
                           "fasttax": step(fused_stats, (x,), (y, ids))}  # fmt: skip

@@ -10,14 +10,10 @@ from torch import Tensor
 import fasttax
 from bench import baselines, workloads
 from bench.timing import Case
-from fasttax.bench import step
+from fasttax.bench import fused_kl, step
 
 STATS = ("logp", "entropy", "kl_policy_ref", "kl_ref_policy")
 SIMD = {1: "AVX2", 0: "portable"}
-
-
-def fused(x: Tensor, y: Tensor) -> Tensor:
-    return fasttax.token_kl(x, y, reduction="mean")
 
 
 def tokens(x: Tensor, y: Tensor) -> Tensor:
@@ -57,9 +53,9 @@ def cases() -> Iterator[Case]:
             size, name = x.numel() * x.element_size(), str(dtype).removeprefix("torch.")
             eager = step(baselines.eager_kl, (x,), (y,))
             # read both logits and write one gradient, once each
-            contenders = {"eager": eager, "torch.compile": step(compiled, (x,), (y,)), "fasttax": step(fused, (x,), (y,))}
+            contenders = {"eager": eager, "torch.compile": step(compiled, (x,), (y,)), "fasttax": step(fused_kl, (x,), (y,))}
             yield Case(f"token_kl forward+backward, {name}", shape, contenders, floor_bytes=3 * size)
-            contenders = {"eager": forward(baselines.eager_kl, x, y), "torch.compile": forward(compiled, x, y), "fasttax": forward(fused, x, y)}
+            contenders = {"eager": forward(baselines.eager_kl, x, y), "torch.compile": forward(compiled, x, y), "fasttax": forward(fused_kl, x, y)}
             yield Case(f"token_kl forward only, {name}", shape, contenders, floor_bytes=2 * size, headline=False)
             contenders = {
                 "eager": step(baselines.eager_stats, (x,), (y, ids)),
@@ -71,5 +67,5 @@ def cases() -> Iterator[Case]:
             yield Case(f"token_stats (logp, entropy, both KLs) forward+backward, {name}", shape, contenders, floor_bytes=5 * size, headline=first)
             for level in SIMD if first else ():
                 if level < torch.ops.fasttax._simd_level(-1):
-                    contenders = {"eager": eager, "fasttax": at_level(level, step(fused, (x,), (y,)))}
+                    contenders = {"eager": eager, "fasttax": at_level(level, step(fused_kl, (x,), (y,)))}
                     yield Case(f"token_kl forward+backward, {name}, {SIMD[level]}", shape, contenders, floor_bytes=3 * size, headline=False)

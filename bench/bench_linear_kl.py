@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 import fasttax
 from bench import baselines, workloads
 from bench.timing import Case
-from fasttax.bench import step
+from fasttax.bench import fused_linear_kl, step
 
 
 def gemms(*pairs: tuple[Tensor, Tensor]) -> dict[str, Callable[[], None]]:
@@ -52,7 +51,6 @@ def logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 def cases() -> Iterator[Case]:
     """The policy's head is trained, the reference's is not."""
-    kl = partial(fasttax.linear_token_kl, reduction="mean")
     for shape, n, h, v in workloads.LINEAR_KL:
         hidden, weight = torch.randn(n, h), torch.randn(v, h) / h**0.5
         refs, ids = (hidden + 0.1 * torch.randn(n, h), weight + 0.01 * torch.randn(v, h)), (torch.randint(v, (n,)),)
@@ -63,11 +61,11 @@ def cases() -> Iterator[Case]:
         eager, trl = baselines.eager_linear_kl, baselines.trl_linear_kl
 
         contenders = {**gemms(*ours, (refs[0], refs[1].T)), "eager": step(eager, leaves, refs),
-                      **peer("TRL", step(trl, leaves, refs)), "fasttax": step(kl, leaves, refs)}  # fmt: skip
+                      **peer("TRL", step(trl, leaves, refs)), "fasttax": step(fused_linear_kl, leaves, refs)}  # fmt: skip
         yield Case("linear_token_kl forward+backward, float32", shape, contenders, 3 * size, 4 * flops, memory=True)
         contenders = {"eager": step(eager, leaves, refs), **peer("TRL", step(trl, leaves, refs)), "fasttax": step(tokens, leaves, refs)}
         yield Case("linear_token_kl per token (recomputes), float32", shape, contenders, 3 * size, 6 * flops, headline=False, memory=True)
-        contenders = {"eager": step(eager, half, half_refs), **peer("TRL", step(trl, half, half_refs)), "fasttax": step(kl, half, half_refs)}
+        contenders = {"eager": step(eager, half, half_refs), **peer("TRL", step(trl, half, half_refs)), "fasttax": step(fused_linear_kl, half, half_refs)}
         yield Case("linear_token_kl forward+backward, bfloat16", shape, contenders, 1.5 * size, 4 * flops, headline=False, memory=True)
 
         contenders = {**gemms(*ours), "eager": step(baselines.eager_linear_logprobs, leaves, ids),

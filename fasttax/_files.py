@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,26 @@ FORMAT_KEY = "fasttax"
 
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes to a temporary name in the same folder and renames: a crash leaves the old file, or none."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"fasttax: cannot write {target}: folder {target.parent} does not exist; create it first")
+    target = _in_a_folder("fasttax", path)
     header = {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata))}
     with renamed(target) as temporary:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
+
+
+def whole(op: str, path: str | os.PathLike[str], produce: Callable[[Path], object]) -> Path:
+    """Has `produce` write a file of any kind, readable by all, in the same way."""
+    target = _in_a_folder(op, path)
+    with renamed(target) as temporary:
+        produce(Path(temporary))
+        os.chmod(temporary, 0o644)
+    return target
+
+
+def _in_a_folder(op: str, path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{op}: cannot write {target}: folder {target.parent} does not exist; create it first")
+    return target
 
 
 @contextlib.contextmanager

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fasttax
-from fasttax import _checks, _timing
+from fasttax import _checks, _files, _timing
 from fasttax._timing import Case
 
 
@@ -32,6 +31,14 @@ def foreach_ewc(params: Sequence[Tensor], grads: Sequence[Tensor], anchors: Sequ
     torch._foreach_add_(list(grads), delta, alpha=strength)
 
 
+def fused_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    return fasttax.token_kl(logits, ref_logits, reduction="mean")
+
+
+def fused_linear_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    return fasttax.linear_token_kl(hidden, weight, ref_hidden, ref_weight, reduction="mean")
+
+
 def step(function: Callable[..., Tensor], leaves: Sequence[Tensor], others: Sequence[Tensor]) -> Callable[[], None]:
     """Forward and backward to fresh leaves."""
 
@@ -42,19 +49,13 @@ def step(function: Callable[..., Tensor], leaves: Sequence[Tensor], others: Sequ
 
 
 def cases(tokens: int, vocab: int, hidden: int, parameters: int, rounds: int, device: str) -> Iterator[Case]:
-    def fused(x: Tensor, y: Tensor) -> Tensor:
-        return fasttax.token_kl(x, y, reduction="mean")
-
-    def fused_linear(*tensors: Tensor) -> Tensor:
-        return fasttax.linear_token_kl(*tensors, reduction="mean")
-
     size = f"{tokens} x {vocab}"
     for dtype in (torch.float32, torch.bfloat16):
         x, y = torch.randn(2, tokens, vocab, device=device).to(dtype).unbind()
-        contenders: dict[str, Callable[[], Any]] = {"eager": step(eager_kl, (x,), (y,)), "fasttax": step(fused, (x,), (y,))}
+        contenders: dict[str, Callable[[], Any]] = {"eager": step(eager_kl, (x,), (y,)), "fasttax": step(fused_kl, (x,), (y,))}
         yield Case(f"token_kl forward+backward, {str(dtype).removeprefix('torch.')}", size, contenders, 3.0 * x.nbytes, rounds=rounds)
     h, w, rh, rw = (torch.randn(n, hidden, device=device) * hidden**-0.5 for n in (tokens, vocab, tokens, vocab))
-    contenders = {"eager": step(eager_linear_kl, (h, w), (rh, rw)), "fasttax": step(fused_linear, (h, w), (rh, rw))}
+    contenders = {"eager": step(eager_linear_kl, (h, w), (rh, rw)), "fasttax": step(fused_linear_kl, (h, w), (rh, rw))}
     yield Case("linear_token_kl forward+backward, float32", f"{tokens} tokens, {hidden} -> {vocab}", contenders, 4.0 * (2 * h.numel() + 3 * w.numel()),
                8.0 * tokens * hidden * vocab, rounds=rounds)  # fmt: skip
     del h, w, rh, rw
@@ -79,8 +80,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the numbers")
     args = parser.parse_args(argv)
     sizes = {name: _checks.count("fasttax bench", f"--{name}", getattr(args, name)) for name in ("tokens", "vocab", "hidden", "parameters", "rounds")}
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("fasttax bench: --device: expected a device that torch sees, got cuda; torch sees no GPU")
+    seen = ["cpu", *(["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
+    _checks.choice("fasttax bench", "--device", args.device, seen)
     torch.manual_seed(0)
     rate = _timing.bandwidth(args.device)
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, copies {rate / 1e9:.0f} GB/s; contenders take turns, medians")
@@ -91,7 +92,6 @@ def main(argv: Sequence[str]) -> int:
         others = ", ".join(f"{name} {result.milliseconds[name]:.1f} ms ({ratio:.2f}x)" for name, ratio in result.ratios.items())
         print(f"{result.name}, {result.shape}: {result.milliseconds['fasttax']:.1f} ms; {others}", flush=True)
     if args.json:
-        target = Path(args.json)
-        target.write_text(json.dumps([{"name": r.name, "shape": r.shape, "milliseconds": r.milliseconds, "ratios": r.ratios} for r in rows], indent=1) + "\n")
-        print(target)
+        text = json.dumps([{"name": r.name, "shape": r.shape, "milliseconds": r.milliseconds, "ratios": r.ratios} for r in rows], indent=1) + "\n"
+        print(_files.whole("fasttax bench", args.json, lambda path: path.write_text(text, encoding="utf-8")))
     return 0

@@ -40,3 +40,5 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     assert all(row["name"] in printed and row["milliseconds"]["fasttax"] > 0 for row in rows)
     assert cli.main(["bench", "--tokens", "0"]) == 2
     assert "--tokens" in capsys.readouterr().err
+    assert cli.main(["bench", "--device", "abacus"]) == 2
+    assert "'cpu'" in capsys.readouterr().err

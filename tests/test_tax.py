@@ -238,6 +238,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tax = 0.0333 KL^1" in printed
     assert cli.main(["tax", str(tmp_path / "missing.json")]) == 2
     assert "missing.json" in capsys.readouterr().err
+    (tmp_path / "word.json").write_text('{"base": {"capability": "high", "alignment": 1}, "checkpoints": []}')
+    assert cli.main(["tax", str(tmp_path / "word.json")]) == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in ("word.json", "capability", "got high"))
 
 
 # --- KL to the base ---------------------------------------------------------------------------------------------------

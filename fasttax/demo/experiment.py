@@ -73,7 +73,7 @@ class Experiment:
 
     def save(self) -> None:
         text = json.dumps(self.results, indent=1, allow_nan=False, default=str)
-        files.write(self.settings.output / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        _files.whole("demo", self.settings.output / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
     @contextlib.contextmanager
     def _stage(self, title: str) -> Iterator[None]:

@@ -1,29 +1,11 @@
-"""Files written whole or not at all."""
+"""The folders that the demo writes to."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from fasttax.demo.settings import DemoError
-
-
-def write(path: Path, produce: Callable[[Path], object]) -> None:
-    """Has `produce` write to a temporary name beside `path`, then renames."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        produce(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
 
 
 def folder(path: Path, what: str) -> Path:

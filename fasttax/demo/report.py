@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fasttax import _files
 from fasttax import _page as html
 from fasttax._page import escape, table
-from fasttax.demo import figure, files, verdicts
+from fasttax.demo import figure, verdicts
 
 COLUMNS = (  # metric, heading, factor, digits
     ("answer_nll", "answer NLL ↓", 1.0, 3),
@@ -84,10 +85,10 @@ def write(results: dict[str, Any], folder: Path) -> Path:
     picture = folder / "pareto.png"
     has_picture = "base" in results
     if has_picture:
-        files.write(picture, lambda path: figure.draw(results, path))
+        _files.whole("demo", picture, lambda path: figure.draw(results, path))
     page = folder / "report.html"
     text = _page(results, picture if has_picture else None)
-    files.write(page, lambda path: path.write_text(text, encoding="utf-8"))
+    _files.whole("demo", page, lambda path: path.write_text(text, encoding="utf-8"))
     return page
 
 

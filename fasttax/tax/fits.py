@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 HIGHEST = 6.0  # exponents from 0 (y does not depend on x) to a sixth power
 GRID = np.linspace(0.0, HIGHEST, 4801)
 ANGLES = 200_001
+KL_LAW = "tax against KL"  # what a report calls its fit over all checkpoints
 
 
 @functools.cache
@@ -52,7 +53,7 @@ class PowerLaw:
         op = "PowerLaw.predict"
         x = _checks.number(op, "x", x, low=0, open_low=True)
         xs, ys = (np.array(v) for v in zip(*self.points, strict=True))
-        low, high = _interval_at(x, xs, ys, self.confidence)
+        low, high = _interval_at(x, xs, ys, self.b, _limit(self.residual**2 * (len(xs) - 2), ys, self.confidence))
         return self.a * x**self.b, low, high
 
     def __str__(self) -> str:
@@ -76,27 +77,25 @@ def _profile(at: float, x: Floats, y: Floats, b: Floats) -> tuple[Floats, Floats
 def _least(x: Floats, y: Floats) -> tuple[float, float]:
     """(b, SSE): the grid's best, then a finer grid around it."""
     middle = math.exp(float(np.log(x).mean()))
-    b = GRID
+    b, step = GRID, float(GRID[1])
     for _ in range(3):
         sse = _profile(middle, x, y, b)[2]
         best = int(sse.argmin())
-        step = float(b[1] - b[0])
         found, least = float(b[best]), float(sse[best])
-        b = np.clip(np.linspace(found - step, found + step, 401), 0.0, HIGHEST)
+        b, step = np.clip(np.linspace(found - step, found + step, 401), 0.0, HIGHEST), step / 200
     return found, least
 
 
-def _limit(x: Floats, y: Floats, confidence: float) -> float:
-    freedom = len(x) - 2
+def _limit(sse: float, y: Floats, confidence: float) -> float:
+    """The SSE that is allowed, where `sse` is the least."""
+    freedom = len(y) - 2
     rounding = 1e-14 * float(y @ y)  # of SSE, where the points lie on a law
-    return (_least(x, y)[1] + rounding) * (1 + t_quantile(freedom, confidence) ** 2 / freedom)
+    return (sse + rounding) * (1 + t_quantile(freedom, confidence) ** 2 / freedom)
 
 
-def _interval_at(at: float, x: Floats, y: Floats, confidence: float) -> tuple[float, float]:
-    """Of y_at: SSE(y_at, b) is quadratic in it, so for each b that is allowed the ends are its roots."""
-    limit = _limit(x, y, confidence)
-    b = np.concatenate((GRID, [_least(x, y)[0]]))
-    wy, ww, sse = _profile(at, x, y, b)
+def _interval_at(at: float, x: Floats, y: Floats, b: float, limit: float) -> tuple[float, float]:
+    """Of y_at: SSE(y_at, b) is quadratic in it, so for each b that is allowed the ends are its roots. `b` is the best, which is allowed."""
+    wy, ww, sse = _profile(at, x, y, np.append(GRID, b))
     reach = np.sqrt(np.maximum(limit - sse, 0.0) / ww)
     allowed = sse <= limit
     return float((wy / ww - reach)[allowed].min()), float((wy / ww + reach)[allowed].max())
@@ -121,8 +120,9 @@ def fit_power_law(x: Sequence[float], y: Sequence[float], *, x_name: str = "x", 
     w = xs**b
     a = float(w @ ys / (w @ w))
     spread = float(((ys - ys.mean()) ** 2).sum())
+    limit = _limit(sse, ys, confidence)
     middle = math.exp(float(np.log(xs).mean()))
-    allowed = GRID[_profile(middle, xs, ys, GRID)[2] <= _limit(xs, ys, confidence)]
+    allowed = GRID[_profile(middle, xs, ys, GRID)[2] <= limit]
     low, high = min([b, *allowed[:1]]), max([b, *allowed[-1:]])
-    return PowerLaw(x_name, y_name, points, a, _interval_at(1.0, xs, ys, confidence), b, (float(low), math.inf if high >= HIGHEST else float(high)),
+    return PowerLaw(x_name, y_name, points, a, _interval_at(1.0, xs, ys, b, limit), b, (float(low), math.inf if high >= HIGHEST else float(high)),
                     1 - sse / spread if spread > 0 else 0.0, math.sqrt(sse / (len(points) - 2)), confidence)  # fmt: skip

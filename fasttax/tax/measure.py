@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fasttax import _checks
+from fasttax.integrations._models import frozen
 from fasttax.kl import token_kl
-
-
-@contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Dropout off; every module's own flag is put back."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def kl_to_base(model: nn.Module, base: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]], *, kind: str = "policy_ref") -> float:
@@ -35,7 +21,7 @@ def kl_to_base(model: nn.Module, base: nn.Module, batches: Iterable[Tensor | Map
     is predicted. Raises ValueError where no token counts, or the models' vocabularies differ."""
     op = "kl_to_base"
     total, count = 0.0, 0
-    with _evaluating(model, base):
+    with frozen(model), frozen(base):
         for batch in batches:
             given: dict[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
             if "input_ids" not in given:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fasttax import _files
 from fasttax import _page as pages
-from fasttax.tax.fits import PowerLaw
+from fasttax.tax.fits import KL_LAW, PowerLaw
 
 if TYPE_CHECKING:
     from fasttax.tax.report import Checkpoint, TaxReport
@@ -21,19 +17,8 @@ if TYPE_CHECKING:
 COLORS = ("#2e6f9e", "#d1495b", "#3c8d5a", "#7b4fa3", "#c98a1b", "#4d4d4d")
 
 
-def write(path: str | os.PathLike[str], produce: Callable[[str], object]) -> Path:
-    """Whole or not at all."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"TaxReport: cannot write {target}: folder {target.parent} does not exist; create it first")
-    with _files.renamed(target) as temporary:
-        produce(temporary)
-        os.chmod(temporary, 0o644)
-    return target
-
-
-def draw(report: TaxReport, to: Any) -> None:
-    """A PNG into a file's name or a binary stream."""
+def draw(report: TaxReport, law: PowerLaw | str, to: Any) -> None:
+    """A PNG into a file's name or a binary stream. law: of tax against KL, if there is one."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("TaxReport.plot: matplotlib is not installed; run `pip install 'fasttax[report]'`", name="matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -59,7 +44,6 @@ def draw(report: TaxReport, to: Any) -> None:
     left.invert_yaxis()
     left.set(xlabel="alignment gained (right is better)", ylabel="capability lost (reversed: up is better)")
     left.legend(frameon=False, fontsize=9)
-    law = report.fits()["tax against KL"]
     if isinstance(law, PowerLaw):
         x = np.linspace(0, max(p for p, _ in law.points), 100)[1:]
         y, low, high = np.array([law.predict(float(v)) for v in x]).T
@@ -73,13 +57,15 @@ def draw(report: TaxReport, to: Any) -> None:
 
 def html(report: TaxReport) -> str:
     headings, rows = report.table()
-    best = {k for k, row in enumerate(rows) if row[0].endswith(" *")}
+    frontier = {id(c) for c in report.pareto()}
+    best = {k for k, c in enumerate((report.base, *report.checkpoints)) if id(c) in frontier}
+    fits = report.fits()
     parts = [f"<h1>{pages.escape(report.title)}</h1><p class=sub>{len(report.checkpoints)} checkpoints against their base</p>"]
     if importlib.util.find_spec("matplotlib") is None:
         parts.append("<p class=note>No figure: matplotlib is not installed (pip install 'fasttax[report]').</p>")
     else:
         stream = io.BytesIO()
-        draw(report, stream)
+        draw(report, fits[KL_LAW], stream)
         parts.append(pages.picture(stream.getvalue(), "Capability lost against alignment gained, and against KL to the base"))
     parts.append("<h2>Checkpoints</h2>" + pages.table(headings, [[pages.escape(cell) for cell in row] for row in rows], best))
     parts.append(
@@ -87,7 +73,7 @@ def html(report: TaxReport) -> str:
     )
     if any(len(c.capability) > 1 or len(c.alignment) > 1 for c in (report.base, *report.checkpoints)):
         parts.append("<h2>By benchmark</h2>" + _benchmarks(report))
-    laws = "".join(f"<dt>{pages.escape(name)}</dt><dd>{pages.escape(law)}</dd>" for name, law in report.fits().items())
+    laws = "".join(f"<dt>{pages.escape(name)}</dt><dd>{pages.escape(law)}</dd>" for name, law in fits.items())
     parts.append(f"<h2>How the tax grows</h2><dl>{laws}</dl>")
     stages = report.stage_lines()
     if stages:
@@ -98,7 +84,7 @@ def html(report: TaxReport) -> str:
 def _benchmarks(report: TaxReport) -> str:
     def cells(c: Checkpoint) -> list[str]:
         return [
-            pages.escape(" ".join(filter(None, (c.run, c.stage, c.name)))),
+            pages.escape(c.label),
             *(f"{v:.4g}" for v in (*c.capability.values(), *(c.alignment[k] for k in report.base.alignment))),
         ]
 

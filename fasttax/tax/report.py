@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttax import _checks
+from fasttax import _checks, _files
 from fasttax.tax import page
-from fasttax.tax.fits import PowerLaw, fit_power_law
+from fasttax.tax.fits import KL_LAW, PowerLaw, fit_power_law
 
 Score = float | Mapping[str, float]
 FORMAT = "fasttax.TaxReport"
@@ -29,6 +29,11 @@ class Checkpoint:
     alignment: Mapping[str, float]
     kl: float | None
     distance: float | None
+
+    @property
+    def label(self) -> str:
+        """Run, stage and name, as far as there are any."""
+        return " ".join(filter(None, (self.run, self.stage, self.name)))
 
 
 @dataclass(frozen=True)
@@ -160,13 +165,14 @@ class TaxReport:
         found: dict[str, PowerLaw | str] = {}
         runs = [None, *self.runs()] if len(self.runs()) > 1 else [None]
         for run in runs:
-            for name, law in (("tax against KL", self.tax_vs_kl), ("forgetting", self.forgetting)):
-                if name == "forgetting" and run is None and len(runs) > 1:
+            for law_of, law in ((KL_LAW, self.tax_vs_kl), ("forgetting", self.forgetting)):
+                if law == self.forgetting and run is None and len(runs) > 1:
                     continue  # steps of different runs are not one axis
+                name = law_of if run is None else f"{law_of}, {run}"
                 try:
-                    found[f"{name}, {run}" if run is not None else name] = law(run)
+                    found[name] = law(run)
                 except ValueError as error:
-                    found[f"{name}, {run}" if run is not None else name] = str(error)
+                    found[name] = str(error)
         return found
 
     def stage_lines(self) -> list[str]:
@@ -202,7 +208,7 @@ class TaxReport:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """JSON, written whole or not at all."""
         text = json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"
-        return page.write(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        return _files.whole("TaxReport", path, lambda name: name.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaxReport:
@@ -226,10 +232,13 @@ class TaxReport:
         ]
         if missing:
             raise _checks.fail(op, "path", "base and checkpoints with what add() takes", f"{path} without {', '.join(missing)}")
-        report = cls(base["capability"], base["alignment"], lower_is_better=given.get("lower_is_better", ()), title=given.get("title", "Alignment tax"))
         optional = ("kl", "distance", "run", "stage", "step")
-        for row in rows:
-            report.add(row["name"], row["capability"], row["alignment"], **{k: row[k] for k in optional if row.get(k) is not None})
+        try:
+            report = cls(base["capability"], base["alignment"], lower_is_better=given.get("lower_is_better", ()), title=given.get("title", "Alignment tax"))
+            for row in rows:
+                report.add(row["name"], row["capability"], row["alignment"], **{k: row[k] for k in optional if row.get(k) is not None})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{op}: {path}: {error}") from None
         return report
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -240,8 +249,7 @@ class TaxReport:
             tax, start = self.tax(c), abs(_mean(self.base.capability))
             numbers = [f"{_mean(c.capability):.4g}", f"{_mean(c.alignment):.4g}", f"{self.gain(c):+.4g}", f"{tax:+.4g}", f"{tax / start:+.1%}" if start else "",
                        "" if c.kl is None else f"{c.kl:.4g}", "" if c.distance is None else f"{c.distance:.4g}"]  # fmt: skip
-            label = " ".join(filter(None, (c.run, c.stage, c.name)))
-            rows.append([label + (" *" if id(c) in best else ""), "" if c.step is None else str(c.step), *numbers])
+            rows.append([c.label + (" *" if id(c) in best else ""), "" if c.step is None else str(c.step), *numbers])
         return ["checkpoint", "step", "capability", "alignment", "gain", "tax", "tax %", "KL to base", "EWC distance"], rows
 
     def __str__(self) -> str:
@@ -256,9 +264,9 @@ class TaxReport:
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """A PNG: gain against tax with the Pareto frontier, and tax against KL with its law. Needs matplotlib (`pip install 'fasttax[report]'`)."""
-        return page.write(path, lambda name: page.draw(self, name))
+        return _files.whole("TaxReport", path, lambda name: page.draw(self, self.fits()[KL_LAW], name))
 
     def html(self, path: str | os.PathLike[str]) -> Path:
         """One page that needs no other file: the table, the laws, the stages and, where matplotlib is installed, the figure."""
         text = page.html(self)
-        return page.write(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        return _files.whole("TaxReport", path, lambda name: name.write_text(text, encoding="utf-8"))
