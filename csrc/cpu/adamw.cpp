@@ -1,8 +1,8 @@
 // AdamW with EWC over a whole parameter group in one call: the penalty costs the reads of fisher and anchor, not passes of
 // its own (7 passes become 9; AdamW, then a penalty into the gradient, makes 12). Tasks of 64 Ki elements, one parallel
 // region, each task's part of the penalty in its own slot: the sum does not depend on threads.
-#include "../adamw_lists.h"
-#include "../math/adamw_element.h"
+#include "../call/adamw_lists.h"
+#include "../math/adamw.h"
 
 #define FASTTAX_KERNELS "adamw_kernels.h"
 #include "isa.h"
@@ -33,11 +33,9 @@ double run_double(const AdamWTensor& t, int64_t begin, int64_t end, const AdamWS
     double& theta = at(kAwTheta)[i];
     const double anchor = mode == AdamWMode::kPlain ? 0 : at(kAwAnchor)[i], fisher = at(kAwFisher) ? at(kAwFisher)[i] : 0;
     const auto root = [](double a) { return std::sqrt(a); };
-    const auto element = [&](auto amsgrad, double& most) {
-      return portable::adamw_element<mode, decltype(amsgrad)::value>(theta, anchor, fisher, at(kAwGrad)[i], at(kAwFirst)[i],
-                                                                     at(kAwSecond)[i], most, !at(kAwFisher), k, root, 1.0);
-    };
-    total += at(kAwMax) ? element(std::true_type{}, at(kAwMax)[i]) : element(std::false_type{}, none);
+    const auto as_it_is = [](double a) { return a; };
+    double& most = at(kAwMax) ? at(kAwMax)[i] : none;
+    total += adamw_element<mode>(theta, anchor, fisher, at(kAwGrad)[i], at(kAwFirst)[i], at(kAwSecond)[i], most, at(kAwMax) != nullptr, !at(kAwFisher), k, root, as_it_is, 1.0);
   }
   return total;
 }

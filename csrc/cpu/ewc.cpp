@@ -1,7 +1,7 @@
 // EWC over a model's whole parameter list in one call (design: five passes over memory, read theta, anchor,
 // fisher, grad, write grad). The list is cut into tasks of 64 Ki elements, one parallel region runs them all, and
 // each task leaves its part of the penalty in its own slot: the sum in slot order does not depend on threads.
-#include "../ewc_lists.h"
+#include "../call/ewc_lists.h"
 
 #define FASTTAX_KERNELS "ewc_kernels.h"
 #include "isa.h"

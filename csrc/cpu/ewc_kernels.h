@@ -1,8 +1,10 @@
 // EWC over a run of elements of one tensor. Everything is staged to float in blocks of 256 that stay in L1
 // (a float operand is used where it lies), so one loop serves every mix of dtypes: at 20 bytes an element the
 // loop waits for memory (48 cycles per 16 elements at 23 GB/s a core), and a conversion costs 5 of them.
+#include "../math/ewc.h"
 #include "ewc_stage.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -85,3 +87,4 @@ inline double ewc_task(EwcMode mode, const void* const* data, const EwcType* typ
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

@@ -1,4 +1,8 @@
 // EWC's operands as floats, 256 at a time: what EWC's and AdamW's kernels read and write through.
+#include "../math/ewc_types.h"
+#include "fetch.h"
+
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -44,7 +48,6 @@ inline float rounded(float a) {
 #endif
   return a;
 }
-inline double rounded(double a) { return a; }
 
 template <class T>
 inline void narrow(const float* src, int64_t n, T* dst) {
@@ -107,17 +110,6 @@ inline void decode_u8log(const uint8_t* codes, const U8LogTables& tables, int64_
   for (; i < n; ++i) dst[i] = tables.value(codes[i]);
 }
 
-constexpr float kSplitStep = 0x1p-7f / 254;  // ulp(2^e) / 254 over 2^e: 127 steps reach half an ulp
-
-inline float join_split(float hi, int8_t lo) {  // hi + lo * ulp(hi) / 254
-  uint32_t bits;
-  std::memcpy(&bits, &hi, 4);
-  bits &= 0x7f800000u;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return hi + float(lo) * (scale * kSplitStep);
-}
-
 inline void decode_split(const uint8_t* block, int64_t n, float* dst) {
   const BFloat16* hi = reinterpret_cast<const BFloat16*>(block);
   const int8_t* lo = reinterpret_cast<const int8_t*>(block + 2 * kEwcBlock);
@@ -129,7 +121,7 @@ inline void decode_split(const uint8_t* block, int64_t n, float* dst) {
     const VF high = load(hi + i);
     store(dst + i, fma(__builtin_convertvector(low, VF), as_float(as_int(high) & 0x7f800000) * kSplitStep, high));
   }
-  for (; i < n; ++i) dst[i] = join_split(to_float(hi[i]), lo[i]);
+  for (; i < n; ++i) dst[i] = to_float(hi[i]) + float(lo[i]) * split_unit(to_float(hi[i]));
 }
 
 // The n <= 256 elements from `start` (a multiple of 256) as floats: in place, or in `buffer`.
@@ -166,3 +158,4 @@ inline void unstage(const Operand& x, int64_t start, int64_t n, const float* buf
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

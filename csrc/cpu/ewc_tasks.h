@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../ewc_types.h"
+#include "../math/ewc_types.h"
 
 // A list of tensors cut into pieces for the threads, as ewc.cpp and fisher_squares.cpp walk them.
 namespace fasttax {

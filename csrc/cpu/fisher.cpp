@@ -1,26 +1,12 @@
 // linear_sqgrad: the exact per-example diagonal Fisher of a linear layer at the price of its weight-gradient GEMM.
 // Two parallel regions: pack A, then walk the tiles of F. Deterministic, and the same bits for any thread count:
 // each tile of F is summed by one thread, over examples and tokens in order.
+#include <algorithm>
 #include <memory>
+#include <vector>
 
-#include "../float_type.h"
+#include "../call/float_type.h"
 #include "gemm.h"
-
-namespace fasttax {
-
-// Examples [first, last) and a group of row blocks. a: [column block][step][columns], of all examples; d: [row block][step][rows], of
-// these; strides in floats a block; starts: the steps at which examples begin; weights: of the examples, or null; pairs: a step is a pair
-// of bfloat16 tokens.
-struct FisherBatch {
-  const float *a, *d;
-  int64_t a_stride, d_stride;
-  const int64_t* starts;
-  int64_t first, last, blocks;
-  const float* weights;
-  bool pairs;
-};
-
-}  // namespace fasttax
 
 #define FASTTAX_KERNELS "fisher_kernels.h"
 #include "isa.h"
@@ -55,9 +41,9 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
                 I, ") tensor");
   FASTTAX_CHECK(cu_seqlens.scalar_type() == ScalarType::Long && cu_seqlens.is_contiguous() && examples >= 0, op,
                 "cu_seqlens: expected a contiguous int64 tensor of at least one element");
-  const LogitType a_type = float_type(inputs, op, "inputs"), d_type = float_type(grad_outputs, op, "grad_outputs");
-  const bool wide = a_type == LogitType::kDouble;
-  FASTTAX_CHECK(wide == (d_type == LogitType::kDouble) && out.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), op,
+  const FloatType a_type = float_type(inputs, op, "inputs"), d_type = float_type(grad_outputs, op, "grad_outputs");
+  const bool wide = a_type == FloatType::kDouble;
+  FASTTAX_CHECK(wide == (d_type == FloatType::kDouble) && out.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), op,
                 "out must be float32, or float64 where inputs and grad_outputs both are");
   const int64_t* starts = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
   bool single = examples > 0;  // every example is one token
@@ -92,7 +78,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
     gemm(O, I, R, d, {a_type, inputs.const_data_ptr(), inputs.stride(0), false, true}, f, I, true, false);
     return;
   }
-  const bool pairs = isa_bf16() && a_type == LogitType::kBFloat16 && d_type == LogitType::kBFloat16;
+  const bool pairs = isa_bf16() && a_type == FloatType::kBFloat16 && d_type == FloatType::kBFloat16;
   std::vector<int64_t> pair_starts;
   if (pairs) {
     pair_starts.assign(1, 0);
@@ -115,7 +101,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
   if (packed.size() < needed) packed = std::vector<float>(needed);
   float* a = packed.data() + (16 - reinterpret_cast<uintptr_t>(packed.data()) / 4 % 16) % 16;
   // Columns `from`.. of a batch's rows of `t`, in `blocks` blocks of `width`.
-  const auto pack = [&](const Tensor& t, LogitType type, int64_t batch, int64_t from, int64_t total, int64_t blocks, int64_t width,
+  const auto pack = [&](const Tensor& t, FloatType type, int64_t batch, int64_t from, int64_t total, int64_t blocks, int64_t width,
                         float* dst, int64_t stride) {
     const int64_t first = batches[size_t(batch)], last = batches[size_t(batch) + 1];
     FASTTAX_DISPATCH(pack_examples, type, pairs, t.const_data_ptr(), t.stride(0), starts + first, last - first, from, total, blocks, width,

@@ -2,8 +2,10 @@
 //  - A is packed once, by blocks of kCols columns: [block][t][kCols]; D by blocks of kRows rows: [block][t][kRows].
 //  - kRows x kCols accumulators in registers run over an example's tokens and are squared into a panel of F, a batch of examples at a
 //    time, whose rows of D stay in L2. No per-example gradient reaches memory.
+#include "fisher_batch.h"
 #include "tile.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -60,3 +62,4 @@ inline void fisher_add(const float* panels, int64_t blocks, int64_t from, int64_
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

@@ -1,6 +1,6 @@
 // label_variance_: logits -> p (1 - p), row by row in place. A row stays in L2 between its three sweeps: one read and one write of
 // memory, where softmax and its complement take five passes.
-#include "../check.h"
+#include "../call/check.h"
 
 #define FASTTAX_KERNELS "fisher_labels_kernels.h"
 #include "isa.h"

@@ -1,4 +1,6 @@
 // p (1 - p) over a row of logits, in place: the variance of each label's indicator, which a head's Fisher over all labels is made of.
+
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -39,3 +41,4 @@ inline void label_variance_row(float* x, int64_t V) {
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

@@ -2,7 +2,7 @@
 // columns, so that every sum has one order: deterministic, and the same bits for any thread count.
 #include <numeric>
 
-#include "../float_type.h"
+#include "../call/float_type.h"
 
 #define FASTTAX_KERNELS "fisher_rows_kernels.h"
 #include "isa.h"
@@ -17,9 +17,9 @@ struct Runs {  // rows order[starts[r] .. starts[r + 1]) are summed, squared, an
 };
 
 void square(const char* op, const Runs& runs, const Tensor* x, const Tensor& d, Tensor& out) {
-  const LogitType type = float_type(d, op, "grad_outputs");
+  const FloatType type = float_type(d, op, "grad_outputs");
   const int64_t width = d.size(1), count = int64_t(runs.starts.size()) - 1;
-  FASTTAX_CHECK(out.is_contiguous() && out.scalar_type() == (type == LogitType::kDouble ? ScalarType::Double : ScalarType::Float), op,
+  FASTTAX_CHECK(out.is_contiguous() && out.scalar_type() == (type == FloatType::kDouble ? ScalarType::Double : ScalarType::Float), op,
                 "out must be contiguous, and float32, or float64 where grad_outputs is");
   FASTTAX_CHECK((d.stride(1) == 1 || width == 1) && (!x || x->stride(1) == 1 || width == 1), op, "the last dimension must be contiguous");
   FASTTAX_CHECK(!x || (x->scalar_type() == d.scalar_type() && x->dim() == 2 && x->size(0) == d.size(0) && x->size(1) == width), op,
@@ -28,7 +28,7 @@ void square(const char* op, const Runs& runs, const Tensor* x, const Tensor& d, 
   const int64_t* order = runs.order.empty() ? nullptr : runs.order.data();
   const int64_t* to = runs.to.empty() ? nullptr : runs.to.data();
   const int64_t x_stride = x ? x->stride(0) : 0, out_stride = width;
-  if (type == LogitType::kDouble) {
+  if (type == FloatType::kDouble) {
     auto from = static_cast<const double*>(d.const_data_ptr());
     auto other = x ? static_cast<const double*>(x->const_data_ptr()) : nullptr;
     auto f = static_cast<double*>(out.mutable_data_ptr());

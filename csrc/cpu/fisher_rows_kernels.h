@@ -1,5 +1,8 @@
 // Sums over an example's rows, squared: biases, elementwise weights, embeddings. A few columns at a time over all rows, the sums in
 // registers: grad_outputs (and the norm's inputs) are read once, and out once an example at most.
+#include "rows.h"
+
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -44,15 +47,15 @@ inline void square_runs(const T* x, int64_t x_stride, const T* d, int64_t d_stri
     }
 }
 
-inline void square_runs_of(LogitType type, const void* x, int64_t x_stride, const void* d, int64_t d_stride, const int64_t* order,
+inline void square_runs_of(FloatType type, const void* x, int64_t x_stride, const void* d, int64_t d_stride, const int64_t* order,
                            const int64_t* starts, int64_t runs, const int64_t* to, const float* weights, int64_t col, int64_t count,
                            float* out, int64_t out_stride) {
   switch (type) {
-    case LogitType::kBFloat16:
+    case FloatType::kBFloat16:
       square_runs(static_cast<const BFloat16*>(x), x_stride, static_cast<const BFloat16*>(d), d_stride, order, starts, runs, to, weights,
                   col, count, out, out_stride);
       break;
-    case LogitType::kFloat16:
+    case FloatType::kFloat16:
       square_runs(static_cast<const Float16*>(x), x_stride, static_cast<const Float16*>(d), d_stride, order, starts, runs, to, weights, col,
                   count, out, out_stride);
       break;
@@ -64,3 +67,4 @@ inline void square_runs_of(LogitType type, const void* x, int64_t x_stride, cons
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

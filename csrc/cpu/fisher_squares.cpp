@@ -1,6 +1,6 @@
 // accumulate_sqgrad_: sums += weight * grad^2 over a model's whole gradient list in one call, in ewc.cpp's tasks.
 // Three passes: read sum and gradient, write the sum.
-#include "../square_lists.h"
+#include "../call/square_lists.h"
 
 #define FASTTAX_KERNELS "fisher_squares_kernels.h"
 #include "ewc_tasks.h"

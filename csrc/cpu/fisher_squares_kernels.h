@@ -1,6 +1,7 @@
 // sums += weight * grad^2 over a run of elements, float32 sums; gradients of any dtype are staged to float (ewc_stage.h).
 #include "ewc_stage.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -19,3 +20,4 @@ inline void square_run(float* sums, void* grads, EwcType type, float weight, int
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

@@ -3,37 +3,10 @@
 // where a GEMM of a library packs all of the head. One sum for each element, in one order, whatever the number of threads.
 #include "gemm.h"
 
+#include <algorithm>
 #include <memory>
 
-#include "../float_type.h"
-
-namespace fasttax {
-
-struct GemmArgs {  // out (M, N), rows out_stride apart
-  int64_t M, N, K;
-  float* out;
-  int64_t out_stride;
-  bool add, pairs;
-};
-
-// What the next fold reads of a matrix, rows a page apart and more, fetched into L2 a few lines a run.
-struct GemmAhead {
-  const char* row = nullptr;
-  int64_t stride = 0, bytes = 0, rows = 0, at = 0;
-
-  int64_t lines() const { return rows * ((bytes + 63) / 64); }
-  void fetch(int64_t count) {
-    for (; count > 0 && rows > 0; --count) {
-      __builtin_prefetch(row + at, 0, 2);
-      if ((at += 64) < bytes) continue;
-      at = 0;
-      row += stride;
-      --rows;
-    }
-  }
-};
-
-}  // namespace fasttax
+#include "../call/float_type.h"
 
 #define FASTTAX_KERNELS "gemm_kernels.h"
 #include "isa.h"
@@ -55,7 +28,7 @@ struct Gemm : GemmArgs {
 
   // Of `m`, the steps [first, last) of its other side's [begin, end).
   GemmAhead ahead(const GemmMatrix& m, int64_t first, int64_t last, int64_t begin, int64_t end) const {
-    const int64_t item = m.type == LogitType::kFloat ? 4 : 2, each = pairs ? 2 : 1, from = first * each, to = std::min(K, last * each);
+    const int64_t item = m.type == FloatType::kFloat ? 4 : 2, each = pairs ? 2 : 1, from = first * each, to = std::min(K, last * each);
     const int64_t row = m.turned ? begin : from,
                   rows = first == last ? 0
                          : m.turned    ? end - begin
@@ -146,9 +119,9 @@ namespace {
 // float32 a is not rounded to meet a bfloat16 b (a gradient's entries add up to 0 over the vocabulary, and so would its roundings not).
 void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   const char* op = "_gemm_";
-  const LogitType a_type = float_type(a, op, "a"), b_type = float_type(b, op, "b");
-  FASTTAX_CHECK(out.dim() == 2 && a.dim() == 2 && b.dim() == 2 && out.scalar_type() == ScalarType::Float && a_type != LogitType::kDouble &&
-                    b_type != LogitType::kDouble,
+  const FloatType a_type = float_type(a, op, "a"), b_type = float_type(b, op, "b");
+  FASTTAX_CHECK(out.dim() == 2 && a.dim() == 2 && b.dim() == 2 && out.scalar_type() == ScalarType::Float && a_type != FloatType::kDouble &&
+                    b_type != FloatType::kDouble,
                 op, "expected out (M, N) float32, a (M, K) and b (K, N), none float64");
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
   FASTTAX_CHECK(out.size(0) == M && out.size(1) == N && b.size(0) == K && K > 0, op, "shapes do not fit");
@@ -156,7 +129,7 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   FASTTAX_CHECK((out.stride(1) == 1 || N == 1) && (b.stride(1) == 1 || N == 1) && (by_rows || a.stride(0) == 1 || M == 1), op,
                 "rows of out and b must be contiguous, and rows or columns of a");
   if (M == 0 || N == 0) return;
-  const bool pairs = b_type == LogitType::kBFloat16 && a_type == LogitType::kBFloat16 && isa_bf16();
+  const bool pairs = b_type == FloatType::kBFloat16 && a_type == FloatType::kBFloat16 && isa_bf16();
   gemm(M, N, K, {a_type, a.const_data_ptr(), by_rows ? a.stride(0) : a.stride(1), by_rows}, {b_type, b.const_data_ptr(), b.stride(0)},
        static_cast<float*>(out.mutable_data_ptr()), out.stride(0), add, pairs);
 }

@@ -1,12 +1,14 @@
 #pragma once
 
-#include "../kl_params.h"
+#include <cstdint>
+
+#include "../math/types.h"
 
 // out = or += a b with float32 sums, the products of a head's backward and of single tokens' squares (gemm.cpp).
 namespace fasttax {
 
 struct GemmMatrix {
-  LogitType type;
+  FloatType type;
   const void* data;
   int64_t stride;                 // of its rows
   bool turned = false;            // its rows are out's, not those that are summed over

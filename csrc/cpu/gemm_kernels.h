@@ -1,7 +1,9 @@
 // out = or += a b by tiles (tile.h). Packed: a by blocks of kRows rows [block][step][kRows], b by blocks of kCols columns
 // [block][step][kCols]; a step is one k, or with GemmArgs::pairs two of them as bfloat16.
+#include "gemm_args.h"
 #include "tile.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -61,7 +63,7 @@ inline void turn_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first
       at[r] = words[r];
       if (row + r >= total) std::fill(words[r], words[r] + steps, 0.0f);
       else if (pairs) pairs_of(static_cast<const BFloat16*>(x.data) + start + 2 * first, std::min(k, 2 * last) - 2 * first, words[r]);
-      else if (x.type == LogitType::kFloat) at[r] = static_cast<const float*>(x.data) + start + first;
+      else if (x.type == FloatType::kFloat) at[r] = static_cast<const float*>(x.data) + start + first;
       else typed(x.type, x.data, [&](auto* p) { widen_row(p + start + first, steps, words[r]); });
     }
     for (int64_t s = turn_words(at, steps, dst); s < steps; ++s)
@@ -114,3 +116,4 @@ inline void gemm_blocks(const GemmArgs& x, const float* a, int64_t a_size, int64
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

@@ -1,6 +1,6 @@
 // token_kl on the CPU: rows are shared out among the threads, a row pair is read once (jsd twice) and nothing of
 // size N x V is written but the gradient. Passes over memory: forward 2, backward 3; both at once (token_kl_grad) 3.
-#include "kl_rows.h"
+#include "kl_layout.h"
 
 #define FASTTAX_KERNELS "kl_kernels.h"
 #include "isa.h"
@@ -20,7 +20,7 @@ struct RowWork {
   bool wide;
 
   RowWork(const Call& call, const Tensor& logits, const Tensor& ref_logits, const DoubleParams& params)
-      : c(call), wide_params(params), x(logits), y(ref_logits), wide(call.type == LogitType::kDouble) {}
+      : c(call), wide_params(params), x(logits), y(ref_logits), wide(call.type == FloatType::kDouble) {}
 
   ScalarType result_type() const { return wide ? ScalarType::Double : ScalarType::Float; }
   bool live(int64_t n) const { return !c.mask || c.mask[n]; }

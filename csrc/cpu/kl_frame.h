@@ -1,13 +1,12 @@
 // Frames: how the raw logits of a row pair become ax and d (math/kl.h). No max pass: the frame is primed from the first
 // 2048 entries, and a row is run again with its true maxima only when some entry stands more than 20 above (10.3 ms
 // against 16.9 at 512 x 49152).
+#include "../math/kl_frame.h"
+#include "../math/kl_row.h"
+#include "rows.h"
+
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
-
-template <>
-struct Const<FASTTAX_ISA_NS::VF> {
-  static inline FASTTAX_ISA_NS::VF of(double a) { return FASTTAX_ISA_NS::splat(float(a)); }
-};
-
 namespace FASTTAX_ISA_NS {
 
 constexpr int64_t kChunk = 128 * kLanes;  // 2048 on AVX-512: no lane adds more than 128 terms before it is folded to double
@@ -129,3 +128,4 @@ inline void primed_maxima(const T* x, const T* y, int64_t V, const KlParams& k, 
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

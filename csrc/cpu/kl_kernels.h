@@ -1,6 +1,7 @@
 // token_kl over one row pair. Forward is one sweep over both rows (jsd: two, the second in L2), backward another.
 #include "kl_sweep.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -153,22 +154,22 @@ inline void kl_row_backward(const T* x, const T* y, int64_t V, const KlParams& k
 }
 
 template <KlKind kind>
-inline float kl_forward_typed(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, KlRow& r) {
+inline float kl_forward_typed(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k, KlRow& r) {
   switch (type) {
-    case LogitType::kBFloat16: return kl_row_forward<kind>(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), V, k, r);
-    case LogitType::kFloat16: return kl_row_forward<kind>(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k, r);
+    case FloatType::kBFloat16: return kl_row_forward<kind>(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), V, k, r);
+    case FloatType::kFloat16: return kl_row_forward<kind>(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k, r);
     default: return kl_row_forward<kind>(static_cast<const float*>(x), static_cast<const float*>(y), V, k, r);
   }
 }
 
 template <KlKind kind>
-inline void kl_backward_typed(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, const KlRow& r, float g, void* dx,
+inline void kl_backward_typed(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k, const KlRow& r, float g, void* dx,
                               void* dy) {
   switch (type) {
-    case LogitType::kBFloat16:
+    case FloatType::kBFloat16:
       return kl_row_backward<kind>(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), V, k, r, g, static_cast<BFloat16*>(dx),
                                    static_cast<BFloat16*>(dy));
-    case LogitType::kFloat16:
+    case FloatType::kFloat16:
       return kl_row_backward<kind>(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k, r, g, static_cast<Float16*>(dx),
                                    static_cast<Float16*>(dy));
     default:
@@ -177,7 +178,7 @@ inline void kl_backward_typed(LogitType type, const void* x, const void* y, int6
   }
 }
 
-inline float kl_forward(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, KlRow& r) {
+inline float kl_forward(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k, KlRow& r) {
   switch (k.kind) {
     case KlKind::kPolicyRef: return kl_forward_typed<KlKind::kPolicyRef>(type, x, y, V, k, r);
     case KlKind::kRefPolicy: return kl_forward_typed<KlKind::kRefPolicy>(type, x, y, V, k, r);
@@ -185,7 +186,7 @@ inline float kl_forward(LogitType type, const void* x, const void* y, int64_t V,
   }
 }
 
-inline void kl_backward(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, const KlRow& r, float g, void* dx,
+inline void kl_backward(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k, const KlRow& r, float g, void* dx,
                         void* dy) {
   switch (k.kind) {
     case KlKind::kPolicyRef: return kl_backward_typed<KlKind::kPolicyRef>(type, x, y, V, k, r, g, dx, dy);
@@ -196,3 +197,4 @@ inline void kl_backward(LogitType type, const void* x, const void* y, int64_t V,
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

@@ -5,6 +5,7 @@
 //  - Lanes are folded to double every 2048 cells, so the sums do not depend on V's size.
 #include "kl_frame.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -188,3 +189,4 @@ struct Difference {
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

@@ -2,12 +2,16 @@
 
 #include <atomic>
 
-#include "../check.h"
+#include "../call/check.h"
 
 namespace fasttax {
 
 Isa isa_best() {
-#if defined(__x86_64__)
+#if FASTTAX_ONE_ISA == 512
+  return Isa::kAvx512;
+#elif FASTTAX_ONE_ISA == 256
+  return Isa::kAvx2;
+#elif defined(__x86_64__) && !FASTTAX_ONE_ISA
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -23,6 +27,7 @@ namespace {
 std::atomic<int64_t> chosen{-1};
 
 constexpr int64_t kForceBFloat16 = 3;
+constexpr int64_t kLowest = FASTTAX_ONE_ISA == 512 ? 2 : FASTTAX_ONE_ISA == 256 ? 1 : 0;  // what is compiled
 
 bool has_bf16() {
 #if defined(__x86_64__)
@@ -37,8 +42,7 @@ bool has_bf16() {
 // Returns the level in force.
 int64_t simd_level(int64_t level) {
   const int64_t best = static_cast<int64_t>(isa_best());
-  FASTTAX_CHECK((level >= -1 && level <= best) || (level == kForceBFloat16 && has_bf16()), "_simd_level", "level must be -1 (ask) or 0..",
-                best, " on this CPU (0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products), got ", level);
+  FASTTAX_CHECK(level == -1 || (level >= kLowest && level <= best) || (level == kForceBFloat16 && has_bf16()), "_simd_level", "level must be -1 (ask) or ", kLowest, "..", best, " on this CPU (0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products), got ", level);
   if (level >= 0) chosen.store(level, std::memory_order_relaxed);
   return static_cast<int64_t>(isa_level());
 }

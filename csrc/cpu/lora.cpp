@@ -1,6 +1,6 @@
 // lora_ewc_penalty: F is read once, the dense B A never stored, value and gradients in one sweep. Rows of F are cut into
 // at most 32 chunks, each with its own d_A, added up in order: the same bits for any number of threads.
-#include "../ewc_lists.h"
+#include "../call/ewc_lists.h"
 
 #define FASTTAX_KERNELS "lora_kernels.h"
 #include "isa.h"

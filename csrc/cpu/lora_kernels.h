@@ -4,6 +4,7 @@
 // kLoraRows x kLoraVectors vectors, as many as leave registers for a column of A and one of d_A.
 #include "ewc_stage.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -127,3 +128,4 @@ inline void lora_widen(EwcType type, const void* src, int64_t at, int64_t n, flo
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

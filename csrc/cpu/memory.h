@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../check.h"
+#include "../call/check.h"
 
 namespace fasttax {
 

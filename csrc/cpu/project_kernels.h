@@ -1,6 +1,11 @@
 // Logits out of hidden states, out[t, v] = sum_h hidden[t, h] weight[v, h]. The head is read once and as it lies: its entries are
 // broadcast, and the lanes are tokens, whose hidden states (few) are packed [h][token] once a call. A GEMM packs the head for every call
 // instead: a third of its time at 88 tokens.
+#include <vector>
+
+#include "rows.h"
+
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -17,7 +22,7 @@ constexpr int64_t kFold = 256;                                      // products 
 inline int64_t project_steps(bool pairs, int64_t depth) { return pairs ? (depth + 1) / 2 : depth; }
 
 // A row of hidden states or of the head as words: products' floats, or pairs of bfloat16.
-inline void words_of(LogitType type, bool pairs, const void* src, int64_t first, int64_t depth, float* dst) {
+inline void words_of(FloatType type, bool pairs, const void* src, int64_t first, int64_t depth, float* dst) {
   if (pairs) pairs_of(static_cast<const BFloat16*>(src) + first, depth, dst);
   else typed(type, src, [&](auto* p) { widen_row(p + first, depth, dst); });
 }
@@ -26,7 +31,7 @@ inline void words_of(LogitType type, bool pairs, const void* src, int64_t first,
 // last block as many vectors as it needs.
 inline int64_t block_width(int64_t tokens, int64_t first) { return std::min(kTokens, (tokens - first + kLanes - 1) / kLanes * kLanes); }
 
-inline void pack_tokens(LogitType type, bool pairs, const void* hidden, int64_t stride, int64_t tokens, int64_t depth, float* x) {
+inline void pack_tokens(FloatType type, bool pairs, const void* hidden, int64_t stride, int64_t tokens, int64_t depth, float* x) {
   const int64_t steps = project_steps(pairs, depth);
   std::vector<float> row(size_t(steps), 0.0f);
   for (int64_t first = 0; first < tokens; first += kTokens) {
@@ -91,14 +96,14 @@ inline void project_run_of(int64_t width, bool pairs, const float* words, int64_
 }
 
 // Logits of the words [first, last). scratch: kUnit rows, for those that do not lie as whole units of float32 or of pairs.
-inline void project_words(LogitType type, bool pairs, const void* weight, int64_t weight_stride, const float* x, int64_t tokens,
+inline void project_words(FloatType type, bool pairs, const void* weight, int64_t weight_stride, const float* x, int64_t tokens,
                           int64_t depth, int64_t first, int64_t last, float* out, int64_t out_stride, float* scratch) {
   alignas(64) float sum[kUnit * kTokens];
   const int64_t steps = project_steps(pairs, depth);
   for (int64_t v = first; v < last; v += kUnit) {
     const int64_t words = std::min(kUnit, last - v);
     const int64_t each = pairs ? 2 : 1;
-    const bool in_place = words == kUnit && (pairs ? depth % 2 == 0 && weight_stride % 2 == 0 : type == LogitType::kFloat);
+    const bool in_place = words == kUnit && (pairs ? depth % 2 == 0 && weight_stride % 2 == 0 : type == FloatType::kFloat);
     const float* rows = in_place ? static_cast<const float*>(weight) + v * weight_stride / each : scratch;
     const int64_t stride = in_place ? weight_stride / each : steps;
     for (int64_t w = 0; w < kUnit && !in_place; ++w)
@@ -126,3 +131,4 @@ inline int64_t word_unit() { return kUnit; }
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

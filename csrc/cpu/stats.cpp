@@ -1,6 +1,6 @@
 // token_stats on the CPU: one sweep over both rows (or the policy's alone) gives every value, one sweep back the gradient
 // of any mix of them. Passes over memory: forward 2, backward 2 and one for each gradient.
-#include "kl_rows.h"
+#include "kl_layout.h"
 
 #define FASTTAX_KERNELS "stats_kernels.h"
 #include "isa.h"
@@ -83,7 +83,7 @@ const int64_t* checked_ids(const char* op, const std::optional<Tensor>& ids, con
                          ref_inv_temperature, false);                                                                                     \
   const StatsWork work {                                                                                                                  \
     c, {0, false, 0, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature}, Rows(logits),                         \
-        has_ref ? std::optional<Rows>(Rows(*ref_logits)) : std::nullopt, checked_ids(op, ids, c), c.type == LogitType::kDouble            \
+        has_ref ? std::optional<Rows>(Rows(*ref_logits)) : std::nullopt, checked_ids(op, ids, c), c.type == FloatType::kDouble            \
   }
 
 // (values (6, ...), stats (..., 11)); a value that lacks its ids or its reference is 0.

@@ -2,6 +2,7 @@
 // one sweep back for any mix of them, with a coefficient for each.
 #include "kl_sweep.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -208,12 +209,12 @@ inline void stats_backward_typed(const T* x, const T* y, int64_t V, const KlPara
   return stats_row_backward<FrameMode::kGeneral>(x, y, V, k, id, row, g, dx, dy);
 }
 
-inline void stats_forward(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, int64_t id, StatsRow& row,
+inline void stats_forward(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k, int64_t id, StatsRow& row,
                           float* out) {
   switch (type) {
-    case LogitType::kBFloat16:
+    case FloatType::kBFloat16:
       return stats_row_forward(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), V, k, id, row, out);
-    case LogitType::kFloat16: return stats_row_forward(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k, id, row, out);
+    case FloatType::kFloat16: return stats_row_forward(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k, id, row, out);
     default: return stats_row_forward(static_cast<const float*>(x), static_cast<const float*>(y), V, k, id, row, out);
   }
 }
@@ -224,14 +225,15 @@ inline void stats_backward_cast(const void* x, const void* y, int64_t V, const K
   stats_backward_typed(static_cast<const T*>(x), static_cast<const T*>(y), V, k, id, row, g, static_cast<T*>(dx), static_cast<T*>(dy));
 }
 
-inline void stats_backward(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, int64_t id, const StatsRow& row,
+inline void stats_backward(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k, int64_t id, const StatsRow& row,
                            const float* g, void* dx, void* dy) {
   switch (type) {
-    case LogitType::kBFloat16: return stats_backward_cast<BFloat16>(x, y, V, k, id, row, g, dx, dy);
-    case LogitType::kFloat16: return stats_backward_cast<Float16>(x, y, V, k, id, row, g, dx, dy);
+    case FloatType::kBFloat16: return stats_backward_cast<BFloat16>(x, y, V, k, id, row, g, dx, dy);
+    case FloatType::kFloat16: return stats_backward_cast<Float16>(x, y, V, k, id, row, g, dx, dy);
     default: return stats_backward_cast<float>(x, y, V, k, id, row, g, dx, dy);
   }
 }
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

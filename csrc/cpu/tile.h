@@ -2,6 +2,11 @@
 //  - 8 x 3 vectors issue 35 instructions for 24 multiplications, 12 x 2 issue 38; two steps a loop: 6 % and 5 % of an op's time.
 //  - bfloat16 with AVX512-BF16: steps are pairs of tokens, and one instruction multiplies and adds a pair (products exact, sums float32),
 //    half the instructions of float32.
+#include <algorithm>
+
+#include "rows.h"
+
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -68,7 +73,7 @@ inline void pack_pairs(const BFloat16* src, int64_t row_stride, const int64_t* s
 }
 
 // Of the examples that begin at `starts`; tokens' rows of `type`, or pairs of bfloat16 rows.
-inline void pack_examples(LogitType type, bool pairs, const void* src, int64_t row_stride, const int64_t* starts, int64_t examples,
+inline void pack_examples(FloatType type, bool pairs, const void* src, int64_t row_stride, const int64_t* starts, int64_t examples,
                           int64_t col, int64_t total, int64_t blocks, int64_t width, float* out, int64_t block_size) {
   const int64_t begin = starts[0], tokens = starts[examples] - begin;
   if (pairs)
@@ -143,3 +148,4 @@ inline int64_t tile_cols() { return kCols; }
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

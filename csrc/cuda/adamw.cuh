@@ -9,7 +9,7 @@
 // blocks. Steps, lr, GradScaler's scale and found_inf are read on the device, once a block: no sync, and a CUDA graph replays with new
 // values. Deterministic: block b owns chunk b and leaves its part of the penalty in parts[b]; ewc_finish adds them in a fixed order.
 
-#include "../math/adamw_element.h"
+#include "../math/adamw.h"
 #include "ewc.cuh"
 
 namespace fasttax {
@@ -121,18 +121,19 @@ __device__ __forceinline__ void adamw_store(const AdamWView& x, int k, int i, co
   else ewc_store(reinterpret_cast<uint2*>(x.data[k]) + i / 4, x.types[k] == EwcType::kBFloat16, v);
 }
 
-template <AdamWMode mode, class S>
-__device__ __forceinline__ S adamw_element(S& theta, S anchor, S fisher, S grad, S& m, S& v, S& most, bool amsgrad, bool from_second,
-                                           const AdamWStep<S>& k) {
-  S term = S(0);
-  const S g = adamw_gradient<mode>(grad, theta, anchor, fisher, v, from_second, k, term);
-  m = adamw_first(m, g, k.one_minus_beta1);
-  v = adamw_second(v, g, k.beta2, k.one_minus_beta2);
-  if (amsgrad) most = v > most ? v : most;
-  const S metric = adamw_metric(S(sqrt(amsgrad ? most : v)), k.root_factor, k.eps);
-  theta = adamw_moved<mode>(theta, theta * k.decay, anchor, fisher, m, v, metric, from_second, k, term, S(1));
-  return term;
-}
+struct AdamWRoot {
+  template <class S>
+  FASTTAX_HD S operator()(S a) const {
+    return S(sqrt(a));
+  }
+};
+
+struct AdamWAsItIs {
+  template <class S>
+  FASTTAX_HD S operator()(S a) const {
+    return a;
+  }
+};
 
 template <class S>
 __device__ __forceinline__ S adamw_get(const AdamWView& x, int k, int i) {
@@ -163,7 +164,7 @@ __device__ __forceinline__ double adamw_singly(const AdamWView& x, int begin, in
     S most = amsgrad ? adamw_get<S>(x, kAwMax, i) : S(0);
     const S anchor = mode == AdamWMode::kPlain ? S(0) : adamw_get<S>(x, kAwAnchor, i);
     const S fisher = mode == AdamWMode::kPlain || from_second ? S(0) : adamw_get<S>(x, kAwFisher, i);
-    total += double(adamw_element<mode>(theta, anchor, fisher, adamw_get<S>(x, kAwGrad, i), m, v, most, amsgrad, from_second, k));
+    total += double(adamw_element<mode>(theta, anchor, fisher, adamw_get<S>(x, kAwGrad, i), m, v, most, amsgrad, from_second, k, AdamWRoot(), AdamWAsItIs(), S(1)));
     adamw_put<S>(x, kAwTheta, i, theta);
     adamw_put<S>(x, kAwFirst, i, m);
     adamw_put<S>(x, kAwSecond, i, v);
@@ -196,7 +197,7 @@ __device__ __forceinline__ double adamw_grouped(const AdamWView& x, int end, con
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      sum += adamw_element<mode>(theta[j], anchor[j], fisher[j], grad[j], m[j], v[j], most[j], amsgrad, from_second, k);
+      sum += adamw_element<mode>(theta[j], anchor[j], fisher[j], grad[j], m[j], v[j], most[j], amsgrad, from_second, k, AdamWRoot(), AdamWAsItIs(), 1.0f);
     total += sum;
     adamw_store(x, kAwTheta, i, theta);
     adamw_store(x, kAwFirst, i, m);

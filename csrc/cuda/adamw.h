@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../adamw_types.h"
+#include "../math/adamw_types.h"
 
 // The CUDA launcher as its caller sees it: raw pointers, sizes and a stream.
 namespace fasttax {

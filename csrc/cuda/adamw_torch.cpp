@@ -1,5 +1,5 @@
 // AdamW with EWC on CUDA tensors, torch's side: check, allocate, find the stream, call the launcher.
-#include "../adamw_lists.h"
+#include "../call/adamw_lists.h"
 #include "adamw.h"
 #include "launch_torch.h"
 

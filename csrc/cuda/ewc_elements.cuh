@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../ewc_types.h"
+#include "../math/ewc_types.h"
 
 namespace fasttax {
 
@@ -55,13 +55,11 @@ __device__ __forceinline__ To ewc_bits(From from) {
   return to;
 }
 
-__device__ __forceinline__ float ewc_u8log(uint32_t code, float lo, float step) {  // 2^(lo + step * (code - 1)), code 0 is 0
-  return code == 0 ? 0.0f : exp2f(lo + step * float(int(code) - 1));
+__device__ __forceinline__ float ewc_u8log(uint32_t code, float lo, float step) {
+  return code == 0 ? 0.0f : exp2f(u8log_log2(code, lo, step));
 }
 
-__device__ __forceinline__ float ewc_join(float hi, int8_t lo) {  // hi + lo * ulp(hi) / 254
-  return fmaf(float(lo), ewc_bits<float>(ewc_bits<uint32_t>(hi) & 0x7f800000u) * (0x1p-7f / 254), hi);
-}
+__device__ __forceinline__ float ewc_join(float hi, int8_t lo) { return fmaf(float(lo), split_unit(hi), hi); }
 
 template <int width>
 using EwcWidth = std::integral_constant<int, width>;

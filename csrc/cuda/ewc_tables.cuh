@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../ewc_types.h"
+#include "../math/ewc_types.h"
 #include "ewc_elements.cuh"
 
 namespace fasttax {

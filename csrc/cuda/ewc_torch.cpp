@@ -1,6 +1,6 @@
 // EWC on CUDA tensors, torch's side: check, allocate, find the stream, call the launcher.
 // Not ewc.cpp: setuptools names objects by stem, and ewc.cu is one already.
-#include "../ewc_lists.h"
+#include "../call/ewc_lists.h"
 #include "ewc.h"
 #include "launch_torch.h"
 

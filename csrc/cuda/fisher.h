@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../ewc_types.h"
+#include "../math/ewc_types.h"
 
 // The CUDA launcher as its caller sees it: raw pointers, sizes and a stream, so that neither side includes the other's world.
 namespace fasttax {

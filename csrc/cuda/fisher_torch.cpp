@@ -1,5 +1,5 @@
 // The Fisher on CUDA tensors, torch's side: check, find the stream, call the launcher.
-#include "../square_lists.h"
+#include "../call/square_lists.h"
 #include "fisher.h"
 #include "launch_torch.h"
 

@@ -2,7 +2,8 @@
 
 #include <cstdint>
 
-#include "../kl_params.h"
+#include "../math/kl_frame.h"
+#include "../math/types.h"
 
 // The CUDA launchers of the ops over logits as their callers see them: raw pointers, sizes and a stream.
 namespace fasttax {
@@ -34,7 +35,7 @@ struct KlArgs {
 
 struct KlLaunch {
   KlOp op;
-  LogitType type;
+  FloatType type;
   KlArgs args;
   void* stream;  // cudaStream_t
 };

@@ -27,11 +27,11 @@ struct KlDevice {
 
 // Calls start(entry type) for the logits' type; float64 does not come here.
 template <class Start>
-const char* kl_with_type(LogitType type, Start&& start) {
+const char* kl_with_type(FloatType type, Start&& start) {
   switch (type) {
-    case LogitType::kFloat: return start(float());
-    case LogitType::kBFloat16: return start(__nv_bfloat16());
-    case LogitType::kFloat16: return start(__half());
+    case FloatType::kFloat: return start(float());
+    case FloatType::kBFloat16: return start(__nv_bfloat16());
+    case FloatType::kFloat16: return start(__half());
     default: return "float64 logits have no CUDA kernel";
   }
 }

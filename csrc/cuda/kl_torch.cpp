@@ -1,6 +1,6 @@
 // token_kl and token_stats on CUDA tensors, torch's side: check, allocate, find the stream, call the launchers. float64, which is there for
 // gradcheck, goes to the reference.
-#include "../kl_call.h"
+#include "../call/kl_call.h"
 #include "../math/kl.h"
 #include "kl.h"
 #include "launch_torch.h"

@@ -9,6 +9,7 @@
 
 #include "cuda/kl.h"
 #include "math/kl.h"
+#include "math/kl_frame.h"
 
 struct Options {
   double beta = 0.5, scale = 1, ref_scale = 1, cap = 0, ref_cap = 0, temperature = 1, ref_temperature = 1;

@@ -1,13 +1,13 @@
 #pragma once
 
 #include "float_type.h"
-#include "kl_params.h"
+#include "../math/kl_frame.h"
 
 // One call of an op over logits: its arguments, checked, for the CPU's kernels and CUDA's.
 namespace fasttax {
 
 struct Call {
-  LogitType type;
+  FloatType type;
   int64_t N = 1, V;
   KlParams k;
   const bool* mask;  // nullptr: every token counts

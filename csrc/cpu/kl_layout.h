@@ -1,7 +1,7 @@
 #pragma once
 
 // What the ops over logits share on the CPU: the addresses of rows, and where gradients go.
-#include "../kl_call.h"
+#include "../call/kl_call.h"
 #include "memory.h"
 
 namespace fasttax {

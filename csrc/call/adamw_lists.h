@@ -1,6 +1,6 @@
 #pragma once
 
-#include "adamw_types.h"
+#include "../math/adamw_types.h"
 #include "ewc_lists.h"
 
 // The lists of ewc_adamw_, checked against each other and turned into one AdamWTensor per parameter.

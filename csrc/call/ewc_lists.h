@@ -1,7 +1,7 @@
 #pragma once
 
 #include "check.h"
-#include "ewc_types.h"
+#include "../math/ewc_types.h"
 
 // The lists of an EWC op, checked against each other and turned into one EwcTensor per parameter.
 namespace fasttax {
