@@ -14,7 +14,8 @@ struct GemmArgs {  // out (M, N), rows out_stride apart
   bool add, pairs;
 };
 
-// What the next fold reads of a matrix, rows a page apart and more, fetched into L2 a few lines a run.
+// What the next fold reads of a matrix, rows a page apart and more, fetched into L2 a few lines a
+// run.
 struct GemmAhead {
   const char* row = nullptr;
   int64_t stride = 0, bytes = 0, rows = 0, at = 0;

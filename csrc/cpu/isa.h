@@ -1,10 +1,10 @@
-// Compiles FASTTAX_KERNELS (a header of kernels written on simd.h) once per instruction set, each in its own
-// namespace, and leaves `fasttax::isa_level()` to choose at run time: one binary serves every x86-64, and
-// every other CPU gets the portable vectors. No -march flag, so the baseline code stays baseline.
-// A header of kernels is read once more before that, without FASTTAX_ISA: what it includes is compiled there, for
-// the baseline, and what it defines is left out.
-// FASTTAX_ONE_ISA=512, 256 or 128 compiles that instruction set alone (`make quick`): a third of the time, for a CPU
-// that has it.
+// Compiles FASTTAX_KERNELS (a header of kernels written on simd.h) once per instruction set, each
+// in its own namespace, and leaves `fasttax::isa_level()` to choose at run time: one binary serves
+// every x86-64, and every other CPU gets the portable vectors. No -march flag, so the baseline code
+// stays baseline. A header of kernels is read once more before that, without FASTTAX_ISA: what it
+// includes is compiled there, for the baseline, and what it defines is left out.
+// FASTTAX_ONE_ISA=512, 256 or 128 compiles that instruction set alone (`make quick`): a third of
+// the time, for a CPU that has it.
 #ifndef FASTTAX_KERNELS
 #error "define FASTTAX_KERNELS before including isa.h"
 #endif
@@ -27,7 +27,9 @@
 #define FASTTAX_ISA_NS avx512
 #define FASTTAX_ISA 512
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")

@@ -2,7 +2,8 @@
 
 #include <cstdint>
 
-// Which instruction sets are compiled: all that the processor's family has, or FASTTAX_ONE_ISA (isa.h).
+// Which instruction sets are compiled: all that the processor's family has, or FASTTAX_ONE_ISA
+// (isa.h).
 #if !defined(FASTTAX_ONE_ISA)
 #define FASTTAX_ONE_ISA 0
 #endif
@@ -18,6 +19,8 @@ enum class Isa : int64_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 Isa isa_level();  // what the kernels use now
 Isa isa_best();   // what this CPU can run, of what is compiled
-bool isa_bf16();  // vdpbf16ps is there and gains, as on AMD; Emerald Rapids does 1.3 of them a nanosecond, and 5.3 FMAs
+// vdpbf16ps is there and gains, as on AMD; Emerald Rapids does 1.3 of them a nanosecond, and 5.3
+// FMAs
+bool isa_bf16();
 
 }  // namespace fasttax

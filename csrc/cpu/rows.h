@@ -22,7 +22,8 @@ inline void widen_row(const T* src, int64_t n, float* dst) {
   for (; i < n; ++i) dst[i] = to_float(src[i]);
 }
 
-// Pairs of a row of n bfloat16, which are one word each as they lie, with a zero for the last one's partner.
+// Pairs of a row of n bfloat16, which are one word each as they lie, with a zero for the last one's
+// partner.
 inline void pairs_of(const BFloat16* src, int64_t n, float* dst) {
   if (n % 2 != 0) dst[n / 2] = 0;
   std::memcpy(dst, src, size_t(n) * sizeof(BFloat16));

@@ -10,9 +10,11 @@
 //   split, of anchors: 256 bfloat16 `hi`, then 256 int8 `lo`; hi + lo * ulp(hi) / 254.
 namespace fasttax {
 
-constexpr int64_t kEwcBlock = 256;              // elements that share a u8log range or lie together in a split anchor
+// elements that share a u8log range or lie together in a split anchor
+constexpr int64_t kEwcBlock = 256;
 constexpr int64_t kSplitBytes = 3 * kEwcBlock;  // of such a block
-constexpr float kSplitStep = 0x1p-7f / 254;     // ulp(2^e) / 254 over 2^e: 127 steps reach half an ulp
+// ulp(2^e) / 254 over 2^e: 127 steps reach half an ulp
+constexpr float kSplitStep = 0x1p-7f / 254;
 
 FASTTAX_HD float split_unit(float hi) {  // ulp(hi) / 254
   uint32_t bits;

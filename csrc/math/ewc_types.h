@@ -17,7 +17,8 @@ struct EwcTensor {
   int64_t numel;
   int64_t first_chunk;  // CUDA: its first block within the launch
   EwcType types[4];
-  bool aligned;  // CUDA: every base allows 16-byte (float), 8-byte (half) and 4-byte (u8log) accesses
+  // CUDA: every base allows 16-byte (float), 8-byte (half) and 4-byte (u8log) accesses
+  bool aligned;
 };
 
 }  // namespace fasttax

@@ -6,8 +6,8 @@
 #if defined(__CUDACC__)
 #define FASTTAX_HD __host__ __device__ __forceinline__
 #else
-// always_inline is for more than speed: a formula on SIMD vectors that were called, not inlined, from a function of
-// another target would pass its vectors by another ABI.
+// always_inline is for more than speed: a formula on SIMD vectors that were called, not inlined,
+// from a function of another target would pass its vectors by another ABI.
 #define FASTTAX_HD inline __attribute__((always_inline))
 #endif
 
