@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax.bench import eager_kl as eager_kl
-from fasttax.bench import eager_linear_kl as eager_linear_kl
-from fasttax.bench import foreach_ewc as foreach_ewc
+from fasttax.cli.bench import eager_kl as eager_kl
+from fasttax.cli.bench import eager_linear_kl as eager_linear_kl
+from fasttax.cli.bench import foreach_ewc as foreach_ewc
 
 
 def eager_linear_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -21,16 +21,22 @@ def trl_linear_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight
     """TRL's beta = 1 is KL(policy || ref)."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    divergence: Tensor = ChunkedDivergenceFunction.apply(hidden, weight, None, ref_hidden, ref_weight, None, 1.0)[0]
+    divergence: Tensor = ChunkedDivergenceFunction.apply(
+        hidden, weight, None, ref_hidden, ref_weight, None, 1.0
+    )[0]
     return divergence.mean()
 
 
 def trl_linear_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """With the columns at a time that TRL's divergence takes, and the log-probs alone of its outputs."""
+    """With the columns at a time that TRL's divergence takes, and the log-probs alone of its
+    outputs.
+    """
     from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    logp: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, VOCAB_CHUNK_SIZE, None, 1.0, ())[0]
+    logp: Tensor = ChunkedLogProbFunction.apply(
+        hidden, weight, None, ids, 1.0, VOCAB_CHUNK_SIZE, None, 1.0, ()
+    )[0]
     return logp.mean()
 
 
@@ -38,14 +44,21 @@ def eager_stats(logits: Tensor, ref_logits: Tensor, ids: Tensor) -> Tensor:
     logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     p, q = logp.exp(), ref_logp.exp()
     sampled = logp.gather(-1, ids[:, None])[:, 0]
-    return (sampled - (p * logp).sum(-1) + (p * (logp - ref_logp)).sum(-1) + (q * (ref_logp - logp)).sum(-1)).sum()
+    return (
+        sampled
+        - (p * logp).sum(-1)
+        + (p * (logp - ref_logp)).sum(-1)
+        + (q * (ref_logp - logp)).sum(-1)
+    ).sum()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def autograd_ewc(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], strength: float) -> Tensor:
+def autograd_ewc(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], strength: float
+) -> Tensor:
     total = torch.zeros(())
     for p, a, f in zip(params, anchors, fishers, strict=True):
         total = total + (f * (p - a) ** 2).sum()
@@ -54,7 +67,9 @@ def autograd_ewc(params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: S
     return penalty
 
 
-def loop_ewc(grad: Tensor, theta: Tensor, anchor: Tensor, fisher: Tensor, strength: float) -> Tensor:
+def loop_ewc(
+    grad: Tensor, theta: Tensor, anchor: Tensor, fisher: Tensor, strength: float
+) -> Tensor:
     """One tensor's fused penalty, for torch.compile."""
     pull = fisher * (theta - anchor)
     grad.add_(pull, alpha=strength)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import fasttax
 from bench import baselines, workloads
 from bench.timing import Case
-from fasttax.estimate import encode
-from fasttax.functional.ewc import add_grad_
+from fasttax.ewc.ops import add_grad_
+from fasttax.fisher.estimate import encode
 
 
 class Parameters(nn.Module):
@@ -41,7 +41,12 @@ def add_grad_cases() -> Iterator[Case]:
     size = f"{count / 1e6:.1f} M parameters"
 
     def loop() -> Tensor:
-        return torch.stack([compiled(g, p, a, f, 0.5) for g, p, a, f in zip(grads, detached, anchors, fishers, strict=True)]).sum()
+        return torch.stack(
+            [
+                compiled(g, p, a, f, 0.5)
+                for g, p, a, f in zip(grads, detached, anchors, fishers, strict=True)
+            ]
+        ).sum()
 
     float32: dict[str, Callable[[], Any]] = {
         "autograd loop": lambda: baselines.autograd_ewc(params, anchors, fishers, 0.5),
@@ -55,16 +60,26 @@ def add_grad_cases() -> Iterator[Case]:
     values, scales = [c.values for c in codes], [c.scales for c in codes if c.scales is not None]
     packed: dict[str, Callable[[], Any]] = {
         "torch.compile, float32": loop,
-        "fasttax, bf16 anchor and u8log Fisher": lambda: add_grad_(detached, grads, half_anchors, values, scales, 0.5, 1.0),
-        "fasttax": lambda: fasttax.functional.ewc_add_grad_(detached, grads, half_anchors, half_fishers, 0.5),
+        "fasttax, bf16 anchor and u8log Fisher": lambda: add_grad_(
+            detached, grads, half_anchors, values, scales, 0.5, 1.0
+        ),
+        "fasttax": lambda: fasttax.functional.ewc_add_grad_(
+            detached, grads, half_anchors, half_fishers, 0.5
+        ),
     }
-    yield Case("ewc_add_grad_, bf16 anchor and Fisher", size, packed, floor_bytes=16 * count, rounds=7)
+    yield Case(
+        "ewc_add_grad_, bf16 anchor and Fisher", size, packed, floor_bytes=16 * count, rounds=7
+    )
 
 
 def adamw_cases() -> Iterator[Case]:
     model = Parameters()
     count = sum(p.numel() for p in model.parameters())
-    for storage, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("u8log", torch.bfloat16)):
+    for storage, dtype in (
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("u8log", torch.bfloat16),
+    ):
         plain = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         ewc = model.ewc(storage, dtype)
         held = fasttax.AdamWEWC(model.parameters(), ewc=ewc, lr=1e-6)
@@ -74,11 +89,21 @@ def adamw_cases() -> Iterator[Case]:
             ewc.add_grad_()
             plain.step()
 
-        contenders: dict[str, Callable[[], Any]] = {"fused AdamW alone": plain.step, "add_grad_, then fused AdamW": apart, "fasttax": held.step}
+        contenders: dict[str, Callable[[], Any]] = {
+            "fused AdamW alone": plain.step,
+            "add_grad_, then fused AdamW": apart,
+            "fasttax": held.step,
+        }
         bytes_each = {"fp32": 36, "bf16": 32, "u8log": 31}[storage]
         anchor = str(dtype).removeprefix("torch.")
-        yield Case(f"AdamWEWC, {storage} Fisher, {anchor} anchor", f"{count / 1e6:.1f} M parameters", contenders, floor_bytes=bytes_each * count,
-                   rounds=5, headline=storage != "u8log")  # fmt: skip
+        yield Case(
+            f"AdamWEWC, {storage} Fisher, {anchor} anchor",
+            f"{count / 1e6:.1f} M parameters",
+            contenders,
+            floor_bytes=bytes_each * count,
+            rounds=5,
+            headline=storage != "u8log",
+        )
 
 
 def dense_lora(a: Tensor, b: Tensor, fisher: Tensor) -> None:
@@ -88,7 +113,10 @@ def dense_lora(a: Tensor, b: Tensor, fisher: Tensor) -> None:
 def lora_cases() -> Iterator[Case]:
     width, r = 4096, 16
     a, b = (torch.randn(shape).mul_(0.02).requires_grad_() for shape in ((r, width), (width, r)))
-    for name, fisher in (("float32", torch.rand(width, width)), ("bfloat16", torch.rand(width, width).bfloat16())):
+    for name, fisher in (
+        ("float32", torch.rand(width, width)),
+        ("bfloat16", torch.rand(width, width).bfloat16()),
+    ):
 
         def ours(fisher: Tensor = fisher) -> None:
             fasttax.functional.lora_ewc_penalty(a, b, fisher, 0.25, 1.0).backward()
@@ -96,11 +124,18 @@ def lora_cases() -> Iterator[Case]:
         def eager(fisher: Tensor = fisher) -> None:
             dense_lora(a, b, fisher)
 
-        yield Case(f"lora_ewc_penalty forward+backward, {name} Fisher", f"{width}x{width}, r={r}", {"autograd": eager, "fasttax": ours},
-                   floor_bytes=fisher.nbytes, floor_flops=6.0 * r * width * width, headline=name == "float32")  # fmt: skip
+        yield Case(
+            f"lora_ewc_penalty forward+backward, {name} Fisher",
+            f"{width}x{width}, r={r}",
+            {"autograd": eager, "fasttax": ours},
+            floor_bytes=fisher.nbytes,
+            floor_flops=6.0 * r * width * width,
+            headline=name == "float32",
+        )
 
 
 def cases() -> Iterator[Case]:
-    yield from lora_cases()  # first: on what the others leave in the heap, eager's 64 MB temporaries take half of their time
+    # first: on what the others leave in the heap, eager's 64 MB temporaries take half of their time
+    yield from lora_cases()
     yield from add_grad_cases()
     yield from adamw_cases()

@@ -1,4 +1,6 @@
-"""linear_sqgrad against its weight-gradient GEMM, and the whole-model exact Fisher against one ordinary training pass."""
+"""linear_sqgrad against its weight-gradient GEMM, and the whole-model exact Fisher against one
+ordinary training pass.
+"""
 
 from __future__ import annotations
 
@@ -30,22 +32,40 @@ def cases() -> Iterator[Case]:
 def layer(shape: str, n: int, t: int, i: int, o: int) -> Iterator[Case]:
     a, d = torch.randn(n, t, i), torch.randn(n, t, o)
     out, weight = torch.zeros(o, i), torch.zeros(o, i)
-    contenders: dict[str, Callable[[], Any]] = {"weight-gradient GEMM": lambda: torch.mm(d.flatten(0, 1).T, a.flatten(0, 1), out=weight)}
+    contenders: dict[str, Callable[[], Any]] = {
+        "weight-gradient GEMM": lambda: torch.mm(d.flatten(0, 1).T, a.flatten(0, 1), out=weight)
+    }
     if t > 1:  # N x out x in numbers: at T=1 it is 0.5 GB and a second
         contenders["materialised"] = partial(baselines.materialised_sqgrad, a, d)
     floor = 4 * (a.numel() + d.numel() + 2 * out.numel()), 2 * n * t * i * o
     exact = {"fasttax": partial(fasttax.functional.linear_sqgrad, a, d, out=out)}
     yield Case("linear_sqgrad, float32", shape, {**contenders, **exact}, *floor, rounds=25)
-    halves = {"fasttax": partial(fasttax.functional.linear_sqgrad, a.bfloat16(), d.bfloat16(), out=out)}
+    halves = {
+        "fasttax": partial(fasttax.functional.linear_sqgrad, a.bfloat16(), d.bfloat16(), out=out)
+    }
     half_floor = 2 * (a.numel() + d.numel()) + 8 * out.numel(), floor[1]
     name = "linear_sqgrad, bfloat16 against float32's GEMM"
-    yield Case(name, shape, {"weight-gradient GEMM": contenders["weight-gradient GEMM"], **halves}, *half_floor, rounds=25, headline=False)
+    yield Case(
+        name,
+        shape,
+        {"weight-gradient GEMM": contenders["weight-gradient GEMM"], **halves},
+        *half_floor,
+        rounds=25,
+        headline=False,
+    )
 
 
 def rows() -> Iterator[Case]:
-    """Biases, norms and embeddings of 8 x 128 tokens, against the reference's composition of PyTorch ops."""
+    """Biases, norms and embeddings of 8 x 128 tokens, against the reference's composition of
+    PyTorch ops.
+    """
     n, t, h, v = 8, 128, 576, 49152
-    x, d, ids, cu = torch.randn(n * t, h), torch.randn(n * t, h), torch.randint(0, v, (n * t,)), torch.arange(n + 1) * t
+    x, d, ids, cu = (
+        torch.randn(n * t, h),
+        torch.randn(n * t, h),
+        torch.randint(0, v, (n * t,)),
+        torch.arange(n + 1) * t,
+    )
     out, table = torch.zeros(h), torch.zeros(v, h)
     calls: dict[str, tuple[Tensor, tuple[Any, ...], int]] = {
         "bias_sqgrad": (out, (d, cu, None), 4 * n * t * h),
@@ -53,9 +73,21 @@ def rows() -> Iterator[Case]:
         "embedding_sqgrad": (table, (ids, d, cu, None, -1), 12 * n * t * h),
     }
     for name, (target, args, floor) in calls.items():
-        ours, theirs = (getattr(torch.ops.fasttax, prefix + name + "_") for prefix in ("", "_reference_"))
-        contenders: dict[str, Callable[[], Any]] = {"PyTorch ops": partial(theirs, target, *args), "fasttax": partial(ours, target, *args)}
-        yield Case(f"{name}, float32", f"{n} x {t} tokens of {h}", contenders, floor, rounds=25, headline=False)
+        ours, theirs = (
+            getattr(torch.ops.fasttax, prefix + name + "_") for prefix in ("", "_reference_")
+        )
+        contenders: dict[str, Callable[[], Any]] = {
+            "PyTorch ops": partial(theirs, target, *args),
+            "fasttax": partial(ours, target, *args),
+        }
+        yield Case(
+            f"{name}, float32",
+            f"{n} x {t} tokens of {h}",
+            contenders,
+            floor,
+            rounds=25,
+            headline=False,
+        )
 
 
 def lists() -> Case:
@@ -67,31 +99,64 @@ def lists() -> Case:
         for total, grad in zip(sums, grads, strict=True):
             total += grad**2
 
-    contenders: dict[str, Callable[[], Any]] = {"tensor by tensor": one_by_one, "foreach": lambda: torch._foreach_addcmul_(sums, grads, grads),
-                                                "fasttax": lambda: fasttax.functional.accumulate_sqgrad_(sums, grads)}  # fmt: skip
-    return Case("accumulate_sqgrad_, float32", f"{count / 1e6:.1f} M parameters", contenders, 12 * count, rounds=9, headline=False)
+    contenders: dict[str, Callable[[], Any]] = {
+        "tensor by tensor": one_by_one,
+        "foreach": lambda: torch._foreach_addcmul_(sums, grads, grads),
+        "fasttax": lambda: fasttax.functional.accumulate_sqgrad_(sums, grads),
+    }
+    return Case(
+        "accumulate_sqgrad_, float32",
+        f"{count / 1e6:.1f} M parameters",
+        contenders,
+        12 * count,
+        rounds=9,
+        headline=False,
+    )
 
 
 def head() -> Case:
     """The head's exact Fisher over the whole vocabulary against its two GEMMs."""
     n, h, v = 512, 576, 49152
-    a, w, out, q = torch.randn(n, h), torch.randn(v, h) * 0.05, torch.zeros(v, h), torch.rand(256, v)
+    a, w, out, q = (
+        torch.randn(n, h),
+        torch.randn(v, h) * 0.05,
+        torch.zeros(v, h),
+        torch.rand(256, v),
+    )
 
     def gemms() -> None:
         for part in a.split(256):
             torch.mm(part, w.T, out=q)
             out.addmm_(q.T, part)
 
-    contenders: dict[str, Callable[[], Any]] = {"its 2 GEMMs": gemms, "fasttax": lambda: fasttax.functional.lm_head_fisher(a, w, out=out)}
-    return Case("lm_head_fisher, float32", f"{n} tokens, {h} -> {v}", contenders, 4 * (a.numel() + w.numel() + 2 * out.numel()), 4 * n * h * v, headline=False)
+    contenders: dict[str, Callable[[], Any]] = {
+        "its 2 GEMMs": gemms,
+        "fasttax": lambda: fasttax.functional.lm_head_fisher(a, w, out=out),
+    }
+    return Case(
+        "lm_head_fisher, float32",
+        f"{n} tokens, {h} -> {v}",
+        contenders,
+        4 * (a.numel() + w.numel() + 2 * out.numel()),
+        4 * n * h * v,
+        headline=False,
+    )
 
 
 def smollm2() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                         num_key_value_heads=3, tie_word_embeddings=True)  # SmolLM2-135M's shape  # fmt: skip
+    # SmolLM2-135M's shape
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -102,10 +167,15 @@ def peak(call: Callable[[], Any]) -> int:
         return 0
 
     def kilobytes(field: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+        return next(
+            int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if line.startswith(field)
+        )
 
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: what earlier calls freed would hide what this one takes
+    # glibc: what earlier calls freed would hide what this one takes
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
     clear.write_text("5")  # the high-water mark begins anew
@@ -115,7 +185,9 @@ def peak(call: Callable[[], Any]) -> int:
 
 
 def memory() -> Case:
-    """Peak memory above the model, as a copy of the parameters in float32 + activations, at two batch sizes; printed with the case's name."""
+    """Peak memory above the model, as a copy of the parameters in float32 + activations, at two
+    batch sizes; printed with the case's name.
+    """
     model = smollm2()
     estimator = fasttax.DiagonalFisher(model, verify=False)
     ids = torch.randint(0, 49152, (4, 64))
@@ -129,12 +201,27 @@ def memory() -> Case:
     shares = []
     for n in (1, 4):  # the sums are there already, as the gradients are not for the ordinary pass
         model.zero_grad(set_to_none=True)
-        ours, theirs = peak(lambda n=n: estimator.update(ids[:n])), peak(lambda n=n: ordinary(ids[:n]))  # type: ignore[misc]
-        shares.append(f"N={n}: {(ours + parameters) / 2**20:.0f} MiB, ordinary pass {theirs / 2**20:.0f} MiB")
+        ours, theirs = (
+            peak(lambda n=n: estimator.update(ids[:n])),
+            peak(lambda n=n: ordinary(ids[:n])),
+        )  # type: ignore[misc]
+        shares.append(
+            f"N={n}: {(ours + parameters) / 2**20:.0f} MiB, ordinary pass {theirs / 2**20:.0f} MiB"
+        )
     model.zero_grad(set_to_none=True)
-    contenders: dict[str, Callable[[], Any]] = {"forward+backward": lambda: ordinary(ids), "fasttax": lambda: estimator.update(ids)}
-    return Case("exact Fisher, peak memory above the model, sums included", f"4 x 64; {'; '.join(shares)}", contenders, 16 * parameters / 4,
-                6 * parameters / 4 * ids.numel(), rounds=2, headline=False)  # fmt: skip
+    contenders: dict[str, Callable[[], Any]] = {
+        "forward+backward": lambda: ordinary(ids),
+        "fasttax": lambda: estimator.update(ids),
+    }
+    return Case(
+        "exact Fisher, peak memory above the model, sums included",
+        f"4 x 64; {'; '.join(shares)}",
+        contenders,
+        16 * parameters / 4,
+        6 * parameters / 4 * ids.numel(),
+        rounds=2,
+        headline=False,
+    )
 
 
 def whole_model() -> Case:
@@ -148,7 +235,10 @@ def whole_model() -> Case:
         model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
 
     def loop() -> None:
-        """The Fisher as it is usually written: one example at a time, labels drawn from the model, gradients squared."""
+        """The Fisher as it is usually written.
+
+        One example at a time, labels drawn from the model, gradients squared.
+        """
         for row in ids:
             model.zero_grad(set_to_none=True)
             logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
@@ -164,5 +254,16 @@ def whole_model() -> Case:
         model.zero_grad(set_to_none=True)
 
     count = sum(p.numel() for p in model.parameters())
-    contenders: dict[str, Callable[[], Any]] = {"forward+backward": plain, "loop over examples": loop, "fasttax": lambda: estimator.update(ids)}
-    return Case("exact Fisher of SmolLM2-135M, float32", "batch 8 x 128", contenders, 16 * count, 6 * count * ids.numel(), rounds=3)
+    contenders: dict[str, Callable[[], Any]] = {
+        "forward+backward": plain,
+        "loop over examples": loop,
+        "fasttax": lambda: estimator.update(ids),
+    }
+    return Case(
+        "exact Fisher of SmolLM2-135M, float32",
+        "batch 8 x 128",
+        contenders,
+        16 * count,
+        6 * count * ids.numel(),
+        rounds=3,
+    )

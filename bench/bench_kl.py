@@ -1,4 +1,6 @@
-"""token_kl and token_stats, forward and backward through autograd with a fresh gradient, and forward alone."""
+"""token_kl and token_stats, forward and backward through autograd with a fresh gradient, and
+forward alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch import Tensor
 import fasttax
 from bench import baselines, workloads
 from bench.timing import Case
-from fasttax.bench import fused_kl, step
+from fasttax.cli.bench import fused_kl, step
 
 STATS = ("logp", "entropy", "kl_policy_ref", "kl_ref_policy")
 SIMD = {1: "AVX2", 0: "portable"}
@@ -44,7 +46,10 @@ def at_level(level: int, function: Callable[[], None]) -> Callable[[], None]:
 
 
 def cases() -> Iterator[Case]:
-    compiled, compiled_stats = baselines.compiled(baselines.eager_kl), baselines.compiled(baselines.eager_stats)
+    compiled, compiled_stats = (
+        baselines.compiled(baselines.eager_kl),
+        baselines.compiled(baselines.eager_stats),
+    )
     for dtype in (torch.float32, torch.bfloat16):
         for shape, n, v in workloads.KL:
             x = (torch.randn(n, v) * 3).to(dtype)
@@ -53,10 +58,26 @@ def cases() -> Iterator[Case]:
             size, name = x.numel() * x.element_size(), str(dtype).removeprefix("torch.")
             eager = step(baselines.eager_kl, (x,), (y,))
             # read both logits and write one gradient, once each
-            contenders = {"eager": eager, "torch.compile": step(compiled, (x,), (y,)), "fasttax": step(fused_kl, (x,), (y,))}
-            yield Case(f"token_kl forward+backward, {name}", shape, contenders, floor_bytes=3 * size)
-            contenders = {"eager": forward(baselines.eager_kl, x, y), "torch.compile": forward(compiled, x, y), "fasttax": forward(fused_kl, x, y)}
-            yield Case(f"token_kl forward only, {name}", shape, contenders, floor_bytes=2 * size, headline=False)
+            contenders = {
+                "eager": eager,
+                "torch.compile": step(compiled, (x,), (y,)),
+                "fasttax": step(fused_kl, (x,), (y,)),
+            }
+            yield Case(
+                f"token_kl forward+backward, {name}", shape, contenders, floor_bytes=3 * size
+            )
+            contenders = {
+                "eager": forward(baselines.eager_kl, x, y),
+                "torch.compile": forward(compiled, x, y),
+                "fasttax": forward(fused_kl, x, y),
+            }
+            yield Case(
+                f"token_kl forward only, {name}",
+                shape,
+                contenders,
+                floor_bytes=2 * size,
+                headline=False,
+            )
             contenders = {
                 "eager": step(baselines.eager_stats, (x,), (y, ids)),
                 "torch.compile": step(compiled_stats, (x,), (y, ids)),
@@ -64,8 +85,23 @@ def cases() -> Iterator[Case]:
                 "fasttax": step(fused_stats, (x,), (y, ids)),
             }
             first = v == workloads.KL[0][2]
-            yield Case(f"token_stats (logp, entropy, both KLs) forward+backward, {name}", shape, contenders, floor_bytes=5 * size, headline=first)
+            yield Case(
+                f"token_stats (logp, entropy, both KLs) forward+backward, {name}",
+                shape,
+                contenders,
+                floor_bytes=5 * size,
+                headline=first,
+            )
             for level in SIMD if first else ():
                 if level < torch.ops.fasttax._simd_level(-1):
-                    contenders = {"eager": eager, "fasttax": at_level(level, step(fused_kl, (x,), (y,)))}
-                    yield Case(f"token_kl forward+backward, {name}, {SIMD[level]}", shape, contenders, floor_bytes=3 * size, headline=False)
+                    contenders = {
+                        "eager": eager,
+                        "fasttax": at_level(level, step(fused_kl, (x,), (y,))),
+                    }
+                    yield Case(
+                        f"token_kl forward+backward, {name}, {SIMD[level]}",
+                        shape,
+                        contenders,
+                        floor_bytes=3 * size,
+                        headline=False,
+                    )

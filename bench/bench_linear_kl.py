@@ -1,7 +1,10 @@
-"""linear_token_kl and linear_token_logprobs, forward and backward, at SmolLM2's head: times beside their GEMMs, and peak memory.
+"""linear_token_kl and linear_token_logprobs, forward and backward, at SmolLM2's head.
 
-The GEMMs alone are timed as a user gets them, by `@` into fresh outputs: so autograd runs them. "Warm" is the same into buffers that
-were there before, which no caller's gradients can be: the machine's GEMM rate without a page fault.
+Times beside their GEMMs, and peak memory.
+
+The GEMMs alone are timed as a user gets them, by `@` into fresh outputs: so autograd runs them.
+"Warm" is the same into buffers that were there before, which no caller's gradients can be: the
+machine's GEMM rate without a page fault.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor
 import fasttax
 from bench import baselines, workloads
 from bench.timing import Case
-from fasttax.bench import fused_linear_kl, step
+from fasttax.cli.bench import fused_linear_kl, step
 
 
 def gemms(*pairs: tuple[Tensor, Tensor]) -> dict[str, Callable[[], None]]:
@@ -53,21 +56,74 @@ def cases() -> Iterator[Case]:
     """The policy's head is trained, the reference's is not."""
     for shape, n, h, v in workloads.LINEAR_KL:
         hidden, weight = torch.randn(n, h), torch.randn(v, h) / h**0.5
-        refs, ids = (hidden + 0.1 * torch.randn(n, h), weight + 0.01 * torch.randn(v, h)), (torch.randint(v, (n,)),)
-        leaves, x, half = (hidden, weight), hidden @ weight.T, (hidden.bfloat16(), weight.bfloat16())
+        refs, ids = (
+            (hidden + 0.1 * torch.randn(n, h), weight + 0.01 * torch.randn(v, h)),
+            (torch.randint(v, (n,)),),
+        )
+        leaves, x, half = (
+            (hidden, weight),
+            hidden @ weight.T,
+            (hidden.bfloat16(), weight.bfloat16()),
+        )
         half_refs = (refs[0].bfloat16(), refs[1].bfloat16())
         ours = [(hidden, weight.T), (x, weight), (x.T, hidden)]
         flops, size = 2.0 * n * h * v, 4.0 * (v * h + n * h)
         eager, trl = baselines.eager_linear_kl, baselines.trl_linear_kl
 
-        contenders = {**gemms(*ours, (refs[0], refs[1].T)), "eager": step(eager, leaves, refs),
-                      **peer("TRL", step(trl, leaves, refs)), "fasttax": step(fused_linear_kl, leaves, refs)}  # fmt: skip
-        yield Case("linear_token_kl forward+backward, float32", shape, contenders, 3 * size, 4 * flops, memory=True)
-        contenders = {"eager": step(eager, leaves, refs), **peer("TRL", step(trl, leaves, refs)), "fasttax": step(tokens, leaves, refs)}
-        yield Case("linear_token_kl per token (recomputes), float32", shape, contenders, 3 * size, 6 * flops, headline=False, memory=True)
-        contenders = {"eager": step(eager, half, half_refs), **peer("TRL", step(trl, half, half_refs)), "fasttax": step(fused_linear_kl, half, half_refs)}
-        yield Case("linear_token_kl forward+backward, bfloat16", shape, contenders, 1.5 * size, 4 * flops, headline=False, memory=True)
+        contenders = {
+            **gemms(*ours, (refs[0], refs[1].T)),
+            "eager": step(eager, leaves, refs),
+            **peer("TRL", step(trl, leaves, refs)),
+            "fasttax": step(fused_linear_kl, leaves, refs),
+        }
+        yield Case(
+            "linear_token_kl forward+backward, float32",
+            shape,
+            contenders,
+            3 * size,
+            4 * flops,
+            memory=True,
+        )
+        contenders = {
+            "eager": step(eager, leaves, refs),
+            **peer("TRL", step(trl, leaves, refs)),
+            "fasttax": step(tokens, leaves, refs),
+        }
+        yield Case(
+            "linear_token_kl per token (recomputes), float32",
+            shape,
+            contenders,
+            3 * size,
+            6 * flops,
+            headline=False,
+            memory=True,
+        )
+        contenders = {
+            "eager": step(eager, half, half_refs),
+            **peer("TRL", step(trl, half, half_refs)),
+            "fasttax": step(fused_linear_kl, half, half_refs),
+        }
+        yield Case(
+            "linear_token_kl forward+backward, bfloat16",
+            shape,
+            contenders,
+            1.5 * size,
+            4 * flops,
+            headline=False,
+            memory=True,
+        )
 
-        contenders = {**gemms(*ours), "eager": step(baselines.eager_linear_logprobs, leaves, ids),
-                      **peer("TRL", step(baselines.trl_linear_logprobs, leaves, ids)), "fasttax": step(logprobs, leaves, ids)}  # fmt: skip
-        yield Case("linear_token_logprobs forward+backward, float32", shape, contenders, 2 * size, 3 * flops, memory=True)
+        contenders = {
+            **gemms(*ours),
+            "eager": step(baselines.eager_linear_logprobs, leaves, ids),
+            **peer("TRL", step(baselines.trl_linear_logprobs, leaves, ids)),
+            "fasttax": step(logprobs, leaves, ids),
+        }
+        yield Case(
+            "linear_token_logprobs forward+backward, float32",
+            shape,
+            contenders,
+            2 * size,
+            3 * flops,
+            memory=True,
+        )

@@ -11,26 +11,41 @@ from typing import Any
 
 import torch
 
-from fasttax._timing import Case as Case
-from fasttax._timing import Result as Result
-from fasttax._timing import bandwidth as bandwidth
-from fasttax._timing import run as run
+from fasttax._base.timing import Case as Case
+from fasttax._base.timing import Result as Result
+from fasttax._base.timing import bandwidth as bandwidth
+from fasttax._base.timing import run as run
 
 
 def environment(bytes_per_second: float) -> dict[str, Any]:
     import fasttax
-    from fasttax import _library
+    from fasttax._base import library
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if "model name" in line
+        ]
+        if info.exists()
+        else []
+    )
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
-        "cpu": (names or [platform.processor()])[0], "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(), "fasttax": fasttax.__version__, "commit": commit or "none",
-        "simd": None if "_C" in _library.problems else torch.ops.fasttax._simd_level(-1),
-        "copy_GB_per_s": round(bytes_per_second / 1e9, 1), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "cpu": (names or [platform.processor()])[0],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fasttax": fasttax.__version__,
+        "commit": commit or "none",
+        "simd": None if "_C" in library.problems else torch.ops.fasttax._simd_level(-1),
+        "copy_GB_per_s": round(bytes_per_second / 1e9, 1),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def as_json(result: Result) -> dict[str, Any]:

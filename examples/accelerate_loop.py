@@ -1,4 +1,5 @@
-"""An Accelerate loop with gradient accumulation and clipping: the penalty goes in once a step, after the last backward, before clipping.
+"""An Accelerate loop with gradient accumulation and clipping: the penalty goes in once a step,
+after the last backward, before clipping.
 
 python examples/accelerate_loop.py [MODEL]
 """
@@ -12,7 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fasttax
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
-TEXTS = ["Water boils at 100 degrees Celsius.", "The capital of France is Paris.", "Two and two make four.", "A week has seven days."]
+TEXTS = [
+    "Water boils at 100 degrees Celsius.",
+    "The capital of France is Paris.",
+    "Two and two make four.",
+    "A week has seven days.",
+]
 
 accelerator = Accelerator(gradient_accumulation_steps=2, cpu=not torch.cuda.is_available())
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -20,8 +26,11 @@ model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 rows = tokenizer(TEXTS * 2, return_tensors="pt", padding=True)["input_ids"]
 fisher = fasttax.estimate_fisher(model, rows.split(4), progress=False)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-model, optimizer, loader = accelerator.prepare(model, optimizer, torch.utils.data.DataLoader(rows, batch_size=2))
-ewc = fasttax.EWC(accelerator.unwrap_model(model), fisher, strength=100.0)  # on the prepared model, which may be on another device
+model, optimizer, loader = accelerator.prepare(
+    model, optimizer, torch.utils.data.DataLoader(rows, batch_size=2)
+)
+# on the prepared model, which may be on another device
+ewc = fasttax.EWC(accelerator.unwrap_model(model), fisher, strength=100.0)
 
 for batch in loader:
     with accelerator.accumulate(model):

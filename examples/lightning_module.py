@@ -13,7 +13,12 @@ import fasttax
 from fasttax.integrations.lightning import EWCCallback
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
-TEXTS = ["Water boils at 100 degrees Celsius.", "The capital of France is Paris.", "Two and two make four.", "A week has seven days."]
+TEXTS = [
+    "Water boils at 100 degrees Celsius.",
+    "The capital of France is Paris.",
+    "Two and two make four.",
+    "A week has seven days.",
+]
 
 
 class Model(lightning.LightningModule):
@@ -28,12 +33,22 @@ class Model(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
-rows = AutoTokenizer.from_pretrained(MODEL)(TEXTS * 2, return_tensors="pt", padding=True)["input_ids"]
+rows = AutoTokenizer.from_pretrained(MODEL)(TEXTS * 2, return_tensors="pt", padding=True)[
+    "input_ids"
+]
 module = Model()
 fisher = fasttax.estimate_fisher(module.lm, rows.split(4), progress=False)
 callback = EWCCallback(fasttax.EWC(module.lm, fisher, strength=100.0))
 
-trainer = lightning.Trainer(max_steps=4, gradient_clip_val=1.0, accelerator="auto", logger=False, enable_checkpointing=False,
-                            enable_progress_bar=False, enable_model_summary=False, callbacks=[callback])  # fmt: skip
+trainer = lightning.Trainer(
+    max_steps=4,
+    gradient_clip_val=1.0,
+    accelerator="auto",
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    callbacks=[callback],
+)
 trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=2))
 print({name: value.item() for name, value in trainer.callback_metrics.items()})

@@ -1,4 +1,5 @@
-"""A training loop of your own: exact Fisher, EWC, an exact KL to the frozen base with a coefficient that steers towards a target.
+"""A training loop of your own: exact Fisher, EWC, an exact KL to the frozen base with a coefficient
+that steers towards a target.
 
 python examples/plain_loop.py [MODEL]
 """
@@ -13,7 +14,12 @@ import fasttax
 from fasttax.integrations import AdaptiveKL
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
-TEXTS = ["Water boils at 100 degrees Celsius.", "The capital of France is Paris.", "Two and two make four.", "A week has seven days."]
+TEXTS = [
+    "Water boils at 100 degrees Celsius.",
+    "The capital of France is Paris.",
+    "Two and two make four.",
+    "A week has seven days.",
+]
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -37,4 +43,7 @@ for step in range(4):
     optimizer.step()
     optimizer.zero_grad()
     control.update(kl.item())
-    print(f"step {step}: task {task.item():.4f}, KL {kl.item():.2e}, penalty {penalty.item():.2e}, beta {control.beta:.3f}")
+    print(
+        f"step {step}: task {task.item():.4f}, KL {kl.item():.2e}, penalty {penalty.item():.2e}, "
+        f"beta {control.beta:.3f}"
+    )

@@ -15,14 +15,34 @@ from fasttax.integrations.trl import patch
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = not torch.cuda.is_available()
 
-data = Dataset.from_list([{"prompt": text} for text in ("Water boils at", "The capital of France", "Two and two", "A week has")] * 2)
+data = Dataset.from_list(
+    [
+        {"prompt": text}
+        for text in ("Water boils at", "The capital of France", "Two and two", "A week has")
+    ]
+    * 2
+)
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-teacher = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)  # in earnest: a larger one of the same vocabulary
-args = DistillationConfig(output_dir="out", max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-4, logging_steps=1,
-                          save_strategy="no", report_to="none", use_cpu=CPU, bf16=not CPU, max_completion_length=16)  # fmt: skip
-trainer = DistillationTrainer(model, teacher_model=teacher, args=args, train_dataset=data, processing_class=tokenizer)
+# in earnest: a larger one of the same vocabulary
+teacher = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+args = DistillationConfig(
+    output_dir="out",
+    max_steps=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-4,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    use_cpu=CPU,
+    bf16=not CPU,
+    max_completion_length=16,
+)
+trainer = DistillationTrainer(
+    model, teacher_model=teacher, args=args, train_dataset=data, processing_class=tokenizer
+)
 
 with patch("distillation"):  # fasttax's op in place of TRL's; taken back at the end
     trainer.train()

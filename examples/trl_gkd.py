@@ -20,15 +20,45 @@ class FusedGKDTrainer(FusedGKDMixin, GKDTrainer):
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = not torch.cuda.is_available()
 
-data = Dataset.from_list([{"messages": [{"role": "user", "content": "Where is Paris?"}, {"role": "assistant", "content": "In France."}]},
-                          {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}] * 4)  # fmt: skip
+data = Dataset.from_list(
+    [
+        {
+            "messages": [
+                {"role": "user", "content": "Where is Paris?"},
+                {"role": "assistant", "content": "In France."},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "2 + 2?"},
+                {"role": "assistant", "content": "4"},
+            ]
+        },
+    ]
+    * 4
+)
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-teacher = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)  # in earnest: a larger one of the same vocabulary
-args = GKDConfig(output_dir="out", max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-4, logging_steps=1,
-                 save_strategy="no", report_to="none", use_cpu=CPU, bf16=not CPU, max_length=64, max_new_tokens=16)  # fmt: skip
-trainer = FusedGKDTrainer(model, teacher_model=teacher, args=args, train_dataset=data, processing_class=tokenizer)
+# in earnest: a larger one of the same vocabulary
+teacher = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+args = GKDConfig(
+    output_dir="out",
+    max_steps=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-4,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    use_cpu=CPU,
+    bf16=not CPU,
+    max_length=64,
+    max_new_tokens=16,
+)
+trainer = FusedGKDTrainer(
+    model, teacher_model=teacher, args=args, train_dataset=data, processing_class=tokenizer
+)
 
 trainer.train()
 print(trainer.state.log_history[-2])

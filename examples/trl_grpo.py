@@ -1,4 +1,5 @@
-"""GRPO whose KL is exact over the vocabulary instead of the k3 estimate: the trainer's own beta is 0.
+"""GRPO whose KL is exact over the vocabulary instead of the k3 estimate: the trainer's own beta is
+0.
 
 python examples/trl_grpo.py [MODEL]
 """
@@ -16,7 +17,13 @@ from fasttax.integrations.trl import FullKL, patch
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = not torch.cuda.is_available()
 
-data = Dataset.from_list([{"prompt": text} for text in ("Water boils at", "The capital of France", "Two and two", "A week has")] * 2)
+data = Dataset.from_list(
+    [
+        {"prompt": text}
+        for text in ("Water boils at", "The capital of France", "Two and two", "A week has")
+    ]
+    * 2
+)
 
 
 def brevity(completions, **others):
@@ -26,10 +33,28 @@ def brevity(completions, **others):
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-args = GRPOConfig(output_dir="out", max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-4, logging_steps=1,
-                  save_strategy="no", report_to="none", use_cpu=CPU, bf16=not CPU, beta=0.0, num_generations=2, max_completion_length=16)  # fmt: skip
-trainer = GRPOTrainer(model, reward_funcs=brevity, args=args, train_dataset=data, processing_class=tokenizer)
+args = GRPOConfig(
+    output_dir="out",
+    max_steps=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-4,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    use_cpu=CPU,
+    bf16=not CPU,
+    beta=0.0,
+    num_generations=2,
+    max_completion_length=16,
+)
+trainer = GRPOTrainer(
+    model, reward_funcs=brevity, args=args, train_dataset=data, processing_class=tokenizer
+)
 
-with patch("grpo"), FullKL(trainer, base, beta=AdaptiveKL(target=0.05, beta=0.1)):  # a coefficient that steers the KL per token to 0.05 nats
+with (
+    patch("grpo"),
+    FullKL(trainer, base, beta=AdaptiveKL(target=0.05, beta=0.1)),
+):  # a coefficient that steers the KL per token to 0.05 nats
     trainer.train()
 print(trainer.state.log_history[-2])

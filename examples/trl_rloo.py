@@ -15,7 +15,13 @@ from fasttax.integrations.trl import FullKL, patch
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = not torch.cuda.is_available()
 
-data = Dataset.from_list([{"prompt": text} for text in ("Water boils at", "The capital of France", "Two and two", "A week has")] * 2)
+data = Dataset.from_list(
+    [
+        {"prompt": text}
+        for text in ("Water boils at", "The capital of France", "Two and two", "A week has")
+    ]
+    * 2
+)
 
 
 def brevity(completions, **others):
@@ -25,9 +31,24 @@ def brevity(completions, **others):
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-args = RLOOConfig(output_dir="out", max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-4, logging_steps=1,
-                  save_strategy="no", report_to="none", use_cpu=CPU, bf16=not CPU, beta=0.0, num_generations=2, max_completion_length=16)  # fmt: skip
-trainer = RLOOTrainer(model, reward_funcs=brevity, args=args, train_dataset=data, processing_class=tokenizer)
+args = RLOOConfig(
+    output_dir="out",
+    max_steps=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-4,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    use_cpu=CPU,
+    bf16=not CPU,
+    beta=0.0,
+    num_generations=2,
+    max_completion_length=16,
+)
+trainer = RLOOTrainer(
+    model, reward_funcs=brevity, args=args, train_dataset=data, processing_class=tokenizer
+)
 
 with patch("rloo"), FullKL(trainer, base, beta=0.1, kind="policy_ref"):
     trainer.train()

@@ -17,17 +17,40 @@ from fasttax.integrations.trl import FullKL, patch
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = not torch.cuda.is_available()
 
-PAIRS = [("Water boils at", " 100 degrees Celsius."), ("Two and two", " make four."), ("The capital of France", " is Paris.")]
-data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS * 3])
+PAIRS = [
+    ("Water boils at", " 100 degrees Celsius."),
+    ("Two and two", " make four."),
+    ("The capital of France", " is Paris."),
+]
+data = Dataset.from_list(
+    [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS * 3]
+)
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-fisher = fasttax.estimate_fisher(model, [{"input_ids": torch.tensor([tokenizer(row["prompt"])["input_ids"]])} for row in data], progress=False)
+fisher = fasttax.estimate_fisher(
+    model,
+    [{"input_ids": torch.tensor([tokenizer(row["prompt"])["input_ids"]])} for row in data],
+    progress=False,
+)
 ewc = fasttax.EWC(model, fisher, strength=100.0)
-args = SFTConfig(output_dir="out", max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-4, logging_steps=1,
-                 save_strategy="no", report_to="none", use_cpu=CPU, bf16=not CPU, max_length=64)  # fmt: skip
-trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=[EWCCallback(ewc)])
+args = SFTConfig(
+    output_dir="out",
+    max_steps=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-4,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    use_cpu=CPU,
+    bf16=not CPU,
+    max_length=64,
+)
+trainer = SFTTrainer(
+    model, args, train_dataset=data, processing_class=tokenizer, callbacks=[EWCCallback(ewc)]
+)
 
 with patch("sft"), FullKL(trainer, base, beta=0.1, kind="policy_ref"):
     trainer.train()

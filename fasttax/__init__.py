@@ -1,36 +1,56 @@
-"""fasttax: exact token-level KL, diagonal Fisher and EWC, fast enough to leave on in every alignment run."""
-
-__version__ = "0.1.0"
+"""fasttax: exact token-level KL, diagonal Fisher and EWC, fast enough to leave on in every
+alignment run.
+"""
 
 import importlib
 from typing import Any
 
 from fasttax import functional as functional
 from fasttax import merge as merge
-from fasttax._fisher.estimation import estimate_fisher as estimate_fisher
-from fasttax._library import load_native as _load_native
-from fasttax.estimate import FisherEstimate as FisherEstimate
+from fasttax._base.library import load_native as _load_native
+from fasttax._base.version import __version__ as __version__
 from fasttax.ewc import EWC as EWC
+from fasttax.ewc import AdamWEWC as AdamWEWC
 from fasttax.fisher import DiagonalFisher as DiagonalFisher
+from fasttax.fisher import FisherEstimate as FisherEstimate
+from fasttax.fisher import estimate_fisher as estimate_fisher
+from fasttax.kl import TokenStats as TokenStats
+from fasttax.kl import kl_estimate as kl_estimate
+from fasttax.kl import linear_token_kl as linear_token_kl
+from fasttax.kl import linear_token_logprobs as linear_token_logprobs
 from fasttax.kl import token_kl as token_kl
-from fasttax.kl_stats import TokenStats as TokenStats
-from fasttax.kl_stats import kl_estimate as kl_estimate
-from fasttax.kl_stats import token_stats as token_stats
-from fasttax.kl_topk import topk_kl as topk_kl
-from fasttax.kl_topk import topk_logprobs as topk_logprobs
-from fasttax.linear_kl import linear_token_kl as linear_token_kl
-from fasttax.linear_kl import linear_token_logprobs as linear_token_logprobs
-from fasttax.optim import AdamWEWC as AdamWEWC
+from fasttax.kl import token_stats as token_stats
+from fasttax.kl import topk_kl as topk_kl
+from fasttax.kl import topk_logprobs as topk_logprobs
 
 _load_native()
 
 __all__ = [
-    "EWC", "AdamWEWC", "DiagonalFisher", "FisherEstimate", "TokenStats", "estimate_fisher", "functional", "kl_estimate", "linear_token_kl",
-    "linear_token_logprobs", "merge", "token_kl", "token_stats", "topk_kl", "topk_logprobs",
-]  # fmt: skip
+    "EWC",
+    "AdamWEWC",
+    "DiagonalFisher",
+    "FisherEstimate",
+    "TokenStats",
+    "estimate_fisher",
+    "functional",
+    "kl_estimate",
+    "linear_token_kl",
+    "linear_token_logprobs",
+    "merge",
+    "token_kl",
+    "token_stats",
+    "topk_kl",
+    "topk_logprobs",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("demo", "integrations", "tax"):  # on use: they need extras, or nothing else needs them
+    if name in (
+        "demo",
+        "integrations",
+        "tax",
+    ):  # on use: they need extras, or nothing else needs them
         return importlib.import_module(f"fasttax.{name}")
-    raise AttributeError(f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}"
+    )

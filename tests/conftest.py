@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # thousands of tiny parallel regions: spinning threads would fight over two cores
+# thousands of tiny parallel regions: spinning threads would fight over two cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
 
 import fasttax  # noqa: F401  (loads the native library)
-from fasttax import _library
+from fasttax._base import library
 
 SIMD = {0: "portable", 1: "avx2", 2: "avx512"}
 
@@ -24,7 +25,7 @@ def _seed() -> None:
 
 def simd_levels() -> list[int]:
     """The levels that this CPU runs; none where _C is not built."""
-    return [] if "_C" in _library.problems else list(range(torch.ops.fasttax._simd_level(-1) + 1))
+    return [] if "_C" in library.problems else list(range(torch.ops.fasttax._simd_level(-1) + 1))
 
 
 def name(backend: str | int) -> str:
@@ -43,14 +44,23 @@ def chosen(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def kernels() -> list[str | int]:
-    """What stands behind the ops over logits here: the CPU's instruction sets, or "triton" in its interpreter (tests/test_triton_kl.py starts such
-    a run); and with a GPU "cuda", whichever kernel is registered there, and "triton" beside it."""
-    if ("token_kl", "CPU") in _library.on_triton:
+    """What stands behind the ops over logits here: the CPU's instruction sets, or "triton" in its
+    interpreter (tests/gpu/test_triton_kl.py starts such a run); and with a GPU "cuda", whichever
+    kernel is registered there, and "triton" beside it.
+    """
+    if ("token_kl", "CPU") in library.on_triton:
         return ["triton"]
     return [*simd_levels(), *(["cuda", "triton"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=[kernel for kernel in kernels() if kernel != "cuda" and not (kernel == "triton" and torch.cuda.is_available())], ids=name)
+@pytest.fixture(
+    params=[
+        kernel
+        for kernel in kernels()
+        if kernel != "cuda" and not (kernel == "triton" and torch.cuda.is_available())
+    ],
+    ids=name,
+)
 def simd(request: pytest.FixtureRequest) -> Iterator[str | int]:
     """Every kernel for tensors on the CPU: its instruction sets, or Triton's interpreter."""
     yield from chosen(request)

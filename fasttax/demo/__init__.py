@@ -1,4 +1,6 @@
-"""`fasttax demo`: align a small real model four ways on one command, and report what each way costs."""
+"""`fasttax demo`: align a small real model four ways on one command, and report what each way
+costs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ NEEDS = {"transformers": "demo", "gguf": "demo", "rich": "demo", "matplotlib": "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo. Returns 0, 2 after an error that the user can put right, or 130 after Ctrl-C (finished runs are kept)."""
+    """Runs the demo.
+
+    Returns 0, 2 after an error that the user can put right, or 130 after Ctrl-C (finished runs are
+    kept).
+    """
     settings = parse(argv)
     try:
         return _run(settings)
@@ -25,19 +31,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_extras(settings: Settings) -> None:
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None and (name != "gguf" or settings.model == SMOLLM2)]
+    missing = [
+        name
+        for name in NEEDS
+        if importlib.util.find_spec(name) is None and (name != "gguf" or settings.model == SMOLLM2)
+    ]
     if missing:
         extras = ",".join(sorted({NEEDS[name] for name in missing}))
-        raise DemoError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; run: pip install 'fasttax[{extras}]'")
+        raise DemoError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; run: pip "
+            f"install 'fasttax[{extras}]'"
+        )
 
 
 def _run(settings: Settings) -> int:
     _check_extras(settings)
-    from fasttax.demo import files
+    from fasttax.demo import folders
 
-    files.folder(settings.output, "the output folder")
-    what = "a tiny byte-level model, trained from scratch first" if settings.tiny else settings.model
-    print(f"fasttax demo: {what}, aligned plain, with KL, with EWC and with both; results go to {settings.output}", flush=True)
+    folders.folder(settings.output, "the output folder")
+    what = (
+        "a tiny byte-level model, trained from scratch first" if settings.tiny else settings.model
+    )
+    print(
+        f"fasttax demo: {what}, aligned plain, with KL, with EWC and with both; results go to "
+        f"{settings.output}",
+        flush=True,
+    )
     import torch
 
     from fasttax.demo import report
@@ -51,7 +70,11 @@ def _run(settings: Settings) -> int:
         experiment.run()
     except KeyboardInterrupt:
         experiment.finish("interrupted")
-        print("\nfasttax demo: interrupted; what was finished is kept. A new start reuses the Fisher if it was complete.", flush=True)
+        print(
+            "\nfasttax demo: interrupted; what was finished is kept. A new start reuses the Fisher "
+            "if it was complete.",
+            flush=True,
+        )
         code = 130
     page = report.write(experiment.results, settings.output)
     report.print_table(experiment.results)

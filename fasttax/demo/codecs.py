@@ -1,4 +1,7 @@
-"""Text to tokens and back to characters: one small interface over a Hub tokenizer and over plain bytes."""
+"""Text to tokens and back to characters.
+
+One small interface over a Hub tokenizer and over plain bytes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ class Codec(Protocol):
 
 
 class HubCodec:
-    """A transformers tokenizer with its chat template (or, where it has none, "Question: ... Answer: ")."""
+    """A transformers tokenizer with its chat template (or, where it has none, "Question: ...
+
+    Answer: ").
+    """
 
     def __init__(self, tokenizer: Any, system: str | None = None) -> None:
         self.tokenizer = tokenizer
@@ -30,8 +36,11 @@ class HubCodec:
         self.pad_id = self.end_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
     def encode(self, text: str) -> tuple[list[int], list[Span]]:
-        # verbose=False: whole topics are longer than the model's context, and are cut into passages afterwards
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        # verbose=False: whole topics are longer than the model's context, and are cut into passages
+        # afterwards
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
 
     def prompt(self, text: str) -> list[int]:
@@ -40,7 +49,9 @@ class HubCodec:
         turns = [{"role": "user", "content": text}]
         if self.system is not None:
             turns.insert(0, {"role": "system", "content": self.system})
-        return self.encode(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))[0]
+        return self.encode(
+            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        )[0]
 
     def answer(self, text: str) -> list[int]:
         return [*self.encode(text)[0], self.end_id]

@@ -1,6 +1,8 @@
-"""The demo's course: Fisher, four runs, strengths chosen on validation items, measures on test items, timing.
+"""The demo's course: Fisher, four runs, strengths chosen on validation items, measures on test
+items, timing.
 
-Everything found goes into one JSON-ready dictionary, saved after each stage, so that an interrupted demo leaves what was done.
+Everything found goes into one JSON-ready dictionary, saved after each stage, so that an interrupted
+demo leaves what was done.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor
 
 import fasttax
-from fasttax import _files
-from fasttax.demo import environment, files, models, verdicts
+from fasttax._base import files
+from fasttax.demo import environment, folders, models, verdicts
 from fasttax.demo.measure import Bench, Vectors, difference, mean_and_error, summary
 from fasttax.demo.settings import Settings
 from fasttax.demo.texts import Item, collate, general_text, pairs, passages, read_alignment
@@ -34,9 +36,17 @@ class Experiment:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.begin = time.perf_counter()
-        self.results: dict[str, Any] = {"format": 1, "status": "running", "settings": settings.as_json(), "machine": environment.machine(),
-                                        "versions": environment.versions(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-                                        "stages": [], "candidates": [], "runs": {}}  # fmt: skip
+        self.results: dict[str, Any] = {
+            "format": 1,
+            "status": "running",
+            "settings": settings.as_json(),
+            "machine": environment.machine(),
+            "versions": environment.versions(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "stages": [],
+            "candidates": [],
+            "runs": {},
+        }
         self.vectors: dict[str, Vectors] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -54,7 +64,10 @@ class Experiment:
             curve, self.plain_validation = self._try(Recipe("plain"))
             self._measure("plain", Recipe("plain"), curve)
         chosen = {}
-        for family, strengths in (("kl", self.settings.kl_strengths), ("ewc", self.settings.ewc_strengths)):
+        for family, strengths in (
+            ("kl", self.settings.kl_strengths),
+            ("ewc", self.settings.ewc_strengths),
+        ):
             chosen[family] = self._choose(family, strengths)
         both = Recipe("both", kl=chosen["kl"], ewc=chosen["ewc"])
         with self._stage(f"fine-tuning with both: {both.label}"):
@@ -62,7 +75,9 @@ class Experiment:
             self._measure("both", both, curve)
         with self._stage("time that a step's parts take"):
             s = self.settings
-            self.results["timing"] = measure_step(self.model, self.reference, self.ewc, self.batches, both.ewc, s.lr, s.timing_rounds)
+            self.results["timing"] = measure_step(
+                self.model, self.reference, self.ewc, self.batches, both.ewc, s.lr, s.timing_rounds
+            )
         self.finish("complete")
 
     def finish(self, status: str) -> None:
@@ -73,7 +88,11 @@ class Experiment:
 
     def save(self) -> None:
         text = json.dumps(self.results, indent=1, allow_nan=False, default=str)
-        _files.whole("demo", self.settings.output / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        files.whole(
+            "demo",
+            self.settings.output / "results.json",
+            lambda path: path.write_text(text + "\n", encoding="utf-8"),
+        )
 
     @contextlib.contextmanager
     def _stage(self, title: str) -> Iterator[None]:
@@ -99,40 +118,87 @@ class Experiment:
         for split, part in rows.items():
             aligned[split], n = pairs(part, codec, s.length)
             cut += n
-        self.batches = training_batches([p.good for p in aligned["train"]], s.steps, s.batch_size, s.seed, codec, self.device)
+        self.batches = training_batches(
+            [p.good for p in aligned["train"]], s.steps, s.batch_size, s.seed, codec, self.device
+        )
         self.fisher_items = passages(general["fisher"], codec, s.length, s.fisher_examples, s.seed)
-        self.validation = Bench(aligned["validation"], passages(general["validation"], codec, s.length, s.validation_passages, s.seed), codec, full=False)
-        self.test = Bench(aligned["test"], passages(general["test"], codec, s.length, s.test_passages, s.seed), codec, full=True)
+        self.validation = Bench(
+            aligned["validation"],
+            passages(general["validation"], codec, s.length, s.validation_passages, s.seed),
+            codec,
+            full=False,
+        )
+        self.test = Bench(
+            aligned["test"],
+            passages(general["test"], codec, s.length, s.test_passages, s.seed),
+            codec,
+            full=True,
+        )
         parameters = sum(p.numel() for p in self.model.parameters())
-        self.results["model"] = {"name": loaded.name, "origin": loaded.origin, "parameters": parameters, "device": str(self.device),
-                                 "hash": _files.weights_hash(self.reference.named_parameters())}  # fmt: skip
+        self.results["model"] = {
+            "name": loaded.name,
+            "origin": loaded.origin,
+            "parameters": parameters,
+            "device": str(self.device),
+            "hash": files.weights_hash(self.reference.named_parameters()),
+        }
         self.results["data"] = {
-            "alignment": {"file": str(s.alignment), "sha256": hashlib.sha256(s.alignment.read_bytes()).hexdigest(), "cut_answers": cut,
-                          **{split: len(part) for split, part in rows.items()}},
-            "general": {"source": "pydoc_data.topics of this Python", "topics": {part: sorted(texts) for part, texts in general.items()},
-                        "passages": {"fisher": s.fisher_examples, "validation": s.validation_passages, "test": s.test_passages}},
-        }  # fmt: skip
-        self._say(f"{loaded.name}, {parameters / 1e6:.1f} M parameters, on {self.device}; {len(rows['train'])} training answers, {len(rows['test'])} held out")
+            "alignment": {
+                "file": str(s.alignment),
+                "sha256": hashlib.sha256(s.alignment.read_bytes()).hexdigest(),
+                "cut_answers": cut,
+                **{split: len(part) for split, part in rows.items()},
+            },
+            "general": {
+                "source": "pydoc_data.topics of this Python",
+                "topics": {part: sorted(texts) for part, texts in general.items()},
+                "passages": {
+                    "fisher": s.fisher_examples,
+                    "validation": s.validation_passages,
+                    "test": s.test_passages,
+                },
+            },
+        }
+        self._say(
+            f"{loaded.name}, {parameters / 1e6:.1f} M parameters, on {self.device}; "
+            f"{len(rows['train'])} training answers, {len(rows['test'])} held out"
+        )
 
     def _fisher(self) -> fasttax.FisherEstimate:
         s, begin = self.settings, time.perf_counter()
         ids = hashlib.sha256(str([item.ids for item in self.fisher_items]).encode()).hexdigest()
-        key = hashlib.sha256(f"{self.results['model']['hash']} {ids} sample example {s.seed} {fasttax.__version__}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            f"{self.results['model']['hash']} {ids} sample example {s.seed} "
+            f"{fasttax.__version__}".encode()
+        ).hexdigest()[:16]
         path = None if s.cache is None else s.cache / f"fisher-{key}.safetensors"
         reused = path is not None and path.is_file()
         if path is not None and reused:
             fisher = fasttax.FisherEstimate.load(path)
             self._say(f"reused from {path}")
         else:
-            batches = (self._batch(self.fisher_items[i : i + s.fisher_batch]) for i in range(0, len(self.fisher_items), s.fisher_batch))
+            batches = (
+                self._batch(self.fisher_items[i : i + s.fisher_batch])
+                for i in range(0, len(self.fisher_items), s.fisher_batch)
+            )
             generator = torch.Generator(self.device).manual_seed(s.seed)
-            fisher = fasttax.estimate_fisher(self.model, batches, max_examples=s.fisher_examples, progress=sys.stderr.isatty(), generator=generator)
+            fisher = fasttax.estimate_fisher(
+                self.model,
+                batches,
+                max_examples=s.fisher_examples,
+                progress=sys.stderr.isatty(),
+                generator=generator,
+            )
             if path is not None:
-                files.folder(path.parent, "the cache folder")
+                folders.folder(path.parent, "the cache folder")
                 fisher.save(path)
                 self._say(f"kept in {path}: the next demo reuses it")
-        self.results["fisher"] = {"reused": reused, "path": None if path is None else str(path), "seconds": time.perf_counter() - begin,
-                                  "metadata": fisher.metadata}  # fmt: skip
+        self.results["fisher"] = {
+            "reused": reused,
+            "path": None if path is None else str(path),
+            "seconds": time.perf_counter() - begin,
+            "metadata": fisher.metadata,
+        }
         return fisher
 
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -140,13 +206,26 @@ class Experiment:
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def _try(self, recipe: Recipe) -> tuple[list[dict[str, float]], Vectors]:
-        curve = train(self.model, self.reference, self.ewc, self.batches, recipe, self.settings.lr, f"fine-tuning, {recipe.label}")
+        curve = train(
+            self.model,
+            self.reference,
+            self.ewc,
+            self.batches,
+            recipe,
+            self.settings.lr,
+            f"fine-tuning, {recipe.label}",
+        )
         found = self.validation.measure(self.model, recipe.label)
-        self._say(f"{recipe.label}: validation answer NLL {found['answer_nll'].mean():.3f}, general NLL {found['general_nll'].mean():.3f}")
+        self._say(
+            f"{recipe.label}: validation answer NLL {found['answer_nll'].mean():.3f}, general NLL "
+            f"{found['general_nll'].mean():.3f}"
+        )
         return curve, found
 
     def _choose(self, family: str, strengths: Sequence[float]) -> float:
-        """Trains with each candidate, keeps the best by validation, measures that one on the test items."""
+        """Trains with each candidate, keeps the best by validation, measures that one on the test
+        items.
+        """
         tried: list[dict[str, Any]] = []
         best: dict[str, Any] = {}
         for strength in strengths:
@@ -154,13 +233,23 @@ class Experiment:
             with self._stage(f"candidate {recipe.label}"):
                 curve, found = self._try(recipe)
             means = {name: mean_and_error(values) for name, values in found.items()}
-            tried.append({"family": family, "strength": strength, "validation": means, "chosen": False})
-            base, plain = (self._validation_mean(v) for v in (self.base_validation, self.plain_validation))
+            tried.append(
+                {"family": family, "strength": strength, "validation": means, "chosen": False}
+            )
+            base, plain = (
+                self._validation_mean(v) for v in (self.base_validation, self.plain_validation)
+            )
             index, reason = verdicts.choose(tried, base, plain, self.settings.keep_gain)
             if index == len(tried) - 1:
-                best = {"recipe": recipe, "curve": curve, "weights": [p.detach().clone() for p in self.model.parameters()]}
+                best = {
+                    "recipe": recipe,
+                    "curve": curve,
+                    "weights": [p.detach().clone() for p in self.model.parameters()],
+                }
             best["reason"] = reason
-            self.results["candidates"] = [c for c in self.results["candidates"] if c["family"] != family] + tried
+            self.results["candidates"] = [
+                c for c in self.results["candidates"] if c["family"] != family
+            ] + tried
         tried[index]["chosen"] = True
         tried[index]["reason"] = best["reason"]
         self._say(f"chosen on the validation split: {best['recipe'].label} ({best['reason']})")
@@ -187,8 +276,14 @@ class Experiment:
         self.vectors[name] = vectors
         metrics: dict[str, Any] = summary(vectors)
         metrics["fisher_distance"] = {"mean": float(self.ewc.distance().total), "se": None, "n": 1}
-        row: dict[str, Any] = {"label": recipe.label if name != "base" else "base, untrained", "kl_strength": recipe.kl, "ewc_strength": recipe.ewc,
-                               "metrics": metrics, "curve": curve, "train_seconds": sum(c["seconds"] for c in curve)}  # fmt: skip
+        row: dict[str, Any] = {
+            "label": recipe.label if name != "base" else "base, untrained",
+            "kl_strength": recipe.kl,
+            "ewc_strength": recipe.ewc,
+            "metrics": metrics,
+            "curve": curve,
+            "train_seconds": sum(c["seconds"] for c in curve),
+        }
         for other in ("base", "plain"):
             if other in self.vectors and other != name:
                 row[f"against_{other}"] = difference(vectors, self.vectors[other])
@@ -196,6 +291,11 @@ class Experiment:
             self.results["base"] = row
         else:
             self.results["runs"][name] = row
-        shown = {k: metrics[k]["mean"] for k in ("answer_nll", "preference", "perplexity", "last_word")}
-        self._say(f"test: answer NLL {shown['answer_nll']:.3f}, preference {shown['preference']:.0%}, perplexity {shown['perplexity']:.2f}, "
-                  f"last word {shown['last_word']:.1%}")  # fmt: skip
+        shown = {
+            k: metrics[k]["mean"] for k in ("answer_nll", "preference", "perplexity", "last_word")
+        }
+        self._say(
+            f"test: answer NLL {shown['answer_nll']:.3f}, preference {shown['preference']:.0%}, "
+            f"perplexity {shown['perplexity']:.2f}, "
+            f"last word {shown['last_word']:.1%}"
+        )

@@ -1,7 +1,7 @@
 """What is measured of a model, item by item, and when a difference between two models counts.
 
-Every metric is a vector over held-out items (answers or passages), so that two models are compared in pairs over the same
-items and each mean has a standard error.
+Every metric is a vector over held-out items (answers or passages), so that two models are compared
+in pairs over the same items and each mean has a standard error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ BATCH = 8
 
 @dataclass
 class Scores:
-    """Of each item's scored tokens: negative log-likelihood, whether the greedy choice was right, and KL to the base."""
+    """Of each item's scored tokens.
+
+    Negative log-likelihood, whether the greedy choice was right, and KL to the base.
+    """
 
     nll: list[Tensor]
     hit: list[Tensor]
@@ -35,7 +38,9 @@ class Scores:
 
 @dataclass
 class ItemSet:
-    """Items to score, and the base model's logits at the scored tokens, kept from its own turn so that KL costs no second forward."""
+    """Items to score, and the base model's logits at the scored tokens, kept from its own turn so
+    that KL costs no second forward.
+    """
 
     items: Sequence[Item]
     keep_base: bool
@@ -44,21 +49,34 @@ class ItemSet:
     @torch.no_grad()
     def score(self, model: PreTrainedModel, codec: Codec, bar: tqdm) -> Scores:
         model.eval()
-        order = sorted(range(len(self.items)), key=lambda i: len(self.items[i].ids))  # alike lengths together: little padding
+        # alike lengths together: little padding
+        order = sorted(range(len(self.items)), key=lambda i: len(self.items[i].ids))
         first_time = self.keep_base and not self.base
         empty = torch.empty(0)
         result = Scores([empty] * len(order), [empty] * len(order), [empty] * len(order))
         for number, at in enumerate(range(0, len(order), BATCH)):
             chosen = order[at : at + BATCH]
             batch = collate([self.items[i] for i in chosen], codec.pad_id, model.device)
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            logits = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            ).logits
             rows = logits[:, :-1][batch["scored"][:, 1:]].float()
             targets = batch["input_ids"][:, 1:][batch["scored"][:, 1:]]
             if first_time:
                 self.base.append(rows)
-            kl = fasttax.token_kl(rows, self.base[number]) if self.keep_base else torch.zeros(len(rows))
+            kl = (
+                fasttax.token_kl(rows, self.base[number])
+                if self.keep_base
+                else torch.zeros(len(rows))
+            )
             counts = batch["scored"].sum(1).tolist()
-            parts = (F.cross_entropy(rows, targets, reduction="none"), rows.argmax(-1) == targets, kl)
+            parts = (
+                F.cross_entropy(rows, targets, reduction="none"),
+                rows.argmax(-1) == targets,
+                kl,
+            )
             for kept, values in zip((result.nll, result.hit, result.kl), parts, strict=True):
                 for i, value in zip(chosen, values.cpu().split(counts), strict=True):
                     kept[i] = value
@@ -80,7 +98,9 @@ Vectors = dict[str, Tensor]
 class Bench:
     """Held-out items of one split: the good and bad answers, and general passages."""
 
-    def __init__(self, pairs: Sequence[Pair], passages: Sequence[Item], codec: Codec, *, full: bool) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], passages: Sequence[Item], codec: Codec, *, full: bool
+    ) -> None:
         self.codec, self.full = codec, full
         self.passages = passages
         self.general = ItemSet(passages, keep_base=full)
@@ -88,18 +108,35 @@ class Bench:
         self.bad = ItemSet([p.bad for p in pairs], keep_base=False) if full else None
 
     def measure(self, model: PreTrainedModel, name: str) -> Vectors:
-        """Metric -> a value for each item. The validation bench (full=False) has answer_nll and general_nll only."""
-        total = len(self.general.items) + len(self.good.items) + (len(self.bad.items) if self.bad else 0)
-        with progress_bar(total=total, desc=f"measuring {name} on {'test' if self.full else 'validation'} items", unit="item") as bar:
+        """Metric -> a value for each item.
+
+        The validation bench (full=False) has answer_nll and general_nll only.
+        """
+        total = (
+            len(self.general.items)
+            + len(self.good.items)
+            + (len(self.bad.items) if self.bad else 0)
+        )
+        with progress_bar(
+            total=total,
+            desc=f"measuring {name} on {'test' if self.full else 'validation'} items",
+            unit="item",
+        ) as bar:
             good = self.good.score(model, self.codec, bar)
             general = self.general.score(model, self.codec, bar)
             found = {"answer_nll": _means(good.nll), "general_nll": _means(general.nll)}
             if self.bad is not None:
                 bad = self.bad.score(model, self.codec, bar)
                 found["preference"] = (_means(good.nll) < _means(bad.nll)).double()
-                # token t of a passage is scored at t - 1, since a passage's first token is not predicted
-                right = [[bool(hit[a - 1 : b - 1].all()) for a, b in p.words] for p, hit in zip(self.passages, general.hit, strict=True)]
-                found["last_word"] = torch.tensor([sum(r) / len(r) for r in right if r], dtype=torch.float64)
+                # token t of a passage is scored at t - 1, since a passage's first token is not
+                # predicted
+                right = [
+                    [bool(hit[a - 1 : b - 1].all()) for a, b in p.words]
+                    for p, hit in zip(self.passages, general.hit, strict=True)
+                ]
+                found["last_word"] = torch.tensor(
+                    [sum(r) / len(r) for r in right if r], dtype=torch.float64
+                )
                 found |= {"kl_general": _means(general.kl), "kl_answers": _means(good.kl)}
         return found
 
@@ -118,16 +155,29 @@ def summary(vectors: Vectors) -> dict[str, dict[str, float]]:
     result = {name: mean_and_error(values) for name, values in vectors.items()}
     nll = result["general_nll"]
     perplexity = math.exp(nll["mean"])
-    result["perplexity"] = {"mean": perplexity, "se": perplexity * nll["se"], "n": nll["n"]}  # first order
+    # first order
+    result["perplexity"] = {
+        "mean": perplexity,
+        "se": perplexity * nll["se"],
+        "n": nll["n"],
+    }
     return result
 
 
 def difference(ours: Vectors, theirs: Vectors) -> dict[str, dict[str, float | str]]:
-    """ours - theirs in pairs over the same items, with a verdict: "better" or "worse" only beyond two standard errors."""
+    """Ours - theirs in pairs over the same items, with a verdict.
+
+    "better" or "worse" only beyond two standard errors.
+    """
     result: dict[str, dict[str, float | str]] = {}
     for name, (_, direction) in METRICS.items():
         paired = mean_and_error(ours[name] - theirs[name])
         clear = abs(paired["mean"]) > 2 * paired["se"]
         sign = direction * paired["mean"]
-        result[name] = {**paired, "verdict": ("better" if sign > 0 else "worse" if sign < 0 else "different") if clear else "same"}
+        result[name] = {
+            **paired,
+            "verdict": ("better" if sign > 0 else "worse" if sign < 0 else "different")
+            if clear
+            else "same",
+        }
     return result

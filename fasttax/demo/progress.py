@@ -10,4 +10,10 @@ from tqdm.auto import tqdm
 
 
 def bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    return tqdm(items, leave=False, mininterval=0.2 if sys.stderr.isatty() else 5.0, dynamic_ncols=True, **options)
+    return tqdm(
+        items,
+        leave=False,
+        mininterval=0.2 if sys.stderr.isatty() else 5.0,
+        dynamic_ncols=True,
+        **options,
+    )

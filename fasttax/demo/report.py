@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fasttax import _files
-from fasttax import _page as html
-from fasttax._page import escape, table
+from fasttax._base import files
+from fasttax._base import page as html
+from fasttax._base.page import escape, table
 from fasttax.demo import figure, verdicts
 
 COLUMNS = (  # metric, heading, factor, digits
@@ -45,7 +45,12 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         cells = []
         for metric, _, factor, digits in COLUMNS:
             value = row["metrics"][metric]
-            cells.append((_number(factor * value["mean"], digits), "" if value["se"] is None else f"± {_number(factor * value['se'], digits)}"))
+            cells.append(
+                (
+                    _number(factor * value["mean"], digits),
+                    "" if value["se"] is None else f"± {_number(factor * value['se'], digits)}",
+                )
+            )
         cells += _added(results, name)
         found.append((str(row["label"]), cells))
     return found
@@ -56,12 +61,18 @@ def _added(results: dict[str, Any], name: str) -> list[tuple[str, str]]:
     if "timing" not in results or name == "base":
         return [("", "")] * 3
     percent = results["timing"]["percent_of_plain_step"]
-    sums = [sum(percent[f"{part} {kind}"] for part in PARTS[name]) for kind in ("fasttax", "composed")]
+    sums = [
+        sum(percent[f"{part} {kind}"] for part in PARTS[name]) for kind in ("fasttax", "composed")
+    ]
     reference = percent["reference forward"] if "kl" in PARTS[name] else 0.0
     return [(_number(value, 1), "") for value in (*sums, reference)]
 
 
-HEADINGS = [heading for _, heading, _, _ in COLUMNS] + ["+ % fasttax", "+ % PyTorch", "+ % reference forward"]
+HEADINGS = [heading for _, heading, _, _ in COLUMNS] + [
+    "+ % fasttax",
+    "+ % PyTorch",
+    "+ % reference forward",
+]
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -75,7 +86,9 @@ def print_table(results: dict[str, Any]) -> None:
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for label, cells in rows:
-        table.add_row(label, *(f"{value}\n[dim]{error}[/dim]" if error else value for value, error in cells))
+        table.add_row(
+            label, *(f"{value}\n[dim]{error}[/dim]" if error else value for value, error in cells)
+        )
     # a table squeezed into the 80 columns of a pipe cannot be read
     Console(width=max(Console().width, 150)).print(table)
 
@@ -85,10 +98,10 @@ def write(results: dict[str, Any], folder: Path) -> Path:
     picture = folder / "pareto.png"
     has_picture = "base" in results
     if has_picture:
-        _files.whole("demo", picture, lambda path: figure.draw(results, path))
+        files.whole("demo", picture, lambda path: figure.draw(results, path))
     page = folder / "report.html"
     text = _page(results, picture if has_picture else None)
-    _files.whole("demo", page, lambda path: path.write_text(text, encoding="utf-8"))
+    files.whole("demo", page, lambda path: path.write_text(text, encoding="utf-8"))
     return page
 
 
@@ -97,11 +110,22 @@ def _page(results: dict[str, Any], picture: Path | None) -> str:
     sub = f"{escape(name)}, {escape(results['started'])}, {results['seconds']:.0f} s in total"
     parts = [f"<h1>What alignment cost, four ways</h1><p class=sub>{sub}</p>"]
     if results["status"] != "complete":
-        parts.append("<p class=partial>Partial: the demo was interrupted. What was finished is shown; the rest is missing, not zero.</p>")
+        parts.append(
+            "<p class=partial>Partial: the demo was interrupted. What was finished is shown; the "
+            "rest is missing, not zero.</p>"
+        )
     parts.append("<ul>" + "".join(f"<li>{escape(s)}</li>" for s in results["verdicts"]) + "</ul>")
     if picture is not None:
-        parts.append(html.picture(picture.read_bytes(), "Capability against alignment, a point for each run"))
-    parts.append("<h2>Measures on held-out items</h2>" + table(["run", *HEADINGS], [[escape(label), *map(_cell, cells)] for label, cells in _rows(results)]))
+        parts.append(
+            html.picture(picture.read_bytes(), "Capability against alignment, a point for each run")
+        )
+    parts.append(
+        "<h2>Measures on held-out items</h2>"
+        + table(
+            ["run", *HEADINGS],
+            [[escape(label), *map(_cell, cells)] for label, cells in _rows(results)],
+        )
+    )
     parts.append(f"<p class=note>{NOTES}</p>")
     parts.append(_timing(results) + _strengths(results) + _provenance(results))
     return html.page("fasttax demo", "".join(parts))
@@ -118,9 +142,18 @@ def _timing(results: dict[str, Any]) -> str:
     timing = results["timing"]
     percent = timing["percent_of_plain_step"]
     names = ("plain step", *percent)
-    rows = [[escape(n), f"{timing['seconds'][n] * 1e3:.1f}", f"{percent[n]:.1f}" if n in percent else "100"] for n in names]
+    rows = [
+        [
+            escape(n),
+            f"{timing['seconds'][n] * 1e3:.1f}",
+            f"{percent[n]:.1f}" if n in percent else "100",
+        ]
+        for n in names
+    ]
     note = f"<p>Medians of {timing['rounds']} interleaved rounds; the first batch has {timing['tokens']} tokens.</p>"
-    return f"<h2>Time of a step's parts</h2>{note}" + table(["part", "ms", "% of a plain step"], rows)
+    return f"<h2>Time of a step's parts</h2>{note}" + table(
+        ["part", "ms", "% of a plain step"], rows
+    )
 
 
 def _strengths(results: dict[str, Any]) -> str:
@@ -130,31 +163,64 @@ def _strengths(results: dict[str, Any]) -> str:
     rows = []
     for c in candidates:
         v = c["validation"]
-        numbers = [f"{v[m]['mean']:.3f} <small>± {v[m]['se']:.3f}</small>" for m in ("answer_nll", "general_nll")]
-        rows.append([f"{c['family'].upper()} {c['strength']:g}", *numbers, escape(c.get("reason", "")) if c["chosen"] else ""])
+        numbers = [
+            f"{v[m]['mean']:.3f} <small>± {v[m]['se']:.3f}</small>"
+            for m in ("answer_nll", "general_nll")
+        ]
+        rows.append(
+            [
+                f"{c['family'].upper()} {c['strength']:g}",
+                *numbers,
+                escape(c.get("reason", "")) if c["chosen"] else "",
+            ]
+        )
     for name, v in results["validation"].items():
         rows.append([name, f"{v['answer_nll']:.3f}", f"{v['general_nll']:.3f}", ""])
     chosen = {i for i, c in enumerate(candidates) if c["chosen"]}
     headings = ["candidate", "validation answer NLL", "validation general NLL", "chosen because"]
-    return f"<h2>How the strengths were chosen</h2><p>{escape(verdicts.rule(results['settings']['keep_gain']))}</p>" + table(headings, rows, chosen)
+    return (
+        "<h2>How the strengths were "
+        f"chosen</h2><p>{escape(verdicts.rule(results['settings']['keep_gain']))}</p>"
+        + table(headings, rows, chosen)
+    )
 
 
 def _provenance(results: dict[str, Any]) -> str:
     s = results["settings"]
     optimizer = f"AdamW at {s['lr']:g}, warmed up and decayed linearly, without weight decay"
-    facts = {"settings": f"{s['steps']} steps of {s['batch_size']} answers, {optimizer}; at most {s['length']} tokens; seed {s['seed']}"}
+    facts = {
+        "settings": f"{s['steps']} steps of {s['batch_size']} answers, {optimizer}; at most {s['length']} tokens; seed {s['seed']}"
+    }
     if "model" in results:
         m, a, g = results["model"], results["data"]["alignment"], results["data"]["general"]
-        facts["model"] = f"{m['origin']}; {m['parameters']:,} parameters; hash {m['hash']}; on {m['device']}"
+        facts["model"] = (
+            f"{m['origin']}; {m['parameters']:,} parameters; hash {m['hash']}; on {m['device']}"
+        )
         sizes = f"{a['train']} train, {a['validation']} validation, {a['test']} test; {a['cut_answers']} answers cut"
         facts["alignment set"] = f"{a['file']} (sha256 {a['sha256'][:16]}): {sizes}"
-        counts = ", ".join(f"{n} {part} passages from {len(g['topics'][part])} topics" for part, n in g["passages"].items())
+        counts = ", ".join(
+            f"{n} {part} passages from {len(g['topics'][part])} topics"
+            for part, n in g["passages"].items()
+        )
         facts["general text"] = f"{g['source']}, split by topic: {counts}"
     if "fisher" in results:
         f = results["fisher"]
-        origin = f"reused from {f['path']}" if f["reused"] else f"estimated in this run, {'not kept' if f['path'] is None else 'kept in ' + f['path']}"
-        facts["Fisher"] = f"{f['metadata'].get('examples')} examples, labels {f['metadata'].get('labels')}, {origin}"
+        origin = (
+            f"reused from {f['path']}"
+            if f["reused"]
+            else f"estimated in this run, {'not kept' if f['path'] is None else 'kept in ' + f['path']}"
+        )
+        facts["Fisher"] = (
+            f"{f['metadata'].get('examples')} examples, labels {f['metadata'].get('labels')}, "
+            f"{origin}"
+        )
     facts["machine"] = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
     facts["versions"] = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    facts["files"] = "results.json (all numbers and curves), pareto.png, report.html, in this folder"
-    return "<h2>Where it comes from</h2><dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
+    facts["files"] = (
+        "results.json (all numbers and curves), pareto.png, report.html, in this folder"
+    )
+    return (
+        "<h2>Where it comes from</h2><dl>"
+        + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+        + "</dl>"
+    )

@@ -1,7 +1,9 @@
-"""The demo's data: general text from Python's own documentation, and the alignment set that comes with fasttax.
+"""The demo's data: general text from Python's own documentation, and the alignment set that comes
+with fasttax.
 
-General text is `pydoc_data.topics`. Topics repeat each other (a quarter of the paragraphs stand in several), so topics that
-share a paragraph stay together when the text is split, and a repeated paragraph is kept once.
+General text is `pydoc_data.topics`. Topics repeat each other (a quarter of the paragraphs stand in
+several), so topics that share a paragraph stay together when the text is split, and a repeated
+paragraph is kept once.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ from fasttax.demo.settings import DemoError
 PARTS = ("fisher", "validation", "test")
 SPLITS = ("train", "validation", "test")
 FIELDS = ("id", "kind", "split", "prompt", "good", "bad")
-SHARED = 80  # characters from which a repeated paragraph counts as shared text and not as a common phrase
+# characters from which a repeated paragraph counts as shared text and not as a common phrase
+SHARED = 80
 WORD = re.compile(r"[A-Za-z]{3,}")
 
 
 @dataclass(frozen=True)
 class Item:
-    """A token sequence of which the tokens from `start` on are scored, and the words in it as ranges of tokens."""
+    """A token sequence of which the tokens from `start` on are scored, and the words in it as
+    ranges of tokens.
+    """
 
     ids: tuple[int, ...]
     start: int
@@ -46,7 +51,10 @@ class Pair:
 
 
 def collate(items: Sequence[Item], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """input_ids and attention_mask (padded on the right), and `scored`: the tokens whose prediction counts."""
+    """input_ids and attention_mask (padded on the right), and `scored`.
+
+    The tokens whose prediction counts.
+    """
     width = max(len(item.ids) for item in items)
     ids = torch.full((len(items), width), pad_id)
     mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -55,7 +63,11 @@ def collate(items: Sequence[Item], pad_id: int, device: torch.device) -> dict[st
         ids[row, :n] = torch.tensor(item.ids)
         mask[row, :n] = 1
         scored[row, item.start : n] = True
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "scored": scored.to(device)}
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "scored": scored.to(device),
+    }
 
 
 def paragraphs(text: str) -> list[str]:
@@ -68,12 +80,13 @@ def normal(paragraph: str) -> str:
 
 
 def general_text() -> dict[str, dict[str, str]]:
-    """part -> topic -> text; no paragraph of SHARED characters or more stands twice anywhere."""
+    """Part -> topic -> text; no paragraph of SHARED characters or more stands twice anywhere."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise DemoError(
-            "the general text is Python's own pydoc_data.topics, which this Python lacks; use one with the full standard library "
+            "the general text is Python's own pydoc_data.topics, which this Python lacks; use one "
+            "with the full standard library "
             "(builds of python.org, conda and uv have it; on Debian: apt install libpython3-stdlib)"
         ) from None
     owners: dict[str, list[str]] = {}
@@ -94,10 +107,14 @@ def general_text() -> dict[str, dict[str, str]]:
     families: dict[str, list[str]] = {}
     for topic in sorted(topics):
         families.setdefault(find(topic), []).append(topic)
-    ordered = sorted(families.values(), key=lambda names: (-sum(len(topics[n]) for n in names), names))
+    ordered = sorted(
+        families.values(), key=lambda names: (-sum(len(topics[n]) for n in names), names)
+    )
     parts: dict[str, dict[str, str]] = {part: {} for part in PARTS}
     seen: set[str] = set()
-    for i, names in enumerate(ordered):  # the largest family, and every second of the others, go to the Fisher
+    for i, names in enumerate(
+        ordered
+    ):  # the largest family, and every second of the others, go to the Fisher
         part = ("fisher", "test", "fisher", "validation")[i % 4]
         for name in names:
             kept = []
@@ -115,13 +132,20 @@ def passages(texts: dict[str, str], codec: Codec, length: int, count: int, seed:
     for text in texts.values():
         ids, spans = codec.encode(text)
         words = [w.span() for w in WORD.finditer(text)]
-        windows += [(ids[i : i + length], spans[i : i + length], words) for i in range(0, len(ids) - length + 1, length)]
+        windows += [
+            (ids[i : i + length], spans[i : i + length], words)
+            for i in range(0, len(ids) - length + 1, length)
+        ]
     if len(windows) < count:
         raise DemoError(
-            f"the general text gives {len(windows)} passages of {length} tokens where {count} were asked for; use a smaller --length or --fisher-examples"
+            f"the general text gives {len(windows)} passages of {length} tokens where {count} were "
+            "asked for; use a smaller --length or --fisher-examples"
         )
     chosen = random.Random(seed).sample(windows, count)
-    return [Item(tuple(ids), 1, tuple(_words(spans, words, length // 3))) for ids, spans, words in chosen]
+    return [
+        Item(tuple(ids), 1, tuple(_words(spans, words, length // 3)))
+        for ids, spans, words in chosen
+    ]
 
 
 def _words(spans: list[Span], words: list[Span], first: int) -> list[Span]:
@@ -145,7 +169,10 @@ def read_alignment(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise DemoError(f"cannot read the alignment set {path} ({error.strerror}); expected a JSON-lines file with {', '.join(FIELDS)}") from None
+        raise DemoError(
+            f"cannot read the alignment set {path} ({error.strerror}); expected a JSON-lines file "
+            f"with {', '.join(FIELDS)}"
+        ) from None
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     prompts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -155,16 +182,27 @@ def read_alignment(path: Path) -> dict[str, list[dict[str, Any]]]:
             row = json.loads(line)
             texts = [row[field] for field in FIELDS]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DemoError(f"{path}, line {number}: expected a JSON object with {', '.join(FIELDS)} ({error!r})") from None
+            raise DemoError(
+                f"{path}, line {number}: expected a JSON object with {', '.join(FIELDS)} "
+                f"({error!r})"
+            ) from None
         if not all(isinstance(t, str) and t.strip() for t in texts) or row["split"] not in splits:
-            raise DemoError(f"{path}, line {number}: expected text in every field and a split among {', '.join(SPLITS)}")
+            raise DemoError(
+                f"{path}, line {number}: expected text in every field and a split among "
+                f"{', '.join(SPLITS)}"
+            )
         if row["prompt"] in prompts:
-            raise DemoError(f"{path}, line {number}: the prompt of line {prompts[row['prompt']]} again; each may stand once, or splits overlap")
+            raise DemoError(
+                f"{path}, line {number}: the prompt of line {prompts[row['prompt']]} again; each "
+                "may stand once, or splits overlap"
+            )
         prompts[row["prompt"]] = number
         splits[row["split"]].append(row)
     empty = [split for split, rows in splits.items() if len(rows) < 2]
     if empty:
-        raise DemoError(f"{path}: expected at least two rows in every split, got fewer in {', '.join(empty)}")
+        raise DemoError(
+            f"{path}: expected at least two rows in every split, got fewer in {', '.join(empty)}"
+        )
     return splits
 
 

@@ -1,4 +1,7 @@
-"""What fasttax adds to a training step, beside the same regulariser composed in plain PyTorch: interleaved, medians."""
+"""What fasttax adds to a training step, beside the same regulariser composed in plain PyTorch.
+
+interleaved, medians.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ def composed_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     return (per_token * mask).sum() / mask.sum()
 
 
-def composed_ewc_(ewc: fasttax.EWC, fisher: dict[str, Tensor], anchors: dict[str, Tensor]) -> Tensor:
+def composed_ewc_(
+    ewc: fasttax.EWC, fisher: dict[str, Tensor], anchors: dict[str, Tensor]
+) -> Tensor:
     """The penalty as a loop over parameters, its gradient by autograd."""
     penalty = torch.zeros((), device=next(iter(anchors.values())).device)
     for name, theta in ewc.parameters().items():
@@ -40,13 +45,22 @@ def composed_ewc_(ewc: fasttax.EWC, fisher: dict[str, Tensor], anchors: dict[str
     return penalty.detach()
 
 
-def measure_step(model: PreTrainedModel, reference: PreTrainedModel, ewc: fasttax.EWC, batches: Sequence[Batch], strength: float,
-                 lr: float, rounds: int) -> dict[str, Any]:  # fmt: skip
-    """Medians over rounds. In each round, one after the other on the same batch: a plain step, the reference's forward, and
+def measure_step(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    ewc: fasttax.EWC,
+    batches: Sequence[Batch],
+    strength: float,
+    lr: float,
+    rounds: int,
+) -> dict[str, Any]:
+    """Medians over rounds.
+
+    In each round, one after the other on the same batch: a plain step, the reference's forward, and
     the two regularisers by fasttax and by composition.
 
-    KL is timed as what it adds to the loss: forward and backward of loss + KL down to the logits, minus those of the loss
-    alone. EWC is timed as what brings its gradient into p.grad.
+    KL is timed as what it adds to the loss: forward and backward of loss + KL down to the logits,
+    minus those of the loss alone. EWC is timed as what brings its gradient into p.grad.
     """
     device = model.device
     times: dict[str, list[float]] = {}
@@ -83,7 +97,11 @@ def measure_step(model: PreTrainedModel, reference: PreTrainedModel, ewc: fastta
         logits = plain.requires_grad_(True)
         logits.grad = None
         loss = answer_loss(logits, batch)
-        value = torch.zeros((), device=device) if kl is None else kl(logits, ref_logits, batch["attention_mask"] != 0)
+        value = (
+            torch.zeros((), device=device)
+            if kl is None
+            else kl(logits, ref_logits, batch["attention_mask"] != 0)
+        )
         (loss + value).backward()
         return value.detach()
 
@@ -92,21 +110,33 @@ def measure_step(model: PreTrainedModel, reference: PreTrainedModel, ewc: fastta
         plain = clock("plain step", step, batch)
         ref_logits = clock("reference forward", reference_forward, batch)
         clock("loss", loss_and, None, batch, plain, ref_logits)
-        kls = [clock(f"loss + kl {kind}", loss_and, kl, batch, plain, ref_logits) for kind, kl in (("fasttax", fused_kl), ("composed", composed_kl))]
-        penalties = [clock("ewc fasttax", ewc.add_grad_), clock("ewc composed", composed_ewc_, ewc, fisher, anchors)]
+        kls = [
+            clock(f"loss + kl {kind}", loss_and, kl, batch, plain, ref_logits)
+            for kind, kl in (("fasttax", fused_kl), ("composed", composed_kl))
+        ]
+        penalties = [
+            clock("ewc fasttax", ewc.add_grad_),
+            clock("ewc composed", composed_ewc_, ewc, fisher, anchors),
+        ]
         for name, (ours, theirs) in (("kl", kls), ("ewc", penalties)):
             apart[name] = abs(float(ours) - float(theirs)) / max(abs(float(theirs)), 1e-12)
     model.eval()
     model.zero_grad(set_to_none=True)
-    seconds = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+    # the first round warms up
+    seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
     for kind in ("fasttax", "composed"):
-        extra = [kl - base for kl, base in zip(times[f"loss + kl {kind}"][1:], times["loss"][1:], strict=True)]
+        extra = [
+            kl - base
+            for kl, base in zip(times[f"loss + kl {kind}"][1:], times["loss"][1:], strict=True)
+        ]
         seconds[f"kl {kind}"] = statistics.median(extra)
     parts = ("reference forward", "kl fasttax", "kl composed", "ewc fasttax", "ewc composed")
     return {
         "rounds": rounds,
         "tokens": int(batches[0]["attention_mask"].sum()),
         "seconds": seconds,
-        "percent_of_plain_step": {name: 100 * seconds[name] / seconds["plain step"] for name in parts},
+        "percent_of_plain_step": {
+            name: 100 * seconds[name] / seconds["plain step"] for name in parts
+        },
         "relative_difference": apart,
     }

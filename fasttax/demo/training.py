@@ -1,4 +1,7 @@
-"""One fine-tuning run: the same batches, budget and optimizer for all; the recipe says what holds the model in place."""
+"""One fine-tuning run: the same batches, budget and optimizer for all.
+
+The recipe says what holds the model in place.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,20 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        parts = ([f"KL {self.kl:g}"] if self.kl else []) + ([f"EWC {self.ewc:g}"] if self.ewc else [])
+        parts = ([f"KL {self.kl:g}"] if self.kl else []) + (
+            [f"EWC {self.ewc:g}"] if self.ewc else []
+        )
         return " + ".join(parts) or "plain"
 
 
-def training_batches(items: Sequence[Item], steps: int, batch_size: int, seed: int, codec: Codec, device: torch.device) -> list[Batch]:
+def training_batches(
+    items: Sequence[Item],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    codec: Codec,
+    device: torch.device,
+) -> list[Batch]:
     """`steps` batches, epoch after epoch in a shuffled order."""
     shuffle = random.Random(seed)
     order: list[int] = []
@@ -45,11 +57,18 @@ def training_batches(items: Sequence[Item], steps: int, batch_size: int, seed: i
         epoch = list(range(len(items)))
         shuffle.shuffle(epoch)
         order += epoch
-    return [collate([items[i] for i in order[s * batch_size : (s + 1) * batch_size]], codec.pad_id, device) for s in range(steps)]
+    return [
+        collate(
+            [items[i] for i in order[s * batch_size : (s + 1) * batch_size]], codec.pad_id, device
+        )
+        for s in range(steps)
+    ]
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> Tensor:
-    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    logits: Tensor = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
     return logits
 
 
@@ -71,9 +90,19 @@ def reset(model: PreTrainedModel, reference: PreTrainedModel) -> None:
             p.grad = None
 
 
-def train(model: PreTrainedModel, reference: PreTrainedModel, ewc: fasttax.EWC, batches: Sequence[Batch], recipe: Recipe, lr: float,
-          title: str) -> list[dict[str, float]]:  # fmt: skip
-    """Trains `model` from the base weights and returns the curve: a row of loss, kl, penalty, lr and seconds for each step."""
+def train(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    ewc: fasttax.EWC,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    lr: float,
+    title: str,
+) -> list[dict[str, float]]:
+    """Trains `model` from the base weights and returns the curve.
+
+    a row of loss, kl, penalty, lr and seconds for each step.
+    """
     reset(model, reference)
     model.train()
     ewc.strength = recipe.ewc
@@ -95,17 +124,32 @@ def train(model: PreTrainedModel, reference: PreTrainedModel, ewc: fasttax.EWC, 
             if recipe.kl:
                 with torch.no_grad():
                     ref_logits = forward(reference, batch)
-                kl = fasttax.token_kl(logits, ref_logits, mask=batch["attention_mask"] != 0, reduction="mean")
+                kl = fasttax.token_kl(
+                    logits, ref_logits, mask=batch["attention_mask"] != 0, reduction="mean"
+                )
                 total = loss + recipe.kl * kl
             total.backward()
             if recipe.ewc:
                 penalty = ewc.add_grad_()
             optimizer.step()
             if not math.isfinite(float(loss.detach())):
-                raise DemoError(f"training diverged at step {step + 1} of {recipe.label} (loss {float(loss.detach())}); try a lower --lr than {lr:g}")
-            row = {"step": step, "loss": float(loss.detach()), "kl": float(kl.detach()), "penalty": float(penalty), "lr": now}
+                raise DemoError(
+                    f"training diverged at step {step + 1} of {recipe.label} (loss "
+                    f"{float(loss.detach())}); try a lower --lr than {lr:g}"
+                )
+            row = {
+                "step": step,
+                "loss": float(loss.detach()),
+                "kl": float(kl.detach()),
+                "penalty": float(penalty),
+                "lr": now,
+            }
             curve.append({**row, "seconds": time.perf_counter() - begin})
-            shown = f"loss {row['loss']:.3f}" + (f", KL {row['kl']:.4f}" if recipe.kl else "") + (f", EWC {row['penalty']:.4f}" if recipe.ewc else "")
+            shown = (
+                f"loss {row['loss']:.3f}"
+                + (f", KL {row['kl']:.4f}" if recipe.kl else "")
+                + (f", EWC {row['penalty']:.4f}" if recipe.ewc else "")
+            )
             bar.set_postfix_str(shown, refresh=False)
     model.eval()
     return curve

@@ -1,6 +1,9 @@
-"""Words from numbers: which strength is chosen, and what the report may say. Nothing here knows the outcome beforehand.
+"""Words from numbers: which strength is chosen, and what the report may say.
 
-A difference counts when the paired mean over the same held-out items is more than two standard errors from zero.
+Nothing here knows the outcome beforehand.
+
+A difference counts when the paired mean over the same held-out items is more than two standard
+errors from zero.
 """
 
 from __future__ import annotations
@@ -14,13 +17,21 @@ NAMES = {"plain": "Plain fine-tuning", "kl": "KL", "ewc": "EWC", "both": "KL and
 
 def rule(keep: float) -> str:
     return (
-        f"Every candidate strength is trained with the full budget. On the validation split, among the candidates that keep at least {keep:.0%} of plain "
-        "fine-tuning's gain in answer NLL, the one with the lowest perplexity on general text is chosen; if none keeps that much, the one with the lowest "
-        "answer NLL. The combined run takes both chosen strengths. Test items are measured for the chosen runs only."
+        "Every candidate strength is trained with the full budget. On the validation split, among "
+        f"the candidates that keep at least {keep:.0%} of plain "
+        "fine-tuning's gain in answer NLL, the one with the lowest perplexity on general text is "
+        "chosen; if none keeps that much, the one with the lowest "
+        "answer NLL. The combined run takes both chosen strengths. Test items are measured for the "
+        "chosen runs only."
     )
 
 
-def choose(candidates: Sequence[dict[str, Any]], base: dict[str, float], plain: dict[str, float], keep: float) -> tuple[int, str]:
+def choose(
+    candidates: Sequence[dict[str, Any]],
+    base: dict[str, float],
+    plain: dict[str, float],
+    keep: float,
+) -> tuple[int, str]:
     """Index of the candidate that the rule picks, and why."""
 
     def mean(c: dict[str, Any], metric: str) -> float:
@@ -29,7 +40,9 @@ def choose(candidates: Sequence[dict[str, Any]], base: dict[str, float], plain: 
     needed = base["answer_nll"] - keep * (base["answer_nll"] - plain["answer_nll"])
     good = [i for i, c in enumerate(candidates) if mean(c, "answer_nll") <= needed]
     if good:
-        return min(good, key=lambda i: mean(candidates[i], "general_nll")), f"lowest general NLL of the {len(good)} with answer NLL up to {needed:.3f}"
+        return min(
+            good, key=lambda i: mean(candidates[i], "general_nll")
+        ), f"lowest general NLL of the {len(good)} with answer NLL up to {needed:.3f}"
     best = min(range(len(candidates)), key=lambda i: mean(candidates[i], "answer_nll"))
     return best, f"none reached answer NLL {needed:.3f}; this one comes nearest"
 
@@ -40,7 +53,11 @@ def sentences(results: dict[str, Any]) -> list[str]:
     said = []
     if "plain" in runs:
         said.append(_plain(results["base"], runs["plain"]))
-    said += [_against_plain(name, results["base"], runs["plain"], runs[name]) for name in ("kl", "ewc", "both") if name in runs and "plain" in runs]
+    said += [
+        _against_plain(name, results["base"], runs["plain"], runs[name])
+        for name in ("kl", "ewc", "both")
+        if name in runs and "plain" in runs
+    ]
     if "timing" in results:
         said.append(_timing(results["timing"]))
     return said
@@ -52,19 +69,36 @@ def _change(d: dict[str, Any], digits: int = 3) -> str:
 
 def _plain(base: dict[str, Any], plain: dict[str, Any]) -> str:
     b, p, d = base["metrics"], plain["metrics"], plain["against_base"]
-    aligned = {"better": "improved", "worse": "worsened", "same": "did not measurably change"}[d["answer_nll"]["verdict"]]
-    text = (f"Plain fine-tuning {aligned} the held-out answers (NLL {b['answer_nll']['mean']:.3f} to {p['answer_nll']['mean']:.3f}, paired change "
-            f"{_change(d['answer_nll'])}; preference accuracy {b['preference']['mean']:.0%} to {p['preference']['mean']:.0%}). ")  # fmt: skip
+    aligned = {"better": "improved", "worse": "worsened", "same": "did not measurably change"}[
+        d["answer_nll"]["verdict"]
+    ]
+    text = (
+        f"Plain fine-tuning {aligned} the held-out answers (NLL {b['answer_nll']['mean']:.3f} to "
+        f"{p['answer_nll']['mean']:.3f}, paired change "
+        f"{_change(d['answer_nll'])}; preference accuracy {b['preference']['mean']:.0%} to "
+        f"{p['preference']['mean']:.0%}). "
+    )
     general = d["general_nll"]
     numbers = f"perplexity on general text {b['perplexity']['mean']:.2f} to {p['perplexity']['mean']:.2f}, paired change in NLL {_change(general)}"
     if general["verdict"] == "worse":
-        return text + f"It paid an alignment tax: {numbers}, that is {math.expm1(general['mean']):+.1%} perplexity."
+        return (
+            text
+            + f"It paid an alignment tax: {numbers}, that is {math.expm1(general['mean']):+.1%} perplexity."
+        )
     if general["verdict"] == "better":
-        return text + f"It paid no tax on general text, which it even models better: {numbers}. There is nothing for a regulariser to win back here."
-    return text + f"No tax beyond noise was measured ({numbers}), so there is little for a regulariser to win back here."
+        return (
+            text
+            + f"It paid no tax on general text, which it even models better: {numbers}. There is nothing for a regulariser to win back here."
+        )
+    return (
+        text
+        + f"No tax beyond noise was measured ({numbers}), so there is little for a regulariser to win back here."
+    )
 
 
-def _against_plain(name: str, base: dict[str, Any], plain: dict[str, Any], run: dict[str, Any]) -> str:
+def _against_plain(
+    name: str, base: dict[str, Any], plain: dict[str, Any], run: dict[str, Any]
+) -> str:
     d, tax = run["against_plain"], plain["against_base"]["general_nll"]
     general, answers = d["general_nll"], d["answer_nll"]
     here, there = run["metrics"]["perplexity"]["mean"], plain["metrics"]["perplexity"]["mean"]
@@ -74,17 +108,32 @@ def _against_plain(name: str, base: dict[str, Any], plain: dict[str, Any], run: 
         text += f"kept more capability than plain fine-tuning ({numbers})"
         if tax["verdict"] == "worse":
             back = -general["mean"] / tax["mean"]
-            text += f", winning back {back:.0%} of the tax" if back < 1 else ", winning back all of the tax"
+            text += (
+                f", winning back {back:.0%} of the tax"
+                if back < 1
+                else ", winning back all of the tax"
+            )
     elif general["verdict"] == "worse":
         text += f"did not help at this strength: it kept less capability than plain fine-tuning ({numbers})"
     else:
         text += f"did not measurably help capability at this strength ({numbers})"
     gain = base["metrics"]["answer_nll"]["mean"] - plain["metrics"]["answer_nll"]["mean"]
     kept = base["metrics"]["answer_nll"]["mean"] - run["metrics"]["answer_nll"]["mean"]
-    share = f", {kept / gain:.0%} of plain's gain" if plain["against_base"]["answer_nll"]["verdict"] == "better" else ""
-    aligned = {"better": "aligned better", "worse": "aligned less well", "same": "aligned as well as plain within noise"}[answers["verdict"]]
+    share = (
+        f", {kept / gain:.0%} of plain's gain"
+        if plain["against_base"]["answer_nll"]["verdict"] == "better"
+        else ""
+    )
+    aligned = {
+        "better": "aligned better",
+        "worse": "aligned less well",
+        "same": "aligned as well as plain within noise",
+    }[answers["verdict"]]
     text += f". It {aligned} (answer NLL {run['metrics']['answer_nll']['mean']:.3f}, paired change {_change(answers)}{share})."
-    for metric, label in (("preference", "Preference accuracy"), ("last_word", "Last-word accuracy")):
+    for metric, label in (
+        ("preference", "Preference accuracy"),
+        ("last_word", "Last-word accuracy"),
+    ):
         if d[metric]["verdict"] != "same":
             text += f" {label} was {d[metric]['verdict']} than plain's by {abs(d[metric]['mean']) * 100:.1f} ± {d[metric]['se'] * 100:.1f} points."
     return text
@@ -92,6 +141,10 @@ def _against_plain(name: str, base: dict[str, Any], plain: dict[str, Any], run: 
 
 def _timing(timing: dict[str, Any]) -> str:
     p, s = timing["percent_of_plain_step"], timing["seconds"]
-    return (f"fasttax added {p['kl fasttax']:.1f} % to a plain step of {s['plain step']:.2f} s for KL and {p['ewc fasttax']:.1f} % for EWC; composed in plain "
-            f"PyTorch, the same quantities added {p['kl composed']:.1f} % and {p['ewc composed']:.1f} %. KL also needs the reference model's forward, "
-            f"{p['reference forward']:.0f} % of a plain step with either.")  # fmt: skip
+    return (
+        f"fasttax added {p['kl fasttax']:.1f} % to a plain step of {s['plain step']:.2f} s for KL "
+        f"and {p['ewc fasttax']:.1f} % for EWC; composed in plain "
+        f"PyTorch, the same quantities added {p['kl composed']:.1f} % and {p['ewc composed']:.1f} "
+        "%. KL also needs the reference model's forward, "
+        f"{p['reference forward']:.0f} % of a plain step with either."
+    )

@@ -30,13 +30,19 @@ class Handle:
         self.undo()
 
     def replace(self, owner: Any, name: str, value: Any, label: str) -> None:
-        """owner.name = value until `undo`; what was in the owner's own namespace (or was not) comes back."""
+        """owner.name = value until `undo`.
+
+        What was in the owner's own namespace (or was not) comes back.
+        """
         before = vars(owner).get(name, _MISSING)
         setattr(owner, name, value)
 
         def restore() -> None:
             if vars(owner).get(name, _MISSING) is not value:
-                raise RuntimeError(f"{label} was replaced again after fasttax did, by something that is still in place; undo that first")
+                raise RuntimeError(
+                    f"{label} was replaced again after fasttax did, by something that is still in "
+                    "place; undo that first"
+                )
             if before is _MISSING:
                 delattr(owner, name)
             else:

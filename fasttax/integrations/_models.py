@@ -1,4 +1,7 @@
-"""What the integrations must know of a causal language model: its parameters, its backbone, its head, how it tempers its logits."""
+"""What the integrations must know of a causal language model.
+
+Its parameters, its backbone, its head, how it tempers its logits.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +14,54 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from fasttax import _checks
+from fasttax._base import checks
 
 if TYPE_CHECKING:
-    from fasttax.ewc import EWC
+    from fasttax.ewc.ewc import EWC
 
 
 def on_model(op: str, ewc: EWC, model: Any) -> EWC:
-    """The EWC on the parameters that are trained: as it is; or, where FSDP2 put sharded ones in their place, made anew on those.
+    """The EWC on the parameters that are trained: as it is.
+
+    or, where FSDP2 put sharded ones in their place, made anew on those.
 
     Whatever else it holds would get its gradient where nobody steps, and is an error.
     """
     held = ewc.parameters()
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
-        raise _checks.fail(op, "model", "plain, DDP or FSDP2 parameters", "FSDP1's flattened ones", "use FSDP2 (fsdp_version=2)")
+        raise checks.fail(
+            op,
+            "model",
+            "plain, DDP or FSDP2 parameters",
+            "FSDP1's flattened ones",
+            "use FSDP2 (fsdp_version=2)",
+        )
     live = {id(p) for p in model.parameters()}
     strangers = [name for name, p in held.items() if id(p) not in live]
-    if strangers and any(hasattr(p, "full_tensor") for p in model.parameters()) and not any(hasattr(p, "full_tensor") for p in held.values()):
-        return type(ewc)(model, dict(ewc.fisher), strength=ewc.strength, anchor=ewc.anchor, storage=ewc.storage)
+    if (
+        strangers
+        and any(hasattr(p, "full_tensor") for p in model.parameters())
+        and not any(hasattr(p, "full_tensor") for p in held.values())
+    ):
+        return type(ewc)(
+            model, dict(ewc.fisher), strength=ewc.strength, anchor=ewc.anchor, storage=ewc.storage
+        )
     if strangers:
-        raise _checks.fail(op, "ewc", "parameters of the model being trained", f"{len(strangers)} that are not, as {strangers[0]}",
-                           "build the EWC on the model that the trainer trains")  # fmt: skip
+        raise checks.fail(
+            op,
+            "ewc",
+            "parameters of the model being trained",
+            f"{len(strangers)} that are not, as {strangers[0]}",
+            "build the EWC on the model that the trainer trains",
+        )
     if not any(p.requires_grad for p in held.values()):
-        raise _checks.fail(op, "ewc", "at least one trainable parameter", f"{len(held)} frozen ones, whose penalty has no gradient",
-                           "under PEFT hold the adapter's parameters (DiagonalFisher(model, lora='factors'))")  # fmt: skip
+        raise checks.fail(
+            op,
+            "ewc",
+            "at least one trainable parameter",
+            f"{len(held)} frozen ones, whose penalty has no gradient",
+            "under PEFT hold the adapter's parameters (DiagonalFisher(model, lora='factors'))",
+        )
     return ewc
 
 
@@ -56,14 +83,26 @@ def causal_lm(op: str, argument: str, model: Any) -> Any:
         model = base()
     output = getattr(model, "get_output_embeddings", None)
     if not isinstance(model, nn.Module) or not callable(output) or output() is None:
-        raise _checks.fail(op, argument, "a transformers causal language model with an output head", type(model).__name__, error=TypeError)
+        raise checks.fail(
+            op,
+            argument,
+            "a transformers causal language model with an output head",
+            type(model).__name__,
+            error=TypeError,
+        )
     return model
 
 
 def backbone(model: nn.Module) -> nn.Module:
     found = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if not isinstance(found, nn.Module):
-        raise _checks.fail("FullKL", "model", "a model whose backbone is its base_model", type(model).__name__, error=TypeError)
+        raise checks.fail(
+            "FullKL",
+            "model",
+            "a model whose backbone is its base_model",
+            type(model).__name__,
+            error=TypeError,
+        )
     return found
 
 
@@ -74,10 +113,23 @@ def head(model: Any) -> Head:
     if hasattr(weight, "full_tensor"):
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     config = model.config.get_text_config()
-    scale = next((v for key in ("logit_scale", "output_multiplier", "lm_head_multiplier") if (v := getattr(config, key, None)) is not None), None)
+    scale = next(
+        (
+            v
+            for key in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if (v := getattr(config, key, None)) is not None
+        ),
+        None,
+    )
     if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor  # Granite divides, HyperCLOVA X multiplies
-    return Head(weight, bias, 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None))
+        # Granite divides, HyperCLOVA X multiplies
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return Head(
+        weight,
+        bias,
+        1.0 if scale is None else float(scale),
+        getattr(config, "final_logit_softcapping", None),
+    )
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fasttax import _checks
+from fasttax._base import checks
 
 KEYS = ("beta", "target", "horizon", "clip")
 
 
 class AdaptiveKL:
-    """beta <- beta * (1 + clip(kl / target - 1, -clip, clip) * samples / horizon), the proportional controller of Ziegler et al. 2019
-    (arXiv:1909.08593, section 2.2).
+    """beta <- beta * (1 + clip(kl / target - 1, -clip, clip) * samples / horizon), the proportional
+    controller of Ziegler et al. 2019 (arXiv:1909.08593, section 2.2).
 
     `FullKL(..., beta=AdaptiveKL(...))` updates it at every optimizer step. In a loop of your own:
 
@@ -21,32 +21,37 @@ class AdaptiveKL:
     Args:
         target: the KL per token to hold, in nats, > 0.
         beta: the coefficient to begin with, > 0.
-        horizon: updates after which a KL that is off by `clip` or more has moved beta by a factor of about exp(clip).
+        horizon: updates after which a KL that is off by `clip` or more has moved beta by a factor
+            of about exp(clip).
         clip: bound on the relative error of one update, in (0, 1).
 
     Raises:
         ValueError: a number out of its range.
     """
 
-    def __init__(self, target: float, beta: float = 0.1, horizon: float = 50.0, clip: float = 0.2) -> None:
+    def __init__(
+        self, target: float, beta: float = 0.1, horizon: float = 50.0, clip: float = 0.2
+    ) -> None:
         op = "AdaptiveKL"
-        self.target = _checks.number(op, "target", target, low=0, open_low=True)
-        self.beta = _checks.number(op, "beta", beta, low=0, open_low=True)
-        self.horizon = _checks.number(op, "horizon", horizon, low=1)
-        self.clip = _checks.number(op, "clip", clip, low=0, high=0.99, open_low=True)
+        self.target = checks.number(op, "target", target, low=0, open_low=True)
+        self.beta = checks.number(op, "beta", beta, low=0, open_low=True)
+        self.horizon = checks.number(op, "horizon", horizon, low=1)
+        self.clip = checks.number(op, "clip", clip, low=0, high=0.99, open_low=True)
 
     def __repr__(self) -> str:
         return f"AdaptiveKL(target={self.target:g}, beta={self.beta:g}, horizon={self.horizon:g}, clip={self.clip:g})"
 
     def update(self, kl: float, samples: float = 1.0) -> float:
-        """Takes the KL per token that was measured (the mean over all ranks, so that they agree), and returns the new beta.
+        """Takes the KL per token that was measured (the mean over all ranks, so that they agree),
+        and returns the new beta.
 
         Args:
             kl: nats per token, finite, >= 0.
-            samples: how much of the horizon this update is: 1, or the number of sequences where `horizon` counts sequences.
+            samples: how much of the horizon this update is: 1, or the number of sequences where
+                `horizon` counts sequences.
         """
-        kl = _checks.number("AdaptiveKL.update", "kl", kl, low=0)
-        samples = _checks.number("AdaptiveKL.update", "samples", samples, low=0)
+        kl = checks.number("AdaptiveKL.update", "kl", kl, low=0)
+        samples = checks.number("AdaptiveKL.update", "samples", samples, low=0)
         error = min(max(kl / self.target - 1.0, -self.clip), self.clip)
         self.beta *= 1.0 + error * min(1.0, samples / self.horizon)
         return self.beta
@@ -57,5 +62,9 @@ class AdaptiveKL:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over beta; target, horizon and clip stay as they were given to this controller."""
         if not isinstance(state, dict) or set(state) != set(KEYS):
-            raise _checks.fail("AdaptiveKL.load_state_dict", "state", f"a dict with {', '.join(KEYS)}", state)
-        self.beta = _checks.number("AdaptiveKL.load_state_dict", "beta", state["beta"], low=0, open_low=True)
+            raise checks.fail(
+                "AdaptiveKL.load_state_dict", "state", f"a dict with {', '.join(KEYS)}", state
+            )
+        self.beta = checks.number(
+            "AdaptiveKL.load_state_dict", "beta", state["beta"], low=0, open_low=True
+        )

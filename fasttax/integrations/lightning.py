@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fasttax import _checks, _files
+from fasttax._base import checks, files
 from fasttax.integrations._handle import Handle
 from fasttax.integrations._models import on_model
 
@@ -13,11 +13,13 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"fasttax.integrations.lightning: {error.name} is not installed; run `pip install 'fasttax[lightning]'`", name=error.name
+        f"fasttax.integrations.lightning: {error.name} is not installed; run `pip install "
+        "'fasttax[lightning]'`",
+        name=error.name,
     ) from error
 
 if TYPE_CHECKING:
-    from fasttax.ewc import EWC
+    from fasttax.ewc.ewc import EWC
 
 WHERE = ("pre_clip", "post_clip")
 
@@ -26,39 +28,65 @@ class EWCCallback(Callback):
     """The EWC penalty's gradient at every optimizer step; logs `ewc/penalty` and `ewc/distance`.
 
     Args:
-        ewc: an `fasttax.EWC` over parameters of the LightningModule (under FSDP2 made anew on the sharded ones).
-        where: "pre_clip" adds it in `on_before_optimizer_step`, which Lightning calls after unscaling and before clipping (under manual
-            optimization, when your code calls step: clipping is yours). "post_clip" adds it after `configure_gradient_clipping`, which
-            only automatic optimization calls.
+        ewc: an `fasttax.EWC` over parameters of the LightningModule (under FSDP2 made anew on the
+            sharded ones).
+        where: "pre_clip" adds it in `on_before_optimizer_step`, which Lightning calls after
+            unscaling and before clipping (under manual optimization, when your code calls step:
+            clipping is yours). "post_clip" adds it after `configure_gradient_clipping`, which only
+            automatic optimization calls.
 
     Raises:
-        TypeError, ValueError: when made; or as fitting begins: DeepSpeed, FSDP1, parameters that are not the module's or all frozen,
-            a checkpoint made with another anchor.
+        TypeError, ValueError: when made; or as fitting begins: DeepSpeed, FSDP1, parameters that
+            are not the module's or all frozen, a checkpoint made with another anchor.
     """
 
     def __init__(self, ewc: EWC, where: str = "pre_clip") -> None:
         op = "EWCCallback"
-        if not all(hasattr(ewc, name) for name in ("add_grad_", "attach", "distance", "parameters")):
-            raise _checks.fail(op, "ewc", "a fasttax.EWC", ewc, error=TypeError)
+        if not all(
+            hasattr(ewc, name) for name in ("add_grad_", "attach", "distance", "parameters")
+        ):
+            raise checks.fail(op, "ewc", "a fasttax.EWC", ewc, error=TypeError)
         self.ewc = ewc
-        self.where = _checks.choice(op, "where", where, WHERE)
+        self.where = checks.choice(op, "where", where, WHERE)
         self._handle = Handle()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = type(trainer.strategy).__name__
         if "DeepSpeed" in strategy:
-            raise _checks.fail("EWCCallback", "trainer", "a strategy other than DeepSpeed", strategy,
-                               "its engine keeps the gradients to itself; use ddp or fsdp2 (ModelParallelStrategy)")  # fmt: skip
+            raise checks.fail(
+                "EWCCallback",
+                "trainer",
+                "a strategy other than DeepSpeed",
+                strategy,
+                "its engine keeps the gradients to itself; use ddp or fsdp2 "
+                "(ModelParallelStrategy)",
+            )
         self.ewc = on_model("EWCCallback", self.ewc, pl_module)
         if self.where == "post_clip":
             if not pl_module.automatic_optimization:
-                raise _checks.fail("EWCCallback", "where", "'pre_clip' under manual optimization, where clipping is yours", "'post_clip'")
-            self._handle.replace(pl_module, "configure_gradient_clipping", self._then_add(pl_module.configure_gradient_clipping), "configure_gradient_clipping")
+                raise checks.fail(
+                    "EWCCallback",
+                    "where",
+                    "'pre_clip' under manual optimization, where clipping is yours",
+                    "'post_clip'",
+                )
+            self._handle.replace(
+                pl_module,
+                "configure_gradient_clipping",
+                self._then_add(pl_module.configure_gradient_clipping),
+                "configure_gradient_clipping",
+            )
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
         if self.where == "pre_clip":
             self._add(optimizer)
-        pl_module.log_dict({"ewc/penalty": self.ewc.penalty().detach(), "ewc/distance": self.ewc.distance().total}, on_step=True, on_epoch=False)
+        pl_module.log_dict(
+            {"ewc/penalty": self.ewc.penalty().detach(), "ewc/distance": self.ewc.distance().total},
+            on_step=True,
+            on_epoch=False,
+        )
 
     def _add(self, optimizer: Any) -> None:
         self.ewc.add_grad_(only=[p for group in optimizer.param_groups for p in group["params"]])
@@ -73,16 +101,24 @@ class EWCCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._handle.undo()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._handle.undo()
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"anchor_hash": _files.weights_hash(self.ewc.anchor.items())}
+        return {"anchor_hash": files.weights_hash(self.ewc.anchor.items())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         now = self.state_dict()["anchor_hash"]
         if state_dict.get("anchor_hash") != now:
-            raise _checks.fail("EWCCallback", "ewc", f"the anchor that the checkpoint was trained with (hash {state_dict.get('anchor_hash')})",
-                               f"another (hash {now})", "build the EWC on the base model, or load it with EWC.load")  # fmt: skip
+            raise checks.fail(
+                "EWCCallback",
+                "ewc",
+                "the anchor that the checkpoint was trained with (hash "
+                f"{state_dict.get('anchor_hash')})",
+                f"another (hash {now})",
+                "build the EWC on the base model, or load it with EWC.load",
+            )

@@ -1,6 +1,9 @@
-"""A reference model kept as each token's k largest log-probs: computed once, read in training without the model.
+"""A reference model kept as each token's k largest log-probs.
 
-`fasttax kl cache MODEL DATA` writes the file; `FullKL(trainer, ref_model="cache.safetensors", ...)` reads it.
+Computed once, read in training without the model.
+
+`fasttax kl cache MODEL DATA` writes the file; `FullKL(trainer, ref_model="cache.safetensors", ...)`
+reads it.
 """
 
 from __future__ import annotations
@@ -16,22 +19,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax import _checks, _files
+from fasttax._base import checks, files
 from fasttax.integrations._models import frozen
-from fasttax.kl_topk import topk_logprobs
+from fasttax.kl.topk import topk_logprobs
 
 KIND = "TopKReference"
 
 
 class TopKReference:
-    """The k largest log-probs (float32) and ids of a reference model after every token of the sequences it was made on.
+    """The k largest log-probs (float32) and ids of a reference model after every token of the
+    sequences it was made on.
 
-    A sequence is found by its token ids. Its last token may differ: nothing is predicted from it, so a cache made without the
-    end-of-text token serves sequences that have one.
+    A sequence is found by its token ids. Its last token may differ: nothing is predicted from it,
+    so a cache made without the end-of-text token serves sequences that have one.
     """
 
-    def __init__(self, tokens: Tensor, offsets: Tensor, logp: Tensor, ids: Tensor, metadata: Mapping[str, Any] | None = None) -> None:
-        self.tokens, self.offsets, self.logp, self.ids, self.metadata = tokens, offsets, logp, ids, dict(metadata or {})
+    def __init__(
+        self,
+        tokens: Tensor,
+        offsets: Tensor,
+        logp: Tensor,
+        ids: Tensor,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokens, self.offsets, self.logp, self.ids, self.metadata = (
+            tokens,
+            offsets,
+            logp,
+            ids,
+            dict(metadata or {}),
+        )
         bounds = offsets.tolist()
         self._where = {self._key(tokens[begin:end]): begin for begin, end in pairwise(bounds)}
 
@@ -51,8 +68,14 @@ class TopKReference:
 
     @staticmethod
     @torch.no_grad()
-    def make(model: nn.Module, sequences: Iterable[Sequence[int] | Tensor], k: int = 64, batch_size: int = 8) -> TopKReference:
-        """Runs the model over token sequences (each at least 2 tokens), longest first within a batch's worth of memory.
+    def make(
+        model: nn.Module,
+        sequences: Iterable[Sequence[int] | Tensor],
+        k: int = 64,
+        batch_size: int = 8,
+    ) -> TopKReference:
+        """Runs the model over token sequences (each at least 2 tokens), longest first within a
+        batch's worth of memory.
 
         Args:
             model: a transformers causal language model; its mode is kept.
@@ -61,31 +84,62 @@ class TopKReference:
         op = "TopKReference.make"
         rows = [torch.as_tensor(s, dtype=torch.int64).cpu() for s in sequences]
         if not rows or min(r.numel() for r in rows) < 2:
-            raise _checks.fail(op, "sequences", "at least one, each of at least 2 tokens", f"{len(rows)}, the shortest of {min(map(len, rows), default=0)}")
+            raise checks.fail(
+                op,
+                "sequences",
+                "at least one, each of at least 2 tokens",
+                f"{len(rows)}, the shortest of {min(map(len, rows), default=0)}",
+            )
         order = sorted(range(len(rows)), key=lambda i: -rows[i].numel())
         kept: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
         device = next(model.parameters()).device
         with frozen(model):
             for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
-                padded = nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True)  # on the right: what is behind a token is not seen
-                mask = torch.arange(padded.shape[1]) < torch.tensor([rows[i].numel() for i in chosen])[:, None]
-                logits = model(input_ids=padded.to(device), attention_mask=mask.to(device, torch.int64), use_cache=False).logits
+                # on the right: what is behind a token is not seen
+                padded = nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True)
+                mask = (
+                    torch.arange(padded.shape[1])
+                    < torch.tensor([rows[i].numel() for i in chosen])[:, None]
+                )
+                logits = model(
+                    input_ids=padded.to(device),
+                    attention_mask=mask.to(device, torch.int64),
+                    use_cache=False,
+                ).logits
                 for i, row in zip(chosen, logits, strict=True):
                     logp, ids = topk_logprobs(row[: rows[i].numel()], k)
                     kept[i] = (logp.float().cpu(), ids.to(torch.int32).cpu())
         lengths = torch.tensor([0] + [r.numel() for r in rows])
-        metadata = {"k": k, "sequences": len(rows), "tokens": int(lengths.sum()), "model_hash": _files.weights_hash(model.named_parameters())}
-        return TopKReference(torch.cat(rows), lengths.cumsum(0), torch.cat([a for a, _ in kept]), torch.cat([b for _, b in kept]), metadata)
+        metadata = {
+            "k": k,
+            "sequences": len(rows),
+            "tokens": int(lengths.sum()),
+            "model_hash": files.weights_hash(model.named_parameters()),
+        }
+        return TopKReference(
+            torch.cat(rows),
+            lengths.cumsum(0),
+            torch.cat([a for a, _ in kept]),
+            torch.cat([b for _, b in kept]),
+            metadata,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """A safetensors file; a crash leaves the old one."""
-        _files.write(path, KIND, {"tokens": self.tokens, "offsets": self.offsets, "logp": self.logp, "ids": self.ids}, self.metadata)
+        files.write(
+            path,
+            KIND,
+            {"tokens": self.tokens, "offsets": self.offsets, "logp": self.logp, "ids": self.ids},
+            self.metadata,
+        )
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> TopKReference:
-        tensors, metadata = _files.read(path, KIND)
-        return TopKReference(tensors["tokens"], tensors["offsets"], tensors["logp"], tensors["ids"], metadata)
+        tensors, metadata = files.read(path, KIND)
+        return TopKReference(
+            tensors["tokens"], tensors["offsets"], tensors["logp"], tensors["ids"], metadata
+        )
 
     def lookup(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, ids), each (n - 1, k), of the n - 1 predictions within the sequence `tokens` (n,).
@@ -96,15 +150,26 @@ class TopKReference:
         tokens = tokens.cpu()
         begin = self._where.get(self._key(tokens), self._where.get(self._key(tokens[:-1])))
         if begin is None:
-            raise KeyError(f"TopKReference: expected one of the {len(self)} cached sequences, got {tokens.numel()} tokens {tokens[:8].tolist()}...; "
-                           "make the cache on the sequences that the trainer trains on (TopKReference.make), with the same tokenizer and length")  # fmt: skip
+            raise KeyError(
+                f"TopKReference: expected one of the {len(self)} cached sequences, got "
+                f"{tokens.numel()} tokens {tokens[:8].tolist()}...; "
+                "make the cache on the sequences that the trainer trains on (TopKReference.make), "
+                "with the same tokenizer and length"
+            )
         end = begin + tokens.numel() - 1
         return self.logp[begin:end], self.ids[begin:end].long()
 
     def rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, T - 1, k) log-probs and ids for padded rows (either side); 0 where a prediction is not within the row's real tokens."""
+        """(B, T - 1, k) log-probs and ids for padded rows (either side).
+
+        0 where a prediction is not within the row's real tokens.
+        """
         B, T = input_ids.shape
-        real = torch.ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
+        real = (
+            torch.ones(B, T, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.cpu() != 0
+        )
         logp = torch.zeros(B, T - 1, self.k)
         ids = torch.zeros(B, T - 1, self.k, dtype=torch.int64)
         for b, (row, mask) in enumerate(zip(input_ids.cpu(), real, strict=True)):
@@ -120,8 +185,9 @@ class TopKReference:
 
 
 def sequences(path: Path, tokenizer: Any, length: int) -> list[list[int]]:
-    """Token ids of a .jsonl's rows (input_ids, messages, text, or prompt with completion, chosen, rejected), cut to `length`; of any
-    other file the whole text in rows of `length`."""
+    """Token ids of a .jsonl's rows (input_ids, messages, text, or prompt with completion, chosen,
+    rejected), cut to `length`; of any other file the whole text in rows of `length`.
+    """
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         ids = tokenizer(text, verbose=False)["input_ids"]
@@ -136,26 +202,49 @@ def sequences(path: Path, tokenizer: Any, length: int) -> list[list[int]]:
         if "input_ids" in row:
             found.append(row["input_ids"])
         elif "messages" in row:
-            found.append(tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"])
+            found.append(
+                tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
+            )
         elif "text" in row:
             found.append(tokenizer(row["text"])["input_ids"])
-        elif "prompt" in row and endings and all(isinstance(part, str) for part in (row["prompt"], *endings)):
+        elif (
+            "prompt" in row
+            and endings
+            and all(isinstance(part, str) for part in (row["prompt"], *endings))
+        ):
             found.extend(tokenizer(row["prompt"] + ending)["input_ids"] for ending in endings)
         else:
-            raise ValueError(f"{path}, row {number}: expected input_ids, messages, text, or prompt with completion, chosen or rejected as text, "
-                             f"got {sorted(row)}")  # fmt: skip
+            raise ValueError(
+                f"{path}, row {number}: expected input_ids, messages, text, or prompt with "
+                "completion, chosen or rejected as text, "
+                f"got {sorted(row)}"
+            )
     return [row[:length] for row in found]
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fasttax kl", description="Tools for the KL to a reference.")
+    parser = argparse.ArgumentParser(
+        prog="fasttax kl", description="Tools for the KL to a reference."
+    )
     cache = parser.add_subparsers(dest="what", required=True, metavar="cache").add_parser(
-        "cache", description="Keep a reference model's k largest log-probs after every token of DATA; FullKL(trainer, 'FILE', beta) reads them.")  # fmt: skip
+        "cache",
+        description="Keep a reference model's k largest log-probs after every token of DATA; FullKL(trainer, 'FILE', beta) reads them.",
+    )
     cache.add_argument("model", help="a folder or Hub id of a causal language model")
-    cache.add_argument("data", help="a .jsonl with input_ids, messages, text, or prompt with completion, chosen, rejected; or a UTF-8 text file")
+    cache.add_argument(
+        "data",
+        help="a .jsonl with input_ids, messages, text, or prompt with completion, chosen, rejected; or a UTF-8 text file",
+    )
     cache.add_argument("--output", default="reference.safetensors")
-    cache.add_argument("--k", type=int, default=64, help="log-probs kept a token, 8 bytes each (default 64)")
-    cache.add_argument("--length", type=int, default=1024, help="tokens a sequence is cut to, as the trainer's max_length (default 1024)")
+    cache.add_argument(
+        "--k", type=int, default=64, help="log-probs kept a token, 8 bytes each (default 64)"
+    )
+    cache.add_argument(
+        "--length",
+        type=int,
+        default=1024,
+        help="tokens a sequence is cut to, as the trainer's max_length (default 1024)",
+    )
     cache.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args(argv)
     if min(args.length - 1, args.batch_size, args.k) < 1:

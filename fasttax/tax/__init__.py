@@ -1,4 +1,6 @@
-"""The alignment tax: what checkpoints gained, what they lost, and how the loss grows with KL, steps and stages."""
+"""The alignment tax: what checkpoints gained, what they lost, and how the loss grows with KL, steps
+and stages.
+"""
 
 from fasttax.tax.fits import PowerLaw as PowerLaw
 from fasttax.tax.fits import fit_power_law as fit_power_law

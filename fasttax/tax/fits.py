@@ -1,4 +1,7 @@
-"""Power laws y = a x^b by least squares, with intervals that hold for few points: profiles of the likelihood, in closed form over a grid of b."""
+"""Power laws y = a x^b by least squares, with intervals that hold for few points.
+
+Profiles of the likelihood, in closed form over a grid of b.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttax import _checks
+from fasttax._base import checks
 
 Floats = NDArray[np.float64]
 HIGHEST = 6.0  # exponents from 0 (y does not depend on x) to a sixth power
@@ -21,8 +24,11 @@ KL_LAW = "tax against KL"  # what a report calls its fit over all checkpoints
 
 @functools.cache
 def t_quantile(freedom: int, confidence: float) -> float:
-    """t such that Student's t of `freedom` degrees lies within +-t with probability `confidence`. With t = sqrt(freedom) tan(angle) the
-    density is cos(angle)^(freedom - 1), which is summed by trapezoids."""
+    """T such that Student's t of `freedom` degrees lies within +-t with probability `confidence`.
+
+    With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1), which is summed by
+    trapezoids.
+    """
     angle = np.linspace(0.0, math.pi / 2, ANGLES)
     density = np.cos(angle) ** (freedom - 1)
     share = np.concatenate(([0.0], np.cumsum(density[1:] + density[:-1])))
@@ -31,10 +37,13 @@ def t_quantile(freedom: int, confidence: float) -> float:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = a x^b fitted to `points`; intervals of `confidence`. b runs from 0 to 6: an interval that meets the 6 is open above (inf).
+    """y = a x^b fitted to `points`; intervals of `confidence`.
 
-    The interval of a quantity holds the values that some (a, b) with SSE(a, b) <= SSE (1 + t^2 / (n - 2)) gives it: a profile of the
-    likelihood (Bates & Watts 1988, section 6.1), exact in `a` and better than a linearised standard error in `b` when points are few.
+    b runs from 0 to 6: an interval that meets the 6 is open above (inf).
+
+    The interval of a quantity holds the values that some (a, b) with SSE(a, b) <= SSE (1 + t^2 / (n
+    - 2)) gives it: a profile of the likelihood (Bates & Watts 1988, section 6.1), exact in `a` and
+      better than a linearised standard error in `b` when points are few.
     """
 
     x_name: str
@@ -44,31 +53,52 @@ class PowerLaw:
     a_interval: tuple[float, float]
     b: float
     b_interval: tuple[float, float]
-    r2: float  # 1 - SSE / sum (y - mean y)^2; negative where the mean fits better: the law has no free intercept
+    # 1 - SSE / sum (y - mean y)^2; negative where the mean fits better: the law has no free
+    # intercept
+    r2: float
     residual: float  # standard deviation around the law, sqrt(SSE / (n - 2))
     confidence: float
 
     def predict(self, x: float) -> tuple[float, float, float]:
         """(y, low, high) of the law at x > 0: of the mean there, not of a further measurement."""
         op = "PowerLaw.predict"
-        x = _checks.number(op, "x", x, low=0, open_low=True)
+        x = checks.number(op, "x", x, low=0, open_low=True)
         xs, ys = (np.array(v) for v in zip(*self.points, strict=True))
-        low, high = _interval_at(x, xs, ys, self.b, _limit(self.residual**2 * (len(xs) - 2), ys, self.confidence))
+        low, high = _interval_at(
+            x, xs, ys, self.b, _limit(self.residual**2 * (len(xs) - 2), ys, self.confidence)
+        )
         return self.a * x**self.b, low, high
 
     def __str__(self) -> str:
         a, b, (al, ah), (bl, bh) = self.a, self.b, self.a_interval, self.b_interval
-        return (f"{self.y_name} = {a:.3g} {self.x_name}^{b:.3g}, a in [{al:.3g}, {ah:.3g}], b in [{bl:.3g}, {bh:.3g}] "
-                f"({self.confidence:.0%}), R2 {self.r2:.2f}, {len(self.points)} points")  # fmt: skip
+        return (
+            f"{self.y_name} = {a:.3g} {self.x_name}^{b:.3g}, a in [{al:.3g}, {ah:.3g}], b in "
+            f"[{bl:.3g}, {bh:.3g}] "
+            f"({self.confidence:.0%}), R2 {self.r2:.2f}, {len(self.points)} points"
+        )
 
     def as_dict(self) -> dict[str, object]:
-        bounds = {"a_interval": list(self.a_interval), "b_interval": [v if math.isfinite(v) else None for v in self.b_interval]}
-        return {"law": f"{self.y_name} = a * {self.x_name}^b", "a": self.a, "b": self.b, **bounds, "r2": self.r2, "residual": self.residual,
-                "confidence": self.confidence, "points": [list(p) for p in self.points]}  # fmt: skip
+        bounds = {
+            "a_interval": list(self.a_interval),
+            "b_interval": [v if math.isfinite(v) else None for v in self.b_interval],
+        }
+        return {
+            "law": f"{self.y_name} = a * {self.x_name}^b",
+            "a": self.a,
+            "b": self.b,
+            **bounds,
+            "r2": self.r2,
+            "residual": self.residual,
+            "confidence": self.confidence,
+            "points": [list(p) for p in self.points],
+        }
 
 
 def _profile(at: float, x: Floats, y: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
-    """Of y = y_at (x / at)^b for each b: w . y, w . w with w = (x / at)^b, and the least SSE over y_at."""
+    """Of y = y_at (x / at)^b for each b: w .
+
+    y, w . w with w = (x / at)^b, and the least SSE over y_at.
+    """
     w = np.exp(np.outer(b, np.log(x / at)))
     wy, ww = w @ y, (w * w).sum(1)
     return wy, ww, np.maximum(y @ y - wy * wy / ww, 0.0)
@@ -94,27 +124,47 @@ def _limit(sse: float, y: Floats, confidence: float) -> float:
 
 
 def _interval_at(at: float, x: Floats, y: Floats, b: float, limit: float) -> tuple[float, float]:
-    """Of y_at: SSE(y_at, b) is quadratic in it, so for each b that is allowed the ends are its roots. `b` is the best, which is allowed."""
+    """Of y_at: SSE(y_at, b) is quadratic in it, so for each b that is allowed the ends are its
+    roots. `b` is the best, which is allowed.
+    """
     wy, ww, sse = _profile(at, x, y, np.append(GRID, b))
     reach = np.sqrt(np.maximum(limit - sse, 0.0) / ww)
     allowed = sse <= limit
     return float((wy / ww - reach)[allowed].min()), float((wy / ww + reach)[allowed].max())
 
 
-def fit_power_law(x: Sequence[float], y: Sequence[float], *, x_name: str = "x", y_name: str = "y", confidence: float = 0.95) -> PowerLaw:
-    """y = a x^b through the origin, least squares in y itself (which may be negative: a model can gain where it is expected to lose).
+def fit_power_law(
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    x_name: str = "x",
+    y_name: str = "y",
+    confidence: float = 0.95,
+) -> PowerLaw:
+    """Y = a x^b through the origin, least squares in y itself (which may be negative.
 
-    Points with x = 0 are left out: the law is 0 there whatever a and b are. Raises ValueError for fewer than 3 others, fewer than 2
-    different x, or values that are negative (x) or not finite."""
+    a model can gain where it is expected to lose).
+
+    Points with x = 0 are left out: the law is 0 there whatever a and b are. Raises ValueError for
+    fewer than 3 others, fewer than 2 different x, or values that are negative (x) or not finite.
+    """
     op = "fit_power_law"
-    confidence = _checks.number(op, "confidence", confidence, low=0.5, high=0.9999)
+    confidence = checks.number(op, "confidence", confidence, low=0.5, high=0.9999)
     if len(x) != len(y):
-        raise _checks.fail(op, "y", f"{len(x)} values, as x has", f"{len(y)}")
-    pairs = [(_checks.number(op, x_name, p, low=0), _checks.number(op, y_name, q)) for p, q in zip(x, y, strict=True)]
+        raise checks.fail(op, "y", f"{len(x)} values, as x has", f"{len(y)}")
+    pairs = [
+        (checks.number(op, x_name, p, low=0), checks.number(op, y_name, q))
+        for p, q in zip(x, y, strict=True)
+    ]
     points = tuple(sorted(p for p in pairs if p[0] > 0))
     if len(points) < 3 or len({p for p, _ in points}) < 2:
-        raise _checks.fail(op, "points", f"at least 3 with {x_name} > 0, at 2 places or more", f"{len(points)} at {len({p for p, _ in points})}",
-                           "measure more checkpoints")  # fmt: skip
+        raise checks.fail(
+            op,
+            "points",
+            f"at least 3 with {x_name} > 0, at 2 places or more",
+            f"{len(points)} at {len({p for p, _ in points})}",
+            "measure more checkpoints",
+        )
     xs, ys = (np.array(v, dtype=np.float64) for v in zip(*points, strict=True))
     b, sse = _least(xs, ys)
     w = xs**b
@@ -124,5 +174,15 @@ def fit_power_law(x: Sequence[float], y: Sequence[float], *, x_name: str = "x", 
     middle = math.exp(float(np.log(xs).mean()))
     allowed = GRID[_profile(middle, xs, ys, GRID)[2] <= limit]
     low, high = min([b, *allowed[:1]]), max([b, *allowed[-1:]])
-    return PowerLaw(x_name, y_name, points, a, _interval_at(1.0, xs, ys, b, limit), b, (float(low), math.inf if high >= HIGHEST else float(high)),
-                    1 - sse / spread if spread > 0 else 0.0, math.sqrt(sse / (len(points) - 2)), confidence)  # fmt: skip
+    return PowerLaw(
+        x_name,
+        y_name,
+        points,
+        a,
+        _interval_at(1.0, xs, ys, b, limit),
+        b,
+        (float(low), math.inf if high >= HIGHEST else float(high)),
+        1 - sse / spread if spread > 0 else 0.0,
+        math.sqrt(sse / (len(points) - 2)),
+        confidence,
+    )

@@ -1,4 +1,7 @@
-"""The Triton kernels, for NVIDIA and AMD GPUs: no compiler needed at install. Nothing here imports triton before the first call."""
+"""The Triton kernels, for NVIDIA and AMD GPUs: no compiler needed at install.
+
+Nothing here imports triton before the first call.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Triton kernels of the Fisher: linear_sqgrad's tile of F on chip over all examples, the squares of biases, norms and embeddings, and the head's
-variances over its labels.
+"""Triton kernels of the Fisher.
 
-A program owns a tile of F and runs over examples: the example's gradient tile is gathered by tl.dot in registers, squared, and added to a second
-register tile; F is read and written once. No per-example gradient reaches memory, and every sum has one order: deterministic.
+linear_sqgrad's tile of F on chip over all examples, the squares of biases, norms and embeddings,
+and the head's variances over its labels.
+
+A program owns a tile of F and runs over examples: the example's gradient tile is gathered by tl.dot
+in registers, squared, and added to a second register tile; F is read and written once. No
+per-example gradient reaches memory, and every sum has one order: deterministic.
 """
 
 from __future__ import annotations
@@ -17,10 +20,15 @@ from torch import Tensor
 
 from fasttax.triton import on_device
 
-# rows and columns of F, tokens at a time: two float32 tiles of 64 x 64 are 64 registers a thread at 4 warps, and no spill
+# rows and columns of F, tokens at a time: two float32 tiles of 64 x 64 are 64 registers a thread at
+# 4 warps, and no spill
 TILE_O, TILE_I, TILE_T = 64, 64, 32
 COLUMNS, ROWS = 128, 16  # of the row kernels
-WORD_COLUMNS, WORD_ROWS = 512, 4  # of an embedding's rows: a word seldom stands more than four times in an example
+# of an embedding's rows: a word seldom stands more than four times in an example
+WORD_COLUMNS, WORD_ROWS = (
+    512,
+    4,
+)
 ROW_BLOCK = 4096  # logits of a row at a time
 BLOCK = 2048  # elements of accumulate_sqgrad_ a program
 
@@ -28,14 +36,36 @@ BLOCK = 2048  # elements of accumulate_sqgrad_ a program
 @triton.jit
 def block_of(ptr, stride, t, live_t, at, live, WIDE: tl.constexpr):
     """[token, feature] of an operand, 0 outside; as float32 where WIDE."""
-    x = tl.load(ptr + t[:, None].to(tl.int64) * stride + at[None, :], mask=live_t[:, None] & live[None, :], other=0.0)
+    x = tl.load(
+        ptr + t[:, None].to(tl.int64) * stride + at[None, :],
+        mask=live_t[:, None] & live[None, :],
+        other=0.0,
+    )
     return x.to(tl.float32) if WIDE else x
 
 
 @triton.jit
-def linear_kernel(out_ptr, a_ptr, d_ptr, cu_ptr, weight_ptr, examples, inputs, outputs, a_stride, d_stride, SINGLE: tl.constexpr, WIDE: tl.constexpr,
-                  TILE_O: tl.constexpr, TILE_I: tl.constexpr, TILE_T: tl.constexpr):  # fmt: skip
-    """out[o, i] += sum_n w_n (sum_t d[t, o] a[t, i])^2. SINGLE: every example is a token, so that one product of squares is the answer."""
+def linear_kernel(
+    out_ptr,
+    a_ptr,
+    d_ptr,
+    cu_ptr,
+    weight_ptr,
+    examples,
+    inputs,
+    outputs,
+    a_stride,
+    d_stride,
+    SINGLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE_O: tl.constexpr,
+    TILE_I: tl.constexpr,
+    TILE_T: tl.constexpr,
+):
+    """out[o, i] += sum_n w_n (sum_t d[t, o] a[t, i])^2.
+
+    SINGLE: every example is a token, so that one product of squares is the answer.
+    """
     at_o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
     at_i = tl.program_id(0) * TILE_I + tl.arange(0, TILE_I)
     live_o, live_i = at_o < outputs, at_i < inputs
@@ -72,7 +102,19 @@ def linear_kernel(out_ptr, a_ptr, d_ptr, cu_ptr, weight_ptr, examples, inputs, o
 
 
 @triton.jit
-def rows_kernel(out_ptr, x_ptr, d_ptr, cu_ptr, weight_ptr, examples, width, x_stride, d_stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def rows_kernel(
+    out_ptr,
+    x_ptr,
+    d_ptr,
+    cu_ptr,
+    weight_ptr,
+    examples,
+    width,
+    x_stride,
+    d_stride,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """out[j] += sum_n w_n (sum_t d[t, j] x[t, j])^2, without x_ptr of d alone."""
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     live = at < width
@@ -97,11 +139,28 @@ def rows_kernel(out_ptr, x_ptr, d_ptr, cu_ptr, weight_ptr, examples, width, x_st
 
 
 @triton.jit
-def words_kernel(out_ptr, d_ptr, order_ptr, word_ptr, end_ptr, last_ptr, example_ptr, weight_ptr, width, d_stride, skip, COLUMNS: tl.constexpr,
-                 ROWS: tl.constexpr):  # fmt: skip
-    """out[v] += sum_n w_n (sum_{t in n: ids[t] = v} d[t])^2 by the program that stands at the first of v's tokens, in the order of (word, example).
+def words_kernel(
+    out_ptr,
+    d_ptr,
+    order_ptr,
+    word_ptr,
+    end_ptr,
+    last_ptr,
+    example_ptr,
+    weight_ptr,
+    width,
+    d_stride,
+    skip,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """out[v] += sum_n w_n (sum_{t in n.
 
-    Of place p in that order: order[p] its row of d, word[p], example[p], end[p] where its example's tokens of the word end, last[p] where the word's do.
+    ids[t] = v} d[t])^2 by the program that stands at the first of v's tokens, in the order of
+    (word, example).
+
+    Of place p in that order: order[p] its row of d, word[p], example[p], end[p] where its example's
+    tokens of the word end, last[p] where the word's do.
     """
     begin = tl.program_id(0)
     word = tl.load(word_ptr + begin)
@@ -116,7 +175,15 @@ def words_kernel(out_ptr, d_ptr, order_ptr, word_ptr, end_ptr, last_ptr, example
             gathered = tl.zeros([ROWS, COLUMNS], tl.float32)
             for start in range(begin, end, ROWS):
                 p = start + tl.arange(0, ROWS)
-                gathered += block_of(d_ptr, d_stride, tl.load(order_ptr + p, mask=p < end, other=0), p < end, at, live, True)
+                gathered += block_of(
+                    d_ptr,
+                    d_stride,
+                    tl.load(order_ptr + p, mask=p < end, other=0),
+                    p < end,
+                    at,
+                    live,
+                    True,
+                )
             gradient = tl.sum(gathered, 0)
             weighted = gradient
             if weight_ptr is not None:
@@ -129,8 +196,11 @@ def words_kernel(out_ptr, d_ptr, order_ptr, word_ptr, end_ptr, last_ptr, example
 
 @triton.jit
 def variance_kernel(x_ptr, V, stride, BLOCK: tl.constexpr):
-    """A row's logits -> p (1 - p), in place: e ((Z - 1) + (1 - e)) / Z^2 of e = exp(x - max), with Z - 1 summed without the maximum, so that it
-    does not cancel where the row has collapsed onto one label."""
+    """A row's logits -> p (1 - p), in place.
+
+    e ((Z - 1) + (1 - e)) / Z^2 of e = exp(x - max), with Z - 1 summed without the maximum, so that
+    it does not cancel where the row has collapsed onto one label.
+    """
     row = x_ptr + tl.program_id(0).to(tl.int64) * stride
     most = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, V, BLOCK):
@@ -166,20 +236,45 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def linear_sqgrad_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
+def linear_sqgrad_(
+    out: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    cu_seqlens: Tensor,
+    example_weight: Tensor | None,
+) -> None:
     if out.dtype == torch.float64:
-        torch.ops.fasttax._reference_linear_sqgrad_(out, inputs, grad_outputs, cu_seqlens, example_weight)
+        torch.ops.fasttax._reference_linear_sqgrad_(
+            out, inputs, grad_outputs, cu_seqlens, example_weight
+        )
         return
     outputs, width, examples = out.shape[0], out.shape[1], cu_seqlens.numel() - 1
     if not (outputs and width and examples and inputs.shape[0]):
         return
     # one token an example, by shape alone: to look at the boundaries would be a host sync
     single = examples == inputs.shape[0] and not _ragged(cu_seqlens)
-    wide = _interpreted() or inputs.dtype != grad_outputs.dtype  # the interpreter's bfloat16 dot is wrong
+    # the interpreter's bfloat16 dot is wrong
+    wide = _interpreted() or inputs.dtype != grad_outputs.dtype
     grid = (triton.cdiv(width, TILE_I), triton.cdiv(outputs, TILE_O))
     with on_device(out):
-        linear_kernel[grid](out, inputs, grad_outputs, cu_seqlens, example_weight, examples, width, outputs, inputs.stride(0), grad_outputs.stride(0),
-                            SINGLE=single, WIDE=wide, TILE_O=TILE_O, TILE_I=TILE_I, TILE_T=TILE_T, num_warps=4)  # fmt: skip
+        linear_kernel[grid](
+            out,
+            inputs,
+            grad_outputs,
+            cu_seqlens,
+            example_weight,
+            examples,
+            width,
+            outputs,
+            inputs.stride(0),
+            grad_outputs.stride(0),
+            SINGLE=single,
+            WIDE=wide,
+            TILE_O=TILE_O,
+            TILE_I=TILE_I,
+            TILE_T=TILE_T,
+            num_warps=4,
+        )
 
 
 def _ragged(cu_seqlens: Tensor) -> bool:
@@ -187,16 +282,32 @@ def _ragged(cu_seqlens: Tensor) -> bool:
     return bool((cu_seqlens.diff() != 1).any())
 
 
-def _rows(out: Tensor, x: Tensor | None, d: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
+def _rows(
+    out: Tensor, x: Tensor | None, d: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None
+) -> None:
     examples, width = cu_seqlens.numel() - 1, d.shape[1]
     if not (examples and width and d.shape[0]):
         return
     with on_device(out):
-        rows_kernel[(triton.cdiv(width, COLUMNS),)](out, x, d, cu_seqlens, example_weight, examples, width, 0 if x is None else x.stride(0), d.stride(0),
-                                                    COLUMNS=COLUMNS, ROWS=ROWS, num_warps=4)  # fmt: skip
+        rows_kernel[(triton.cdiv(width, COLUMNS),)](
+            out,
+            x,
+            d,
+            cu_seqlens,
+            example_weight,
+            examples,
+            width,
+            0 if x is None else x.stride(0),
+            d.stride(0),
+            COLUMNS=COLUMNS,
+            ROWS=ROWS,
+            num_warps=4,
+        )
 
 
-def bias_sqgrad_(out: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
+def bias_sqgrad_(
+    out: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None
+) -> None:
     reference: Any = torch.ops.fasttax._reference_bias_sqgrad_
     if out.dtype == torch.float64:
         reference(out, grad_outputs, cu_seqlens, example_weight)
@@ -204,7 +315,13 @@ def bias_sqgrad_(out: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_
         _rows(out, None, grad_outputs, cu_seqlens, example_weight)
 
 
-def norm_sqgrad_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None) -> None:
+def norm_sqgrad_(
+    out: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    cu_seqlens: Tensor,
+    example_weight: Tensor | None,
+) -> None:
     reference: Any = torch.ops.fasttax._reference_norm_sqgrad_
     if out.dtype == torch.float64:
         reference(out, inputs, grad_outputs, cu_seqlens, example_weight)
@@ -212,22 +329,46 @@ def norm_sqgrad_(out: Tensor, inputs: Tensor, grad_outputs: Tensor, cu_seqlens: 
         _rows(out, inputs, grad_outputs, cu_seqlens, example_weight)
 
 
-def embedding_sqgrad_(out: Tensor, ids: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None, skip: int) -> None:
+def embedding_sqgrad_(
+    out: Tensor,
+    ids: Tensor,
+    grad_outputs: Tensor,
+    cu_seqlens: Tensor,
+    example_weight: Tensor | None,
+    skip: int,
+) -> None:
     if out.dtype == torch.float64:
-        torch.ops.fasttax._reference_embedding_sqgrad_(out, ids, grad_outputs, cu_seqlens, example_weight, skip)
+        torch.ops.fasttax._reference_embedding_sqgrad_(
+            out, ids, grad_outputs, cu_seqlens, example_weight, skip
+        )
         return
     rows, width = grad_outputs.shape
     if not (rows and width):
         return
     examples = cu_seqlens.numel() - 1
     example = torch.searchsorted(cu_seqlens, torch.arange(rows, device=ids.device), right=True) - 1
-    key, order = (ids * examples + example).sort(stable=True)  # within a word its examples, within an example its tokens: one order of every sum
+    # within a word its examples, within an example its tokens: one order of every sum
+    key, order = (ids * examples + example).sort(stable=True)
     word = key // examples
     end, last = torch.searchsorted(key, key, right=True), torch.searchsorted(word, word, right=True)
     grid = (rows, triton.cdiv(width, WORD_COLUMNS))
     with on_device(out):
-        words_kernel[grid](out, grad_outputs, order, word, end, last, key % examples, example_weight, width, grad_outputs.stride(0), skip,
-                           COLUMNS=WORD_COLUMNS, ROWS=WORD_ROWS, num_warps=4)  # fmt: skip
+        words_kernel[grid](
+            out,
+            grad_outputs,
+            order,
+            word,
+            end,
+            last,
+            key % examples,
+            example_weight,
+            width,
+            grad_outputs.stride(0),
+            skip,
+            COLUMNS=WORD_COLUMNS,
+            ROWS=WORD_ROWS,
+            num_warps=4,
+        )
 
 
 def label_variance_(logits: Tensor) -> None:
@@ -235,7 +376,9 @@ def label_variance_(logits: Tensor) -> None:
         torch.ops.fasttax._reference_label_variance_(logits)
     elif logits.numel():
         with on_device(logits):
-            variance_kernel[(logits.shape[0],)](logits, logits.shape[1], logits.stride(0), BLOCK=ROW_BLOCK, num_warps=8)
+            variance_kernel[(logits.shape[0],)](
+                logits, logits.shape[1], logits.stride(0), BLOCK=ROW_BLOCK, num_warps=8
+            )
 
 
 def accumulate_sqgrad_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
@@ -244,4 +387,6 @@ def accumulate_sqgrad_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: 
             torch.ops.fasttax._reference_accumulate_sqgrad_([total], [grad], weight)
         elif total.numel():
             with on_device(total):
-                squares_kernel[(triton.cdiv(total.numel(), BLOCK),)](total, grad, weight, total.numel(), BLOCK=BLOCK)
+                squares_kernel[(triton.cdiv(total.numel(), BLOCK),)](
+                    total, grad, weight, total.numel(), BLOCK=BLOCK
+                )

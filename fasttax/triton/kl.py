@@ -1,4 +1,7 @@
-"""token_kl in Triton: one program a row forward, one a row and tile backward; both at once where the tokens' weights are known."""
+"""token_kl in Triton: one program a row forward, one a row and tile backward.
+
+Both at once where the tokens' weights are known.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,21 @@ def log_mix(u, beta):  # log(m/p), m = (1 - beta) p + beta q, without overflow o
 
 
 @triton.jit
-def mix_sums(x_row, y_row, V, mx, my, log_ratio, inv_s, inv_s_ref, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def mix_sums(
+    x_row,
+    y_row,
+    V,
+    mx,
+    my,
+    log_ratio,
+    inv_s,
+    inv_s_ref,
+    k,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """The Jensen gap, KL(p||m) and KL(q||m) of a row whose sums are known."""
     gap = tl.zeros([LANES], tl.float32)
     p_to_m = tl.zeros([LANES], tl.float32)
@@ -69,21 +86,43 @@ def mix_sums(x_row, y_row, V, mx, my, log_ratio, inv_s, inv_s_ref, k, GENERAL: t
         p_part = tl.where(p == 0, 0.0, -p * to_mix)
         q_part = tl.where(q == 0, 0.0, tl.where(p == 0, -q * tl.log(k.beta), q * (-u - to_mix)))
         series = p * (k.beta * jensen_gap(eps) - jensen_gap(k.beta * eps))
-        gap += tl.sum(tl.where(tl.abs(u) <= 0.2, series, k.beta * q_part + (1 - k.beta) * p_part), 1)
+        gap += tl.sum(
+            tl.where(tl.abs(u) <= 0.2, series, k.beta * q_part + (1 - k.beta) * p_part), 1
+        )
         p_to_m += tl.sum(p_part, 1)
         q_to_m += tl.sum(q_part, 1)
     return total(gap), total(p_to_m), total(q_to_m)
 
 
 @triton.jit
-def slope_at(x, y, live, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref, g, k, OP: tl.constexpr, WANT_X: tl.constexpr, WANT_Y: tl.constexpr,
-             GENERAL: tl.constexpr, INF_MASK: tl.constexpr, SHORT: tl.constexpr):  # fmt: skip
+def slope_at(
+    x,
+    y,
+    live,
+    mx,
+    my,
+    shift,
+    inv_s,
+    log_ratio,
+    gap,
+    ref_center,
+    inv_s_ref,
+    g,
+    k,
+    OP: tl.constexpr,
+    WANT_X: tl.constexpr,
+    WANT_Y: tl.constexpr,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    SHORT: tl.constexpr,
+):
     """The gradients at a tile's entries; the formulas of csrc/cpu/kl_kernels.h, KlSlope."""
     ax, ay, d = framed(x, y, live, mx, my, shift, k, GENERAL, INF_MASK, SHORT)
     p = tl.exp2(ax) * inv_s
     q = tl.exp2(ay) * inv_s_ref
     u = d - log_ratio
-    by_series = tl.where(tl.abs(gap - log_ratio) < TRUSTED, SMALL_GAP, -1.0)  # p - q cancels in rows that are close
+    # p - q cancels in rows that are close
+    by_series = tl.where(tl.abs(gap - log_ratio) < TRUSTED, SMALL_GAP, -1.0)
     apart = tl.where(tl.abs(u) <= by_series, p * (u - bregman(u)), p - q)
     dx = p
     dy = q
@@ -97,7 +136,9 @@ def slope_at(x, y, live, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s
         one_sided = (k.beta == 0) | (k.beta == 1)
         to_mix = log_mix(u, k.beta)
         for_x = tl.where(p == 0, 0.0, (1 - k.beta) * p * (-to_mix - gap))
-        for_y = tl.where(q == 0, 0.0, k.beta * q * (tl.where(p == 0, -tl.log(k.beta), -u - to_mix) - ref_center))
+        for_y = tl.where(
+            q == 0, 0.0, k.beta * q * (tl.where(p == 0, -tl.log(k.beta), -u - to_mix) - ref_center)
+        )
         dx = tl.where(one_sided, p * 0.0, for_x)  # 0, or NaN in a row that has one
         dy = tl.where(one_sided, q * 0.0, for_y)
     dx = dx * (g * k.row_slope)
@@ -111,7 +152,17 @@ def slope_at(x, y, live, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s
 
 
 @triton.jit
-def forward_row(x_row, y_row, V, k, OP: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def forward_row(
+    x_row,
+    y_row,
+    V,
+    k,
+    OP: tl.constexpr,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Value, then a KlRow: mx, my, shift, inv_s, log_ratio, mean_gap, ref_center, inv_s_ref."""
     mx, my, exact = first_frame(x_row, y_row, V, k, True, GENERAL, INF_MASK, LANES, WIDTH)
     shift = 0.0
@@ -122,7 +173,9 @@ def forward_row(x_row, y_row, V, k, OP: tl.constexpr, GENERAL: tl.constexpr, INF
     log_ratio = s
     again = True
     while again:
-        s, y, g, b, a, c, back, mass, moment, peaks = row_sums(x_row, y_row, V, mx, my, shift, k, OP, GENERAL, INF_MASK, LANES, WIDTH)
+        s, y, g, b, a, c, back, mass, moment, peaks = row_sums(
+            x_row, y_row, V, mx, my, shift, k, OP, GENERAL, INF_MASK, LANES, WIDTH
+        )
         if OP == REF_POLICY:
             value, gap, size, log_ratio, recentre = divergence(s, y, g, c, back, False)
         else:
@@ -133,7 +186,9 @@ def forward_row(x_row, y_row, V, k, OP: tl.constexpr, GENERAL: tl.constexpr, INF
             shift = 0.0
             exact = True
             again = True
-        elif (OP != JSD) & recentre & (shift == 0):  # frames that do not fit: moved onto the mean gap, the value keeps its digits
+        elif (
+            (OP != JSD) & recentre & (shift == 0)
+        ):  # frames that do not fit: moved onto the mean gap, the value keeps its digits
             shift = gap.to(tl.float32)
             again = shift != 0
     inv_s = (1.0 / s).to(tl.float32)
@@ -142,17 +197,81 @@ def forward_row(x_row, y_row, V, k, OP: tl.constexpr, GENERAL: tl.constexpr, INF
     if OP == JSD:
         value = (s + y) * 0.0  # 0, or NaN for a NaN row
         if (k.beta > 0) & (k.beta < 1):
-            value, gap, ref_center = mix_sums(x_row, y_row, V, mx, my, log_ratio.to(tl.float32), inv_s, inv_s_ref, k, GENERAL, INF_MASK, LANES, WIDTH)
+            value, gap, ref_center = mix_sums(
+                x_row,
+                y_row,
+                V,
+                mx,
+                my,
+                log_ratio.to(tl.float32),
+                inv_s,
+                inv_s_ref,
+                k,
+                GENERAL,
+                INF_MASK,
+                LANES,
+                WIDTH,
+            )
     value = tl.where(value < 0, 0.0, value)  # NaN passes through
-    return value.to(tl.float32), mx, my, shift, inv_s, log_ratio.to(tl.float32), gap.to(tl.float32), ref_center.to(tl.float32), inv_s_ref
+    return (
+        value.to(tl.float32),
+        mx,
+        my,
+        shift,
+        inv_s,
+        log_ratio.to(tl.float32),
+        gap.to(tl.float32),
+        ref_center.to(tl.float32),
+        inv_s_ref,
+    )
 
 
 @triton.jit
-def write_slopes(x_row, y_row, dx_row, dy_row, at, V, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref, g, k, OP: tl.constexpr,
-                 WANT_X: tl.constexpr, WANT_Y: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):  # fmt: skip
+def write_slopes(
+    x_row,
+    y_row,
+    dx_row,
+    dy_row,
+    at,
+    V,
+    mx,
+    my,
+    shift,
+    inv_s,
+    log_ratio,
+    gap,
+    ref_center,
+    inv_s_ref,
+    g,
+    k,
+    OP: tl.constexpr,
+    WANT_X: tl.constexpr,
+    WANT_Y: tl.constexpr,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+):
     x, y, live = load_pair(x_row, y_row, at, V, True)
-    dx, dy = slope_at(x, y, live, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref, g, k, OP, WANT_X, WANT_Y, GENERAL, INF_MASK,
-                      x_row.dtype.element_ty == tl.bfloat16)  # fmt: skip
+    dx, dy = slope_at(
+        x,
+        y,
+        live,
+        mx,
+        my,
+        shift,
+        inv_s,
+        log_ratio,
+        gap,
+        ref_center,
+        inv_s_ref,
+        g,
+        k,
+        OP,
+        WANT_X,
+        WANT_Y,
+        GENERAL,
+        INF_MASK,
+        x_row.dtype.element_ty == tl.bfloat16,
+    )
     if WANT_X:
         tl.store(dx_row + at, dx.to(dx_row.dtype.element_ty), mask=live)
     if WANT_Y:
@@ -165,9 +284,30 @@ def zero(row, at, V):
 
 
 @triton.jit
-def forward_kernel(x_ptr, y_ptr, mask_ptr, value_ptr, kept_ptr, weight_ptr, dx_ptr, V, x_rows, y_rows, dx_rows, k, OP: tl.constexpr, GENERAL: tl.constexpr,
-                   INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Grid: rows. With weights it writes the policy's gradient too, last tiles first: those are the ones still in L2."""
+def forward_kernel(
+    x_ptr,
+    y_ptr,
+    mask_ptr,
+    value_ptr,
+    kept_ptr,
+    weight_ptr,
+    dx_ptr,
+    V,
+    x_rows,
+    y_rows,
+    dx_rows,
+    k,
+    OP: tl.constexpr,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Grid: rows.
+
+    With weights it writes the policy's gradient too, last tiles first: those are the ones still in
+    L2.
+    """
     n = tl.program_id(0)
     live_row = True
     if mask_ptr is not None:
@@ -177,15 +317,38 @@ def forward_kernel(x_ptr, y_ptr, mask_ptr, value_ptr, kept_ptr, weight_ptr, dx_p
     if live_row:
         x_row = row_at(x_ptr, x_rows, n)
         y_row = row_at(y_ptr, y_rows, n)
-        value, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref = forward_row(x_row, y_row, V, k, OP, GENERAL, INF_MASK, LANES, WIDTH)
+        value, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref = forward_row(
+            x_row, y_row, V, k, OP, GENERAL, INF_MASK, LANES, WIDTH
+        )
         tl.store(value_ptr + n, value)
         if GRADIENT:
             g = tl.load(weight_ptr + n)
             dx_row = row_at(dx_ptr, dx_rows, n)
             for back in range(0, tiles):
                 at = (tiles - 1 - back) * (LANES * WIDTH) + tile_lanes(LANES, WIDTH)
-                write_slopes(x_row, y_row, dx_row, dx_row, at, V, mx, my, shift, inv_s, log_ratio, gap, ref_center, inv_s_ref, g, k, OP, True, False,
-                             GENERAL, INF_MASK)  # fmt: skip
+                write_slopes(
+                    x_row,
+                    y_row,
+                    dx_row,
+                    dx_row,
+                    at,
+                    V,
+                    mx,
+                    my,
+                    shift,
+                    inv_s,
+                    log_ratio,
+                    gap,
+                    ref_center,
+                    inv_s_ref,
+                    g,
+                    k,
+                    OP,
+                    True,
+                    False,
+                    GENERAL,
+                    INF_MASK,
+                )
         else:
             kept = kept_ptr + n.to(tl.int64) * 8
             tl.store(kept, mx)
@@ -200,14 +363,34 @@ def forward_kernel(x_ptr, y_ptr, mask_ptr, value_ptr, kept_ptr, weight_ptr, dx_p
         tl.store(value_ptr + n, 0.0)
         if GRADIENT:
             for tile in range(0, tiles):
-                zero(row_at(dx_ptr, dx_rows, n), tile * (LANES * WIDTH) + tile_lanes(LANES, WIDTH), V)
+                zero(
+                    row_at(dx_ptr, dx_rows, n), tile * (LANES * WIDTH) + tile_lanes(LANES, WIDTH), V
+                )
         else:
             tl.store(kept_ptr + n.to(tl.int64) * 8 + tl.arange(0, 8), tl.zeros([8], tl.float32))
 
 
 @triton.jit
-def gradient_kernel(x_ptr, y_ptr, mask_ptr, kept_ptr, upstream_ptr, dx_ptr, dy_ptr, V, x_rows, y_rows, dx_rows, dy_rows, k, OP: tl.constexpr,
-                    GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def gradient_kernel(
+    x_ptr,
+    y_ptr,
+    mask_ptr,
+    kept_ptr,
+    upstream_ptr,
+    dx_ptr,
+    dy_ptr,
+    V,
+    x_rows,
+    y_rows,
+    dx_rows,
+    dy_rows,
+    k,
+    OP: tl.constexpr,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Grid: (rows, tiles). dx may be the policy's logits themselves."""
     n = tl.program_id(0)
     at = tl.program_id(1) * (LANES * WIDTH) + tile_lanes(LANES, WIDTH)
@@ -226,8 +409,29 @@ def gradient_kernel(x_ptr, y_ptr, mask_ptr, kept_ptr, upstream_ptr, dx_ptr, dy_p
     if live_row:
         kept = kept_ptr + n.to(tl.int64) * 8
         g = tl.load(upstream_ptr + n)
-        write_slopes(x_row, row_at(y_ptr, y_rows, n), dx_row, dy_row, at, V, tl.load(kept), tl.load(kept + 1), tl.load(kept + 2), tl.load(kept + 3),
-                     tl.load(kept + 4), tl.load(kept + 5), tl.load(kept + 6), tl.load(kept + 7), g, k, OP, WANT_X, WANT_Y, GENERAL, INF_MASK)  # fmt: skip
+        write_slopes(
+            x_row,
+            row_at(y_ptr, y_rows, n),
+            dx_row,
+            dy_row,
+            at,
+            V,
+            tl.load(kept),
+            tl.load(kept + 1),
+            tl.load(kept + 2),
+            tl.load(kept + 3),
+            tl.load(kept + 4),
+            tl.load(kept + 5),
+            tl.load(kept + 6),
+            tl.load(kept + 7),
+            g,
+            k,
+            OP,
+            WANT_X,
+            WANT_Y,
+            GENERAL,
+            INF_MASK,
+        )
     else:
         if WANT_X:
             zero(dx_row, at, V)
@@ -246,7 +450,9 @@ def _call(logits: Tensor, options: tuple[Any, ...]) -> tuple[Params, dict[str, A
     return k, {"OP": kind, "GENERAL": general, "INF_MASK": inf_mask, **shape, **launch_options()}
 
 
-def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+def token_kl(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
     if logits.dtype == torch.float64:
         return reference.token_kl(logits, ref_logits, mask, *options)
     k, meta = _call(logits, options)
@@ -255,11 +461,27 @@ def token_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: 
     if kl.numel():
         (x, x_rows), (y, y_rows) = with_rows(logits), with_rows(ref_logits)
         with on_device(logits):
-            forward_kernel[(kl.numel(),)](x, y, mask, kl, kept, None, None, logits.shape[-1], x_rows, y_rows, x_rows, k, **meta)
+            forward_kernel[(kl.numel(),)](
+                x,
+                y,
+                mask,
+                kl,
+                kept,
+                None,
+                None,
+                logits.shape[-1],
+                x_rows,
+                y_rows,
+                x_rows,
+                k,
+                **meta,
+            )
     return kl, kept
 
 
-def token_kl_grad(token_weight: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def token_kl_grad(
+    token_weight: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     *kl_options, need_policy, need_ref = options
     if logits.dtype == torch.float64:
         return reference.token_kl_grad(token_weight, logits, ref_logits, mask, *options)
@@ -270,14 +492,40 @@ def token_kl_grad(token_weight: Tensor, logits: Tensor, ref_logits: Tensor, mask
     kl = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
     d_logits = logits.new_empty(logits.shape)
     if kl.numel():
-        (x, x_rows), (y, y_rows), (dx, dx_rows) = with_rows(logits), with_rows(ref_logits), with_rows(d_logits)
+        (x, x_rows), (y, y_rows), (dx, dx_rows) = (
+            with_rows(logits),
+            with_rows(ref_logits),
+            with_rows(d_logits),
+        )
         with on_device(logits):
-            forward_kernel[(kl.numel(),)](x, y, mask, kl, None, token_weight.contiguous(), dx, logits.shape[-1], x_rows, y_rows, dx_rows, k, **meta)
+            forward_kernel[(kl.numel(),)](
+                x,
+                y,
+                mask,
+                kl,
+                None,
+                token_weight.contiguous(),
+                dx,
+                logits.shape[-1],
+                x_rows,
+                y_rows,
+                dx_rows,
+                k,
+                **meta,
+            )
     return kl, d_logits, ref_logits.new_empty((0,))
 
 
-def _write_gradients(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, kept: Tensor, options: tuple[Any, ...],
-                     d_logits: Tensor | None, d_ref: Tensor | None) -> None:  # fmt: skip
+def _write_gradients(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    kept: Tensor,
+    options: tuple[Any, ...],
+    d_logits: Tensor | None,
+    d_ref: Tensor | None,
+) -> None:
     k, meta = _call(logits, options)
     N, V = grad.numel(), logits.shape[-1]
     if N == 0 or (d_logits is None and d_ref is None):
@@ -286,25 +534,74 @@ def _write_gradients(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Ten
     dx, dx_rows = (None, x_rows) if d_logits is None else with_rows(d_logits)
     dy, dy_rows = (None, y_rows) if d_ref is None else with_rows(d_ref)
     with on_device(logits):
-        gradient_kernel[(N, tiles(V, meta))](x, y, mask, kept, grad.contiguous(), dx, dy, V, x_rows, y_rows, dx_rows, dy_rows, k, **meta)
-    if d_logits is not None and dx is not None and dx is not d_logits:  # in place, over strides that do not fold
+        gradient_kernel[(N, tiles(V, meta))](
+            x,
+            y,
+            mask,
+            kept,
+            grad.contiguous(),
+            dx,
+            dy,
+            V,
+            x_rows,
+            y_rows,
+            dx_rows,
+            dy_rows,
+            k,
+            **meta,
+        )
+    if (
+        d_logits is not None and dx is not None and dx is not d_logits
+    ):  # in place, over strides that do not fold
         d_logits.copy_(dx)
 
 
-def token_kl_backward(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def token_kl_backward(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    stats: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
     *kl_options, need_policy, need_ref = options
     if logits.dtype == torch.float64:
         return reference.token_kl_backward(grad, logits, ref_logits, mask, stats, *options)
     d_logits = logits.new_empty(logits.shape if need_policy else (0,))
     d_ref = ref_logits.new_empty(ref_logits.shape if need_ref else (0,))
-    _write_gradients(grad, logits, ref_logits, mask, stats, tuple(kl_options), d_logits if need_policy else None, d_ref if need_ref else None)
+    _write_gradients(
+        grad,
+        logits,
+        ref_logits,
+        mask,
+        stats,
+        tuple(kl_options),
+        d_logits if need_policy else None,
+        d_ref if need_ref else None,
+    )
     return d_logits, d_ref
 
 
-def token_kl_backward_(grad: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, *options: Any) -> Tensor:
+def token_kl_backward_(
+    grad: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    stats: Tensor,
+    *options: Any,
+) -> Tensor:
     *kl_options, need_ref = options
     if logits.dtype == torch.float64:
         return reference.token_kl_backward_(grad, logits, ref_logits, mask, stats, *options)
     d_ref = ref_logits.new_empty(ref_logits.shape if need_ref else (0,))
-    _write_gradients(grad, logits, ref_logits, mask, stats, tuple(kl_options), logits, d_ref if need_ref else None)
+    _write_gradients(
+        grad,
+        logits,
+        ref_logits,
+        mask,
+        stats,
+        tuple(kl_options),
+        logits,
+        d_ref if need_ref else None,
+    )
     return d_ref

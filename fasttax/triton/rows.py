@@ -1,8 +1,11 @@
-"""What the Triton kernels over logits share: rows and their addresses, launch geometry, frames and the sums of csrc/math/kl.h.
+"""What the Triton kernels over logits share.
 
-A program owns a row. Tiles are (LANES, WIDTH), WIDTH being 16 bytes of entries, so that a tile's loads are 128 bits wide and its sum along
-WIDTH stays within a thread; lanes are added up once a row, in float64. LANES and WIDTH depend on the dtype and on V alone: what a row
-gives does not depend on the batch around it.
+Rows and their addresses, launch geometry, frames and the sums of csrc/math/kl.h.
+
+A program owns a row. Tiles are (LANES, WIDTH), WIDTH being 16 bytes of entries, so that a tile's
+loads are 128 bits wide and its sum along WIDTH stays within a thread; lanes are added up once a
+row, in float64. LANES and WIDTH depend on the dtype and on V alone: what a row gives does not
+depend on the batch around it.
 """
 
 from __future__ import annotations
@@ -18,19 +21,24 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SMALL_GAP = tl.constexpr(0.25)  # |d| up to which the series is used, as in csrc/math/kl.h
 FRAME_SLACK = tl.constexpr(20.0)
-TOO_HIGH = tl.constexpr(4.85e8)  # e^20: an entry stands so far above its frame that the row is summed again in its true one
+# e^20: an entry stands so far above its frame that the row is summed again in its true one
+TOO_HIGH = tl.constexpr(4.85e8)
 DOMINATED = tl.constexpr(-0.05)  # csrc/math/kl_row.h
 TRUSTED = tl.constexpr(1e-2)
 INF = tl.constexpr(float("inf"))
 
-POLICY_REF, REF_POLICY, JSD, STATS, ALONE = (tl.constexpr(op) for op in range(5))  # what a forward gives; ALONE: token_stats without a reference
+# what a forward gives; ALONE: token_stats without a reference
+POLICY_REF, REF_POLICY, JSD, STATS, ALONE = (tl.constexpr(op) for op in range(5))
 
 THREADS = 256
 REGISTERS = 128  # a thread: two programs on an SM
 
 
 class Params(NamedTuple):
-    """Numbers of a call, as csrc/kl_params.h has them: `row_scale` from frame units to tempered logits, `row_slope` d tempered / d raw."""
+    """Numbers of a call, as csrc/kl_params.h has them.
+
+    `row_scale` from frame units to tempered logits, `row_slope` d tempered / d raw.
+    """
 
     beta: float
     cap: float
@@ -52,13 +60,25 @@ class Rows(NamedTuple):
 
 
 def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, int]:
-    """LANES and WIDTH. Of either row a thread starts two 16-byte loads before it needs the first (four for a KL in float32, one in the general
-    frame: what the registers of two programs on an SM allow), 32 KB an SM. Shorter rows, shorter tiles; a V that 16 does not divide loads
-    entry by entry."""
-    vectors = 1 if general else 4 if op in (POLICY_REF.value, REF_POLICY.value) and dtype.itemsize == 4 else 2
+    """LANES and WIDTH.
+
+    Of either row a thread starts two 16-byte loads before it needs the first (four for a KL in
+    float32, one in the general frame: what the registers of two programs on an SM allow), 32 KB an
+    SM. Shorter rows, shorter tiles; a V that 16 does not divide loads entry by entry.
+    """
+    vectors = (
+        1
+        if general
+        else 4
+        if op in (POLICY_REF.value, REF_POLICY.value) and dtype.itemsize == 4
+        else 2
+    )
     width = 16 // dtype.itemsize if V % 16 == 0 else 1
     most = THREADS * vectors * (1 if width > 1 else 2)
-    return {"LANES": max(32, min(most, triton.next_power_of_2(triton.cdiv(V, width)))), "WIDTH": width}
+    return {
+        "LANES": max(32, min(most, triton.next_power_of_2(triton.cdiv(V, width)))),
+        "WIDTH": width,
+    }
 
 
 def tiles(V: int, meta: dict[str, Any]) -> int:
@@ -66,13 +86,39 @@ def tiles(V: int, meta: dict[str, Any]) -> int:
 
 
 def launch_options(hip: bool = torch.version.hip is not None) -> dict[str, Any]:
-    return {"num_warps": THREADS // 64} if hip else {"num_warps": THREADS // 32, "maxnreg": REGISTERS}
+    return (
+        {"num_warps": THREADS // 64} if hip else {"num_warps": THREADS // 32, "maxnreg": REGISTERS}
+    )
 
 
-def params(beta: float, scale: float, ref_scale: float, softcap: float, ref_softcap: float, inv_t: float, ref_inv_t: float) -> Params:
-    row_scale, ref_row_scale = (inv_t if softcap > 0 else scale * inv_t), (ref_inv_t if ref_softcap > 0 else ref_scale * ref_inv_t)
-    over_cap, ref_over_cap = (scale / softcap if softcap > 0 else 0.0), (ref_scale / ref_softcap if ref_softcap > 0 else 0.0)
-    return Params(beta, softcap, ref_softcap, over_cap, ref_over_cap, row_scale, ref_row_scale, scale * inv_t, ref_scale * ref_inv_t)
+def params(
+    beta: float,
+    scale: float,
+    ref_scale: float,
+    softcap: float,
+    ref_softcap: float,
+    inv_t: float,
+    ref_inv_t: float,
+) -> Params:
+    row_scale, ref_row_scale = (
+        (inv_t if softcap > 0 else scale * inv_t),
+        (ref_inv_t if ref_softcap > 0 else ref_scale * ref_inv_t),
+    )
+    over_cap, ref_over_cap = (
+        (scale / softcap if softcap > 0 else 0.0),
+        (ref_scale / ref_softcap if ref_softcap > 0 else 0.0),
+    )
+    return Params(
+        beta,
+        softcap,
+        ref_softcap,
+        over_cap,
+        ref_over_cap,
+        row_scale,
+        ref_row_scale,
+        scale * inv_t,
+        ref_scale * ref_inv_t,
+    )
 
 
 def is_general(k: Params, inf_mask: bool) -> bool:
@@ -81,7 +127,9 @@ def is_general(k: Params, inf_mask: bool) -> bool:
 
 
 def with_rows(t: Tensor) -> tuple[Tensor, Rows]:
-    """`t`, or a contiguous copy where its leading dimensions fold into more than two, and where its rows lie."""
+    """`t`, or a contiguous copy where its leading dimensions fold into more than two, and where its
+    rows lie.
+    """
     folded: list[tuple[int, int]] = []
     for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
         if size == 1:
@@ -174,10 +222,15 @@ def cap_rows(x, y, live, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
 
 
 @triton.jit
-def framed(x, y, live, mx, my, shift, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, SHORT: tl.constexpr):
-    """ax, ay and d = ax - ay, the first two in units of log 2. SHORT: x - mx is exact but for entries 2^16 times smaller (bfloat16). Else, of
-    rows alike in size x - y is the exact one; rows offset by hundreds are each centred first. Multiply-adds are spelled out, for the
-    gradient's d has to be that of the sums to the bit."""
+def framed(
+    x, y, live, mx, my, shift, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, SHORT: tl.constexpr
+):
+    """ax, ay and d = ax - ay, the first two in units of log 2.
+
+    SHORT: x - mx is exact but for entries 2^16 times smaller (bfloat16). Else, of rows alike in
+    size x - y is the exact one; rows offset by hundreds are each centred first. Multiply-adds are
+    spelled out, for the gradient's d has to be that of the sums to the bit.
+    """
     x, y = cap_rows(x, y, live, k, GENERAL, INF_MASK)
     if GENERAL:
         ax = (x - mx) * k.row_scale
@@ -214,7 +267,18 @@ def tile_lanes(LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def maxima(x_row, y_row, end, V, k, PAIR: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def maxima(
+    x_row,
+    y_row,
+    end,
+    V,
+    k,
+    PAIR: tl.constexpr,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Of the entries before `end`. NaN is passed over here and reaches the sums through exp."""
     top_x = tl.full([LANES, WIDTH], -INF, tl.float32)
     top_y = tl.full([LANES, WIDTH], -INF, tl.float32)
@@ -233,14 +297,37 @@ def frame_of(top):
 
 
 @triton.jit
-def true_frame(x_row, y_row, V, k, PAIR: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def true_frame(
+    x_row,
+    y_row,
+    V,
+    k,
+    PAIR: tl.constexpr,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     mx, my = maxima(x_row, y_row, V, V, k, PAIR, GENERAL, INF_MASK, LANES, WIDTH)
     return frame_of(mx), frame_of(my)
 
 
 @triton.jit
-def first_frame(x_row, y_row, V, k, PAIR: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Of the first tile, or of the whole row where that holds nothing; and whether it is the row's true one."""
+def first_frame(
+    x_row,
+    y_row,
+    V,
+    k,
+    PAIR: tl.constexpr,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Of the first tile, or of the whole row where that holds nothing.
+
+    And whether it is the row's true one.
+    """
     mx, my = maxima(x_row, y_row, LANES * WIDTH, V, k, PAIR, GENERAL, INF_MASK, LANES, WIDTH)
     exact = V <= LANES * WIDTH
     if ((mx == -INF) | (my == -INF)) & (exact == 0):
@@ -255,9 +342,25 @@ def total(lanes):
 
 
 @triton.jit
-def row_sums(x_row, y_row, V, mx, my, shift, k, OP: tl.constexpr, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """s, y, g, b, a, c, back, mass, moment, peaks: the sums of csrc/math/kl_row.h, in float64; 0 where OP does not want one. `mass` and `moment`
-    leave out entries at the frame itself, which `peaks` counts: beside its 1 a collapsed row's other mass would lose its digits."""
+def row_sums(
+    x_row,
+    y_row,
+    V,
+    mx,
+    my,
+    shift,
+    k,
+    OP: tl.constexpr,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """s, y, g, b, a, c, back, mass, moment, peaks: the sums of csrc/math/kl_row.h, in float64.
+
+    0 where OP does not want one. `mass` and `moment` leave out entries at the frame itself, which
+    `peaks` counts: beside its 1 a collapsed row's other mass would lose its digits.
+    """
     PAIR: tl.constexpr = OP != ALONE
     FORWARDS: tl.constexpr = (OP == POLICY_REF) or (OP == STATS)
     BACKWARDS: tl.constexpr = (OP == REF_POLICY) or (OP == STATS)
@@ -304,18 +407,36 @@ def row_sums(x_row, y_row, V, mx, my, shift, k, OP: tl.constexpr, GENERAL: tl.co
             moment += tl.sum(tl.where(beside == 0, 0.0, beside * ax), 1)
             peaks += tl.sum(at_peak.to(tl.float32), 1)
     whole = total(mass) + total(peaks) if ENTROPY else total(s)
-    return whole, total(y_sum), total(g), total(b), total(a), total(c), total(back), total(mass), total(moment) * LN2, total(peaks)
+    return (
+        whole,
+        total(y_sum),
+        total(g),
+        total(b),
+        total(a),
+        total(c),
+        total(back),
+        total(mass),
+        total(moment) * LN2,
+        total(peaks),
+    )
 
 
 @triton.jit
 def defect(t):  # t - log(1 + t), float64
-    series = t * t * (0.5 - t * (1.0 / 3 - t * (0.25 - t * (0.2 - t * (1.0 / 6 - t * (1.0 / 7 - t * 0.125))))))
+    series = (
+        t
+        * t
+        * (0.5 - t * (1.0 / 3 - t * (0.25 - t * (0.2 - t * (1.0 / 6 - t * (1.0 / 7 - t * 0.125))))))
+    )
     return tl.where(tl.abs(t) < 1e-2, series, t - tl.log(1.0 + t))
 
 
 @triton.jit
 def divergence(s, y, g, bregman_sum, pull, FORWARDS: tl.constexpr):
-    """value, gap, size, log_ratio, recentre of csrc/math/kl_row.h; (b, a) for KL(p||q), (c, back) for KL(q||p)."""
+    """value, gap, size, log_ratio, recentre of csrc/math/kl_row.h.
+
+    (b, a) for KL(p||q), (c, back) for KL(q||p).
+    """
     tau = g / s
     centred = tl.abs(tau) <= 0.5
     log_ratio = tl.where(centred, -tl.log(1.0 + tau), tl.log(s / y))
@@ -327,4 +448,10 @@ def divergence(s, y, g, bregman_sum, pull, FORWARDS: tl.constexpr):
         size = tl.where(centred, bregman_sum / y, tl.abs(log_ratio))
         gap = -pull / y
         value = tl.where(centred, size - defect(-g / y), log_ratio - gap)
-    return value, gap, size, log_ratio, (value < size / 16) & (gap != 0) & (tl.abs(gap) < FRAME_SLACK)
+    return (
+        value,
+        gap,
+        size,
+        log_ratio,
+        (value < size / 16) & (gap != 0) & (tl.abs(gap) < FRAME_SLACK),
+    )

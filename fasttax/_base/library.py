@@ -1,0 +1,179 @@
+"""The `fasttax::` operator library: schemas, the backend behind each op, and why.
+
+One kernel per (op, device). Every op has its PyTorch reference registered for all devices;
+`fasttax._C` (C++) puts its kernels over it on the CPU, `fasttax._C_cuda` (CUDA C++) on GPUs, and
+`fasttax.triton` on GPUs what CUDA C++ leaves open. FASTTAX_BACKEND forces another choice:
+
+    auto (default)   native kernels where they are built, else Triton's on GPUs, the reference
+    elsewhere reference        the reference everywhere
+    cpp              as auto, and an error at import where the C++ CPU library is not built
+    cuda             as auto, and an error at import where the CUDA C++ library is not built
+    triton           Triton's kernels on GPUs, CUDA C++ nowhere, and an error at import without
+    triton; with TRITON_INTERPRET=1
+                     on the CPU too, in Triton's interpreter (slow; for tests and debugging)
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax import triton
+
+BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+
+# deregisters when collected, so it lives as long as the process
+lib = torch.library.Library("fasttax", "DEF")
+OPS: list[str] = []
+problems: dict[str, str] = {}  # library -> why it is not loaded
+on_triton: dict[tuple[str, str], str] = {}  # (op, dispatch key) that Triton serves -> why
+
+
+def chosen_backend() -> str:
+    choice = os.environ.get("FASTTAX_BACKEND", "auto").lower()
+    if choice not in BACKENDS:
+        raise ImportError(
+            f"FASTTAX_BACKEND must be one of {', '.join(BACKENDS)}, got {choice!r}; set one or "
+            "unset it"
+        )
+    return choice
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines an op by schema, with its reference on every device and its shape function.
+
+    `_reference_<op>` is the reference whatever is registered over it: a GPU's kernels hand float64
+    to it.
+    """
+    name = schema.partition("(")[0]
+    OPS.append(name)
+    lib.define("_reference_" + schema)
+    lib.impl("_reference_" + name, reference, "CompositeExplicitAutograd")
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    lib.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fasttax::{name}", fake, lib=lib)
+
+
+def second_derivative_message(forward: str, name: str) -> str:
+    return f"{forward}: second derivatives are not available (create_graph=True reached {name}); use fasttax.reference with autograd for them"
+
+
+def no_double_backward(name: str, forward: str) -> None:
+    """Makes differentiating through a backward op an error.
+
+    Torch would give None gradients and a warning.
+    """
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(second_derivative_message(forward, name))
+
+    torch.library.register_autograd(f"fasttax::{name}", refuse, lib=lib)
+
+
+def _load(library: str) -> None:
+    try:
+        importlib.import_module(f"fasttax.{library}")
+    except ModuleNotFoundError:
+        problems[library] = "not built"
+    except (ImportError, OSError) as error:
+        problems[library] = f"does not load: {error}"
+
+
+def prefer_huge_pages(t: Tensor) -> Tensor:
+    """Advises the system to back a fresh CPU tensor with large pages.
+
+    560 page faults for 100 MB where 4 KB ones take 24,600.
+    """
+    torch.ops.fasttax._prefer_huge_pages(t)
+    return t
+
+
+def _register_triton(key: str, why: str) -> None:
+    for name in triton.MODULES:
+        if name in OPS and not torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"fasttax::{name}", key
+        ):
+            lib.impl(name, triton.implementation(name), key)
+            on_triton[name, key] = why
+
+
+def load_native() -> None:
+    """Imports the native libraries, whose static initialisers register the kernels, and registers
+    Triton's.
+    """
+    choice = chosen_backend()
+    # implemented by _C alone: 0 portable, 1 AVX2, 2 AVX-512
+    lib.define("_simd_level(int level) -> int")
+    lib.define("_prefer_huge_pages(Tensor t) -> ()")
+    lib.impl("_prefer_huge_pages", lambda t: None, "CompositeExplicitAutograd")
+    # by _C alone too; project() in _base/gemm.py
+    lib.define("_project_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()")
+    # the same; gemm() there
+    lib.define("_gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
+    if choice == "reference":
+        problems["_C"] = problems["_C_cuda"] = "FASTTAX_BACKEND=reference"
+        return
+    interpreted = choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if choice == "triton" and not triton.available():
+        raise ImportError(
+            "fasttax: FASTTAX_BACKEND=triton, but triton is not installed; `pip install triton` "
+            "(torch for GPUs brings it on Linux)"
+        )
+    left_out = {
+        "_C": "FASTTAX_BACKEND=triton with TRITON_INTERPRET=1" if interpreted else "",
+        "_C_cuda": "FASTTAX_BACKEND=triton"
+        if choice == "triton"
+        else ""
+        if torch.version.cuda
+        else "this torch is built without CUDA",
+    }
+    problems.update((library, why) for library, why in left_out.items() if why)
+    libraries = [library for library, why in left_out.items() if not why]
+    for library in libraries:
+        _load(library)
+    if triton.available() and (choice == "triton" or torch.version.cuda or torch.version.hip):
+        _register_triton(
+            "CUDA",
+            "FASTTAX_BACKEND=triton"
+            if choice == "triton"
+            else f"CUDA C++: {problems.get('_C_cuda', 'no kernel for this op yet')}",
+        )
+    if interpreted:
+        _register_triton("CPU", "TRITON_INTERPRET=1")
+        return
+    if "_C" in problems:
+        advice = (
+            f"fasttax: the C++ CPU kernels are not available ({problems['_C']}); the PyTorch "
+            "reference is used. "
+            "Install g++ and run `pip install --no-build-isolation .` in the source folder; "
+            "`fasttax doctor` tells more."
+        )
+        if choice == "cpp":
+            raise ImportError(advice)
+        warnings.warn(advice, RuntimeWarning, stacklevel=3)
+    if choice == "cuda" and "_C_cuda" in problems:
+        raise ImportError(
+            "fasttax: FASTTAX_BACKEND=cuda, but the CUDA C++ kernels are not available "
+            f"({problems['_C_cuda']}); "
+            "install nvcc and a torch with CUDA, then `FASTTAX_CUDA=1 pip install "
+            "--no-build-isolation .`"
+        )
+
+
+def active(name: str, device: str) -> tuple[str, str]:
+    """(backend, reason) of op `name` on "cpu" or "cuda"."""
+    key = device.upper()
+    if (name, key) in on_triton:
+        return "Triton", on_triton[name, key]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttax::{name}", key):
+        return ("C++" if device == "cpu" else "CUDA C++"), "built and registered"
+    library = "_C" if device == "cpu" else "_C_cuda"
+    return "reference", problems.get(
+        library, f"no {'C++' if device == 'cpu' else 'CUDA C++'} kernel for this op yet"
+    )

@@ -1,1 +1,0 @@
-"""How `merge` reads and writes checkpoints."""

@@ -1,0 +1,369 @@
+"""Elastic weight consolidation on lists of tensors.
+
+One call, and one pass over memory, for a whole model.
+
+    penalty(theta) = strength/2 * sum fisher * (theta - anchor)^2
+
+Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks" (arXiv:1612.00796).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax import reference
+from fasttax._base import checks
+from fasttax._base.library import define, lib, no_double_backward
+
+FISHER_DTYPES = (*checks.FLOATS, torch.uint8)
+
+
+def _lists(op: str, params: Sequence[Tensor], packed: bool, **others: Sequence[Tensor]) -> None:
+    """Checks lists against `params`.
+
+    `packed` allows uint8 Fishers (u8log) and anchors (split), which EWC makes and the kernels
+    check.
+    """
+    checks.lists(op, "parameter", params=params, **others)
+    for name, values in {"params": params, **others}.items():
+        for i, value in enumerate(values):
+            where = f"{name}[{i}]"
+            if name == "anchors" and packed and value.dtype == torch.uint8:
+                checks.same_device(op, where, value, f"params[{i}]", params[i])
+                continue
+            dtypes = FISHER_DTYPES if name == "fishers" and packed else checks.FLOATS
+            checks.tensor(op, where, value, dtypes)
+            if value.shape != params[i].shape:
+                raise checks.fail(
+                    op, where, f"shape {tuple(params[i].shape)} as params[{i}]", value
+                )
+            checks.same_device(op, where, value, f"params[{i}]", params[i])
+            if (params[i].dtype == torch.float64) != (value.dtype == torch.float64):
+                raise checks.fail(
+                    op,
+                    where,
+                    "float64 together with a float64 parameter, and only then",
+                    value,
+                    f"convert it with {where}.to(params[{i}].dtype)",
+                    TypeError,
+                )
+            written = name == "grads" or (name == "params" and op == "ewc_prox_")
+            if written and not value.is_contiguous():
+                raise checks.fail(
+                    op,
+                    where,
+                    "a contiguous tensor, since it is written in place",
+                    f"strides {value.stride()}",
+                    "call .contiguous() on it first",
+                )
+
+
+def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:
+    return [value.contiguous() for value in values]
+
+
+def ewc_penalty(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], strength: float
+) -> Tensor:
+    """strength/2 * sum fisher * (theta - anchor)^2 over all tensors, differentiable by `params`.
+
+    Args:
+        params, anchors, fishers: lists of equal length and shapes, float32/bfloat16/float16 in any
+            mix, or float64 throughout. fishers >= 0.
+        strength: finite, >= 0.
+
+    Returns:
+        0-d float32 (float64 for float64 parameters); its gradient by theta is strength * fisher *
+        (theta - anchor).
+
+    Raises:
+        ValueError, TypeError: a list, shape, dtype, device or strength does not fit.
+    """
+    return penalty(params, anchors, fishers, None, strength)
+
+
+def penalty(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    strength: float,
+) -> Tensor:
+    strength = checks.number("ewc_penalty", "strength", strength, low=0)
+    _lists("ewc_penalty", params, scales is not None, anchors=anchors, fishers=fishers)
+    value: Tensor = torch.ops.fasttax.ewc_penalty(
+        _contiguous(params),
+        _contiguous(anchors),
+        _contiguous(fishers),
+        list(scales or ()),
+        strength,
+    )
+    return value
+
+
+def ewc_add_grad_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    strength: float,
+) -> Tensor:
+    """Grads += strength * fisher * (theta - anchor), in one pass and with no graph.
+
+    Returns the penalty.
+
+    Five passes over the parameters: read theta, anchor, fisher and grad, write grad. Arguments and
+    errors as `ewc_penalty`; `grads` are written in place and must be contiguous. The value is not
+    synchronised with the host.
+    """
+    return add_grad_(params, grads, anchors, fishers, None, strength, 1.0)
+
+
+def add_grad_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    strength: float,
+    scale: float,
+) -> Tensor:
+    strength = checks.number("ewc_add_grad_", "strength", strength, low=0)
+    scale = checks.number("ewc_add_grad_", "scale", scale)
+    _lists(
+        "ewc_add_grad_", params, scales is not None, grads=grads, anchors=anchors, fishers=fishers
+    )
+    with torch.no_grad():
+        value: Tensor = torch.ops.fasttax.ewc_add_grad_(
+            _contiguous([p.detach() for p in params]),
+            [g.detach() for g in grads],
+            _contiguous(anchors),
+            _contiguous(fishers),
+            list(scales or ()),
+            strength,
+            scale,
+        )
+    return value
+
+
+def ewc_prox_(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    strength_times_lr: float,
+) -> None:
+    """Theta <- anchor + (theta - anchor) / (1 + strength_times_lr * fisher), in place.
+
+    Stable for any strength.
+
+    The proximal step of the penalty, argmin_t |t - theta|^2 / (2 lr) + penalty(t). An explicit
+    gradient step diverges where lr * strength * fisher > 2; this one contracts towards the anchor
+    for every value >= 0. Arguments and errors as `ewc_penalty`; `params` are written in place and
+    must be contiguous.
+    """
+    prox_(params, anchors, fishers, None, strength_times_lr)
+
+
+def prox_(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    strength_times_lr: float,
+) -> None:
+    step = checks.number("ewc_prox_", "strength_times_lr", strength_times_lr, low=0)
+    _lists("ewc_prox_", params, scales is not None, anchors=anchors, fishers=fishers)
+    with torch.no_grad():
+        torch.ops.fasttax.ewc_prox_(
+            [p.detach() for p in params],
+            _contiguous(anchors),
+            _contiguous(fishers),
+            list(scales or ()),
+            step,
+        )
+
+
+def lora_ewc_penalty(
+    lora_A: Tensor, lora_B: Tensor, fisher: Tensor, scale: float, strength: float
+) -> Tensor:
+    """strength/2 * sum fisher * (scale * lora_B @ lora_A)^2 with the dense product never stored.
+
+    Args:
+        lora_A: (r, in). lora_B: (out, r). fisher: (out, in), the base weight's diagonal Fisher, >=
+            0.
+        scale: LoRA's alpha / r. strength: finite, >= 0.
+
+    Returns:
+        0-d float32 (float64 for float64 factors), differentiable by lora_A and lora_B:
+        with G = strength * scale * fisher * (scale B A), d_A = B^T G and d_B = G A^T. Where one of
+        them requires grad, the gradients are made with the value, in one sweep over fisher, and
+        kept until the backward pass.
+    """
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("fisher", fisher)):
+        checks.tensor("lora_ewc_penalty", name, value)
+    wanted = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
+    return lora_penalty(lora_A, lora_B, fisher, None, scale, strength, wanted)[0]
+
+
+def lora_penalty(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    fisher: Tensor,
+    scales: Tensor | None,
+    scale: float,
+    strength: float,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(value, d_A, d_B), the gradients empty where not asked for.
+
+    a uint8 `fisher` is u8log with its `scales`.
+    """
+    op = "lora_ewc_penalty"
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("fisher", fisher)):
+        if value.dim() != 2:
+            raise checks.fail(op, name, "a matrix", value)
+        checks.same_device(op, name, value, "lora_A", lora_A)
+        if (value.dtype == torch.float64) != (lora_A.dtype == torch.float64):
+            raise checks.fail(
+                op,
+                name,
+                "float64 together with a float64 lora_A, and only then",
+                value,
+                f"convert it with {name}.to(lora_A.dtype)",
+                TypeError,
+            )
+    if lora_B.shape[1] != lora_A.shape[0]:
+        raise checks.fail(
+            op, "lora_B", f"shape (out, {lora_A.shape[0]}), the rank of lora_A", lora_B
+        )
+    if fisher.shape != (lora_B.shape[0], lora_A.shape[1]):
+        raise checks.fail(
+            op, "fisher", f"shape {(lora_B.shape[0], lora_A.shape[1])} as B @ A", fisher
+        )
+    strength = checks.number(op, "strength", strength, low=0)
+    ranges = lora_A.new_empty(0, dtype=torch.float32) if scales is None else scales
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.fasttax.lora_ewc_penalty(
+        lora_A.contiguous(),
+        lora_B.contiguous(),
+        fisher.contiguous(),
+        ranges,
+        checks.number(op, "scale", scale),
+        strength,
+        gradient,
+    )
+    return out
+
+
+# --- schemas, shapes, autograd -----------------------------------------------------------------------------------------
+
+define(
+    "ewc_penalty(Tensor[] params, Tensor[] anchors, Tensor[] fishers, Tensor[] scales, float "
+    "strength) -> Tensor",
+    reference.ewc_penalty,
+    lambda params, anchors, fishers, scales, strength: _scalar_like(params),
+)
+define(
+    "ewc_penalty_backward(Tensor grad, Tensor[] params, Tensor[] anchors, Tensor[] fishers, "
+    "Tensor[] scales, float strength) -> Tensor[]",
+    reference.ewc_penalty_backward,
+    lambda grad, params, anchors, fishers, scales, strength: [torch.empty_like(p) for p in params],
+)
+define(
+    "ewc_add_grad_(Tensor[] params, Tensor(a!)[] grads, Tensor[] anchors, Tensor[] fishers, "
+    "Tensor[] scales, float strength, float scale) -> Tensor",
+    reference.ewc_add_grad_,
+    lambda params, grads, anchors, fishers, scales, strength, scale: _scalar_like(params),
+)
+define(
+    "ewc_prox_(Tensor(a!)[] params, Tensor[] anchors, Tensor[] fishers, Tensor[] scales, float "
+    "strength_times_lr) -> ()",
+    reference.ewc_prox_,
+    lambda params, anchors, fishers, scales, strength_times_lr: None,
+)
+define(
+    "lora_ewc_penalty(Tensor lora_A, Tensor lora_B, Tensor fisher, Tensor scales, float scale, "
+    "float strength, bool gradient) -> (Tensor, Tensor, Tensor)",
+    reference.lora_ewc_penalty,
+    lambda lora_A, lora_B, fisher, scales, scale, strength, gradient: (
+        _scalar_like([lora_A]),
+        *(_gradient_like(x, gradient) for x in (lora_A, lora_B)),
+    ),
+)
+
+define(
+    "lora_ewc_penalty_backward(Tensor grad, Tensor lora_A, Tensor lora_B, Tensor d_A, Tensor d_B) "
+    "-> (Tensor, Tensor)",
+    reference.lora_ewc_penalty_backward,
+    lambda grad, lora_A, lora_B, d_A, d_B: (torch.empty_like(lora_A), torch.empty_like(lora_B)),
+)
+
+
+def _gradient_like(factor: Tensor, gradient: bool) -> Tensor:
+    return factor.new_empty(
+        factor.shape if gradient else (0, 0),
+        dtype=torch.float64 if factor.dtype == torch.float64 else torch.float32,
+    )
+
+
+def _scalar_like(params: Sequence[Tensor]) -> Tensor:
+    if not params:
+        return torch.empty(())
+    return params[0].new_empty(
+        (), dtype=torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    )
+
+
+def _penalty_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    params, anchors, fishers, scales, ctx.strength = inputs
+    ctx.count = len(params)
+    ctx.save_for_backward(*params, *anchors, *fishers, *scales)
+
+
+def _penalty_backward(ctx: Any, grad: Tensor) -> Any:
+    saved, n = ctx.saved_tensors, ctx.count
+    params, anchors, fishers, scales = (
+        saved[:n],
+        saved[n : 2 * n],
+        saved[2 * n : 3 * n],
+        saved[3 * n :],
+    )
+    d_params = torch.ops.fasttax.ewc_penalty_backward(
+        grad, params, anchors, fishers, scales, ctx.strength
+    )
+    return d_params, [None] * n, [None] * n, [None] * len(scales), None
+
+
+def _lora_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    lora_A, lora_B, *_, ctx.made = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(lora_A, lora_B, *output[1:])
+
+
+def _lora_backward(ctx: Any, grad: Tensor, *others: Any) -> Any:
+    if not ctx.made:
+        raise RuntimeError(
+            "lora_ewc_penalty: expected gradient=True where lora_A or lora_B requires grad, got "
+            "False; use fasttax.functional.lora_ewc_penalty"
+        )
+    return (
+        *torch.ops.fasttax.lora_ewc_penalty_backward(grad, *ctx.saved_tensors),
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "fasttax::ewc_penalty", _penalty_backward, setup_context=_penalty_setup, lib=lib
+)
+torch.library.register_autograd(
+    "fasttax::lora_ewc_penalty", _lora_backward, setup_context=_lora_setup, lib=lib
+)
+no_double_backward("ewc_penalty_backward", "ewc_penalty")
+no_double_backward("lora_ewc_penalty_backward", "lora_ewc_penalty")

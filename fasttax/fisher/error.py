@@ -1,0 +1,71 @@
+"""How far a Fisher estimate still is from its limit, estimated from the spread between batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+COORDINATES = 64  # watched in each parameter
+
+
+class SamplingError:
+    """Relative error of the estimate, sqrt(sum_i var_i / sum_i F_i^2), over up to 64 coordinates of
+    each parameter.
+
+    With batches b of n_b examples and sums x_b, F = sum x_b / sum n_b, and var = B/(B-1) sum (x_b -
+    n_b F)^2 / (sum n_b)^2, the ratio estimator's variance (Cochran, Sampling Techniques, 1977,
+    6.19), which needs running sums alone.
+    """
+
+    def __init__(self, numels: Mapping[str, int]) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.places = {
+            n: torch.randint(0, m, (COORDINATES,), generator=draw).unique()
+            for n, m in numels.items()
+            if m
+        }
+        width = sum(p.numel() for p in self.places.values())
+        self.total, self.squares, self.crossed = (
+            torch.zeros(width, dtype=torch.float64) for _ in range(3)
+        )
+        self.counts = torch.zeros(3, dtype=torch.float64)  # batches, units, units^2
+
+    def batch(self, value: Callable[[str], Tensor], units: int) -> None:
+        """After a batch: `value(name)` is the running sum of squares."""
+        picked = [value(n).reshape(-1)[p.to(value(n).device)] for n, p in self.places.items()]
+        now = torch.cat([p.double().cpu() for p in picked]) if picked else self.total
+        x, self.total = now - self.total, now
+        self.squares += x * x
+        self.crossed += units * x
+        self.counts += torch.tensor([1.0, units, units**2], dtype=torch.float64)
+
+    def relative(self) -> float:
+        """NaN before the second batch."""
+        batches, units, squared = self.counts.tolist()
+        if batches < 2 or units == 0:
+            return math.nan
+        mean = self.total / units
+        spread = (
+            (self.squares - 2 * mean * self.crossed + mean * mean * squared).clamp_min(0).sum()
+            * batches
+            / (batches - 1)
+            / units**2
+        )
+        size = (mean * mean).sum()
+        return float((spread / size).sqrt()) if size > 0 else 0.0
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "total": self.total,
+            "squares": self.squares,
+            "crossed": self.crossed,
+            "counts": self.counts,
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.total, self.squares, self.crossed, self.counts = (
+            state[k].clone() for k in ("total", "squares", "crossed", "counts")
+        )

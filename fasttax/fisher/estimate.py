@@ -1,0 +1,242 @@
+"""FisherEstimate: a diagonal Fisher with its provenance, in float32, bfloat16 or 8-bit log storage."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax import reference
+from fasttax._base import checks, dtensor, file_parts, files
+
+STORAGES = ("fp32", "bf16", "u8log")
+BLOCK = 256  # elements that share a range in u8log
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A Fisher tensor as kernels read it.
+
+    `values` (uint8 codes for u8log), and u8log's (lo, step) per block.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    def decode(self) -> Tensor:
+        return (
+            self.values if self.scales is None else reference.decode_u8log(self.values, self.scales)
+        )
+
+
+def encode(fisher: Tensor, storage: str) -> Stored:
+    """fp32, bf16 (relative error <= 2^-8), or u8log.
+
+    255 steps of log2 F between each block's extremes, zeros exact.
+    """
+    if storage == "u8log" and hasattr(fisher, "full_tensor"):
+        raise checks.fail(
+            "FisherEstimate.to",
+            "storage",
+            "'fp32' or 'bf16' for DTensors, whose shards cut u8log's blocks",
+            "'u8log'",
+            "gather with .save(path) and load it first",
+        )
+    if storage == "fp32":
+        return Stored(fisher.float().contiguous())
+    if storage == "bf16":
+        return Stored(fisher.to(torch.bfloat16).contiguous())
+    flat = fisher.detach().float().flatten()
+    blocks = (flat.numel() + BLOCK - 1) // BLOCK
+    padded = torch.zeros(blocks * BLOCK, device=flat.device)
+    padded[: flat.numel()] = flat
+    logs = padded.view(blocks, BLOCK).log2()
+    positive = padded.view(blocks, BLOCK) > 0
+    lo = torch.where(positive, logs, torch.inf).amin(-1)
+    hi = torch.where(positive, logs, -torch.inf).amax(-1)
+    lo, hi = (torch.where(torch.isfinite(x), x, 0.0) for x in (lo, hi))
+    step = (hi - lo) / 254
+    codes = (
+        torch.where(step[:, None] > 0, (logs - lo[:, None]) / step[:, None].clamp_min(1e-30), 0.0)
+        .round()
+        .clamp(0, 254)
+        + 1
+    )
+    codes = (
+        torch.where(positive, codes, 0.0)
+        .to(torch.uint8)
+        .flatten()[: flat.numel()]
+        .view(fisher.shape)
+    )
+    return Stored(codes.contiguous(), torch.stack((lo, step), -1).contiguous())
+
+
+class FisherEstimate(Mapping[str, Tensor]):
+    """A diagonal Fisher by parameter name.
+
+    Items are float tensors (u8log storage is decoded on access).
+
+    `metadata` records where it comes from: estimator, labels, unit, examples, tokens, normalize,
+    storage, model_hash, versions.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor | Stored], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        self._stored: dict[str, Stored] = {}
+        for name, value in values.items():
+            if not isinstance(value, Stored):
+                checks.tensor("FisherEstimate", f"values[{name!r}]", value)
+                value = Stored(value.detach())
+            self._stored[name] = value
+        self.metadata: dict[str, Any] = dict(metadata or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored(name).decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __repr__(self) -> str:
+        numel = sum(s.values.numel() for s in self._stored.values())
+        facts = ", ".join(
+            f"{k}={v}"
+            for k, v in self.metadata.items()
+            if k in ("estimator", "labels", "unit", "examples", "normalize", "storage")
+        )
+        return (
+            f"FisherEstimate({len(self)} tensors, {numel:,} values{', ' if facts else ''}{facts})"
+        )
+
+    def stored(self, name: str) -> Stored:
+        if name not in self._stored:
+            close = difflib.get_close_matches(name, self._stored, 3)
+            raise KeyError(
+                f"FisherEstimate: no parameter {name!r} among {len(self)}"
+                + (f"; nearest names: {', '.join(close)}" if close else "")
+            )
+        return self._stored[name]
+
+    def to(self, storage: str) -> FisherEstimate:
+        """The same estimate in "fp32", "bf16" or "u8log" storage."""
+        checks.choice("FisherEstimate.to", "storage", storage, STORAGES)
+        return FisherEstimate(
+            {name: encode(self[name], storage) for name in self},
+            {**self.metadata, "storage": storage},
+        )
+
+    def __add__(self, other: FisherEstimate) -> FisherEstimate:
+        """Sums two estimates (of normalize="sum" ones: the estimate over both data sets)."""
+        if not isinstance(other, FisherEstimate):
+            return NotImplemented
+        differences = [f"{name}: only in one of them" for name in sorted(set(self) ^ set(other))]
+        differences += [
+            f"{n}: shape {tuple(self[n].shape)} and {tuple(other[n].shape)}"
+            for n in self
+            if n in other and self[n].shape != other[n].shape
+        ]
+        if differences:
+            raise ValueError(
+                "FisherEstimate.__add__: the estimates do not fit:\n  "
+                + "\n  ".join(differences[:20])
+            )
+        counts: dict[str, Any] = {
+            k: self.metadata[k] + other.metadata[k]
+            for k in ("examples", "tokens")
+            if k in self.metadata and k in other.metadata
+        }
+        # of one of them alone
+        facts = {k: v for k, v in self.metadata.items() if k != "relative_error"}
+        return FisherEstimate(
+            {n: self[n].float() + other[n].float() for n in self},
+            {**facts, **counts, "storage": "fp32"},
+        )
+
+    def __mul__(self, factor: float) -> FisherEstimate:
+        factor = checks.number("FisherEstimate.__mul__", "factor", factor, low=0)
+        scale = self.metadata.get("scaled_by", 1.0) * factor
+        return FisherEstimate(
+            {n: self[n].float() * factor for n in self},
+            {**self.metadata, "scaled_by": scale, "storage": "fp32"},
+        )
+
+    __rmul__ = __mul__
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sharded: bool = False,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        """Writes a safetensors file with the metadata in its header; a crash leaves the old file.
+
+        Of DTensors (FSDP2) the whole is gathered, so that every rank must call it. `sharded` makes
+        `path` a folder of files of about `max_shard_bytes` and an index, gathered one tensor at a
+        time and written by rank 0.
+        """
+        groups = {
+            n: {f"fisher.{n}": s.values, **({} if s.scales is None else {f"scales.{n}": s.scales})}
+            for n, s in self._stored.items()
+        }
+        if sharded:
+            file_parts.write(path, "FisherEstimate", groups, self.metadata, max_shard_bytes)
+        else:
+            files.write(
+                path,
+                "FisherEstimate",
+                {k: dtensor.whole(t) for group in groups.values() for k, t in group.items()},
+                self.metadata,
+            )
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> FisherEstimate:
+        """A file, or a folder that save(sharded=True) wrote."""
+        read = file_parts.read if os.path.isdir(path) else files.read
+        tensors, metadata = read(path, "FisherEstimate")
+        names = [n.removeprefix("fisher.") for n in tensors if n.startswith("fisher.")]
+        return FisherEstimate(
+            {n: Stored(tensors[f"fisher.{n}"], tensors.get(f"scales.{n}")) for n in names}, metadata
+        )
+
+    @staticmethod
+    def from_adam(
+        optimizer: torch.optim.Optimizer, model: torch.nn.Module, *, batch_size: int = 1
+    ) -> FisherEstimate:
+        """Adam's bias-corrected second moment times `batch_size` as a stand-in for the empirical
+        Fisher, labelled as that.
+
+        It averages squared batch gradients along the training path, so it is biased by the squared
+        mean gradient (Li, Dangel, Tam, Raffel 2025, arXiv:2507.18807). Free, and no estimate of the
+        Fisher at one point.
+        """
+        names = {id(p): n for n, p in model.named_parameters()}
+        values: dict[str, Tensor] = {}
+        for group in optimizer.param_groups:
+            beta2 = group.get("betas", (0.0, 0.0))[1]
+            for p in group["params"]:
+                state = optimizer.state.get(p, {})
+                if "exp_avg_sq" in state and id(p) in names:
+                    values[names[id(p)]] = state["exp_avg_sq"].float() * (
+                        batch_size / (1 - beta2 ** float(state["step"]))
+                    )
+        if not values:
+            raise ValueError(
+                "FisherEstimate.from_adam: optimizer: expected an Adam that has taken a step on "
+                "this model's parameters, got no second moments"
+            )
+        metadata = {
+            "estimator": "adam_second_moment",
+            "batch_size": batch_size,
+            "normalize": "mean",
+            "storage": "fp32",
+        }
+        return FisherEstimate(values, metadata)

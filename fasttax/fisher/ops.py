@@ -1,0 +1,391 @@
+"""Sums of squared per-example gradients, the diagonal Fisher's building blocks, without a gradient
+per example in memory.
+
+An example n owns a run of tokens t; D = grad_outputs, A = inputs. With `cu_seqlens` (n + 1 integers
+from 0 to R) the tokens are the R rows of flat inputs; without, inputs are (N, T, ...) and every row
+of the batch is an example, or (N, ...) and every row is an example of one token. `example_weight`
+(N) multiplies an example's square. `out` is accumulated into and returned. Results are float32,
+float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax import reference
+from fasttax._base import checks
+from fasttax._base.library import define
+from fasttax.fisher import head
+from fasttax.reference import fisher as specification
+
+
+def _segments(
+    op: str, name: str, x: Tensor, trailing: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """X as rows (R, ...) with `trailing` trailing dimensions, and the examples' boundaries (int64,
+    on the CPU's side of x).
+    """
+    leading = x.dim() - trailing
+    if cu_seqlens is not None:
+        if leading != 1:
+            raise checks.fail(
+                op,
+                name,
+                f"flat rows (R, ...) of {1 + trailing} dimensions together with cu_seqlens",
+                x,
+            )
+        checks.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            raise checks.fail(op, "cu_seqlens", "a vector of N + 1 boundaries", cu_seqlens)
+        bounds = cu_seqlens.to(device=x.device, dtype=torch.int64).contiguous()
+        values = bounds.tolist()
+        if values[0] != 0 or values[-1] != x.shape[0] or any(a > b for a, b in pairwise(values)):
+            raise checks.fail(
+                op,
+                "cu_seqlens",
+                f"boundaries that rise from 0 to {x.shape[0]}, the number of rows",
+                str(values[:8]),
+            )
+        return x, bounds
+    if leading not in (1, 2):
+        raise checks.fail(
+            op, name, f"{1 + trailing} or {2 + trailing} dimensions, (N, ...) or (N, T, ...)", x
+        )
+    N, T = (x.shape[0], 1) if leading == 1 else x.shape[:2]
+    rows = x if leading == 1 else x.flatten(0, 1)
+    return rows, torch.arange(N + 1, device=x.device) * T
+
+
+def _weights(op: str, example_weight: Tensor | None, examples: int, like: Tensor) -> Tensor | None:
+    if example_weight is None:
+        return None
+    if not isinstance(example_weight, Tensor):
+        raise checks.fail(op, "example_weight", "a torch.Tensor", example_weight, error=TypeError)
+    if example_weight.shape != (examples,):
+        raise checks.fail(
+            op, "example_weight", f"shape ({examples},), one value an example", example_weight
+        )
+    return example_weight.to(device=like.device, dtype=like.dtype).contiguous()
+
+
+def _result(op: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if out is None:
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    checks.tensor(op, "out", out, (dtype,))
+    if out.shape != shape or not out.is_contiguous() or out.device != like.device:
+        raise checks.fail(op, "out", f"a contiguous tensor of shape {shape} on {like.device}", out)
+    return out
+
+
+def _paired(op: str, inputs: Any, grad_outputs: Any, lead: int) -> tuple[Tensor, Tensor]:
+    checks.tensor(op, "inputs", inputs)
+    checks.tensor(op, "grad_outputs", grad_outputs)
+    if inputs.shape[:lead] != grad_outputs.shape[:lead] or inputs.dim() != grad_outputs.dim():
+        raise checks.fail(
+            op,
+            "grad_outputs",
+            f"the leading shape {tuple(inputs.shape[:lead])} of inputs",
+            grad_outputs,
+        )
+    checks.same_device(op, "grad_outputs", grad_outputs, "inputs", inputs)
+    if (inputs.dtype == torch.float64) != (grad_outputs.dtype == torch.float64):
+        raise checks.fail(
+            op,
+            "grad_outputs",
+            "float64 together with float64 inputs, and only then",
+            grad_outputs,
+            error=TypeError,
+        )
+    return inputs, grad_outputs
+
+
+def linear_sqgrad(
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    example_weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """F[o, i] = sum_n w_n (sum_{t in n} D[t, o] A[t, i])^2 of a linear layer's weight, exact per
+    example.
+
+    Costs one weight-gradient GEMM plus 2 N O I flops; no per-example gradient is stored.
+
+    Args:
+        inputs: A, (N, T, I), (N, I), or (R, I) with cu_seqlens; float32, bfloat16, float16 or
+            float64.
+        grad_outputs: D, the same leading shape, (..., O): gradients of the SUM of the tokens'
+            losses.
+        cu_seqlens, example_weight, out: see the module; out is (O, I).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or boundary does not fit.
+    """
+    op = "linear_sqgrad"
+    lead = max(1, inputs.dim() - 1) if isinstance(inputs, Tensor) else 1
+    inputs, grad_outputs = _paired(op, inputs, grad_outputs, lead)
+    a, bounds = _segments(op, "inputs", inputs, 1, cu_seqlens)
+    d = grad_outputs.reshape(a.shape[0], grad_outputs.shape[-1])
+    result = _result(op, out, (d.shape[1], a.shape[1]), a)
+    a, d = _rows(a), _rows(d)
+    weights = _weights(op, example_weight, bounds.numel() - 1, result)
+    torch.ops.fasttax.linear_sqgrad_(result, a.detach(), d.detach(), bounds, weights)
+    return result
+
+
+def bias_sqgrad(
+    grad_outputs: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    example_weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """F[o] = sum_n w_n (sum_{t in n} D[t, o])^2 of a bias.
+
+    grad_outputs (N, T, O), (N, O), or (R, O) with cu_seqlens.
+    """
+    op = "bias_sqgrad"
+    checks.tensor(op, "grad_outputs", grad_outputs)
+    d, bounds = _segments(op, "grad_outputs", grad_outputs.detach(), 1, cu_seqlens)
+    result = _result(op, out, (d.shape[1],), d)
+    torch.ops.fasttax.bias_sqgrad_(
+        result, _rows(d), bounds, _weights(op, example_weight, bounds.numel() - 1, result)
+    )
+    return result
+
+
+def norm_sqgrad(
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    example_weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """F[i] = sum_n w_n (sum_{t in n} D[t, i] X[t, i])^2 of an elementwise weight, as in LayerNorm
+    and RMSNorm.
+
+    inputs: X, the normalised activations that the weight multiplies; shapes as grad_outputs, which
+        are as in `bias_sqgrad`.
+    """
+    op = "norm_sqgrad"
+    inputs, grad_outputs = _paired(
+        op, inputs, grad_outputs, inputs.dim() if isinstance(inputs, Tensor) else 1
+    )
+    x, bounds = _segments(op, "inputs", inputs.detach(), 1, cu_seqlens)
+    d = grad_outputs.detach().reshape(x.shape)
+    if x.dtype != d.dtype:
+        x, d = x.float(), d.float()
+    result = _result(op, out, (d.shape[1],), d)
+    torch.ops.fasttax.norm_sqgrad_(
+        result, _rows(x), _rows(d), bounds, _weights(op, example_weight, bounds.numel() - 1, result)
+    )
+    return result
+
+
+def embedding_sqgrad(
+    ids: Tensor,
+    grad_outputs: Tensor,
+    num_embeddings: int,
+    *,
+    padding_idx: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    example_weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """F[v, h] = sum_n w_n (sum_{t in n: ids[t] = v} D[t, h])^2.
+
+    Tokens repeated inside an example are summed, then squared.
+
+    Memory is O(tokens * H): rows are gathered by (example, id), never one table per example.
+
+    Args:
+        ids: int64 or int32, (N, T), (N,), or (R,) with cu_seqlens, in [0, num_embeddings).
+        grad_outputs: ids' shape + (H,).
+        padding_idx: a row that takes no gradient, as in torch.nn.Embedding.
+    """
+    op = "embedding_sqgrad"
+    checks.tensor(op, "ids", ids, (torch.int64, torch.int32))
+    checks.tensor(op, "grad_outputs", grad_outputs)
+    if grad_outputs.shape[:-1] != ids.shape:
+        raise checks.fail(op, "grad_outputs", f"shape {tuple(ids.shape)} + (H,)", grad_outputs)
+    flat, bounds = _segments(op, "ids", ids, 0, cu_seqlens)
+    H = grad_outputs.shape[-1]
+    result = _result(op, out, (int(num_embeddings), H), grad_outputs)
+    _ids_in_range(op, flat, int(num_embeddings))
+    weights = _weights(op, example_weight, bounds.numel() - 1, result)
+    skip = -1 if padding_idx is None else padding_idx % int(num_embeddings)
+    d = _rows(grad_outputs.detach().reshape(-1, H))
+    torch.ops.fasttax.embedding_sqgrad_(result, flat.long().contiguous(), d, bounds, weights, skip)
+    return result
+
+
+def embedding_rows(
+    op: str, flat_ids: Tensor, d: Tensor, bounds: Tensor, num_embeddings: int
+) -> tuple[Tensor, Tensor]:
+    """The rows of every example's embedding gradient that its tokens touch.
+
+    Keys (2, U) of (example, id), rows (U, H).
+    """
+    _ids_in_range(op, flat_ids, num_embeddings)
+    return specification.embedding_rows(
+        flat_ids.long(), reference.wide(d), bounds, num_embeddings, -1
+    )
+
+
+def _ids_in_range(op: str, ids: Tensor, count: int) -> None:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
+        raise checks.fail(
+            op,
+            "ids",
+            f"values in [0, {count})",
+            f"{int(ids.min())} to {int(ids.max())}",
+            error=IndexError,
+        )
+
+
+def lm_head_fisher(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    token_chunk: int = 256,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The head's exact Fisher over every label of the vocabulary, tokens summed.
+
+    F = (p (1 - p))^T (A * A), p = softmax(A W^T + b).
+
+    There is no label sampling and so no sampling error. Logits exist for `token_chunk` tokens at a
+    time.
+
+    Args:
+        hidden: A, (..., H). weight: (V, H). bias: (V,). mask: (...), tokens that count. out: (V,
+            H), accumulated into.
+
+    Returns:
+        (V, H), summed over the counted tokens.
+    """
+    op = "lm_head_fisher"
+    checks.tensor(op, "hidden", hidden)
+    checks.tensor(op, "weight", weight)
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise checks.fail(op, "weight", f"shape (V, {hidden.shape[-1]})", weight)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise checks.fail(op, "bias", f"shape ({weight.shape[0]},)", bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise checks.fail(
+                op,
+                name,
+                f"dtype {hidden.dtype} as hidden",
+                value,
+                f"convert it with {name}.to(hidden.dtype)",
+                TypeError,
+            )
+    if not isinstance(token_chunk, int) or token_chunk < 1:
+        raise checks.fail(op, "token_chunk", "an integer >= 1", token_chunk)
+    a = hidden.detach().reshape(-1, hidden.shape[-1])
+    if mask is not None:
+        a = a[checks.per_token(op, "mask", mask, hidden.shape[:-1], hidden.device).reshape(-1) != 0]
+    result = _result(op, out, tuple(weight.shape), a)
+    torch.ops.fasttax.lm_head_fisher_(
+        result, a, weight.detach(), None if bias is None else bias.detach(), token_chunk
+    )
+    return result
+
+
+def accumulate_sqgrad_(
+    sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0
+) -> None:
+    """Sums += weight * grads^2 in place, for a model's whole list of gradients in one call.
+
+    The Fisher's sum where an example's gradient is at hand.
+
+    Three passes: read sum and gradient, write the sum.
+
+    Args:
+        sums: contiguous, float32, or float64 where the gradient is.
+        grads: one for each sum, of its shape; float32, bfloat16, float16 or float64, in any mix.
+        weight: finite.
+
+    Raises:
+        ValueError, TypeError: a list, shape, dtype or device does not fit.
+    """
+    op = "accumulate_sqgrad_"
+    checks.lists(op, "sum", sums=sums, grads=grads)
+    weight = checks.number(op, "weight", weight)
+    for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
+        checks.tensor(op, f"grads[{i}]", grad)
+        checks.tensor(
+            op,
+            f"sums[{i}]",
+            total,
+            (torch.float64 if grad.dtype == torch.float64 else torch.float32,),
+        )
+        if grad.shape != total.shape:
+            raise checks.fail(op, f"grads[{i}]", f"shape {tuple(total.shape)} as sums[{i}]", grad)
+        checks.same_device(op, f"grads[{i}]", grad, f"sums[{i}]", total)
+        checks.same_device(op, f"sums[{i}]", total, "sums[0]", sums[0])
+        if not total.is_contiguous():
+            raise checks.fail(
+                op,
+                f"sums[{i}]",
+                "a contiguous tensor, since it is written in place",
+                f"strides {total.stride()}",
+            )
+    torch.ops.fasttax.accumulate_sqgrad_(
+        list(sums), [g.detach().contiguous() for g in grads], weight
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+define(
+    "linear_sqgrad_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, Tensor? "
+    "example_weight) -> ()",
+    reference.linear_sqgrad_,
+    lambda out, inputs, grad_outputs, cu_seqlens, example_weight: None,
+)
+define(
+    "bias_sqgrad_(Tensor(a!) out, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight) "
+    "-> ()",
+    specification.bias_sqgrad_,
+    lambda out, grad_outputs, cu_seqlens, example_weight: None,
+)
+define(
+    "norm_sqgrad_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, Tensor? "
+    "example_weight) -> ()",
+    specification.norm_sqgrad_,
+    lambda out, inputs, grad_outputs, cu_seqlens, example_weight: None,
+)
+define(
+    "embedding_sqgrad_(Tensor(a!) out, Tensor ids, Tensor grad_outputs, Tensor cu_seqlens, Tensor? "
+    "example_weight, int skip) -> ()",
+    specification.embedding_sqgrad_,
+    lambda out, ids, grad_outputs, cu_seqlens, example_weight, skip: None,
+)
+define(
+    "accumulate_sqgrad_(Tensor(a!)[] sums, Tensor[] grads, float weight) -> ()",
+    specification.accumulate_sqgrad_,
+    lambda sums, grads, weight: None,
+)
+define(
+    "label_variance_(Tensor(a!) logits) -> ()", specification.label_variance_, lambda logits: None
+)
+define(
+    "lm_head_fisher_(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias, int token_chunk) "
+    "-> ()",
+    head.lm_head_fisher_,
+    lambda out, hidden, weight, bias, token_chunk: None,
+)

@@ -1,0 +1,222 @@
+"""DiagonalFisher leaves the model as it was, estimate_fisher, and the errors of wrong calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fasttax
+from fasttax import DiagonalFisher
+from tests.tools.models import (
+    VOCAB,
+    TokenModel,
+    assert_exact,
+    assert_same_state,
+    causal_lm,
+    fisher_of,
+    ids,
+    state_of,
+)
+from tests.tools.utils import assert_says
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise ArithmeticError("backward fails")
+
+
+@pytest.mark.parametrize("fails", ["nowhere", "forward", "backward"])
+@pytest.mark.parametrize("fallback", [None, "loop"])
+def test_model_is_as_before_also_after_an_exception(fails: str, fallback: str | None) -> None:
+    model, x = TokenModel().train(), ids(2, 6)
+    model.up.weight.requires_grad_(False)
+    model.embed.weight.grad = torch.ones_like(model.embed.weight)
+    model.register_forward_hook(lambda *_: None)
+    estimator = DiagonalFisher(model, fallback=fallback)
+    estimator.update(x)
+    first = {n: estimator.sums.value(n).clone() for n in estimator.params}
+    if fails == "forward":
+        model.last.register_forward_pre_hook(lambda *_: 1 / 0)
+    if fails == "backward":
+        model.up.register_forward_hook(lambda m, args, y: Fails.apply(y))
+    before = state_of(model)
+    if fails == "nowhere":
+        estimator.update(x)
+    else:
+        with pytest.raises(ArithmeticError):
+            estimator.update(x)
+    assert_same_state(model, before)
+    if fails == "forward":
+        assert estimator.examples == 2
+        assert all(torch.equal(estimator.sums.value(n), first[n]) for n in first)
+    if fails == "backward" and fallback is None:
+        with pytest.raises(RuntimeError, match="new DiagonalFisher"):  # half a batch is in the sums
+            estimator.finalize()
+
+
+def test_dropout_in_train_mode_warns() -> None:
+    model = TokenModel(dropout=0.5).train()
+    with pytest.warns(UserWarning, match=r"dropout.*model.eval\(\)"):
+        DiagonalFisher(model, verify=False).update(ids(1, 4))
+
+
+# --- estimate_fisher, finalize, wrong calls --------------------------------------------------------------------------------
+
+
+def test_estimate_fisher_is_update_and_finalize(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = TokenModel(), ids(7, 5)
+    out = fasttax.estimate_fisher(
+        model, [x[:3], {"input_ids": x[3:]}], labels="true", max_examples=5, progress=False
+    )
+    assert capsys.readouterr().err == ""
+    assert_exact(out, {n: f / 5 for n, f in fisher_of(model, x[:5]).items()})
+    facts = {
+        "labels": "true",
+        "unit": "example",
+        "examples": 5,
+        "tokens": 20,
+        "normalize": "mean",
+        "storage": "fp32",
+    }
+    assert {k: out.metadata[k] for k in facts} == facts
+    assert out.metadata["fasttax"] == fasttax.__version__
+    fasttax.estimate_fisher(model, [x], progress=True)
+    assert "Fisher" in capsys.readouterr().err
+    packed = fasttax.estimate_fisher(model, [x], storage="u8log", progress=False)
+    assert packed.metadata["storage"] == "u8log"
+
+
+M, X = TokenModel(), ids(2, 4)
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    "no module": (
+        lambda: DiagonalFisher("gpt2"),
+        TypeError,
+        ("DiagonalFisher", "model", "torch.nn.Module", "gpt2"),
+    ),
+    "labels": (
+        lambda: DiagonalFisher(M, labels="model"),
+        ValueError,
+        ("labels", "'sample'", "'true'", "'model'"),
+    ),
+    "unit": (
+        lambda: DiagonalFisher(M, unit="row"),
+        ValueError,
+        ("unit", "'example'", "'token'", "'batch'", "'row'"),
+    ),
+    "batch true": (
+        lambda: DiagonalFisher(M, unit="batch", labels="true"),
+        ValueError,
+        ("labels", "'sample'", "biased"),
+    ),
+    "tied": (
+        lambda: DiagonalFisher(M, tied="no"),
+        ValueError,
+        ("tied", "'exact'", "'sum_of_squares'"),
+    ),
+    "fallback": (
+        lambda: DiagonalFisher(M, fallback="slow"),
+        ValueError,
+        ("fallback", "'loop'", "'slow'"),
+    ),
+    "pattern": (
+        lambda: DiagonalFisher(M, params=["heads.*"]),
+        ValueError,
+        ("params", "heads.*", "named_parameters"),
+    ),
+    "nothing": (
+        lambda: DiagonalFisher(M, params=lambda n, p: False),
+        ValueError,
+        ("params", "at least one", "requires_grad_(True)"),
+    ),
+    "no ids": (
+        lambda: DiagonalFisher(M).update({"tokens": X}),
+        ValueError,
+        ("update", "input_ids", "tokens"),
+    ),
+    "no batch": (
+        lambda: DiagonalFisher(M).update([1, 2]),
+        TypeError,
+        ("update", "batch", "input_ids"),
+    ),
+    "floats": (
+        lambda: DiagonalFisher(M).update(X.float()),
+        TypeError,
+        ("input_ids", "int64", "float32"),
+    ),
+    "vector": (
+        lambda: DiagonalFisher(M).update(X[0]),
+        ValueError,
+        ("input_ids", "(examples, tokens)", "(4,)"),
+    ),
+    "mask shape": (
+        lambda: DiagonalFisher(M).update({"input_ids": X, "attention_mask": X[:, :2]}),
+        ValueError,
+        ("attention_mask", "(2, 4)", "(2, 2)"),
+    ),
+    "labels shape": (
+        lambda: DiagonalFisher(M).update({"input_ids": X, "labels": X[:, :2]}),
+        ValueError,
+        ("labels", "(2, 4)", "(2, 2)"),
+    ),
+    "labels range": (
+        lambda: DiagonalFisher(M, labels="true").update({"input_ids": X, "labels": X + VOCAB}),
+        (ValueError, IndexError),
+        ("labels", str(VOCAB)),
+    ),
+    "cu": (
+        lambda: DiagonalFisher(M).update({"input_ids": X[:1], "cu_seqlens": torch.tensor([0, 3])}),
+        ValueError,
+        ("cu_seqlens", "0 to 4", "[0, 3]"),
+    ),
+    "early finalize": (
+        lambda: DiagonalFisher(M).finalize(),
+        RuntimeError,
+        ("finalize", "update(batch)"),
+    ),
+    "normalize": (
+        lambda: fasttax.estimate_fisher(M, [X], normalize="max", progress=False),
+        ValueError,
+        ("normalize", "'mean'", "'sum'", "'max'"),
+    ),
+    "storage": (
+        lambda: fasttax.estimate_fisher(M, [X], storage="int4", progress=False),
+        ValueError,
+        ("storage", "'u8log'", "'int4'"),
+    ),
+    "one batch": (
+        lambda: fasttax.estimate_fisher(M, X, progress=False),
+        TypeError,
+        ("batches", "iterable", "[batch]"),
+    ),
+    "no batches": (
+        lambda: fasttax.estimate_fisher(M, [], progress=False),
+        ValueError,
+        ("batches", "at least one", "empty"),
+    ),
+    "max": (
+        lambda: fasttax.estimate_fisher(M, [X], max_examples=0),
+        ValueError,
+        ("max_examples", ">= 1", "0"),
+    ),
+    "no group": (lambda: DiagonalFisher(M).reduce(), ValueError, ("reduce", "init_process_group")),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_calls_say_what_to_do(case: str) -> None:
+    call, error, words = WRONG[case]
+    assert_says(call, error, words)
+
+
+def test_ids_of_another_tokenizer_are_named() -> None:
+    with pytest.raises(ValueError, match=rf"input_ids.*\[0, {VOCAB}\).*tokenizer"):
+        DiagonalFisher(causal_lm("llama")).update(ids(1, 4) + VOCAB)

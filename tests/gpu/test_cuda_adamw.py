@@ -1,0 +1,48 @@
+"""The CUDA AdamW+EWC kernel without a GPU: its source on a SIMT machine, with faults that must be
+caught, and its machine code.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.tools.cuda_tools import (
+    ARCHS,
+    TSAN,
+    Fault,
+    cubins_of,
+    machine_code,
+    registers,
+    simt_tests,
+    steps,
+)
+
+ADAMW = "cuda/adamw.cuh"
+FAULTS = {
+    "no barrier": Fault(TSAN, ADAMW, "  __syncthreads();\n", "", "data race"),
+    "second launch over the first": Fault((), ADAMW, "    args.parts += blocks;\n", "", "FAILED"),
+}
+# 2 runs x (2 for each list of 72 mixes, of which there are 4, 1 for float64, 1 for the chunks but
+# under TSan)
+simt_runs, test_kernel_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
+    "adamw", FAULTS, lambda build: 18 if build == "thread" else 20
+)
+
+
+cubins = cubins_of("adamw.cu")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+    report, cubin = cubins[arch][0]
+    used = registers(report)
+    assert max(used.values()) <= 80, used  # 3 blocks of 256 per SM
+    code = next(body for name, body in machine_code(cubin).items() if "adamw_kernel" in name)
+    assert not re.search(r"\b(LDL|STL|RED|ATOM)", code)
+    opcodes = steps(code)
+    # each mode's float32 operands
+    assert sum(bool(re.match(r"LDG\.E.*\.128$", step)) for step in opcodes) >= 4 + 6 + 6
+    assert sum(bool(re.match(r"STG\.E.*\.128$", step)) for step in opcodes) >= 3 * 3

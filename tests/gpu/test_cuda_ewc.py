@@ -1,0 +1,124 @@
+"""The CUDA EWC kernels without a GPU: their source on a SIMT machine, their machine code, the built
+library.
+
+tests/gpu/simt/simt.h runs csrc/cuda/ewc.cuh thread by thread (values, bounds, alignment, races),
+and four faults injected into a copy of it show that each of these checks can fail. nvcc's code for
+sm_80 to sm_120 shows what the GPU executes. test_cuda_ewc_gpu.py is the part that needs one.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import fasttax
+from fasttax._base import library
+from tests.tools.cuda_tools import (
+    ARCHS,
+    ASAN,
+    TSAN,
+    Fault,
+    cubins_of,
+    first,
+    machine_code,
+    registers,
+    run,
+    simt_tests,
+    steps,
+)
+
+MODES = 4
+EWC = "cuda/ewc.cuh"
+FAULTS = {
+    "reads past the end": Fault(
+        ASAN,
+        EWC,
+        "end - end % kEwcGroup : 0",
+        "(end + kEwcGroup - 1) / kEwcGroup * kEwcGroup : 0",
+        "heap-buffer-overflow",
+        quick=False,
+    ),
+    "ignores alignment": Fault(
+        ASAN, EWC, "tensor.aligned ?", "true ?", "misaligned address", quick=False
+    ),
+    "no barrier": Fault(TSAN, EWC, "  __syncthreads();\n", "", "data race"),
+    "second launch over the first": Fault(
+        (),
+        "cuda/ewc_tables.cuh",
+        "if (args.parts) args.parts += blocks;",
+        "",
+        "FAILED",
+        quick=False,
+    ),
+}
+
+
+# 4 modes x 2 runs x (3 for the 144 mixes, 1 for the chunks but under TSan, 1 for float64, 0 for
+# nothing)
+simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
+    "ewc", FAULTS, lambda build: 32 if build == "thread" else 40
+)
+
+
+# --- the machine code ------------------------------------------------------------------------------------------------
+
+
+cubins = cubins_of("ewc.cu")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_spills(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+    used = registers(cubins[arch][0][0])
+    assert len(used) == MODES + 1
+    assert max(used.values()) <= 64, used  # 4 blocks of 256 per SM
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+    kernels = machine_code(cubins[arch][0][1])
+    for mode, loads in enumerate((3, 4, 3, 3)):  # value, add, write, prox
+        code = next(body for name, body in kernels.items() if f"EwcModeE{mode}E" in name)
+        # local or unnamed memory, or an order that the hardware chooses
+        assert not re.search(r"\b(LDL|STL|LD\.E|ST\.E|RED|ATOM)", code)
+        opcodes = steps(code)
+        wide = [i for i, step in enumerate(opcodes) if re.match(r"LDG\.E.*\.128$", step)]
+        # the float32 loop: every operand's 16-byte load under way before the first arithmetic
+        runs = [opcodes[wide[i] : wide[i + loads - 1]] for i in range(len(wide) - loads + 1)]
+        assert any(
+            len(between) < 24 and not any(re.match("F(ADD|MUL|FMA)", step) for step in between)
+            for between in runs
+        )
+        assert mode == 0 or any(re.match(r"STG\.E.*\.128$", step) for step in opcodes)
+
+
+# --- the library -----------------------------------------------------------------------------------------------------
+
+
+def test_library_needs_torchs_stable_abi_alone() -> None:
+    library = first(sorted(Path(fasttax.__file__).parent.glob("_C_cuda*.so")))
+    if library is None or not shutil.which("nm"):
+        pytest.skip(
+            "_C_cuda is not built here (nvcc and a CUDA torch build it), or binutils' nm is missing"
+        )
+    symbols = run("nm", "-D", "--undefined-only", "--demangle", library).stdout
+    assert "torch_call_dispatcher" in symbols
+    assert not re.search(r"\b(at|c10|torch)::", symbols)
+    # the CUDA runtime is inside, and finds the driver when first used
+    assert not re.search(r"\bcu(da)?[A-Z]", symbols)
+
+
+def test_library_registers_without_a_gpu() -> None:
+    if "_C_cuda" in library.problems:
+        pytest.skip(f"_C_cuda is not loaded: {library.problems['_C_cuda']}")
+    for op in (
+        "ewc_penalty",
+        "ewc_penalty_backward",
+        "ewc_add_grad_",
+        "ewc_prox_",
+        "ewc_adamw_",
+        "accumulate_sqgrad_",
+    ):
+        assert library.active(op, "cuda") == ("CUDA C++", "built and registered")

@@ -1,0 +1,60 @@
+"""The CUDA kernel of accumulate_sqgrad_ without a GPU: its source on a SIMT machine, with faults
+that must be caught, and its machine code.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.tools.cuda_tools import (
+    ARCHS,
+    ASAN,
+    Fault,
+    cubins_of,
+    machine_code,
+    registers,
+    simt_tests,
+    steps,
+)
+
+FISHER = "cuda/fisher.cuh"
+FAULTS = {
+    "reads past the end": Fault(
+        ASAN,
+        FISHER,
+        "end - end % kEwcGroup : 0",
+        "(end + kEwcGroup - 1) / kEwcGroup * kEwcGroup : 0",
+        "heap-buffer-overflow",
+    ),
+    "ignores alignment": Fault(ASAN, FISHER, "tensor.aligned ?", "true ?", "misaligned address"),
+    "loses a group": Fault((), FISHER, "if (k == 0 || two)", "if (k == 0)", "FAILED"),
+}
+# 72 of the 84 mixes are not empty: two tables; one of the chunks, but under TSan
+simt_runs, test_kernel_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
+    "fisher", FAULTS, lambda build: 2 if build == "thread" else 3
+)
+
+
+cubins = cubins_of("fisher.cu")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+    report, cubin = cubins[arch][0]
+    used = registers(report)
+    assert max(used.values()) <= 64, used  # 4 blocks of 256 per SM
+    (code,) = machine_code(cubin).values()
+    # local or unnamed memory, or an order that the hardware chooses
+    assert not re.search(r"\b(LDL|STL|LD\.E|ST\.E|RED|ATOM)", code)
+    opcodes = steps(code)
+    wide = [i for i, step in enumerate(opcodes) if re.match(r"LDG\.E.*\.128$", step)]
+    # the float32 loop: two sums and two gradients, all four loads under way before the first
+    # arithmetic
+    assert any(
+        not any(re.match("F(ADD|MUL|FMA)", step) for step in opcodes[wide[i] : wide[i + 3]])
+        for i in range(len(wide) - 3)
+    )
+    assert any(re.match(r"STG\.E.*\.128$", step) for step in opcodes)

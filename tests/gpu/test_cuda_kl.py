@@ -1,0 +1,160 @@
+"""The CUDA kernels of token_kl and token_stats without a GPU: their source on a SIMT machine, their
+machine code.
+
+tests/gpu/simt/kl_main.cpp holds every kernel, dtype and op against a float64 textbook and the same
+bits from one block a row, several, and clusters; six faults injected into copies show that each of
+these checks can fail. test_cuda_kl_gpu.py is the part that needs a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fasttax._base import library
+from tests.tools.cuda_tools import (
+    ARCHS,
+    ARITHMETIC,
+    ASAN,
+    LOAD,
+    STORE,
+    TSAN,
+    Fault,
+    basic_blocks,
+    cubins_of,
+    longest_run,
+    machine_code,
+    registers,
+    simt_tests,
+    steps,
+)
+
+SUMS, ROW = "cuda/kl_sums.cuh", "cuda/kl_row.cuh"
+BARRIER, MAXIMA = "  __syncthreads();\n", "  if (threadIdx.x == 0) {\n    for (int w = 1"
+TEAM, TOTAL = "    kl_team_sync<kCluster>();\n", "    if (warp == 0) {\n      KlSums t;"
+FAULTS = {
+    "reads past the end": Fault(
+        ASAN, SUMS, "i + kBatch * kRound <= end", "i < end", "heap-buffer-overflow"
+    ),
+    "ignores alignment": Fault(
+        ASAN,
+        "cuda/kl_elements.cuh",
+        "  if (aligned) {\n    v.bits",
+        "  if (true) {\n    v.bits",
+        "misaligned address",
+    ),
+    "no barrier": Fault(TSAN, ROW, BARRIER + MAXIMA, MAXIMA, "data race"),
+    "no cluster barrier": Fault(
+        (), ROW, TEAM + TOTAL, "  " + BARRIER + TOTAL, "barrier after some threads have exited"
+    ),
+    "frames as they are primed": Fault(
+        (), ROW, "kTooHigh = 4.85e8", "kTooHigh = 1e300", "FAILED", quick=False
+    ),
+    "series beyond its range": Fault(
+        (), "math/kl.h", "kSmallGap = 0.25f", "kSmallGap = 4.0f", "FAILED"
+    ),
+}
+SOURCES = ("kl.cu", "kl_gradient.cu", "kl_both.cu")
+OPS = {"policy_ref": 0, "ref_policy": 1, "jsd": 2, "stats": 3, "alone": 4}
+
+
+simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
+    "kl", FAULTS, lambda build: 336 if build == "thread" else 1401
+)
+
+
+# --- the machine code ------------------------------------------------------------------------------------------------
+
+
+cubins = cubins_of(*SOURCES)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_spills(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+    forward, gradient, both = (registers(report) for report, _ in cubins[arch])
+    assert (len(forward), len(gradient), len(both)) == (
+        3 * len(OPS) + 3,
+        3 * (2 * len(OPS) - 1),
+        2 * 2 * 3,
+    )
+    assert max(forward.values()) <= 128
+    assert max(both.values()) <= 128
+    assert max(gradient.values()) <= 80  # 3 blocks
+
+
+def kernel(code: dict[str, str], stem: str, dtype: str, op: str, rest: str = "") -> str:
+    wanted = f"{stem}I{dtype}LNS_4KlOpE{OPS[op]}E{rest}"
+    (found,) = [body for name, body in code.items() if wanted in name]
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+    forward, gradient, both = (machine_code(cubin) for _, cubin in cubins[arch])
+    for dtype in ("f", "13__nv_bfloat16"):
+        for op in OPS:
+            body = kernel(forward, "kl_forward_kernel", dtype, op)
+            assert not re.search(r"\b(LDL|STL)", body)
+            # 80 bytes a lane under way before the first is used: 40 KB per SM
+            assert longest_run(steps(body), LOAD, ARITHMETIC) >= (4 if op == "alone" else 5)
+            assert any(
+                re.match(STORE, step)
+                for step in steps(kernel(gradient, "kl_gradient_kernel", dtype, op, "Lb0E"))
+            )
+        for stem in ("kl_two_sweeps_kernel", "kl_resident_kernel"):
+            opcodes = steps(kernel(both, stem, dtype, "policy_ref"))
+            # ptxas has its own mind of one kernel on sm_100, where clusters hold rows of up to
+            # 400,000 bfloat16 entries: two sweeps are for longer ones
+            unused = (stem, dtype, arch) == ("kl_two_sweeps_kernel", "13__nv_bfloat16", "100")
+            assert longest_run(opcodes, LOAD, ARITHMETIC) >= (3 if unused else 5)
+            assert any(re.match(STORE, step) for step in opcodes)
+            clusters = any(re.match(r"UCGABAR_ARV", step) for step in opcodes)
+            assert clusters == (stem == "kl_resident_kernel" and arch != "80")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_instructions_an_entry(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+    """What an H100 (132 SMs, 128 lanes, 1.75 GHz) can issue must be 1.5 times what it can load
+    (3.35 TB/s): in bf16 at most 23 an entry.
+    """
+    blocks = basic_blocks(
+        kernel(
+            machine_code(cubins[arch][0][1]), "kl_forward_kernel", "13__nv_bfloat16", "policy_ref"
+        )
+    )
+
+    def lengths(exps: int) -> list[int]:
+        of = [
+            block
+            for block in blocks
+            if sum(step.startswith("MUFU.EX2") for step in block) in (exps - 1, exps)
+        ]
+        return [
+            len(block) for block in of if not any(step.startswith(("LDG", "LD.")) for step in block)
+        ]
+
+    frame = [
+        len(block)
+        for block in blocks
+        if sum(step.startswith("FMNMX") for step in block) in (4, 7, 8)
+        and not any(re.match("LDG|SHFL|MUFU", s) for s in block)
+    ]
+    near, far = min(lengths(8)), min(lengths(16))  # of a vector of 8 entries, by how many lie apart
+    assert (min(frame) + near) / 8 <= 23, (min(frame), near)
+    assert (min(frame) + far) / 8 <= 17, (min(frame), far)
+
+
+def test_library_registers_without_a_gpu() -> None:
+    if "_C_cuda" in library.problems:
+        pytest.skip(f"_C_cuda is not loaded: {library.problems['_C_cuda']}")
+    for op in (
+        "token_kl",
+        "token_kl_grad",
+        "token_kl_backward",
+        "token_kl_backward_",
+        "token_stats",
+        "token_stats_backward",
+    ):
+        assert library.active(op, "cuda") == ("CUDA C++", "built and registered")

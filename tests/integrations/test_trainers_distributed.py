@@ -1,0 +1,177 @@
+"""The trainer integrations on two gloo processes: DDP in transformers' Trainer, FSDP2 by the
+trainer's own loss (Accelerate has no FSDP without a GPU). Everything runs in one pair of processes:
+most of the time is their imports.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_full_kl import BETA, make
+from test_transformers import (
+    ROUNDING,
+    FakeArguments,
+    FakeState,
+    Rows,
+    WithKL,
+    arguments,
+    difference,
+    held,
+    history,
+)
+from torch import Tensor, nn
+from transformers import Trainer
+
+from fasttax.integrations.transformers import EWCCallback, attach
+from fasttax.integrations.trl import FullKL
+from tests.tools import tiny_lm
+from tests.tools.processes import on_ranks
+
+
+def ddp(rank: int, folder: Path) -> None:
+    ref, model = tiny_lm.model(1), tiny_lm.model()
+    trainer = Trainer(
+        model,
+        arguments(folder, per_device_train_batch_size=1, ddp_backend="gloo", max_steps=2),
+        train_dataset=Rows(tiny_lm.ids()),
+    )
+    attach(trainer, ewc=held(model), kl={"ref_model": ref, "beta": 0.3})
+    trainer.train()
+    save(
+        rank,
+        folder / "ddp.pt",
+        (dict(trainer.model.state_dict()), history(trainer, "kl/policy_ref")),
+    )
+
+
+def loss_and_gradient(folder: Path, shard: bool, rows: slice) -> dict[str, Tensor]:
+    """Of SFT with FullKL on `rows` of a batch of 28 counted tokens."""
+    trainer: Any = make("sft", folder)
+    FullKL(trainer, tiny_lm.model(1), BETA)
+    if shard:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in (*trainer.model.model.layers, trainer.model):
+            fully_shard(layer)
+    ids = tiny_lm.ids(4)
+    batch = {
+        "input_ids": ids[rows],
+        "attention_mask": torch.ones_like(ids)[rows],
+        "labels": ids.masked_fill(torch.arange(12) < 5, -100)[rows],
+    }
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(28)).backward()
+    return {
+        n: p.grad.full_tensor() if shard else p.grad for n, p in trainer.model.named_parameters()
+    }
+
+
+def steps(model: nn.Module, callback: EWCCallback, batches: list[Tensor]) -> None:
+    """The Trainer's order of calls, with accumulation 2 and clipping."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        callback.on_step_begin(None, None, None, optimizer=optimizer)
+        for batch in (first, second):
+            (model(input_ids=batch, labels=batch, use_cache=False).loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        callback.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def ewc_under_fsdp2(rank: int, folder: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = tiny_lm.model()
+    callback = EWCCallback(held(model))
+    for layer in (*model.model.layers, model):
+        fully_shard(layer)
+    callback.on_train_begin(FakeArguments(), FakeState(), None, model=model)
+    rows = tiny_lm.ids(8)
+    steps(model, callback, [rows[i : i + 2][rank : rank + 1] for i in range(0, 8, 2)])
+    logs, state = {"loss": 1.0}, FakeState()
+    state.log_history = []
+    callback.on_log(None, state, None, logs=logs)
+    save(
+        rank,
+        folder / "ewc.pt",
+        ({name: p.full_tensor() for name, p in model.state_dict().items()}, logs),
+    )
+
+
+def save(rank: int, path: Path, value: Any) -> None:
+    if rank == 0:
+        torch.save(value, path)
+
+
+def everything(rank: int, folder: Path) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="localhost",
+        MASTER_PORT="29511",
+    )
+    ddp(rank, folder)
+    ewc_under_fsdp2(rank, folder)
+    save(rank, folder / "fsdp.pt", loss_and_gradient(folder, True, slice(2 * rank, 2 * rank + 2)))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    on_ranks(everything, folder)
+    return folder
+
+
+def load(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.slow
+def test_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
+    """Every rank adds the penalty's gradient, which the mean leaves as it is; the KL is the mean
+    over all ranks' tokens.
+    """
+    model = tiny_lm.model()
+    alone: Any = WithKL(
+        model,
+        arguments(tmp_path, max_steps=2),
+        train_dataset=Rows(tiny_lm.ids()),
+        callbacks=[EWCCallback(held(model))],
+    )
+    alone.ref = tiny_lm.model(1)
+    transformers.set_seed(5)
+    alone.train()
+    state, kl = torch.load(ranks / "ddp.pt")
+    assert difference(load(tiny_lm.model(), state), alone.model) <= 4 * ROUNDING
+    assert len(kl) == 2
+
+
+@pytest.mark.slow
+def test_full_kl_under_fsdp2_is_one_process(ranks: Path, tmp_path: Path) -> None:
+    alone, sharded = loss_and_gradient(tmp_path, False, slice(None)), torch.load(ranks / "fsdp.pt")
+    assert alone.keys() == sharded.keys()
+    for name, gradient in alone.items():
+        error = float((sharded[name] - gradient).norm() / gradient.norm())
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.slow
+def test_ewc_under_fsdp2_is_one_process(ranks: Path) -> None:
+    """The EWC was built before sharding; the callback makes it anew on the shards."""
+    state, logs = torch.load(ranks / "ewc.pt")
+    model = tiny_lm.model()
+    ewc = held(model)
+    steps(model, EWCCallback(ewc), list(tiny_lm.ids(8).split(2)))
+    assert difference(load(tiny_lm.model(), state), model) <= ROUNDING
+    assert logs["ewc/penalty"] == pytest.approx(float(ewc.penalty().detach()), rel=1e-5)
+    assert logs["ewc/distance"] == pytest.approx(float(ewc.distance().total), rel=1e-5)

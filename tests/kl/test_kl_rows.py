@@ -1,0 +1,373 @@
+"""token_kl on -inf, NaN, masks, every layout, and whatever must not change a row: neighbours,
+threads, alignment, size.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fasttax
+from fasttax.kl.token_kl import tempering
+from tests.tools.kl_cases import DTYPES, INF, KINDS, NAN, check, device_of, functions, oracle, run
+
+# --- -inf, NaN, masks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inf", ["propagate", "mask"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("V", [5, 130, 9001])  # tail only, blocks and tail, several folds
+@pytest.mark.parametrize("where", ["both", "policy", "ref", "each"])
+def test_minus_infinity(where: str, V: int, kind: str, inf: str, backend: str | int) -> None:
+    x, y = torch.randn(2, 4, V)
+    for at in (1, V // 2, V - 1):
+        if where in ("both", "policy", "each"):
+            x[:, at] = -INF
+        if where in ("both", "ref"):
+            y[:, at] = -INF
+    if where == "each":
+        y[:, 3] = -INF
+    infinite = (
+        inf == "propagate"
+        and {
+            "policy_ref": where in ("ref", "each"),
+            "ref_policy": where in ("policy", "each"),
+            "jsd": False,
+        }[kind]
+    )
+    if infinite:
+        assert (run(backend, x, y, kind=kind, inf=inf)[0] == INF).all()
+    else:
+        check(backend, x, y, kind=kind, inf=inf)
+
+
+def test_most_of_the_vocabulary_suppressed(backend: str | int) -> None:
+    """A frame primed on the first 2048 entries finds no maximum there."""
+    x, y = torch.randn(2, 4, 9001)
+    x[:, :8000] = y[:, :8000] = -INF
+    for kind in KINDS:
+        check(backend, x, y, kind=kind)
+        check(backend, x, y, kind=kind, inf="mask")
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bad_row_is_nan_and_alone(
+    dtype: torch.dtype, kind: str, bad: float, backend: str | int
+) -> None:
+    V = 4201  # two folds, blocks, vectors, a tail
+    clean = torch.randn(2, 3, V).to(dtype)
+    expected = run(backend, *clean, kind=kind)[0]
+    for options in ({}, {"ref_temperature": 1.3}):
+        for at in (0, 2047, 2111, V - 1):
+            for side in (0, 1):
+                z = clean.clone()
+                z[side, 1, at] = bad
+                kl = run(backend, *z, kind=kind, **options)[0]
+                assert kl[1].isnan(), (at, side, kl)
+                if not options:
+                    assert torch.equal(kl[[0, 2]], expected[[0, 2]])
+
+
+def test_a_row_of_minus_infinity_is_nan(backend: str | int) -> None:
+    x, y = torch.randn(2, 2, 40)
+    x[0], y[1] = -INF, -INF
+    for kind in KINDS:
+        assert run(backend, x, y, kind=kind)[0].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_masked_is_not_read(dtype: torch.dtype, kind: str, backend: str | int) -> None:
+    x, y = torch.randn(2, 5, 70).to(dtype)
+    expected = run(backend, x, y, kind=kind)
+    mask = torch.tensor([True, False, True, False, False])
+    x[1], y[1], x[3], y[4] = NAN, INF, -INF, NAN
+    for options in ({}, {"softcap": 30.0, "ref_softcap": 30.0}, {"inf": "mask"}):
+        out = run(backend, x, y, mask=mask, kind=kind, **options)
+        if not options:
+            for o, e in zip(out, expected, strict=True):
+                assert torch.equal(o[mask], e[mask])
+        for o in out:
+            assert torch.equal(o[~mask], torch.zeros_like(o[~mask]))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.tensor([[True, False, True], [False, False, True]]),
+        torch.tensor([[1, 0, 3], [0, 0, -1]]),  # anything but 0 counts
+        torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
+        torch.tensor([True, False, True]),  # broadcast over sequences
+        torch.tensor([[True], [False]]),  # a whole sequence out
+        torch.tensor(False),
+        torch.ones(3, 2, dtype=torch.bool).t(),  # strided
+    ],
+    ids=["bool", "int", "float", "row", "column", "scalar", "strided"],
+)
+def test_mask_weight_and_reductions(mask: Tensor) -> None:
+    x, y, weight = (
+        torch.randn(2, 3, 11, requires_grad=True),
+        torch.randn(2, 3, 11),
+        torch.rand(2, 3, requires_grad=True),
+    )
+    live = (mask != 0).expand(2, 3)
+    kl = torch.where(live, oracle(x.double(), y.double()), 0.0)
+    for w in (None, weight):
+        tokens = kl if w is None else kl * w.double()
+        for reduction, truth in {
+            "none": tokens,
+            "sum": tokens.sum(),
+            "mean": tokens.sum() / max(1, int(live.sum())),
+        }.items():
+            out = fasttax.token_kl(x, y, mask=mask, weight=w, reduction=reduction)
+            torch.testing.assert_close(out.double(), truth, rtol=2e-6, atol=1e-9)
+            inputs = (x,) if w is None else (x, w)
+            for d, t in zip(
+                torch.autograd.grad(out.sum(), inputs),
+                torch.autograd.grad(truth.sum(), inputs, retain_graph=True),
+                strict=True,
+            ):
+                torch.testing.assert_close(d, t, rtol=1e-5, atol=1e-8)
+
+
+def test_mean_of_nothing_is_zero_with_a_graph() -> None:
+    for shape, mask in (
+        ((2, 3, 7), torch.zeros(2, 3, dtype=torch.bool)),
+        ((0, 7), None),
+        ((2, 0, 7), None),
+    ):
+        x = torch.full(shape, NAN, requires_grad=True)
+        loss = fasttax.token_kl(x, torch.randn(shape), mask=mask, reduction="mean")
+        loss.backward()
+        assert loss.item() == 0
+        assert torch.equal(x.grad, torch.zeros(shape))
+
+
+def test_a_bad_weight_under_the_mask_does_not_count() -> None:
+    weight = torch.tensor([1.0, NAN, INF])
+    out = fasttax.token_kl(
+        torch.randn(3, 5),
+        torch.randn(3, 5),
+        mask=torch.tensor([1, 0, 0]),
+        weight=weight,
+        reduction="mean",
+    )
+    assert out.isfinite()
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "0d": lambda z: z[0, 0, 0],  # one token, no leading dimension
+    "1d": lambda z: z[0, 0],
+    "3d": lambda z: z,
+    "none": lambda z: z[0, 0, :0],
+    "none_inside": lambda z: z[:, :0],
+    "one": lambda z: z[:1, 0, 0],
+    "shifted": lambda z: z[0, :, :-1],  # the next-token logits of a language model
+    "transposed": lambda z: z.transpose(0, 2),
+    "every_other_row": lambda z: z[:, ::2, 1::2],
+    "every_other_entry": lambda z: z[..., ::2],
+    "vocabulary_first": lambda z: z.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+    # rows start at no multiple of a vector, and end where others begin
+    "unaligned": lambda z: z[..., 1:],
+    "one_entry": lambda z: z[..., 3:4],  # V = 1 with a vocabulary stride that is not 1
+    "expanded": lambda z: z[:, :1].expand(-1, 5, -1, -1),
+    "expanded_vocabulary": lambda z: z[..., :1].expand(-1, -1, -1, 9),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, dtype: torch.dtype, backend: str | int) -> None:
+    """A view gives what its contiguous copy gives, and the gradient goes back through the view."""
+    view = LAYOUTS[layout]
+    x, y = torch.randn(2, 2, 3, 4, 37).to(dtype)
+    for kind in KINDS:
+        strided, copied = (
+            run(backend, view(x), view(y), kind=kind),
+            run(backend, view(x).contiguous(), view(y).contiguous(), kind=kind),
+        )
+        assert strided[0].shape == view(x).shape[:-1]
+        for s, c in zip(
+            strided, copied, strict=True
+        ):  # torch's log_softmax itself may take another path for another layout
+            torch.testing.assert_close(
+                s,
+                c,
+                **(
+                    {"rtol": 2e-2, "atol": 1e-4}
+                    if backend == "reference"
+                    else {"rtol": 0, "atol": 0}
+                ),
+            )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_through_views(layout: str) -> None:
+    view = LAYOUTS[layout]
+    x, y = torch.randn(2, 2, 3, 4, 37, dtype=torch.float64).unbind()
+    x, y = x.requires_grad_(), y.requires_grad_()
+    got = torch.autograd.grad(fasttax.token_kl(view(x), view(y)).sum(), (x, y))
+    expected = torch.autograd.grad(oracle(view(x), view(y)).sum(), (x, y))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_one_reference_for_many_rollouts() -> None:
+    x, y = torch.randn(4, 3, 65, requires_grad=True), torch.randn(1, 3, 65, requires_grad=True)
+    fasttax.token_kl(x, y.expand_as(x)).sum().backward()
+    a, b = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
+    oracle(a, b.expand_as(a)).sum().backward()
+    torch.testing.assert_close(
+        (x.grad.double(), y.grad.double()), (a.grad, b.grad), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_mixed_dtypes() -> None:
+    x, y = torch.randn(3, 65).bfloat16().requires_grad_(), torch.randn(3, 65).requires_grad_()
+    kl = fasttax.token_kl(x, y)
+    assert torch.equal(kl, fasttax.token_kl(x.float(), y))
+    kl.sum().backward()
+    assert (x.grad.dtype, y.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert fasttax.token_kl(x, y.double()).dtype == torch.float64
+    assert fasttax.token_kl(x, y.half()).dtype == torch.float32
+
+
+# --- invariance ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_invariance(
+    dtype: torch.dtype, kind: str, kernel: str | int, threads: Callable[[int], None]
+) -> None:
+    """A row's bits depend on nothing but the row: not on its neighbours, its place, its alignment
+    or the threads.
+    """
+    x, y = (2 * torch.randn(2, 70, 2201)).to(dtype)  # 70 rows of 2201 make five tasks of 14
+    x[1, 2150] += 60  # a neighbour that is run twice
+    threads(1)
+    one = run(kernel, x, y, kind=kind)
+    threads(2)
+    for other in (run(kernel, x, y, kind=kind), run(kernel, x, y, kind=kind)):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+    back = run(kernel, x.flip(0), y.flip(0), kind=kind)
+    for n in (0, 1, 69):
+        for alone, whole, moved in zip(
+            run(kernel, x[n : n + 1], y[n : n + 1], kind=kind), one, back, strict=True
+        ):
+            assert torch.equal(alone[0], whole[n])
+            assert torch.equal(moved[69 - n], whole[n])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"ref_temperature": 2.0}, {"softcap": 9.0}], ids=str
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_gradient_alone_is_the_same(
+    kind: str, options: dict[str, Any], backend: str | int
+) -> None:
+    """One side, the other and both are compiled apart."""
+    x, y = torch.randn(2, 3, 2201)
+    args = tempering("test", kind=kind, **options).args()
+    ops, upstream, x, y = (
+        functions(backend),
+        *(z.to(device_of(backend)) for z in (torch.ones(3), x, y)),
+    )
+    _, stats = ops.token_kl(x, y, None, *args)
+    both = ops.token_kl_backward(upstream, x, y, None, stats, *args, True, True)
+    policy = ops.token_kl_backward(upstream, x, y, None, stats, *args, True, False)
+    ref = ops.token_kl_backward(upstream, x, y, None, stats, *args, False, True)
+    assert (policy[1].numel(), ref[0].numel()) == (0, 0)
+    scale = max(float(both[0].abs().max()), float(both[1].abs().max()))
+    torch.testing.assert_close((policy[0], ref[1]), both, rtol=1e-5, atol=2e-7 * scale)
+
+
+def test_nothing_is_left_uninitialised(backend: str | int) -> None:
+    """torch fills new memory with NaN: whatever the kernel does not write shows."""
+    x, y = torch.randn(2, 5, 2051)
+    mask = torch.tensor([True, False, True, True, False])
+    plain = run(backend, x, y, mask=mask)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        assert torch.empty(3).isnan().all(), "no poison here, nothing tested"
+        poisoned = run(backend, x, y, mask=mask)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+    for a, b in zip(plain, poisoned, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inputs_are_left_alone(backend: str | int) -> None:
+    x, y = torch.randn(2, 5, 70)
+    before = x.clone(), y.clone()
+    run(backend, x, y)
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+
+
+# --- size --------------------------------------------------------------------------------------------------------------------
+
+
+def test_more_than_2_31_cells(kernel: str | int) -> None:
+    """Two rows 2^31 + 8 elements apart in 4 GiB that are never touched between them: an offset of
+    32 bits would fault or miss.
+    """
+    V, stride = 3001, 2**31 + 8
+    device = device_of(kernel)
+    space = torch.empty(stride + V, dtype=torch.bfloat16, device=device).as_strided(
+        (2, V), (stride, 1)
+    )
+    space.copy_(torch.randn(2, V))
+    ref = torch.randn(2, V).bfloat16().to(device)
+    near = space.contiguous()
+    for a, b in zip(run(kernel, space, ref), run(kernel, near, ref), strict=True):
+        assert torch.equal(a, b)
+    args = tempering("test").args()
+    ops = functions(kernel)
+    _, stats = ops.token_kl(near, ref, None, *args)
+    for logits in (space, near):
+        ops.token_kl_backward_(torch.ones(2, device=device), logits, ref, None, stats, *args, False)
+    assert torch.equal(space, near)
+
+
+MEMORY = """
+import torch, fasttax
+def status(key):
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(key)) / 1024
+def step(x, y, inplace):
+    logits = x if not inplace else x.requires_grad_().view_as(x)
+    fasttax.token_kl(x.requires_grad_(), y, reduction='mean', kind={kind!r}).backward()
+step(torch.randn(2, 100), torch.randn(2, 100), False)
+x, y = torch.randn(2, 256, 65536).unbind()
+x = x.clone()
+open('/proc/self/clear_refs', 'w').write('5')
+before = status('VmRSS')
+step(x, y, False)
+print(status('VmHWM') - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_peak_memory_is_the_gradient() -> None:
+    """64 MiB of gradient and at most 4 MiB beside it (stats of 256 tokens, threads' stacks)."""
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(kind="policy_ref")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    extra = float(out.stdout)
+    assert 60 <= extra <= 68, f"{extra} MiB"

@@ -1,0 +1,63 @@
+"""`make bench-gpu` has no GPU to be tried on: its contenders, small and on the CPU, with
+torch.compile standing aside. And `fasttax bench`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttax import cli
+
+
+def test_every_contender_of_the_gpu_bench_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    from bench import bench_gpu
+
+    torch.compiler.set_stance("force_eager")
+    try:
+        names = []
+        for case in bench_gpu.cases(
+            "cpu", [("4 x 300", 4, 300)], 1000, [("N=2 T=3 5x7", 2, 3, 5, 7)]
+        ):
+            assert list(case.contenders)[-1] == "fasttax"
+            assert case.floor_bytes > 0
+            for call in case.contenders.values():
+                call()
+            names.append(case.name)
+    finally:
+        torch.compiler.set_stance("default")
+    assert len(names) == len(set(names)) == 11
+    assert "bench.bench_gpu" in sys.modules
+
+
+def test_the_command_measures_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [
+        "--tokens",
+        "9",
+        "--vocab",
+        "50",
+        "--hidden",
+        "8",
+        "--parameters",
+        "1000",
+        "--rounds",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(["bench", *sizes, "--json", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())
+    printed = capsys.readouterr().out
+    assert len(rows) == 5
+    assert all(row["name"] in printed and row["milliseconds"]["fasttax"] > 0 for row in rows)
+    assert cli.main(["bench", "--tokens", "0"]) == 2
+    assert "--tokens" in capsys.readouterr().err
+    assert cli.main(["bench", "--device", "abacus"]) == 2
+    assert "'cpu'" in capsys.readouterr().err

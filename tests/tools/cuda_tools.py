@@ -1,0 +1,296 @@
+"""What the tests of CUDA kernels without a GPU share: a build for the SIMT machine of
+tests/gpu/simt, faults put into a copy of the source, nvcc's machine code and what it says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = Path(sysconfig.get_paths()["purelib"])
+ARCHS = ("80", "90", "100", "120")
+LOAD, STORE, ARITHMETIC = r"LDG\.E.*\.128", r"STG\.E.*\.128", r"F(ADD|MUL|FMA)\b|MUFU"  # in SASS
+ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+TSAN = ("-fsanitize=thread",)
+
+Done = subprocess.CompletedProcess[str]
+
+
+class Fault(NamedTuple):
+    flags: tuple[str, ...]
+    file: str  # below csrc
+    text: str
+    replacement: str
+    says: str  # what the run must say
+    quick: bool = True
+
+
+def cuda_homes() -> list[Path]:
+    return [
+        Path(home)
+        for home in (
+            os.environ.get("CUDA_HOME"),
+            "/usr/local/cuda",
+            *sorted(map(str, SITE.glob("nvidia/cu*"))),
+        )
+        if home
+    ]
+
+
+def first(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.exists()), None)
+
+
+def run(*command: object, **environment: str) -> Done:
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **environment},
+    )
+
+
+# --- the source, on the SIMT machine ---------------------------------------------------------------------------------
+
+
+def host_headers() -> list[str]:
+    """g++ options for CUDA's own host headers; the wheels of pip and Triton hold a half each."""
+    parts = [
+        first(
+            [home / "include" / part for home in (*cuda_homes(), SITE / "triton/backends/nvidia")]
+        )
+        for part in ("cuda_bf16.h", "crt/host_defines.h")
+    ]
+    if None in parts or not (shutil.which("g++") and os.uname().machine == "x86_64"):
+        pytest.skip(
+            "needs g++ on x86-64 and CUDA's host headers (cuda_bf16.h, crt/host_defines.h): "
+            "install a CUDA toolkit, or a CUDA torch by pip"
+        )
+    bf16, crt = (part for part in parts if part)
+    return ["-isystem", str(bf16.parent), "-isystem", str(crt.parents[1])]
+
+
+def build_and_run(
+    program: str,
+    folder: Path,
+    headers: Sequence[str],
+    flags: Sequence[str],
+    csrc: Path,
+    quick: bool,
+) -> Done:
+    out = folder / program
+    # -O0: under ASan 5 s to compile and 4 to run (ewc), at -O2 25 and 2
+    built = run(
+        "g++",
+        "-std=c++17",
+        "-O0",
+        "-g1",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-fno-strict-aliasing",
+        *flags,
+        f"-I{csrc}",
+        f"-I{ROOT / 'tests/gpu/simt'}",
+        *headers,
+        ROOT / f"tests/gpu/simt/{program}_main.cpp",
+        "-o",
+        out,
+    )
+    assert built.returncode == 0, built.stderr
+    assert "warning" not in built.stderr, built.stderr
+    return run(
+        out,
+        *(["quick"] if quick else []),
+        ASAN_OPTIONS="detect_leaks=0",
+        TSAN_OPTIONS="halt_on_error=1",
+    )
+
+
+def faulty(folder: Path, fault: Fault) -> Path:
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    kernel = csrc / fault.file
+    source = kernel.read_text()
+    assert source.count(fault.text) == 1, f"{fault.text!r} is no longer in {fault.file} once"
+    kernel.write_text(source.replace(fault.text, fault.replacement))
+    return csrc
+
+
+def start_runs(
+    program: str, faults: Mapping[str, Fault], make_folder: pytest.TempPathFactory
+) -> dict[str, Future[Done]]:
+    """The builds "plain", "address" and "thread" and one for each fault, built and run two at a
+    time. TSan's is the quick one.
+    """
+    headers = host_headers()
+    pool = ThreadPoolExecutor(2)
+    runs = {}
+    for name, flags in {"thread": TSAN, "address": ASAN, "plain": ()}.items():
+        runs[name] = pool.submit(
+            build_and_run,
+            program,
+            make_folder.mktemp("simt"),
+            headers,
+            flags,
+            ROOT / "csrc",
+            name == "thread",
+        )
+    for name, fault in faults.items():
+        folder = make_folder.mktemp("fault")
+        runs[name] = pool.submit(
+            build_and_run, program, folder, headers, fault.flags, faulty(folder, fault), fault.quick
+        )
+    pool.shutdown(wait=False)
+    return runs
+
+
+def finished(runs: Mapping[str, Future[Done]], name: str) -> Done:
+    done = runs[name].result()
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip(
+            "this kernel's address randomisation is beyond g++'s ThreadSanitizer (sysctl "
+            "vm.mmap_rnd_bits=28)"
+        )
+    return done
+
+
+def simt_tests(
+    program: str, faults: Mapping[str, Fault], launches: Callable[[str], int]
+) -> tuple[Any, Any, Any]:
+    """The fixture `simt_runs` and the tests that a file of a kernel has of
+    tests/gpu/simt/<program>_main.cpp: every build is right and makes so many `launches`, and says
+    of each fault what it must.
+    """
+
+    @pytest.fixture(scope="module")
+    def simt_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done]]:
+        return start_runs(program, faults, tmp_path_factory)
+
+    @pytest.mark.parametrize("build", ["plain", "address", "thread"])
+    def test_kernels(simt_runs: dict[str, Future[Done]], build: str) -> None:
+        done = finished(simt_runs, build)
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        assert f"ok: {launches(build)} launches" in done.stdout
+
+    @pytest.mark.parametrize("fault", list(faults))
+    def test_catches(simt_runs: dict[str, Future[Done]], fault: str) -> None:
+        done = finished(simt_runs, fault)
+        assert done.returncode != 0
+        assert faults[fault].says in done.stdout + done.stderr
+
+    return simt_runs, test_kernels, test_catches
+
+
+# --- the machine code ------------------------------------------------------------------------------------------------
+
+
+def build_cubins(sources: Sequence[str], folder: Path) -> dict[str, list[tuple[str, Path]]]:
+    """arch -> (what ptxas says, cubin) of each source in csrc/cuda."""
+    nvcc = first([home / "bin/nvcc" for home in cuda_homes()])
+    if nvcc is None:
+        pytest.skip("needs nvcc: install a CUDA toolkit or set CUDA_HOME")
+
+    def build(arch: str, source: str) -> tuple[str, Path]:
+        out = folder / f"{source}{arch}.cubin"
+        done = run(
+            nvcc,
+            "-O3",
+            "-std=c++17",
+            f"-arch=sm_{arch}",
+            "-cubin",
+            "-Xptxas",
+            "-v",
+            ROOT / f"csrc/cuda/{source}",
+            "-o",
+            out,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr, out
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {arch: [pool.submit(build, arch, source) for source in sources] for arch in ARCHS}
+        return {arch: [job.result() for job in of_arch] for arch, of_arch in jobs.items()}
+
+
+def cubins_of(*sources: str) -> Any:
+    """The fixture `cubins` of a file's tests: build_cubins of these sources."""
+
+    @pytest.fixture(scope="module")
+    def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, Path]]]:
+        return build_cubins(sources, tmp_path_factory.mktemp("cubin"))
+
+    return cubins
+
+
+def registers(report: str) -> dict[str, int]:
+    """kernel -> registers, out of what ptxas says; asserts that it warns of nothing, spills nothing
+    and keeps nothing on a stack.
+    """
+    assert "warning" not in report, report
+    assert set(
+        re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+        )
+    ) == {("0", "0", "0")}, report
+    names = re.findall(r"Compiling entry function '(\S+)'", report)
+    counts = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    assert len(names) == len(counts) > 0
+    return dict(zip(names, counts, strict=True))
+
+
+def machine_code(cubin: Path) -> dict[str, str]:
+    """kernel -> its SASS."""
+    nvdisasm = first(
+        [
+            path / "nvdisasm"
+            for path in (
+                *(home / "bin" for home in cuda_homes()),
+                SITE / "triton/backends/nvidia/bin",
+            )
+        ]
+    )
+    if nvdisasm is None:
+        pytest.skip("needs nvdisasm: in the CUDA toolkit, or pip install nvidia-cuda-nvdisasm")
+    done = run(nvdisasm, "-c", cubin)
+    assert done.returncode == 0, done.stderr
+    return dict(
+        re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section\s|\Z)", done.stdout, re.DOTALL)
+    )
+
+
+def steps(code: str) -> list[str]:
+    """The opcodes of some SASS in their order."""
+    return re.findall(r"\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", code)
+
+
+def basic_blocks(code: str) -> list[list[str]]:
+    """The opcodes between labels and branches."""
+    blocks: list[list[str]] = [[]]
+    for line in code.splitlines():
+        if re.match(r"\s*\.L\w*:", line):
+            blocks.append([])
+        for step in steps(line):
+            blocks[-1].append(step)
+            if re.match(r"BRA|EXIT|BRX|RET|JMP", step):
+                blocks.append([])
+    return [block for block in blocks if block]
+
+
+def longest_run(opcodes: list[str], wanted: str, forbidden: str) -> int:
+    """Most `wanted` with no `forbidden` between them."""
+    most = count = 0
+    for step in opcodes:
+        count = 0 if re.match(forbidden, step) else count + bool(re.match(wanted, step))
+        most = max(most, count)
+    return most

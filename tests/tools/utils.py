@@ -1,0 +1,97 @@
+"""Comparisons: an error is judged by PyTorch's own error at the same dtype against float64, never
+by a round number.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def assert_within(
+    out: Tensor,
+    baseline: Tensor,
+    truth: Tensor,
+    *,
+    factor: float = 2.0,
+    ulps: float = 4.0,
+    name: str = "",
+) -> None:
+    """max|out - truth| <= factor * max|baseline - truth| + `ulps` roundings of out's dtype at the
+    truth's scale.
+
+    `baseline` is what PyTorch's own composition gives in out's dtype; the ulps are there for a
+    baseline that is right by luck.
+    """
+    assert out.shape == truth.shape, f"shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
+    truth = truth.double()
+    finite = torch.isfinite(truth)
+    assert torch.equal(torch.isnan(out), torch.isnan(truth)), "NaN in other places than the truth's"
+    assert torch.equal(out[torch.isinf(truth)].double(), truth[torch.isinf(truth)]), (
+        "infinities differ"
+    )
+    if not finite.any():
+        return
+    error = (out.double() - truth)[finite].abs().max().item()
+    own = (
+        torch.nan_to_num((baseline.double() - truth)[finite].abs(), nan=0.0, posinf=0.0)
+        .max()
+        .item()
+    )
+    scale = truth[finite].abs().max().item()
+    # the truth is a float64 composition and has roundings of its own
+    allowed = (
+        factor * own
+        + ulps * torch.finfo(out.dtype).eps * scale
+        + 16 * torch.finfo(torch.float64).eps
+    )
+    assert error <= allowed, (
+        f"{name} error {error:.3e} > {allowed:.3e} (PyTorch's own {own:.3e}, scale {scale:.3e})"
+    )
+
+
+def own_result(float32: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """PyTorch's own result in `dtype`, from its float32 one. In float64: float32's error 2^29 times
+    smaller, times four, for the truth is a float64 composition with that error too.
+    """
+    return truth + (float32 - truth) * 2.0**-27 if dtype == torch.float64 else float32.to(dtype)
+
+
+def relative_error(out: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth."""
+    truth = truth.double()
+    return float((out.double() - truth).norm() / truth.norm().clamp_min(1e-300))
+
+
+def peak_bytes(call: Callable[[], None]) -> int:
+    """The most that torch's allocator held at once for `call`, over what it held before, as the
+    profiler's trace has it.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = [
+            e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"
+        ]
+    assert events, "no allocation was seen"
+    return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
+
+
+def assert_says(call: Callable[[], Any], error: type[Exception], words: Iterable[str]) -> None:
+    """The call raises `error`, whose text has all of `words`."""
+    with pytest.raises(error) as caught:
+        call()
+    missing = [w for w in words if w not in str(caught.value)]
+    assert not missing, f"{caught.value} lacks {missing}"
