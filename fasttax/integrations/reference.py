@@ -8,12 +8,9 @@ reads it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,81 +176,3 @@ class TopKReference:
             found_logp, found_ids = self.lookup(row[where])
             logp[b, where[:-1]], ids[b, where[:-1]] = found_logp, found_ids
         return logp.to(input_ids.device), ids.to(input_ids.device)
-
-
-# --- fasttax kl cache ------------------------------------------------------------------------------------------------------
-
-
-def sequences(path: Path, tokenizer: Any, length: int) -> list[list[int]]:
-    """Token ids of a .jsonl's rows (input_ids, messages, text, or prompt with completion, chosen,
-    rejected), cut to `length`; of any other file the whole text in rows of `length`.
-    """
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".jsonl":
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        return [row for i in range(0, len(ids), length) if len(row := ids[i : i + length]) > 1]
-    found: list[list[int]] = []
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, row {number}: no JSON ({error})") from error
-        endings = [row[key] for key in ("completion", "chosen", "rejected") if key in row]
-        if "input_ids" in row:
-            found.append(row["input_ids"])
-        elif "messages" in row:
-            found.append(
-                tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
-            )
-        elif "text" in row:
-            found.append(tokenizer(row["text"])["input_ids"])
-        elif (
-            "prompt" in row
-            and endings
-            and all(isinstance(part, str) for part in (row["prompt"], *endings))
-        ):
-            found.extend(tokenizer(row["prompt"] + ending)["input_ids"] for ending in endings)
-        else:
-            raise ValueError(
-                f"{path}, row {number}: expected input_ids, messages, text, or prompt with "
-                "completion, chosen or rejected as text, "
-                f"got {sorted(row)}"
-            )
-    return [row[:length] for row in found]
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="fasttax kl", description="Tools for the KL to a reference."
-    )
-    cache = parser.add_subparsers(dest="what", required=True, metavar="cache").add_parser(
-        "cache",
-        description="Keep a reference model's k largest log-probs after every token of DATA; FullKL(trainer, 'FILE', beta) reads them.",
-    )
-    cache.add_argument("model", help="a folder or Hub id of a causal language model")
-    cache.add_argument(
-        "data",
-        help="a .jsonl with input_ids, messages, text, or prompt with completion, chosen, rejected; or a UTF-8 text file",
-    )
-    cache.add_argument("--output", default="reference.safetensors")
-    cache.add_argument(
-        "--k", type=int, default=64, help="log-probs kept a token, 8 bytes each (default 64)"
-    )
-    cache.add_argument(
-        "--length",
-        type=int,
-        default=1024,
-        help="tokens a sequence is cut to, as the trainer's max_length (default 1024)",
-    )
-    cache.add_argument("--batch-size", type=int, default=8)
-    args = parser.parse_args(argv)
-    if min(args.length - 1, args.batch_size, args.k) < 1:
-        raise ValueError("--length must be at least 2, --batch-size and --k at least 1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    rows = sequences(Path(args.data), AutoTokenizer.from_pretrained(args.model), args.length)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    reference = TopKReference.make(model, rows, k=args.k, batch_size=args.batch_size)
-    reference.save(args.output)
-    print(f"{reference}\n{args.output}")
-    return 0
