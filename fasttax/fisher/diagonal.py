@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttax._base import checks, files
+from fasttax._base.packed import STORAGES
 from fasttax.fisher import batches, labels, loop, sharding
 from fasttax.fisher.error import SamplingError
-from fasttax.fisher.estimate import STORAGES, FisherEstimate
+from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.plan import LORA, TIED, Filter, delta_w, plan, select
 from fasttax.fisher.sums import Slot, Sums

@@ -5,75 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttax import reference
 from fasttax._base import checks, dtensor, file_parts, files
-
-STORAGES = ("fp32", "bf16", "u8log")
-BLOCK = 256  # elements that share a range in u8log
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A Fisher tensor as kernels read it.
-
-    `values` (uint8 codes for u8log), and u8log's (lo, step) per block.
-    """
-
-    values: Tensor
-    scales: Tensor | None = None
-
-    def decode(self) -> Tensor:
-        return (
-            self.values if self.scales is None else reference.decode_u8log(self.values, self.scales)
-        )
-
-
-def encode(fisher: Tensor, storage: str) -> Stored:
-    """fp32, bf16 (relative error <= 2^-8), or u8log.
-
-    255 steps of log2 F between each block's extremes, zeros exact.
-    """
-    if storage == "u8log" and hasattr(fisher, "full_tensor"):
-        raise checks.fail(
-            "FisherEstimate.to",
-            "storage",
-            "'fp32' or 'bf16' for DTensors, whose shards cut u8log's blocks",
-            "'u8log'",
-            "gather with .save(path) and load it first",
-        )
-    if storage == "fp32":
-        return Stored(fisher.float().contiguous())
-    if storage == "bf16":
-        return Stored(fisher.to(torch.bfloat16).contiguous())
-    flat = fisher.detach().float().flatten()
-    blocks = (flat.numel() + BLOCK - 1) // BLOCK
-    padded = torch.zeros(blocks * BLOCK, device=flat.device)
-    padded[: flat.numel()] = flat
-    logs = padded.view(blocks, BLOCK).log2()
-    positive = padded.view(blocks, BLOCK) > 0
-    lo = torch.where(positive, logs, torch.inf).amin(-1)
-    hi = torch.where(positive, logs, -torch.inf).amax(-1)
-    lo, hi = (torch.where(torch.isfinite(x), x, 0.0) for x in (lo, hi))
-    step = (hi - lo) / 254
-    codes = (
-        torch.where(step[:, None] > 0, (logs - lo[:, None]) / step[:, None].clamp_min(1e-30), 0.0)
-        .round()
-        .clamp(0, 254)
-        + 1
-    )
-    codes = (
-        torch.where(positive, codes, 0.0)
-        .to(torch.uint8)
-        .flatten()[: flat.numel()]
-        .view(fisher.shape)
-    )
-    return Stored(codes.contiguous(), torch.stack((lo, step), -1).contiguous())
+from fasttax._base.packed import STORAGES, Stored, encode
 
 
 class FisherEstimate(Mapping[str, Tensor]):
@@ -128,6 +66,14 @@ class FisherEstimate(Mapping[str, Tensor]):
     def to(self, storage: str) -> FisherEstimate:
         """The same estimate in "fp32", "bf16" or "u8log" storage."""
         checks.choice("FisherEstimate.to", "storage", storage, STORAGES)
+        if storage == "u8log" and any(dtensor.is_sharded(s.values) for s in self._stored.values()):
+            raise checks.fail(
+                "FisherEstimate.to",
+                "storage",
+                "'fp32' or 'bf16' for DTensors, whose shards cut u8log's blocks",
+                "'u8log'",
+                "gather with .save(path) and load it first",
+            )
         return FisherEstimate(
             {name: encode(self[name], storage) for name in self},
             {**self.metadata, "storage": storage},
@@ -183,10 +129,7 @@ class FisherEstimate(Mapping[str, Tensor]):
         `path` a folder of files of about `max_shard_bytes` and an index, gathered one tensor at a
         time and written by rank 0.
         """
-        groups = {
-            n: {f"fisher.{n}": s.values, **({} if s.scales is None else {f"scales.{n}": s.scales})}
-            for n, s in self._stored.items()
-        }
+        groups = {n: s.tensors(n) for n, s in self._stored.items()}
         if sharded:
             file_parts.write(path, "FisherEstimate", groups, self.metadata, max_shard_bytes)
         else:
