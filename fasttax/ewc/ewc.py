@@ -262,9 +262,9 @@ class EWC:
         """
         tasks.consolidate(self.hold, fisher, decay)
 
-    @staticmethod
+    @classmethod
     @torch.no_grad()
-    def combine(ewcs: Sequence[EWC]) -> EWC:
+    def combine(cls, ewcs: Sequence[EWC]) -> EWC:
         """Several tasks as ONE quadratic, exactly.
 
         F = sum F_k, anchor = sum F_k anchor_k / sum F_k, F_k = strength_k fisher_k.
@@ -282,7 +282,7 @@ class EWC:
             raise checks.fail(
                 "EWC.combine", "ewcs", "a non-empty list of EWC", ewcs, error=TypeError
             )
-        return EWC._of(tasks.combine([e.hold for e in ewcs]))
+        return cls._of(tasks.combine([e.hold for e in ewcs]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes Fisher, anchor and strength to a safetensors file; a crash leaves the old file.
@@ -291,8 +291,9 @@ class EWC:
         """
         files.save(self.hold, path)
 
-    @staticmethod
+    @classmethod
     def load(
+        cls,
         path: str | os.PathLike[str],
         model: nn.Module,
         *,
@@ -304,7 +305,7 @@ class EWC:
         Names and shapes must fit. With offload="cpu" and the model on the CPU the file itself is
         mapped, and read block by block as it is needed: leave it in place.
         """
-        return EWC._of(files.load(path, model, offload, rename))
+        return cls._of(files.load(path, model, offload, rename))
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, Fisher, anchor and provenance, for a trainer's checkpoint.
