@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttax._base import checks, files
+from fasttax._base.packed import STORAGES
 from fasttax._base.version import __version__
 from fasttax.fisher import labels as scores
 from fasttax.fisher import loop, sharding
 from fasttax.fisher.delta_w import LORA, base_weights
 from fasttax.fisher.error import SamplingError
-from fasttax.fisher.estimate import STORAGES, FisherEstimate
+from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.plan import TIED, Filter, plan, select

@@ -8,82 +8,13 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttax import reference
 from fasttax._base import checks, dtensor, file_parts, files
-
-STORAGES = ("fp32", "bf16", "u8log")
-BLOCK = 256  # elements that share a range in u8log
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A Fisher tensor as kernels read it.
-
-    Attributes:
-        values: float32, bfloat16, or u8log's uint8 codes.
-        scales: (blocks, 2), u8log's (lo, step) of each BLOCK elements.
-    """
-
-    values: Tensor
-    scales: Tensor | None = None
-
-    def decode(self) -> Tensor:
-        """The numbers, in floats."""
-        if self.scales is None:
-            return self.values
-        return reference.decode_u8log(self.values, self.scales)
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """By their keys in a file."""
-        tensors = {f"fisher.{name}": self.values}
-        if self.scales is not None:
-            tensors[f"scales.{name}"] = self.scales
-        return tensors
-
-
-def encode(fisher: Tensor, storage: str) -> Stored:
-    """A Fisher tensor in a storage: "fp32", "bf16" (relative error <= 2^-8) or "u8log".
-
-    Raises:
-        ValueError: "u8log" of a DTensor.
-    """
-    if storage == "fp32":
-        return Stored(fisher.float().contiguous())
-    if storage == "bf16":
-        return Stored(fisher.to(torch.bfloat16).contiguous())
-    if dtensor.is_sharded(fisher):
-        raise checks.fail(
-            "FisherEstimate.to",
-            "storage",
-            "'fp32' or 'bf16' for DTensors, whose shards cut u8log's blocks",
-            "'u8log'",
-            "gather with .save(path) and load it first",
-        )
-    return _u8log(fisher)
-
-
-def _u8log(fisher: Tensor) -> Stored:
-    """254 steps of log2 F between each block's extremes, codes 1 to 255; 0 is exact, code 0."""
-    flat = fisher.detach().float().flatten()
-    blocks = (flat.numel() + BLOCK - 1) // BLOCK
-    padded = torch.zeros(blocks, BLOCK, device=flat.device)
-    padded.view(-1)[: flat.numel()] = flat
-    logs, positive = padded.log2(), padded > 0
-    lo = torch.where(positive, logs, torch.inf).amin(-1)
-    hi = torch.where(positive, logs, -torch.inf).amax(-1)
-    lo, hi = (torch.where(torch.isfinite(x), x, 0.0) for x in (lo, hi))
-    step = (hi - lo) / 254
-    steps = (logs - lo[:, None]) / step[:, None].clamp_min(1e-30)
-    codes = torch.where(step[:, None] > 0, steps, 0.0).round().clamp(0, 254) + 1
-    codes = torch.where(positive, codes, 0.0).to(torch.uint8)
-    codes = codes.flatten()[: flat.numel()].view(fisher.shape).contiguous()
-    return Stored(codes, torch.stack((lo, step), -1).contiguous())
+from fasttax._base.packed import STORAGES, Stored, encode
 
 
 class FisherEstimate(Mapping[str, Tensor]):
@@ -142,6 +73,14 @@ class FisherEstimate(Mapping[str, Tensor]):
     def to(self, storage: str) -> FisherEstimate:
         """The same estimate in "fp32", "bf16" or "u8log" storage."""
         checks.choice("FisherEstimate.to", "storage", storage, STORAGES)
+        if storage == "u8log" and any(dtensor.is_sharded(s.values) for s in self._stored.values()):
+            raise checks.fail(
+                "FisherEstimate.to",
+                "storage",
+                "'fp32' or 'bf16' for DTensors, whose shards cut u8log's blocks",
+                "'u8log'",
+                "gather with .save(path) and load it first",
+            )
         return FisherEstimate(
             {name: encode(self[name], storage) for name in self},
             {**self.metadata, "storage": storage},

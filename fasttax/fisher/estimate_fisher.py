@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fasttax._base import checks
+from fasttax._base.packed import STORAGES
 from fasttax.fisher.batches import ids_of, take
 from fasttax.fisher.diagonal import NORMALIZE, DiagonalFisher
-from fasttax.fisher.estimate import STORAGES, FisherEstimate
+from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.plan import Filter
 
 
