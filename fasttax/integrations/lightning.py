@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fasttax._base import checks, files
-from fasttax.integrations._handle import Handle
+from fasttax._base.handle import Handle
 from fasttax.integrations._models import on_model
 
 try:
