@@ -123,7 +123,7 @@ class ModelReference:
         return own.softcap * torch.tanh(logits / own.softcap)
 
     def _kept_rows(self, forward: Forward) -> tuple[Tensor, Head]:
-        """As `_rows`; the hidden states are those of the batch's first time, where they are kept."""
+        """As `_rows`, with the hidden states of the batch's first time where they are kept."""
         if self.kept is None or forward.batch is None:
             return self._rows(forward)
         if forward.batch not in self.kept:

@@ -61,7 +61,7 @@ def move_to_the_front(callback: TrainerCallback) -> None:
 
     To be called in one of the callback's events; elsewhere it does nothing.
     """
-    handler = _running_handler(callback)
+    handler = running_handler(callback)
     if handler is not None:
         _put_in_front(handler, callback)
 
@@ -71,7 +71,7 @@ def _put_in_front(handler: CallbackHandler, callback: TrainerCallback) -> None:
     handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]
 
 
-def _running_handler(callback: TrainerCallback) -> CallbackHandler | None:
+def running_handler(callback: TrainerCallback) -> CallbackHandler | None:
     """The handler whose `call_event` is calling `callback`.
 
     transformers (5.24) gives an event the model, the optimizer and the data loaders, but neither

@@ -19,7 +19,6 @@ from torch import Tensor
 from fasttax.integrations import _trl_ops as ops
 
 TESTED = "1.16"  # the TRL whose signatures these are
-REDUCTIONS = ("batchmean", "sum", "mean")
 LOGPROB = (
     "ctx",
     "hidden",
@@ -223,9 +222,7 @@ def _jsd(original: Any, calls: Counter[str], label: str) -> staticmethod[..., An
         num_items_in_batch: Any = None,
         **others: Any,
     ) -> Any:
-        if others.get("logits_are_probs") or (
-            reduction not in REDUCTIONS and num_items_in_batch is None
-        ):
+        if others.get("logits_are_probs") or not ops.has_jsd(reduction, num_items_in_batch):
             return original.__func__(
                 student_logits,
                 teacher_logits,
@@ -272,10 +269,8 @@ def _online(original: Any, calls: Counter[str], label: str) -> Callable[..., Any
             )
         calls[label] += 1
         cut = max(prompt_ids.shape[1] + completion_ids.shape[1] - self.max_length, 0)
-        ids, mask = (
-            torch.cat((prompt_ids[:, cut:], completion_ids), 1),
-            torch.cat((prompt_mask[:, cut:], completion_mask), 1),
-        )
+        ids = torch.cat((prompt_ids[:, cut:], completion_ids), 1)
+        mask = torch.cat((prompt_mask[:, cut:], completion_mask), 1)
         logits = model(ids, attention_mask=mask).logits[:, -completion_ids.shape[1] - 1 : -1]
         return ops.selected_logp(logits, completion_ids, 1.0, None)
 
@@ -284,8 +279,9 @@ def _online(original: Any, calls: Counter[str], label: str) -> Callable[..., Any
 
 @dataclass(frozen=True)
 class Target:
-    """A name in TRL, the signature it must have, and what makes its replacement from (original,
-    counter, label).
+    """A name in TRL, the signature that it must have, and its replacement.
+
+    `make` takes (what TRL has there, a counter of calls, the label to count under).
     """
 
     trainers: tuple[str, ...]
@@ -297,6 +293,7 @@ class Target:
 
     @property
     def label(self) -> str:
+        """The whole dotted name."""
         return ".".join(filter(None, (self.module, self.owner, self.name)))
 
     def find(self) -> tuple[Any, Any]:
@@ -313,19 +310,22 @@ class Target:
             raise RuntimeError(
                 f"patch: {self.label} is patched by fasttax already; undo() that patch first"
             )
-        function = (
-            original.__func__
-            if isinstance(original, staticmethod)
-            else getattr(original, "forward", original)
-        )
-        found = tuple(inspect.signature(function).parameters)
+        found = tuple(inspect.signature(_function_of(original)).parameters)
         if found != self.parameters:
             raise RuntimeError(
                 f"patch: {self.label}: expected the signature ({', '.join(self.parameters)}) of "
-                f"trl {TESTED}, got ({', '.join(found)}) "
-                f"in trl {trl.__version__}; install trl=={TESTED}.*"
+                f"trl {TESTED}, got ({', '.join(found)}) in trl {trl.__version__}; install "
+                f"trl=={TESTED}.*"
             )
         return owner, original
+
+
+def _function_of(original: Any) -> Callable[..., Any]:
+    """The function whose signature counts: a static method's, an autograd.Function's forward."""
+    if isinstance(original, staticmethod):
+        return original.__func__
+    function: Callable[..., Any] = getattr(original, "forward", original)
+    return function
 
 
 TARGETS = (

@@ -5,8 +5,7 @@ from fasttax.integrations.trl import FullKL, FusedGKDMixin, patch
 with patch():                          # or handle = patch("sft", "gkd"); handle.undo()
     trainer.train()
 
-FullKL(trainer, ref_model, beta=0.1)   # beta * KL(policy || ref) in the loss of GRPO, RLOO, DPO,
-KTO, SFT
+FullKL(trainer, ref_model, beta=0.1)   # beta * KL(policy || ref) in the loss of SFT, DPO, ...
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ try:
 
     from fasttax.integrations import _trl_ops as ops
     from fasttax.integrations._full_kl import FullKL as FullKL
-    from fasttax.integrations._trl_targets import REDUCTIONS, TARGETS, TESTED
+    from fasttax.integrations._trl_targets import TARGETS, TESTED
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"fasttax.integrations.trl: {error.name} is not installed; run `pip install "
@@ -52,8 +51,9 @@ CHOICES = {
 
 
 class Patch(Handle):
-    """What `patch` did: `.replaced` names it, `.calls` counts how often each replacement ran,
-    `.undo()` puts TRL's own back.
+    """What `patch` did; `undo()` puts TRL's own back.
+
+    `.replaced` names the replacements, `.calls` counts how often each of them ran.
     """
 
     def __init__(self) -> None:
@@ -68,9 +68,9 @@ class Patch(Handle):
 def patch(*trainers: Any, any_version: bool = False, quiet: bool = False) -> Patch:
     """Puts fasttax's ops in place of TRL's for the trainers named.
 
-    log-probs and entropy from hidden states (SFT, DPO, KTO, GRPO, RLOO), divergence from hidden
-    states (Distillation), divergence of logits (GKD, GOLD), log-probs of logits (ORPO, CPO with
-    SimPO, OnlineDPO).
+    They are log-probs and entropy from hidden states (SFT, DPO, KTO, GRPO, RLOO), the divergence
+    from hidden states (Distillation) and of logits (GKD, GOLD), and log-probs of logits (ORPO, CPO
+    with SimPO, OnlineDPO).
 
     Replaces names in TRL's modules, for every trainer in the process, until `undo()`. Losses,
     metrics and gradients stay TRL's up to rounding, under autocast too. What has no fasttax op goes
@@ -95,16 +95,15 @@ def patch(*trainers: Any, any_version: bool = False, quiet: bool = False) -> Pat
     if not any_version and not re.match(rf"{re.escape(TESTED)}(\.|$)", trl.__version__):
         raise RuntimeError(
             f"patch: trl: expected version {TESTED}, whose ops these replacements were tested "
-            f"against, got {trl.__version__}; "
-            f"install trl=={TESTED}.*, or pass any_version=True to go by the signatures alone"
+            f"against, got {trl.__version__}; install trl=={TESTED}.*, or pass any_version=True to "
+            "go by the signatures alone"
         )
     chosen = [target for target in TARGETS if names & set(target.trainers)]
     found = [(target, *target.find()) for target in chosen]
     handle = Patch()
     for target, owner, original in found:
-        handle.replace(
-            owner, target.name, target.make(original, handle.calls, target.label), target.label
-        )
+        replacement = target.make(original, handle.calls, target.label)
+        handle.replace(owner, target.name, replacement, target.label)
         handle.replaced.append(target.label)
     if not quiet:
         print(f"fasttax: replaced {', '.join(handle.replaced)}", file=sys.stderr)
@@ -167,10 +166,10 @@ class FusedGKDMixin:
         logits_are_probs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        if logits_are_probs or (reduction not in REDUCTIONS and num_items_in_batch is None):
-            from trl.experimental.gold import (
-                GOLDTrainer,  # GKD's is the same but for logits_are_probs
-            )
+        """TRL's loss by fasttax's op, or by TRL's where fasttax has none for these arguments."""
+        if logits_are_probs or not ops.has_jsd(reduction, num_items_in_batch):
+            # GKD's own is the same but for logits_are_probs
+            from trl.experimental.gold import GOLDTrainer
 
             return GOLDTrainer.generalized_jsd_loss(
                 student_logits,
