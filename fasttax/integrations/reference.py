@@ -1,6 +1,4 @@
-"""A reference model kept as each token's k largest log-probs.
-
-Computed once, read in training without the model.
+"""A reference model kept as each token's k largest log-probs, read in training without the model.
 
 `fasttax kl cache MODEL DATA` writes the file; `FullKL(trainer, ref_model="cache.safetensors", ...)`
 reads it.
@@ -24,11 +22,11 @@ KIND = "TopKReference"
 
 
 class TopKReference:
-    """The k largest log-probs (float32) and ids of a reference model after every token of the
-    sequences it was made on.
+    """The k largest log-probs (float32) and ids of a reference model after every token.
 
-    A sequence is found by its token ids. Its last token may differ: nothing is predicted from it,
-    so a cache made without the end-of-text token serves sequences that have one.
+    It covers the sequences that it was made on. A sequence is found by its token ids. Its last
+    token may differ: nothing is predicted from it, so a cache made without the end-of-text token
+    serves sequences that have one.
     """
 
     def __init__(
@@ -39,13 +37,9 @@ class TopKReference:
         ids: Tensor,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self.tokens, self.offsets, self.logp, self.ids, self.metadata = (
-            tokens,
-            offsets,
-            logp,
-            ids,
-            dict(metadata or {}),
-        )
+        self.tokens, self.offsets = tokens, offsets
+        self.logp, self.ids = logp, ids
+        self.metadata = dict(metadata or {})
         bounds = offsets.tolist()
         self._where = {self._key(tokens[begin:end]): begin for begin, end in pairwise(bounds)}
 
@@ -61,6 +55,7 @@ class TopKReference:
 
     @property
     def k(self) -> int:
+        """Log-probs kept a token."""
         return self.logp.shape[-1]
 
     @staticmethod
@@ -71,12 +66,13 @@ class TopKReference:
         k: int = 64,
         batch_size: int = 8,
     ) -> TopKReference:
-        """Runs the model over token sequences (each at least 2 tokens), longest first within a
-        batch's worth of memory.
+        """Runs the model over token sequences, the longest first, so that batches are even.
 
         Args:
             model: a transformers causal language model; its mode is kept.
+            sequences: token ids, each at least 2.
             k: log-probs to keep a token, at most the vocabulary; 8 bytes each.
+            batch_size: sequences at a time.
         """
         op = "TopKReference.make"
         rows = [torch.as_tensor(s, dtype=torch.int64).cpu() for s in sequences]
@@ -133,13 +129,14 @@ class TopKReference:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> TopKReference:
+        """From a file that `save` wrote; a foreign or cut one is an error that names it."""
         tensors, metadata = files.read(path, KIND)
         return TopKReference(
             tensors["tokens"], tensors["offsets"], tensors["logp"], tensors["ids"], metadata
         )
 
     def lookup(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(logp, ids), each (n - 1, k), of the n - 1 predictions within the sequence `tokens` (n,).
+        """(logp, ids), each (n - 1, k), of the predictions within the sequence `tokens` (n,).
 
         Raises:
             KeyError: the cache has no such sequence.
@@ -149,24 +146,22 @@ class TopKReference:
         if begin is None:
             raise KeyError(
                 f"TopKReference: expected one of the {len(self)} cached sequences, got "
-                f"{tokens.numel()} tokens {tokens[:8].tolist()}...; "
-                "make the cache on the sequences that the trainer trains on (TopKReference.make), "
-                "with the same tokenizer and length"
+                f"{tokens.numel()} tokens {tokens[:8].tolist()}...; make the cache on the "
+                "sequences that the trainer trains on (TopKReference.make), with the same tokenizer and "
+                "length"
             )
         end = begin + tokens.numel() - 1
         return self.logp[begin:end], self.ids[begin:end].long()
 
     def rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, T - 1, k) log-probs and ids for padded rows (either side).
+        """(B, T - 1, k) log-probs and ids for rows padded on either side.
 
-        0 where a prediction is not within the row's real tokens.
+        They are 0 where a prediction is not within the row's real tokens.
         """
         B, T = input_ids.shape
-        real = (
-            torch.ones(B, T, dtype=torch.bool)
-            if attention_mask is None
-            else attention_mask.cpu() != 0
-        )
+        real = torch.ones(B, T, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask.cpu() != 0
         logp = torch.zeros(B, T - 1, self.k)
         ids = torch.zeros(B, T - 1, self.k, dtype=torch.int64)
         for b, (row, mask) in enumerate(zip(input_ids.cpu(), real, strict=True)):
