@@ -29,8 +29,8 @@ from fasttax.integrations.transformers import (
     refuse_deepspeed,
     write_state,
 )
+from fasttax.kl.call import KINDS
 from fasttax.kl.linear import linear_token_kl
-from fasttax.kl.token_kl import KINDS
 from fasttax.kl.token_stats import token_stats
 from fasttax.kl.topk import topk_kl
 
@@ -136,7 +136,7 @@ class FullKL(Handle):
         )
         self.options: dict[str, Any] = {
             "kind": kind,
-            "beta": checks.number(op, "jsd_beta", jsd_beta, low=0, high=1),
+            "beta": KINDS[self.kind].check_beta(op, "jsd_beta", jsd_beta),
             "temperature": temperature,
         }
         self.trainer = trainer
@@ -270,7 +270,7 @@ class FullKL(Handle):
                 "kl_policy_ref",
                 "kl_ref_policy",
                 "entropy",
-                *(("kl",) if self.kind == "jsd" else ()),
+                *(() if KINDS[self.kind].row else ("kl",)),
             )
             stats = token_stats(
                 logits[mask],
@@ -283,8 +283,8 @@ class FullKL(Handle):
                 "policy_ref": stats.kl_policy_ref,
                 "ref_policy": stats.kl_ref_policy,
                 "entropy": stats.entropy,
-                "jsd": stats.kl,
             }
+            found.setdefault(self.kind, stats.kl)
             return {name: value for name, value in found.items() if value is not None}
         rows, ref = self._reference_rows(args, kwargs, mask)
         kl = linear_token_kl(
