@@ -1,6 +1,7 @@
 #include <Python.h>
 
-// An empty module: importing it runs the static initialisers that register the kernels with torch's dispatcher.
+// An empty module: importing it runs the static initialisers that register the kernels with torch's
+// dispatcher.
 #if defined(FASTTAX_MODULE_CUDA)
 #define FASTTAX_MODULE "_C_cuda"
 #define FASTTAX_INIT PyInit__C_cuda
@@ -10,6 +11,14 @@
 #endif
 
 extern "C" __attribute__((visibility("default"))) PyObject* FASTTAX_INIT(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, FASTTAX_MODULE, nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                                      FASTTAX_MODULE,
+                                      nullptr,
+                                      -1,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr};
   return PyModule_Create(&module);
 }

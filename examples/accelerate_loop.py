@@ -1,5 +1,6 @@
-"""An Accelerate loop with gradient accumulation and clipping: the penalty goes in once a step,
-after the last backward, before clipping.
+"""An Accelerate loop with gradient accumulation and clipping.
+
+The penalty goes in once a step, after the last backward, before clipping.
 
 python examples/accelerate_loop.py [MODEL]
 """

@@ -1,5 +1,6 @@
-"""A reference kept as top-k log-probs: computed once, then training needs no reference model. On
-files: fasttax kl cache MODEL DATA.
+"""A reference kept as top-k log-probs: computed once, then training needs no reference model.
+
+On files it is `fasttax kl cache MODEL DATA`.
 
 python examples/cached_reference.py [MODEL]
 """

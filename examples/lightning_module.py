@@ -22,20 +22,23 @@ TEXTS = [
 
 
 class Model(lightning.LightningModule):
+    """A language model's own loss, with AdamW."""
+
     def __init__(self):
         super().__init__()
         self.lm = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
     def training_step(self, batch, index):
+        """Every token is predicted."""
         return self.lm(input_ids=batch, labels=batch).loss
 
     def configure_optimizers(self):
+        """AdamW knows nothing of EWC."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
-rows = AutoTokenizer.from_pretrained(MODEL)(TEXTS * 2, return_tensors="pt", padding=True)[
-    "input_ids"
-]
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+rows = tokenizer(TEXTS * 2, return_tensors="pt", padding=True)["input_ids"]
 module = Model()
 fisher = fasttax.estimate_fisher(module.lm, rows.split(4), progress=False)
 callback = EWCCallback(fasttax.EWC(module.lm, fisher, strength=100.0))

@@ -1,5 +1,6 @@
-"""A training loop of your own: exact Fisher, EWC, an exact KL to the frozen base with a coefficient
-that steers towards a target.
+"""A training loop of your own: exact Fisher, EWC, an exact KL to the frozen base.
+
+The KL's coefficient steers towards a target.
 
 python examples/plain_loop.py [MODEL]
 """

@@ -15,23 +15,12 @@ from fasttax.integrations.trl import patch
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = not torch.cuda.is_available()
 
-data = Dataset.from_list(
-    [
-        {
-            "messages": [
-                {"role": "user", "content": "Where is Paris?"},
-                {"role": "assistant", "content": "In France."},
-            ]
-        },
-        {
-            "messages": [
-                {"role": "user", "content": "2 + 2?"},
-                {"role": "assistant", "content": "4"},
-            ]
-        },
-    ]
-    * 4
-)
+CHATS = [("Where is Paris?", "In France."), ("2 + 2?", "4")]
+turns = [
+    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    for question, answer in CHATS * 4
+]
+data = Dataset.from_list([{"messages": chat} for chat in turns])
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)

@@ -1,5 +1,4 @@
-"""GRPO whose KL is exact over the vocabulary instead of the k3 estimate: the trainer's own beta is
-0.
+"""GRPO whose KL is exact over the vocabulary instead of the k3 estimate: its own beta is 0.
 
 python examples/trl_grpo.py [MODEL]
 """
@@ -17,16 +16,12 @@ from fasttax.integrations.trl import FullKL, patch
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = not torch.cuda.is_available()
 
-data = Dataset.from_list(
-    [
-        {"prompt": text}
-        for text in ("Water boils at", "The capital of France", "Two and two", "A week has")
-    ]
-    * 2
-)
+PROMPTS = ["Water boils at", "The capital of France", "Two and two", "A week has"]
+data = Dataset.from_list([{"prompt": text} for text in PROMPTS * 2])
 
 
 def brevity(completions, **others):
+    """A reward of -1 a character."""
     return [-float(len(text)) for text in completions]
 
 
@@ -52,9 +47,7 @@ trainer = GRPOTrainer(
     model, reward_funcs=brevity, args=args, train_dataset=data, processing_class=tokenizer
 )
 
-with (
-    patch("grpo"),
-    FullKL(trainer, base, beta=AdaptiveKL(target=0.05, beta=0.1)),
-):  # a coefficient that steers the KL per token to 0.05 nats
+# the coefficient steers the KL per token to 0.05 nats
+with patch("grpo"), FullKL(trainer, base, beta=AdaptiveKL(target=0.05, beta=0.1)):
     trainer.train()
 print(trainer.state.log_history[-2])

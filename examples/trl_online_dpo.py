@@ -15,16 +15,12 @@ from fasttax.integrations.trl import patch
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = not torch.cuda.is_available()
 
-data = Dataset.from_list(
-    [
-        {"prompt": text}
-        for text in ("Water boils at", "The capital of France", "Two and two", "A week has")
-    ]
-    * 2
-)
+PROMPTS = ["Water boils at", "The capital of France", "Two and two", "A week has"]
+data = Dataset.from_list([{"prompt": text} for text in PROMPTS * 2])
 
 
 def brevity(completions, **others):
+    """A reward of -1 a character."""
     return [-float(len(text)) for text in completions]
 
 

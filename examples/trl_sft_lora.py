@@ -1,5 +1,4 @@
-"""SFT of a LoRA adapter: the model without its adapter is the reference, so no second model is in
-memory.
+"""SFT of a LoRA adapter: the model without it is the reference, no second model is in memory.
 
 python examples/trl_sft_lora.py [MODEL]
 """

@@ -1,3 +1,5 @@
+"""`python -m fasttax` is the `fasttax` command."""
+
 import sys
 
 from fasttax.cli import main

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../ewc_types.h"
+#include "../math/ewc_types.h"
 
 // A list of tensors cut into pieces for the threads, as ewc.cpp and fisher_squares.cpp walk them.
 namespace fasttax {
@@ -17,7 +17,8 @@ struct EwcTask : EwcTensor {
 inline std::vector<EwcTask> ewc_tasks(const std::vector<EwcTensor>& tensors) {
   std::vector<EwcTask> tasks;
   for (const EwcTensor& x : tensors)
-    for (int64_t begin = 0; begin < x.numel; begin += kEwcTask) tasks.push_back({x, begin, std::min(x.numel, begin + kEwcTask)});
+    for (int64_t begin = 0; begin < x.numel; begin += kEwcTask)
+      tasks.push_back({x, begin, std::min(x.numel, begin + kEwcTask)});
   return tasks;
 }
 

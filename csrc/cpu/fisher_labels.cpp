@@ -1,6 +1,6 @@
-// label_variance_: logits -> p (1 - p), row by row in place. A row stays in L2 between its three sweeps: one read and one write of
-// memory, where softmax and its complement take five passes.
-#include "../check.h"
+// label_variance_: logits -> p (1 - p), row by row in place. A row stays in L2 between its three
+// sweeps: one read and one write of memory, where softmax and its complement take five passes.
+#include "../call/check.h"
 
 #define FASTTAX_KERNELS "fisher_labels_kernels.h"
 #include "isa.h"
@@ -24,8 +24,10 @@ void label_variance_double(double* x, int64_t V) {
 void label_variance_(Tensor logits) {
   const char* op = "label_variance_";
   const bool wide = logits.scalar_type() == ScalarType::Double;
-  FASTTAX_CHECK(wide || logits.scalar_type() == ScalarType::Float, op, "logits: dtype must be float32 or float64");
-  FASTTAX_CHECK(logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) <= 1), op, "logits: expected (N, V) with contiguous rows");
+  FASTTAX_CHECK(wide || logits.scalar_type() == ScalarType::Float, op,
+                "logits: dtype must be float32 or float64");
+  FASTTAX_CHECK(logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) <= 1), op,
+                "logits: expected (N, V) with contiguous rows");
   const int64_t V = logits.size(1), stride = logits.stride(0);
   void* data = logits.mutable_data_ptr();
   if (V == 0) return;
@@ -39,4 +41,6 @@ void label_variance_(Tensor logits) {
 }  // namespace
 }  // namespace fasttax
 
-STABLE_TORCH_LIBRARY_IMPL(fasttax, CPU, m) { m.impl("label_variance_", TORCH_BOX(&fasttax::label_variance_)); }
+STABLE_TORCH_LIBRARY_IMPL(fasttax, CPU, m) {
+  m.impl("label_variance_", TORCH_BOX(&fasttax::label_variance_));
+}

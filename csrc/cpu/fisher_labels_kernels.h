@@ -1,15 +1,20 @@
-// p (1 - p) over a row of logits, in place: the variance of each label's indicator, which a head's Fisher over all labels is made of.
+// p (1 - p) over a row of logits, in place: the variance of each label's indicator, which a head's
+// Fisher over all labels is made of.
+
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
-// e = exp(x - max). Without the maxima, whose e is 1, the sum of e is `rest` and theirs `ties`: Z - 1 is then ties - 1 + rest with no
-// cancellation, and p (1 - p) = e ((Z - 1) + (1 - e)) / Z^2 keeps its relative error also where the row has collapsed onto one label.
+// e = exp(x - max). Without the maxima, whose e is 1, the sum of e is `rest` and theirs `ties`: Z -
+// 1 is then ties - 1 + rest with no cancellation, and p (1 - p) = e ((Z - 1) + (1 - e)) / Z^2 keeps
+// its relative error also where the row has collapsed onto one label.
 inline void label_variance_row(float* x, int64_t V) {
   constexpr float inf = std::numeric_limits<float>::infinity();
   constexpr int64_t chunk = 128 * kLanes;  // a lane adds 128 terms in float, double adds the chunks
   VF most = splat(-inf);
   int64_t i = 0;
-  for (; i + kLanes <= V; i += kLanes) most = max_keep_nan(load(x + i), most);  // a NaN is passed over here and reaches the sums by exp
+  // a NaN is passed over here and reaches the sums by exp
+  for (; i + kLanes <= V; i += kLanes) most = max_keep_nan(load(x + i), most);
   if (i < V) most = max_keep_nan(load(x + i, V - i, -inf), most);
   const float top = max_of(most);
 
@@ -39,3 +44,4 @@ inline void label_variance_row(float* x, int64_t V) {
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

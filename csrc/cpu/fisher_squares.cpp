@@ -1,6 +1,6 @@
-// accumulate_sqgrad_: sums += weight * grad^2 over a model's whole gradient list in one call, in ewc.cpp's tasks.
-// Three passes: read sum and gradient, write the sum.
-#include "../square_lists.h"
+// accumulate_sqgrad_: sums += weight * grad^2 over a model's whole gradient list in one call, in
+// ewc.cpp's tasks. Three passes: read sum and gradient, write the sum.
+#include "../call/square_lists.h"
 
 #define FASTTAX_KERNELS "fisher_squares_kernels.h"
 #include "ewc_tasks.h"
@@ -19,7 +19,8 @@ void accumulate_sqgrad_(std::vector<Tensor> sums, std::vector<Tensor> grads, dou
         auto g = static_cast<const double*>(t.data[3]);
         for (int64_t i = t.begin; i < t.end; ++i) s[i] += weight * g[i] * g[i];
       } else {
-        FASTTAX_DISPATCH(square_run, static_cast<float*>(t.data[0]), t.data[3], t.types[3], float(weight), t.begin, t.end);
+        FASTTAX_DISPATCH(square_run, static_cast<float*>(t.data[0]), t.data[3], t.types[3],
+                         float(weight), t.begin, t.end);
       }
     }
   });
@@ -28,4 +29,6 @@ void accumulate_sqgrad_(std::vector<Tensor> sums, std::vector<Tensor> grads, dou
 }  // namespace
 }  // namespace fasttax
 
-STABLE_TORCH_LIBRARY_IMPL(fasttax, CPU, m) { m.impl("accumulate_sqgrad_", TORCH_BOX(&fasttax::accumulate_sqgrad_)); }
+STABLE_TORCH_LIBRARY_IMPL(fasttax, CPU, m) {
+  m.impl("accumulate_sqgrad_", TORCH_BOX(&fasttax::accumulate_sqgrad_));
+}

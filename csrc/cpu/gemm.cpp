@@ -1,39 +1,14 @@
-// _gemm_: the two products of a head's backward, out = or += a b with float32 sums. Either b is small and is packed once for all rows
-// (a weight's gradient: d^T hidden), or the sum is long and both are packed a fold of it at a time (hidden states' gradient: d weight),
-// where a GEMM of a library packs all of the head. One sum for each element, in one order, whatever the number of threads.
+// _gemm_: the two products of a head's backward, out = or += a b with float32 sums. Either b is
+// small and is packed once for all rows (a weight's gradient: d^T hidden), or the sum is long and
+// both are packed a fold of it at a time (hidden states' gradient: d weight), where a GEMM of a
+// library packs all of the head. One sum for each element, in one order, whatever the number of
+// threads.
 #include "gemm.h"
 
+#include <algorithm>
 #include <memory>
 
-#include "../float_type.h"
-
-namespace fasttax {
-
-struct GemmArgs {  // out (M, N), rows out_stride apart
-  int64_t M, N, K;
-  float* out;
-  int64_t out_stride;
-  bool add, pairs;
-};
-
-// What the next fold reads of a matrix, rows a page apart and more, fetched into L2 a few lines a run.
-struct GemmAhead {
-  const char* row = nullptr;
-  int64_t stride = 0, bytes = 0, rows = 0, at = 0;
-
-  int64_t lines() const { return rows * ((bytes + 63) / 64); }
-  void fetch(int64_t count) {
-    for (; count > 0 && rows > 0; --count) {
-      __builtin_prefetch(row + at, 0, 2);
-      if ((at += 64) < bytes) continue;
-      at = 0;
-      row += stride;
-      --rows;
-    }
-  }
-};
-
-}  // namespace fasttax
+#include "../call/float_type.h"
 
 #define FASTTAX_KERNELS "gemm_kernels.h"
 #include "isa.h"
@@ -41,10 +16,12 @@ struct GemmAhead {
 namespace fasttax {
 namespace {
 
-constexpr int64_t kPackedOnce = 1 << 21;                // floats of b, and
-constexpr int64_t kPackedSteps = 2048;                  // of a sum: few enough rows of a beside it in L2
-constexpr int64_t kRowFloats = 100 * 1024;              // of a in L2
-constexpr int64_t kDeepRows = 256, kDeepColumns = 576;  // of out that one thread sums over folds: 0.6 MB
+constexpr int64_t kPackedOnce = 1 << 21;  // floats of b, and
+// of a sum: few enough rows of a beside it in L2
+constexpr int64_t kPackedSteps = 2048;
+constexpr int64_t kRowFloats = 100 * 1024;  // of a in L2
+// of out that one thread sums over folds: 0.6 MB
+constexpr int64_t kDeepRows = 256, kDeepColumns = 576;
 
 struct Gemm : GemmArgs {
   GemmMatrix a, b;
@@ -54,23 +31,31 @@ struct Gemm : GemmArgs {
   int64_t col_blocks() const { return (N + cols - 1) / cols; }
 
   // Of `m`, the steps [first, last) of its other side's [begin, end).
-  GemmAhead ahead(const GemmMatrix& m, int64_t first, int64_t last, int64_t begin, int64_t end) const {
-    const int64_t item = m.type == LogitType::kFloat ? 4 : 2, each = pairs ? 2 : 1, from = first * each, to = std::min(K, last * each);
+  GemmAhead ahead(const GemmMatrix& m, int64_t first, int64_t last, int64_t begin,
+                  int64_t end) const {
+    const int64_t item = m.type == FloatType::kFloat ? 4 : 2, each = pairs ? 2 : 1,
+                  from = first * each, to = std::min(K, last * each);
     const int64_t row = m.turned ? begin : from,
                   rows = first == last ? 0
                          : m.turned    ? end - begin
                                        : to - from,
                   col = m.turned ? from : begin;
-    return {static_cast<const char*>(m.data) + (row * m.stride + col) * item, m.stride * item, (m.turned ? to - from : end - begin) * item,
-            rows};
+    return {static_cast<const char*>(m.data) + (row * m.stride + col) * item, m.stride * item,
+            (m.turned ? to - from : end - begin) * item, rows};
   }
 
-  void pack_a(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst, int64_t size) const {
-    if (a.turned) FASTTAX_DISPATCH(turn_steps, a, pairs, K, first, last, block * rows, M, blocks, dst, size);
-    else FASTTAX_DISPATCH(pack_steps, a, pairs, K, first, last, block * rows, M, blocks, rows, dst, size);
+  void pack_a(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst,
+              int64_t size) const {
+    if (a.turned)
+      FASTTAX_DISPATCH(turn_steps, a, pairs, K, first, last, block * rows, M, blocks, dst, size);
+    else
+      FASTTAX_DISPATCH(pack_steps, a, pairs, K, first, last, block * rows, M, blocks, rows, dst,
+                       size);
   }
-  void pack_b(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst, int64_t size) const {
-    FASTTAX_DISPATCH(pack_steps, b, pairs, K, first, last, block * cols, N, blocks, cols, dst, size);
+  void pack_b(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst,
+              int64_t size) const {
+    FASTTAX_DISPATCH(pack_steps, b, pairs, K, first, last, block * cols, N, blocks, cols, dst,
+                     size);
   }
 };
 
@@ -82,44 +67,57 @@ struct Floats {  // whole cache lines
   }
 };
 
-// A block's last step may be written a vector long, so blocks of rows are a tile's width further apart than they need.
+// A block's last step may be written a vector long, so blocks of rows are a tile's width further
+// apart than they need.
 void with_b_packed_once(const Gemm& g) {
-  const int64_t b_size = g.steps * g.cols, a_size = g.steps * g.rows + g.cols, col_blocks = g.col_blocks(), row_blocks = g.row_blocks();
+  const int64_t b_size = g.steps * g.cols, a_size = g.steps * g.rows + g.cols,
+                col_blocks = g.col_blocks(), row_blocks = g.row_blocks();
   const Floats b(col_blocks * b_size + g.cols);
-  torch::stable::parallel_for(0, col_blocks, 1,
-                              [&](int64_t from, int64_t to) { g.pack_b(0, g.steps, from, to - from, b.data + from * b_size, b_size); });
-  const int64_t group = std::clamp<int64_t>(kRowFloats / a_size, 1, 24);
-  torch::stable::parallel_for(0, (row_blocks + group - 1) / group, 1, [&](int64_t from, int64_t to) {
-    const Floats a(group * a_size);
-    for (int64_t block = from * group; block < std::min(row_blocks, to * group); block += group) {
-      const int64_t blocks = std::min(group, row_blocks - block);
-      for (int64_t s = 0; s < g.steps; s += g.fold) g.pack_a(s, std::min(g.steps, s + g.fold), block, blocks, a.data + s * g.rows, a_size);
-      FASTTAX_DISPATCH(gemm_blocks, g, a.data, a_size, blocks, block * g.rows, b.data, b_size, col_blocks, 0, g.steps, g.fold, g.add,
-                       nullptr);
-    }
+  torch::stable::parallel_for(0, col_blocks, 1, [&](int64_t from, int64_t to) {
+    g.pack_b(0, g.steps, from, to - from, b.data + from * b_size, b_size);
   });
+  const int64_t group = std::clamp<int64_t>(kRowFloats / a_size, 1, 24);
+  torch::stable::parallel_for(
+      0, (row_blocks + group - 1) / group, 1, [&](int64_t from, int64_t to) {
+        const Floats a(group * a_size);
+        for (int64_t block = from * group; block < std::min(row_blocks, to * group);
+             block += group) {
+          const int64_t blocks = std::min(group, row_blocks - block);
+          for (int64_t s = 0; s < g.steps; s += g.fold)
+            g.pack_a(s, std::min(g.steps, s + g.fold), block, blocks, a.data + s * g.rows, a_size);
+          FASTTAX_DISPATCH(gemm_blocks, g, a.data, a_size, blocks, block * g.rows, b.data, b_size,
+                           col_blocks, 0, g.steps, g.fold, g.add, nullptr);
+        }
+      });
 }
 
 void fold_by_fold(const Gemm& g) {
-  const int64_t col_blocks = g.col_blocks(), row_blocks = g.row_blocks(), threads = torch::stable::get_num_threads();
-  const int64_t row_group = std::min(row_blocks, kDeepRows / g.rows), row_groups = (row_blocks + row_group - 1) / row_group;
-  const int64_t wanted = std::max((col_blocks * g.cols + kDeepColumns - 1) / kDeepColumns, (threads + row_groups - 1) / row_groups);
-  const int64_t col_group = (col_blocks + wanted - 1) / wanted, col_groups = (col_blocks + col_group - 1) / col_group;
+  const int64_t col_blocks = g.col_blocks(), row_blocks = g.row_blocks(),
+                threads = torch::stable::get_num_threads();
+  const int64_t row_group = std::min(row_blocks, kDeepRows / g.rows),
+                row_groups = (row_blocks + row_group - 1) / row_group;
+  const int64_t wanted = std::max((col_blocks * g.cols + kDeepColumns - 1) / kDeepColumns,
+                                  (threads + row_groups - 1) / row_groups);
+  const int64_t col_group = (col_blocks + wanted - 1) / wanted,
+                col_groups = (col_blocks + col_group - 1) / col_group;
   const int64_t a_size = g.fold * g.rows + g.cols, b_size = g.fold * g.cols;
   torch::stable::parallel_for(0, row_groups * col_groups, 1, [&](int64_t from, int64_t to) {
     const Floats a(row_group * a_size), b(col_group * b_size + g.cols);
     for (int64_t task = from; task < to; ++task) {
-      const int64_t row = task / col_groups * row_group, rows = std::min(row_group, row_blocks - row);
-      const int64_t col = task % col_groups * col_group, cols = std::min(col_group, col_blocks - col);
+      const int64_t row = task / col_groups * row_group,
+                    rows = std::min(row_group, row_blocks - row);
+      const int64_t col = task % col_groups * col_group,
+                    cols = std::min(col_group, col_blocks - col);
       for (int64_t s = 0; s < g.steps; s += g.fold) {
         const int64_t last = std::min(g.steps, s + g.fold);
         g.pack_a(s, last, row, rows, a.data, a_size);
         g.pack_b(s, last, col, cols, b.data, b_size);
         const int64_t then = std::min(g.steps, last + g.fold);
-        GemmAhead upcoming[2] = {g.ahead(g.a, last, then, row * g.rows, std::min(g.M, (row + rows) * g.rows)),
-                                 g.ahead(g.b, last, then, col * g.cols, std::min(g.N, (col + cols) * g.cols))};
-        FASTTAX_DISPATCH(gemm_blocks, g, a.data, a_size, rows, row * g.rows, b.data, b_size, cols, col * g.cols, last - s, g.fold,
-                         g.add || s > 0, upcoming);
+        GemmAhead upcoming[2] = {
+            g.ahead(g.a, last, then, row * g.rows, std::min(g.M, (row + rows) * g.rows)),
+            g.ahead(g.b, last, then, col * g.cols, std::min(g.N, (col + cols) * g.cols))};
+        FASTTAX_DISPATCH(gemm_blocks, g, a.data, a_size, rows, row * g.rows, b.data, b_size, cols,
+                         col * g.cols, last - s, g.fold, g.add || s > 0, upcoming);
       }
     }
   });
@@ -127,8 +125,10 @@ void fold_by_fold(const Gemm& g) {
 
 }  // namespace
 
-void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix& b, float* out, int64_t out_stride, bool add, bool pairs) {
-  const int64_t steps = pairs ? (K + 1) / 2 : K, most = FASTTAX_DISPATCH(tile_fold), folds = (steps + most - 1) / most;
+void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix& b, float* out,
+          int64_t out_stride, bool add, bool pairs) {
+  const int64_t steps = pairs ? (K + 1) / 2 : K, most = FASTTAX_DISPATCH(tile_fold),
+                folds = (steps + most - 1) / most;
   const Gemm g{{M, N, K, out, out_stride, add, pairs},
                a,
                b,
@@ -142,23 +142,28 @@ void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix
 
 namespace {
 
-// out (M, N) float32 = or += a (M, K) b (K, N). b's rows are contiguous, and a's rows or its columns. Products are exact or float32's: a
-// float32 a is not rounded to meet a bfloat16 b (a gradient's entries add up to 0 over the vocabulary, and so would its roundings not).
+// out (M, N) float32 = or += a (M, K) b (K, N). b's rows are contiguous, and a's rows or its
+// columns. Products are exact or float32's: a float32 a is not rounded to meet a bfloat16 b (a
+// gradient's entries add up to 0 over the vocabulary, and so would its roundings not).
 void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   const char* op = "_gemm_";
-  const LogitType a_type = float_type(a, op, "a"), b_type = float_type(b, op, "b");
-  FASTTAX_CHECK(out.dim() == 2 && a.dim() == 2 && b.dim() == 2 && out.scalar_type() == ScalarType::Float && a_type != LogitType::kDouble &&
-                    b_type != LogitType::kDouble,
+  const FloatType a_type = float_type(a, op, "a"), b_type = float_type(b, op, "b");
+  FASTTAX_CHECK(out.dim() == 2 && a.dim() == 2 && b.dim() == 2 &&
+                    out.scalar_type() == ScalarType::Float && a_type != FloatType::kDouble &&
+                    b_type != FloatType::kDouble,
                 op, "expected out (M, N) float32, a (M, K) and b (K, N), none float64");
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
-  FASTTAX_CHECK(out.size(0) == M && out.size(1) == N && b.size(0) == K && K > 0, op, "shapes do not fit");
+  FASTTAX_CHECK(out.size(0) == M && out.size(1) == N && b.size(0) == K && K > 0, op,
+                "shapes do not fit");
   const bool by_rows = a.stride(1) == 1 || K == 1;
-  FASTTAX_CHECK((out.stride(1) == 1 || N == 1) && (b.stride(1) == 1 || N == 1) && (by_rows || a.stride(0) == 1 || M == 1), op,
-                "rows of out and b must be contiguous, and rows or columns of a");
+  FASTTAX_CHECK((out.stride(1) == 1 || N == 1) && (b.stride(1) == 1 || N == 1) &&
+                    (by_rows || a.stride(0) == 1 || M == 1),
+                op, "rows of out and b must be contiguous, and rows or columns of a");
   if (M == 0 || N == 0) return;
-  const bool pairs = b_type == LogitType::kBFloat16 && a_type == LogitType::kBFloat16 && isa_bf16();
-  gemm(M, N, K, {a_type, a.const_data_ptr(), by_rows ? a.stride(0) : a.stride(1), by_rows}, {b_type, b.const_data_ptr(), b.stride(0)},
-       static_cast<float*>(out.mutable_data_ptr()), out.stride(0), add, pairs);
+  const bool pairs = b_type == FloatType::kBFloat16 && a_type == FloatType::kBFloat16 && isa_bf16();
+  gemm(M, N, K, {a_type, a.const_data_ptr(), by_rows ? a.stride(0) : a.stride(1), by_rows},
+       {b_type, b.const_data_ptr(), b.stride(0)}, static_cast<float*>(out.mutable_data_ptr()),
+       out.stride(0), add, pairs);
 }
 
 }  // namespace

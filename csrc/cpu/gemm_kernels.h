@@ -1,24 +1,31 @@
-// out = or += a b by tiles (tile.h). Packed: a by blocks of kRows rows [block][step][kRows], b by blocks of kCols columns
-// [block][step][kCols]; a step is one k, or with GemmArgs::pairs two of them as bfloat16.
+// out = or += a b by tiles (tile.h). Packed: a by blocks of kRows rows [block][step][kRows], b by
+// blocks of kCols columns [block][step][kCols]; a step is one k, or with GemmArgs::pairs two of
+// them as bfloat16.
+#include "gemm_args.h"
 #include "tile.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
 inline int64_t tile_fold() { return kFold; }
 
-// Steps [first, last) of `blocks` blocks of a matrix whose rows are k, from column `col` of `total`.
-inline void pack_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first, int64_t last, int64_t col, int64_t total, int64_t blocks,
-                       int64_t width, float* dst, int64_t block_size) {
+// Steps [first, last) of `blocks` blocks of a matrix whose rows are k, from column `col` of
+// `total`.
+inline void pack_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first, int64_t last,
+                       int64_t col, int64_t total, int64_t blocks, int64_t width, float* dst,
+                       int64_t block_size) {
   if (pairs) {
     const int64_t span[2] = {2 * first, std::min(k, 2 * last)};
-    pack_pairs(static_cast<const BFloat16*>(x.data), x.stride, span, 1, col, total, blocks, width, reinterpret_cast<uint32_t*>(dst),
-               block_size);
+    pack_pairs(static_cast<const BFloat16*>(x.data), x.stride, span, 1, col, total, blocks, width,
+               reinterpret_cast<uint32_t*>(dst), block_size);
     return;
   }
   const float* weight = x.weight ? x.weight + first : nullptr;
-  typed(x.type, x.data,
-        [&](auto* p) { pack(p + first * x.stride, x.stride, last - first, col, total, blocks, width, x.square, weight, dst, block_size); });
+  typed(x.type, x.data, [&](auto* p) {
+    pack(p + first * x.stride, x.stride, last - first, col, total, blocks, width, x.square, weight,
+         dst, block_size);
+  });
 }
 
 // to[s][kRows] = at[r][s], from s on; returns how far it came.
@@ -50,8 +57,8 @@ inline int64_t turn_words(const float* const (&at)[kRows], int64_t steps, float*
 }
 
 // The same of a matrix whose rows are those of the blocks: turned.
-inline void turn_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first, int64_t last, int64_t row, int64_t total, int64_t blocks,
-                       float* dst, int64_t block_size) {
+inline void turn_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first, int64_t last,
+                       int64_t row, int64_t total, int64_t blocks, float* dst, int64_t block_size) {
   const int64_t steps = last - first;
   float words[kRows][kFold];
   for (int64_t b = 0; b < blocks; ++b, row += kRows, dst += block_size) {
@@ -60,8 +67,11 @@ inline void turn_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first
       const int64_t start = (row + r) * x.stride;
       at[r] = words[r];
       if (row + r >= total) std::fill(words[r], words[r] + steps, 0.0f);
-      else if (pairs) pairs_of(static_cast<const BFloat16*>(x.data) + start + 2 * first, std::min(k, 2 * last) - 2 * first, words[r]);
-      else if (x.type == LogitType::kFloat) at[r] = static_cast<const float*>(x.data) + start + first;
+      else if (pairs)
+        pairs_of(static_cast<const BFloat16*>(x.data) + start + 2 * first,
+                 std::min(k, 2 * last) - 2 * first, words[r]);
+      else if (x.type == FloatType::kFloat)
+        at[r] = static_cast<const float*>(x.data) + start + first;
       else typed(x.type, x.data, [&](auto* p) { widen_row(p + start + first, steps, words[r]); });
     }
     for (int64_t s = turn_words(at, steps, dst); s < steps; ++s)
@@ -70,8 +80,8 @@ inline void turn_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first
 }
 
 // One run of a tile at out[row, col]; what reaches over the edge goes by way of a tile aside.
-inline void gemm_tile(const GemmArgs& x, const float* a, const float* b, const float* ahead, int64_t steps, int64_t row, int64_t col,
-                      bool add) {
+inline void gemm_tile(const GemmArgs& x, const float* a, const float* b, const float* ahead,
+                      int64_t steps, int64_t row, int64_t col, bool add) {
   const int64_t rows = std::min<int64_t>(kRows, x.M - row), cols = std::min(kCols, x.N - col);
   float* out = x.out + row * x.out_stride + col;
   const bool whole = rows == kRows && cols == kCols;
@@ -94,15 +104,19 @@ inline void gemm_tile(const GemmArgs& x, const float* a, const float* b, const f
     }
 }
 
-// Blocks of rows from `row` times blocks of columns from `col`. Rows inside: a fold of a column block stays in L1 meanwhile.
-inline void gemm_blocks(const GemmArgs& x, const float* a, int64_t a_size, int64_t row_blocks, int64_t row, const float* b, int64_t b_size,
-                        int64_t col_blocks, int64_t col, int64_t steps, int64_t fold, bool add, GemmAhead* upcoming) {
+// Blocks of rows from `row` times blocks of columns from `col`. Rows inside: a fold of a column
+// block stays in L1 meanwhile.
+inline void gemm_blocks(const GemmArgs& x, const float* a, int64_t a_size, int64_t row_blocks,
+                        int64_t row, const float* b, int64_t b_size, int64_t col_blocks,
+                        int64_t col, int64_t steps, int64_t fold, bool add, GemmAhead* upcoming) {
   const int64_t runs = col_blocks * row_blocks * ((steps + fold - 1) / fold);
-  const int64_t share[2] = {upcoming ? upcoming[0].lines() / runs + 1 : 0, upcoming ? upcoming[1].lines() / runs + 1 : 0};
+  const int64_t share[2] = {upcoming ? upcoming[0].lines() / runs + 1 : 0,
+                            upcoming ? upcoming[1].lines() / runs + 1 : 0};
   for (int64_t c = 0; c < col_blocks; ++c)
     for (int64_t s = 0; s < steps; s += fold) {
       const int64_t count = std::min(fold, steps - s);
-      const float *mine = b + c * b_size + s * kCols, *next = s + fold < steps ? mine + count * kCols : b + (c + 1) * b_size;
+      const float *mine = b + c * b_size + s * kCols,
+                  *next = s + fold < steps ? mine + count * kCols : b + (c + 1) * b_size;
       for (int64_t r = 0; r < row_blocks; ++r) {
         const float* rows = a + r * a_size + s * kRows;
         for (int m = 0; m < 2 && upcoming; ++m) upcoming[m].fetch(share[m]);
@@ -114,3 +128,4 @@ inline void gemm_blocks(const GemmArgs& x, const float* a, int64_t a_size, int64
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

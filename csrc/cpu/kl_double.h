@@ -1,6 +1,7 @@
 #pragma once
 
-// The float64 path: the same formulas, scalar, two passes. It is there for gradcheck and for those who ask.
+// The float64 path: the same formulas, scalar, two passes. It is there for gradcheck and for those
+// who ask.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -40,7 +41,8 @@ inline double log_mix_double(double u, double beta) {
   return u < 0 ? std::log(beta + (1 - beta) * e) - u : std::log1p((e - 1) * beta);
 }
 
-constexpr int64_t kDoubleFold = 64;  // entries summed apart before they join the row's sums: the rounding grows with V / 64 + 64, not V
+// entries summed apart before they join the row's sums: the rounding grows with V / 64 + 64, not V
+constexpr int64_t kDoubleFold = 64;
 
 struct DoubleSums {
   double S, Y, G, A, B, C, D;
@@ -57,7 +59,8 @@ struct DoubleSums {
 };
 
 // kept: mx, my, S, log_ratio, KL or KL(p||m), KL(q||m), S + G
-inline double kl_double_forward(const double* x, const double* y, int64_t V, const DoubleParams& k, double* kept) {
+inline double kl_double_forward(const double* x, const double* y, int64_t V, const DoubleParams& k,
+                                double* kept) {
   double mx = -std::numeric_limits<double>::infinity(), my = mx;
   for (int64_t i = 0; i < V; ++i) {
     const DoublePair z(x[i], y[i], k);
@@ -96,10 +99,13 @@ inline double kl_double_forward(const double* x, const double* y, int64_t V, con
       double part = 0, p_sum = 0, q_sum = 0;
       for (int64_t i = begin, end = std::min(V, begin + kDoubleFold); i < end; ++i) {
         const DoublePair z(x[i], y[i], k);
-        const double p = std::exp(z.x - mx) / S, q = std::exp(z.y - my) / Y, u = (z.x - z.y) - (mx - my) - log_ratio;
+        const double p = std::exp(z.x - mx) / S, q = std::exp(z.y - my) / Y,
+                     u = (z.x - z.y) - (mx - my) - log_ratio;
         const double eps = std::expm1(-u), l = log_mix_double(u, k.beta);
-        const double p_part = weighted(p, -l), q_part = weighted(q, p == 0 ? -std::log(k.beta) : -u - l);
-        part += std::fabs(u) <= 1 ? p * (k.beta * jsd_g(eps) - jsd_g(k.beta * eps)) : k.beta * q_part + (1 - k.beta) * p_part;
+        const double p_part = weighted(p, -l),
+                     q_part = weighted(q, p == 0 ? -std::log(k.beta) : -u - l);
+        part += std::fabs(u) <= 1 ? p * (k.beta * jsd_g(eps) - jsd_g(k.beta * eps))
+                                  : k.beta * q_part + (1 - k.beta) * p_part;
         p_sum += p_part;
         q_sum += q_part;
       }
@@ -113,13 +119,15 @@ inline double kl_double_forward(const double* x, const double* y, int64_t V, con
   return value < 0 ? 0.0 : value;
 }
 
-inline void kl_double_backward(const double* x, const double* y, int64_t V, const DoubleParams& k, const double* kept, double upstream,
-                               double* dx, double* dy) {
-  const double mx = kept[0], my = kept[1], S = kept[2], log_ratio = kept[3], center = kept[4], ref_center = kept[5], Sy = kept[6];
+inline void kl_double_backward(const double* x, const double* y, int64_t V, const DoubleParams& k,
+                               const double* kept, double upstream, double* dx, double* dy) {
+  const double mx = kept[0], my = kept[1], S = kept[2], log_ratio = kept[3], center = kept[4],
+               ref_center = kept[5], Sy = kept[6];
   const bool zero = k.kind == 2 && (k.beta == 0 || k.beta == 1);
   for (int64_t i = 0; i < V; ++i) {
     const DoublePair z(x[i], y[i], k);
-    const double p = std::exp(z.x - mx) / S, q = std::exp(z.y - my) / Sy, u = (z.x - z.y) - (mx - my) - log_ratio;
+    const double p = std::exp(z.x - mx) / S, q = std::exp(z.y - my) / Sy,
+                 u = (z.x - z.y) - (mx - my) - log_ratio;
     const double p_minus_q = std::fabs(u) <= 1 ? -p * std::expm1(-u) : p - q;
     double for_x, for_y;
     if (k.kind == 0) {

@@ -1,27 +1,29 @@
-// Frames: how the raw logits of a row pair become ax and d (math/kl.h). No max pass: the frame is primed from the first
-// 2048 entries, and a row is run again with its true maxima only when some entry stands more than 20 above (10.3 ms
-// against 16.9 at 512 x 49152).
+// Frames: how the raw logits of a row pair become ax and d (math/kl.h). No max pass: the frame is
+// primed from the first 2048 entries, and a row is run again with its true maxima only when some
+// entry stands more than 20 above (10.3 ms against 16.9 at 512 x 49152).
+#include "../math/kl_frame.h"
+#include "../math/kl_row.h"
+#include "rows.h"
+
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
-
-template <>
-struct Const<FASTTAX_ISA_NS::VF> {
-  static inline FASTTAX_ISA_NS::VF of(double a) { return FASTTAX_ISA_NS::splat(float(a)); }
-};
-
 namespace FASTTAX_ISA_NS {
 
-constexpr int64_t kChunk = 128 * kLanes;  // 2048 on AVX-512: no lane adds more than 128 terms before it is folded to double
+// 2048 on AVX-512: no lane adds more than 128 terms before it is folded to double
+constexpr int64_t kChunk = 128 * kLanes;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-inline VF where_zero(VF weight, VF value) { return weight == 0.0f ? splat(0.0f) : value; }  // 0 * inf is 0 here
+// 0 * inf is 0 here
+inline VF where_zero(VF weight, VF value) { return weight == 0.0f ? splat(0.0f) : value; }
 
 inline VF bend(VF raw, float over_cap) {  // the derivative of a softcap
   const VF t = tanh(raw * over_cap);
   return 1.0f - t * t;
 }
 
-// How raw logits become ax and d. kUnit: one scale of 1 on both rows, no recentring, the common case in 3 operations;
-// kShared: one scale on both; kGeneral: scales of their own, softcaps, the inf mask.
+// How raw logits become ax and d. kUnit: one scale of 1 on both rows, no recentring, the common
+// case in 3 operations; kShared: one scale on both; kGeneral: scales of their own, softcaps, the
+// inf mask.
 enum class FrameMode { kUnit, kShared, kGeneral };
 
 template <FrameMode mode>
@@ -30,7 +32,8 @@ struct Frame {
   KlRow r;
   float ox, oy, c;  // d = ((x - ox) - (y - oy)) - c
 
-  // Logits of like size: their difference is exact, so it comes first. Rows offset by hundreds: centre each first.
+  // Logits of like size: their difference is exact, so it comes first. Rows offset by hundreds:
+  // centre each first.
   Frame(const KlParams& params, const KlRow& row) : k(params), r(row) {
     ox = alike(row) ? 0.0f : row.mx;
     oy = alike(row) ? 0.0f : row.my;
@@ -38,7 +41,9 @@ struct Frame {
   }
 
   static bool alike(const KlRow& row) { return std::fabs(row.mx - row.my) <= 4.0f; }
-  static bool is_unit(const KlParams& k, const KlRow& row) { return k.plain && k.row_scale == 1 && row.shift == 0 && alike(row); }
+  static bool is_unit(const KlParams& k, const KlRow& row) {
+    return k.plain && k.row_scale == 1 && row.shift == 0 && alike(row);
+  }
 
   VF capped(VF x, float scale, float cap) const { return tanh(x * (scale / cap)) * cap; }
 
@@ -61,7 +66,8 @@ struct Frame {
       return;
     }
     ax *= k.row_scale;
-    d = mode == FrameMode::kShared ? (((x - ox) - (y - oy)) - c) * k.row_scale - r.shift : ax - ((y - r.my) * k.ref_row_scale + r.shift);
+    d = mode == FrameMode::kShared ? (((x - ox) - (y - oy)) - c) * k.row_scale - r.shift
+                                   : ax - ((y - r.my) * k.ref_row_scale + r.shift);
   }
 
   // ax - d, also where one of the rows is -inf and d is no number
@@ -81,8 +87,9 @@ inline void for_vectors(const T* x, const T* y, int64_t begin, int64_t end, F&& 
   if (i < end) f(load(x + i, end - i, -kInf), load(y + i, end - i, -kInf), i, end - i);
 }
 
-// Writes the gradients that slope(x, y, n, d_x, d_y) gives for each vector. kSides: 1 the policy's, 2 the reference's, 3 both.
-// From the end of the row to its beginning: what the sweep before has read last is in L2 still, where the row pair is larger than that.
+// Writes the gradients that slope(x, y, n, d_x, d_y) gives for each vector. kSides: 1 the policy's,
+// 2 the reference's, 3 both. From the end of the row to its beginning: what the sweep before has
+// read last is in L2 still, where the row pair is larger than that.
 template <int kSides, class T, class F>
 inline void write_gradients(const T* x, const T* y, int64_t V, T* dx, T* dy, const F& slope) {
   constexpr int64_t kPair = 2 * kLanes;
@@ -129,3 +136,4 @@ inline void primed_maxima(const T* x, const T* y, int64_t V, const KlParams& k, 
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

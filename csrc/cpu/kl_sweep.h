@@ -1,10 +1,12 @@
 // One sweep over a row pair: every sum that a forward wants.
-//  - Where four vectors have |d| <= 1/4 one exp and a polynomial do. Elsewhere two exps and plain sums, good to 1e-7
-//    of the mass summed so: a row that comes out below 1e-2 of that (or as NaN: -inf entries) is run again with the
-//    series in every lane that needs it, and with 0 * inf = 0.
+//  - Where four vectors have |d| <= 1/4 one exp and a polynomial do. Elsewhere two exps and plain
+//  sums, good to 1e-7
+//    of the mass summed so: a row that comes out below 1e-2 of that (or as NaN: -inf entries) is
+//    run again with the series in every lane that needs it, and with 0 * inf = 0.
 //  - Lanes are folded to double every 2048 cells, so the sums do not depend on V's size.
 #include "kl_frame.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -13,12 +15,13 @@ constexpr int kWantPolicyRef = 1, kWantRefPolicy = 2, kWantEntropy = 4;
 struct Sums : KlSums {
   float top = -kInf;  // highest entry above the frames
 
-  // Of the entries [begin, end). Where their mean is near or above the frame, one of them has nearly all of the mass, or
-  // stands above the frame: its ax in every term, or its 1 in every sum, would cost the digits that the entropy lives on.
-  // There the sums are taken again around the highest, which is counted apart.
+  // Of the entries [begin, end). Where their mean is near or above the frame, one of them has
+  // nearly all of the mass, or stands above the frame: its ax in every term, or its 1 in every sum,
+  // would cost the digits that the entropy lives on. There the sums are taken again around the
+  // highest, which is counted apart.
   template <FrameMode mode, class T>
-  void add_moments(const T* x, const T* y, int64_t begin, int64_t end, const Frame<mode>& frame, VF mass_lanes, VF moment_lanes,
-                   float highest) {
+  void add_moments(const T* x, const T* y, int64_t begin, int64_t end, const Frame<mode>& frame,
+                   VF mass_lanes, VF moment_lanes, float highest) {
     double around = sum(mass_lanes), off_peak = sum(moment_lanes), pivot = 0;
     if (off_peak > kDominated * around && highest <= kFrameSlack) {
       VF peak = splat(-kInf), peaks{};
@@ -53,9 +56,11 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
   Sums total;
   for (int64_t start = 0; start < V; start += kChunk) {
     const int64_t end = std::min(V, start + kChunk);
-    constexpr bool forwards = want & kWantPolicyRef, backwards = want & kWantRefPolicy, entropy = want & kWantEntropy;
+    constexpr bool forwards = want & kWantPolicyRef, backwards = want & kWantRefPolicy,
+                   entropy = want & kWantEntropy;
     VF S{}, G{}, B{}, C{}, top = splat(-kInf);
-    VF plain_x{}, plain_y{}, plain_a{}, plain_c{};  // lanes summed plainly: e^ax, e^ay, e^ax d and -e^ay d
+    // lanes summed plainly: e^ax, e^ay, e^ax d and -e^ay d
+    VF plain_x{}, plain_y{}, plain_a{}, plain_c{};
     VF blend_x{}, blend_y{}, blend_g{}, blend_b{}, blend_a{}, blend_c{}, blend_back{};
     VF moment{};
     auto small = [&](VF ax, VF d) {  // every |d| <= 1/4
@@ -111,9 +116,12 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
       }
       for (int j = 0; j < 4; ++j) frame(xv[j], yv[j], ax[j], d[j]);
       top = max_keep_nan(max_keep_nan(max_keep_nan(ax[0], ax[1]), max_keep_nan(ax[2], ax[3])), top);
-      const VF widest = max_keep_nan(max_keep_nan(abs(d[0]), abs(d[1])), max_keep_nan(abs(d[2]), abs(d[3])));
-      if (all_le(widest, splat(kSmallGap)) && (!careful || all_le((d[0] + d[1]) + (d[2] + d[3]), splat(kInf)))) {
-        for (int j = 0; j < 4; ++j) small(ax[j], d[j]);  // max may lose a NaN; ax is NaN with it, or the row comes back
+      const VF widest =
+          max_keep_nan(max_keep_nan(abs(d[0]), abs(d[1])), max_keep_nan(abs(d[2]), abs(d[3])));
+      if (all_le(widest, splat(kSmallGap)) &&
+          (!careful || all_le((d[0] + d[1]) + (d[2] + d[3]), splat(kInf)))) {
+        // max may lose a NaN; ax is NaN with it, or the row comes back
+        for (int j = 0; j < 4; ++j) small(ax[j], d[j]);
       } else if (careful) {
         for (int j = 0; j < 4; ++j) {
           const VF ay = frame.ay(xv[j], yv[j]);
@@ -122,7 +130,8 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
         }
       } else {
         for (int j = 0; j < 4; ++j) plain(ax[j], d[j]);
-        const VF ay = max_keep_nan(max_keep_nan(ax[0] - d[0], ax[1] - d[1]), max_keep_nan(ax[2] - d[2], ax[3] - d[3]));
+        const VF ay = max_keep_nan(max_keep_nan(ax[0] - d[0], ax[1] - d[1]),
+                                   max_keep_nan(ax[2] - d[2], ax[3] - d[3]));
         top = max_keep_nan(ay, top);
       }
     }
@@ -133,7 +142,8 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
       top = max_keep_nan(max_keep_nan(ax, ay), top);
       blend(ax, ay, d);
     });
-    const double near_x = sum(S), near_change = sum(G), far_x = sum(plain_x), far_y = sum(plain_y), far_change = far_y - far_x;
+    const double near_x = sum(S), near_change = sum(G), far_x = sum(plain_x), far_y = sum(plain_y),
+                 far_change = far_y - far_x;
     total.s += near_x + far_x + sum(blend_x);
     total.y += (near_x + near_change) + far_y + sum(blend_y);
     total.g += near_change + far_change + sum(blend_g);
@@ -148,7 +158,8 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
       total.c += bregman + (pull - far_change) + sum(blend_c);
       total.back += (bregman + near_change) + pull + sum(blend_back);
     }
-    if (entropy) total.add_moments(x, y, start, end, frame, S + plain_x + blend_x, moment, max_of(top));
+    if (entropy)
+      total.add_moments(x, y, start, end, frame, S + plain_x + blend_x, moment, max_of(top));
     total.top = std::max(total.top, max_of(top));
     if (total.top > kFrameSlack) break;
   }
@@ -156,14 +167,18 @@ inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const Kl
 }
 
 template <int want, class T>
-inline Sums sweep_row(const T* x, const T* y, int64_t V, const KlParams& k, const KlRow& r, bool careful) {
+inline Sums sweep_row(const T* x, const T* y, int64_t V, const KlParams& k, const KlRow& r,
+                      bool careful) {
   if (Frame<FrameMode::kUnit>::is_unit(k, r))
-    return careful ? sweep<FrameMode::kUnit, want, true>(x, y, V, k, r) : sweep<FrameMode::kUnit, want, false>(x, y, V, k, r);
-  return k.plain ? sweep<FrameMode::kShared, want, true>(x, y, V, k, r) : sweep<FrameMode::kGeneral, want, true>(x, y, V, k, r);
+    return careful ? sweep<FrameMode::kUnit, want, true>(x, y, V, k, r)
+                   : sweep<FrameMode::kUnit, want, false>(x, y, V, k, r);
+  return k.plain ? sweep<FrameMode::kShared, want, true>(x, y, V, k, r)
+                 : sweep<FrameMode::kGeneral, want, true>(x, y, V, k, r);
 }
 
-// p - q for a gradient. In rows that are close the difference of the two would cancel: where |u| <= 1/4 it is p (1 - e^-u) by
-// the series, and vectors with no other lane go without q's exp unless the caller wants q as well.
+// p - q for a gradient. In rows that are close the difference of the two would cancel: where |u| <=
+// 1/4 it is p (1 - e^-u) by the series, and vectors with no other lane go without q's exp unless
+// the caller wants q as well.
 template <FrameMode mode>
 struct Difference {
   const Frame<mode> frame;
@@ -173,7 +188,8 @@ struct Difference {
   Difference(const KlParams& k, const KlRow& r, double kl)
       : frame(k, r), log_ratio(r.log_ratio), inv_s_ref(r.inv_s_ref), close(!(kl >= kTrusted)) {}
 
-  __attribute__((always_inline)) inline VF operator()(VF xv, VF yv, int64_t n, VF p, VF d, bool want_q, VF& q) const {
+  __attribute__((always_inline)) inline VF operator()(VF xv, VF yv, int64_t n, VF p, VF d,
+                                                      bool want_q, VF& q) const {
     const VF u = d - log_ratio;
     if (!close) {
       q = exp_flushed(frame.ay(xv, yv, n)) * inv_s_ref;
@@ -188,3 +204,4 @@ struct Difference {
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

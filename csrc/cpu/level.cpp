@@ -2,16 +2,21 @@
 
 #include <atomic>
 
-#include "../check.h"
+#include "../call/check.h"
 
 namespace fasttax {
 
 Isa isa_best() {
-#if defined(__x86_64__)
+#if FASTTAX_ONE_ISA == 512
+  return Isa::kAvx512;
+#elif FASTTAX_ONE_ISA == 256
+  return Isa::kAvx2;
+#elif defined(__x86_64__) && !FASTTAX_ONE_ISA
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx2 && avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
 #else
   return Isa::kPortable;
@@ -23,6 +28,8 @@ namespace {
 std::atomic<int64_t> chosen{-1};
 
 constexpr int64_t kForceBFloat16 = 3;
+// what is compiled
+constexpr int64_t kLowest = FASTTAX_ONE_ISA == 512 ? 2 : FASTTAX_ONE_ISA == 256 ? 1 : 0;
 
 bool has_bf16() {
 #if defined(__x86_64__)
@@ -33,12 +40,15 @@ bool has_bf16() {
 #endif
 }
 
-// Tests and benchmarks lower the level; -1 asks without changing; 3 is AVX-512 with vdpbf16ps even where it does not gain.
-// Returns the level in force.
+// Tests and benchmarks lower the level; -1 asks without changing; 3 is AVX-512 with vdpbf16ps even
+// where it does not gain. Returns the level in force.
 int64_t simd_level(int64_t level) {
   const int64_t best = static_cast<int64_t>(isa_best());
-  FASTTAX_CHECK((level >= -1 && level <= best) || (level == kForceBFloat16 && has_bf16()), "_simd_level", "level must be -1 (ask) or 0..",
-                best, " on this CPU (0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products), got ", level);
+  FASTTAX_CHECK(
+      level == -1 || (level >= kLowest && level <= best) || (level == kForceBFloat16 && has_bf16()),
+      "_simd_level", "level must be -1 (ask) or ", kLowest, "..", best,
+      " on this CPU (0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products), got ",
+      level);
   if (level >= 0) chosen.store(level, std::memory_order_relaxed);
   return static_cast<int64_t>(isa_level());
 }
@@ -57,7 +67,8 @@ Isa isa_level() {
 bool isa_bf16() {
 #if defined(__x86_64__)
   static const bool gains = __builtin_cpu_is("amd") != 0;
-  return has_bf16() && isa_level() == Isa::kAvx512 && (gains || chosen.load(std::memory_order_relaxed) == kForceBFloat16);
+  return has_bf16() && isa_level() == Isa::kAvx512 &&
+         (gains || chosen.load(std::memory_order_relaxed) == kForceBFloat16);
 #else
   return false;
 #endif
@@ -65,4 +76,6 @@ bool isa_bf16() {
 
 }  // namespace fasttax
 
-STABLE_TORCH_LIBRARY_IMPL(fasttax, CompositeExplicitAutograd, m) { m.impl("_simd_level", TORCH_BOX(&fasttax::simd_level)); }
+STABLE_TORCH_LIBRARY_IMPL(fasttax, CompositeExplicitAutograd, m) {
+  m.impl("_simd_level", TORCH_BOX(&fasttax::simd_level));
+}

@@ -1,6 +1,7 @@
-// lora_ewc_penalty: F is read once, the dense B A never stored, value and gradients in one sweep. Rows of F are cut into
-// at most 32 chunks, each with its own d_A, added up in order: the same bits for any number of threads.
-#include "../ewc_lists.h"
+// lora_ewc_penalty: F is read once, the dense B A never stored, value and gradients in one sweep.
+// Rows of F are cut into at most 32 chunks, each with its own d_A, added up in order: the same bits
+// for any number of threads.
+#include "../call/ewc_lists.h"
 
 #define FASTTAX_KERNELS "lora_kernels.h"
 #include "isa.h"
@@ -8,9 +9,11 @@
 namespace fasttax {
 namespace {
 
-constexpr int64_t kChunks = 32, kPartialFloats = 1 << 23;  // partial d_A: 32 MB at most, or two of them
+// partial d_A: 32 MB at most, or two of them
+constexpr int64_t kChunks = 32, kPartialFloats = 1 << 23;
 
-double lora_double(const double* a, const double* b, const double* fisher, int64_t O, int64_t r, int64_t I, double* d_a, double* d_b) {
+double lora_double(const double* a, const double* b, const double* fisher, int64_t O, int64_t r,
+                   int64_t I, double* d_a, double* d_b) {
   double total = 0;
   for (int64_t o = 0; o < O; ++o)
     for (int64_t i = 0; i < I; ++i) {
@@ -31,22 +34,27 @@ std::vector<float> packed_columns(EwcType type, const Tensor& lora_A, int64_t co
   std::vector<float> out(blocks * r * cols, 0.0f);
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t k = 0; k < r; ++k)
-      FASTTAX_DISPATCH(lora_widen, type, lora_A.const_data_ptr(), k * I + block * cols, std::min(cols, I - block * cols),
-                       out.data() + (block * r + k) * cols);
+      FASTTAX_DISPATCH(lora_widen, type, lora_A.const_data_ptr(), k * I + block * cols,
+                       std::min(cols, I - block * cols), out.data() + (block * r + k) * cols);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B, Tensor fisher, Tensor scales, double scale,
-                                                    double strength, bool gradient) {
+std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B, Tensor fisher,
+                                                    Tensor scales, double scale, double strength,
+                                                    bool gradient) {
   const char* op = "lora_ewc_penalty";
-  FASTTAX_CHECK(lora_A.dim() == 2 && lora_B.dim() == 2 && fisher.dim() == 2, op, "lora_A, lora_B and fisher must be matrices");
+  FASTTAX_CHECK(lora_A.dim() == 2 && lora_B.dim() == 2 && fisher.dim() == 2, op,
+                "lora_A, lora_B and fisher must be matrices");
   const int64_t r = lora_A.size(0), I = lora_A.size(1), O = lora_B.size(0);
   FASTTAX_CHECK(lora_B.size(1) == r && fisher.size(0) == O && fisher.size(1) == I, op,
                 "shapes must be lora_A (r, in), lora_B (out, r), fisher (out, in)");
-  const EwcType a_type = ewc_type(lora_A, op, "lora_A"), b_type = ewc_type(lora_B, op, "lora_B"), f_type = ewc_type(fisher, op, "fisher");
-  FASTTAX_CHECK(a_type != EwcType::kU8Log && b_type != EwcType::kU8Log, op, "only the fisher may be uint8 (u8log)");
+  const EwcType a_type = ewc_type(lora_A, op, "lora_A"), b_type = ewc_type(lora_B, op, "lora_B"),
+                f_type = ewc_type(fisher, op, "fisher");
+  FASTTAX_CHECK(a_type != EwcType::kU8Log && b_type != EwcType::kU8Log, op,
+                "only the fisher may be uint8 (u8log)");
   const bool wide = a_type == EwcType::kDouble;
-  FASTTAX_CHECK(wide == (b_type == EwcType::kDouble) && wide == (f_type == EwcType::kDouble), op, "float64 goes with float64 throughout");
+  FASTTAX_CHECK(wide == (b_type == EwcType::kDouble) && wide == (f_type == EwcType::kDouble), op,
+                "float64 goes with float64 throughout");
   for (const Tensor* t : {&lora_A, &lora_B, &fisher, &scales})
     FASTTAX_CHECK(t->is_contiguous() && t->is_cpu(), op, "expected contiguous CPU tensors");
   const float* block_scales = ewc_check_scales(op, 0, f_type, {scales}, {fisher});
@@ -61,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
            *to_b = gradient ? static_cast<double*>(d_b.mutable_data_ptr()) : nullptr;
     if (gradient) std::fill(to_a, to_a + r * I, 0.0), std::fill(to_b, to_b + O * r, 0.0);
     const double total =
-        lora_double(static_cast<const double*>(lora_A.const_data_ptr()), static_cast<const double*>(lora_B.const_data_ptr()),
+        lora_double(static_cast<const double*>(lora_A.const_data_ptr()),
+                    static_cast<const double*>(lora_B.const_data_ptr()),
                     static_cast<const double*>(fisher.const_data_ptr()), O, r, I, to_a, to_b);
     *static_cast<double*>(value.mutable_data_ptr()) = factor / 2 * total;
     for (int64_t i = 0; gradient && i < r * I; ++i) to_a[i] *= factor;
@@ -69,26 +78,31 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
     return {value, d_a, d_b};
   }
 
-  const int64_t cols = FASTTAX_DISPATCH(lora_cols), lanes = FASTTAX_DISPATCH(lora_lanes), strip = FASTTAX_DISPATCH(lora_strip);
+  const int64_t cols = FASTTAX_DISPATCH(lora_cols), lanes = FASTTAX_DISPATCH(lora_lanes),
+                strip = FASTTAX_DISPATCH(lora_strip);
   const std::vector<float> a = packed_columns(a_type, lora_A, cols);
   std::vector<float> b((O + strip) * r, 0.0f), rows_b(gradient ? O * r : 0);
   FASTTAX_DISPATCH(lora_widen, b_type, lora_B.const_data_ptr(), int64_t(0), O * r, b.data());
-  const int64_t most = std::max<int64_t>(2, std::min(kChunks, kPartialFloats / std::max<int64_t>(1, int64_t(a.size()))));
-  const int64_t rows = std::max(strip, ((O + most - 1) / most + strip - 1) / strip * strip), chunks = (O + rows - 1) / rows;
+  const int64_t most = std::max<int64_t>(
+      2, std::min(kChunks, kPartialFloats / std::max<int64_t>(1, int64_t(a.size()))));
+  const int64_t rows = std::max(strip, ((O + most - 1) / most + strip - 1) / strip * strip),
+                chunks = (O + rows - 1) / rows;
   std::vector<float> partial(gradient ? chunks * int64_t(a.size()) : 0);
   std::vector<double> parts(chunks);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(strip * r * lanes);
     for (int64_t c = begin; c < end; ++c)
-      parts[c] = FASTTAX_DISPATCH(lora_chunk, a.data(), b.data(), ewc_pointer(fisher), f_type, block_scales, r, I, c * rows,
-                                  std::min(O, (c + 1) * rows), gradient ? partial.data() + c * int64_t(a.size()) : nullptr, rows_b.data(),
-                                  scratch.data());
+      parts[c] = FASTTAX_DISPATCH(lora_chunk, a.data(), b.data(), ewc_pointer(fisher), f_type,
+                                  block_scales, r, I, c * rows, std::min(O, (c + 1) * rows),
+                                  gradient ? partial.data() + c * int64_t(a.size()) : nullptr,
+                                  rows_b.data(), scratch.data());
   });
   double total = 0;
   for (double part : parts) total += part;
   *static_cast<float*>(value.mutable_data_ptr()) = float(factor / 2 * total);
   if (!gradient) return {value, d_a, d_b};
-  float *to_a = static_cast<float*>(d_a.mutable_data_ptr()), *to_b = static_cast<float*>(d_b.mutable_data_ptr());
+  float *to_a = static_cast<float*>(d_a.mutable_data_ptr()),
+        *to_b = static_cast<float*>(d_b.mutable_data_ptr());
   torch::stable::parallel_for(0, r, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> sums(cols);
     for (int64_t k = begin; k < end; ++k)
@@ -98,7 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
           const float* part = partial.data() + c * int64_t(a.size()) + i * r + k * cols;
           for (int64_t j = 0; j < cols; ++j) sums[j] += part[j];
         }
-        for (int64_t j = 0; j < std::min(cols, I - i); ++j) to_a[k * I + i + j] = float(factor * sums[j]);
+        for (int64_t j = 0; j < std::min(cols, I - i); ++j)
+          to_a[k * I + i + j] = float(factor * sums[j]);
       }
   });
   for (int64_t i = 0; i < O * r; ++i) to_b[i] = float(factor * rows_b[i]);
@@ -108,4 +123,6 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
 }  // namespace
 }  // namespace fasttax
 
-STABLE_TORCH_LIBRARY_IMPL(fasttax, CPU, m) { m.impl("lora_ewc_penalty", TORCH_BOX(&fasttax::lora_ewc_penalty)); }
+STABLE_TORCH_LIBRARY_IMPL(fasttax, CPU, m) {
+  m.impl("lora_ewc_penalty", TORCH_BOX(&fasttax::lora_ewc_penalty));
+}

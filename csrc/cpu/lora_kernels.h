@@ -1,9 +1,11 @@
-// The Fisher-weighted square of a low-rank update, S = sum F * (B A)^2, and its gradients d_A = B^T G, d_B = G A^T with
-// G = F * (B A), in one sweep over F: a tile of B A is made, weighed and used while it is in registers.
-// Per element of F 6 r flops (r = 16: 48 FMA a vector) beside 4 bytes, so the arithmetic is what costs; a tile is
-// kLoraRows x kLoraVectors vectors, as many as leave registers for a column of A and one of d_A.
+// The Fisher-weighted square of a low-rank update, S = sum F * (B A)^2, and its gradients d_A = B^T
+// G, d_B = G A^T with G = F * (B A), in one sweep over F: a tile of B A is made, weighed and used
+// while it is in registers. Per element of F 6 r flops (r = 16: 48 FMA a vector) beside 4 bytes, so
+// the arithmetic is what costs; a tile is kLoraRows x kLoraVectors vectors, as many as leave
+// registers for a column of A and one of d_A.
 #include "ewc_stage.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -20,15 +22,20 @@ inline int64_t lora_lanes() { return kLanes; }
 
 // F[row, col : col + n] as floats, padded with zeros to kLoraCols; in place where it can be.
 inline const float* lora_fisher(const Operand& fisher, int64_t at, int64_t n, float* buffer) {
-  if (fisher.type == EwcType::kFloat && n == kLoraCols) return static_cast<const float*>(fisher.data) + at;
+  if (fisher.type == EwcType::kFloat && n == kLoraCols)
+    return static_cast<const float*>(fisher.data) + at;
   switch (fisher.type) {
     case EwcType::kFloat: widen(static_cast<const float*>(fisher.data) + at, n, buffer); break;
-    case EwcType::kBFloat16: widen(static_cast<const BFloat16*>(fisher.data) + at, n, buffer); break;
+    case EwcType::kBFloat16:
+      widen(static_cast<const BFloat16*>(fisher.data) + at, n, buffer);
+      break;
     case EwcType::kFloat16: widen(static_cast<const Float16*>(fisher.data) + at, n, buffer); break;
     default:
       for (int64_t done = 0; done < n;) {  // a row need not start with a block
-        const int64_t block = (at + done) / kEwcBlock, part = std::min(n - done, (block + 1) * kEwcBlock - (at + done));
-        decode_u8log(static_cast<const uint8_t*>(fisher.data) + at + done, U8LogTables(fisher.scales + block * 2), part, buffer + done);
+        const int64_t block = (at + done) / kEwcBlock,
+                      part = std::min(n - done, (block + 1) * kEwcBlock - (at + done));
+        decode_u8log(static_cast<const uint8_t*>(fisher.data) + at + done,
+                     U8LogTables(fisher.scales + block * 2), part, buffer + done);
         done += part;
       }
   }
@@ -36,9 +43,11 @@ inline const float* lora_fisher(const Operand& fisher, int64_t at, int64_t n, fl
   return buffer;
 }
 
-// a, d_a: [r][kLoraCols]; b: kLoraRows rows of r; d_b: [kLoraRows][r] vectors whose lanes are yet to be added up.
+// a, d_a: [r][kLoraCols]; b: kLoraRows rows of r; d_b: [kLoraRows][r] vectors whose lanes are yet
+// to be added up.
 template <bool gradient>
-inline double lora_tile(const float* a, const float* b, const float* const* fisher, int64_t r, float* d_a, float* d_b) {
+inline double lora_tile(const float* a, const float* b, const float* const* fisher, int64_t r,
+                        float* d_a, float* d_b) {
   VF tile[kLoraRows][kLoraVectors] = {};
   for (int64_t k = 0; k < r; ++k) {
     VF col[kLoraVectors];
@@ -77,21 +86,26 @@ inline double lora_tile(const float* a, const float* b, const float* const* fish
   return sum(total);
 }
 
-// Rows that share a block of A and of d_A while it is in L1, beside the rows' own d_b: at r = 16 4 + 4 + 16 KB.
+// Rows that share a block of A and of d_A while it is in L1, beside the rows' own d_b: at r = 16 4
+// + 4 + 16 KB.
 constexpr int64_t kLoraStrip = 16;
 
 inline int64_t lora_strip() { return kLoraStrip; }
 
-// Rows of F are read 256 bytes at a time, which no hardware stream follows: each block's are fetched while the block before is used.
+// Rows of F are read 256 bytes at a time, which no hardware stream follows: each block's are
+// fetched while the block before is used.
 inline void lora_fetch(const Operand& fisher, int64_t at, int64_t n) {
   const int64_t item = fisher.type == EwcType::kFloat ? 4 : fisher.type == EwcType::kU8Log ? 1 : 2;
-  for (int64_t byte = 0; byte < n * item; byte += 64) __builtin_prefetch(static_cast<const char*>(fisher.data) + at * item + byte);
+  for (int64_t byte = 0; byte < n * item; byte += 64)
+    __builtin_prefetch(static_cast<const char*>(fisher.data) + at * item + byte);
 }
 
-// Rows [begin, end) of F. a: [column block][r][kLoraCols] and b: [rows][r], both padded with zeros; d_a (null without gradients) as a, this
-// chunk's own; d_b: [rows][r]; lanes: scratch of kLoraStrip * r vectors.
-inline double lora_chunk(const float* a, const float* b, void* data, EwcType type, const float* scales, int64_t r, int64_t width,
-                         int64_t begin, int64_t end, float* d_a, float* d_b, float* lanes) {
+// Rows [begin, end) of F. a: [column block][r][kLoraCols] and b: [rows][r], both padded with zeros;
+// d_a (null without gradients) as a, this chunk's own; d_b: [rows][r]; lanes: scratch of kLoraStrip
+// * r vectors.
+inline double lora_chunk(const float* a, const float* b, void* data, EwcType type,
+                         const float* scales, int64_t r, int64_t width, int64_t begin, int64_t end,
+                         float* d_a, float* d_b, float* lanes) {
   alignas(64) float buffers[kLoraRows][kLoraCols];
   const Operand operand{data, type, scales};
   double total = 0;
@@ -105,14 +119,17 @@ inline double lora_chunk(const float* a, const float* b, void* data, EwcType typ
         for (int k = 0; k < kLoraRows; ++k) {  // beyond the end B is 0 and any row of F will do
           const int64_t at = std::min(row + k, stop - 1) * width + col;
           fisher[k] = lora_fisher(operand, at, n, buffers[k]);
-          if (col + kLoraCols < width) lora_fetch(operand, at + kLoraCols, std::min(kLoraCols, width - col - kLoraCols));
+          if (col + kLoraCols < width)
+            lora_fetch(operand, at + kLoraCols, std::min(kLoraCols, width - col - kLoraCols));
         }
-        total += d_a ? lora_tile<true>(a + col * r, b + row * r, fisher, r, d_a + col * r, lanes + (row - strip) * r * kLanes)
+        total += d_a ? lora_tile<true>(a + col * r, b + row * r, fisher, r, d_a + col * r,
+                                       lanes + (row - strip) * r * kLanes)
                      : lora_tile<false>(a + col * r, b + row * r, fisher, r, nullptr, nullptr);
       }
     }
     if (d_a)
-      for (int64_t i = 0; i < (stop - strip) * r; ++i) d_b[strip * r + i] = float(sum(load(lanes + i * kLanes)));
+      for (int64_t i = 0; i < (stop - strip) * r; ++i)
+        d_b[strip * r + i] = float(sum(load(lanes + i * kLanes)));
   }
   return total;
 }
@@ -127,3 +144,4 @@ inline void lora_widen(EwcType type, const void* src, int64_t at, int64_t n, flo
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

@@ -1,5 +1,6 @@
-// Vectors of float for one instruction set; included once per FASTTAX_ISA by isa.h (so no include guard).
-// Arithmetic uses the compilers' vector extensions; only what they can't say is an intrinsic.
+// Vectors of float for one instruction set; included once per FASTTAX_ISA by isa.h (so no include
+// guard). Arithmetic uses the compilers' vector extensions; only what they can't say is an
+// intrinsic.
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -92,7 +93,7 @@ inline float max_of(VF a) {  // NaN lanes are ignored
   return m;
 }
 
-// ---- memory -------------------------------------------------------------------------------------------------
+// --- memory
 
 inline VF load(const float* p) {
   VF v;
@@ -100,7 +101,8 @@ inline VF load(const float* p) {
   return v;
 }
 
-inline VU widen_halves(const void* p) {  // kLanes 16-bit words as 32-bit ones; GCC 12 converts vectors by halves, in five instructions
+// kLanes 16-bit words as 32-bit ones; GCC 12 converts vectors by halves, in five instructions
+inline VU widen_halves(const void* p) {
 #if FASTTAX_ISA == 512
   return (VU)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 #elif FASTTAX_ISA == 256
@@ -122,11 +124,14 @@ inline float to_float(BFloat16 a) {
   return f;
 }
 inline float to_float(Float16 a) {
-  const uint32_t sign = uint32_t(a.bits & 0x8000) << 16, magnitude = uint32_t(a.bits & 0x7fff) << 13;
-  uint32_t u = sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : magnitude);  // inf and NaN keep exponent 255
+  const uint32_t sign = uint32_t(a.bits & 0x8000) << 16, magnitude = uint32_t(a.bits & 0x7fff)
+                                                                     << 13;
+  // inf and NaN keep exponent 255
+  uint32_t u = sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : magnitude);
   float f;
   std::memcpy(&f, &u, 4);
-  return magnitude >= 0x0f800000 ? f : f * 0x1p112f;  // 2^112 moves the exponent bias from 15 to 127, subnormals too
+  // 2^112 moves the exponent bias from 15 to 127, subnormals too
+  return magnitude >= 0x0f800000 ? f : f * 0x1p112f;
 }
 
 inline VF load(const Float16* p) {
@@ -141,8 +146,8 @@ inline VF load(const Float16* p) {
 #endif
 }
 
-// Two vectors at once, the 2 * kLanes entries from p in an order of the type's own, which store_pair puts back: bfloat16
-// takes those of even and of odd place, one instruction each.
+// Two vectors at once, the 2 * kLanes entries from p in an order of the type's own, which
+// store_pair puts back: bfloat16 takes those of even and of odd place, one instruction each.
 template <class T>
 inline void load_pair(const T* p, VF& a, VF& b) {
   a = load(p);
@@ -155,12 +160,14 @@ inline void load_pair(const BFloat16* p, VF& a, VF& b) {
   b = (VF)(both & 0xffff0000u);
 }
 
-// Fetches what a loop reads `bytes` at a time 1 KB before it gets there. The processor's own streams stop at every 4 KB page and arithmetic
-// fills its window before the next miss is seen: 17.1 -> 13.5 ns for 16 float32 cells of a row pair on Cascade Lake, where reading them
+// Fetches what a loop reads `bytes` at a time 1 KB before it gets there. The processor's own
+// streams stop at every 4 KB page and arithmetic fills its window before the next miss is
+// seen: 17.1 -> 13.5 ns for 16 float32 cells of a row pair on Cascade Lake, where reading them
 // takes 10.
 static const int64_t kUpwards = fetch_ahead(1024), kDownwards = fetch_ahead(-1024);
 inline void fetch(const void* p, int64_t bytes, int64_t distance) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + distance + line);
+  for (int64_t line = 0; line < bytes; line += 64)
+    __builtin_prefetch(static_cast<const char*>(p) + distance + line);
 }
 
 template <class T>
@@ -172,7 +179,8 @@ inline VF load(const T* p, int64_t n, float fill) {  // the first n < kLanes ele
 
 inline void store(float* p, VF v) { std::memcpy(p, &v, sizeof v); }
 
-inline VU round_to_bfloat16(VF v) {  // to nearest even in the upper half, which is all that counts; a NaN stays one
+// to nearest even in the upper half, which is all that counts; a NaN stays one
+inline VU round_to_bfloat16(VF v) {
   const VU u = (VU)v;
   return (VU)((v == v) ? (VI)(u + 0x7fff + ((u >> 16) & 1)) : (VI)(u | 0x400000));
 }
@@ -194,7 +202,8 @@ inline uint16_t to_half_bits(float f) {
   u &= 0x7fffffff;
   if (u > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (u >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
-  if (u < 0x38800000) {                                 // below 2^-14: subnormal, rounded by one float addition
+  // below 2^-14: subnormal, rounded by one float addition
+  if (u < 0x38800000) {
     float g;
     std::memcpy(&g, &u, 4);
     g += 0.5f;
@@ -206,9 +215,11 @@ inline uint16_t to_half_bits(float f) {
 
 inline void store(Float16* p, VF v) {
 #if FASTTAX_ISA == 512
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif FASTTAX_ISA == 256
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) p[i].bits = to_half_bits(v[i]);
 #endif
@@ -231,33 +242,11 @@ inline void store(T* p, VF v, int64_t n) {
   std::memcpy(p, whole, size_t(n) * sizeof(T));
 }
 
-// f(p) with p as what `type` says that it is.
-template <class F>
-inline void typed(LogitType type, const void* p, F&& f) {
-  switch (type) {
-    case LogitType::kBFloat16: f(static_cast<const BFloat16*>(p)); break;
-    case LogitType::kFloat16: f(static_cast<const Float16*>(p)); break;
-    default: f(static_cast<const float*>(p));
-  }
-}
-
-template <class T>
-inline void widen_row(const T* src, int64_t n, float* dst) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
-  for (; i < n; ++i) dst[i] = to_float(src[i]);
-}
-
-// Pairs of a row of n bfloat16, which are one word each as they lie, with a zero for the last one's partner.
-inline void pairs_of(const BFloat16* src, int64_t n, float* dst) {
-  if (n % 2 != 0) dst[n / 2] = 0;
-  std::memcpy(dst, src, size_t(n) * sizeof(BFloat16));
-}
-
 // Where there is AVX512-BF16: acc + a pair of products in each lane, which are exact.
 #if FASTTAX_ISA == 512
 #if defined(__clang__)
-#define FASTTAX_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16")))
+#define FASTTAX_BF16 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16")))
 #else
 #define FASTTAX_BF16 __attribute__((target("avx512bf16")))
 #endif
@@ -266,12 +255,13 @@ FASTTAX_BF16 inline VF dot_pairs(VF row, VF col, VF acc) {
 }
 #endif
 
-// ---- functions ----------------------------------------------------------------------------------------------
+// --- functions
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(a) in the low bits
 
-// e^z, relative error <= 2.5e-7 (degree-5 minimax on [-ln2/2, ln2/2] with e^0 = 1 exactly, 1.1e-7 of it); 0 below -104, NaN for NaN.
-// Above 88 it is inf or NaN: a caller that may get there checks its frame.
+// e^z, relative error <= 2.5e-7 (degree-5 minimax on [-ln2/2, ln2/2] with e^0 = 1 exactly, 1.1e-7
+// of it); 0 below -104, NaN for NaN. Above 88 it is inf or NaN: a caller that may get there checks
+// its frame.
 inline VF exp(VF z) {
   z = max_keep_nan(splat(-104.0f), z);
 #if FASTTAX_ISA != 512
@@ -291,33 +281,40 @@ inline VF exp(VF z) {
   return (VF)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
   const VI exponent = as_int(shifted) - as_int(splat(kRound));
-  const VI half = exponent >> 1;  // two factors, so that results below 2^-126 and above 2^127 come out right
+  // two factors, so that results below 2^-126 and above 2^127 come out right
+  const VI half = exponent >> 1;
   return p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
 #endif
 }
 
-// e^z for z <= 88 where a flush to 0 below -87 is no loss, relative error <= 2.5e-7 + 1.4e-8 |z|, e^0 = 1; NaN for NaN, and no
-// meaning above 88. With n = round(32 z / ln 2): 2^(n / 32) from a table of 2^(j / 32), whose entries have j << 18 taken off so
-// that one addition of n << 18 puts the exponent in, times 2^(rest / 32) to second order. 7 operations less than exp.
+// e^z for z <= 88 where a flush to 0 below -87 is no loss, relative error <= 2.5e-7 + 1.4e-8 |z|,
+// e^0 = 1; NaN for NaN, and no meaning above 88. With n = round(32 z / ln 2): 2^(n / 32) from a
+// table of 2^(j / 32), whose entries have j << 18 taken off so that one addition of n << 18 puts
+// the exponent in, times 2^(rest / 32) to second order. 7 operations less than exp.
 inline VF exp_flushed(VF z) {
 #if FASTTAX_ISA == 512
   alignas(64) static constexpr uint32_t kTable[32] = {
-      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532,
-      0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be,
-      0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3,
+      0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b,
+      0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a,
+      0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
+      0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
   const VF scaled = splat(46.166241308446828f);
   const VF shifted = fma(z, scaled, splat(kRound));
   const VF r = fma(z, scaled, kRound - shifted);
   const VF p = fma(fma(r, splat(2.3459620e-4f), splat(2.16611670e-2f)), r, splat(1.0f));
-  const __m512i power = _mm512_permutex2var_epi32(_mm512_load_si512(kTable), (__m512i)as_int(shifted), _mm512_load_si512(kTable + 16));
+  const __m512i power = _mm512_permutex2var_epi32(
+      _mm512_load_si512(kTable), (__m512i)as_int(shifted), _mm512_load_si512(kTable + 16));
   const VF two_to_n = (VF)_mm512_add_epi32(power, _mm512_slli_epi32((__m512i)as_int(shifted), 18));
-  return (VF)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)z, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ), (__m512)p, (__m512)two_to_n);
+  return (VF)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)z, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ),
+                                 (__m512)p, (__m512)two_to_n);
 #else
   return exp(z);
 #endif
 }
 
-// ln a for a > 0 (normal or subnormal), relative error <= 2e-7 away from 1; -inf at 0, inf at inf, NaN below 0.
+// ln a for a > 0 (normal or subnormal), relative error <= 2e-7 away from 1; -inf at 0, inf at inf,
+// NaN below 0.
 inline VF log(VF a) {
   const VI tiny = a < 1.17549435e-38f;
   const VF scaled = tiny ? a * 8388608.0f : a;

@@ -1,6 +1,7 @@
-// token_stats on the CPU: one sweep over both rows (or the policy's alone) gives every value, one sweep back the gradient
-// of any mix of them. Passes over memory: forward 2, backward 2 and one for each gradient.
-#include "kl_rows.h"
+// token_stats on the CPU: one sweep over both rows (or the policy's alone) gives every value, one
+// sweep back the gradient of any mix of them. Passes over memory: forward 2, backward 2 and one for
+// each gradient.
+#include "kl_layout.h"
 
 #define FASTTAX_KERNELS "stats_kernels.h"
 #include "isa.h"
@@ -9,7 +10,8 @@
 namespace fasttax {
 namespace {
 
-static_assert(sizeof(StatsRow) == kStatsKept * sizeof(float), "the second output holds one StatsRow a token");
+static_assert(sizeof(StatsRow) == kStatsKept * sizeof(float),
+              "the second output holds one StatsRow a token");
 
 struct StatsWork {
   const Call& c;
@@ -38,7 +40,8 @@ struct StatsWork {
     std::memcpy(kept, &row, sizeof row);
   }
   void forward_row(int64_t n, double* out, double* kept) const {
-    stats_double_forward(static_cast<double*>(x[n]), static_cast<double*>(ref(n)), c.V, wide_params, id(n), kept, out);
+    stats_double_forward(static_cast<double*>(x[n]), static_cast<double*>(ref(n)), c.V, wide_params,
+                         id(n), kept, out);
   }
 
   template <class T>
@@ -57,43 +60,49 @@ struct StatsWork {
     FASTTAX_DISPATCH(stats_backward, c.type, x[n], ref(n), c.V, c.k, id(n), row, g, dx, dy);
   }
   void backward_row(int64_t n, const double* g, const double* kept, void* dx, void* dy) const {
-    stats_double_backward(static_cast<double*>(x[n]), static_cast<double*>(ref(n)), c.V, wide_params, id(n), kept, g,
-                          static_cast<double*>(dx), static_cast<double*>(dy));
+    stats_double_backward(static_cast<double*>(x[n]), static_cast<double*>(ref(n)), c.V,
+                          wide_params, id(n), kept, g, static_cast<double*>(dx),
+                          static_cast<double*>(dy));
   }
 };
 
 const int64_t* checked_ids(const char* op, const std::optional<Tensor>& ids, const Call& c) {
   if (!ids.has_value()) return nullptr;
-  FASTTAX_CHECK(ids->scalar_type() == ScalarType::Long && ids->is_contiguous() && ids->numel() == c.N, op,
-                "ids: expected a contiguous int64 tensor of ", c.N, " elements");
+  FASTTAX_CHECK(
+      ids->scalar_type() == ScalarType::Long && ids->is_contiguous() && ids->numel() == c.N, op,
+      "ids: expected a contiguous int64 tensor of ", c.N, " elements");
   const int64_t* at = static_cast<const int64_t*>(ids->const_data_ptr());
   for (int64_t n = 0; n < c.N; ++n)
-    FASTTAX_CHECK((c.mask && !c.mask[n]) || (at[n] >= 0 && at[n] < c.V), op, "ids: expected values in [0, ", c.V, "), got ", at[n],
-                  " at token ", n);
+    FASTTAX_CHECK((c.mask && !c.mask[n]) || (at[n] >= 0 && at[n] < c.V), op,
+                  "ids: expected values in [0, ", c.V, "), got ", at[n], " at token ", n);
   return at;
 }
 
 // Without a reference its parameters are the policy's: one row stands for both.
-#define FASTTAX_STATS_OPTIONS \
-  double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature, double ref_inv_temperature
-#define FASTTAX_STATS_CALL(op)                                                                                                            \
-  const bool has_ref = ref_logits.has_value();                                                                                            \
-  if (!has_ref) ref_scale = scale, ref_softcap = softcap, ref_inv_temperature = inv_temperature;                                          \
-  const Call c = prepare(op, logits, has_ref ? *ref_logits : logits, mask, 0, 0, scale, ref_scale, softcap, ref_softcap, inv_temperature, \
-                         ref_inv_temperature, false);                                                                                     \
-  const StatsWork work {                                                                                                                  \
-    c, {0, false, 0, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature}, Rows(logits),                         \
-        has_ref ? std::optional<Rows>(Rows(*ref_logits)) : std::nullopt, checked_ids(op, ids, c), c.type == LogitType::kDouble            \
+#define FASTTAX_STATS_OPTIONS                                                                 \
+  double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature, \
+      double ref_inv_temperature
+#define FASTTAX_STATS_CALL(op)                                                                      \
+  const bool has_ref = ref_logits.has_value();                                                      \
+  if (!has_ref) ref_scale = scale, ref_softcap = softcap, ref_inv_temperature = inv_temperature;    \
+  const Call c = prepare(op, logits, has_ref ? *ref_logits : logits, mask, 0, 0, scale, ref_scale,  \
+                         softcap, ref_softcap, inv_temperature, ref_inv_temperature, false);        \
+  const StatsWork work {                                                                            \
+    c, {0, false, 0, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature}, \
+        Rows(logits), has_ref ? std::optional<Rows>(Rows(*ref_logits)) : std::nullopt,              \
+        checked_ids(op, ids, c), c.type == FloatType::kDouble                                       \
   }
 
 // (values (6, ...), stats (..., 11)); a value that lacks its ids or its reference is 0.
-std::tuple<Tensor, Tensor> token_stats(Tensor logits, std::optional<Tensor> ref_logits, std::optional<Tensor> ids,
-                                       std::optional<Tensor> mask, FASTTAX_STATS_OPTIONS) {
+std::tuple<Tensor, Tensor> token_stats(Tensor logits, std::optional<Tensor> ref_logits,
+                                       std::optional<Tensor> ids, std::optional<Tensor> mask,
+                                       FASTTAX_STATS_OPTIONS) {
   FASTTAX_STATS_CALL("token_stats");
   std::vector<int64_t> sizes = sizes_of(logits, logits.dim() - 1), values_sizes = sizes;
   values_sizes.insert(values_sizes.begin(), kTokenStats);
   sizes.push_back(kStatsKept);
-  Tensor values = torch::stable::empty(values_sizes, work.result_type()), stats = torch::stable::empty(sizes, work.result_type());
+  Tensor values = torch::stable::empty(values_sizes, work.result_type()),
+         stats = torch::stable::empty(sizes, work.result_type());
   void *out = values.mutable_data_ptr(), *kept = stats.mutable_data_ptr();
   torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
@@ -104,25 +113,36 @@ std::tuple<Tensor, Tensor> token_stats(Tensor logits, std::optional<Tensor> ref_
   return {values, stats};
 }
 
-// Gradients of sum_s,n grads[s, n] values[s, n] for both rows in one sweep; the one not asked for comes back empty.
-std::tuple<Tensor, Tensor> token_stats_backward(Tensor grads, Tensor logits, std::optional<Tensor> ref_logits, std::optional<Tensor> ids,
-                                                std::optional<Tensor> mask, Tensor stats, FASTTAX_STATS_OPTIONS, bool need_policy,
+// Gradients of sum_s,n grads[s, n] values[s, n] for both rows in one sweep; the one not asked for
+// comes back empty.
+std::tuple<Tensor, Tensor> token_stats_backward(Tensor grads, Tensor logits,
+                                                std::optional<Tensor> ref_logits,
+                                                std::optional<Tensor> ids,
+                                                std::optional<Tensor> mask, Tensor stats,
+                                                FASTTAX_STATS_OPTIONS, bool need_policy,
                                                 bool need_ref) {
   const char* op = "token_stats_backward";
   FASTTAX_STATS_CALL(op);
   FASTTAX_CHECK(has_ref || !need_ref, op, "need_ref: there is no reference");
   const auto check = [&](const char* name, const Tensor& t, int64_t numel) {
-    FASTTAX_CHECK(t.scalar_type() == work.result_type() && t.is_contiguous() && t.numel() == numel, op, name, ": expected a contiguous ",
-                  work.wide ? "float64" : "float32", " tensor of ", numel, " elements");
+    FASTTAX_CHECK(t.scalar_type() == work.result_type() && t.is_contiguous() && t.numel() == numel,
+                  op, name, ": expected a contiguous ", work.wide ? "float64" : "float32",
+                  " tensor of ", numel, " elements");
     return t.const_data_ptr();
   };
-  const void *upstream = check("grads", grads, c.N * kTokenStats), *kept = check("stats", stats, c.N * kStatsKept);
+  const void *upstream = check("grads", grads, c.N * kTokenStats),
+             *kept = check("stats", stats, c.N * kStatsKept);
   Target to_logits, to_ref;
-  const Tensor d_logits = gradient_buffer(logits, need_policy, to_logits), d_ref = gradient_buffer(logits, need_ref, to_ref);
+  const Tensor d_logits = gradient_buffer(logits, need_policy, to_logits),
+               d_ref = gradient_buffer(logits, need_ref, to_ref);
   torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      if (work.wide) work.backward(n, static_cast<const double*>(upstream), static_cast<const double*>(kept), to_logits[n], to_ref[n]);
-      else work.backward(n, static_cast<const float*>(upstream), static_cast<const float*>(kept), to_logits[n], to_ref[n]);
+      if (work.wide)
+        work.backward(n, static_cast<const double*>(upstream), static_cast<const double*>(kept),
+                      to_logits[n], to_ref[n]);
+      else
+        work.backward(n, static_cast<const float*>(upstream), static_cast<const float*>(kept),
+                      to_logits[n], to_ref[n]);
     }
   });
   return {d_logits, d_ref};

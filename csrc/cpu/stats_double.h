@@ -5,11 +5,12 @@
 
 namespace fasttax {
 
-constexpr int64_t kStatsKept =
-    11;  // as many as StatsRow has floats; here: mx, my, S, Y, log_ratio, KL(p||q), KL(q||p), E_p[ax], logp, ref_logp
+// As many as StatsRow has floats; here: mx, my, S, Y, log_ratio, KL(p||q), KL(q||p), E_p[ax], logp,
+// ref_logp
+constexpr int64_t kStatsKept = 11;
 
-inline void stats_double_forward(const double* x, const double* y, int64_t V, const DoubleParams& k, int64_t id, double* kept,
-                                 double* out) {
+inline void stats_double_forward(const double* x, const double* y, int64_t V, const DoubleParams& k,
+                                 int64_t id, double* kept, double* out) {
   const double* other = y ? y : x;
   double row[8];
   DoubleParams one_way = k;
@@ -30,7 +31,8 @@ inline void stats_double_forward(const double* x, const double* y, int64_t V, co
   const double mean = moment / S, entropy = std::log(S) - mean;
   out[kEntropy] = entropy < 0 ? 0 : entropy;
   constexpr double inf = std::numeric_limits<double>::infinity();
-  const bool none = std::all_of(x, x + V, [](double v) { return v == -inf; });  // around -inf the sums are NaN
+  // around -inf the sums are NaN
+  const bool none = std::all_of(x, x + V, [](double v) { return v == -inf; });
   out[kLse] = none && mx == -inf ? -inf : mx + std::log(S);
   out[kLogp] = out[kRefLogp] = 0;
   if (id >= 0) {
@@ -38,24 +40,39 @@ inline void stats_double_forward(const double* x, const double* y, int64_t V, co
     out[kLogp] = (z.x - mx) - std::log(S);
     if (y) out[kRefLogp] = (z.y - my) - std::log(Y);
   }
-  const double keep[kStatsKept] = {mx, my, S, Y, log_ratio, out[kKlPolicyRef], out[kKlRefPolicy], mean, out[kLogp], out[kRefLogp], 0};
+  const double keep[kStatsKept] = {mx,
+                                   my,
+                                   S,
+                                   Y,
+                                   log_ratio,
+                                   out[kKlPolicyRef],
+                                   out[kKlRefPolicy],
+                                   mean,
+                                   out[kLogp],
+                                   out[kRefLogp],
+                                   0};
   std::copy(keep, keep + kStatsKept, kept);
 }
 
-inline void stats_double_backward(const double* x, const double* y, int64_t V, const DoubleParams& k, int64_t id, const double* kept,
+inline void stats_double_backward(const double* x, const double* y, int64_t V,
+                                  const DoubleParams& k, int64_t id, const double* kept,
                                   const double* g, double* dx, double* dy) {
   const double* other = y ? y : x;
-  const double mx = kept[0], my = kept[1], S = kept[2], Y = kept[3], log_ratio = kept[4], forwards = kept[5], backwards = kept[6];
+  const double mx = kept[0], my = kept[1], S = kept[2], Y = kept[3], log_ratio = kept[4],
+               forwards = kept[5], backwards = kept[6];
   const double mean = kept[7], logp = kept[8], ref_logp = kept[9];
   for (int64_t i = 0; i < V; ++i) {
     const DoublePair z(x[i], other[i], k);
-    const double ax = z.x - mx, p = std::exp(ax) / S, q = std::exp(z.y - my) / Y, u = (z.x - z.y) - (mx - my) - log_ratio;
+    const double ax = z.x - mx, p = std::exp(ax) / S, q = std::exp(z.y - my) / Y,
+                 u = (z.x - z.y) - (mx - my) - log_ratio;
     const double p_minus_q = std::fabs(u) <= 1 ? -p * std::expm1(-u) : p - q;
     double for_x = weighted(g[kEntropy], weighted(p, mean - ax)) + p * g[kLse], for_y = 0;
     for_x += weighted(g[kLogp], i == id ? -std::expm1(logp) : -p);
     if (y) {
-      for_x += weighted(g[kKlPolicyRef], weighted(p, u - forwards)) + weighted(g[kKlRefPolicy], p_minus_q);
-      for_y = weighted(g[kKlRefPolicy], weighted(q, -u - backwards)) - weighted(g[kKlPolicyRef], p_minus_q);
+      for_x += weighted(g[kKlPolicyRef], weighted(p, u - forwards)) +
+               weighted(g[kKlRefPolicy], p_minus_q);
+      for_y = weighted(g[kKlRefPolicy], weighted(q, -u - backwards)) -
+              weighted(g[kKlPolicyRef], p_minus_q);
       for_y += weighted(g[kRefLogp], i == id ? -std::expm1(ref_logp) : -q);
     }
     if (dx) dx[i] = weighted(for_x, z.slope_x);

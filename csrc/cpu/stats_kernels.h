@@ -1,7 +1,8 @@
-// token_stats over one row or one row pair: log-prob of an id, entropy, lse and the KL both ways out of one sweep; and
-// one sweep back for any mix of them, with a coefficient for each.
+// token_stats over one row or one row pair: log-prob of an id, entropy, lse and the KL both ways
+// out of one sweep; and one sweep back for any mix of them, with a coefficient for each.
 #include "kl_sweep.h"
 
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
@@ -28,13 +29,16 @@ inline Sums policy_sweep(const T* x, int64_t V, const KlParams& k, const KlRow& 
 }
 
 template <class T>
-inline Sums stats_sweep(const T* x, const T* y, int64_t V, const KlParams& k, const KlRow& r, bool careful) {
+inline Sums stats_sweep(const T* x, const T* y, int64_t V, const KlParams& k, const KlRow& r,
+                        bool careful) {
   if (y) return sweep_row<kWantPolicyRef | kWantRefPolicy | kWantEntropy>(x, y, V, k, r, careful);
   if (k.cap > 0) return policy_sweep<FrameMode::kGeneral, true>(x, V, k, r);
-  return careful ? policy_sweep<FrameMode::kShared, true>(x, V, k, r) : policy_sweep<FrameMode::kShared, false>(x, V, k, r);
+  return careful ? policy_sweep<FrameMode::kShared, true>(x, V, k, r)
+                 : policy_sweep<FrameMode::kShared, false>(x, V, k, r);
 }
 
-// Whether no entry is a number's log: the row's lse is then -inf, where the sums, taken around -inf, are NaN.
+// Whether no entry is a number's log: the row's lse is then -inf, where the sums, taken around
+// -inf, are NaN.
 template <class T>
 inline bool all_minus_infinity(const T* x, int64_t V, const KlRow& r) {
   if (r.mx != -kInf) return false;
@@ -45,7 +49,8 @@ inline bool all_minus_infinity(const T* x, int64_t V, const KlRow& r) {
 
 // `out` receives the kTokenStats values of a token; y may be nullptr (no reference), id -1 (none).
 template <class T>
-inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id, StatsRow& row, float* out) {
+inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id,
+                              StatsRow& row, float* out) {
   KlRow& r = row.kl;
   const T* other = y ? y : x;
   primed_maxima(x, other, V, k, r);
@@ -63,15 +68,19 @@ inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams&
       forwards = divergence(t, true);
       backwards = divergence(t, false);
     }
-    const bool trusted = t.moment == t.moment && (!y || (t.trusted(forwards.value) && t.trusted(backwards.value)));
+    const bool trusted =
+        t.moment == t.moment && (!y || (t.trusted(forwards.value) && t.trusted(backwards.value)));
     if (careful || trusted) break;
     careful = true;
     t = stats_sweep(x, y, V, k, r, careful);
   }
-  const double mass = t.mass, mean = t.moment / t.mass, entropy = std::max(0.0, std::log(mass) - mean);
+  const double mass = t.mass, mean = t.moment / t.mass,
+               entropy = std::max(0.0, std::log(mass) - mean);
   if (y && (forwards.recentre() || backwards.recentre())) {
-    // each keeps the better of its two values; the frame is that of the smaller one, where digits are scarce
-    const bool first = forwards.recentre() && !(backwards.recentre() && backwards.value < forwards.value);
+    // each keeps the better of its two values; the frame is that of the smaller one, where digits
+    // are scarce
+    const bool first =
+        forwards.recentre() && !(backwards.recentre() && backwards.value < forwards.value);
     r.shift = float(first ? forwards.gap : backwards.gap);
     t = stats_sweep(x, y, V, k, r, true);
     const Divergence f = divergence(t, true), b = divergence(t, false);
@@ -82,7 +91,8 @@ inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams&
     backwards.gap = b.gap;
   }
   double ax = 0, ay = 0;
-  if (id >= 0) {  // by the sweep's own arithmetic: what it rounds off the id's entry is in the sums too
+  // by the sweep's own arithmetic: what it rounds off the id's entry is in the sums too
+  if (id >= 0) {
     const Frame<FrameMode::kGeneral> frame(k, r);
     VF framed, d, xv = splat(to_float(x[id])), yv = splat(to_float(other[id]));
     frame(xv, yv, framed, d, kLanes);
@@ -97,7 +107,8 @@ inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams&
   r.inv_s = float(1 / mass);
   r.inv_s_ref = y ? float(1 / t.y) : 0.0f;
   row.mean = float(mean);
-  const auto at_most_zero = [](double v) { return v > 0 ? 0.0f : float(v); };  // NaN passes through these two
+  // NaN passes through these two
+  const auto at_most_zero = [](double v) { return v > 0 ? 0.0f : float(v); };
   const auto at_least_zero = [](double v) { return v < 0 ? 0.0f : float(v); };
   row.logp = out[kLogp] = id < 0 ? 0.0f : at_most_zero(logp);
   row.ref_logp = out[kRefLogp] = id < 0 || !y ? 0.0f : at_most_zero(ref_logp);
@@ -108,11 +119,15 @@ inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams&
   out[kKlRefPolicy] = at_least_zero(backwards.value);
 }
 
-inline float smaller_kl(const KlRow& r) { return std::min(r.mean_gap - r.log_ratio, r.log_ratio - r.ref_center); }
+inline float smaller_kl(const KlRow& r) {
+  return std::min(r.mean_gap - r.log_ratio, r.log_ratio - r.ref_center);
+}
 
 // d/dx and d/dy of sum_s g_s stat_s at one vector, with the coefficients of a token:
-//   logp: 1[id] - p    lse: p    entropy: p (E_p[ax] - ax)    KL(p||q): p (d - E_p[d]), q - p    KL(q||p): p - q, q (E_q[d] - d)
-// kSides: 1 the policy's gradient, 2 the reference's, 3 both. kBackwards: whether KL(q||p) has a coefficient.
+//   logp: 1[id] - p    lse: p    entropy: p (E_p[ax] - ax)    KL(p||q): p (d - E_p[d]), q - p
+//   KL(q||p): p - q, q (E_q[d] - d)
+// kSides: 1 the policy's gradient, 2 the reference's, 3 both. kBackwards: whether KL(q||p) has a
+// coefficient.
 template <FrameMode mode, int kSides, bool kBackwards>
 struct StatsSlope {
   const KlParams k;
@@ -120,7 +135,8 @@ struct StatsSlope {
   const Frame<mode> frame;
   const Difference<mode> difference;
   const float mean, logp, ref_logp, g_logp, g_ref_logp, g_entropy, g_lse, g_forwards, g_backwards;
-  const VI forwards;  // a mask: where the reference gives an entry no mass, d is inf and 0 * d no number
+  // a mask: where the reference gives an entry no mass, d is inf and 0 * d no number
+  const VI forwards;
 
   StatsSlope(const KlParams& params, const StatsRow& row, const float* g, bool pair)
       : k(params),
@@ -138,8 +154,10 @@ struct StatsSlope {
         g_backwards(g[kKlRefPolicy]),
         forwards(splat_i(pair && g[kKlPolicyRef] != 0 ? -1 : 0)) {}
 
-  // `at_id` leaves the log-probs' own terms out of p and q, for `at` to add them without cancellation
-  __attribute__((always_inline)) inline void operator()(VF xv, VF yv, int64_t n, VF& for_x, VF& for_y, bool at_id = false) const {
+  // `at_id` leaves the log-probs' own terms out of p and q, for `at` to add them without
+  // cancellation
+  __attribute__((always_inline)) inline void operator()(VF xv, VF yv, int64_t n, VF& for_x,
+                                                        VF& for_y, bool at_id = false) const {
     VF ax, d;
     frame(xv, yv, ax, d, n);
     const VF p = exp_flushed(ax) * r.inv_s;
@@ -171,13 +189,14 @@ struct StatsSlope {
     if (mode == FrameMode::kGeneral && k.cap > 0) bend_x = bend(xv, k.scale / k.cap);
     if (mode == FrameMode::kGeneral && k.ref_cap > 0) bend_y = bend(yv, k.ref_scale / k.ref_cap);
     if (kSides & 1) store(dx + id, for_x - bend_x * (std::expm1(logp) * g_logp * k.row_slope), 1);
-    if (kSides & 2) store(dy + id, for_y - bend_y * (std::expm1(ref_logp) * g_ref_logp * k.ref_row_slope), 1);
+    if (kSides & 2)
+      store(dy + id, for_y - bend_y * (std::expm1(ref_logp) * g_ref_logp * k.ref_row_slope), 1);
   }
 };
 
 template <FrameMode mode, int kSides, bool kBackwards, class T>
-inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id, const StatsRow& row, const float* g, T* dx,
-                               T* dy) {
+inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id,
+                               const StatsRow& row, const float* g, T* dx, T* dy) {
   const T* other = y ? y : x;
   const StatsSlope<mode, kSides, kBackwards> slope(k, row, g, y != nullptr);
   write_gradients<kSides>(x, other, V, dx, dy, slope);
@@ -185,53 +204,64 @@ inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams
 }
 
 template <FrameMode mode, int kSides, class T>
-inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id, const StatsRow& row, const float* g, T* dx,
-                               T* dy) {
-  if (y && g[kKlRefPolicy] != 0) return stats_row_backward<mode, kSides, true>(x, y, V, k, id, row, g, dx, dy);
+inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id,
+                               const StatsRow& row, const float* g, T* dx, T* dy) {
+  if (y && g[kKlRefPolicy] != 0)
+    return stats_row_backward<mode, kSides, true>(x, y, V, k, id, row, g, dx, dy);
   return stats_row_backward<mode, kSides, false>(x, y, V, k, id, row, g, dx, dy);
 }
 
 template <FrameMode mode, class T>
-inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id, const StatsRow& row, const float* g, T* dx,
-                               T* dy) {
+inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id,
+                               const StatsRow& row, const float* g, T* dx, T* dy) {
   if (dx && dy) return stats_row_backward<mode, 3>(x, y, V, k, id, row, g, dx, dy);
   if (dx) return stats_row_backward<mode, 1>(x, y, V, k, id, row, g, dx, dy);
   if (dy) return stats_row_backward<mode, 2>(x, y, V, k, id, row, g, dx, dy);
 }
 
 template <class T>
-inline void stats_backward_typed(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id, const StatsRow& row, const float* g,
-                                 T* dx, T* dy) {
+inline void stats_backward_typed(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id,
+                                 const StatsRow& row, const float* g, T* dx, T* dy) {
   const bool plain = y ? k.plain : k.cap == 0;
-  if (plain && Frame<FrameMode::kUnit>::is_unit(k, row.kl)) return stats_row_backward<FrameMode::kUnit>(x, y, V, k, id, row, g, dx, dy);
+  if (plain && Frame<FrameMode::kUnit>::is_unit(k, row.kl))
+    return stats_row_backward<FrameMode::kUnit>(x, y, V, k, id, row, g, dx, dy);
   if (plain) return stats_row_backward<FrameMode::kShared>(x, y, V, k, id, row, g, dx, dy);
   return stats_row_backward<FrameMode::kGeneral>(x, y, V, k, id, row, g, dx, dy);
 }
 
-inline void stats_forward(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, int64_t id, StatsRow& row,
-                          float* out) {
+inline void stats_forward(FloatType type, const void* x, const void* y, int64_t V,
+                          const KlParams& k, int64_t id, StatsRow& row, float* out) {
   switch (type) {
-    case LogitType::kBFloat16:
-      return stats_row_forward(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), V, k, id, row, out);
-    case LogitType::kFloat16: return stats_row_forward(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k, id, row, out);
-    default: return stats_row_forward(static_cast<const float*>(x), static_cast<const float*>(y), V, k, id, row, out);
+    case FloatType::kBFloat16:
+      return stats_row_forward(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), V,
+                               k, id, row, out);
+    case FloatType::kFloat16:
+      return stats_row_forward(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k,
+                               id, row, out);
+    default:
+      return stats_row_forward(static_cast<const float*>(x), static_cast<const float*>(y), V, k, id,
+                               row, out);
   }
 }
 
 template <class T>
-inline void stats_backward_cast(const void* x, const void* y, int64_t V, const KlParams& k, int64_t id, const StatsRow& row, const float* g,
-                                void* dx, void* dy) {
-  stats_backward_typed(static_cast<const T*>(x), static_cast<const T*>(y), V, k, id, row, g, static_cast<T*>(dx), static_cast<T*>(dy));
+inline void stats_backward_cast(const void* x, const void* y, int64_t V, const KlParams& k,
+                                int64_t id, const StatsRow& row, const float* g, void* dx,
+                                void* dy) {
+  stats_backward_typed(static_cast<const T*>(x), static_cast<const T*>(y), V, k, id, row, g,
+                       static_cast<T*>(dx), static_cast<T*>(dy));
 }
 
-inline void stats_backward(LogitType type, const void* x, const void* y, int64_t V, const KlParams& k, int64_t id, const StatsRow& row,
-                           const float* g, void* dx, void* dy) {
+inline void stats_backward(FloatType type, const void* x, const void* y, int64_t V,
+                           const KlParams& k, int64_t id, const StatsRow& row, const float* g,
+                           void* dx, void* dy) {
   switch (type) {
-    case LogitType::kBFloat16: return stats_backward_cast<BFloat16>(x, y, V, k, id, row, g, dx, dy);
-    case LogitType::kFloat16: return stats_backward_cast<Float16>(x, y, V, k, id, row, g, dx, dy);
+    case FloatType::kBFloat16: return stats_backward_cast<BFloat16>(x, y, V, k, id, row, g, dx, dy);
+    case FloatType::kFloat16: return stats_backward_cast<Float16>(x, y, V, k, id, row, g, dx, dy);
     default: return stats_backward_cast<float>(x, y, V, k, id, row, g, dx, dy);
   }
 }
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax
+#endif

@@ -1,15 +1,18 @@
 #pragma once
 
-// AdamW with EWC over a whole parameter group in a handful of launches: the penalty costs the reads of fisher and anchor, no pass of its
-// own.
+// AdamW with EWC over a whole parameter group in a handful of launches: the penalty costs the reads
+// of fisher and anchor, no pass of its own.
 //
-// Bytes per element in float32: read theta, grad, both moments, anchor, fisher, write theta and moments: 36, where AdamW alone has 28.
-// Seven operands of three widths make too many loops to compile one for each: a load's width is chosen by uniform branches, and its bits
-// are kept as they lie until all loads are under way, so that none waits for another: 6 x 16 bytes a thread in float32, 72 KB per SM at 3
-// blocks. Steps, lr, GradScaler's scale and found_inf are read on the device, once a block: no sync, and a CUDA graph replays with new
-// values. Deterministic: block b owns chunk b and leaves its part of the penalty in parts[b]; ewc_finish adds them in a fixed order.
+// Bytes per element in float32: read theta, grad, both moments, anchor, fisher, write theta and
+// moments: 36, where AdamW alone has 28. Seven operands of three widths make too many loops to
+// compile one for each: a load's width is chosen by uniform branches, and its bits are kept as they
+// lie until all loads are under way, so that none waits for another: 6 x 16 bytes a thread in
+// float32, 72 KB per SM at 3 blocks. Steps, lr, GradScaler's scale and found_inf are read on the
+// device, once a block: no sync, and a CUDA graph replays with new values. Deterministic: block b
+// owns chunk b and leaves its part of the penalty in parts[b]; ewc_finish adds them in a fixed
+// order.
 
-#include "../math/adamw_element.h"
+#include "../math/adamw.h"
 #include "ewc.cuh"
 
 namespace fasttax {
@@ -17,7 +20,8 @@ namespace fasttax {
 constexpr int kAdamWThreads = 256;
 constexpr int kAdamWBlocksPerSm = 3;
 constexpr int64_t kAdamWChunk = 1 << 15;  // elements per block; a multiple of 256
-constexpr int kAdamWTensors = 36;         // per launch: what fits the 4 KB of kernel arguments that every architecture takes
+// per launch: what fits the 4 KB of kernel arguments that every architecture takes
+constexpr int kAdamWTensors = 36;
 
 struct AdamWArgs {
   AdamWTensor tensors[kAdamWTensors];  // none of them empty, first_chunk ascending
@@ -29,21 +33,25 @@ struct AdamWArgs {
 };
 static_assert(sizeof(AdamWArgs) <= 4096, "kernel arguments");
 
-// --- launch geometry, shared by the launcher and the tests -------------------------------------------------------------
+// --- launch geometry, shared by the launcher and the tests
 
 inline int64_t adamw_chunks(int64_t numel) { return (numel + kAdamWChunk - 1) / kAdamWChunk; }
 
 inline bool adamw_aligned(const AdamWTensor& x) {
   for (int k = 0; k < kAwOperands; ++k) {
-    const uintptr_t width = x.types[k] == EwcType::kFloat ? 16 : x.types[k] == EwcType::kU8Log ? 4 : 8;
+    const uintptr_t width = x.types[k] == EwcType::kFloat   ? 16
+                            : x.types[k] == EwcType::kU8Log ? 4
+                                                            : 8;
     if (reinterpret_cast<uintptr_t>(x.data[k]) % width) return false;
   }
   return true;
 }
 
-// Calls start(args, blocks) for every table, until it returns an error text. Empty tensors take their place too: their step is counted.
+// Calls start(args, blocks) for every table, until it returns an error text. Empty tensors take
+// their place too: their step is counted.
 template <class Start>
-const char* adamw_for_each_table(const AdamWTensor* tensors, int64_t count, AdamWArgs& args, Start&& start) {
+const char* adamw_for_each_table(const AdamWTensor* tensors, int64_t count, AdamWArgs& args,
+                                 Start&& start) {
   for (int64_t i = 0; i < count;) {
     int64_t blocks = 0;
     for (args.count = 0; args.count < kAdamWTensors && i < count; ++i) {
@@ -58,7 +66,7 @@ const char* adamw_for_each_table(const AdamWTensor* tensors, int64_t count, Adam
   return nullptr;
 }
 
-// --- one chunk, by one block -------------------------------------------------------------------------------------------
+// --- one chunk, by one block
 
 __device__ __forceinline__ double adamw_value(const void* p, bool wide) {
   return wide ? *static_cast<const double*>(p) : double(*static_cast<const float*>(p));
@@ -74,7 +82,8 @@ struct AdamWView {  // the chunk: offsets within it are 32-bit
   EwcType types[kAwOperands];
 };
 
-__device__ __forceinline__ int64_t adamw_offset(EwcType type, int64_t i) {  // bytes before element i, a multiple of 256
+// bytes before element i, a multiple of 256
+__device__ __forceinline__ int64_t adamw_offset(EwcType type, int64_t i) {
   const int64_t size = type == EwcType::kDouble  ? 8
                        : type == EwcType::kFloat ? 4
                        : type == EwcType::kSplit ? 3
@@ -88,12 +97,14 @@ __device__ __forceinline__ uint4 adamw_load(const AdamWView& x, int k, int i) {
   const char* p = x.data[k];
   switch (x.types[k]) {
     case EwcType::kFloat: return __ldcs(reinterpret_cast<const uint4*>(p) + i / 4);
-    case EwcType::kU8Log: return make_uint4(__ldcs(reinterpret_cast<const uint32_t*>(p) + i / 4), 0, 0, 0);
+    case EwcType::kU8Log:
+      return make_uint4(__ldcs(reinterpret_cast<const uint32_t*>(p) + i / 4), 0, 0, 0);
     case EwcType::kSplit: {
       const char* block = p + i / kEwcBlock * kSplitBytes;
       const int at = i % kEwcBlock;
       const uint2 hi = __ldcs(reinterpret_cast<const uint2*>(block + 2 * at));
-      return make_uint4(hi.x, hi.y, __ldcs(reinterpret_cast<const uint32_t*>(block + 2 * kEwcBlock + at)), 0);
+      return make_uint4(hi.x, hi.y,
+                        __ldcs(reinterpret_cast<const uint32_t*>(block + 2 * kEwcBlock + at)), 0);
     }
     default: {
       const uint2 half = __ldcs(reinterpret_cast<const uint2*>(p) + i / 4);
@@ -102,7 +113,8 @@ __device__ __forceinline__ uint4 adamw_load(const AdamWView& x, int k, int i) {
   }
 }
 
-__device__ __forceinline__ void adamw_widen(const AdamWView& x, int k, int i, const uint4& raw, float (&out)[4]) {
+__device__ __forceinline__ void adamw_widen(const AdamWView& x, int k, int i, const uint4& raw,
+                                            float (&out)[4]) {
   switch (x.types[k]) {
     case EwcType::kFloat: ewc_widen(raw, false, out); break;
     case EwcType::kU8Log: {
@@ -111,28 +123,32 @@ __device__ __forceinline__ void adamw_widen(const AdamWView& x, int k, int i, co
       for (int j = 0; j < 4; ++j) out[j] = ewc_u8log(raw.x >> 8 * j & 0xff, lo, step);
       break;
     }
-    case EwcType::kSplit: ewc_widen(EwcSplitFour{make_uint2(raw.x, raw.y), raw.z}, true, out); break;
+    case EwcType::kSplit:
+      ewc_widen(EwcSplitFour{make_uint2(raw.x, raw.y), raw.z}, true, out);
+      break;
     default: ewc_widen(make_uint2(raw.x, raw.y), x.types[k] == EwcType::kBFloat16, out);
   }
 }
 
 __device__ __forceinline__ void adamw_store(const AdamWView& x, int k, int i, const float (&v)[4]) {
-  if (x.types[k] == EwcType::kFloat) ewc_store(reinterpret_cast<uint4*>(x.data[k]) + i / 4, false, v);
+  if (x.types[k] == EwcType::kFloat)
+    ewc_store(reinterpret_cast<uint4*>(x.data[k]) + i / 4, false, v);
   else ewc_store(reinterpret_cast<uint2*>(x.data[k]) + i / 4, x.types[k] == EwcType::kBFloat16, v);
 }
 
-template <AdamWMode mode, class S>
-__device__ __forceinline__ S adamw_element(S& theta, S anchor, S fisher, S grad, S& m, S& v, S& most, bool amsgrad, bool from_second,
-                                           const AdamWStep<S>& k) {
-  S term = S(0);
-  const S g = adamw_gradient<mode>(grad, theta, anchor, fisher, v, from_second, k, term);
-  m = adamw_first(m, g, k.one_minus_beta1);
-  v = adamw_second(v, g, k.beta2, k.one_minus_beta2);
-  if (amsgrad) most = v > most ? v : most;
-  const S metric = adamw_metric(S(sqrt(amsgrad ? most : v)), k.root_factor, k.eps);
-  theta = adamw_moved<mode>(theta, theta * k.decay, anchor, fisher, m, v, metric, from_second, k, term, S(1));
-  return term;
-}
+struct AdamWRoot {
+  template <class S>
+  FASTTAX_HD S operator()(S a) const {
+    return S(sqrt(a));
+  }
+};
+
+struct AdamWAsItIs {
+  template <class S>
+  FASTTAX_HD S operator()(S a) const {
+    return a;
+  }
+};
 
 template <class S>
 __device__ __forceinline__ S adamw_get(const AdamWView& x, int k, int i) {
@@ -154,16 +170,21 @@ __device__ __forceinline__ void adamw_put(const AdamWView& x, int k, int i, S v)
 
 // Elements [begin, end) one at a time: misaligned tensors, tails, float64.
 template <AdamWMode mode, class S>
-__device__ __forceinline__ double adamw_singly(const AdamWView& x, int begin, int end, const AdamWStep<S>& k) {
+__device__ __forceinline__ double adamw_singly(const AdamWView& x, int begin, int end,
+                                               const AdamWStep<S>& k) {
   const bool amsgrad = x.data[kAwMax], from_second = !x.data[kAwFisher];
   double total = 0;
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x); i < end; i += kAdamWThreads) {
-    S theta = adamw_get<S>(x, kAwTheta, i), m = adamw_get<S>(x, kAwFirst, i), v = adamw_get<S>(x, kAwSecond, i);
+    S theta = adamw_get<S>(x, kAwTheta, i), m = adamw_get<S>(x, kAwFirst, i),
+      v = adamw_get<S>(x, kAwSecond, i);
     S most = amsgrad ? adamw_get<S>(x, kAwMax, i) : S(0);
     const S anchor = mode == AdamWMode::kPlain ? S(0) : adamw_get<S>(x, kAwAnchor, i);
-    const S fisher = mode == AdamWMode::kPlain || from_second ? S(0) : adamw_get<S>(x, kAwFisher, i);
-    total += double(adamw_element<mode>(theta, anchor, fisher, adamw_get<S>(x, kAwGrad, i), m, v, most, amsgrad, from_second, k));
+    const S fisher =
+        mode == AdamWMode::kPlain || from_second ? S(0) : adamw_get<S>(x, kAwFisher, i);
+    total +=
+        double(adamw_element<mode>(theta, anchor, fisher, adamw_get<S>(x, kAwGrad, i), m, v, most,
+                                   amsgrad, from_second, k, AdamWRoot(), AdamWAsItIs(), S(1)));
     adamw_put<S>(x, kAwTheta, i, theta);
     adamw_put<S>(x, kAwFirst, i, m);
     adamw_put<S>(x, kAwSecond, i, v);
@@ -172,9 +193,11 @@ __device__ __forceinline__ double adamw_singly(const AdamWView& x, int begin, in
   return total;
 }
 
-// Elements [0, end), end a multiple of 4. A thread adds up to 32 sums of 4 terms in float, none of them negative.
+// Elements [0, end), end a multiple of 4. A thread adds up to 32 sums of 4 terms in float, none of
+// them negative.
 template <AdamWMode mode>
-__device__ __forceinline__ double adamw_grouped(const AdamWView& x, int end, const AdamWStep<float>& k) {
+__device__ __forceinline__ double adamw_grouped(const AdamWView& x, int end,
+                                                const AdamWStep<float>& k) {
   const bool amsgrad = x.data[kAwMax], from_second = !x.data[kAwFisher];
   float total = 0;
 #pragma unroll 1
@@ -196,7 +219,8 @@ __device__ __forceinline__ double adamw_grouped(const AdamWView& x, int end, con
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      sum += adamw_element<mode>(theta[j], anchor[j], fisher[j], grad[j], m[j], v[j], most[j], amsgrad, from_second, k);
+      sum += adamw_element<mode>(theta[j], anchor[j], fisher[j], grad[j], m[j], v[j], most[j],
+                                 amsgrad, from_second, k, AdamWRoot(), AdamWAsItIs(), 1.0f);
     total += sum;
     adamw_store(x, kAwTheta, i, theta);
     adamw_store(x, kAwFirst, i, m);
@@ -207,7 +231,8 @@ __device__ __forceinline__ double adamw_grouped(const AdamWView& x, int end, con
 }
 
 template <AdamWMode mode>
-__device__ __forceinline__ double adamw_chunk(const AdamWTensor& tensor, const AdamWView& x, int end, const AdamWStep<double>& k) {
+__device__ __forceinline__ double adamw_chunk(const AdamWTensor& tensor, const AdamWView& x,
+                                              int end, const AdamWStep<double>& k) {
   if (tensor.types[kAwTheta] == EwcType::kDouble) return adamw_singly<mode, double>(x, 0, end, k);
   const EwcStep product = ewc_step(k.first);
   const AdamWStep<float> narrow{float(k.grad_factor),
@@ -225,7 +250,8 @@ __device__ __forceinline__ double adamw_chunk(const AdamWTensor& tensor, const A
   return adamw_grouped<mode>(x, whole, narrow) + adamw_singly<mode, float>(x, whole, end, narrow);
 }
 
-static __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerSm) adamw_kernel(const __grid_constant__ AdamWArgs args) {
+static __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerSm)
+    adamw_kernel(const __grid_constant__ AdamWArgs args) {
   __shared__ AdamWStep<double> shared_step;
   const int64_t block = blockIdx.x;
   const AdamWTensor& tensor = args.tensors[ewc_tensor_of(args, block)];
@@ -235,8 +261,10 @@ static __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerSm) adamw
   }
   if (threadIdx.x == 0) {
     const double lr = args.lr ? adamw_value(args.lr, args.lr_double) : args.options.lr;
-    const double inv_grad_scale = args.grad_scale ? 1 / adamw_value(args.grad_scale, args.grad_scale_double) : 1;
-    shared_step = adamw_step<double>(args.options, tensor.mode, lr, inv_grad_scale, adamw_value(tensor.step, tensor.step_double) + 1);
+    const double inv_grad_scale =
+        args.grad_scale ? 1 / adamw_value(args.grad_scale, args.grad_scale_double) : 1;
+    shared_step = adamw_step<double>(args.options, tensor.mode, lr, inv_grad_scale,
+                                     adamw_value(tensor.step, tensor.step_double) + 1);
   }
   __syncthreads();
   const AdamWStep<double> k = shared_step;
@@ -246,7 +274,9 @@ static __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerSm) adamw
 #pragma unroll
   for (int o = 0; o < kAwOperands; ++o) {
     x.types[o] = tensor.types[o];
-    x.data[o] = tensor.data[o] ? static_cast<char*>(tensor.data[o]) + adamw_offset(tensor.types[o], begin) : nullptr;
+    x.data[o] = tensor.data[o]
+                    ? static_cast<char*>(tensor.data[o]) + adamw_offset(tensor.types[o], begin)
+                    : nullptr;
   }
   x.scales = tensor.scales ? tensor.scales + begin / 256 * 2 : nullptr;
   double total;

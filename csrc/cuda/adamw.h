@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../adamw_types.h"
+#include "../math/adamw_types.h"
 
 // The CUDA launcher as its caller sees it: raw pointers, sizes and a stream.
 namespace fasttax {
@@ -14,7 +14,8 @@ struct AdamWLaunch {
   const void* found_inf;   // on the device, or null; not 0: nothing is written
   bool lr_double, grad_scale_double, found_inf_double;
   double* parts;  // adamw_workspace() doubles on the device
-  void* out;      // 0-d result on the device: strength/2 * sum fisher * (theta - anchor)^2 before the step
+  // 0-d result on the device: strength/2 * sum fisher * (theta - anchor)^2 before the step
+  void* out;
   bool out_double;
   void* stream;  // cudaStream_t
 };

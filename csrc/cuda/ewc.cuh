@@ -2,15 +2,17 @@
 
 // EWC over a model's whole parameter list, a handful of launches per call.
 //
-// Bytes: read theta, anchor, fisher, grad, write grad, each once: 20 per element in float32, 9 with bf16 everywhere and a u8log fisher.
-// Dtypes mix freely and in one launch: a block looks up its tensor and takes the loop for the operands' byte widths (36 for kAdd);
-// bfloat16 or float16 is a predicate within the loop. A thread handles 4 elements a round, so that a warp's access is one contiguous run
-// in every dtype: 16 bytes a lane in float32, 8 in half.
-// In flight: a thread starts the loads of all operands before it converts the first: 64 bytes in float32, 44 with bf16 anchors and u8log
-// fishers, 32 in bf16. At 4 blocks of 256 per SM (registers <= 64) that is 64, 44 and 32 KB, where an H100 needs about 25 (3.35 TB/s
-// for 1 us over 132 SMs). Issue: 33 instructions per 80 bytes in float32; the leanest loop, 122 per 36 bytes, still could ask an
-// H100 for 8.4 TB/s.
-// Deterministic: block b owns chunk b, its part of the sum goes to parts[b], and one block adds the parts in a fixed order.
+// Bytes: read theta, anchor, fisher, grad, write grad, each once: 20 per element in float32, 9 with
+// bf16 everywhere and a u8log fisher. Dtypes mix freely and in one launch: a block looks up its
+// tensor and takes the loop for the operands' byte widths (36 for kAdd); bfloat16 or float16 is a
+// predicate within the loop. A thread handles 4 elements a round, so that a warp's access is one
+// contiguous run in every dtype: 16 bytes a lane in float32, 8 in half. In flight: a thread starts
+// the loads of all operands before it converts the first: 64 bytes in float32, 44 with bf16 anchors
+// and u8log fishers, 32 in bf16. At 4 blocks of 256 per SM (registers <= 64) that is 64, 44 and 32
+// KB, where an H100 needs about 25 (3.35 TB/s for 1 us over 132 SMs). Issue: 33 instructions per 80
+// bytes in float32; the leanest loop, 122 per 36 bytes, still could ask an H100 for 8.4 TB/s.
+// Deterministic: block b owns chunk b, its part of the sum goes to parts[b], and one block adds the
+// parts in a fixed order.
 
 #include "../math/ewc.h"
 #include "ewc_tables.cuh"
@@ -19,33 +21,38 @@ namespace fasttax {
 
 constexpr int kEwcFinishThreads = 512;
 
-// --- one element -------------------------------------------------------------------------------------------------------
+// --- one element
 
 template <class S>
 struct EwcScale {
   S first, second;  // ewc_step
 };
 
-// out: the gradient before and after (kAdd, kWrite), or theta after (kProx). Returns the term of the penalty.
+// out: the gradient before and after (kAdd, kWrite), or theta after (kProx). Returns the term of
+// the penalty.
 template <EwcMode mode, class S>
-__device__ __forceinline__ S ewc_element(S theta, S anchor, S fisher, S& out, const EwcScale<S>& scale) {
+__device__ __forceinline__ S ewc_element(S theta, S anchor, S fisher, S& out,
+                                         const EwcScale<S>& scale) {
   if (mode == EwcMode::kAdd) out += ewc_pull(theta, anchor, fisher) * scale.first * scale.second;
   if (mode == EwcMode::kWrite) out = ewc_pull(theta, anchor, fisher) * scale.first * scale.second;
-  if (mode == EwcMode::kProx) out = ewc_prox(theta, anchor, S(1), fisher * scale.first * scale.second, S(1));
+  if (mode == EwcMode::kProx)
+    out = ewc_prox(theta, anchor, S(1), fisher * scale.first * scale.second, S(1));
   return mode == EwcMode::kValue || mode == EwcMode::kAdd ? ewc_term(theta, anchor, fisher) : S(0);
 }
 
-// --- one chunk, by one block -------------------------------------------------------------------------------------------
+// --- one chunk, by one block
 
-// Elements [begin, end) one at a time, coalesced: misaligned tensors, tails, float64. A thread may have 256 of them: it adds in double,
-// which at one a round hides behind the loads.
+// Elements [begin, end) one at a time, coalesced: misaligned tensors, tails, float64. A thread may
+// have 256 of them: it adds in double, which at one a round hides behind the loads.
 template <EwcMode mode, class S>
-__device__ __forceinline__ double ewc_singly(const EwcView& x, int begin, int end, const EwcScale<S>& scale) {
+__device__ __forceinline__ double ewc_singly(const EwcView& x, int begin, int end,
+                                             const EwcScale<S>& scale) {
   constexpr int kOut = mode == EwcMode::kProx ? kTheta : kGrad;
   double total = 0;
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x); i < end; i += kEwcThreads) {
-    const S theta = ewc_get<S>(x, kTheta, i), anchor = ewc_get<S>(x, kAnchor, i), fisher = ewc_get<S>(x, kFisher, i);
+    const S theta = ewc_get<S>(x, kTheta, i), anchor = ewc_get<S>(x, kAnchor, i),
+            fisher = ewc_get<S>(x, kFisher, i);
     S out = mode == EwcMode::kAdd ? ewc_get<S>(x, kGrad, i) : S(0);
     total += double(ewc_element<mode>(theta, anchor, fisher, out, scale));
     if (mode != EwcMode::kValue) ewc_put<S>(x, kOut, i, out);
@@ -53,13 +60,16 @@ __device__ __forceinline__ double ewc_singly(const EwcView& x, int begin, int en
   return total;
 }
 
-// Elements [0, end), end a multiple of 4, for operands of these byte widths (w_out: of what the mode writes). A thread adds up to 64 sums
-// of 4 in float: relative error under 4e-6 at worst and 3e-7 as a rule, since no term is negative; everything above it is double.
+// Elements [0, end), end a multiple of 4, for operands of these byte widths (w_out: of what the
+// mode writes). A thread adds up to 64 sums of 4 in float: relative error under 4e-6 at worst and
+// 3e-7 as a rule, since no term is negative; everything above it is double.
 template <EwcMode mode, int w_theta, int w_anchor, int w_fisher, int w_out>
-__device__ __forceinline__ double ewc_grouped(const EwcView& x, int end, const EwcScale<float>& scale) {
+__device__ __forceinline__ double ewc_grouped(const EwcView& x, int end,
+                                              const EwcScale<float>& scale) {
   constexpr int kOut = mode == EwcMode::kProx ? kTheta : kGrad;
   constexpr EwcType kB = EwcType::kBFloat16;
-  const bool bfloat[4] = {x.types[kTheta] == kB, x.types[kAnchor] == kB, x.types[kFisher] == kB, x.types[kGrad] == kB};
+  const bool bfloat[4] = {x.types[kTheta] == kB, x.types[kAnchor] == kB, x.types[kFisher] == kB,
+                          x.types[kGrad] == kB};
   float total = 0;
 #pragma unroll 1
   for (int i = int(threadIdx.x) * kEwcGroup; i < end; i += kEwcThreads * kEwcGroup) {
@@ -67,7 +77,8 @@ __device__ __forceinline__ double ewc_grouped(const EwcView& x, int end, const E
     const auto raw_anchor = ewc_load<w_anchor>(x, kAnchor, i);
     const auto raw_fisher = ewc_load<w_fisher>(x, kFisher, i);
     float theta[4], anchor[4], fisher[4], out[4] = {0, 0, 0, 0}, term[4];
-    if constexpr (mode == EwcMode::kAdd) ewc_widen(ewc_load<w_out>(x, kGrad, i), bfloat[kGrad], out);
+    if constexpr (mode == EwcMode::kAdd)
+      ewc_widen(ewc_load<w_out>(x, kGrad, i), bfloat[kGrad], out);
     if constexpr (w_fisher == 1) {
       const float lo = x.scales[i / 256 * 2], step = x.scales[i / 256 * 2 + 1];
 #pragma unroll
@@ -78,16 +89,20 @@ __device__ __forceinline__ double ewc_grouped(const EwcView& x, int end, const E
     ewc_widen(raw_theta, bfloat[kTheta], theta);
     ewc_widen(raw_anchor, bfloat[kAnchor], anchor);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) term[j] = ewc_element<mode>(theta[j], anchor[j], fisher[j], out[j], scale);
+    for (int j = 0; j < 4; ++j)
+      term[j] = ewc_element<mode>(theta[j], anchor[j], fisher[j], out[j], scale);
     total += (term[0] + term[1]) + (term[2] + term[3]);
-    if constexpr (mode != EwcMode::kValue) ewc_store(&ewc_at<EwcFour<w_out>>(x, kOut, i / 4), bfloat[kOut], out);
+    if constexpr (mode != EwcMode::kValue)
+      ewc_store(&ewc_at<EwcFour<w_out>>(x, kOut, i / 4), bfloat[kOut], out);
   }
   return double(total);
 }
 
-// The loop for the operands' widths; bfloat16 or float16 is a predicate within it. kWrite and kProx write theta's type.
+// The loop for the operands' widths; bfloat16 or float16 is a predicate within it. kWrite and kProx
+// write theta's type.
 template <EwcMode mode>
-__device__ __forceinline__ double ewc_grouped_any(const EwcView& x, int end, const EwcScale<float>& scale) {
+__device__ __forceinline__ double ewc_grouped_any(const EwcView& x, int end,
+                                                  const EwcScale<float>& scale) {
   const bool theta4 = x.types[kTheta] == EwcType::kFloat;
   const auto with_out = [&](auto t, auto a, auto f) {
     constexpr int w_t = decltype(t)::value, w_a = decltype(a)::value, w_f = decltype(f)::value;
@@ -100,20 +115,24 @@ __device__ __forceinline__ double ewc_grouped_any(const EwcView& x, int end, con
   };
   const auto with_fisher = [&](auto t, auto a) {
     if (x.types[kFisher] == EwcType::kFloat) return with_out(t, a, EwcWidth<4>{});
-    return x.types[kFisher] == EwcType::kU8Log ? with_out(t, a, EwcWidth<1>{}) : with_out(t, a, EwcWidth<2>{});
+    return x.types[kFisher] == EwcType::kU8Log ? with_out(t, a, EwcWidth<1>{})
+                                               : with_out(t, a, EwcWidth<2>{});
   };
   const auto with_anchor = [&](auto t) {
     if (x.types[kAnchor] == EwcType::kFloat) return with_fisher(t, EwcWidth<4>{});
-    return x.types[kAnchor] == EwcType::kSplit ? with_fisher(t, EwcWidth<3>{}) : with_fisher(t, EwcWidth<2>{});
+    return x.types[kAnchor] == EwcType::kSplit ? with_fisher(t, EwcWidth<3>{})
+                                               : with_fisher(t, EwcWidth<2>{});
   };
   return theta4 ? with_anchor(EwcWidth<4>{}) : with_anchor(EwcWidth<2>{});
 }
 
+// valid in thread 0; always the same order
 template <int kThreads>
-__device__ __forceinline__ double ewc_block_sum(double value) {  // valid in thread 0; always the same order
+__device__ __forceinline__ double ewc_block_sum(double value) {
   __shared__ double warps[kThreads / 32];
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = 16; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
   double total = 0;
@@ -123,7 +142,8 @@ __device__ __forceinline__ double ewc_block_sum(double value) {  // valid in thr
 }
 
 template <EwcMode mode>
-__global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm) ewc_kernel(const __grid_constant__ EwcArgs args) {
+__global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm)
+    ewc_kernel(const __grid_constant__ EwcArgs args) {
   const int64_t block = blockIdx.x;
   const EwcTensor& tensor = args.tensors[ewc_tensor_of(args, block)];
   const int64_t begin = (block - tensor.first_chunk) * kEwcChunk;
@@ -131,7 +151,8 @@ __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm) ewc_kernel(const
   const EwcView x = ewc_view(tensor, begin);
   double scale = args.scale, total;
   if (mode == EwcMode::kWrite)
-    scale *= args.upstream_double ? *static_cast<const double*>(args.upstream) : double(*static_cast<const float*>(args.upstream));
+    scale *= args.upstream_double ? *static_cast<const double*>(args.upstream)
+                                  : double(*static_cast<const float*>(args.upstream));
   if (tensor.types[0] == EwcType::kDouble) {
     total = ewc_singly<mode, double>(x, 0, end, {scale, 1.0});
   } else {

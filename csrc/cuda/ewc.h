@@ -1,19 +1,22 @@
 #pragma once
 
-#include "../ewc_types.h"
+#include "../math/ewc_types.h"
 
-// The CUDA launcher as its caller sees it: raw pointers, sizes and a stream, so that neither side includes the other's world.
+// The CUDA launcher as its caller sees it: raw pointers, sizes and a stream, so that neither side
+// includes the other's world.
 namespace fasttax {
 
 struct EwcLaunch {
   EwcMode mode;
   const EwcTensor* tensors;
   int64_t count;
-  double scale;          // kAdd, kWrite: factor of the gradient; kProx: strength * lr
-  const void* upstream;  // kWrite: 0-d gradient of the penalty, on the device, multiplies scale; else null
+  double scale;  // kAdd, kWrite: factor of the gradient; kProx: strength * lr
+  // kWrite: 0-d gradient of the penalty, on the device, multiplies scale; else null
+  const void* upstream;
   bool upstream_double;
   double* parts;  // kValue, kAdd: ewc_workspace() doubles on the device
-  void* out;      // kValue, kAdd: 0-d result on the device, factor * sum fisher * (theta - anchor)^2
+  // kValue, kAdd: 0-d result on the device, factor * sum fisher * (theta - anchor)^2
+  void* out;
   bool out_double;
   double factor;
   void* stream;  // cudaStream_t
@@ -21,7 +24,8 @@ struct EwcLaunch {
 
 int64_t ewc_workspace(const EwcTensor* tensors, int64_t count);
 
-// Null, or CUDA's words for the launch that failed. Asynchronous: nothing here waits for the device.
+// Null, or CUDA's words for the launch that failed. Asynchronous: nothing here waits for the
+// device.
 const char* ewc_launch(const EwcLaunch& launch);
 
 }  // namespace fasttax

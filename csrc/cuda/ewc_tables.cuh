@@ -1,10 +1,11 @@
 #pragma once
 
-// A list of tensors as tables of pointers, passed by value: a launch for every 62 of them, a block for every chunk of 64 Ki elements.
+// A list of tensors as tables of pointers, passed by value: a launch for every 62 of them, a block
+// for every chunk of 64 Ki elements.
 
 #include <cstdint>
 
-#include "../ewc_types.h"
+#include "../math/ewc_types.h"
 #include "ewc_elements.cuh"
 
 namespace fasttax {
@@ -13,7 +14,8 @@ constexpr int kEwcThreads = 256;
 constexpr int kEwcBlocksPerSm = 4;
 constexpr int64_t kEwcChunk = 1 << 16;  // elements per block; a multiple of 256, the u8log block
 constexpr int kEwcGroup = 4;
-constexpr int kEwcTensors = 62;  // per launch: what fits the 4 KB of kernel arguments that every architecture takes
+// per launch: what fits the 4 KB of kernel arguments that every architecture takes
+constexpr int kEwcTensors = 62;
 
 struct EwcArgs {
   EwcTensor tensors[kEwcTensors];  // none of them empty, first_chunk ascending
@@ -25,7 +27,7 @@ struct EwcArgs {
 };
 static_assert(sizeof(EwcArgs) <= 4096, "kernel arguments");
 
-// --- launch geometry, shared by the launcher and the tests -------------------------------------------------------------
+// --- launch geometry, shared by the launcher and the tests
 
 inline int64_t ewc_chunks(int64_t numel) { return (numel + kEwcChunk - 1) / kEwcChunk; }
 
@@ -36,16 +38,19 @@ inline int64_t ewc_total_chunks(const EwcTensor* tensors, int64_t count) {
 }
 
 inline bool ewc_aligned(const EwcTensor& x) {
-  const auto width = [](EwcType type) -> uintptr_t { return type == EwcType::kFloat ? 16 : type == EwcType::kU8Log ? 4 : 8; };
+  const auto width = [](EwcType type) -> uintptr_t {
+    return type == EwcType::kFloat ? 16 : type == EwcType::kU8Log ? 4 : 8;
+  };
   for (int k = 0; k < 4; ++k)
     if (reinterpret_cast<uintptr_t>(x.data[k]) % width(x.types[k])) return false;
   return true;
 }
 
-// Calls start(args, blocks) for every table of up to 62 tensors, until it returns an error text. A table's grid is its chunks: at
-// most 2^31 - 1, since 2^47 elements do not fit a GPU.
+// Calls start(args, blocks) for every table of up to 62 tensors, until it returns an error text. A
+// table's grid is its chunks: at most 2^31 - 1, since 2^47 elements do not fit a GPU.
 template <class Start>
-const char* ewc_for_each_table(const EwcTensor* tensors, int64_t count, EwcArgs& args, Start&& start) {
+const char* ewc_for_each_table(const EwcTensor* tensors, int64_t count, EwcArgs& args,
+                               Start&& start) {
   int64_t blocks = 0;
   args.count = 0;
   for (int64_t i = 0; i <= count; ++i) {
@@ -65,7 +70,8 @@ const char* ewc_for_each_table(const EwcTensor* tensors, int64_t count, EwcArgs&
   return nullptr;
 }
 
-// The tensor whose chunks contain this block, of a table whose first_chunk ascend; an empty tensor begins where the next does.
+// The tensor whose chunks contain this block, of a table whose first_chunk ascend; an empty tensor
+// begins where the next does.
 template <class Args>
 __device__ __forceinline__ int ewc_tensor_of(const Args& args, int64_t block) {
   int low = 0, high = args.count;  // first_chunk[low] <= block < first_chunk[high]

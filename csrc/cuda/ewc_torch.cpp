@@ -1,6 +1,6 @@
 // EWC on CUDA tensors, torch's side: check, allocate, find the stream, call the launcher.
 // Not ewc.cpp: setuptools names objects by stem, and ewc.cu is one already.
-#include "../ewc_lists.h"
+#include "../call/ewc_lists.h"
 #include "ewc.h"
 #include "launch_torch.h"
 
@@ -25,28 +25,32 @@ EwcLaunch launch_of(EwcMode mode, const std::vector<EwcTensor>& tensors, double 
   return launch;
 }
 
-// The value of the penalty: one partial sum per chunk, in memory that torch's allocator may reuse as soon as the stream is past it.
-Tensor with_value(const char* op, const std::vector<Tensor>& params, const std::vector<EwcTensor>& tensors, EwcLaunch launch,
-                  double factor) {
+// The value of the penalty: one partial sum per chunk, in memory that torch's allocator may reuse
+// as soon as the stream is past it.
+Tensor with_value(const char* op, const std::vector<Tensor>& params,
+                  const std::vector<EwcTensor>& tensors, EwcLaunch launch, double factor) {
   FASTTAX_CHECK(!params.empty(), op, "params: expected at least one tensor");
   launch.out_double = params[0].scalar_type() == ScalarType::Double;
   launch.factor = factor;
-  Tensor out = torch::stable::new_empty(params[0], {}, launch.out_double ? ScalarType::Double : ScalarType::Float);
-  Tensor parts = torch::stable::new_empty(params[0], {ewc_workspace(launch.tensors, launch.count)}, ScalarType::Double);
+  Tensor out = torch::stable::new_empty(params[0], {},
+                                        launch.out_double ? ScalarType::Double : ScalarType::Float);
+  Tensor parts = torch::stable::new_empty(params[0], {ewc_workspace(launch.tensors, launch.count)},
+                                          ScalarType::Double);
   launch.out = out.mutable_data_ptr();
   launch.parts = static_cast<double*>(parts.mutable_data_ptr());
   start(op, params[0], launch);
   return out;
 }
 
-Tensor ewc_penalty(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers, std::vector<Tensor> scales,
-                   double strength) {
+Tensor ewc_penalty(std::vector<Tensor> params, std::vector<Tensor> anchors,
+                   std::vector<Tensor> fishers, std::vector<Tensor> scales, double strength) {
   const char* op = "ewc_penalty";
   const auto tensors = ewc_lists(op, params, anchors, fishers, scales, nullptr);
   return with_value(op, params, tensors, launch_of(EwcMode::kValue, tensors, 0), strength / 2);
 }
 
-std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
+std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params,
+                                         std::vector<Tensor> anchors, std::vector<Tensor> fishers,
                                          std::vector<Tensor> scales, double strength) {
   const char* op = "ewc_penalty_backward";
   std::vector<Tensor> d_params;
@@ -54,7 +58,8 @@ std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params
   const auto tensors = ewc_lists(op, params, anchors, fishers, scales, &d_params);
   if (params.empty()) return d_params;
   const bool wide = grad.scalar_type() == ScalarType::Double;
-  FASTTAX_CHECK(grad.numel() == 1 && (wide || grad.scalar_type() == ScalarType::Float), op, "grad: expected one float32 or float64 value");
+  FASTTAX_CHECK(grad.numel() == 1 && (wide || grad.scalar_type() == ScalarType::Float), op,
+                "grad: expected one float32 or float64 value");
   ewc_check_place(op, "grad", 0, grad, params[0]);
   EwcLaunch launch = launch_of(EwcMode::kWrite, tensors, strength);
   launch.upstream = grad.const_data_ptr();
@@ -63,15 +68,17 @@ std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params
   return d_params;
 }
 
-Tensor ewc_add_grad_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
+Tensor ewc_add_grad_(std::vector<Tensor> params, std::vector<Tensor> grads,
+                     std::vector<Tensor> anchors, std::vector<Tensor> fishers,
                      std::vector<Tensor> scales, double strength, double scale) {
   const char* op = "ewc_add_grad_";
   const auto tensors = ewc_lists(op, params, anchors, fishers, scales, &grads);
-  return with_value(op, params, tensors, launch_of(EwcMode::kAdd, tensors, strength * scale), strength / 2);
+  return with_value(op, params, tensors, launch_of(EwcMode::kAdd, tensors, strength * scale),
+                    strength / 2);
 }
 
-void ewc_prox_(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers, std::vector<Tensor> scales,
-               double strength_times_lr) {
+void ewc_prox_(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
+               std::vector<Tensor> scales, double strength_times_lr) {
   const char* op = "ewc_prox_";
   const auto tensors = ewc_lists(op, params, anchors, fishers, scales, nullptr);
   if (!params.empty()) start(op, params[0], launch_of(EwcMode::kProx, tensors, strength_times_lr));

@@ -2,9 +2,10 @@
 
 // sums += weight * grad^2 over a model's whole gradient list, on EWC's tables and chunks.
 //
-// Bytes: read sum and gradient, write the sum: 12 per element in float32, 10 with half gradients. A thread has two groups of 4 elements a
-// round and loads all of it before it converts any: 64 bytes in flight in float32, 48 with half gradients, so 64 and 48 KB per SM at 4
-// blocks of 256, where an H100 needs about 25. Deterministic: an element belongs to one thread.
+// Bytes: read sum and gradient, write the sum: 12 per element in float32, 10 with half gradients. A
+// thread has two groups of 4 elements a round and loads all of it before it converts any: 64 bytes
+// in flight in float32, 48 with half gradients, so 64 and 48 KB per SM at 4 blocks of 256, where an
+// H100 needs about 25. Deterministic: an element belongs to one thread.
 
 #include "ewc_tables.cuh"
 
@@ -18,9 +19,11 @@ __device__ __forceinline__ void square_grouped(const EwcView& x, int end, float 
 #pragma unroll 1
   for (int i = int(threadIdx.x) * kEwcGroup; i < end; i += 2 * kStep) {
     const bool two = i + kStep < end;
-    const int other = two ? i + kStep : i;  // loaded twice rather than not at all: no branch between the loads
+    // loaded twice rather than not at all: no branch between the loads
+    const int other = two ? i + kStep : i;
     const EwcFour<4> raw[2] = {ewc_load<4>(x, kTheta, i), ewc_load<4>(x, kTheta, other)};
-    const EwcFour<w_grad> raw_grad[2] = {ewc_load<w_grad>(x, kGrad, i), ewc_load<w_grad>(x, kGrad, other)};
+    const EwcFour<w_grad> raw_grad[2] = {ewc_load<w_grad>(x, kGrad, i),
+                                         ewc_load<w_grad>(x, kGrad, other)};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       float sum[4], grad[4];
@@ -43,7 +46,8 @@ __device__ __forceinline__ void square_singly(const EwcView& x, int begin, int e
 }
 
 // args.scale is the weight.
-static __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm) square_kernel(const __grid_constant__ EwcArgs args) {
+static __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm)
+    square_kernel(const __grid_constant__ EwcArgs args) {
   const EwcTensor& tensor = args.tensors[ewc_tensor_of(args, blockIdx.x)];
   const int64_t begin = (int64_t(blockIdx.x) - tensor.first_chunk) * kEwcChunk;
   const int end = int(tensor.numel - begin < kEwcChunk ? tensor.numel - begin : kEwcChunk);

@@ -1,5 +1,5 @@
 // The Fisher on CUDA tensors, torch's side: check, find the stream, call the launcher.
-#include "../square_lists.h"
+#include "../call/square_lists.h"
 #include "fisher.h"
 #include "launch_torch.h"
 
@@ -11,10 +11,14 @@ void accumulate_sqgrad_(std::vector<Tensor> sums, std::vector<Tensor> grads, dou
   const auto tensors = square_lists(sums, grads);
   if (sums.empty()) return;
   check_on_gpu(op, "sums", sums[0]);
-  launch_on(op, sums[0], [&](void* stream) { return square_launch(tensors.data(), int64_t(tensors.size()), weight, stream); });
+  launch_on(op, sums[0], [&](void* stream) {
+    return square_launch(tensors.data(), int64_t(tensors.size()), weight, stream);
+  });
 }
 
 }  // namespace
 }  // namespace fasttax
 
-STABLE_TORCH_LIBRARY_IMPL(fasttax, CUDA, m) { m.impl("accumulate_sqgrad_", TORCH_BOX(&fasttax::accumulate_sqgrad_)); }
+STABLE_TORCH_LIBRARY_IMPL(fasttax, CUDA, m) {
+  m.impl("accumulate_sqgrad_", TORCH_BOX(&fasttax::accumulate_sqgrad_));
+}

@@ -1,11 +1,13 @@
 #pragma once
 
-// token_kl and token_stats over rows of logits. Bytes a cell: forward reads both rows (jsd twice); gradient reads them and writes one or
-// two; kl_both does forward and the policy's gradient with the row pair on chip (2 reads, 1 write) where shared memory holds it, and in two
-// sweeps, the second backwards into what the first left in L2, where not.
-// In flight: 128 bytes a thread while sums are taken, 64 in gradients; with 2 and 4 blocks of 256 on an SM that is 64 KB, where an H100
+// token_kl and token_stats over rows of logits. Bytes a cell: forward reads both rows (jsd twice);
+// gradient reads them and writes one or two; kl_both does forward and the policy's gradient with
+// the row pair on chip (2 reads, 1 write) where shared memory holds it, and in two sweeps, the
+// second backwards into what the first left in L2, where not. In flight: 128 bytes a thread while
+// sums are taken, 64 in gradients; with 2 and 4 blocks of 256 on an SM that is 64 KB, where an H100
 // needs about 25.
-// Deterministic and batch invariant: see kl_sums.cuh. No host sync, and no atomics but a ticket a split row.
+// Deterministic and batch invariant: see kl_sums.cuh. No host sync, and no atomics but a ticket a
+// split row.
 
 #include "kl_row.cuh"
 #include "kl_slope.cuh"
@@ -14,7 +16,7 @@ namespace fasttax {
 
 constexpr int kTile = kSpan * kKlWarps;  // entries of a gradient's block
 
-// --- launch geometry, shared by the launcher and the tests -------------------------------------------------------------
+// --- launch geometry, shared by the launcher and the tests
 
 __host__ __device__ constexpr int kl_parts_count(KlOp op) {
   switch (op) {
@@ -30,9 +32,11 @@ __host__ __device__ inline size_t kl_shared_bytes(KlOp op, int spans) {
   return kl_header() + size_t(spans) * size_t(kl_parts_count(op)) * sizeof(float);
 }
 
-// Blocks a row: one, unless that would leave the device half empty. The sums are the same bits either way.
+// Blocks a row: one, unless that would leave the device half empty. The sums are the same bits
+// either way.
 inline int kl_splits(int64_t n, int64_t v, int multiprocessors) {
-  const int64_t rounds = (kl_spans(v) + kKlWarps - 1) / kKlWarps, wanted = 2 * int64_t(multiprocessors);
+  const int64_t rounds = (kl_spans(v) + kKlWarps - 1) / kKlWarps,
+                wanted = 2 * int64_t(multiprocessors);
   if (n <= 0 || n >= wanted) return 1;
   return int((wanted + n - 1) / n < rounds ? (wanted + n - 1) / n : rounds);
 }
@@ -43,15 +47,18 @@ struct KlResidence {  // how a row pair is held on chip
   size_t bytes = 0;   // of shared memory a block
 };
 
-// The smallest cluster that leaves room for a second block on the SM, so that one computes while the other loads; else the smallest that
-// fits.
-inline KlResidence kl_residence(KlOp op, int64_t v, int item, int largest_cluster, size_t block_limit, size_t sm_limit) {
+// The smallest cluster that leaves room for a second block on the SM, so that one computes while
+// the other loads; else the smallest that fits.
+inline KlResidence kl_residence(KlOp op, int64_t v, int item, int largest_cluster,
+                                size_t block_limit, size_t sm_limit) {
   const int spans = kl_spans(v);
   KlResidence found;
   for (int cluster = 1; cluster <= largest_cluster; cluster *= 2) {
     const int each = (spans + cluster - 1) / cluster;
-    const size_t bytes = kl_shared_bytes(op, each) + 16 + size_t(each) * size_t(kl_span(v)) * 2 * size_t(item);
-    if (bytes > block_limit || (cluster - 1) * each >= spans) continue;  // every block has something to hold
+    const size_t bytes =
+        kl_shared_bytes(op, each) + 16 + size_t(each) * size_t(kl_span(v)) * 2 * size_t(item);
+    // every block has something to hold
+    if (bytes > block_limit || (cluster - 1) * each >= spans) continue;
     const bool two = 2 * (bytes + 1024) <= sm_limit;
     if (two || !found.cluster) found = {cluster, each, bytes};
     if (two) break;
@@ -59,12 +66,13 @@ inline KlResidence kl_residence(KlOp op, int64_t v, int item, int largest_cluste
   return found;
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward
 
 // What a row's state gives: values and what backward needs of it.
 template <KlOp op, class Source>
 __device__ void kl_finish(const Source& rows, const KlArgs& a, int64_t row, const KlState& state) {
-  const auto at_least_zero = [](double v) { return v < 0 ? 0.0f : float(v); };  // NaN passes through these two
+  // NaN passes through these two
+  const auto at_least_zero = [](double v) { return v < 0 ? 0.0f : float(v); };
   if constexpr (op != KlOp::kStats && op != KlOp::kAlone) {
     a.values[row] = at_least_zero(state.value);
     if (a.kept) reinterpret_cast<KlRow*>(a.kept)[row] = state.r;
@@ -82,12 +90,14 @@ __device__ void kl_finish(const Source& rows, const KlArgs& a, int64_t row, cons
       const KlFrame frame(a.k, state.r);
       const float x = rows.x_one(id);
       frame.careful(x, pair ? rows.y_one(id) : x, ax, ay, d);
-      const bool same = state.forwards.value == 0 && state.forwards.log_ratio == 0;  // equal rows get equal bits
+      // equal rows get equal bits
+      const bool same = state.forwards.value == 0 && state.forwards.log_ratio == 0;
       out[kLogp] = at_most_zero(double(ax) - log_mass);
       if (pair) out[kRefLogp] = at_most_zero(double(ay) - (same ? log_mass : log(state.y)));
     }
     kept.logp = out[kLogp], kept.ref_logp = out[kRefLogp];
-    out[kEntropy] = state.mean == state.mean ? at_least_zero(log_mass - state.mean) : float(state.mean);
+    out[kEntropy] =
+        state.mean == state.mean ? at_least_zero(log_mass - state.mean) : float(state.mean);
     out[kLse] = float(double(state.r.mx) * double(a.k.row_scale) + log_mass);
     out[kKlPolicyRef] = at_least_zero(state.forwards.value);
     out[kKlRefPolicy] = at_least_zero(state.backwards.value);
@@ -113,7 +123,8 @@ __device__ __forceinline__ KlTeam kl_whole_team(const KlArgs& a, float* own) {
 
 // Grid: n rows times `splits` blocks, a row's blocks beside each other.
 template <class T, KlOp op>
-__global__ void __launch_bounds__(kKlThreads, 2) kl_forward_kernel(const __grid_constant__ KlArgs a) {
+__global__ void __launch_bounds__(kKlThreads, 2)
+    kl_forward_kernel(const __grid_constant__ KlArgs a) {
   FASTTAX_DYNAMIC_SHARED(memory);
   KlShared& sh = *reinterpret_cast<KlShared*>(memory);
   const int64_t row = blockIdx.x / unsigned(a.splits);
@@ -122,8 +133,9 @@ __global__ void __launch_bounds__(kKlThreads, 2) kl_forward_kernel(const __grid_
     if (threadIdx.x == 0 && share == 0) kl_finish_masked<op>(a, row);
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(op == KlOp::kAlone ? a.x : a.y, row)));
+  const KlGlobal<T> rows(
+      reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+      reinterpret_cast<const T*>(kl_row_at<T>(op == KlOp::kAlone ? a.x : a.y, row)));
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
   if (a.splits > 1) {  // whole rounds of the block's warps, as even as they go
     const int rounds = (team.spans + kKlWarps - 1) / kKlWarps;
@@ -132,14 +144,16 @@ __global__ void __launch_bounds__(kKlThreads, 2) kl_forward_kernel(const __grid_
     team.end = int(int64_t(rounds) * (share + 1) / a.splits) * kKlWarps;
     team.end = team.end < team.spans ? team.end : team.spans;
   }
-  if (!kl_row_sums<op, false>(rows, rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh)) return;
+  if (!kl_row_sums<op, false>(rows, rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh))
+    return;
   if (threadIdx.x == 0) kl_finish<op>(rows, a, row, sh.state);
 }
 
-// --- jsd's second sweep: the mixture needs both rows' sums ---------------------------------------------------------------
+// --- jsd's second sweep: the mixture needs both rows' sums
 
 template <class Source>
-__device__ void kl_span_mix(const Source& rows, const KlFrame& frame, int64_t begin, int64_t end, float* part) {
+__device__ void kl_span_mix(const Source& rows, const KlFrame& frame, int64_t begin, int64_t end,
+                            float* part) {
   using T = typename Source::Entry;
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
   const int lane = int(threadIdx.x) % 32;
@@ -165,13 +179,17 @@ __device__ void kl_span_mix(const Source& rows, const KlFrame& frame, int64_t be
 
 // From sh.state with the row's sums to its jsd, in one block's team or a cluster's; as kl_row_sums.
 template <bool kCluster, class Source>
-__device__ bool kl_row_mix(const Source& rows, const KlArgs& a, KlTeam& team, uint32_t* ticket, KlShared& sh) {
-  if (a.k.beta == 0 || a.k.beta == 1) return ticket == nullptr || kl_last_to_arrive(ticket, a.splits, sh);  // 0, or NaN: known
+__device__ bool kl_row_mix(const Source& rows, const KlArgs& a, KlTeam& team, uint32_t* ticket,
+                           KlShared& sh) {
+  // 0, or NaN: known
+  if (a.k.beta == 0 || a.k.beta == 1)
+    return ticket == nullptr || kl_last_to_arrive(ticket, a.splits, sh);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int64_t span = kl_span(a.v);
   const KlFrame frame(a.k, sh.state.r);
   for (int i = team.begin + warp; i < team.end; i += kKlWarps)
-    kl_span_mix(rows, frame, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, team.own + int64_t(i - team.base) * kMixParts);
+    kl_span_mix(rows, frame, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v,
+                team.own + int64_t(i - team.base) * kMixParts);
   if (ticket && !kl_last_to_arrive(ticket, a.splits, sh)) return false;
   kl_team_sync<kCluster>();
   if (warp == 0) {
@@ -207,7 +225,8 @@ __global__ void __launch_bounds__(kKlThreads, 2) kl_mix_kernel(const __grid_cons
     sh.state.value = a.values[row];
   }
   __syncthreads();
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)), reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
   if (a.splits > 1) {
     team.own = a.parts + row * team.spans * kMixParts;
@@ -218,19 +237,22 @@ __global__ void __launch_bounds__(kKlThreads, 2) kl_mix_kernel(const __grid_cons
   if (threadIdx.x == 0) kl_finish<KlOp::kJsd>(rows, a, row, sh.state);
 }
 
-// --- gradient ---------------------------------------------------------------------------------------------------------
+// --- gradient
 
 template <KlOp op>
 __device__ __forceinline__ StatsRow kl_kept(const KlArgs& a, int64_t row) {
-  if (op == KlOp::kStats || op == KlOp::kAlone) return reinterpret_cast<const StatsRow*>(a.kept)[row];
+  if (op == KlOp::kStats || op == KlOp::kAlone)
+    return reinterpret_cast<const StatsRow*>(a.kept)[row];
   return StatsRow{reinterpret_cast<const KlRow*>(a.kept)[row], 0, 0, 0};
 }
 
 // Grid: (n rows, tiles of kTile entries). kBoth: the reference's gradient too; dx may then be null.
 template <class T, KlOp op, bool kBoth>
-__global__ void __launch_bounds__(kKlThreads, 3) kl_gradient_kernel(const __grid_constant__ KlArgs a) {
+__global__ void __launch_bounds__(kKlThreads, 3)
+    kl_gradient_kernel(const __grid_constant__ KlArgs a) {
   constexpr bool stats = op == KlOp::kStats || op == KlOp::kAlone;
-  const int64_t row = blockIdx.x, first = int64_t(blockIdx.y) * kTile, begin = first + int(threadIdx.x / 32) * kSpan;
+  const int64_t row = blockIdx.x, first = int64_t(blockIdx.y) * kTile,
+                begin = first + int(threadIdx.x / 32) * kSpan;
   const int64_t end = begin + kSpan < a.v ? begin + kSpan : a.v;
   T* const dx = a.dx.base ? reinterpret_cast<T*>(kl_row_at<T>(a.dx, row)) : nullptr;
   T* const dy = kBoth && a.dy.base ? reinterpret_cast<T*>(kl_row_at<T>(a.dy, row)) : nullptr;
@@ -243,8 +265,9 @@ __global__ void __launch_bounds__(kKlThreads, 3) kl_gradient_kernel(const __grid
     if (begin < end) kl_span_zero(begin, end, dx, dy);
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(op == KlOp::kAlone ? a.x : a.y, row)));
+  const KlGlobal<T> rows(
+      reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+      reinterpret_cast<const T*>(kl_row_at<T>(op == KlOp::kAlone ? a.x : a.y, row)));
   const KlSlope<op, kBoth> slope(a.k, kl_kept<op>(a, row), a.upstream + row, a.n);
   if (begin < end) kl_span_gradient(rows, slope, begin, end, dx, dy);
   if constexpr (stats) {
@@ -260,23 +283,27 @@ __global__ void __launch_bounds__(kKlThreads, 3) kl_gradient_kernel(const __grid
   }
 }
 
-// --- forward and the policy's gradient ----------------------------------------------------------------------------------
+// --- forward and the policy's gradient
 
 template <KlOp op, bool kCluster, class T, class Source>
-__device__ void kl_both_row(const KlGlobal<T>& prime, const Source& rows, const KlArgs& a, int64_t row, KlTeam& team, KlShared& sh, T* dx) {
+__device__ void kl_both_row(const KlGlobal<T>& prime, const Source& rows, const KlArgs& a,
+                            int64_t row, KlTeam& team, KlShared& sh, T* dx) {
   kl_row_sums<op, kCluster>(prime, rows, a, team, nullptr, sh);
   if (op == KlOp::kJsd) kl_row_mix<kCluster>(rows, a, team, nullptr, sh);
   __syncthreads();
   if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(rows, a, row, sh.state);
   const int64_t span = kl_span(a.v);
   const KlSlope<op, false> slope(a.k, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
-  for (int i = team.end - 1 - int(threadIdx.x / 32); i >= team.begin; i -= kKlWarps)  // backwards: what was read last is nearest
-    kl_span_gradient(rows, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, static_cast<T*>(nullptr));
+  // backwards: what was read last is nearest
+  for (int i = team.end - 1 - int(threadIdx.x / 32); i >= team.begin; i -= kKlWarps)
+    kl_span_gradient(rows, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
+                     static_cast<T*>(nullptr));
 }
 
 // Two sweeps over rows that do not fit on chip. Grid: n.
 template <class T, KlOp op>
-__global__ void __launch_bounds__(kKlThreads, 2) kl_two_sweeps_kernel(const __grid_constant__ KlArgs a) {
+__global__ void __launch_bounds__(kKlThreads, 2)
+    kl_two_sweeps_kernel(const __grid_constant__ KlArgs a) {
   FASTTAX_DYNAMIC_SHARED(memory);
   const int64_t row = blockIdx.x;
   T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
@@ -285,16 +312,20 @@ __global__ void __launch_bounds__(kKlThreads, 2) kl_two_sweeps_kernel(const __gr
     if (threadIdx.x == 0) kl_finish_masked<op>(a, row);
     const int64_t span = kl_span(a.v);
     for (int i = int(threadIdx.x / 32); i < team.spans; i += kKlWarps)
-      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, static_cast<T*>(nullptr));
+      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
+                   static_cast<T*>(nullptr));
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)), reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
   kl_both_row<op, false>(rows, rows, a, row, team, *reinterpret_cast<KlShared*>(memory), dx);
 }
 
-// A row pair held in the shared memory of a.cluster blocks, a slice of whole spans each: logits are read once. Grid: n * a.cluster.
+// A row pair held in the shared memory of a.cluster blocks, a slice of whole spans each: logits are
+// read once. Grid: n * a.cluster.
 template <class T, KlOp op>
-__global__ void __launch_bounds__(kKlThreads, 2) kl_resident_kernel(const __grid_constant__ KlArgs a) {
+__global__ void __launch_bounds__(kKlThreads, 2)
+    kl_resident_kernel(const __grid_constant__ KlArgs a) {
   FASTTAX_DYNAMIC_SHARED(memory);
   constexpr int n = KlVector<T>::kEntries;
   KlShared& sh = *reinterpret_cast<KlShared*>(memory);
@@ -310,10 +341,12 @@ __global__ void __launch_bounds__(kKlThreads, 2) kl_resident_kernel(const __grid
   if (a.mask && !a.mask[row]) {
     if (threadIdx.x == 0 && team.rank == 0) kl_finish_masked<op>(a, row);
     for (int i = team.begin + int(threadIdx.x / 32); i < team.end; i += kKlWarps)
-      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, static_cast<T*>(nullptr));
+      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
+                   static_cast<T*>(nullptr));
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)), reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
   const size_t slices = (kl_shared_bytes(op, team.each) + 15) / 16 * 16;
   T* const x = reinterpret_cast<T*>(memory + slices);
   T* const y = x + team.each * span;
@@ -323,7 +356,8 @@ __global__ void __launch_bounds__(kKlThreads, 2) kl_resident_kernel(const __grid
     reinterpret_cast<uint4*>(x)[i] = rows.x_at(first + i * n).bits;
     reinterpret_cast<uint4*>(y)[i] = rows.y_at(first + i * n).bits;
   }
-  for (int64_t i = vectors * n + threadIdx.x; i < last - first; i += kKlThreads) x[i] = rows.x[first + i], y[i] = rows.y[first + i];
+  for (int64_t i = vectors * n + threadIdx.x; i < last - first; i += kKlThreads)
+    x[i] = rows.x[first + i], y[i] = rows.y[first + i];
   const KlStaged<T> staged{x, y, first};
   kl_both_row<op, true>(rows, staged, a, row, team, sh, dx);
   kl_cluster_sync();  // no block may leave while another reads its parts

@@ -2,17 +2,22 @@
 
 #include <cstdint>
 
-#include "../kl_params.h"
+#include "../math/kl_frame.h"
+#include "../math/types.h"
 
-// The CUDA launchers of the ops over logits as their callers see them: raw pointers, sizes and a stream.
+// The CUDA launchers of the ops over logits as their callers see them: raw pointers, sizes and a
+// stream.
 namespace fasttax {
 
-enum class KlOp : int { kPolicyRef, kRefPolicy, kJsd, kStats, kAlone };  // kStats: token_stats; kAlone: without a reference
+// kStats: token_stats; kAlone: without a reference
+enum class KlOp : int { kPolicyRef, kRefPolicy, kJsd, kStats, kAlone };
 
 constexpr int kKlDims = 4;
 
-struct KlLayout {  // rows of (..., V) whose last stride is 1: row n lies at base + sum over d of index_d * strides[d] bytes
-  char* base;      // null: there is no such tensor
+// rows of (..., V) whose last stride is 1: row n lies at base + sum over d of index_d * strides[d]
+// bytes
+struct KlLayout {
+  char* base;  // null: there is no such tensor
   int64_t sizes[kKlDims], strides[kKlDims];
   int32_t dims;
 };
@@ -34,15 +39,17 @@ struct KlArgs {
 
 struct KlLaunch {
   KlOp op;
-  LogitType type;
+  FloatType type;
   KlArgs args;
   void* stream;  // cudaStream_t
 };
 
-// Each returns null, or CUDA's words for what failed. Asynchronous: nothing here waits for the device.
-const char* kl_plan(KlLaunch& launch, int64_t& parts, int64_t& tickets);  // sets args.splits; how many of each a forward needs
+// Each returns null, or CUDA's words for what failed. Asynchronous: nothing here waits for the
+// device. sets args.splits; how many of each a forward needs
+const char* kl_plan(KlLaunch& launch, int64_t& parts, int64_t& tickets);
 const char* kl_forward(const KlLaunch& launch);
 const char* kl_gradient(const KlLaunch& launch);
-const char* kl_both(const KlLaunch& launch);  // forward, and the policy's gradient while the rows are near; float32 and bfloat16
+// forward, and the policy's gradient while the rows are near; float32 and bfloat16
+const char* kl_both(const KlLaunch& launch);
 
 }  // namespace fasttax

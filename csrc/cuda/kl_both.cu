@@ -5,9 +5,9 @@ namespace fasttax {
 const char* kl_both(const KlLaunch& x) {
   const KlDevice device;
   if (device.error != cudaSuccess) return kl_words(device.error);
-  const int item = x.type == LogitType::kFloat ? 4 : 2;
-  const KlResidence held =
-      kl_residence(x.op, x.args.v, item, device.major >= 9 ? 8 : 1, size_t(device.block_limit), size_t(device.sm_limit));
+  const int item = x.type == FloatType::kFloat ? 4 : 2;
+  const KlResidence held = kl_residence(x.op, x.args.v, item, device.major >= 9 ? 8 : 1,
+                                        size_t(device.block_limit), size_t(device.sm_limit));
   KlLaunch launch = x;
   launch.args.splits = 1;
   launch.args.cluster = held.cluster;
@@ -16,11 +16,13 @@ const char* kl_both(const KlLaunch& x) {
     return kl_with_divergence(x.op, [&](auto op) -> const char* {
       constexpr KlOp kOp = decltype(op)::value;
       if (held.cluster)
-        return kl_start(kl_resident_kernel<T, kOp>, dim3(unsigned(x.args.n * held.cluster)), held.bytes, launch, held.cluster);
-      return kl_start(kl_two_sweeps_kernel<T, kOp>, dim3(unsigned(x.args.n)), kl_shared_bytes(x.op, kl_spans(x.args.v)), launch);
+        return kl_start(kl_resident_kernel<T, kOp>, dim3(unsigned(x.args.n * held.cluster)),
+                        held.bytes, launch, held.cluster);
+      return kl_start(kl_two_sweeps_kernel<T, kOp>, dim3(unsigned(x.args.n)),
+                      kl_shared_bytes(x.op, kl_spans(x.args.v)), launch);
     });
   };
-  return x.type == LogitType::kFloat ? start(float()) : start(__nv_bfloat16());
+  return x.type == FloatType::kFloat ? start(float()) : start(__nv_bfloat16());
 }
 
 }  // namespace fasttax

@@ -1,6 +1,7 @@
 #pragma once
 
-// Rows of logits on the device: addresses, 16 bytes at a time, and raw logits turned into what math/kl.h sums.
+// Rows of logits on the device: addresses, 16 bytes at a time, and raw logits turned into what
+// math/kl.h sums.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -54,15 +55,19 @@ __device__ __forceinline__ char* kl_row_at(const KlLayout& rows, int64_t row) {
   return rows.base + offset;
 }
 
-// --- 16 bytes: 4 floats or 8 halves -----------------------------------------------------------------------------------
+// --- 16 bytes: 4 floats or 8 halves
 
 template <class T>
 struct KlVector {
   static constexpr int kEntries = 16 / int(sizeof(T));
   uint4 bits;
 
-  __device__ __forceinline__ uint32_t& word(int w) { return w == 0 ? bits.x : w == 1 ? bits.y : w == 2 ? bits.z : bits.w; }
-  __device__ __forceinline__ uint32_t word(int w) const { return w == 0 ? bits.x : w == 1 ? bits.y : w == 2 ? bits.z : bits.w; }
+  __device__ __forceinline__ uint32_t& word(int w) {
+    return w == 0 ? bits.x : w == 1 ? bits.y : w == 2 ? bits.z : bits.w;
+  }
+  __device__ __forceinline__ uint32_t word(int w) const {
+    return w == 0 ? bits.x : w == 1 ? bits.y : w == 2 ? bits.z : bits.w;
+  }
 };
 
 __device__ __forceinline__ float kl_widen(float v) { return v; }
@@ -76,7 +81,8 @@ __device__ __forceinline__ T kl_narrow(float v) {
 }
 
 template <class T>
-__device__ __forceinline__ void kl_widen(const KlVector<T>& from, float (&to)[KlVector<T>::kEntries]) {
+__device__ __forceinline__ void kl_widen(const KlVector<T>& from,
+                                         float (&to)[KlVector<T>::kEntries]) {
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     const uint32_t word = from.word(w);
@@ -105,12 +111,14 @@ __device__ __forceinline__ KlVector<T> kl_narrow(const float (&from)[KlVector<T>
   return to;
 }
 
-// --- where a row pair is read from ------------------------------------------------------------------------------------
+// --- where a row pair is read from
 
-__device__ __forceinline__ bool kl_aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+__device__ __forceinline__ bool kl_aligned(const void* p) {
+  return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
+}
 
-// A row whose vocabulary or offset is odd comes entry by entry, into the same lanes: which lane adds what must not depend on
-// where a row lies, or the batch around a token would change its bits.
+// A row whose vocabulary or offset is odd comes entry by entry, into the same lanes: which lane
+// adds what must not depend on where a row lies, or the batch around a token would change its bits.
 template <class T>
 __device__ __forceinline__ KlVector<T> kl_load(const T* from, bool aligned) {
   KlVector<T> v;
@@ -155,7 +163,8 @@ struct KlGlobal {  // the rows themselves
   const T *x, *y;
   bool aligned;
 
-  __device__ __forceinline__ KlGlobal(const T* policy, const T* ref) : x(policy), y(ref), aligned(kl_aligned(policy) && kl_aligned(ref)) {}
+  __device__ __forceinline__ KlGlobal(const T* policy, const T* ref)
+      : x(policy), y(ref), aligned(kl_aligned(policy) && kl_aligned(ref)) {}
   __device__ __forceinline__ KlVector<T> x_at(int64_t i) const { return kl_load(x + i, aligned); }
   __device__ __forceinline__ KlVector<T> y_at(int64_t i) const { return kl_load(y + i, aligned); }
   __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i]); }
@@ -168,15 +177,20 @@ struct KlStaged {  // entries [first, ...) of the rows in this block's shared me
   const T *x, *y;
   int64_t first;
 
-  __device__ __forceinline__ KlVector<T> x_at(int64_t i) const { return {*reinterpret_cast<const uint4*>(x + (i - first))}; }
-  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const { return {*reinterpret_cast<const uint4*>(y + (i - first))}; }
+  __device__ __forceinline__ KlVector<T> x_at(int64_t i) const {
+    return {*reinterpret_cast<const uint4*>(x + (i - first))};
+  }
+  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const {
+    return {*reinterpret_cast<const uint4*>(y + (i - first))};
+  }
   __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i - first]); }
   __device__ __forceinline__ float y_one(int64_t i) const { return kl_widen(y[i - first]); }
 };
 
-// --- frames -----------------------------------------------------------------------------------------------------------
+// --- frames
 
-// How raw logits become ax and d (math/kl.h): fast() for rows that share one scale and lie in like frames, careful() for all.
+// How raw logits become ax and d (math/kl.h): fast() for rows that share one scale and lie in like
+// frames, careful() for all.
 struct KlFrame {
   const KlParams& k;
   KlRow r;
@@ -194,8 +208,11 @@ struct KlFrame {
     c = alike ? row.mx - row.my : 0.0f;
   }
 
-  __device__ __forceinline__ float gap(float x, float y) const { return fmaf(x - y, k.row_scale, -cs); }
-  __device__ __forceinline__ float ax2(float x) const { return (x - r.mx) * s2; }  // not x s2 - mx s2: rounded at 1000, that is 4e-5 off
+  __device__ __forceinline__ float gap(float x, float y) const {
+    return fmaf(x - y, k.row_scale, -cs);
+  }
+  // not x s2 - mx s2: rounded at 1000, that is 4e-5 off
+  __device__ __forceinline__ float ax2(float x) const { return (x - r.mx) * s2; }
   __device__ __forceinline__ float ay2(float y) const { return (y - r.my) * s2; }
   __device__ __forceinline__ float ax(float x) const { return (x - r.mx) * k.row_scale; }
 
@@ -206,7 +223,8 @@ struct KlFrame {
     if (gone) x = y = -kl_infinity();
   }
 
-  __device__ __forceinline__ void careful(float x, float y, float& ax_out, float& ay_out, float& d) const {
+  __device__ __forceinline__ void careful(float x, float y, float& ax_out, float& ay_out,
+                                          float& d) const {
     if (!k.plain) raw(x, y);
     ax_out = ax(x);
     ay_out = (y - r.my) * k.ref_row_scale + r.shift;

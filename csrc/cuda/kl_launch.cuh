@@ -6,7 +6,9 @@
 
 namespace fasttax {
 
-inline const char* kl_words(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+inline const char* kl_words(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 struct KlDevice {
   int multiprocessors = 0, block_limit = 0, sm_limit = 0, major = 0;
@@ -27,11 +29,11 @@ struct KlDevice {
 
 // Calls start(entry type) for the logits' type; float64 does not come here.
 template <class Start>
-const char* kl_with_type(LogitType type, Start&& start) {
+const char* kl_with_type(FloatType type, Start&& start) {
   switch (type) {
-    case LogitType::kFloat: return start(float());
-    case LogitType::kBFloat16: return start(__nv_bfloat16());
-    case LogitType::kFloat16: return start(__half());
+    case FloatType::kFloat: return start(float());
+    case FloatType::kBFloat16: return start(__nv_bfloat16());
+    case FloatType::kFloat16: return start(__half());
     default: return "float64 logits have no CUDA kernel";
   }
 }
@@ -52,9 +54,11 @@ const char* kl_with_op(KlOp op, Start&& start) {
 }
 
 // Starts kernel(args) in `blocks`; cluster > 1: in clusters of so many.
-inline const char* kl_start(void (*kernel)(KlArgs), dim3 blocks, size_t shared_bytes, const KlLaunch& x, int cluster = 1) {
+inline const char* kl_start(void (*kernel)(KlArgs), dim3 blocks, size_t shared_bytes,
+                            const KlLaunch& x, int cluster = 1) {
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) return kl_words(error);
   }
   cudaLaunchConfig_t config = {};

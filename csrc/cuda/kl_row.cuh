@@ -1,7 +1,8 @@
 #pragma once
 
-// One row's forward, by a team of blocks: one block; several that split a long row of a small batch, the last to arrive going on alone;
-// or a cluster, each block with a slice of the row in its shared memory.
+// One row's forward, by a team of blocks: one block; several that split a long row of a small
+// batch, the last to arrive going on alone; or a cluster, each block with a slice of the row in its
+// shared memory.
 
 #include "kl_sums.cuh"
 
@@ -26,7 +27,7 @@ struct KlShared {  // at the start of a block's dynamic shared memory; its spans
 
 __host__ __device__ inline size_t kl_header() { return (sizeof(KlShared) + 15) / 16 * 16; }
 
-// --- clusters (sm_90 and later) ---------------------------------------------------------------------------------------
+// --- clusters (sm_90 and later)
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define FASTTAX_CLUSTERS 0
@@ -43,8 +44,9 @@ __device__ __forceinline__ void kl_cluster_sync() {
 #endif
 }
 
+// the same variable in another block's shared memory
 template <class T>
-__device__ __forceinline__ T* kl_of_rank(T* shared, int rank) {  // the same variable in another block's shared memory
+__device__ __forceinline__ T* kl_of_rank(T* shared, int rank) {
 #if FASTTAX_CLUSTERS
   return static_cast<T*>(__cluster_map_shared_rank(shared, unsigned(rank)));
 #else
@@ -65,11 +67,12 @@ __device__ __forceinline__ void kl_team_sync() {
   else __syncthreads();
 }
 
-// --- maxima -----------------------------------------------------------------------------------------------------------
+// --- maxima
 
 // Of entries [begin, end), to sh.own_max: NaN is passed over here and reaches the sums through exp.
 template <KlOp op, class Source>
-__device__ void kl_block_maxima(const Source& row, const KlParams& k, int64_t begin, int64_t end, KlShared& sh) {
+__device__ void kl_block_maxima(const Source& row, const KlParams& k, int64_t begin, int64_t end,
+                                KlShared& sh) {
   const KlFrame frame(k, KlRow{});
   float mx = -kl_infinity(), my = -kl_infinity();
   for (int64_t i = begin + threadIdx.x; i < end; i += kKlThreads) {
@@ -99,18 +102,20 @@ __device__ inline void kl_new_frame(KlShared& sh, float mx, float my) {
   sh.state.r.my = my > -kl_infinity() ? my : 0.0f;
 }
 
+// from own_max of the team's blocks
 template <bool kCluster>
-__device__ void kl_exact_frame(const KlTeam& team, KlShared& sh) {  // from own_max of the team's blocks
+__device__ void kl_exact_frame(const KlTeam& team, KlShared& sh) {
   if (kCluster) kl_cluster_sync();
   if (threadIdx.x == 0) {
     float m[2] = {sh.own_max[0], sh.own_max[1]};
     for (int rank = 0; kCluster && rank < team.size; ++rank)
-      for (int side = 0; side < 2; ++side) m[side] = fmaxf(m[side], *kl_of_rank(&sh.own_max[side], rank));
+      for (int side = 0; side < 2; ++side)
+        m[side] = fmaxf(m[side], *kl_of_rank(&sh.own_max[side], rank));
     kl_new_frame(sh, m[0], m[1]);
   }
 }
 
-// --- what the sums say ------------------------------------------------------------------------------------------------
+// --- what the sums say
 
 template <KlOp op>
 __device__ KlNext kl_decide(const KlParams& k, const KlSums& t, KlState& state) {
@@ -127,14 +132,16 @@ __device__ KlNext kl_decide(const KlParams& k, const KlSums& t, KlState& state) 
     if (op == KlOp::kStats) f = divergence(t, true), b = divergence(t, false);
     if (!state.recentred) {
       state.forwards = f, state.backwards = b;
-      const bool trusted = t.moment == t.moment && (op == KlOp::kAlone || (t.trusted(f.value) && t.trusted(b.value)));
+      const bool trusted = t.moment == t.moment &&
+                           (op == KlOp::kAlone || (t.trusted(f.value) && t.trusted(b.value)));
       if (!state.careful && !trusted) {
         state.careful = true;
         return KlNext::kAgain;
       }
       state.mass = t.mass, state.mean = t.moment / t.mass, state.y = t.y;
       if (op == KlOp::kStats && (f.recentre() || b.recentre())) {
-        // each keeps the better of its two values; the frame is that of the smaller one, where digits are scarce
+        // each keeps the better of its two values; the frame is that of the smaller one, where
+        // digits are scarce
         const bool first = f.recentre() && !(b.recentre() && b.value < f.value);
         r.shift = float(first ? f.gap : b.gap);
         state.recentred = state.careful = true;
@@ -175,9 +182,10 @@ __device__ KlNext kl_decide(const KlParams& k, const KlSums& t, KlState& state) 
   }
 }
 
-// --- a row's sums -----------------------------------------------------------------------------------------------------
+// --- a row's sums
 
-// True in the block that is last to bring its share of a split row; what the others wrote is then there to be read.
+// True in the block that is last to bring its share of a split row; what the others wrote is then
+// there to be read.
 __device__ inline bool kl_last_to_arrive(uint32_t* ticket, int blocks, KlShared& sh) {
   __threadfence();
   __syncthreads();
@@ -197,10 +205,11 @@ __device__ __forceinline__ const volatile float* kl_part(const KlTeam& team, int
   return kl_of_rank(team.own, rank) + int64_t(span - rank * team.each) * count;
 }
 
-// Sums the row and brings sh.state to its end; false in the blocks of a split row that are done with their share. `prime` reads any
-// entry, `row` this team's.
+// Sums the row and brings sh.state to its end; false in the blocks of a split row that are done
+// with their share. `prime` reads any entry, `row` this team's.
 template <KlOp op, bool kCluster, class Prime, class Source>
-__device__ bool kl_row_sums(const Prime& prime, const Source& row, const KlArgs& a, KlTeam& team, uint32_t* ticket, KlShared& sh) {
+__device__ bool kl_row_sums(const Prime& prime, const Source& row, const KlArgs& a, KlTeam& team,
+                            uint32_t* ticket, KlShared& sh) {
   constexpr int kCount = KlParts<op>::kCount;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int64_t span = kl_span(a.v);
@@ -211,7 +220,8 @@ __device__ bool kl_row_sums(const Prime& prime, const Source& row, const KlArgs&
   const auto entries_to = [&](int64_t spans) { return spans * span < a.v ? spans * span : a.v; };
   kl_block_maxima<op>(prime, a.k, 0, a.v < kPrime ? a.v : kPrime, sh);
   if (sh.own_max[0] == -kl_infinity() || sh.own_max[1] == -kl_infinity()) {
-    kl_block_maxima<op>(prime, a.k, 0, a.v, sh);  // rare; a block of a split row or a cluster reads it all then, as the others do
+    // rare; a block of a split row or a cluster reads it all then, as the others do
+    kl_block_maxima<op>(prime, a.k, 0, a.v, sh);
     if (threadIdx.x == 0) sh.state.exact = true;
   }
   if (threadIdx.x == 0) kl_new_frame(sh, sh.own_max[0], sh.own_max[1]);
@@ -220,7 +230,8 @@ __device__ bool kl_row_sums(const Prime& prime, const Source& row, const KlArgs&
     const KlFrame frame(a.k, sh.state.r);
     const bool careful = sh.state.careful || (KlParts<op>::kPair ? !frame.fast : a.k.cap > 0);
     for (int i = team.begin + warp; i < team.end; i += kKlWarps)
-      kl_span_sums<op>(row, frame, careful, i * span, entries_to(i + 1), team.own + int64_t(i - team.base) * kCount);
+      kl_span_sums<op>(row, frame, careful, i * span, entries_to(i + 1),
+                       team.own + int64_t(i - team.base) * kCount);
     if (shared) {
       if (!kl_last_to_arrive(ticket, a.splits, sh)) return false;
       team.begin = 0, team.end = team.spans;
@@ -229,11 +240,13 @@ __device__ bool kl_row_sums(const Prime& prime, const Source& row, const KlArgs&
     kl_team_sync<kCluster>();
     if (warp == 0) {
       KlSums t;
-      for (int i = lane; i < team.spans; i += 32) kl_add_part<op>(kl_part<kCluster>(team, i, kCount), t);
+      for (int i = lane; i < team.spans; i += 32)
+        kl_add_part<op>(kl_part<kCluster>(team, i, kCount), t);
       kl_total<op>(t);
       if (lane == 0) sh.next = kl_decide<op>(a.k, t, sh.state);
     }
-    kl_team_sync<kCluster>();  // the cluster's blocks decide alike; none writes parts anew before all have read them
+    // the cluster's blocks decide alike; none writes parts anew before all have read them
+    kl_team_sync<kCluster>();
     if (sh.next == KlNext::kDone) return true;
     if (sh.next == KlNext::kMaxima) {
       kl_block_maxima<op>(row, a.k, team.begin * span, entries_to(team.end), sh);

@@ -1,15 +1,17 @@
 #pragma once
 
-// Gradients, entry by entry, and a row's tile of them. With p = e^ax / S, q = e^ay / Y, u = log p - log q:
-//   KL(p||q)  policy p (d - E_p[d]), reference q - p      KL(q||p)  policy p - q, reference q (E_q[d] - d)
-//   jsd       policy (1 - beta) p (log p - log m - KL(p||m)), reference beta q (log q - log m - KL(q||m))
-//   logp      1[id] - p    lse  p    entropy  p (E_p[ax] - ax)
+// Gradients, entry by entry, and a row's tile of them. With p = e^ax / S, q = e^ay / Y, u = log p -
+// log q:
+//   KL(p||q)  policy p (d - E_p[d]), reference q - p      KL(q||p)  policy p - q, reference q
+//   (E_q[d] - d) jsd       policy (1 - beta) p (log p - log m - KL(p||m)), reference beta q (log q
+//   - log m - KL(q||m)) logp      1[id] - p    lse  p    entropy  p (E_p[ax] - ax)
 
 #include "kl_sums.cuh"
 
 namespace fasttax {
 
-__device__ __forceinline__ float kl_log_mix(float u, float beta) {  // log(m/p), m = (1-beta) p + beta q, without overflow on either side
+// log(m/p), m = (1-beta) p + beta q, without overflow on either side
+__device__ __forceinline__ float kl_log_mix(float u, float beta) {
   const float e = expf(-fabsf(u));
   return u < 0 ? logf(beta + (1 - beta) * e) - u : log1pf((e - 1) * beta);
 }
@@ -23,13 +25,16 @@ __device__ __forceinline__ KlMix kl_mix_entry(const KlFrame& frame, float x, flo
   float ax, ay, d;
   frame.careful(x, y, ax, ay, d);
   const KlRow& r = frame.r;
-  const float beta = frame.k.beta, p = kl_exp2(ax * kLog2e) * r.inv_s, q = kl_exp2(ay * kLog2e) * r.inv_s_ref, u = d - r.log_ratio;
+  const float beta = frame.k.beta, p = kl_exp2(ax * kLog2e) * r.inv_s,
+              q = kl_exp2(ay * kLog2e) * r.inv_s_ref, u = d - r.log_ratio;
   const float l = kl_log_mix(u, beta), eps = kl_bregman_small(u) - u;  // e^-u - 1
   // p where q is 0 (u = inf): l = log(1-beta).  q where p is 0 (u = -inf): log(m/q) = log(beta)
   const float p_part = p == 0 ? 0.0f : -p * l;
   const float q_part = q == 0 ? 0.0f : p == 0 ? q * -logf(beta) : q * (-u - l);
   const bool near = fabsf(u) <= 0.2f;
-  return {near ? p * (beta * jsd_g_small(eps) - jsd_g_small(beta * eps)) : beta * q_part + (1 - beta) * p_part, p_part, q_part};
+  return {near ? p * (beta * jsd_g_small(eps) - jsd_g_small(beta * eps))
+               : beta * q_part + (1 - beta) * p_part,
+          p_part, q_part};
 }
 
 // The gradient at one entry of a row; kBoth: of the reference too.
@@ -38,11 +43,13 @@ struct KlSlope {
   const KlFrame frame;
   float log_ratio, inv_s, inv_s_ref, gap, ref_center;
   float gx, gy;  // upstream times the tempered logits' slope
-  float mean = 0, logp = 0, ref_logp = 0, g_logp = 0, g_ref_logp = 0, g_entropy = 0, g_lse = 0, g_forwards = 0,
+  float mean = 0, logp = 0, ref_logp = 0, g_logp = 0, g_ref_logp = 0, g_entropy = 0, g_lse = 0,
+        g_forwards = 0,
         g_backwards = 0;  // token_stats
   bool close;
 
-  __device__ __forceinline__ KlSlope(const KlParams& k, const StatsRow& row, const float* g, int64_t stride)
+  __device__ __forceinline__ KlSlope(const KlParams& k, const StatsRow& row, const float* g,
+                                     int64_t stride)
       : frame(k, row.kl),
         log_ratio(row.kl.log_ratio),
         inv_s(row.kl.inv_s),
@@ -56,7 +63,8 @@ struct KlSlope {
     if constexpr (stats) {
       close = !(fminf(gap - log_ratio, log_ratio - ref_center) >= float(kTrusted));
       mean = row.mean, logp = row.logp, ref_logp = row.ref_logp;
-      g_logp = g[kLogp * stride], g_ref_logp = g[kRefLogp * stride], g_entropy = g[kEntropy * stride], g_lse = g[kLse * stride];
+      g_logp = g[kLogp * stride], g_ref_logp = g[kRefLogp * stride],
+      g_entropy = g[kEntropy * stride], g_lse = g[kLse * stride];
       g_forwards = g[kKlPolicyRef * stride], g_backwards = g[kKlRefPolicy * stride];
     }
   }
@@ -69,9 +77,11 @@ struct KlSlope {
     return fabsf(u) <= kSmallGap ? p * (u - kl_bregman_small(u)) : p - q;
   }
 
-  // kFast: frame.fast; kClose: close. at_id leaves the log-probs' own terms out of p and q, for `at` to add them without cancellation.
+  // kFast: frame.fast; kClose: close. at_id leaves the log-probs' own terms out of p and q, for
+  // `at` to add them without cancellation.
   template <bool kFast, bool kClose>
-  __device__ __forceinline__ void operator()(float x, float y, float& dx, float& dy, bool at_id = false) const {
+  __device__ __forceinline__ void operator()(float x, float y, float& dx, float& dy,
+                                             bool at_id = false) const {
     float ax2, ay2, d, ax;
     const float raw_x = x, raw_y = y;
     if (kFast) {
@@ -103,7 +113,8 @@ struct KlSlope {
     } else {
       constexpr bool pair = op == KlOp::kStats;
       float c = fmaf(mean - ax, g_entropy, g_lse - (at_id ? 0.0f : g_logp));
-      if (pair && g_forwards != 0) c = fmaf(d - gap, g_forwards, c);  // else d may be inf where nobody asks for it
+      // else d may be inf where nobody asks for it
+      if (pair && g_forwards != 0) c = fmaf(d - gap, g_forwards, c);
       dx = p == 0 ? 0.0f : p * c;
       if (pair && (kBoth || g_backwards != 0)) {
         const float q = q_of(), apart = difference<kClose>(p, q, d);
@@ -123,12 +134,14 @@ struct KlSlope {
   }
 
   // One entry by itself.
-  __device__ __forceinline__ void any(float x, float y, float& dx, float& dy, bool at_id = false) const {
+  __device__ __forceinline__ void any(float x, float y, float& dx, float& dy,
+                                      bool at_id = false) const {
     if (close) operator()<false, true>(x, y, dx, dy, at_id);
     else operator()<false, false>(x, y, dx, dy, at_id);
   }
 
-  __device__ __forceinline__ static float bend(float raw, float over_cap) {  // the derivative of a softcap
+  // the derivative of a softcap
+  __device__ __forceinline__ static float bend(float raw, float over_cap) {
     const float t = tanhf(raw * over_cap);
     return 1 - t * t;
   }
@@ -143,10 +156,11 @@ struct KlSlope {
   }
 };
 
-// Writes the gradients of entries [begin, end), a span; dx and dy may be null, and `dx` the policy's logits themselves.
+// Writes the gradients of entries [begin, end), a span; dx and dy may be null, and `dx` the
+// policy's logits themselves.
 template <KlOp op, bool kBoth, class Source, class T>
-__device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlope<op, kBoth>& slope, int64_t begin, int64_t end, T* dx,
-                                                 T* dy) {
+__device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlope<op, kBoth>& slope,
+                                                 int64_t begin, int64_t end, T* dx, T* dy) {
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
   constexpr bool pair = op != KlOp::kAlone;
   const int lane = int(threadIdx.x) % 32;
@@ -160,7 +174,8 @@ __device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlop
       if (pair) kl_widen(row.y_at(i), y);
 #pragma unroll
       for (int j = 0; j < n; ++j)
-        slope.template operator()<decltype(fast)::value, decltype(close)::value>(x[j], pair ? y[j] : x[j], for_x[j], for_y[j]);
+        slope.template operator()<decltype(fast)::value, decltype(close)::value>(
+            x[j], pair ? y[j] : x[j], for_x[j], for_y[j]);
       if (dx) kl_store(dx + i, kl_narrow<T>(for_x), aligned);
       if (kBoth && dy) kl_store(dy + i, kl_narrow<T>(for_y), aligned);
     }
@@ -190,8 +205,10 @@ __device__ inline void kl_span_zero(int64_t begin, int64_t end, T* dx, T* dy) {
   for (int side = 0; side < 2; ++side) {
     if (!to[side]) continue;
     const bool aligned = kl_aligned(to[side]);
-    for (int64_t i = begin + lane * n; i + n <= end; i += 32 * n) kl_store(to[side] + i, KlVector<T>{}, aligned);
-    for (int64_t i = end - (end - begin) % n + lane; i < end; i += 32) to[side][i] = kl_narrow<T>(0.0f);
+    for (int64_t i = begin + lane * n; i + n <= end; i += 32 * n)
+      kl_store(to[side] + i, KlVector<T>{}, aligned);
+    for (int64_t i = end - (end - begin) % n + lane; i < end; i += 32)
+      to[side][i] = kl_narrow<T>(0.0f);
   }
 }
 

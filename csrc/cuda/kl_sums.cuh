@@ -1,11 +1,13 @@
 #pragma once
 
-// The sums of math/kl_row.h over a span of entries by one warp. Spans are cut by V alone, a lane's entries and the order of every addition
-// by the span alone: what a row gives does not depend on the blocks that share it, on its place in memory, or on the batch around it.
+// The sums of math/kl_row.h over a span of entries by one warp. Spans are cut by V alone, a lane's
+// entries and the order of every addition by the span alone: what a row gives does not depend on
+// the blocks that share it, on its place in memory, or on the batch around it.
 //
-// Three ways to sum a vector, by how many lanes hold an entry with |d| > 1/4: none: one exp and the series; few: each entry by its own
-// size; many: two exps and plain sums, 13 instructions an entry against 27. Plain sums are good to 1e-7 of their mass: a row that comes out
-// below 1e-2 of that is summed again, each entry by its own size and with 0 * inf = 0.
+// Three ways to sum a vector, by how many lanes hold an entry with |d| > 1/4: none: one exp and the
+// series; few: each entry by its own size; many: two exps and plain sums, 13 instructions an entry
+// against 27. Plain sums are good to 1e-7 of their mass: a row that comes out below 1e-2 of that is
+// summed again, each entry by its own size and with 0 * inf = 0.
 
 #include "kl_elements.cuh"
 
@@ -15,14 +17,17 @@ constexpr int kKlThreads = 256;
 constexpr int kKlWarps = kKlThreads / 32;
 constexpr int kSpan = 1024;  // entries of one warp in a row of up to 2^19; a multiple of it beyond
 constexpr int kMaxSpans = 512;
-constexpr int kBatch = 4;     // vectors of either row whose loads a lane starts before it needs the first: 128 bytes
+// vectors of either row whose loads a lane starts before it needs the first: 128 bytes
+constexpr int kBatch = 4;
 constexpr int kPrime = 1024;  // entries that a row's first frame is taken from
 constexpr int kFewLanes = 16;
 
 __host__ __device__ inline int64_t kl_span(int64_t v) {
   return (v + int64_t(kSpan) * kMaxSpans - 1) / (int64_t(kSpan) * kMaxSpans) * kSpan;
 }
-__host__ __device__ inline int kl_spans(int64_t v) { return int((v + kl_span(v) - 1) / kl_span(v)); }
+__host__ __device__ inline int kl_spans(int64_t v) {
+  return int((v + kl_span(v) - 1) / kl_span(v));
+}
 
 // How many floats a span leaves, the next power of two, and where pivot and peaks lie among them.
 template <KlOp op>
@@ -31,13 +36,15 @@ struct KlParts {
   static constexpr bool kForwards = op == KlOp::kPolicyRef || op == KlOp::kStats;
   static constexpr bool kBackwards = op == KlOp::kRefPolicy || op == KlOp::kStats;
   static constexpr bool kEntropy = op == KlOp::kStats || op == KlOp::kAlone;
-  static constexpr int kMass = kPair ? 4 + 2 * kForwards + 2 * kBackwards : 0;  // then moment, pivot, peaks
+  // then moment, pivot, peaks
+  static constexpr int kMass = kPair ? 4 + 2 * kForwards + 2 * kBackwards : 0;
   static constexpr int kCount = kMass + 4 * kEntropy;
   static constexpr int kPadded = kCount <= 4 ? 4 : kCount <= 8 ? 8 : 16;
 };
 constexpr int kMixParts = 4;  // of jsd's second sweep: gap, KL(p||m), KL(q||m)
 
-// v[i] summed over the warp, in lane i * 32 / K and the ones after it: K + log2(32 / K) shuffles for K sums.
+// v[i] summed over the warp, in lane i * 32 / K and the ones after it: K + log2(32 / K) shuffles
+// for K sums.
 template <int half, int bit, int K>
 __device__ __forceinline__ void kl_fold(float (&v)[K]) {
   if constexpr (half > 0) {
@@ -62,7 +69,8 @@ __device__ __forceinline__ float kl_warp_sums(float (&v)[K]) {
 template <KlOp op>
 struct KlLanes {
   using P = KlParts<op>;
-  float s = 0, g = 0, b = 0, c = 0;                  // entries with |d| <= 1/4: e^ax, e^ay - e^ax, B, C
+  // entries with |d| <= 1/4: e^ax, e^ay - e^ax, B, C
+  float s = 0, g = 0, b = 0, c = 0;
   float far_x = 0, far_y = 0, far_a = 0, far_c = 0;  // the others: e^ax, e^ay, e^ax d, -e^ay d
   float mass = 0, moment = 0;                        // e^ax and e^ax ax log2 e of all
 
@@ -99,7 +107,8 @@ struct KlLanes {
 };
 
 template <KlOp op>
-__device__ __forceinline__ void kl_careful_entry(const KlFrame& frame, float x, float y, KlLanes<op>& lanes) {
+__device__ __forceinline__ void kl_careful_entry(const KlFrame& frame, float x, float y,
+                                                 KlLanes<op>& lanes) {
   float ax, ay, d;
   frame.careful(x, y, ax, ay, d);
   const float ex = kl_exp2(ax * kLog2e);
@@ -115,8 +124,8 @@ __device__ __forceinline__ void kl_careful_entry(const KlFrame& frame, float x, 
 }
 
 template <KlOp op, class T>
-__device__ __forceinline__ void kl_fast_vector(const KlFrame& frame, const KlVector<T>& x_bits, const KlVector<T>& y_bits,
-                                               KlLanes<op>& lanes) {
+__device__ __forceinline__ void kl_fast_vector(const KlFrame& frame, const KlVector<T>& x_bits,
+                                               const KlVector<T>& y_bits, KlLanes<op>& lanes) {
   constexpr int n = KlVector<T>::kEntries;
   float x[n], y[n];
   kl_widen(x_bits, x);
@@ -143,8 +152,8 @@ __device__ __forceinline__ void kl_fast_vector(const KlFrame& frame, const KlVec
         if (KlParts<op>::kEntropy) lanes.entropy(ex, x[j]);
       }
     };
-    const auto plain = [&](float ex, float raw_y,
-                           float gap) {  // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
+    // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
+    const auto plain = [&](float ex, float raw_y, float gap) {
       const float ey = kl_exp2(frame.ay2(raw_y));
       lanes.far(ex, ey, ex * gap, ey * gap);
     };
@@ -162,10 +171,12 @@ __device__ __forceinline__ void kl_fast_vector(const KlFrame& frame, const KlVec
   }
 }
 
-// Mass and moment of a span around its highest entry, which is counted apart: where that entry holds nearly all of the mass or stands
-// above the frame, its ax in every term, or its 1 in every sum, would cost the digits that the entropy lives on (KlSums).
+// Mass and moment of a span around its highest entry, which is counted apart: where that entry
+// holds nearly all of the mass or stands above the frame, its ax in every term, or its 1 in every
+// sum, would cost the digits that the entropy lives on (KlSums).
 template <KlOp op, class Source>
-__device__ void kl_around_peak(const Source& row, const KlFrame& frame, int64_t begin, int64_t end, float* part) {
+__device__ void kl_around_peak(const Source& row, const KlFrame& frame, int64_t begin, int64_t end,
+                               float* part) {
   const int lane = int(threadIdx.x) % 32;
   const auto ax_at = [&](int64_t i) {
     float x = row.x_one(i), y = KlParts<op>::kPair ? row.y_one(i) : x, ay, d, ax;
@@ -191,7 +202,8 @@ __device__ void kl_around_peak(const Source& row, const KlFrame& frame, int64_t 
 }
 
 template <KlOp op, class Source>
-__device__ void kl_span_sums(const Source& row, const KlFrame& frame, bool careful, int64_t begin, int64_t end, float* part) {
+__device__ void kl_span_sums(const Source& row, const KlFrame& frame, bool careful, int64_t begin,
+                             int64_t end, float* part) {
   using T = typename Source::Entry;
   using P = KlParts<op>;
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
@@ -221,7 +233,8 @@ __device__ void kl_span_sums(const Source& row, const KlFrame& frame, bool caref
     }
   }
 #pragma unroll 1
-  for (i += lane; i < end; i += 32) kl_careful_entry(frame, row.x_one(i), P::kPair ? row.y_one(i) : row.x_one(i), lanes);
+  for (i += lane; i < end; i += 32)
+    kl_careful_entry(frame, row.x_one(i), P::kPair ? row.y_one(i) : row.x_one(i), lanes);
   float v[P::kPadded];
   lanes.pack(v);
   constexpr int kStride = 32 / P::kPadded;
@@ -237,9 +250,10 @@ __device__ void kl_span_sums(const Source& row, const KlFrame& frame, bool caref
   }
 }
 
-// --- a row's sums out of its spans' ----------------------------------------------------------------------------------
+// --- a row's sums out of its spans'
 
-__device__ __forceinline__ double kl_warp_total(double v) {  // in every lane, always in the same order
+// in every lane, always in the same order
+__device__ __forceinline__ double kl_warp_total(double v) {
 #pragma unroll
   for (int bit = 16; bit > 0; bit /= 2) v += __shfl_xor_sync(kWholeWarp, v, bit);
   return v;
@@ -266,8 +280,10 @@ __device__ __forceinline__ void kl_add_part(const volatile float* part, KlSums& 
     }
   }
   if (P::kEntropy) {
-    const double pivot = part[P::kMass + 2], around = double(part[P::kMass + 3]) + double(part[P::kMass]);
-    const double off = double(part[P::kMass + 1]) * double(kLn2), scale = pivot == 0 ? 1.0 : exp(pivot);
+    const double pivot = part[P::kMass + 2],
+                 around = double(part[P::kMass + 3]) + double(part[P::kMass]);
+    const double off = double(part[P::kMass + 1]) * double(kLn2),
+                 scale = pivot == 0 ? 1.0 : exp(pivot);
     t.mass += scale * around;
     t.moment += scale * (off + pivot * around);
   }
@@ -277,7 +293,8 @@ template <KlOp op>
 __device__ __forceinline__ void kl_total(KlSums& t) {
   using P = KlParts<op>;
   if (P::kPair) {
-    t.s = kl_warp_total(t.s), t.y = kl_warp_total(t.y), t.g = kl_warp_total(t.g), t.far = kl_warp_total(t.far);
+    t.s = kl_warp_total(t.s), t.y = kl_warp_total(t.y), t.g = kl_warp_total(t.g),
+    t.far = kl_warp_total(t.far);
     if (P::kForwards) t.b = kl_warp_total(t.b), t.a = kl_warp_total(t.a);
     if (P::kBackwards) t.c = kl_warp_total(t.c), t.back = kl_warp_total(t.back);
   }

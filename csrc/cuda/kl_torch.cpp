@@ -1,6 +1,6 @@
-// token_kl and token_stats on CUDA tensors, torch's side: check, allocate, find the stream, call the launchers. float64, which is there for
-// gradcheck, goes to the reference.
-#include "../kl_call.h"
+// token_kl and token_stats on CUDA tensors, torch's side: check, allocate, find the stream, call
+// the launchers. float64, which is there for gradcheck, goes to the reference.
+#include "../call/kl_call.h"
 #include "../math/kl.h"
 #include "kl.h"
 #include "launch_torch.h"
@@ -8,10 +8,10 @@
 namespace fasttax {
 namespace {
 
-// --- arguments --------------------------------------------------------------------------------------------------------
+// --- arguments
 
-// Rows of a tensor whose last stride is 1, neighbouring dimensions folded into one where their strides allow; false: more than kKlDims are
-// left.
+// Rows of a tensor whose last stride is 1, neighbouring dimensions folded into one where their
+// strides allow; false: more than kKlDims are left.
 bool layout_of(const Tensor& t, KlLayout& rows) {
   const int64_t item = element_size(t.scalar_type());
   rows = KlLayout{};
@@ -39,12 +39,14 @@ Tensor with_layout(const Tensor& t, KlLayout& rows) {  // t, or a contiguous cop
 }
 
 void check_place(const char* op, const char* name, const Tensor& t, const Tensor& logits) {
-  FASTTAX_CHECK(t.is_cuda() && t.get_device_index() == logits.get_device_index(), op, name, ": must be on the device of logits");
+  FASTTAX_CHECK(t.is_cuda() && t.get_device_index() == logits.get_device_index(), op, name,
+                ": must be on the device of logits");
 }
 
-const float* checked(const char* op, const char* name, const Tensor& t, int64_t numel, const Tensor& logits) {
-  FASTTAX_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel, op, name,
-                ": expected a contiguous float32 tensor of ", numel, " elements");
+const float* checked(const char* op, const char* name, const Tensor& t, int64_t numel,
+                     const Tensor& logits) {
+  FASTTAX_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel, op,
+                name, ": expected a contiguous float32 tensor of ", numel, " elements");
   check_place(op, name, t, logits);
   return static_cast<const float*>(t.const_data_ptr());
 }
@@ -52,10 +54,12 @@ const float* checked(const char* op, const char* name, const Tensor& t, int64_t 
 struct Work {
   const char* op;
   KlLaunch launch{};
-  Tensor x, y, parts, tickets;  // kept until the launches are queued; torch's allocator orders reuse by stream
+  // kept until the launches are queued; torch's allocator orders reuse by stream
+  Tensor x, y, parts, tickets;
   const Tensor& logits;
 
-  Work(const char* name, KlOp what, const Call& c, const Tensor& policy, const Tensor& ref, const std::optional<Tensor>& mask)
+  Work(const char* name, KlOp what, const Call& c, const Tensor& policy, const Tensor& ref,
+       const std::optional<Tensor>& mask)
       : op(name), logits(policy) {
     check_place(op, "logits", policy, policy);
     check_place(op, "ref_logits", ref, policy);
@@ -77,7 +81,8 @@ struct Work {
   }
 
   Tensor target(bool need, KlLayout& rows) const {
-    const Tensor d = fresh(need ? sizes_of(logits, logits.dim()) : std::vector<int64_t>{0}, logits.scalar_type());
+    const Tensor d = fresh(need ? sizes_of(logits, logits.dim()) : std::vector<int64_t>{0},
+                           logits.scalar_type());
     if (need) layout_of(d, rows);
     return d;
   }
@@ -95,7 +100,8 @@ struct Work {
     if (launch.args.n == 0) return;
     int64_t floats = 0, rows = 0;
     const char* failed = kl_plan(launch, floats, rows);
-    FASTTAX_CHECK(failed == nullptr, op, "CUDA does not tell of its device: ", failed ? failed : "");
+    FASTTAX_CHECK(failed == nullptr, op,
+                  "CUDA does not tell of its device: ", failed ? failed : "");
     if (rows > 0) {
       parts = fresh({floats});
       tickets = torch::stable::new_zeros(logits, {rows}, ScalarType::Int);
@@ -115,25 +121,31 @@ struct Work {
 template <int results, class... Arguments>
 std::array<Tensor, results> reference(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher((std::string("fasttax::_reference_") + op).c_str(), "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher((std::string("fasttax::_reference_") + op).c_str(),
+                                               "", stack.data(), TORCH_ABI_VERSION));
   std::array<Tensor, results> out;
-  for (int i = 0; i < results; ++i) out[size_t(i)] = torch::stable::detail::to<Tensor>(stack[size_t(i)]);
+  for (int i = 0; i < results; ++i)
+    out[size_t(i)] = torch::stable::detail::to<Tensor>(stack[size_t(i)]);
   return out;
 }
 
 bool is_double(const Tensor& logits) { return logits.scalar_type() == ScalarType::Double; }
 
-// --- token_kl ---------------------------------------------------------------------------------------------------------
+// --- token_kl
 
-#define FASTTAX_KL_OPTIONS                                                                                               \
-  int64_t kind, double beta, double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature, \
-      double ref_inv_temperature, bool inf_mask
-#define FASTTAX_KL_VALUES kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask
-#define FASTTAX_KL_WORK(op) Work work(op, KlOp(kind), prepare(op, logits, ref_logits, mask, FASTTAX_KL_VALUES), logits, ref_logits, mask)
+#define FASTTAX_KL_OPTIONS                                                                       \
+  int64_t kind, double beta, double scale, double ref_scale, double softcap, double ref_softcap, \
+      double inv_temperature, double ref_inv_temperature, bool inf_mask
+#define FASTTAX_KL_VALUES \
+  kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask
+#define FASTTAX_KL_WORK(op)                                                                   \
+  Work work(op, KlOp(kind), prepare(op, logits, ref_logits, mask, FASTTAX_KL_VALUES), logits, \
+            ref_logits, mask)
 
 constexpr int64_t kKlKept = sizeof(KlRow) / sizeof(float);
 
-std::tuple<Tensor, Tensor> token_kl(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, FASTTAX_KL_OPTIONS) {
+std::tuple<Tensor, Tensor> token_kl(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
+                                    FASTTAX_KL_OPTIONS) {
   if (is_double(logits)) {
     const auto out = reference<2>("token_kl", logits, ref_logits, mask, FASTTAX_KL_VALUES);
     return {out[0], out[1]};
@@ -156,21 +168,26 @@ void kl_backward(Work& work, const Tensor& grad, const Tensor& stats) {
   if (a.dx.base || a.dy.base) work.then(kl_gradient);
 }
 
-std::tuple<Tensor, Tensor> token_kl_backward(Tensor grad, Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, Tensor stats,
+std::tuple<Tensor, Tensor> token_kl_backward(Tensor grad, Tensor logits, Tensor ref_logits,
+                                             std::optional<Tensor> mask, Tensor stats,
                                              FASTTAX_KL_OPTIONS, bool need_policy, bool need_ref) {
   if (is_double(logits)) {
-    const auto out = reference<2>("token_kl_backward", grad, logits, ref_logits, mask, stats, FASTTAX_KL_VALUES, need_policy, need_ref);
+    const auto out = reference<2>("token_kl_backward", grad, logits, ref_logits, mask, stats,
+                                  FASTTAX_KL_VALUES, need_policy, need_ref);
     return {out[0], out[1]};
   }
   FASTTAX_KL_WORK("token_kl_backward");
-  const Tensor d_logits = work.target(need_policy, work.launch.args.dx), d_ref = work.target(need_ref, work.launch.args.dy);
+  const Tensor d_logits = work.target(need_policy, work.launch.args.dx),
+               d_ref = work.target(need_ref, work.launch.args.dy);
   kl_backward(work, grad, stats);
   return {d_logits, d_ref};
 }
 
-Tensor token_kl_backward_(Tensor grad, Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, Tensor stats, FASTTAX_KL_OPTIONS,
-                          bool need_ref) {
-  if (is_double(logits)) return reference<1>("token_kl_backward_", grad, logits, ref_logits, mask, stats, FASTTAX_KL_VALUES, need_ref)[0];
+Tensor token_kl_backward_(Tensor grad, Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
+                          Tensor stats, FASTTAX_KL_OPTIONS, bool need_ref) {
+  if (is_double(logits))
+    return reference<1>("token_kl_backward_", grad, logits, ref_logits, mask, stats,
+                        FASTTAX_KL_VALUES, need_ref)[0];
   FASTTAX_KL_WORK("token_kl_backward_");
   FASTTAX_CHECK(layout_of(logits, work.launch.args.dx), work.op, "logits: more than ", kKlDims,
                 " dimensions with strides of their own; pass inplace_backward=False");
@@ -179,17 +196,21 @@ Tensor token_kl_backward_(Tensor grad, Tensor logits, Tensor ref_logits, std::op
   return d_ref;
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_kl_grad(Tensor token_weight, Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
-                                                 FASTTAX_KL_OPTIONS, bool need_policy, bool need_ref) {
+std::tuple<Tensor, Tensor, Tensor> token_kl_grad(Tensor token_weight, Tensor logits,
+                                                 Tensor ref_logits, std::optional<Tensor> mask,
+                                                 FASTTAX_KL_OPTIONS, bool need_policy,
+                                                 bool need_ref) {
   if (is_double(logits)) {
-    const auto out = reference<3>("token_kl_grad", token_weight, logits, ref_logits, mask, FASTTAX_KL_VALUES, need_policy, need_ref);
+    const auto out = reference<3>("token_kl_grad", token_weight, logits, ref_logits, mask,
+                                  FASTTAX_KL_VALUES, need_policy, need_ref);
     return {out[0], out[1], out[2]};
   }
-  // two launches where one has no kernel: the reference's gradient, and float16, which a scaler's users ask for in backward
+  // two launches where one has no kernel: the reference's gradient, and float16, which a scaler's
+  // users ask for in backward
   if (need_ref || !need_policy || logits.scalar_type() == ScalarType::Half) {
     const auto [kl, stats] = token_kl(logits, ref_logits, mask, FASTTAX_KL_VALUES);
-    const auto [d_logits, d_ref] =
-        token_kl_backward(token_weight, logits, ref_logits, mask, stats, FASTTAX_KL_VALUES, need_policy, need_ref);
+    const auto [d_logits, d_ref] = token_kl_backward(token_weight, logits, ref_logits, mask, stats,
+                                                     FASTTAX_KL_VALUES, need_policy, need_ref);
     return {kl, d_logits, d_ref};
   }
   FASTTAX_KL_WORK("token_kl_grad");
@@ -202,34 +223,42 @@ std::tuple<Tensor, Tensor, Tensor> token_kl_grad(Tensor token_weight, Tensor log
   return {kl, d_logits, d_ref};
 }
 
-// --- token_stats ------------------------------------------------------------------------------------------------------
+// --- token_stats
 
-#define FASTTAX_STATS_OPTIONS \
-  double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature, double ref_inv_temperature
-#define FASTTAX_STATS_VALUES scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature
+#define FASTTAX_STATS_OPTIONS                                                                 \
+  double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature, \
+      double ref_inv_temperature
+#define FASTTAX_STATS_VALUES \
+  scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature
 
 constexpr int64_t kStatsKept = sizeof(StatsRow) / sizeof(float);
 
 // Without a reference its parameters are the policy's: one row stands for both.
-Work stats_work(const char* op, const Tensor& logits, const std::optional<Tensor>& ref_logits, const std::optional<Tensor>& ids,
-                const std::optional<Tensor>& mask, FASTTAX_STATS_OPTIONS) {
+Work stats_work(const char* op, const Tensor& logits, const std::optional<Tensor>& ref_logits,
+                const std::optional<Tensor>& ids, const std::optional<Tensor>& mask,
+                FASTTAX_STATS_OPTIONS) {
   const bool pair = ref_logits.has_value();
   if (!pair) ref_scale = scale, ref_softcap = softcap, ref_inv_temperature = inv_temperature;
   const Tensor& ref = pair ? *ref_logits : logits;
-  Work work(op, pair ? KlOp::kStats : KlOp::kAlone, prepare(op, logits, ref, mask, 0, 0, FASTTAX_STATS_VALUES, false), logits, ref, mask);
+  Work work(op, pair ? KlOp::kStats : KlOp::kAlone,
+            prepare(op, logits, ref, mask, 0, 0, FASTTAX_STATS_VALUES, false), logits, ref, mask);
   if (ids.has_value()) {
-    FASTTAX_CHECK(ids->scalar_type() == ScalarType::Long && ids->is_contiguous() && ids->numel() == work.launch.args.n, op,
-                  "ids: expected a contiguous int64 tensor of ", work.launch.args.n, " elements");
+    FASTTAX_CHECK(ids->scalar_type() == ScalarType::Long && ids->is_contiguous() &&
+                      ids->numel() == work.launch.args.n,
+                  op, "ids: expected a contiguous int64 tensor of ", work.launch.args.n,
+                  " elements");
     check_place(op, "ids", *ids, logits);
     work.launch.args.ids = static_cast<const int64_t*>(ids->const_data_ptr());
   }
   return work;
 }
 
-std::tuple<Tensor, Tensor> token_stats(Tensor logits, std::optional<Tensor> ref_logits, std::optional<Tensor> ids,
-                                       std::optional<Tensor> mask, FASTTAX_STATS_OPTIONS) {
+std::tuple<Tensor, Tensor> token_stats(Tensor logits, std::optional<Tensor> ref_logits,
+                                       std::optional<Tensor> ids, std::optional<Tensor> mask,
+                                       FASTTAX_STATS_OPTIONS) {
   if (is_double(logits)) {
-    const auto out = reference<2>("token_stats", logits, ref_logits, ids, mask, FASTTAX_STATS_VALUES);
+    const auto out =
+        reference<2>("token_stats", logits, ref_logits, ids, mask, FASTTAX_STATS_VALUES);
     return {out[0], out[1]};
   }
   Work work = stats_work("token_stats", logits, ref_logits, ids, mask, FASTTAX_STATS_VALUES);
@@ -243,12 +272,15 @@ std::tuple<Tensor, Tensor> token_stats(Tensor logits, std::optional<Tensor> ref_
   return {values, kept};
 }
 
-std::tuple<Tensor, Tensor> token_stats_backward(Tensor grads, Tensor logits, std::optional<Tensor> ref_logits, std::optional<Tensor> ids,
-                                                std::optional<Tensor> mask, Tensor stats, FASTTAX_STATS_OPTIONS, bool need_policy,
+std::tuple<Tensor, Tensor> token_stats_backward(Tensor grads, Tensor logits,
+                                                std::optional<Tensor> ref_logits,
+                                                std::optional<Tensor> ids,
+                                                std::optional<Tensor> mask, Tensor stats,
+                                                FASTTAX_STATS_OPTIONS, bool need_policy,
                                                 bool need_ref) {
   if (is_double(logits)) {
-    const auto out =
-        reference<2>("token_stats_backward", grads, logits, ref_logits, ids, mask, stats, FASTTAX_STATS_VALUES, need_policy, need_ref);
+    const auto out = reference<2>("token_stats_backward", grads, logits, ref_logits, ids, mask,
+                                  stats, FASTTAX_STATS_VALUES, need_policy, need_ref);
     return {out[0], out[1]};
   }
   const char* op = "token_stats_backward";

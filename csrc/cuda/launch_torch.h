@@ -3,12 +3,12 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../check.h"
+#include "../call/check.h"
 
 namespace fasttax {
 
-// Calls start(stream) on torch's current stream of the tensor's device, where its own ops go; start returns null or CUDA's words for what
-// failed.
+// Calls start(stream) on torch's current stream of the tensor's device, where its own ops go; start
+// returns null or CUDA's words for what failed.
 template <class Start>
 void launch_on(const char* op, const Tensor& device_of, Start&& start) {
   const int32_t device = device_of.get_device_index();

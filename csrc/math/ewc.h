@@ -18,24 +18,26 @@ FASTTAX_HD S ewc_term(S theta, S anchor, S fisher) {  // fisher * (theta - ancho
   return fisher * delta * delta;
 }
 
-// argmin_t  metric (t - theta)^2 / 2 + pull (t - anchor)^2 / 2,  metric > 0, pull = step * fisher >= 0 and inf for what a
-// float cannot hold. Contracts towards the anchor whatever pull is, where an explicit step diverges as soon as pull > 2 metric.
-// Two forms of one value: each leaves the end that it is close to exactly in place, theta at pull = 0 and the anchor at inf.
+// argmin_t  metric (t - theta)^2 / 2 + pull (t - anchor)^2 / 2,  metric > 0, pull = step * fisher
+// >= 0 and inf for what a float cannot hold. Contracts towards the anchor whatever pull is, where
+// an explicit step diverges as soon as pull > 2 metric. Two forms of one value: each leaves the end
+// that it is close to exactly in place, theta at pull = 0 and the anchor at inf.
 template <class S>
 FASTTAX_HD S ewc_prox(S theta, S anchor, S metric, S pull, S one) {
   const S delta = theta - anchor, share = one / (metric + pull);
   return pull < metric ? theta - delta * (pull * share) : anchor + delta * (metric * share);
 }
 
-// step = first * second, in floats also where step is beyond float's range (up to 2^254): fisher * first * second then
-// overflows only where the product itself does, and never at fisher = 0.
+// step = first * second, in floats also where step is beyond float's range (up to 2^254): fisher *
+// first * second then overflows only where the product itself does, and never at fisher = 0.
 struct EwcStep {
   float first, second;
 };
 
 FASTTAX_HD EwcStep ewc_step(double step) {
   EwcStep out{0, 1.0f};
-  while ((step > 0 ? step : -step) > 0x1p127 && out.second < 0x1p126f) step *= 0.5, out.second *= 2.0f;
+  while ((step > 0 ? step : -step) > 0x1p127 && out.second < 0x1p126f)
+    step *= 0.5, out.second *= 2.0f;
   constexpr double kMost = 0x1.fffffep127;
   out.first = float(step > kMost ? kMost : step < -kMost ? -kMost : step);
   return out;

@@ -4,46 +4,46 @@
 
 #include "macros.h"
 
-// Token-level KL in one frame. With ax = x - mx, ay = y - my (tempered logits in frames near their maxima) and
-// d = ax - ay, the sums
-//   S = sum e^ax      G = sum (e^ay - e^ax)      B = sum e^ax f(d)      C = sum e^ay f(-d),   f(d) = e^-d - 1 + d >= 0
+// Token-level KL in one frame. With ax = x - mx, ay = y - my (tempered logits in frames near their
+// maxima) and d = ax - ay, the sums
+//   S = sum e^ax      G = sum (e^ay - e^ax)      B = sum e^ax f(d)      C = sum e^ay f(-d),   f(d)
+//   = e^-d - 1 + d >= 0
 // give, with tau = G/S and h(t) = t - log1p(t) >= 0,
-//   KL(p||q) = B/S - h(tau)        KL(q||p) = C/(S+G) - h(-tau/(1+tau))        log(S/(S+G)) = -log1p(tau).
-// Every term of B and C is a Bregman divergence: no difference of large numbers is taken, a small KL keeps its
-// digits, and equal rows give exactly 0. S is a scalar or a SIMD vector; Const<S> makes its constants.
+//   KL(p||q) = B/S - h(tau)        KL(q||p) = C/(S+G) - h(-tau/(1+tau))        log(S/(S+G)) =
+//   -log1p(tau).
+// Every term of B and C is a Bregman divergence: no difference of large numbers is taken, a small
+// KL keeps its digits, and equal rows give exactly 0. S is a scalar or a SIMD vector.
 namespace fasttax {
-
-template <class S>
-struct Const {
-  static FASTTAX_HD S of(double a) { return S(a); }
-};
 
 constexpr float kSmallGap = 0.25f;  // |d| up to which the series below is used
 
 template <class S>
 FASTTAX_HD S kl_bregman_small(S d) {  // f(d) for |d| <= 1/4, relative error <= 1.3e-8
-  S p = Const<S>::of(-1.0 / 5040);
-  p = p * d + Const<S>::of(1.0 / 720);
-  p = p * d + Const<S>::of(-1.0 / 120);
-  p = p * d + Const<S>::of(1.0 / 24);
-  p = p * d + Const<S>::of(-1.0 / 6);
-  p = p * d + Const<S>::of(0.5);
+  S p = constant<S>(-1.0 / 5040);
+  p = p * d + constant<S>(1.0 / 720);
+  p = p * d + constant<S>(-1.0 / 120);
+  p = p * d + constant<S>(1.0 / 24);
+  p = p * d + constant<S>(-1.0 / 6);
+  p = p * d + constant<S>(0.5);
   return d * d * p;
 }
 
+// f(d) and f(-d) for |d| <= 1/4: their even and odd parts
 template <class S>
-FASTTAX_HD void kl_bregman_small(S d, S& f, S& back) {  // f(d) and f(-d) for |d| <= 1/4: their even and odd parts
+FASTTAX_HD void kl_bregman_small(S d, S& f, S& back) {
   const S z = d * d;
-  S even = Const<S>::of(1.0 / 720), odd = Const<S>::of(1.0 / 5040);
-  even = even * z + Const<S>::of(1.0 / 24);
-  odd = odd * z + Const<S>::of(1.0 / 120);
-  even = even * z + Const<S>::of(0.5);
-  odd = (odd * z + Const<S>::of(1.0 / 6)) * d;
+  S even = constant<S>(1.0 / 720), odd = constant<S>(1.0 / 5040);
+  even = even * z + constant<S>(1.0 / 24);
+  odd = odd * z + constant<S>(1.0 / 120);
+  even = even * z + constant<S>(0.5);
+  odd = (odd * z + constant<S>(1.0 / 6)) * d;
   f = z * (even - odd);
   back = z * (even + odd);
 }
 
-FASTTAX_HD double kl_bregman(double d) { return fabs(d) < 1e-2 ? kl_bregman_small(d) : expm1(-d) + d; }
+FASTTAX_HD double kl_bregman(double d) {
+  return fabs(d) < 1e-2 ? kl_bregman_small(d) : expm1(-d) + d;
+}
 
 FASTTAX_HD double kl_defect(double t) {  // h(t) = t - log1p(t)
   if (fabs(t) > 0.1) return t - log1p(t);
@@ -52,21 +52,23 @@ FASTTAX_HD double kl_defect(double t) {  // h(t) = t - log1p(t)
   return p;
 }
 
-// Generalised Jensen-Shannon, m = beta q + (1 - beta) p, as a sum of non-negative terms: with eps = q/p - 1,
-//   beta KL(q||m) + (1 - beta) KL(p||m) = sum p [beta g(eps) - g(beta eps)],   g(t) = (1+t) log1p(t) - t.
+// Generalised Jensen-Shannon, m = beta q + (1 - beta) p, as a sum of non-negative terms: with eps =
+// q/p - 1,
+//   beta KL(q||m) + (1 - beta) KL(p||m) = sum p [beta g(eps) - g(beta eps)],   g(t) = (1+t)
+//   log1p(t) - t.
 template <class S>
 FASTTAX_HD S jsd_g_small(S t) {  // g(t) for |t| <= 1/4: sum_{k>=2} (-t)^k / (k (k-1))
-  S p = Const<S>::of(1.0 / 132);
-  p = p * -t + Const<S>::of(1.0 / 110);
-  p = p * -t + Const<S>::of(1.0 / 90);
-  p = p * -t + Const<S>::of(1.0 / 72);
-  p = p * -t + Const<S>::of(1.0 / 56);
-  p = p * -t + Const<S>::of(1.0 / 42);
-  p = p * -t + Const<S>::of(1.0 / 30);
-  p = p * -t + Const<S>::of(1.0 / 20);
-  p = p * -t + Const<S>::of(1.0 / 12);
-  p = p * -t + Const<S>::of(1.0 / 6);
-  p = p * -t + Const<S>::of(0.5);
+  S p = constant<S>(1.0 / 132);
+  p = p * -t + constant<S>(1.0 / 110);
+  p = p * -t + constant<S>(1.0 / 90);
+  p = p * -t + constant<S>(1.0 / 72);
+  p = p * -t + constant<S>(1.0 / 56);
+  p = p * -t + constant<S>(1.0 / 42);
+  p = p * -t + constant<S>(1.0 / 30);
+  p = p * -t + constant<S>(1.0 / 20);
+  p = p * -t + constant<S>(1.0 / 12);
+  p = p * -t + constant<S>(1.0 / 6);
+  p = p * -t + constant<S>(0.5);
   return t * t * p;
 }
 
@@ -75,12 +77,13 @@ FASTTAX_HD double jsd_g(double t) {
   return t <= -1 ? 1.0 : (1 + t) * log1p(t) - t;
 }
 
-struct KlRow {       // what forward keeps of a row for backward; floats 0..7 of the op's `stats`
-  float mx, my;      // frames, in the units of the raw logits (softcap: of the capped ones)
-  float shift;       // added to ay when the row was recentred
-  float inv_s;       // 1 / S
-  float log_ratio;   // L = log(S_x / S_y); u_j = log p_j - log q_j = d_j - L
-  float mean_gap;    // policy_ref: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m).  token_stats: E_p[d]
+struct KlRow {      // what forward keeps of a row for backward; floats 0..7 of the op's `stats`
+  float mx, my;     // frames, in the units of the raw logits (softcap: of the capped ones)
+  float shift;      // added to ay when the row was recentred
+  float inv_s;      // 1 / S
+  float log_ratio;  // L = log(S_x / S_y); u_j = log p_j - log q_j = d_j - L
+  // policy_ref: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m).  token_stats: E_p[d]
+  float mean_gap;
   float ref_center;  // jsd: KL(q||m).  token_stats: E_q[d]
   float inv_s_ref;   // 1 / (S + G)
 };

@@ -1,4 +1,4 @@
-"""The command line: `fasttax` and `python -m fasttax`."""
+"""The command line, `fasttax` and `python -m fasttax`: one module a command."""
 
 from fasttax.cli.main import main as main
 

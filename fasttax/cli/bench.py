@@ -1,12 +1,12 @@
-"""`fasttax bench`: the main ops beside plain PyTorch on this machine, at sizes of your own, in
-about a minute.
-"""
+"""`fasttax bench`: the main ops beside plain PyTorch, at sizes of your own, in about a minute."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor
 
 import fasttax
 from fasttax._base import checks, files, timing
-from fasttax._base.timing import Case
+from fasttax._base.timing import Case, Result
+
+OP = "fasttax bench"
 
 
 def eager_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """Mean KL(policy || ref) as it is written by hand, in float32."""
     logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1).mean()
 
@@ -25,6 +28,7 @@ def eager_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 def eager_linear_kl(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
 ) -> Tensor:
+    """`eager_kl` of whole logits, hidden (N, H) @ weight (V, H)^T."""
     return eager_kl(hidden @ weight.T, ref_hidden @ ref_weight.T)
 
 
@@ -36,25 +40,28 @@ def foreach_ewc(
     fishers: Sequence[Tensor],
     strength: float,
 ) -> None:
+    """Grad += strength fisher (theta - anchor) by torch._foreach: three passes, one temporary."""
     delta = torch._foreach_sub(list(params), list(anchors))
     torch._foreach_mul_(delta, list(fishers))
     torch._foreach_add_(list(grads), delta, alpha=strength)
 
 
 def fused_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """`eager_kl`'s number by one op."""
     return fasttax.token_kl(logits, ref_logits, reduction="mean")
 
 
 def fused_linear_kl(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
 ) -> Tensor:
+    """`eager_linear_kl`'s number, logits never whole."""
     return fasttax.linear_token_kl(hidden, weight, ref_hidden, ref_weight, reduction="mean")
 
 
 def step(
     function: Callable[..., Tensor], leaves: Sequence[Tensor], others: Sequence[Tensor]
 ) -> Callable[[], None]:
-    """Forward and backward to fresh leaves."""
+    """A call that runs forward and backward, to gradients of fresh copies of `leaves`."""
 
     def call() -> None:
         function(*(leaf.detach().requires_grad_() for leaf in leaves), *others).backward()
@@ -62,134 +69,167 @@ def step(
     return call
 
 
-def cases(
-    tokens: int, vocab: int, hidden: int, parameters: int, rounds: int, device: str
-) -> Iterator[Case]:
-    size = f"{tokens} x {vocab}"
-    for dtype in (torch.float32, torch.bfloat16):
-        x, y = torch.randn(2, tokens, vocab, device=device).to(dtype).unbind()
-        contenders: dict[str, Callable[[], Any]] = {
-            "eager": step(eager_kl, (x,), (y,)),
-            "fasttax": step(fused_kl, (x,), (y,)),
-        }
-        yield Case(
-            f"token_kl forward+backward, {str(dtype).removeprefix('torch.')}",
-            size,
-            contenders,
-            3.0 * x.nbytes,
-            rounds=rounds,
-        )
-    h, w, rh, rw = (
-        torch.randn(n, hidden, device=device) * hidden**-0.5 for n in (tokens, vocab, tokens, vocab)
-    )
-    contenders = {
-        "eager": step(eager_linear_kl, (h, w), (rh, rw)),
-        "fasttax": step(fused_linear_kl, (h, w), (rh, rw)),
+@dataclass(frozen=True)
+class Sizes:
+    """What the cases' shapes are made of; the command has an option for each."""
+
+    tokens: int = 512
+    vocab: int = 49152
+    hidden: int = 576
+    parameters: int = 30_000_000
+    rounds: int = 7
+
+
+HELP = {
+    "tokens": "of a batch",
+    "vocab": "entries of the vocabulary",
+    "hidden": "width of the model",
+    "parameters": "of the EWC case",
+    "rounds": "in which contenders take turns",
+}
+
+
+def cases(sizes: Sizes, device: str) -> Iterator[Case]:
+    """Five cases, each made when its turn comes."""
+    yield kl_case(sizes, device, torch.float32)
+    yield kl_case(sizes, device, torch.bfloat16)
+    yield linear_kl_case(sizes, device)
+    yield ewc_case(sizes, device)
+    yield fisher_case(sizes, device)
+
+
+def kl_case(sizes: Sizes, device: str, dtype: torch.dtype) -> Case:
+    """Floor: both logits read once, one gradient written."""
+    x, y = torch.randn(2, sizes.tokens, sizes.vocab, device=device).to(dtype).unbind()
+    contenders: dict[str, Callable[[], Any]] = {
+        "eager": step(eager_kl, (x,), (y,)),
+        "fasttax": step(fused_kl, (x,), (y,)),
     }
-    yield Case(
-        "linear_token_kl forward+backward, float32",
-        f"{tokens} tokens, {hidden} -> {vocab}",
+    return Case(
+        f"token_kl forward+backward, {str(dtype).removeprefix('torch.')}",
+        f"{sizes.tokens} x {sizes.vocab}",
         contenders,
-        4.0 * (2 * h.numel() + 3 * w.numel()),
-        8.0 * tokens * hidden * vocab,
-        rounds=rounds,
+        floor_bytes=3.0 * x.nbytes,
+        rounds=sizes.rounds,
     )
-    del h, w, rh, rw
-    theta, grad, anchor, fisher = ([t] for t in torch.rand(4, parameters, device=device).unbind())
-    contenders = {
+
+
+def linear_kl_case(sizes: Sizes, device: str) -> Case:
+    """Floor: four GEMMs of 2 tokens hidden vocab flops."""
+    N, V, H = sizes.tokens, sizes.vocab, sizes.hidden
+    h, w, ref_h, ref_w = (torch.randn(n, H, device=device) * H**-0.5 for n in (N, V, N, V))
+    contenders: dict[str, Callable[[], Any]] = {
+        "eager": step(eager_linear_kl, (h, w), (ref_h, ref_w)),
+        "fasttax": step(fused_linear_kl, (h, w), (ref_h, ref_w)),
+    }
+    return Case(
+        "linear_token_kl forward+backward, float32",
+        f"{N} tokens, {H} -> {V}",
+        contenders,
+        floor_bytes=4.0 * (2 * h.numel() + 3 * w.numel()),
+        floor_flops=8.0 * N * H * V,
+        rounds=sizes.rounds,
+    )
+
+
+def ewc_case(sizes: Sizes, device: str) -> Case:
+    """Floor: theta, anchor, Fisher and gradient read, one written: 20 bytes a parameter."""
+    rows = torch.rand(4, sizes.parameters, device=device)
+    theta, grad, anchor, fisher = ([row] for row in rows.unbind())
+    contenders: dict[str, Callable[[], Any]] = {
         "foreach": lambda: foreach_ewc(theta, grad, anchor, fisher, 0.5),
         "fasttax": lambda: fasttax.functional.ewc_add_grad_(theta, grad, anchor, fisher, 0.5),
     }
-    yield Case(
+    return Case(
         "ewc_add_grad_, float32",
-        f"{parameters:,} parameters",
+        f"{sizes.parameters:,} parameters",
         contenders,
-        20.0 * parameters,
-        rounds=rounds,
+        floor_bytes=20.0 * sizes.parameters,
+        rounds=sizes.rounds,
     )
-    n, t = 8, max(1, tokens // 8)
-    a, d, out = (
-        torch.randn(n, t, hidden, device=device),
-        torch.randn(n, t, hidden, device=device),
-        torch.zeros(hidden, hidden, device=device),
-    )
-    contenders = {
+
+
+def fisher_case(sizes: Sizes, device: str) -> Case:
+    """Floor: the flops of the weight gradient, whose place the square takes."""
+    N, T, H = 8, max(1, sizes.tokens // 8), sizes.hidden
+    a, d = torch.randn(2, N, T, H, device=device).unbind()
+    out = torch.zeros(H, H, device=device)
+    contenders: dict[str, Callable[[], Any]] = {
         "weight-gradient GEMM": lambda: torch.mm(d.flatten(0, 1).T, a.flatten(0, 1)),
         "fasttax": lambda: fasttax.functional.linear_sqgrad(a, d, out=out),
     }
-    yield Case(
+    return Case(
         "linear_sqgrad (exact per example), float32",
-        f"{n} x {t} tokens, {hidden} x {hidden}",
+        f"{N} x {T} tokens, {H} x {H}",
         contenders,
-        4.0 * (2 * a.numel() + 2 * out.numel()),
-        2.0 * a.numel() * hidden,
-        rounds=rounds,
+        floor_bytes=4.0 * (2 * a.numel() + 2 * out.numel()),
+        floor_flops=2.0 * a.numel() * H,
+        rounds=sizes.rounds,
     )
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fasttax bench", description=__doc__)
-    for name, value, text in (
-        ("tokens", 512, "of a batch"),
-        ("vocab", 49152, "entries of the vocabulary"),
-        ("hidden", 576, "width of the model"),
-        ("parameters", 30_000_000, "of the EWC case"),
-        ("rounds", 7, "in which contenders take turns"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default {value})")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers")
-    args = parser.parse_args(argv)
-    sizes = {
-        name: checks.count("fasttax bench", f"--{name}", getattr(args, name))
-        for name in ("tokens", "vocab", "hidden", "parameters", "rounds")
-    }
-    seen = [
-        "cpu",
-        *(
-            ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-            if torch.cuda.is_available()
-            else []
-        ),
-    ]
-    checks.choice("fasttax bench", "--device", args.device, seen)
+    """Measures case by case, printing each as it is done, and writes --json.
+
+    Returns:
+        0; sizes below 1 and a device that is not there are errors before anything is measured.
+    """
+    args = parse(argv)
+    sizes = Sizes(**{name: checks.count(OP, f"--{name}", getattr(args, name)) for name in HELP})
+    checks.choice(OP, "--device", args.device, devices())
     torch.manual_seed(0)
     rate = timing.bandwidth(args.device)
     print(
         f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, copies "
         f"{rate / 1e9:.0f} GB/s; contenders take turns, medians"
     )
-    rows = []
-    for case in cases(**sizes, device=args.device):
+    results = []
+    for case in cases(sizes, args.device):
         result = timing.run(case, rate)
-        rows.append(result)
-        others = ", ".join(
-            f"{name} {result.milliseconds[name]:.1f} ms ({ratio:.2f}x)"
-            for name, ratio in result.ratios.items()
-        )
-        print(
-            f"{result.name}, {result.shape}: {result.milliseconds['fasttax']:.1f} ms; {others}",
-            flush=True,
-        )
+        results.append(result)
+        print(line_of(result), flush=True)
     if args.json:
-        text = (
-            json.dumps(
-                [
-                    {
-                        "name": r.name,
-                        "shape": r.shape,
-                        "milliseconds": r.milliseconds,
-                        "ratios": r.ratios,
-                    }
-                    for r in rows
-                ],
-                indent=1,
-            )
-            + "\n"
-        )
-        print(
-            files.whole(
-                "fasttax bench", args.json, lambda path: path.write_text(text, encoding="utf-8")
-            )
-        )
+        print(write(results, args.json))
     return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog=OP,
+        description=(
+            "`fasttax bench`: the main ops beside plain PyTorch on this machine, at sizes of your "
+            "own, in about a minute."
+        ),
+    )
+    for name, value in asdict(Sizes()).items():
+        parser.add_argument(
+            f"--{name}", type=int, default=value, help=f"{HELP[name]} (default {value})"
+        )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers")
+    return parser.parse_args(argv)
+
+
+def devices() -> list[str]:
+    """What --device takes here."""
+    if not torch.cuda.is_available():
+        return ["cpu"]
+    return ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
+
+def line_of(result: Result) -> str:
+    """Milliseconds of fasttax, then of the others with how many times fasttax's they are."""
+    others = ", ".join(
+        f"{name} {result.milliseconds[name]:.1f} ms ({ratio:.2f}x)"
+        for name, ratio in result.ratios.items()
+    )
+    return f"{result.name}, {result.shape}: {result.milliseconds['fasttax']:.1f} ms; {others}"
+
+
+def write(results: Sequence[Result], path: str) -> Path:
+    """The measured numbers as JSON, written whole or not at all."""
+    kept = ("name", "shape", "milliseconds", "ratios")
+    rows = [{name: getattr(result, name) for name in kept} for result in results]
+    text = json.dumps(rows, indent=1) + "\n"
+    return files.whole(OP, path, lambda target: target.write_text(text, encoding="utf-8"))

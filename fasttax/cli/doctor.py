@@ -1,6 +1,6 @@
-"""`fasttax doctor`: per op, which kernel runs here and why; versions.
+"""`fasttax doctor`: versions; per op, which kernel runs here and why; what is missing.
 
-What is missing and the command that brings it.
+Each thing that is missing comes with the command that brings it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from importlib import metadata
 
 import torch
 
@@ -18,6 +19,7 @@ from fasttax._base import library
 from fasttax._base.version import __version__
 
 SIMD = ("portable vectors", "AVX2", "AVX-512")
+BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 EXTRAS = {
     "transformers": "transformers",
     "trl": "trl",
@@ -28,35 +30,29 @@ EXTRAS = {
 }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str:
+    """The version, "installed" where the package has no metadata, or "not installed"."""
     if importlib.util.find_spec(package) is None:
-        return None
-    from importlib.metadata import PackageNotFoundError, version
-
+        return "not installed"
     try:
-        return version(package)
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return "installed"
 
 
 def missing() -> list[tuple[str, str]]:
     """(what is missing, the command that brings it)."""
     rows = []
-    build = "pip install --no-build-isolation --force-reinstall --no-deps ."
     if "_C" in library.problems and library.problems["_C"] != "FASTTAX_BACKEND=reference":
-        compiler = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-        first = "" if compiler else "apt-get install g++ && "
-        rows.append(
-            (
-                f"C++ CPU kernels ({library.problems['_C']})",
-                f"{first}{build}   (in fasttax's source folder)",
-            )
-        )
+        command = f"{BUILD}   (in fasttax's source folder)"
+        if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+            command = f"apt-get install g++ && {command}"
+        rows.append((f"C++ CPU kernels ({library.problems['_C']})", command))
     if torch.cuda.is_available() and "_C_cuda" in library.problems:
         rows.append(
             (
                 f"CUDA C++ kernels ({library.problems['_C_cuda']})",
-                f"FASTTAX_CUDA=1 {build}   (needs nvcc; CUDA_HOME names its folder)",
+                f"FASTTAX_CUDA=1 {BUILD}   (needs nvcc; CUDA_HOME names its folder)",
             )
         )
     for package, extra in EXTRAS.items():
@@ -65,20 +61,28 @@ def missing() -> list[tuple[str, str]]:
     return rows
 
 
+def simd() -> str:
+    """The widest vectors that the C++ CPU kernels use on this processor."""
+    if "_C" in library.problems:
+        return "none (no C++ kernels)"
+    return SIMD[torch.ops.fasttax._simd_level(-1)]
+
+
+def gpu() -> str:
+    """The first GPU's name, or "none"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
 def report() -> str:
-    simd = (
-        "none (no C++ kernels)"
-        if "_C" in library.problems
-        else SIMD[torch.ops.fasttax._simd_level(-1)]
-    )
+    """What the command prints: versions, a line an op, what is missing."""
     lines = [
         f"fasttax {__version__}   torch {torch.__version__}   python {platform.python_version()}   "
         f"{platform.system()} {platform.machine()}",
-        f"FASTTAX_BACKEND={os.environ.get('FASTTAX_BACKEND', 'auto (not set)')}   SIMD: {simd}   "
+        f"FASTTAX_BACKEND={os.environ.get('FASTTAX_BACKEND', 'auto (not set)')}   SIMD: {simd()}   "
         f"threads: {torch.get_num_threads()}",
-        f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}   torch's "
+        f"GPU: {gpu()}   torch's "
         f"CUDA: {torch.version.cuda or 'none'}   "
-        f"triton: {_version('triton') or 'not installed'}",
+        f"triton: {version_of('triton')}",
         "",
         f"{'op':28} {'cpu':10} {'cuda':10} why",
     ]
@@ -86,12 +90,15 @@ def report() -> str:
         (cpu, cpu_why), (cuda, cuda_why) = library.active(name, "cpu"), library.active(name, "cuda")
         lines.append(f"{name:28} {cpu:10} {cuda:10} cpu: {cpu_why}; cuda: {cuda_why}")
     rows = missing()
-    lines += ["", "missing:" if rows else "nothing is missing"]
+    if not rows:
+        return "\n".join([*lines, "", "nothing is missing"])
+    lines += ["", "missing:"]
     lines += [f"  {what:44} {command}" for what, command in rows]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:
+    """Prints the report; there are no options but --help."""
     argparse.ArgumentParser(prog="fasttax doctor", description=__doc__).parse_args(argv)
     print(report())
     return 0

@@ -1,9 +1,6 @@
-"""fasttax in trainers of others.
+"""fasttax in trainers of others: transformers, TRL, Lightning.
 
-`integrations.transformers`, `integrations.trl`, `integrations.lightning`; each needs its trainer's
-package.
-
-Nothing here is imported by `import fasttax`.
+`import fasttax` imports nothing of this; each module needs its trainer's package and says so.
 """
 
 import importlib

@@ -1,7 +1,4 @@
-"""What the integrations must know of a causal language model.
-
-Its parameters, its backbone, its head, how it tempers its logits.
-"""
+"""What the integrations must know of a language model: parameters, backbone, head, tempering."""
 
 from __future__ import annotations
 
@@ -21,11 +18,18 @@ if TYPE_CHECKING:
 
 
 def on_model(op: str, ewc: EWC, model: Any) -> EWC:
-    """The EWC on the parameters that are trained: as it is.
+    """The EWC on the parameters that are trained.
 
-    or, where FSDP2 put sharded ones in their place, made anew on those.
+    It is `ewc` itself, or where FSDP2 put sharded parameters in their place one made anew on those.
+    A penalty on other parameters would have its gradient where nobody steps, and is an error.
 
-    Whatever else it holds would get its gradient where nobody steps, and is an error.
+    Args:
+        op: the caller, for errors.
+        ewc: an `fasttax.EWC`.
+        model: the model that a trainer trains, wrapped or not.
+
+    Raises:
+        ValueError: FSDP1, parameters that are not the model's, or none that is trained.
     """
     held = ewc.parameters()
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
@@ -67,7 +71,7 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
 
 @dataclass(frozen=True)
 class Head:
-    """The head's weight (V, H), bias (V,) or None, and how logits are tempered before temperature."""
+    """The head's weight (V, H), its bias (V,), and what its logits meet before the temperature."""
 
     weight: Tensor
     bias: Tensor | None
@@ -94,6 +98,7 @@ def causal_lm(op: str, argument: str, model: Any) -> Any:
 
 
 def backbone(model: nn.Module) -> nn.Module:
+    """The module of a causal language model that makes the hidden states of its head."""
     found = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if not isinstance(found, nn.Module):
         raise checks.fail(
@@ -109,30 +114,35 @@ def backbone(model: nn.Module) -> nn.Module:
 def head(model: Any) -> Head:
     """Read while the model's forward runs, where sharded heads are whole."""
     layer = model.get_output_embeddings()
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    if hasattr(weight, "full_tensor"):
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     config = model.config.get_text_config()
-    scale = next(
-        (
-            v
-            for key in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (v := getattr(config, key, None)) is not None
-        ),
-        None,
-    )
-    if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
-        # Granite divides, HyperCLOVA X multiplies
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
     return Head(
-        weight,
-        bias,
-        1.0 if scale is None else float(scale),
-        getattr(config, "final_logit_softcapping", None),
+        weight=_whole(layer.weight),
+        bias=_whole(getattr(layer, "bias", None)),
+        logit_scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def _whole(tensor: Any) -> Any:
+    """A tensor as it is, all of a sharded one, None for None."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _logit_scale(config: Any) -> float:
+    """What the model multiplies its logits by, under the name that its family has for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return float(scale)
+    scale = getattr(config, "logits_scaling", None)
+    if scale is None:
+        return 1.0
+    # HyperCLOVA X multiplies by it, Granite divides
+    return float(scale) if config.model_type == "hyperclovax" else 1.0 / float(scale)
 
 
 def hidden_states(output: Any) -> Tensor:
+    """A backbone's last hidden states (B, T, H), whatever form its output has."""
     states: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
     return states
 

@@ -446,6 +446,11 @@ class _Pair:
         )
 
 
+def has_jsd(reduction: str, num_items_in_batch: Any) -> bool:
+    """Whether `jsd_loss` has TRL's reduction: one to a number."""
+    return num_items_in_batch is not None or reduction in ("batchmean", "sum", "mean")
+
+
 def jsd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -10,8 +10,9 @@ KEYS = ("beta", "target", "horizon", "clip")
 
 
 class AdaptiveKL:
-    """beta <- beta * (1 + clip(kl / target - 1, -clip, clip) * samples / horizon), the proportional
-    controller of Ziegler et al. 2019 (arXiv:1909.08593, section 2.2).
+    """The proportional controller of Ziegler et al. 2019 (arXiv:1909.08593, section 2.2).
+
+        beta <- beta * (1 + clip(kl / target - 1, -clip, clip) * samples / horizon)
 
     `FullKL(..., beta=AdaptiveKL(...))` updates it at every optimizer step. In a loop of your own:
 
@@ -39,14 +40,16 @@ class AdaptiveKL:
         self.clip = checks.number(op, "clip", clip, low=0, high=0.99, open_low=True)
 
     def __repr__(self) -> str:
-        return f"AdaptiveKL(target={self.target:g}, beta={self.beta:g}, horizon={self.horizon:g}, clip={self.clip:g})"
+        return (
+            f"AdaptiveKL(target={self.target:g}, beta={self.beta:g}, horizon={self.horizon:g}, "
+            f"clip={self.clip:g})"
+        )
 
     def update(self, kl: float, samples: float = 1.0) -> float:
-        """Takes the KL per token that was measured (the mean over all ranks, so that they agree),
-        and returns the new beta.
+        """Takes the KL per token that was measured, and returns the new beta.
 
         Args:
-            kl: nats per token, finite, >= 0.
+            kl: nats per token, finite, >= 0; the mean over all ranks, so that they agree.
             samples: how much of the horizon this update is: 1, or the number of sequences where
                 `horizon` counts sequences.
         """
@@ -57,6 +60,7 @@ class AdaptiveKL:
         return self.beta
 
     def state_dict(self) -> dict[str, float]:
+        """The coefficient and the constructor's numbers, for a checkpoint."""
         return {key: getattr(self, key) for key in KEYS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

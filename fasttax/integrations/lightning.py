@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fasttax._base import checks, files
-from fasttax.integrations._handle import Handle
+from fasttax._base.handle import Handle
 from fasttax.integrations._models import on_model
 
 try:
@@ -42,15 +42,15 @@ class EWCCallback(Callback):
 
     def __init__(self, ewc: EWC, where: str = "pre_clip") -> None:
         op = "EWCCallback"
-        if not all(
-            hasattr(ewc, name) for name in ("add_grad_", "attach", "distance", "parameters")
-        ):
+        needed = ("add_grad_", "attach", "distance", "parameters")
+        if not all(hasattr(ewc, name) for name in needed):
             raise checks.fail(op, "ewc", "a fasttax.EWC", ewc, error=TypeError)
         self.ewc = ewc
         self.where = checks.choice(op, "where", where, WHERE)
         self._handle = Handle()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that the penalty reaches the weights that are trained; wraps the clipping."""
         strategy = type(trainer.strategy).__name__
         if "DeepSpeed" in strategy:
             raise checks.fail(
@@ -80,6 +80,7 @@ class EWCCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
+        """After unscaling and before clipping: adds the gradient, and logs."""
         if self.where == "pre_clip":
             self._add(optimizer)
         pl_module.log_dict(
@@ -89,6 +90,7 @@ class EWCCallback(Callback):
         )
 
     def _add(self, optimizer: Any) -> None:
+        """The gradient of what this optimizer holds: another one steps the rest."""
         self.ewc.add_grad_(only=[p for group in optimizer.param_groups for p in group["params"]])
 
     def _then_add(self, clip: Callable[..., None]) -> Callable[..., None]:
@@ -99,19 +101,23 @@ class EWCCallback(Callback):
         return configure_gradient_clipping
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the module its own clipping back."""
         self._handle.undo()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        """As `on_train_end`, which does not come after an exception."""
         self._handle.undo()
 
-    # --- checkpoints -----------------------------------------------------------------------------------------------------
+    # --- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        """The anchor's hash, which Lightning keeps in its checkpoints."""
         return {"anchor_hash": files.weights_hash(self.ewc.anchor.items())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses another anchor than the one that the checkpoint was trained with."""
         now = self.state_dict()["anchor_hash"]
         if state_dict.get("anchor_hash") != now:
             raise checks.fail(

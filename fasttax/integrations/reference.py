@@ -1,6 +1,4 @@
-"""A reference model kept as each token's k largest log-probs.
-
-Computed once, read in training without the model.
+"""A reference model kept as each token's k largest log-probs, read in training without the model.
 
 `fasttax kl cache MODEL DATA` writes the file; `FullKL(trainer, ref_model="cache.safetensors", ...)`
 reads it.
@@ -8,12 +6,9 @@ reads it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +22,11 @@ KIND = "TopKReference"
 
 
 class TopKReference:
-    """The k largest log-probs (float32) and ids of a reference model after every token of the
-    sequences it was made on.
+    """The k largest log-probs (float32) and ids of a reference model after every token.
 
-    A sequence is found by its token ids. Its last token may differ: nothing is predicted from it,
-    so a cache made without the end-of-text token serves sequences that have one.
+    It covers the sequences that it was made on. A sequence is found by its token ids. Its last
+    token may differ: nothing is predicted from it, so a cache made without the end-of-text token
+    serves sequences that have one.
     """
 
     def __init__(
@@ -42,13 +37,9 @@ class TopKReference:
         ids: Tensor,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self.tokens, self.offsets, self.logp, self.ids, self.metadata = (
-            tokens,
-            offsets,
-            logp,
-            ids,
-            dict(metadata or {}),
-        )
+        self.tokens, self.offsets = tokens, offsets
+        self.logp, self.ids = logp, ids
+        self.metadata = dict(metadata or {})
         bounds = offsets.tolist()
         self._where = {self._key(tokens[begin:end]): begin for begin, end in pairwise(bounds)}
 
@@ -64,6 +55,7 @@ class TopKReference:
 
     @property
     def k(self) -> int:
+        """Log-probs kept a token."""
         return self.logp.shape[-1]
 
     @staticmethod
@@ -74,12 +66,13 @@ class TopKReference:
         k: int = 64,
         batch_size: int = 8,
     ) -> TopKReference:
-        """Runs the model over token sequences (each at least 2 tokens), longest first within a
-        batch's worth of memory.
+        """Runs the model over token sequences, the longest first, so that batches are even.
 
         Args:
             model: a transformers causal language model; its mode is kept.
+            sequences: token ids, each at least 2.
             k: log-probs to keep a token, at most the vocabulary; 8 bytes each.
+            batch_size: sequences at a time.
         """
         op = "TopKReference.make"
         rows = [torch.as_tensor(s, dtype=torch.int64).cpu() for s in sequences]
@@ -136,13 +129,14 @@ class TopKReference:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> TopKReference:
+        """From a file that `save` wrote; a foreign or cut one is an error that names it."""
         tensors, metadata = files.read(path, KIND)
         return TopKReference(
             tensors["tokens"], tensors["offsets"], tensors["logp"], tensors["ids"], metadata
         )
 
     def lookup(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(logp, ids), each (n - 1, k), of the n - 1 predictions within the sequence `tokens` (n,).
+        """(logp, ids), each (n - 1, k), of the predictions within the sequence `tokens` (n,).
 
         Raises:
             KeyError: the cache has no such sequence.
@@ -152,24 +146,22 @@ class TopKReference:
         if begin is None:
             raise KeyError(
                 f"TopKReference: expected one of the {len(self)} cached sequences, got "
-                f"{tokens.numel()} tokens {tokens[:8].tolist()}...; "
-                "make the cache on the sequences that the trainer trains on (TopKReference.make), "
-                "with the same tokenizer and length"
+                f"{tokens.numel()} tokens {tokens[:8].tolist()}...; make the cache on the "
+                "sequences that the trainer trains on (TopKReference.make), with the same tokenizer and "
+                "length"
             )
         end = begin + tokens.numel() - 1
         return self.logp[begin:end], self.ids[begin:end].long()
 
     def rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, T - 1, k) log-probs and ids for padded rows (either side).
+        """(B, T - 1, k) log-probs and ids for rows padded on either side.
 
-        0 where a prediction is not within the row's real tokens.
+        They are 0 where a prediction is not within the row's real tokens.
         """
         B, T = input_ids.shape
-        real = (
-            torch.ones(B, T, dtype=torch.bool)
-            if attention_mask is None
-            else attention_mask.cpu() != 0
-        )
+        real = torch.ones(B, T, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask.cpu() != 0
         logp = torch.zeros(B, T - 1, self.k)
         ids = torch.zeros(B, T - 1, self.k, dtype=torch.int64)
         for b, (row, mask) in enumerate(zip(input_ids.cpu(), real, strict=True)):
@@ -179,81 +171,3 @@ class TopKReference:
             found_logp, found_ids = self.lookup(row[where])
             logp[b, where[:-1]], ids[b, where[:-1]] = found_logp, found_ids
         return logp.to(input_ids.device), ids.to(input_ids.device)
-
-
-# --- fasttax kl cache ------------------------------------------------------------------------------------------------------
-
-
-def sequences(path: Path, tokenizer: Any, length: int) -> list[list[int]]:
-    """Token ids of a .jsonl's rows (input_ids, messages, text, or prompt with completion, chosen,
-    rejected), cut to `length`; of any other file the whole text in rows of `length`.
-    """
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".jsonl":
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        return [row for i in range(0, len(ids), length) if len(row := ids[i : i + length]) > 1]
-    found: list[list[int]] = []
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, row {number}: no JSON ({error})") from error
-        endings = [row[key] for key in ("completion", "chosen", "rejected") if key in row]
-        if "input_ids" in row:
-            found.append(row["input_ids"])
-        elif "messages" in row:
-            found.append(
-                tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
-            )
-        elif "text" in row:
-            found.append(tokenizer(row["text"])["input_ids"])
-        elif (
-            "prompt" in row
-            and endings
-            and all(isinstance(part, str) for part in (row["prompt"], *endings))
-        ):
-            found.extend(tokenizer(row["prompt"] + ending)["input_ids"] for ending in endings)
-        else:
-            raise ValueError(
-                f"{path}, row {number}: expected input_ids, messages, text, or prompt with "
-                "completion, chosen or rejected as text, "
-                f"got {sorted(row)}"
-            )
-    return [row[:length] for row in found]
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="fasttax kl", description="Tools for the KL to a reference."
-    )
-    cache = parser.add_subparsers(dest="what", required=True, metavar="cache").add_parser(
-        "cache",
-        description="Keep a reference model's k largest log-probs after every token of DATA; FullKL(trainer, 'FILE', beta) reads them.",
-    )
-    cache.add_argument("model", help="a folder or Hub id of a causal language model")
-    cache.add_argument(
-        "data",
-        help="a .jsonl with input_ids, messages, text, or prompt with completion, chosen, rejected; or a UTF-8 text file",
-    )
-    cache.add_argument("--output", default="reference.safetensors")
-    cache.add_argument(
-        "--k", type=int, default=64, help="log-probs kept a token, 8 bytes each (default 64)"
-    )
-    cache.add_argument(
-        "--length",
-        type=int,
-        default=1024,
-        help="tokens a sequence is cut to, as the trainer's max_length (default 1024)",
-    )
-    cache.add_argument("--batch-size", type=int, default=8)
-    args = parser.parse_args(argv)
-    if min(args.length - 1, args.batch_size, args.k) < 1:
-        raise ValueError("--length must be at least 2, --batch-size and --k at least 1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    rows = sequences(Path(args.data), AutoTokenizer.from_pretrained(args.model), args.length)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    reference = TopKReference.make(model, rows, k=args.k, batch_size=args.batch_size)
-    reference.save(args.output)
-    print(f"{reference}\n{args.output}")
-    return 0

@@ -15,15 +15,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from fasttax._base import checks, files
-from fasttax.integrations._handle import Handle
+from fasttax._base.handle import Handle
 from fasttax.integrations._models import on_model
 
 try:
     from transformers import TrainerCallback
-    from transformers.trainer_callback import CallbackHandler
+
+    from fasttax.integrations._full_kl import FullKL
+    from fasttax.integrations._trainer import (
+        add_callback,
+        check_trainer,
+        checkpoint_folder,
+        move_to_the_front,
+        publish,
+        refuse_deepspeed,
+        write_state,
+    )
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"fasttax.integrations.transformers: {error.name} is not installed; run `pip install "
@@ -61,31 +69,35 @@ class EWCCallback(TrainerCallback):
 
     def __init__(self, ewc: EWC, where: str = "pre_clip") -> None:
         op = "EWCCallback"
-        if not all(
-            hasattr(ewc, name) for name in ("add_grad_", "penalty", "distance", "parameters")
-        ):
+        needed = ("add_grad_", "penalty", "distance", "parameters")
+        if not all(hasattr(ewc, name) for name in needed):
             raise checks.fail(op, "ewc", "a fasttax.EWC", ewc, error=TypeError)
         self.ewc = ewc
         self.where = checks.choice(op, "where", where, WHERE)
         self._primed = False
 
-    # --- the gradient ------------------------------------------------------------------------------------------------
+    # --- the gradient ----------------------------------------------------------------------------
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # grads are None here; a window that was broken off keeps its gradient, and with it the
-        # penalty's
+        """Before clipping: puts the penalty's gradient where the micro-batches' are added to.
+
+        p.grad is None at this point. A window that was broken off keeps its gradient, and with it
+        the penalty's.
+        """
         if self.where == "pre_clip" and not self._primed:
             self.ewc.add_grad_(_loss_scale(kwargs.get("optimizer")))
             self._primed = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After clipping: adds the gradient.
+
+        fp16's gradients are unscaled by then, by clipping or by the norm's computation.
+        """
         self._primed = False
-        if (
-            self.where == "post_clip"
-        ):  # clipping, or computing the norm, has unscaled fp16 gradients by now
+        if self.where == "post_clip":
             self.ewc.add_grad_()
 
-    # --- logs and checkpoints ------------------------------------------------------------------------------------------
+    # --- logs and checkpoints --------------------------------------------------------------------
 
     def on_train_begin(
         self,
@@ -96,29 +108,25 @@ class EWCCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Checks that the penalty reaches the weights that are trained, and resumes."""
         self._primed = False
         refuse_deepspeed("EWCCallback", args, optimizer)
         if model is not None:
             self.ewc = on_model("EWCCallback", self.ewc, model)
         _check_resumed(self.ewc, checkpoint_folder(args, state) / _state_file(self.ewc, args))
-        _to_the_front(self)
+        move_to_the_front(self)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if (
-            logs is not None and "loss" in logs
-        ):  # a training log, not an evaluation's or the summary
-            publish(
-                state,
-                logs,
-                {
-                    "ewc/penalty": self.ewc.penalty().detach(),
-                    "ewc/distance": self.ewc.distance().total,
-                },
-            )
+        """Adds `ewc/penalty` and `ewc/distance` to a training log."""
+        if logs is None or "loss" not in logs:  # an evaluation's, or the summary
+            return
+        penalty, distance = self.ewc.penalty().detach(), self.ewc.distance().total
+        publish(state, logs, {"ewc/penalty": penalty, "ewc/distance": distance})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keeps the anchor's hash beside the checkpoint, for `on_train_begin` to compare."""
         name = _state_file(self.ewc, args)
         if state.is_world_process_zero or name != STATE_FILE:
             write_state(
@@ -136,21 +144,22 @@ def attach(
 ) -> Handle:
     """Puts EWC, an exact KL to a reference, or both into a trainer that exists already.
 
-    `undo()` on what is returned takes them out.
-
     Args:
         trainer: a transformers Trainer, or one of TRL's.
-        ewc, where: as in `EWCCallback`.
+        ewc: as in `EWCCallback`.
         kl: the arguments of `fasttax.integrations.trl.FullKL` but for the trainer: {"ref_model":
             ..., "beta": 0.1, "kind": "policy_ref"}. Logs `kl/policy_ref`, `kl/ref_policy` and
-                `entropy`.
+            `entropy`.
+        where: as in `EWCCallback`.
+
+    Returns:
+        A handle whose `undo()` takes them out; also a context manager.
 
     Raises:
         ValueError, TypeError: neither ewc nor kl; DeepSpeed; or as the two of them.
     """
     op = "attach"
-    if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "compute_loss"):
-        raise checks.fail(op, "trainer", "a transformers.Trainer", trainer, error=TypeError)
+    check_trainer(op, trainer, "a transformers.Trainer")
     if ewc is None and kl is None:
         raise checks.fail(
             op,
@@ -159,30 +168,27 @@ def attach(
             "None and None",
             "pass ewc=fasttax.EWC(...) or kl={'ref_model': ..., 'beta': ...}",
         )
-    refuse_deepspeed(op, trainer.args, trainer.optimizer)
     callback = None if ewc is None else EWCCallback(ewc, where)
     handle = Handle()
     if kl is not None:
-        from fasttax.integrations._full_kl import FullKL
-
-        if not isinstance(kl, Mapping):
-            raise checks.fail(
-                op,
-                "kl",
-                "a mapping such as {'ref_model': model, 'beta': 0.1, 'kind': 'policy_ref'}",
-                kl,
-                error=TypeError,
-            )
-        accepted = tuple(inspect.signature(FullKL).parameters)[1:]
-        for name in kl:
-            checks.choice(op, "kl", name, accepted)
-        handle._restore.append(FullKL(trainer, **kl).undo)
+        handle.on_undo(FullKL(trainer, **_kl_arguments(op, kl)).undo)
     if callback is not None:
         add_callback(handle, trainer, callback)
     return handle
 
 
-# --- what the integrations share -----------------------------------------------------------------------------------------
+def _kl_arguments(op: str, kl: Any) -> dict[str, Any]:
+    """The arguments of `FullKL`, checked by name."""
+    if not isinstance(kl, Mapping):
+        raise checks.fail(
+            op,
+            "kl",
+            "a mapping such as {'ref_model': model, 'beta': 0.1, 'kind': 'policy_ref'}",
+            kl,
+            error=TypeError,
+        )
+    accepted = tuple(inspect.signature(FullKL).parameters)[1:]
+    return {checks.choice(op, "kl", name, accepted): value for name, value in kl.items()}
 
 
 def _loss_scale(optimizer: Any) -> float:
@@ -191,72 +197,9 @@ def _loss_scale(optimizer: Any) -> float:
     The scaler hangs on Accelerate's optimizer.
     """
     scaler = getattr(optimizer, "scaler", None)
-    return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
-
-
-def refuse_deepspeed(op: str, args: Any, optimizer: Any) -> None:
-    kind = str(getattr(getattr(args, "distributed_state", None), "distributed_type", ""))
-    if (
-        getattr(args, "deepspeed", None)
-        or kind.endswith("DEEPSPEED")
-        or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
-    ):
-        raise checks.fail(
-            op,
-            "trainer",
-            "a run without DeepSpeed",
-            "one under DeepSpeed",
-            "its engine clips, steps and clears the gradients inside backward(), before any "
-            "callback could add to them, and ZeRO-3 "
-            "keeps parameters empty outside the forward; use DDP or FSDP2, or under ZeRO-1 or 2 "
-            "add ewc.penalty() to the loss",
-        )
-
-
-def publish(state: Any, logs: dict[str, Any], values: Mapping[str, Tensor | float]) -> None:
-    """Into the log that reporters are about to read, and into the history, which has its copy
-    already.
-    """
-    numbers = {name: float(value) for name, value in values.items()}
-    logs.update(numbers)
-    if state.log_history and state.log_history[-1].get("step") == state.global_step:
-        state.log_history[-1].update(numbers)
-
-
-def add_callback(handle: Handle, trainer: Any, callback: TrainerCallback) -> None:
-    """In front of the reporters, so that they see what it adds to a log."""
-    handler = trainer.callback_handler
-    handler.callbacks.insert(0, callback)
-
-    def restore() -> None:
-        handler.callbacks = [c for c in handler.callbacks if c is not callback]
-
-    handle._restore.append(restore)
-
-
-def _to_the_front(callback: TrainerCallback) -> None:
-    """As `add_callback`, for one that Trainer put behind its reporters.
-
-    No event passes the handler along: it is the caller's caller.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(
-        handler := frame.f_locals.get("self"), CallbackHandler
-    ):
-        frame = frame.f_back
-    if frame is not None and handler is not None:  # a new list: the old one is being iterated over
-        handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]
-
-
-def checkpoint_folder(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def write_state(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dict(values)))
-    partial.replace(path)
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    return float(scaler.get_scale())
 
 
 def _state_file(ewc: EWC, args: Any) -> str:
@@ -271,6 +214,7 @@ def _anchor_hash(ewc: EWC) -> str:
 
 
 def _check_resumed(ewc: EWC, path: Path) -> None:
+    """Refuses another anchor than the one that the checkpoint was trained with."""
     if not path.is_file():
         return
     saved = json.loads(path.read_text())["anchor_hash"]

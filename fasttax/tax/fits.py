@@ -1,6 +1,6 @@
 """Power laws y = a x^b by least squares, with intervals that hold for few points.
 
-Profiles of the likelihood, in closed form over a grid of b.
+The intervals are profiles of the likelihood, in closed form over a grid of b.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ Floats = NDArray[np.float64]
 HIGHEST = 6.0  # exponents from 0 (y does not depend on x) to a sixth power
 GRID = np.linspace(0.0, HIGHEST, 4801)
 ANGLES = 200_001
-KL_LAW = "tax against KL"  # what a report calls its fit over all checkpoints
 
 
 @functools.cache
 def t_quantile(freedom: int, confidence: float) -> float:
-    """T such that Student's t of `freedom` degrees lies within +-t with probability `confidence`.
+    """The t within whose +-t Student's t of `freedom` degrees lies at probability `confidence`.
 
     With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1), which is summed by
     trapezoids.
@@ -37,13 +36,12 @@ def t_quantile(freedom: int, confidence: float) -> float:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = a x^b fitted to `points`; intervals of `confidence`.
+    """The law y = a x^b fitted to `points`, with intervals of `confidence`.
 
-    b runs from 0 to 6: an interval that meets the 6 is open above (inf).
-
-    The interval of a quantity holds the values that some (a, b) with SSE(a, b) <= SSE (1 + t^2 / (n
-    - 2)) gives it: a profile of the likelihood (Bates & Watts 1988, section 6.1), exact in `a` and
-      better than a linearised standard error in `b` when points are few.
+    b runs from 0 to 6: an interval that meets the 6 is open above (inf). The interval of a quantity
+    holds the values that some (a, b) gives it whose sum of squared errors is at most
+    SSE (1 + t^2 / (n - 2)): a profile of the likelihood (Bates & Watts 1988, section 6.1), exact in
+    `a` and better than a linearised standard error in `b` when points are few.
     """
 
     x_name: str
@@ -78,15 +76,14 @@ class PowerLaw:
         )
 
     def as_dict(self) -> dict[str, object]:
-        bounds = {
-            "a_interval": list(self.a_interval),
-            "b_interval": [v if math.isfinite(v) else None for v in self.b_interval],
-        }
+        """For JSON, which has no inf: an open end of b's interval is None."""
+        low, high = self.b_interval
         return {
             "law": f"{self.y_name} = a * {self.x_name}^b",
             "a": self.a,
             "b": self.b,
-            **bounds,
+            "a_interval": list(self.a_interval),
+            "b_interval": [low, high if math.isfinite(high) else None],
             "r2": self.r2,
             "residual": self.residual,
             "confidence": self.confidence,
@@ -95,17 +92,14 @@ class PowerLaw:
 
 
 def _profile(at: float, x: Floats, y: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
-    """Of y = y_at (x / at)^b for each b: w .
-
-    y, w . w with w = (x / at)^b, and the least SSE over y_at.
-    """
+    """(w . y, w . w, the least SSE over y_at) of y = y_at w with w = (x / at)^b, for each b."""
     w = np.exp(np.outer(b, np.log(x / at)))
     wy, ww = w @ y, (w * w).sum(1)
     return wy, ww, np.maximum(y @ y - wy * wy / ww, 0.0)
 
 
 def _least(x: Floats, y: Floats) -> tuple[float, float]:
-    """(b, SSE): the grid's best, then a finer grid around it."""
+    """(b, SSE) of the best law: the grid's best, then two finer grids around it."""
     middle = math.exp(float(np.log(x).mean()))
     b, step = GRID, float(GRID[1])
     for _ in range(3):
@@ -124,8 +118,10 @@ def _limit(sse: float, y: Floats, confidence: float) -> float:
 
 
 def _interval_at(at: float, x: Floats, y: Floats, b: float, limit: float) -> tuple[float, float]:
-    """Of y_at: SSE(y_at, b) is quadratic in it, so for each b that is allowed the ends are its
-    roots. `b` is the best, which is allowed.
+    """The interval of y_at, the law's value at `at`.
+
+    SSE(y_at, b) is quadratic in y_at, so that for each b that is allowed the ends are its roots.
+    `b` is the best one, which is allowed whatever the grid.
     """
     wy, ww, sse = _profile(at, x, y, np.append(GRID, b))
     reach = np.sqrt(np.maximum(limit - sse, 0.0) / ww)
@@ -141,12 +137,21 @@ def fit_power_law(
     y_name: str = "y",
     confidence: float = 0.95,
 ) -> PowerLaw:
-    """Y = a x^b through the origin, least squares in y itself (which may be negative.
+    """Fits y = a x^b, which goes through the origin, by least squares in y itself.
 
-    a model can gain where it is expected to lose).
+    y may be negative: a model can gain where it is expected to lose. Points with x = 0 are left
+    out, for the law is 0 there whatever a and b are.
 
-    Points with x = 0 are left out: the law is 0 there whatever a and b are. Raises ValueError for
-    fewer than 3 others, fewer than 2 different x, or values that are negative (x) or not finite.
+    Args:
+        x: numbers >= 0.
+        y: as many.
+        x_name: x in the law's text and in errors.
+        y_name: the same of y.
+        confidence: of the intervals, from 0.5 to 0.9999.
+
+    Raises:
+        ValueError: fewer than 3 points with x > 0, fewer than 2 different x, or values that are
+            negative (x) or not finite.
     """
     op = "fit_power_law"
     confidence = checks.number(op, "confidence", confidence, low=0.5, high=0.9999)
@@ -173,16 +178,16 @@ def fit_power_law(
     limit = _limit(sse, ys, confidence)
     middle = math.exp(float(np.log(xs).mean()))
     allowed = GRID[_profile(middle, xs, ys, GRID)[2] <= limit]
-    low, high = min([b, *allowed[:1]]), max([b, *allowed[-1:]])
+    low, high = float(min([b, *allowed[:1]])), float(max([b, *allowed[-1:]]))
     return PowerLaw(
-        x_name,
-        y_name,
-        points,
-        a,
-        _interval_at(1.0, xs, ys, b, limit),
-        b,
-        (float(low), math.inf if high >= HIGHEST else float(high)),
-        1 - sse / spread if spread > 0 else 0.0,
-        math.sqrt(sse / (len(points) - 2)),
-        confidence,
+        x_name=x_name,
+        y_name=y_name,
+        points=points,
+        a=a,
+        a_interval=_interval_at(1.0, xs, ys, b, limit),
+        b=b,
+        b_interval=(low, math.inf if high >= HIGHEST else high),
+        r2=1 - sse / spread if spread > 0 else 0.0,
+        residual=math.sqrt(sse / (len(points) - 2)),
+        confidence=confidence,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,40 +21,27 @@ def kl_to_base(
 ) -> float:
     """Mean KL(model || base) in nats a token over `batches`, exact over the whole vocabulary.
 
-    `kind` as in token_kl.
+    Both models are run without dropout and without a graph, and are left as they were. Every token
+    that is not padding counts, but for the last of each row, after which nothing is predicted.
 
-    A batch is ids (N, T), or a mapping with `input_ids` and, where rows are padded,
-    `attention_mask`. Both models are run without dropout and without a graph, and are left as they
-    were. Every token that is not padding counts, but for the last of each row, after which nothing
-    is predicted. Raises ValueError where no token counts, or the models' vocabularies differ.
+    Args:
+        model: called with input_ids and attention_mask; its result has `.logits` (N, T, V).
+        base: the same, of the same vocabulary.
+        batches: ids (N, T), or mappings with `input_ids` and, where rows are padded,
+            `attention_mask`.
+        kind: as in `token_kl`.
+
+    Raises:
+        ValueError: no token counts, a batch has no input_ids, or the vocabularies differ.
     """
     op = "kl_to_base"
     total, count = 0.0, 0
     with frozen(model), frozen(base):
         for batch in batches:
-            given: dict[str, Any] = (
-                {"input_ids": batch}
-                if isinstance(batch, Tensor)
-                else {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
-            )
-            if "input_ids" not in given:
-                raise checks.fail(
-                    op,
-                    "batches",
-                    "ids, or mappings with input_ids",
-                    ", ".join(map(str, batch)) or "an empty mapping",
-                )
-            mask = given.get("attention_mask")
-            real = (
-                torch.ones_like(given["input_ids"], dtype=torch.bool)
-                if mask is None
-                else mask.bool()
-            )
+            given = _given(op, batch)
+            real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
             counts = real[:, :-1] & real[:, 1:]
-            x, y = (
-                m(**{k: v.to(next(m.parameters()).device) for k, v in given.items()}).logits[:, :-1]
-                for m in (model, base)
-            )
+            x, y = _predictions(model, given), _predictions(base, given)
             if x.shape != y.shape:
                 raise checks.fail(
                     op, "base", f"a model of model's vocabulary, {x.shape[-1]}", f"{y.shape[-1]}"
@@ -66,3 +52,21 @@ def kl_to_base(
     if not count:
         raise checks.fail(op, "batches", "a token that is followed by another", "none")
     return total / count
+
+
+def _given(op: str, batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the models are called with."""
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    if "input_ids" not in given:
+        names = ", ".join(map(str, batch)) or "an empty mapping"
+        raise checks.fail(op, "batches", "ids, or mappings with input_ids", names)
+    return given
+
+
+def _predictions(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+    """Logits (N, T - 1, V) after every token but the last."""
+    device = next(model.parameters()).device
+    logits: Tensor = model(**{name: value.to(device) for name, value in given.items()}).logits
+    return logits[:, :-1]

@@ -1,24 +1,35 @@
-"""A TaxReport's figure and page."""
+"""The figure and the page of measurements."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from fasttax._base import page as pages
-from fasttax.tax.fits import KL_LAW, PowerLaw
-
-if TYPE_CHECKING:
-    from fasttax.tax.report import Checkpoint, TaxReport
+from fasttax.tax.fits import PowerLaw
+from fasttax.tax.measurements import KL_LAW, Checkpoint, Measurements
 
 COLORS = ("#2e6f9e", "#d1495b", "#3c8d5a", "#7b4fa3", "#c98a1b", "#4d4d4d")
+GRAY = COLORS[-1]
 
 
-def draw(report: TaxReport, law: PowerLaw | str, to: Any) -> None:
-    """A PNG into a file's name or a binary stream. law: of tax against KL, if there is one."""
+def draw(measured: Measurements, law: PowerLaw | str, to: Any) -> None:
+    """A PNG into a file's name or a binary stream.
+
+    On the left is tax against gain with the frontier, on the right tax against KL with its law.
+
+    Args:
+        measured: the checkpoints.
+        law: of tax against KL, or why there is none.
+        to: what matplotlib's savefig takes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
             "TaxReport.plot: matplotlib is not installed; run `pip install 'fasttax[report]'`",
@@ -35,32 +46,19 @@ def draw(report: TaxReport, law: PowerLaw | str, to: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#eeeeee", zorder=0)
         axes.axhline(0, color="#bbbbbb", linewidth=0.8, linestyle=":")
-    for k, run in enumerate(report.runs()):
-        mine = report.of(run)
-        color, label = COLORS[k % len(COLORS)], run or "checkpoints"
-        left.plot(
-            [report.gain(c) for c in mine],
-            [report.tax(c) for c in mine],
-            "o-",
-            color=color,
-            linewidth=0.8,
-            label=label,
-            zorder=3,
+    for k, run in enumerate(measured.runs()):
+        mine, color = measured.of(run), COLORS[k % len(COLORS)]
+        label = run or "checkpoints"
+        _plot(left, measured, mine, "o-", color=color, linewidth=0.8, label=label, zorder=3)
+        known = [c for c in mine if c.kl is not None]
+        right.plot(
+            [c.kl for c in known], [measured.tax(c) for c in known], "o", color=color, zorder=3
         )
-        some = [c for c in mine if c.kl is not None]
-        right.plot([c.kl for c in some], [report.tax(c) for c in some], "o", color=color, zorder=3)
-    left.plot(0, 0, "*", color="#4d4d4d", markersize=13, label="base", zorder=4)
-    best = report.pareto()
+    left.plot(0, 0, "*", color=GRAY, markersize=13, label="base", zorder=4)
+    best = measured.pareto()
     if len(best) > 1:
-        left.plot(
-            [report.gain(c) for c in best],
-            [report.tax(c) for c in best],
-            "--",
-            color="#999999",
-            linewidth=1,
-            label="Pareto frontier",
-            zorder=2,
-        )
+        style: dict[str, Any] = {"color": "#999999", "linewidth": 1, "zorder": 2}
+        _plot(left, measured, best, "--", label="Pareto frontier", **style)
     left.invert_yaxis()
     left.set(
         xlabel="alignment gained (right is better)",
@@ -68,76 +66,83 @@ def draw(report: TaxReport, law: PowerLaw | str, to: Any) -> None:
     )
     left.legend(frameon=False, fontsize=9)
     if isinstance(law, PowerLaw):
-        x = np.linspace(0, max(p for p, _ in law.points), 100)[1:]
-        y, low, high = np.array([law.predict(float(v)) for v in x]).T
-        right.plot(x, y, color="#4d4d4d", linewidth=1, zorder=2)
-        right.fill_between(x, low, high, color="#4d4d4d", alpha=0.12, linewidth=0, zorder=1)
-        right.set_title(
-            f"tax = {law.a:.3g} KL^{law.b:.2g}, {law.confidence:.0%} band", loc="left", fontsize=10
-        )
+        _plot_law(right, law)
     right.invert_yaxis()
     right.set(xlabel="KL to base, nats a token", ylabel="capability lost (reversed)")
     figure.savefig(to, format="png")
 
 
-def html(report: TaxReport) -> str:
-    headings, rows = report.table()
-    frontier = {id(c) for c in report.pareto()}
-    best = {k for k, c in enumerate((report.base, *report.checkpoints)) if id(c) in frontier}
-    fits = report.fits()
+def _plot(
+    axes: Any, measured: Measurements, some: Sequence[Checkpoint], form: str, **style: Any
+) -> None:
+    """Tax against gain."""
+    axes.plot([measured.gain(c) for c in some], [measured.tax(c) for c in some], form, **style)
+
+
+def _plot_law(axes: Any, law: PowerLaw) -> None:
+    """The law from 0 to its last point, with its band."""
+    x = np.linspace(0, max(p for p, _ in law.points), 100)[1:]
+    y, low, high = np.array([law.predict(float(v)) for v in x]).T
+    axes.plot(x, y, color=GRAY, linewidth=1, zorder=2)
+    axes.fill_between(x, low, high, color=GRAY, alpha=0.12, linewidth=0, zorder=1)
+    title = f"tax = {law.a:.3g} KL^{law.b:.2g}, {law.confidence:.0%} band"
+    axes.set_title(title, loc="left", fontsize=10)
+
+
+def html(measured: Measurements, title: str) -> str:
+    """The page: figure, table of checkpoints, table by benchmark, laws, stages."""
+    fits = measured.fits()
+    count = len(measured.checkpoints)
     parts = [
-        f"<h1>{pages.escape(report.title)}</h1><p class=sub>{len(report.checkpoints)} checkpoints "
-        "against their base</p>"
+        f"<h1>{pages.escape(title)}</h1><p class=sub>{count} checkpoints against their base</p>",
+        _figure(measured, fits[KL_LAW]),
+        "<h2>Checkpoints</h2>",
+        _checkpoints(measured),
     ]
-    if importlib.util.find_spec("matplotlib") is None:
-        parts.append(
-            "<p class=note>No figure: matplotlib is not installed (pip install "
-            "'fasttax[report]').</p>"
-        )
-    else:
-        stream = io.BytesIO()
-        draw(report, fits[KL_LAW], stream)
-        parts.append(
-            pages.picture(
-                stream.getvalue(),
-                "Capability lost against alignment gained, and against KL to the base",
-            )
-        )
-    parts.append(
-        "<h2>Checkpoints</h2>"
-        + pages.table(headings, [[pages.escape(cell) for cell in row] for row in rows], best)
-    )
-    parts.append(
-        "<p class=note>* and bold: no other one is better in both gain and tax. KL in nats a "
-        "token; EWC distance: sum of Fisher times squared change.</p>"
-    )
-    if any(
-        len(c.capability) > 1 or len(c.alignment) > 1 for c in (report.base, *report.checkpoints)
-    ):
-        parts.append("<h2>By benchmark</h2>" + _benchmarks(report))
+    if any(len(c.capability) > 1 or len(c.alignment) > 1 for c in measured.with_base()):
+        parts.append("<h2>By benchmark</h2>" + _benchmarks(measured))
     laws = "".join(
         f"<dt>{pages.escape(name)}</dt><dd>{pages.escape(law)}</dd>" for name, law in fits.items()
     )
     parts.append(f"<h2>How the tax grows</h2><dl>{laws}</dl>")
-    stages = report.stage_lines()
+    stages = "".join(f"<li>{pages.escape(line)}</li>" for line in measured.stage_lines())
     if stages:
-        parts.append(
-            "<h2>Stages</h2><ul>"
-            + "".join(f"<li>{pages.escape(line)}</li>" for line in stages)
-            + "</ul>"
+        parts.append(f"<h2>Stages</h2><ul>{stages}</ul>")
+    return pages.page(title, "".join(parts))
+
+
+def _figure(measured: Measurements, law: PowerLaw | str) -> str:
+    """The picture, inside the page, or how to get one."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return (
+            "<p class=note>No figure: matplotlib is not installed (pip install "
+            "'fasttax[report]').</p>"
         )
-    return pages.page(report.title, "".join(parts))
+    stream = io.BytesIO()
+    draw(measured, law, stream)
+    return pages.picture(
+        stream.getvalue(), "Capability lost against alignment gained, and against KL to the base"
+    )
 
 
-def _benchmarks(report: TaxReport) -> str:
-    def cells(c: Checkpoint) -> list[str]:
-        return [
-            pages.escape(c.label),
-            *(
-                f"{v:.4g}"
-                for v in (*c.capability.values(), *(c.alignment[k] for k in report.base.alignment))
-            ),
+def _checkpoints(measured: Measurements) -> str:
+    headings, rows = measured.table()
+    frontier = {id(c) for c in measured.pareto()}
+    best = {k for k, c in enumerate(measured.with_base()) if id(c) in frontier}
+    return (
+        pages.table(headings, [[pages.escape(cell) for cell in row] for row in rows], best)
+        + "<p class=note>* and bold: no other one is better in both gain and tax. KL in nats a "
+        "token; EWC distance: sum of Fisher times squared change.</p>"
+    )
+
+
+def _benchmarks(measured: Measurements) -> str:
+    """A row a checkpoint, a column a benchmark, in the base's order."""
+    base = measured.base
+    rows = []
+    for c in measured.with_base():
+        scores = [c.capability[k] for k in base.capability] + [
+            c.alignment[k] for k in base.alignment
         ]
-
-    headings = ["checkpoint", *report.base.capability, *report.base.alignment]
-    return pages.table(headings, [cells(c) for c in (report.base, *report.checkpoints)])
+        rows.append([pages.escape(c.label), *(f"{v:.4g}" for v in scores)])
+    return pages.table(["checkpoint", *base.capability, *base.alignment], rows)

@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import fasttax
-from fasttax.integrations import AdaptiveKL
+from fasttax.integrations import AdaptiveKL, _trainer
 from fasttax.integrations.transformers import EWCCallback, attach
 from tests.tools import tiny_lm
 
@@ -173,6 +180,29 @@ def test_frozen_parameters_stay_and_lora_factors_are_held(tmp_path: Path) -> Non
     ours, oracle = run(tmp_path, "attach", lora())[0], run(tmp_path, "oracle", lora())[0]
     assert difference(ours.model, oracle.model) <= ROUNDING
     assert difference(ours.model, lora()) > 1e3 * ROUNDING
+
+
+def test_therunning_handler_is_the_caller_of_an_event() -> None:
+    """transformers hands events no handler; what finds it rests on who calls them."""
+    from transformers.trainer_callback import CallbackHandler
+
+    found: list[Any] = []
+
+    class Asking(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.append(_trainer.running_handler(self))
+            found.append(_trainer.running_handler(TrainerCallback()))  # one that it does not run
+            _trainer.move_to_the_front(self)
+
+    asking, flow = Asking(), DefaultFlowCallback()
+    handler = CallbackHandler([flow, asking], None, None, None, None)
+    handler.call_event("on_train_begin", None, TrainerState(), TrainerControl())
+    assert found == [handler, None]
+    assert handler.callbacks == [asking, flow]
+    found.clear()
+    asking.on_train_begin(None, TrainerState(), TrainerControl())  # nobody runs it
+    assert found == [None, None]
+    assert handler.callbacks == [asking, flow]
 
 
 def test_metrics_reach_history_and_reporters(tmp_path: Path) -> None:

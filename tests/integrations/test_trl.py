@@ -16,7 +16,8 @@ import trl
 from torch import Tensor, nn
 
 from fasttax.integrations import _trl_ops as ops
-from fasttax.integrations.trl import TARGETS, FusedGKDMixin, patch
+from fasttax.integrations._trl_targets import TARGETS
+from fasttax.integrations.trl import FusedGKDMixin, patch
 from tests.tools import tiny_lm, trl_runs
 from tests.tools.utils import assert_within
 

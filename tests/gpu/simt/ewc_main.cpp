@@ -1,5 +1,6 @@
-// Runs csrc/cuda/ewc.cuh on the SIMT machine against a float64 oracle: all four modes, every mix of dtypes, sizes around every boundary of
-// the kernel, misaligned bases, more tensors than one launch holds. Prints what it ran; exits 1 on a wrong value.
+// Runs csrc/cuda/ewc.cuh on the SIMT machine against a float64 oracle: all four modes, every mix of
+// dtypes, sizes around every boundary of the kernel, misaligned bases, more tensors than one launch
+// holds. Prints what it ran; exits 1 on a wrong value.
 #include "ewc_operand.h"
 
 #include "cuda/ewc.cuh"
@@ -17,16 +18,20 @@ struct Parameter {
       Operand& x = operands.back();
       if (x.type == EwcType::kU8Log)
         for (int64_t b = 0; b < (n + 255) / 256; ++b)
-          x.scales.push_back(float(-20 * uniform(random))), x.scales.push_back(float(0.01 + 0.07 * uniform(random)));
+          x.scales.push_back(float(-20 * uniform(random))),
+              x.scales.push_back(float(0.01 + 0.07 * uniform(random)));
       for (int64_t i = 0; i < n; ++i)
-        x.set(i, x.type == EwcType::kU8Log ? double(random() % 256) : k == 2 ? std::exp(2 * normal(random)) : normal(random));
+        x.set(i, x.type == EwcType::kU8Log ? double(random() % 256)
+                 : k == 2                  ? std::exp(2 * normal(random))
+                                           : normal(random));
     }
   }
 
   EwcTensor tensor(bool with_grad) {
     EwcTensor x{};
     for (int k = 0; k < (with_grad ? 4 : 3); ++k) x.data[k] = operands[size_t(k)].data;
-    for (int k = 0; k < 4; ++k) x.types[k] = with_grad || k < 3 ? operands[size_t(k)].type : EwcType::kFloat;
+    for (int k = 0; k < 4; ++k)
+      x.types[k] = with_grad || k < 3 ? operands[size_t(k)].type : EwcType::kFloat;
     x.scales = operands[2].scales.data();
     x.numel = operands[0].numel;
     return x;
@@ -38,7 +43,8 @@ int launches = 0;
 template <EwcMode mode>
 double run(std::vector<Parameter>& list, double scale, const double* upstream, double factor) {
   std::vector<EwcTensor> tensors;
-  for (Parameter& p : list) tensors.push_back(p.tensor(mode == EwcMode::kAdd || mode == EwcMode::kWrite));
+  for (Parameter& p : list)
+    tensors.push_back(p.tensor(mode == EwcMode::kAdd || mode == EwcMode::kWrite));
   const int64_t count = int64_t(tensors.size()), chunks = ewc_total_chunks(tensors.data(), count);
   std::unique_ptr<double[]> parts(new double[size_t(chunks)]);
   EwcArgs args{};
@@ -46,18 +52,22 @@ double run(std::vector<Parameter>& list, double scale, const double* upstream, d
   args.scale = scale;
   args.upstream = upstream;
   args.upstream_double = true;
-  ewc_for_each_table(tensors.data(), count, args, [&](const EwcArgs& table, int64_t blocks) -> const char* {
-    ++launches;
-    simt::launch(dim3(unsigned(blocks)), dim3(kEwcThreads), 0, [&] { ewc_kernel<mode>(table); });
-    return nullptr;
-  });
+  ewc_for_each_table(tensors.data(), count, args,
+                     [&](const EwcArgs& table, int64_t blocks) -> const char* {
+                       ++launches;
+                       simt::launch(dim3(unsigned(blocks)), dim3(kEwcThreads), 0,
+                                    [&] { ewc_kernel<mode>(table); });
+                       return nullptr;
+                     });
   double out = 0;
   if (mode == EwcMode::kValue || mode == EwcMode::kAdd)
-    simt::launch(dim3(1), dim3(kEwcFinishThreads), 0, [&] { ewc_finish(parts.get(), chunks, factor, &out, true); });
+    simt::launch(dim3(1), dim3(kEwcFinishThreads), 0,
+                 [&] { ewc_finish(parts.get(), chunks, factor, &out, true); });
   return out;
 }
 
-// One mode on copies of `list` (made anew from the seed), every written element and the value checked.
+// One mode on copies of `list` (made anew from the seed), every written element and the value
+// checked.
 template <EwcMode mode>
 bool check(const char* what, const std::function<std::vector<Parameter>()>& make) {
   constexpr double kScale = 0.37, kUpstream = 1.7, kFactor = 0.25;
@@ -70,13 +80,18 @@ bool check(const char* what, const std::function<std::vector<Parameter>()>& make
   for (size_t p = 0; p < before.size(); ++p) {
     const auto& x = before[p].operands;
     for (int64_t i = 0; i < x[0].numel && ok; ++i) {
-      const double theta = x[0].get(i), anchor = x[1].get(i), fisher = x[2].get(i), old = x[3].get(i), pull = fisher * (theta - anchor);
-      const double inner = x[0].type == EwcType::kDouble ? 1e-15 : x[2].type == EwcType::kU8Log ? 1e-5 : 4e-7;  // of the formula itself
+      const double theta = x[0].get(i), anchor = x[1].get(i), fisher = x[2].get(i),
+                   old = x[3].get(i), pull = fisher * (theta - anchor);
+      // of the formula itself
+      const double inner = x[0].type == EwcType::kDouble  ? 1e-15
+                           : x[2].type == EwcType::kU8Log ? 1e-5
+                                                          : 4e-7;
       total += pull * (theta - anchor);
       double want[4] = {theta, anchor, fisher, old}, slack[4] = {0, 0, 0, 0};
       if (mode == EwcMode::kAdd) {
         want[3] = old + scale * pull;
-        slack[3] = (std::fabs(old) + std::fabs(scale * pull)) * inner + std::fabs(want[3]) * x[3].epsilon();
+        slack[3] = (std::fabs(old) + std::fabs(scale * pull)) * inner +
+                   std::fabs(want[3]) * x[3].epsilon();
       }
       if (mode == EwcMode::kWrite) {
         want[3] = scale * pull;
@@ -84,18 +99,22 @@ bool check(const char* what, const std::function<std::vector<Parameter>()>& make
       }
       if (mode == EwcMode::kProx) {
         want[0] = anchor + (theta - anchor) / (1 + scale * fisher);
-        slack[0] = (std::fabs(anchor) + std::fabs(theta)) * inner + std::fabs(want[0]) * x[0].epsilon();
+        slack[0] =
+            (std::fabs(anchor) + std::fabs(theta)) * inner + std::fabs(want[0]) * x[0].epsilon();
       }
       for (int k = 0; k < 4; ++k) {
-        const double tiny = x[size_t(k)].type == EwcType::kFloat16 ? 0x1p-25 : 0;  // half a step of float16's subnormals
-        ok = ok && close(what, after[p].operands[size_t(k)].get(i), want[k], slack[k] > 0 ? slack[k] + tiny : 0);
+        // half a step of float16's subnormals
+        const double tiny = x[size_t(k)].type == EwcType::kFloat16 ? 0x1p-25 : 0;
+        ok = ok && close(what, after[p].operands[size_t(k)].get(i), want[k],
+                         slack[k] > 0 ? slack[k] + tiny : 0);
       }
     }
     for (int k = 0; k < 4; ++k)
       ok = ok && memcmp(after[p].operands[size_t(k)].data, again[p].operands[size_t(k)].data,
                         size_t(Operand::bytes(x[size_t(k)].type, x[size_t(k)].numel))) == 0;
   }
-  if (mode == EwcMode::kValue || mode == EwcMode::kAdd) ok = ok && close("value", value, kFactor * total, 4e-6 * std::fabs(kFactor * total));
+  if (mode == EwcMode::kValue || mode == EwcMode::kAdd)
+    ok = ok && close("value", value, kFactor * total, 4e-6 * std::fabs(kFactor * total));
   if (!ok) printf("failed: %s, mode %d\n", what, int(mode));
   return ok;
 }
@@ -103,7 +122,8 @@ bool check(const char* what, const std::function<std::vector<Parameter>()>& make
 bool check_all(const char* what, const std::function<std::vector<Parameter>(bool)>& make) {
   const auto any = [&] { return make(false); };
   const auto same = [&] { return make(true); };  // kWrite's gradient has theta's type
-  return check<EwcMode::kValue>(what, any) & check<EwcMode::kAdd>(what, any) & check<EwcMode::kWrite>(what, same) & check<EwcMode::kProx>(what, any);
+  return check<EwcMode::kValue>(what, any) & check<EwcMode::kAdd>(what, any) &
+         check<EwcMode::kWrite>(what, same) & check<EwcMode::kProx>(what, any);
 }
 
 }  // namespace
@@ -111,36 +131,43 @@ bool check_all(const char* what, const std::function<std::vector<Parameter>(bool
 int main(int arguments, char**) {
   using namespace fasttax;
   constexpr EwcType kFloats[3] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16};
-  constexpr EwcType kFishers[4] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16, EwcType::kU8Log};
+  constexpr EwcType kFishers[4] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16,
+                                   EwcType::kU8Log};
   // 1023 to 1025: one round of the block; 255 to 257: a u8log block; 0: takes no place in a launch
   constexpr int64_t kSizes[] = {257, 0, 1, 1025, 3, 4, 5, 255, 256, 1023, 1024, 2051, 7};
   bool ok = true;
-  constexpr EwcType kAnchors[4] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16, EwcType::kSplit};
+  constexpr EwcType kAnchors[4] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16,
+                                   EwcType::kSplit};
   // 144 mixes, three launches; every third list starts off alignment
   ok &= check_all("every mix", [&](bool same) {
     std::mt19937 random(1);
     std::vector<Parameter> list;
     for (int c = 0; c < 144; ++c) {
-      const EwcType theta = kFloats[c % 3], types[4] = {theta, kAnchors[c / 3 % 4], kFishers[c / 12 % 4], same ? theta : kFloats[c / 48]};
+      const EwcType theta = kFloats[c % 3],
+                    types[4] = {theta, kAnchors[c / 3 % 4], kFishers[c / 12 % 4],
+                                same ? theta : kFloats[c / 48]};
       list.emplace_back(types, kSizes[c % 13], c % 3 == 2 || c % 7 == 0 ? 1 + c % 3 : 0, random);
     }
     return list;
   });
   // 65536 elements are one block's; any argument leaves these out, for TSan's sake
-  if (arguments == 1) ok &= check_all("chunks", [&](bool same) {
-    std::mt19937 random(2);
-    std::vector<Parameter> list;
-    const EwcType f = EwcType::kFloat, b = EwcType::kBFloat16;
-    const EwcType mixes[3][4] = {{f, EwcType::kSplit, f, f}, {f, b, EwcType::kU8Log, same ? f : b}, {b, b, b, b}};
-    const int64_t sizes[3] = {65537, 2 * 65536, 65536 + 2051};
-    for (int m = 0; m < 3; ++m) list.emplace_back(mixes[m], sizes[m], 0, random);
-    return list;
-  });
+  if (arguments == 1)
+    ok &= check_all("chunks", [&](bool same) {
+      std::mt19937 random(2);
+      std::vector<Parameter> list;
+      const EwcType f = EwcType::kFloat, b = EwcType::kBFloat16;
+      const EwcType mixes[3][4] = {
+          {f, EwcType::kSplit, f, f}, {f, b, EwcType::kU8Log, same ? f : b}, {b, b, b, b}};
+      const int64_t sizes[3] = {65537, 2 * 65536, 65536 + 2051};
+      for (int m = 0; m < 3; ++m) list.emplace_back(mixes[m], sizes[m], 0, random);
+      return list;
+    });
   ok &= check_all("float64", [&](bool) {
     std::mt19937 random(3);
     std::vector<Parameter> list;
     const EwcType d = EwcType::kDouble, types[4] = {d, d, d, d};
-    for (int64_t n : {int64_t(1), int64_t(1001), int64_t(65536 + 5)}) list.emplace_back(types, n, n == 1001, random);
+    for (int64_t n : {int64_t(1), int64_t(1001), int64_t(65536 + 5)})
+      list.emplace_back(types, n, n == 1001, random);
     return list;
   });
   ok &= check_all("nothing", [&](bool) { return std::vector<Parameter>(); });

@@ -1,6 +1,7 @@
-// Runs csrc/cuda/kl.cuh on the SIMT machine: every kernel, dtype and op against a float64 textbook, each error judged by the textbook's own
-// in float32; and the same bits from one block a row, from several, from two sweeps at once and from clusters of 1 to 8. Prints what it
-// ran; exits 1 on a wrong value.
+// Runs csrc/cuda/kl.cuh on the SIMT machine: every kernel, dtype and op against a float64 textbook,
+// each error judged by the textbook's own in float32; and the same bits from one block a row, from
+// several, from two sweeps at once and from clusters of 1 to 8. Prints what it ran; exits 1 on a
+// wrong value.
 #include "simt_cuda.h"
 
 #include "cuda/kl.cuh"
@@ -17,9 +18,10 @@ using namespace fasttax;
 int launches = 0;
 bool quick = false;
 
+// n rows of v, `stride` apart, `shift` entries off the allocator's alignment; exactly as large as
+// that, so that ASan sees one too many.
 template <class T>
-struct Matrix {  // n rows of v, `stride` apart, `shift` entries off the allocator's alignment; exactly as large as that, so that ASan sees
-                 // one too many
+struct Matrix {
   int64_t n, v, stride;
   std::unique_ptr<char[]> memory;
   T* data;
@@ -31,7 +33,9 @@ struct Matrix {  // n rows of v, `stride` apart, `shift` entries off the allocat
         memory(new char[size_t((shift + (n - 1) * stride + v) * int64_t(sizeof(T)))]),
         data(reinterpret_cast<T*>(memory.get()) + shift) {}
   double get(int64_t row, int64_t i) const { return double(kl_widen(data[row * stride + i])); }
-  void set(int64_t row, int64_t i, double value) { data[row * stride + i] = kl_narrow<T>(float(value)); }
+  void set(int64_t row, int64_t i, double value) {
+    data[row * stride + i] = kl_narrow<T>(float(value));
+  }
   std::vector<double> row(int64_t r) const {
     std::vector<double> out(static_cast<size_t>(v));
     for (int64_t i = 0; i < v; ++i) out[size_t(i)] = get(r, i);
@@ -55,8 +59,8 @@ struct Run {
   std::vector<uint32_t> tickets;
   KlArgs a{};
 
-  Run(const Matrix<T>& policy, const Matrix<T>& ref, const Options& options, const bool* mask, const int64_t* ids, const float* upstream,
-      int shift = 0)
+  Run(const Matrix<T>& policy, const Matrix<T>& ref, const Options& options, const bool* mask,
+      const int64_t* ids, const float* upstream, int shift = 0)
       : x(policy),
         y(ref),
         dx(x.n, x.v, x.v + shift, shift),
@@ -64,7 +68,8 @@ struct Run {
         values(size_t(kValues * x.n), -7),
         kept(size_t(kKept * x.n), -7) {
     a.x = x.layout(), a.y = y.layout(), a.dx = dx.layout(), a.dy = dy.layout();
-    a.mask = mask, a.ids = ids, a.upstream = upstream, a.values = values.data(), a.kept = kept.data();
+    a.mask = mask, a.ids = ids, a.upstream = upstream, a.values = values.data(),
+    a.kept = kept.data();
     a.k = options.params(op), a.n = x.n, a.v = x.v, a.splits = 1, a.cluster = 1;
   }
   void forward(int splits) {
@@ -76,7 +81,8 @@ struct Run {
     const size_t bytes = kl_shared_bytes(op, splits > 1 ? 0 : kl_spans(a.v));
     ++launches;
     simt::launch(grid, dim3(kKlThreads), bytes, [&] { kl_forward_kernel<T, op>(a); });
-    if constexpr (op == KlOp::kJsd) simt::launch(grid, dim3(kKlThreads), bytes, [&] { kl_mix_kernel<T>(a); });
+    if constexpr (op == KlOp::kJsd)
+      simt::launch(grid, dim3(kKlThreads), bytes, [&] { kl_mix_kernel<T>(a); });
   }
   template <bool kBoth>
   void gradient(bool policy = true) {
@@ -92,17 +98,22 @@ struct Run {
     ++launches;
     if constexpr (!kStatsOp) {
       if (cluster == 0) {
-        simt::launch(dim3(unsigned(a.n)), dim3(kKlThreads), kl_shared_bytes(op, kl_spans(a.v)), [&] { kl_two_sweeps_kernel<T, op>(a); });
+        simt::launch(dim3(unsigned(a.n)), dim3(kKlThreads), kl_shared_bytes(op, kl_spans(a.v)),
+                     [&] { kl_two_sweeps_kernel<T, op>(a); });
       } else {
         const int each = (kl_spans(a.v) + cluster - 1) / cluster;
-        const size_t bytes = kl_shared_bytes(op, each) + 16 + size_t(each * kl_span(a.v)) * 2 * sizeof(T);
-        simt::launch(dim3(unsigned(a.n * cluster)), dim3(kKlThreads), bytes, [&] { kl_resident_kernel<T, op>(a); }, cluster);
+        const size_t bytes =
+            kl_shared_bytes(op, each) + 16 + size_t(each * kl_span(a.v)) * 2 * sizeof(T);
+        simt::launch(
+            dim3(unsigned(a.n * cluster)), dim3(kKlThreads), bytes,
+            [&] { kl_resident_kernel<T, op>(a); }, cluster);
       }
     }
   }
 };
 
-struct Judge {  // the largest error of a batch, the float textbook's, and the size of what is compared
+// the largest error of a batch, the float textbook's, and the size of what is compared
+struct Judge {
   double error = 0, own = 0, size = 0;
   bool same = true;
 
@@ -119,8 +130,8 @@ struct Judge {  // the largest error of a batch, the float textbook's, and the s
   bool good(const std::string& what, double ulps, double epsilon) const {
     const double allowed = 2 * own + ulps * epsilon * size + 4e-15;
     if (same && error <= allowed) return true;
-    printf("%s: error %.3e, allowed %.3e (own %.3e, size %.3e)%s\n", what.c_str(), error, allowed, own, size,
-           same ? "" : ", NaN or inf differ");
+    printf("%s: error %.3e, allowed %.3e (own %.3e, size %.3e)%s\n", what.c_str(), error, allowed,
+           own, size, same ? "" : ", NaN or inf differ");
     return false;
   }
 };
@@ -128,7 +139,8 @@ struct Judge {  // the largest error of a batch, the float textbook's, and the s
 struct Case {
   std::string name;
   int64_t v;
-  std::function<void(int64_t, int64_t, std::mt19937&, double&, double&)> logits;  // row, entry -> x, y
+  // row, entry -> x, y
+  std::function<void(int64_t, int64_t, std::mt19937&, double&, double&)> logits;
   Options options;
   int64_t n = 2;
   int stride = 0, shift = 0;  // beyond v; entries
@@ -141,7 +153,9 @@ struct Case {
 template <class T>
 bool same_bits(const T* a, const T* b, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
-    if (memcmp(a + i, b + i, sizeof(T)) && !(std::isnan(kl_widen(a[i])) && std::isnan(kl_widen(b[i])))) return false;
+    if (memcmp(a + i, b + i, sizeof(T)) &&
+        !(std::isnan(kl_widen(a[i])) && std::isnan(kl_widen(b[i]))))
+      return false;
   return true;
 }
 
@@ -149,7 +163,8 @@ template <class T, KlOp op>
 bool check(const Case& c) {
   using R = Run<T, op>;
   std::mt19937 random(unsigned(c.v) * 31 + unsigned(op));
-  Matrix<T> x(c.n, c.v, c.v + c.stride, c.shift), y(c.n, c.v, c.v + c.stride, c.shift ? c.shift + 1 : 0);
+  Matrix<T> x(c.n, c.v, c.v + c.stride, c.shift),
+      y(c.n, c.v, c.v + c.stride, c.shift ? c.shift + 1 : 0);
   for (int64_t r = 0; r < c.n; ++r)
     for (int64_t i = 0; i < c.v; ++i) {
       double a = 0, b = 0;
@@ -159,9 +174,11 @@ bool check(const Case& c) {
   std::vector<int64_t> ids;
   std::vector<float> upstream;
   std::unique_ptr<bool[]> mask(new bool[size_t(c.n)]);
-  for (int64_t r = 0; r < c.n; ++r) ids.push_back(r % 2 ? c.v - 1 : c.v / 2), mask[size_t(r)] = r != 1;
+  for (int64_t r = 0; r < c.n; ++r)
+    ids.push_back(r % 2 ? c.v - 1 : c.v / 2), mask[size_t(r)] = r != 1;
   for (int i = 0; i < R::kValues * c.n; ++i) upstream.push_back(0.4f + 0.3f * float(i % 5));
-  R run(x, y, c.options, c.masked ? mask.get() : nullptr, R::kStatsOp ? ids.data() : nullptr, upstream.data(), c.shift ? 3 : 0);
+  R run(x, y, c.options, c.masked ? mask.get() : nullptr, R::kStatsOp ? ids.data() : nullptr,
+        upstream.data(), c.shift ? 3 : 0);
   run.forward(1);
   run.template gradient<op != KlOp::kAlone>();
   Judge value[kTokenStats], for_x, for_y;
@@ -170,36 +187,50 @@ bool check(const Case& c) {
     float g[kTokenStats] = {};
     for (int s = 0; s < R::kValues; ++s) g[s] = upstream[size_t(s * c.n + r)];
     if (c.masked && r == 1) {
-      for (int s = 0; s < R::kValues; ++s) value[s].add(double(run.values[size_t(s * c.n + r)]), 0, 0);
-      for (int64_t i = 0; i < c.v; ++i) for_x.add(run.dx.get(r, i), 0, 0), for_y.add(op == KlOp::kAlone ? 0 : run.dy.get(r, i), 0, 0);
+      for (int s = 0; s < R::kValues; ++s)
+        value[s].add(double(run.values[size_t(s * c.n + r)]), 0, 0);
+      for (int64_t i = 0; i < c.v; ++i)
+        for_x.add(run.dx.get(r, i), 0, 0),
+            for_y.add(op == KlOp::kAlone ? 0 : run.dy.get(r, i), 0, 0);
       continue;
     }
-    const Textbook<double> truth(op, x.row(r), y.row(r), c.options, g, R::kStatsOp ? ids[size_t(r)] : -1);
-    const Textbook<float> own(op, x.row(r), y.row(r), c.options, g, R::kStatsOp ? ids[size_t(r)] : -1);
-    for (int s = R::kStatsOp ? int(kKlPolicyRef) : 0; c.relative > 0 && op != KlOp::kAlone && s < R::kValues; ++s) {
+    const Textbook<double> truth(op, x.row(r), y.row(r), c.options, g,
+                                 R::kStatsOp ? ids[size_t(r)] : -1);
+    const Textbook<float> own(op, x.row(r), y.row(r), c.options, g,
+                              R::kStatsOp ? ids[size_t(r)] : -1);
+    for (int s = R::kStatsOp ? int(kKlPolicyRef) : 0;
+         c.relative > 0 && op != KlOp::kAlone && s < R::kValues; ++s) {
       const double error = std::fabs(double(run.values[size_t(s * c.n + r)]) / truth.values[s] - 1);
-      if (error > c.relative) printf("%s, op %d: relative error %.3e of %.3e\n", c.name.c_str(), int(op), error, truth.values[s]);
+      if (error > c.relative)
+        printf("%s, op %d: relative error %.3e of %.3e\n", c.name.c_str(), int(op), error,
+               truth.values[s]);
       precise &= error <= c.relative;
     }
-    for (int s = 0; s < R::kValues; ++s) value[s].add(double(run.values[size_t(s * c.n + r)]), truth.values[s], double(own.values[s]));
+    for (int s = 0; s < R::kValues; ++s)
+      value[s].add(double(run.values[size_t(s * c.n + r)]), truth.values[s], double(own.values[s]));
     for (int64_t i = 0; i < c.v; ++i) {
       const auto rounded = [](float v) { return double(kl_widen(kl_narrow<T>(v))); };
       for_x.add(run.dx.get(r, i), truth.dx[size_t(i)], rounded(own.dx[size_t(i)]));
-      if (op != KlOp::kAlone) for_y.add(run.dy.get(r, i), truth.dy[size_t(i)], rounded(own.dy[size_t(i)]));
+      if (op != KlOp::kAlone)
+        for_y.add(run.dy.get(r, i), truth.dy[size_t(i)], rounded(own.dy[size_t(i)]));
     }
   }
-  const std::string what =
-      c.name + ", op " + std::to_string(int(op)) + ", " + std::to_string(sizeof(T)) + " bytes, V " + std::to_string(c.v);
-  const double epsilon = sizeof(T) == 4 ? 0x1p-24 : std::is_same<T, __half>::value ? 0x1p-11 : 0x1p-8;
+  const std::string what = c.name + ", op " + std::to_string(int(op)) + ", " +
+                           std::to_string(sizeof(T)) + " bytes, V " + std::to_string(c.v);
+  const double epsilon = sizeof(T) == 4                   ? 0x1p-24
+                         : std::is_same<T, __half>::value ? 0x1p-11
+                                                          : 0x1p-8;
   bool ok = precise & for_x.good(what + ", policy's gradient", c.ulps, std::max(epsilon, 0x1p-23)) &
             for_y.good(what + ", reference's gradient", c.ulps, std::max(epsilon, 0x1p-23));
-  for (int s = 0; s < R::kValues; ++s) ok &= value[s].good(what + ", value " + std::to_string(s), c.ulps, 0x1p-23);
+  for (int s = 0; s < R::kValues; ++s)
+    ok &= value[s].good(what + ", value " + std::to_string(s), c.ulps, 0x1p-23);
 
   // the same bits however the work is shared out
   const auto equal = [&](const R& other, const char* how, bool gradients) {
     bool same = same_bits(run.values.data(), other.values.data(), int64_t(run.values.size()));
     for (int64_t r = 0; gradients && r < c.n; ++r)
-      same = same && same_bits(run.dx.data + r * run.dx.stride, other.dx.data + r * other.dx.stride, c.v);
+      same = same &&
+             same_bits(run.dx.data + r * run.dx.stride, other.dx.data + r * other.dx.stride, c.v);
     if (!same) printf("%s: other bits %s\n", what.c_str(), how);
     ok = ok && same;
   };
@@ -212,7 +243,8 @@ bool check(const Case& c) {
   }
   if constexpr (!R::kStatsOp && !std::is_same<T, __half>::value) {
     for (int cluster : {0, 1, 2, 8}) {
-      if (cluster > 1 && (cluster - 1) * ((kl_spans(c.v) + cluster - 1) / cluster) >= kl_spans(c.v)) continue;
+      if (cluster > 1 && (cluster - 1) * ((kl_spans(c.v) + cluster - 1) / cluster) >= kl_spans(c.v))
+        continue;
       R other(x, y, c.options, run.a.mask, run.a.ids, upstream.data(), c.shift ? 1 : 0);
       other.both(cluster);
       equal(other, cluster ? "from a cluster" : "from two sweeps", true);
@@ -229,7 +261,8 @@ bool check(const Case& c) {
     place.forward(1);
     place.a.dx = place.a.x;
     place.template gradient<false>();
-    for (int64_t r = 0; r < c.n; ++r) ok = ok && same_bits(x.data + r * x.stride, run.dx.data + r * run.dx.stride, c.v);
+    for (int64_t r = 0; r < c.n; ++r)
+      ok = ok && same_bits(x.data + r * x.stride, run.dx.data + r * run.dx.stride, c.v);
   }
   if (!ok) printf("failed: %s\n", what.c_str());
   return ok;
@@ -237,11 +270,13 @@ bool check(const Case& c) {
 
 template <class T>
 bool check_ops(const Case& c) {
-  return check<T, KlOp::kPolicyRef>(c) & check<T, KlOp::kRefPolicy>(c) & check<T, KlOp::kJsd>(c) & check<T, KlOp::kStats>(c) &
-         check<T, KlOp::kAlone>(c);
+  return check<T, KlOp::kPolicyRef>(c) & check<T, KlOp::kRefPolicy>(c) & check<T, KlOp::kJsd>(c) &
+         check<T, KlOp::kStats>(c) & check<T, KlOp::kAlone>(c);
 }
 
-std::function<void(int64_t, int64_t, std::mt19937&, double&, double&)> normal(double size, double apart, double offset = 0) {
+std::function<void(int64_t, int64_t, std::mt19937&, double&, double&)> normal(double size,
+                                                                              double apart,
+                                                                              double offset = 0) {
   return [=](int64_t, int64_t, std::mt19937& random, double& x, double& y) {
     std::normal_distribution<double> draw;
     x = offset + size * draw(random);
@@ -254,12 +289,15 @@ std::function<void(int64_t, int64_t, std::mt19937&, double&, double&)> normal(do
 int main(int arguments, char**) {
   quick = arguments > 1;  // for TSan's sake
   bool ok = true;
-  for (const int64_t v : {1, 2, 5, 130, 1003, 1024, 2051}) ok &= check_ops<float>({"normal", v, normal(2, 0.5), {}});
-  ok &= check_ops<__nv_bfloat16>({"normal", 2056, normal(2, 0.5), {}}) & check_ops<__half>({"normal", 2051, normal(2, 0.5), {}});
+  for (const int64_t v : {1, 2, 5, 130, 1003, 1024, 2051})
+    ok &= check_ops<float>({"normal", v, normal(2, 0.5), {}});
+  ok &= check_ops<__nv_bfloat16>({"normal", 2056, normal(2, 0.5), {}}) &
+        check_ops<__half>({"normal", 2051, normal(2, 0.5), {}});
   ok &= check_ops<float>({"masked",
                           1100,
                           [](int64_t r, int64_t i, std::mt19937&, double& x, double& y) {
-                            x = r == 1 ? NAN : std::sin(double(i)), y = r == 1 ? INFINITY : std::cos(double(i));
+                            x = r == 1 ? NAN : std::sin(double(i)),
+                            y = r == 1 ? INFINITY : std::cos(double(i));
                           },
                           {},
                           3,
@@ -272,18 +310,24 @@ int main(int arguments, char**) {
     printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
     return ok ? 0 : 1;
   }
-  ok &= check_ops<float>({"two rounds", 9001, normal(2, 0.5), {}}) & check_ops<__nv_bfloat16>({"two rounds", 17000, normal(2, 0.2), {}, 1});
+  ok &= check_ops<float>({"two rounds", 9001, normal(2, 0.5), {}}) &
+        check_ops<__nv_bfloat16>({"two rounds", 17000, normal(2, 0.2), {}, 1});
   const Options none;
   ok &= check_ops<float>({"KL of 5e-7", 9001, normal(2, 1e-3), none, 2, 0, 0, 4, false, 1e-5});
   for (const double offset : {1000.0, -1000.0})
-    ok &= check_ops<float>({"far offset", 3000, normal(2, 0.1, offset), none, 2, 0, 0, 64, false, 1e-5});
-  const auto apart_at_the_peak = [](int64_t r, int64_t i, std::mt19937& random, double& x, double& y) {
+    ok &= check_ops<float>(
+        {"far offset", 3000, normal(2, 0.1, offset), none, 2, 0, 0, 64, false, 1e-5});
+  const auto apart_at_the_peak = [](int64_t r, int64_t i, std::mt19937& random, double& x,
+                                    double& y) {
     std::normal_distribution<double> draw;
-    x = i == 5 ? 9 : 2 * draw(random), y = x + (i == 5 ? 0.6 + 0.1 * double(r) : 1e-3 * draw(random));
+    x = i == 5 ? 9 : 2 * draw(random),
+    y = x + (i == 5 ? 0.6 + 0.1 * double(r) : 1e-3 * draw(random));
   };
   ok &= check_ops<float>({"frames apart", 9001, apart_at_the_peak, none, 2, 0, 0, 4, false, 1e-5});
-  for (const double apart : {1e-3, 1e-2, 0.08, 3.0}) ok &= check_ops<float>({"apart " + std::to_string(apart), 9001, normal(2, apart), {}});
-  ok &= check_ops<float>({"equal", 3000, normal(3, 0), {}}) & check_ops<float>({"extreme", 9001, normal(300, 30), {}, 2, 0, 0, 64});
+  for (const double apart : {1e-3, 1e-2, 0.08, 3.0})
+    ok &= check_ops<float>({"apart " + std::to_string(apart), 9001, normal(2, apart), {}});
+  ok &= check_ops<float>({"equal", 3000, normal(3, 0), {}}) &
+        check_ops<float>({"extreme", 9001, normal(300, 30), {}, 2, 0, 0, 64});
   ok &= check_ops<float>({"offset", 3000, normal(2, 0.1, 1000), {}, 2, 0, 0, 64}) &
         check_ops<float>({"apart in offset",
                           3000,
@@ -313,35 +357,43 @@ int main(int arguments, char**) {
     for (const int who : {1, 2, 3}) {
       Options o;
       o.inf_mask = inf_mask;
-      ok &= check_ops<float>({"-inf", 2600,
-                              [=](int64_t r, int64_t i, std::mt19937& random, double& x, double& y) {
-                                std::normal_distribution<double> draw;
-                                x = draw(random), y = x + 0.3 * draw(random);
-                                if (i % 7 == r || i < 1200) {
-                                  if (who & 1) x = -INFINITY;
-                                  if (who & 2) y = -INFINITY;
-                                }
-                              },
-                              o});
+      ok &=
+          check_ops<float>({"-inf", 2600,
+                            [=](int64_t r, int64_t i, std::mt19937& random, double& x, double& y) {
+                              std::normal_distribution<double> draw;
+                              x = draw(random), y = x + 0.3 * draw(random);
+                              if (i % 7 == r || i < 1200) {
+                                if (who & 1) x = -INFINITY;
+                                if (who & 2) y = -INFINITY;
+                              }
+                            },
+                            o});
     }
-  ok &= check_ops<float>({"all -inf", 1500, [](int64_t, int64_t, std::mt19937&, double& x, double& y) { x = y = -INFINITY; }, {}});
+  ok &= check_ops<float>(
+      {"all -inf",
+       1500,
+       [](int64_t, int64_t, std::mt19937&, double& x, double& y) { x = y = -INFINITY; },
+       {}});
   ok &= check_ops<float>({"NaN",
                           1500,
                           [](int64_t r, int64_t i, std::mt19937&, double& x, double& y) {
-                            x = r == 0 && i == 700 ? NAN : 0.1 * double(i % 9), y = 0.2 * double(i % 5);
+                            x = r == 0 && i == 700 ? NAN : 0.1 * double(i % 9),
+                            y = 0.2 * double(i % 5);
                           },
                           {}});
   Options temperatures, caps, sharp;
   temperatures.temperature = 0.7, temperatures.ref_temperature = 1.4, temperatures.scale = 1.2;
   caps.cap = 5, caps.ref_cap = 3;
   sharp.temperature = sharp.ref_temperature = 0.5;
-  for (const Options& o : {temperatures, caps, sharp}) ok &= check_ops<float>({"options", 2100, normal(2, 0.5), o, 2, 0, 0, 16});
+  for (const Options& o : {temperatures, caps, sharp})
+    ok &= check_ops<float>({"options", 2100, normal(2, 0.5), o, 2, 0, 0, 16});
   for (const double beta : {0.0, 0.1, 1.0}) {
     Options o;
     o.beta = beta;
     if (beta == 0.1) ok &= check<float, KlOp::kJsd>({"beta", 1500, normal(2, 0.5), o});
   }
-  ok &= check<__nv_bfloat16, KlOp::kPolicyRef>({"long spans", (1 << 19) + 77, normal(2, 0.1), {}, 1});
+  ok &=
+      check<__nv_bfloat16, KlOp::kPolicyRef>({"long spans", (1 << 19) + 77, normal(2, 0.1), {}, 1});
   printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
   return ok ? 0 : 1;
 }

@@ -1,7 +1,8 @@
 #pragma once
 
-// token_kl and token_stats as a textbook writes them: log_softmax of either row and sums over it. In double the truth; in float what a
-// composition of PyTorch's ops does, the yardstick for an error.
+// token_kl and token_stats as a textbook writes them: log_softmax of either row and sums over it.
+// In double the truth; in float what a composition of PyTorch's ops does, the yardstick for an
+// error.
 
 #include <algorithm>
 #include <cmath>
@@ -9,9 +10,11 @@
 
 #include "cuda/kl.h"
 #include "math/kl.h"
+#include "math/kl_frame.h"
 
 struct Options {
-  double beta = 0.5, scale = 1, ref_scale = 1, cap = 0, ref_cap = 0, temperature = 1, ref_temperature = 1;
+  double beta = 0.5, scale = 1, ref_scale = 1, cap = 0, ref_cap = 0, temperature = 1,
+         ref_temperature = 1;
   bool inf_mask = false;
 
   fasttax::KlParams params(fasttax::KlOp op) const {
@@ -20,7 +23,8 @@ struct Options {
              : op == fasttax::KlOp::kJsd     ? fasttax::KlKind::kJsd
                                              : fasttax::KlKind::kPolicyRef;
     k.inf_mask = inf_mask;
-    k.beta = float(beta), k.scale = float(scale), k.ref_scale = float(ref_scale), k.cap = float(cap), k.ref_cap = float(ref_cap);
+    k.beta = float(beta), k.scale = float(scale), k.ref_scale = float(ref_scale),
+    k.cap = float(cap), k.ref_cap = float(ref_cap);
     k.row_scale = float(cap > 0 ? 1 / temperature : scale / temperature);
     k.ref_row_scale = float(ref_cap > 0 ? 1 / ref_temperature : ref_scale / ref_temperature);
     k.row_slope = float(scale / temperature), k.ref_row_slope = float(ref_scale / ref_temperature);
@@ -34,7 +38,8 @@ struct Row {  // one side
   std::vector<S> logp, slope;
   S lse = 0;
 
-  Row(const std::vector<double>& raw, double scale, double cap, double temperature) : logp(raw.size()), slope(raw.size()) {
+  Row(const std::vector<double>& raw, double scale, double cap, double temperature)
+      : logp(raw.size()), slope(raw.size()) {
     S most = -INFINITY, total = 0;
     for (size_t i = 0; i < raw.size(); ++i) {
       const S t = cap > 0 ? std::tanh(S(raw[i]) * S(scale) / S(cap)) : S(0);
@@ -44,8 +49,10 @@ struct Row {  // one side
       most = std::max(most, logp[i]);
     }
     for (const S v : logp) total += std::exp(v - most);
-    lse =
-        most == -INFINITY && std::all_of(logp.begin(), logp.end(), [](S v) { return v == -INFINITY; }) ? -INFINITY : most + std::log(total);
+    lse = most == -INFINITY &&
+                  std::all_of(logp.begin(), logp.end(), [](S v) { return v == -INFINITY; })
+              ? -INFINITY
+              : most + std::log(total);
     for (S& v : logp) v = (v - most) - std::log(total);
   }
 };
@@ -55,18 +62,21 @@ struct Textbook {
   S values[fasttax::kTokenStats] = {};  // one KL, or token_stats' values
   std::vector<S> dx, dy;
 
-  Textbook(fasttax::KlOp op, std::vector<double> x, std::vector<double> y, const Options& o, const float* g, int64_t id)
+  Textbook(fasttax::KlOp op, std::vector<double> x, std::vector<double> y, const Options& o,
+           const float* g, int64_t id)
       : dx(x.size()), dy(x.size()) {
     using fasttax::KlOp;
     if (o.inf_mask && op != KlOp::kAlone)
       for (size_t i = 0; i < x.size(); ++i)
         if (x[i] == -INFINITY || y[i] == -INFINITY) x[i] = y[i] = -INFINITY;
-    const Row<S> p_row(x, o.scale, o.cap, o.temperature), q_row(y, o.ref_scale, o.ref_cap, o.ref_temperature);
+    const Row<S> p_row(x, o.scale, o.cap, o.temperature),
+        q_row(y, o.ref_scale, o.ref_cap, o.ref_temperature);
     const std::vector<S>&lp = p_row.logp, &lq = q_row.logp;
     const auto times = [](S weight, S v) { return weight == 0 ? S(0) : weight * v; };
     const S beta = S(o.beta);
     const auto log_mix = [&](size_t i) {
-      const S a = lp[i] + std::log1p(-beta), b = lq[i] + std::log(beta), hi = std::max(a, b), lo = std::min(a, b);
+      const S a = lp[i] + std::log1p(-beta), b = lq[i] + std::log(beta), hi = std::max(a, b),
+              lo = std::min(a, b);
       return hi == -INFINITY ? hi : hi + std::log1p(std::exp(lo - hi));
     };
     S forwards = 0, backwards = 0, p_m = 0, q_m = 0, entropy = 0;
@@ -75,23 +85,32 @@ struct Textbook {
       forwards += times(p, lp[i] - lq[i]);
       backwards += times(q, lq[i] - lp[i]);
       entropy -= times(p, lp[i]);
-      if (op == KlOp::kJsd) p_m += times(p, lp[i] - log_mix(i)), q_m += times(q, lq[i] - log_mix(i));
+      if (op == KlOp::kJsd)
+        p_m += times(p, lp[i] - log_mix(i)), q_m += times(q, lq[i] - log_mix(i));
     }
     const bool stats = op == KlOp::kStats || op == KlOp::kAlone, pair = op != KlOp::kAlone;
     if (stats) {
-      const S all[] = {id < 0 ? S(0) : lp[size_t(id)], id < 0 || !pair ? S(0) : lq[size_t(id)], entropy, p_row.lse, pair ? forwards : S(0),
+      const S all[] = {id < 0 ? S(0) : lp[size_t(id)],
+                       id < 0 || !pair ? S(0) : lq[size_t(id)],
+                       entropy,
+                       p_row.lse,
+                       pair ? forwards : S(0),
                        pair ? backwards : S(0)};
       std::copy(all, all + fasttax::kTokenStats, values);
     } else {
-      values[0] = op == KlOp::kPolicyRef ? forwards : op == KlOp::kRefPolicy ? backwards : beta * q_m + (1 - beta) * p_m;
+      values[0] = op == KlOp::kPolicyRef   ? forwards
+                  : op == KlOp::kRefPolicy ? backwards
+                                           : beta * q_m + (1 - beta) * p_m;
     }
     for (size_t i = 0; i < x.size(); ++i) {
       const S p = std::exp(lp[i]), q = std::exp(lq[i]);
-      const S f_x = times(p, (lp[i] - lq[i]) - forwards), f_y = q - p, b_x = p - q, b_y = times(q, (lq[i] - lp[i]) - backwards);
+      const S f_x = times(p, (lp[i] - lq[i]) - forwards), f_y = q - p, b_x = p - q,
+              b_y = times(q, (lq[i] - lp[i]) - backwards);
       if (op == KlOp::kPolicyRef) dx[i] = g[0] * f_x, dy[i] = g[0] * f_y;
       if (op == KlOp::kRefPolicy) dx[i] = g[0] * b_x, dy[i] = g[0] * b_y;
       if (op == KlOp::kJsd)
-        dx[i] = g[0] * (1 - beta) * times(p, lp[i] - log_mix(i) - p_m), dy[i] = g[0] * beta * times(q, lq[i] - log_mix(i) - q_m);
+        dx[i] = g[0] * (1 - beta) * times(p, lp[i] - log_mix(i) - p_m),
+        dy[i] = g[0] * beta * times(q, lq[i] - log_mix(i) - q_m);
       if (stats) {
         const bool here = int64_t(i) == id;
         dx[i] = S(g[fasttax::kLogp]) * (here     ? -std::expm1(lp[i])

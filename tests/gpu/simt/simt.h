@@ -2,17 +2,20 @@
 
 // A SIMT machine on the CPU: a CUDA kernel header, compiled by g++ and run thread by thread.
 //
-// One CTA, or the CTAs of one cluster, run at a time on one OS thread, and each CUDA thread is a fiber with a stack of its own. The order of
-// the fibers is drawn anew (SIMT_SEED) every time they are resumed, so a missing barrier shows as a wrong result; under -fsanitize=thread it shows as a
-// data race with both lines, because a fiber is a thread to TSan and only barriers and *_sync calls order two of them. Under
-// -fsanitize=address,undefined an access outside an allocation, or misaligned for its vector type, stops the program with its line.
-// The machine itself aborts on: divergent __syncthreads, threads that exit before a barrier, lanes outside their own mask, lanes that meet
-// in different *_sync calls, deadlock.
-// Not modelled: CTAs of no cluster that run at the same time (a race between them), inline PTX, tensor cores, asynchronous copies, time.
+// One CTA, or the CTAs of one cluster, run at a time on one OS thread, and each CUDA thread is a
+// fiber with a stack of its own. The order of the fibers is drawn anew (SIMT_SEED) every time they
+// are resumed, so a missing barrier shows as a wrong result; under -fsanitize=thread it shows as a
+// data race with both lines, because a fiber is a thread to TSan and only barriers and *_sync calls
+// order two of them. Under -fsanitize=address,undefined an access outside an allocation, or
+// misaligned for its vector type, stops the program with its line. The machine itself aborts on:
+// divergent __syncthreads, threads that exit before a barrier, lanes outside their own mask, lanes
+// that meet in different *_sync calls, deadlock. Not modelled: CTAs of no cluster that run at the
+// same time (a race between them), inline PTX, tensor cores, asynchronous copies, time.
 //
-// Use: include simt_cuda.h, then the kernels' .cuh, then simt::launch(grid, block, dynamic_bytes, [&] { kernel(arguments); }), with the number
-// of CTAs in a cluster as its last argument where there is more than one. __shared__ variables are one for all CTAs: a kernel for clusters
-// keeps all of its shared memory in the dynamic part.
+// Use: include simt_cuda.h, then the kernels' .cuh, then simt::launch(grid, block, dynamic_bytes,
+// [&] { kernel(arguments); }), with the number of CTAs in a cluster as its last argument where
+// there is more than one. __shared__ variables are one for all CTAs: a kernel for clusters keeps
+// all of its shared memory in the dynamic part.
 
 #include <sys/mman.h>
 #include <vector_functions.h>  // CUDA's own host headers: dim3, uint4, make_uint4
@@ -32,7 +35,7 @@
 #error "simt.h switches fibers with x86-64 System V assembly; port simt_switch to run it elsewhere"
 #endif
 
-// --- what the sanitizers are told --------------------------------------------------------------------------------------
+// --- what the sanitizers are told
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -68,7 +71,8 @@ inline void acquire([[maybe_unused]] void* at) { SIMT_TSAN(__tsan_acquire(at)); 
 inline void release([[maybe_unused]] void* at) { SIMT_TSAN(__tsan_release(at)); }
 }  // namespace simt
 
-// Saves the callee-saved registers on the running stack, its pointer in *save, and continues on the stack `to`.
+// Saves the callee-saved registers on the running stack, its pointer in *save, and continues on the
+// stack `to`.
 extern "C" void simt_switch(void** save, void* to);
 asm(R"(
 .text
@@ -113,7 +117,8 @@ struct Fiber {
 
 struct Warp {
   uint64_t value[kWarp];  // what the lanes exchange
-  char sync[2];           // addresses that TSan orders by, used in turn so that two successive calls stay apart
+  // addresses that TSan orders by, used in turn so that two successive calls stay apart
+  char sync[2];
   unsigned turn;
 };
 
@@ -147,16 +152,18 @@ inline Machine& machine() {
 
 [[noreturn]] inline void fail(const char* what, int thread) {
   const Machine& m = machine();
-  fprintf(stderr, "simt: %s (thread %d of CTA %u,%u,%u)\n", what, thread, m.cta.x, m.cta.y, m.cta.z);
+  fprintf(stderr, "simt: %s (thread %d of CTA %u,%u,%u)\n", what, thread, m.cta.x, m.cta.y,
+          m.cta.z);
   abort();
 }
 
-// --- fibers ------------------------------------------------------------------------------------------------------------
+// --- fibers
 
 inline void leave([[maybe_unused]] bool for_good = false) {  // from a fiber to the scheduler
   Machine& m = machine();
   Fiber* self = m.running;
-  SIMT_ASAN(__sanitizer_start_switch_fiber(for_good ? nullptr : &self->asan, m.stack, m.stack_size));
+  SIMT_ASAN(
+      __sanitizer_start_switch_fiber(for_good ? nullptr : &self->asan, m.stack, m.stack_size));
   SIMT_TSAN(__tsan_switch_to_fiber(m.tsan, 1));  // 1: the switch itself orders nothing
   simt_switch(&self->sp, m.sp);
   SIMT_ASAN(__sanitizer_finish_switch_fiber(self->asan, nullptr, nullptr));
@@ -188,7 +195,8 @@ inline void fiber_main() {
 
 inline void prepare(Fiber& fiber, int thread, int cta) {
   if (!fiber.stack) {
-    fiber.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    fiber.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
+                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (fiber.stack == MAP_FAILED) fail("no memory for a stack", thread);
     SIMT_TSAN(fiber.tsan = __tsan_create_fiber(0));
   }
@@ -204,7 +212,7 @@ inline void prepare(Fiber& fiber, int thread, int cta) {
   fiber.sp = sp;
 }
 
-// --- barriers ----------------------------------------------------------------------------------------------------------
+// --- barriers
 
 inline void wait_in(Waits what, char* order, const void* where) {
   release(order);
@@ -230,7 +238,8 @@ inline void warp_sync(unsigned mask, const void* where, bool orders_memory) {
   Unwatched unwatched;
   Fiber* self = machine().running;
   Warp& warp = running_cta().warps[size_t(self->thread / kWarp)];
-  if (!(mask >> (self->thread % kWarp) & 1)) fail("a lane is not in its own *_sync mask", self->thread);
+  if (!(mask >> (self->thread % kWarp) & 1))
+    fail("a lane is not in its own *_sync mask", self->thread);
   char* order = &warp.sync[warp.turn & 1];
   if (orders_memory) release(order);
   self->waits = Waits::kWarp;
@@ -244,7 +253,9 @@ inline void warp_sync(unsigned mask, const void* where, bool orders_memory) {
 inline bool release_lanes(int cta, int warp) {
   Machine& m = machine();
   unsigned waiting = 0, gone = 0;
-  const auto lane = [&](int l) -> Fiber& { return m.fibers[size_t(cta * m.threads + warp * kWarp + l)]; };
+  const auto lane = [&](int l) -> Fiber& {
+    return m.fibers[size_t(cta * m.threads + warp * kWarp + l)];
+  };
   for (int l = 0; l < kWarp; ++l) {
     if (warp * kWarp + l >= m.threads || lane(l).waits == Waits::kExited) gone |= 1u << l;
     else if (lane(l).waits == Waits::kWarp) waiting |= 1u << l;
@@ -256,7 +267,8 @@ inline bool release_lanes(int cta, int warp) {
     if (mask & gone) fail("a *_sync mask names a lane that has exited", lane(l).thread);
     for (int other = 0; other < kWarp; ++other) {
       if (!(mask >> other & 1)) continue;
-      if (lane(other).mask != mask || lane(other).where != lane(l).where) fail("lanes of a warp meet in different *_sync calls", lane(other).thread);
+      if (lane(other).mask != mask || lane(other).where != lane(l).where)
+        fail("lanes of a warp meet in different *_sync calls", lane(other).thread);
     }
     for (int other = 0; other < kWarp; ++other)
       if (mask >> other & 1) lane(other).waits = Waits::kNo;
@@ -286,12 +298,13 @@ inline bool release_barrier(Waits kind, int first, int count, unsigned& turn) {
   return true;
 }
 
-// --- launch ------------------------------------------------------------------------------------------------------------
+// --- launch
 
 inline void run_cluster(std::vector<int>& order) {
   Machine& m = machine();
   const int ctas = int(m.ctas.size()), count = ctas * m.threads;
-  for (int i = 0; i < count; ++i) prepare(m.fibers[size_t(i)], i % m.threads, i / m.threads), order[size_t(i)] = i;
+  for (int i = 0; i < count; ++i)
+    prepare(m.fibers[size_t(i)], i % m.threads, i / m.threads), order[size_t(i)] = i;
   release(&m.started);
   for (int alive = count; alive > 0;) {
     bool progress = false;
@@ -305,7 +318,8 @@ inline void run_cluster(std::vector<int>& order) {
     }
     for (int c = 0; c < ctas; ++c) {
       for (int w = 0; w * kWarp < m.threads; ++w) progress |= release_lanes(c, w);
-      progress |= release_barrier(Waits::kBarrier, c * m.threads, m.threads, m.ctas[size_t(c)].turn);
+      progress |=
+          release_barrier(Waits::kBarrier, c * m.threads, m.threads, m.ctas[size_t(c)].turn);
     }
     progress |= release_barrier(Waits::kCluster, 0, count, m.turn);
     if (!progress) fail("deadlock", 0);
@@ -318,7 +332,8 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Kernel&& kernel, int cl
   Unwatched unwatched;
   Machine& m = machine();
   m.threads = int(block.x * block.y * block.z);
-  if (m.threads < 1 || m.threads > 1024 || grid.x < 1 || grid.x % unsigned(cluster)) fail("CUDA would refuse this launch", m.threads);
+  if (m.threads < 1 || m.threads > 1024 || grid.x < 1 || grid.x % unsigned(cluster))
+    fail("CUDA would refuse this launch", m.threads);
   if (const char* seed = getenv("SIMT_SEED")) m.random.seed(unsigned(atoi(seed)));
   m.grid = grid, m.block = block, m.kernel = kernel;
   m.ctas.resize(size_t(cluster));
@@ -331,7 +346,8 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Kernel&& kernel, int cl
     for (m.cta.y = 0; m.cta.y < grid.y; ++m.cta.y)
       for (unsigned x = 0; x < grid.x; x += unsigned(cluster)) {
         m.cta.x = x;
-        for (Cta& cta : m.ctas) cta.dynamic = std::vector<unsigned char>(dynamic_bytes, 0xff);  // NaN: shared memory starts undefined
+        // NaN: shared memory starts undefined
+        for (Cta& cta : m.ctas) cta.dynamic = std::vector<unsigned char>(dynamic_bytes, 0xff);
         run_cluster(order);
       }
 }

@@ -1,6 +1,7 @@
 #pragma once
 
-// CUDA's names on the SIMT machine: indices, barriers, shuffles, clusters, qualifiers. Include it in place of CUDA's headers.
+// CUDA's names on the SIMT machine: indices, barriers, shuffles, clusters, qualifiers. Include it
+// in place of CUDA's headers.
 
 #include "simt.h"
 
@@ -9,7 +10,7 @@ namespace simt {
 template <class Of>
 struct Index {  // threadIdx and friends: members that read the machine
   struct Part {
-    unsigned uint3::*member;
+    unsigned uint3::* member;
     operator unsigned() const {
       Unwatched unwatched;
       return Of::get().*member;
@@ -17,10 +18,18 @@ struct Index {  // threadIdx and friends: members that read the machine
   };
   Part x{&uint3::x}, y{&uint3::y}, z{&uint3::z};
 };
-struct OfThread { static uint3 get() { return machine().thread; } };
-struct OfCta { static uint3 get() { return machine().cta; } };
-struct OfBlock { static uint3 get() { return {machine().block.x, machine().block.y, machine().block.z}; } };
-struct OfGrid { static uint3 get() { return {machine().grid.x, machine().grid.y, machine().grid.z}; } };
+struct OfThread {
+  static uint3 get() { return machine().thread; }
+};
+struct OfCta {
+  static uint3 get() { return machine().cta; }
+};
+struct OfBlock {
+  static uint3 get() { return {machine().block.x, machine().block.y, machine().block.z}; }
+};
+struct OfGrid {
+  static uint3 get() { return {machine().grid.x, machine().grid.y, machine().grid.z}; }
+};
 
 template <class T>
 __attribute__((noinline)) T exchange(const void* where, unsigned mask, T value, int from) {
@@ -33,7 +42,8 @@ __attribute__((noinline)) T exchange(const void* where, unsigned mask, T value, 
   if (!(mask >> from & 1)) fail("a shuffle reads a lane outside its mask", thread);
   T result;
   memcpy(&result, &warp->value[from], sizeof(T));
-  warp_sync(mask, static_cast<const char*>(where) + 1, false);  // all have read before any writes again
+  // all have read before any writes again
+  warp_sync(mask, static_cast<const char*>(where) + 1, false);
   return result;
 }
 
@@ -47,14 +57,17 @@ inline int lane() {
   return machine().running->thread % kWarp;
 }
 template <class T>
-T shuffle_xor(const void* where, unsigned mask, T value, int bits) { return exchange(where, mask, value, lane() ^ bits); }
+T shuffle_xor(const void* where, unsigned mask, T value, int bits) {
+  return exchange(where, mask, value, lane() ^ bits);
+}
 template <class T>
 T shuffle_down(const void* where, unsigned mask, T value, unsigned by) {
   return exchange(where, mask, value, lane() + int(by) < kWarp ? lane() + int(by) : lane());
 }
 template <class T>
-T shuffle(const void* where, unsigned mask, T value, int from) { return exchange(where, mask, value, from & (kWarp - 1)); }
-
+T shuffle(const void* where, unsigned mask, T value, int from) {
+  return exchange(where, mask, value, from & (kWarp - 1));
+}
 
 __attribute__((noinline)) inline unsigned ballot(const void* where, unsigned mask, bool mine) {
   Unwatched unwatched;
@@ -69,12 +82,14 @@ __attribute__((noinline)) inline unsigned ballot(const void* where, unsigned mas
   return result;
 }
 
+// the same place in the dynamic shared memory of the cluster's CTA `rank`
 template <class T>
-T* of_rank(T* shared, unsigned rank) {  // the same place in the dynamic shared memory of the cluster's CTA `rank`
+T* of_rank(T* shared, unsigned rank) {
   Unwatched unwatched;
   const unsigned char* at = reinterpret_cast<const unsigned char*>(shared);
   std::vector<unsigned char>&own = running_cta().dynamic, &other = machine().ctas.at(rank).dynamic;
-  if (at < own.data() || at >= own.data() + own.size()) fail("mapa of what is not this CTA's shared memory", machine().running->thread);
+  if (at < own.data() || at >= own.data() + own.size())
+    fail("mapa of what is not this CTA's shared memory", machine().running->thread);
   return reinterpret_cast<T*>(other.data() + (at - own.data()));
 }
 
@@ -85,7 +100,11 @@ static simt::Index<simt::OfCta> blockIdx;
 static simt::Index<simt::OfBlock> blockDim;
 static simt::Index<simt::OfGrid> gridDim;
 
-#define SIMT_HERE ({ static char simt_here[2]; static_cast<const void*>(simt_here); })
+#define SIMT_HERE                        \
+  ({                                     \
+    static char simt_here[2];            \
+    static_cast<const void*>(simt_here); \
+  })
 #define __syncthreads() simt::barrier(SIMT_HERE)
 #define __syncwarp() simt::warp_sync(0xffffffffu, SIMT_HERE, true)
 #define __shfl_xor_sync(...) simt::shuffle_xor(SIMT_HERE, __VA_ARGS__)
@@ -97,11 +116,23 @@ static simt::Index<simt::OfGrid> gridDim;
 #define __cluster_map_shared_rank(pointer, rank) static_cast<void*>(simt::of_rank(pointer, rank))
 #define __threadfence() ((void)0)
 
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> void __stcs(T* p, T v) { *p = v; }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T v) {
+  *p = v;
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
-template <class T> T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+template <class T>
+T atomicAdd(T* p, T v) {
+  return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
 
 #include <cuda_bf16.h>  // before the qualifiers below: they define their own
 #include <cuda_fp16.h>

@@ -1,12 +1,10 @@
 #pragma once
 
-#include <cstdint>
+#include "kl_kinds.h"
 
 namespace fasttax {
 
-enum class KlKind : int64_t { kPolicyRef = 0, kRefPolicy = 1, kJsd = 2 };
-enum class LogitType { kFloat, kBFloat16, kFloat16, kDouble };
-
+// The numbers of a call of an op over logits, as its kernels read them.
 struct KlParams {
   KlKind kind;
   bool plain;     // same scale on both rows, no softcap, no inf mask: the fast frame

@@ -5,9 +5,19 @@
 // What an AdamW+EWC kernel is told. No torch: shared by the CPU and the CUDA kernels.
 namespace fasttax {
 
-enum AdamWOperand : int { kAwTheta, kAwAnchor, kAwFisher, kAwGrad, kAwFirst, kAwSecond, kAwMax, kAwOperands };
+enum AdamWOperand : int {
+  kAwTheta,
+  kAwAnchor,
+  kAwFisher,
+  kAwGrad,
+  kAwFirst,
+  kAwSecond,
+  kAwMax,
+  kAwOperands
+};
 
-enum class AdamWMode : uint8_t { kPlain, kGrad, kProx };  // of one parameter: not held; pull in the gradient; closed form
+// of one parameter: not held; pull in the gradient; closed form
+enum class AdamWMode : uint8_t { kPlain, kGrad, kProx };
 
 struct AdamWTensor {
   void* data[kAwOperands];  // anchor and fisher null where there is none; max null without amsgrad
@@ -33,7 +43,8 @@ struct AdamWStep {
   S grad_factor;  // of the gradient as it comes: -1 for maximize, 1 / GradScaler's scale
   S decay, one_minus_beta1, beta2, one_minus_beta2, step, root_factor, eps;
   S first, second;  // strength (kGrad) or lr * strength (kProx), as a product (ewc_step)
-  S fisher_factor;  // > 0: fisher = fisher_factor * exp_avg_sq, before this step's update (kGrad) or after it (kProx)
+  // > 0: fisher = fisher_factor * exp_avg_sq, before this step's update (kGrad) or after it (kProx)
+  S fisher_factor;
 };
 
 }  // namespace fasttax

@@ -13,8 +13,9 @@
 #include <tuple>
 #include <vector>
 
-// The Python wrappers check shapes and dtypes and word the errors for people. What is checked here is what
-// would otherwise read or write out of bounds when somebody calls torch.ops.fasttax.* directly.
+// The Python wrappers check shapes and dtypes and word the errors for people. What is checked here
+// is what would otherwise read or write out of bounds when somebody calls torch.ops.fasttax.*
+// directly.
 #define FASTTAX_CHECK(cond, op, ...) STD_TORCH_CHECK(cond, "fasttax::", op, ": ", __VA_ARGS__)
 
 namespace fasttax {
@@ -24,7 +25,9 @@ using torch::stable::Tensor;
 
 inline bool is_half(ScalarType t) { return t == ScalarType::BFloat16 || t == ScalarType::Half; }
 
-inline bool is_floating(ScalarType t) { return t == ScalarType::Float || t == ScalarType::Double || is_half(t); }
+inline bool is_floating(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || is_half(t);
+}
 
 inline int64_t element_size(ScalarType t) {
   switch (t) {

@@ -2,16 +2,14 @@
 
 #include <cstdint>
 
+#include "codes.h"
+
 // What an EWC kernel is told about one parameter. No torch: shared by the CPU and the CUDA kernels.
 namespace fasttax {
 
-// kU8Log, of fishers: 2^(lo + step * (code - 1)), code 0 is 0; (lo, step) per 256 elements in `scales`.
-// kSplit, of anchors: 256 bfloat16 `hi`, then 256 int8 `lo`, per 256 elements; value = hi + lo * ulp(hi) / 254.
+// kU8Log, of fishers, and kSplit, of anchors: codes.h.
 enum class EwcType : uint8_t { kFloat, kBFloat16, kFloat16, kU8Log, kDouble, kSplit };
 enum class EwcMode : uint8_t { kValue, kAdd, kWrite, kProx };
-
-constexpr int64_t kEwcBlock = 256;              // elements that share a u8log range or lie together in a split anchor
-constexpr int64_t kSplitBytes = 3 * kEwcBlock;  // of such a block
 
 struct EwcTensor {
   void* data[4];        // theta, anchor, fisher, grad (null where the mode has none)
@@ -19,7 +17,8 @@ struct EwcTensor {
   int64_t numel;
   int64_t first_chunk;  // CUDA: its first block within the launch
   EwcType types[4];
-  bool aligned;  // CUDA: every base allows 16-byte (float), 8-byte (half) and 4-byte (u8log) accesses
+  // CUDA: every base allows 16-byte (float), 8-byte (half) and 4-byte (u8log) accesses
+  bool aligned;
 };
 
 }  // namespace fasttax

@@ -1,0 +1,43 @@
+"""The commands, a line each.
+
+A new one is a module `fasttax/cli/NAME.py` with `main(argv) -> int`, and its line here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """What the usage says of a command, and the extra that brings what it imports."""
+
+    summary: str
+    extra: str = "demo"
+
+
+COMMANDS = {
+    "demo": Command(
+        "align a small real model with and without fasttax, and report what each way costs"
+    ),
+    "fisher": Command("estimate a model's diagonal Fisher on text and save it"),
+    "kl": Command(
+        "cache: keep a reference model's top-k log-probs of training data, so that training needs "
+        "no reference in memory",
+        extra="transformers",
+    ),
+    "merge": Command(
+        "average models weight by weight: linear between a base and its aligned model, or by their "
+        "Fishers"
+    ),
+    "tax": Command(
+        "report what each checkpoint gained and lost against its base: table, laws of forgetting, "
+        "figure, page",
+        extra="report",
+    ),
+    "bench": Command(
+        "time the main ops beside plain PyTorch on this machine, at sizes of your own"
+    ),
+    "doctor": Command(
+        "show which kernels are active here and why, and what would bring the missing ones"
+    ),
+}

@@ -1,0 +1,3 @@
+"""`fasttax demo`: the demo is a package of its own, `fasttax.demo`."""
+
+from fasttax.demo import main as main

@@ -1,0 +1,68 @@
+"""`fasttax fisher MODEL TEXT`: a model's diagonal Fisher on a text, written to a file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax.cli import _language_model
+from fasttax.cli.commands import COMMANDS
+from fasttax.fisher import estimate_fisher
+
+
+def main(argv: Sequence[str]) -> int:
+    """Cuts TEXT into rows of --length tokens, and estimates the Fisher on the first --examples.
+
+    Raises:
+        ValueError: a size below its least, or a text shorter than one row.
+    """
+    args = parse(argv)
+    if min(args.length - 1, args.batch_size, args.examples) < 1:
+        raise ValueError(
+            "fasttax fisher: --length must be at least 2, --batch-size and --examples at least 1"
+        )
+    text = Path(args.text).read_text(encoding="utf-8")
+    tokenizer = _language_model.tokenizer_of(args.model)
+    model = _language_model.load(args.model).eval()
+    rows = rows_of(text, tokenizer, args.length)[: args.examples]
+    if not len(rows):
+        tokens = len(tokenizer(text, verbose=False)["input_ids"])
+        raise ValueError(
+            f"fasttax fisher: {args.text} has {tokens} tokens; expected at least --length "
+            f"{args.length}"
+        )
+    estimate = estimate_fisher(
+        model,
+        rows.split(args.batch_size),
+        labels=args.labels,
+        max_examples=len(rows),
+        storage=args.storage,
+    )
+    estimate.save(args.output)
+    print(f"{estimate}\n{args.output}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="fasttax fisher", description=COMMANDS["fisher"].summary)
+    parser.add_argument("model", help="a folder or Hub id of a causal language model")
+    parser.add_argument("text", help="a UTF-8 text file")
+    parser.add_argument("--output", default="fisher.safetensors")
+    parser.add_argument("--labels", choices=("sample", "true", "exact_head"), default="sample")
+    parser.add_argument("--length", type=int, default=128, help="tokens an example (default 128)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--storage", choices=("fp32", "bf16", "u8log"), default="bf16")
+    return parser.parse_args(argv)
+
+
+def rows_of(text: str, tokenizer: Any, length: int) -> Tensor:
+    """Token ids (rows, length); what is left at the end is no whole row and is dropped."""
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    return ids[: len(ids) // length * length].view(-1, length)

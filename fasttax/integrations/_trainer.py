@@ -1,0 +1,114 @@
+"""What the integrations share that work in transformers' Trainer: its callbacks, logs, folders."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from fasttax._base import checks
+from fasttax._base.handle import Handle
+
+
+def check_trainer(op: str, trainer: Any, expected: str) -> None:
+    """Refuses what has no callbacks or computes no loss, and a run under DeepSpeed."""
+    if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "compute_loss"):
+        raise checks.fail(op, "trainer", expected, trainer, error=TypeError)
+    refuse_deepspeed(op, trainer.args, trainer.optimizer)
+
+
+def refuse_deepspeed(op: str, args: Any, optimizer: Any) -> None:
+    """Refuses DeepSpeed, under which a callback's gradient would be lost."""
+    kind = str(getattr(getattr(args, "distributed_state", None), "distributed_type", ""))
+    if (
+        getattr(args, "deepspeed", None)
+        or kind.endswith("DEEPSPEED")
+        or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
+    ):
+        raise checks.fail(
+            op,
+            "trainer",
+            "a run without DeepSpeed",
+            "one under DeepSpeed",
+            "its engine clips, steps and clears the gradients inside backward(), before any "
+            "callback could add to them, and ZeRO-3 keeps parameters empty outside the forward; "
+            "use DDP or FSDP2, or under ZeRO-1 or 2 add ewc.penalty() to the loss",
+        )
+
+
+# --- callbacks -----------------------------------------------------------------------------------
+
+
+def add_callback(handle: Handle, trainer: Any, callback: TrainerCallback) -> None:
+    """Puts a callback in front of the reporters, which then see what it adds to a log."""
+    handler = trainer.callback_handler
+    _put_in_front(handler, callback)
+
+    def restore() -> None:
+        handler.callbacks = [c for c in handler.callbacks if c is not callback]
+
+    handle.on_undo(restore)
+
+
+def move_to_the_front(callback: TrainerCallback) -> None:
+    """As `add_callback`, for one that was given to Trainer, which puts it behind its reporters.
+
+    To be called in one of the callback's events; elsewhere it does nothing.
+    """
+    handler = running_handler(callback)
+    if handler is not None:
+        _put_in_front(handler, callback)
+
+
+def _put_in_front(handler: CallbackHandler, callback: TrainerCallback) -> None:
+    # a new list: the old one is being iterated over, where this is called in an event
+    handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]
+
+
+def running_handler(callback: TrainerCallback) -> CallbackHandler | None:
+    """The handler whose `call_event` is calling `callback`.
+
+    transformers (5.24) gives an event the model, the optimizer and the data loaders, but neither
+    the trainer nor its handler, so that the handler is found where it is: the `self` of the frame
+    that called the event. test_transformers.py pins that frame.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, CallbackHandler) and callback in found.callbacks:
+            return found
+        frame = frame.f_back
+    return None
+
+
+# --- logs and checkpoints ------------------------------------------------------------------------
+
+
+def publish(state: Any, logs: dict[str, Any], values: Mapping[str, Tensor | float]) -> None:
+    """Adds values to the log that reporters are about to read, and to the history.
+
+    The history has its copy of the log already when callbacks see it.
+    """
+    numbers = {name: float(value) for name, value in values.items()}
+    logs.update(numbers)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(numbers)
+
+
+def checkpoint_folder(args: Any, state: Any) -> Path:
+    """The folder that Trainer writes at this step, or that it resumed from."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def write_state(path: Path, values: Mapping[str, Any]) -> None:
+    """JSON beside a checkpoint's files, under its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(dict(values)))
+    partial.replace(path)
