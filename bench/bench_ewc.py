@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import fasttax
 from bench import baselines, workloads
 from bench.timing import Case
+from fasttax._base.packed import encode
 from fasttax.ewc.ops import add_grad_
-from fasttax.fisher.estimate import encode
 
 
 class Parameters(nn.Module):

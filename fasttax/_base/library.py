@@ -19,13 +19,16 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttax import triton
+from fasttax._base import unbuilt
 
+PACKAGE = Path(__file__).resolve().parents[1]
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 
 # deregisters when collected, so it lives as long as the process
@@ -148,12 +151,7 @@ def load_native() -> None:
         _register_triton("CPU", "TRITON_INTERPRET=1")
         return
     if "_C" in problems:
-        advice = (
-            f"fasttax: the C++ CPU kernels are not available ({problems['_C']}); the PyTorch "
-            "reference is used. "
-            "Install g++ and run `pip install --no-build-isolation .` in the source folder; "
-            "`fasttax doctor` tells more."
-        )
+        advice = unbuilt.advice(PACKAGE, problems["_C"])
         if choice == "cpp":
             raise ImportError(advice)
         warnings.warn(advice, RuntimeWarning, stacklevel=3)

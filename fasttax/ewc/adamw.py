@@ -14,6 +14,8 @@ from fasttax._base import checks, dtensor
 from fasttax._base.library import define
 from fasttax.ewc.attach import check_optimizer
 from fasttax.ewc.ewc import EWC
+from fasttax.ewc.hold import Part
+from fasttax.ewc.ops import contiguous, scalar_like
 from fasttax.ewc.store import Lists
 
 MODES = ("grad", "prox")
@@ -21,15 +23,16 @@ FISHERS = ("ewc", "second_moment")
 
 
 class AdamWEWC(AdamW):
-    """AdamW whose step holds the parameters that `ewc` covers, in the pass over memory that AdamW
-    makes anyway.
+    """AdamW whose step holds the parameters that `ewc` covers, in AdamW's own pass over memory.
 
     With g the gradient (negated under maximize), a the anchor and F the Fisher,
 
-        mode "grad":  g <- g + strength F (theta - a), before the moments see it: `ewc.add_grad_()`
-        and torch.optim.AdamW in one m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2,
-        D = sqrt(v / (1 - beta2^t)) + eps u  = theta (1 - lr weight_decay) - lr / (1 - beta1^t) m /
-        D mode "grad":  theta <- u
+        mode "grad":  g <- g + strength F (theta - a), before the moments see it:
+                      `ewc.add_grad_()` and torch.optim.AdamW in one
+        m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+        D = sqrt(v / (1 - beta2^t)) + eps
+        u = theta (1 - lr weight_decay) - lr / (1 - beta1^t) m / D
+        mode "grad":  theta <- u
         mode "prox":  theta <- a + (u - a) D / (D + lr strength F)
 
     "prox" is the closed form of the penalised step in AdamW's own metric. AdamW's step is u =
@@ -49,8 +52,8 @@ class AdamWEWC(AdamW):
             plain AdamW.
         ewc: a fasttax.EWC; None for plain AdamW. LoRA factors that it covers are pulled by their
             gradient (mode "grad" alone).
-        lr, betas, eps, weight_decay, amsgrad, maximize: as torch.optim.AdamW's; lr may be a 0-d
-            tensor.
+        lr: as torch.optim.AdamW's, as are betas, eps, weight_decay, amsgrad and maximize; it may be
+            a 0-d tensor.
         mode: "grad" or "prox".
         fisher: "ewc" for that of `ewc`, or "second_moment" for `fisher_scale` times Adam's own
             bias-corrected second moment. That is no Fisher of what is to be kept: it is the mean
@@ -101,99 +104,103 @@ class AdamWEWC(AdamW):
         self.ewc = ewc
         self.penalty: Tensor | None = None
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
-        self._step_supports_amp_scaling = (
-            True  # GradScaler hands over grad_scale and found_inf instead of reading them
-        )
+        # GradScaler hands over grad_scale and found_inf instead of reading them
+        self._step_supports_amp_scaling = True
         if ewc is not None:
-            check_optimizer(op, "params", ewc, self.param_groups)
+            check_optimizer(op, "params", ewc.hold, self.param_groups)
             if mode == "prox":
-                ewc.refuse_prox_of_lora(op)
+                ewc.hold.refuse_prox_of_lora(op)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure`, if given, makes the loss and the gradients anew and its value is
-        returned.
+        """One step; `closure`, if given, makes loss and gradients anew, and its value is returned.
+
+        Raises:
+            RuntimeError: a sparse gradient; nothing is written then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(
-            p.grad is not None and p.grad.is_sparse
-            for group in self.param_groups
-            for p in group["params"]
-        ):  # before anything is written
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        if any(grad is not None and grad.is_sparse for grad in grads):
             raise RuntimeError(
                 "AdamWEWC: a parameter has a sparse gradient: expected dense ones; build its "
                 "Embedding with sparse=False"
             )
-        turn = self.param_groups[0]["ewc_turn"] = self.param_groups[0].get("ewc_turn", 0) + 1
-        ewc = self.ewc if turn % self.every == 0 else None
-        parts: list[Any] = []
+        counter = self.param_groups[0]
+        counter["ewc_turn"] = counter.get("ewc_turn", 0) + 1
+        if self.ewc is None or counter["ewc_turn"] % self.every:
+            for group in self.param_groups:
+                self._update_free(group, _with_grad(group))
+            return loss
+        hold, parts = self.ewc.hold, list[Part]()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            blocks = [] if ewc is None else ewc._store.blocks(params)
-            if ewc is not None and ewc._lora:
-                scale = (-1.0 if group["maximize"] else 1.0) * self.every
-                grad_scale = getattr(self, "grad_scale", None)
-                parts += ewc._add_grad_(
-                    [], scale if grad_scale is None else grad_scale * scale, params
-                )
-            if ewc is not None:
-                parts += [
-                    (x.key, self._update(group, x.owners, x)) for x in ewc._store.stream(blocks)
-                ]
+            params = _with_grad(group)
+            parts += hold.add_lora_grad_parts_(self._lora_scale(group), params)
+            blocks = hold.store.blocks(params)
+            parts += [(x.key, self._update(group, x.owners, x)) for x in hold.store.stream(blocks)]
             held = {id(h.theta) for block in blocks for h in block}
-            for plain in _by_kind([p for p in params if id(p) not in held]):
-                self._update(group, plain, None)
-        if ewc is not None:
-            self.penalty = ewc._total(parts)
+            self._update_free(group, [p for p in params if id(p) not in held])
+        self.penalty = hold.total(parts)
         return loss
+
+    def _lora_scale(self, group: dict[str, Any]) -> float | Tensor:
+        """What brings the factors' pull to the sign and scale of the gradients as they lie."""
+        scale = -float(self.every) if group["maximize"] else float(self.every)
+        grad_scale = getattr(self, "grad_scale", None)
+        return scale if grad_scale is None else grad_scale * scale
+
+    def _update_free(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Plain AdamW: one call for each device, and for float64 apart from the rest."""
+        kinds: dict[Any, list[Tensor]] = {}
+        for p in params:
+            kinds.setdefault((p.device, p.dtype == torch.float64), []).append(p)
+        for alike in kinds.values():
+            self._update(group, alike, None)
 
     def _update(
         self, group: dict[str, Any], params: Sequence[Tensor], held: Lists | None
     ) -> Tensor:
         """One call of the op on `params`, all of one device; returns their penalty."""
         states = [self._state_of(p, group) for p in params]
-        moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-        written = {"theta": [dtensor.local(p).detach() for p in params]} | {
-            key: [dtensor.local(s[key]) for s in states] for key in moments
-        }
-        flat = {key: [t.contiguous() for t in tensors] for key, tensors in written.items()}
-        nothing = [torch.empty(0)] * len(params)
-        second = self.fisher_scale if held is not None and self.fisher == "second_moment" else 0.0
-        own = held is not None and not second
-        lr = (
-            group["lr"]
-            if isinstance(group["lr"], Tensor)
-            else torch.tensor(group["lr"], dtype=torch.float64)
-        )
-        strength = 0.0 if self.ewc is None else self.ewc.strength * self.every
-        amp = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        value: Tensor = torch.ops.fasttax.ewc_adamw_(
-            flat["theta"],
-            [dtensor.local(p.grad).contiguous() for p in params],
-            flat["exp_avg"],
-            flat["exp_avg_sq"],
-            flat.get("max_exp_avg_sq", []),
-            [s["step"] for s in states],
-            nothing if held is None else held.anchors,
-            held.fishers if held is not None and own else nothing,
-            held.scales if held is not None and own else [],
-            self.mode == "prox",
-            strength,
-            second,
-            lr,
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            group["maximize"],
-            *amp,
-        )
-        for key, tensors in written.items():
-            for t, copy in zip(tensors, flat[key], strict=True):
-                if copy is not t:  # a parameter in channels_last, say: the kernel ran on a copy
-                    t.copy_(copy)
+        moments = {"exp_avgs": "exp_avg", "exp_avg_sqs": "exp_avg_sq"}
+        if group["amsgrad"]:
+            moments["max_exp_avg_sqs"] = "max_exp_avg_sq"
+        written = {"params": [dtensor.local(p).detach() for p in params]}
+        for argument, key in moments.items():
+            written[argument] = [dtensor.local(state[key]) for state in states]
+        anchors = fishers = [torch.empty(0)] * len(params)
+        scales: list[Tensor] = []
+        second_moment = 0.0
+        if held is not None:
+            anchors = held.anchors
+            if self.fisher == "second_moment":
+                second_moment = self.fisher_scale
+            else:
+                fishers, scales = held.fishers, held.scales
+        lr = group["lr"]
+        beta1, beta2 = group["betas"]
+        with contiguous(written) as flat:
+            value: Tensor = torch.ops.fasttax.ewc_adamw_(
+                **{"max_exp_avg_sqs": [], **flat},
+                grads=[dtensor.local(p.grad).contiguous() for p in params],
+                steps=[state["step"] for state in states],
+                anchors=anchors,
+                fishers=fishers,
+                scales=scales,
+                prox_mode=self.mode == "prox",
+                strength=0.0 if self.ewc is None else self.ewc.strength * self.every,
+                second_moment=second_moment,
+                lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+            )
         return value / self.every
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -204,32 +211,24 @@ class AdamWEWC(AdamW):
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if (
-            state["step"].device != p.device
-        ):  # a checkpoint of torch's unfused AdamW counts on the CPU
-            state["step"] = state["step"].to(p.device)
+        # a checkpoint of torch's unfused AdamW counts on the CPU
+        state["step"] = state["step"].to(p.device)
         return state
 
 
-def _by_kind(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """One list for each device and for float64 apart from the rest: one call each."""
-    groups: dict[Any, list[Tensor]] = {}
-    for p in params:
-        groups.setdefault((p.device, p.dtype == torch.float64), []).append(p)
-    return list(groups.values())
+def _with_grad(group: dict[str, Any]) -> list[Tensor]:
+    return [p for p in group["params"] if p.grad is not None]
 
 
-# --- schema and shape --------------------------------------------------------------------------------------------------
+# --- schema and shape --------------------------------------------------------------------------
 
+# the order of the arguments: every call names them
 define(
     "ewc_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] "
-    "exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
-    "Tensor(e!)[] steps, Tensor[] anchors, Tensor[] fishers, Tensor[] scales, bool prox, float "
-    "strength, float second_moment, Tensor lr, "
+    "exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] anchors, Tensor[] "
+    "fishers, Tensor[] scales, bool prox_mode, float strength, float second_moment, Tensor lr, "
     "float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, "
     "Tensor? found_inf) -> Tensor",
     reference.ewc_adamw_,
-    lambda params, *others: params[0].new_empty(
-        (), dtype=torch.float64 if params and params[0].dtype == torch.float64 else torch.float32
-    ),
+    lambda params, *others: scalar_like(params),
 )

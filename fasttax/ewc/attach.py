@@ -1,70 +1,100 @@
-"""EWC at every step of somebody else's optimizer, through torch's own step hooks, and within the
-backward pass.
+"""EWC at every step of somebody else's optimizer, and within the backward pass.
+
+Torch's own hooks on steps and gradients do it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttax._base import checks
-from fasttax.ewc.store import Held
-
-if TYPE_CHECKING:
-    from fasttax.ewc.ewc import EWC
+from fasttax._base.handle import Handle
+from fasttax.ewc.hold import Hold, Part
 
 MODES = ("grad", "prox")
+CLOSURE = (
+    "EWC.attach: step(closure) computes the gradients anew inside the step, so a penalty added "
+    "before would be lost; add ewc.penalty() to the closure's loss, or use mode='prox'"
+)
 
 
-class Handle:
+class Attached(Handle):
     """What `EWC.attach` and `EWC.during_backward` return.
 
-    `.remove()` (any number of times) detaches; also a context manager.
-
-    `.penalty` is the last value, `.steps` counts the optimizer's steps. `state_dict` and
-    `load_state_dict` keep the count for `every` over a trainer's checkpoint.
+    `.remove()` (any number of times) detaches; also a context manager. `.penalty` is the last
+    value, `.steps` counts the optimizer's steps. `state_dict` and `load_state_dict` keep the count
+    for `every` over a trainer's checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hold: Hold, every: int = 1) -> None:
+        super().__init__()
+        self.hold, self.every = hold, every
         self.steps = 0
         self.parts: dict[str, Tensor] = {}  # of the penalty
-        self._undo: list[Callable[[], None]] = []
 
     @property
     def penalty(self) -> Tensor | None:
-        return (
-            torch.stack(
-                [value.to(next(iter(self.parts.values())).device) for value in self.parts.values()]
-            ).sum()
-            if self.parts
-            else None
-        )
-
-    def remove(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        """The penalty before the last step (pass) that it acted on, 0-d; None before the first."""
+        values = list(self.parts.values())
+        if not values:
+            return None
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def state_dict(self) -> dict[str, int]:
+        """The count of steps."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on counting where `state_dict` was taken."""
         self.steps = int(state["steps"])
 
-    def __enter__(self) -> Handle:
-        return self
+    def _acts(self) -> bool:
+        """Counts a step; whether it is one of every k."""
+        self.steps += 1
+        return self.steps % self.every == 0
 
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
+    def before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Mode "grad": adds the gradient. `args` begins with the optimizer itself.
+
+        Raises:
+            RuntimeError: the step has a closure.
+        """
+        closures = (*args[1:], kwargs.get("closure"))
+        if any(closure is not None for closure in closures):
+            raise RuntimeError(CLOSURE)
+        if not self._acts():
+            return
+        # a fused optimizer divides by it inside its step
+        scale = getattr(optimizer, "grad_scale", None)
+        unit = float(self.every) if scale is None else scale * self.every
+        parts: list[Part] = []
+        for maximize in (False, True):
+            params = [
+                p
+                for group in optimizer.param_groups
+                if bool(group.get("maximize")) == maximize
+                for p in group["params"]
+            ]
+            if params:
+                parts += self.hold.add_grad_parts_(-unit if maximize else unit, params)
+        self.parts = {"": self.hold.total(parts)}
+
+    def after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Mode "prox": moves the weights, unless a GradScaler left the step out."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        if not self._acts() or (found_inf is not None and bool(found_inf)):
+            return
+        for group in optimizer.param_groups:
+            self.hold.prox_(float(group["lr"]) * self.every, group["params"])
 
 
-def unwrap(optimizer: Any) -> Any:
-    """The innermost optimizer: a torch.optim.Optimizer, or what has param_groups and step() as one
-    does.
-    """
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside wrappers: torch's own kind, or what has param_groups and step()."""
     seen = []
     while (
         not hasattr(optimizer, "_optimizer_step_pre_hooks")
@@ -73,16 +103,13 @@ def unwrap(optimizer: Any) -> Any:
     ):
         seen.append(optimizer)
         optimizer = optimizer.optimizer
-    if not (
-        callable(getattr(optimizer, "step", None))
-        and isinstance(getattr(optimizer, "param_groups", None), list)
-    ):
+    groups = getattr(optimizer, "param_groups", None)
+    if not (callable(getattr(optimizer, "step", None)) and isinstance(groups, list)):
         raise checks.fail(
             "EWC.attach",
             "optimizer",
             "a torch.optim.Optimizer, something with param_groups and step(), or a wrapper with "
-            "one in "
-            ".optimizer",
+            "one in .optimizer",
             optimizer,
             "call ewc.add_grad_() before optimizer.step() yourself",
             TypeError,
@@ -90,8 +117,9 @@ def unwrap(optimizer: Any) -> Any:
     return optimizer
 
 
-def check_optimizer(op: str, argument: str, ewc: EWC, param_groups: list[dict[str, Any]]) -> None:
-    held = {id(p) for p in ewc.parameters().values()}
+def check_optimizer(op: str, argument: str, hold: Hold, param_groups: list[dict[str, Any]]) -> None:
+    """An error where an optimizer steps none of the parameters held."""
+    held = {id(p) for p in hold.parameters().values()}
     if not any(id(p) in held for group in param_groups for p in group["params"]):
         raise checks.fail(
             op,
@@ -99,104 +127,49 @@ def check_optimizer(op: str, argument: str, ewc: EWC, param_groups: list[dict[st
             "an optimizer over parameters that this EWC holds",
             "one that holds none of them",
             "build the EWC on the model being trained; where the optimizer steps copies of the "
-            "parameters (DeepSpeed ZeRO, apex "
-            "master weights) add ewc.penalty() to the loss",
+            "parameters (DeepSpeed ZeRO, apex master weights) add ewc.penalty() to the loss",
         )
 
 
-def attach(ewc: EWC, optimizer: Any, mode: str, every: int) -> Handle:
+def attach(hold: Hold, optimizer: Any, mode: str, every: int) -> Attached:
+    """Applies `hold` at every step of `optimizer`, until the handle undoes it."""
     op = "EWC.attach"
     checks.choice(op, "mode", mode, MODES)
-    checks.count(op, "every", every)
-    inner = unwrap(optimizer)
-    check_optimizer(op, "optimizer", ewc, inner.param_groups)
+    handle = Attached(hold, checks.count(op, "every", every))
+    inner = innermost(optimizer)
+    check_optimizer(op, "optimizer", hold, inner.param_groups)
     if mode == "prox":
-        ewc.refuse_prox_of_lora(op)
-    handle = Handle()
-
-    def turn() -> bool:
-        handle.steps += 1
-        return handle.steps % every == 0
-
-    def before(opt: Any, args: Any, kwargs: Any) -> None:
-        if any(a is not None for a in args[1:]) or kwargs.get("closure") is not None:
-            raise RuntimeError(
-                "EWC.attach: step(closure) computes the gradients anew inside the step, so a "
-                "penalty added before would be lost; "
-                "add ewc.penalty() to the closure's loss, or use mode='prox'"
-            )
-        if not turn():
-            return
-        scaled = getattr(opt, "grad_scale", None)  # a fused optimizer divides by it inside its step
-        parts: list[Any] = []
-        for sign in (1.0, -1.0):
-            params = [
-                p
-                for group in opt.param_groups
-                if (-1.0 if group.get("maximize") else 1.0) == sign
-                for p in group["params"]
-            ]
-            if params:
-                parts += ewc._add_grad_(
-                    ewc._store.blocks(params),
-                    sign * every if scaled is None else scaled * (sign * every),
-                    params,
-                )
-        handle.parts = {"": ewc._total(parts)}
-
-    def after(opt: Any, args: Any, kwargs: Any) -> None:
-        if not turn():
-            return
-        found_inf = getattr(opt, "found_inf", None)
-        if found_inf is not None and bool(found_inf):  # the fused optimizer left this step out
-            return
-        for group in opt.param_groups:
-            ewc.prox_(float(group["lr"]) * every, only=group["params"])
-
-    if hasattr(inner, "_optimizer_step_pre_hooks"):
-        hook = (
-            inner.register_step_pre_hook(before)
-            if mode == "grad"
-            else inner.register_step_post_hook(after)
-        )
-        handle._undo.append(hook.remove)
+        hold.refuse_prox_of_lora(op)
+    if not hasattr(inner, "_optimizer_step_pre_hooks"):
+        _wrap_step(inner, handle, mode)
+    elif mode == "grad":
+        handle.on_undo(inner.register_step_pre_hook(handle.before_step).remove)
     else:
-        _wrap_step(
-            inner, handle, before if mode == "grad" else None, after if mode == "prox" else None
-        )
+        handle.on_undo(inner.register_step_post_hook(handle.after_step).remove)
     return handle
 
 
-def _wrap_step(optimizer: Any, handle: Handle, before: Any, after: Any) -> None:
-    """For optimizers without torch's hooks.
-
-    This object's step() alone, put back by handle.remove().
-    """
+def _wrap_step(optimizer: Any, handle: Attached, mode: str) -> None:
+    """For optimizers without torch's hooks: this object's step() alone."""
     step = optimizer.step
-    own = "step" in vars(optimizer)
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
-        if before is not None:
-            before(optimizer, (optimizer, *args), kwargs)
+        call = (optimizer, (optimizer, *args), kwargs)
+        if mode == "grad":
+            handle.before_step(*call)
         out = step(*args, **kwargs)
-        if after is not None:
-            after(optimizer, (optimizer, *args), kwargs)
+        if mode == "prox":
+            handle.after_step(*call)
         return out
 
-    def undo() -> None:
-        if own:
-            optimizer.step = step
-        else:
-            del optimizer.step
-
-    optimizer.step = hooked
-    handle._undo.append(undo)
+    handle.replace(optimizer, "step", hooked, "EWC.attach: optimizer.step")
 
 
-def during_backward(ewc: EWC, scale: float) -> Handle:
+def during_backward(hold: Hold, scale: float) -> Attached:
+    """Adds each parameter's gradient as its own is complete, the next one being under way."""
     op = "EWC.during_backward"
     scale = checks.number(op, "scale", scale)
-    if ewc._lora:
+    if hold.lora:
         raise checks.fail(
             op,
             "ewc",
@@ -204,24 +177,25 @@ def during_backward(ewc: EWC, scale: float) -> Handle:
             "one with LoRA updates",
             "use attach: their factors are small",
         )
-    handle = Handle()
-    store = ewc._store
-    held = [h for block in store.blocks() for h in block]
+    handle = Attached(hold)
+    held = [h for block in hold.store.blocks() for h in block]
     # the backward pass goes from the last to the first
-    before = {h.name: earlier for earlier, h in pairwise(held)}
+    expected = {h.name: earlier.name for earlier, h in pairwise(held)}
     under_way: dict[str, Any] = {}  # the one that is expected next
 
-    def ready(h: Held) -> None:
-        brought = under_way.pop(h.name, None) or store.bring([h])
-        expected = before.get(h.name)
+    def ready(name: str, parameter: Tensor) -> None:
+        store = hold.store
+        block = [store.held[name]]
+        brought = under_way.pop(name, None) or store.bring(block)
         under_way.clear()
-        if expected is not None:
-            under_way[expected.name] = store.bring([expected])
+        if name in expected:
+            following = expected[name]
+            under_way[following] = store.bring([store.held[following]])
         with torch.no_grad():
-            handle.parts[h.name] = ewc._add_block_(store.arrived(brought), scale)
-        store.leave([h])
+            handle.parts[name] = hold.add_grad_of_(store.arrived(brought), scale)
+        store.leave(block)
 
     for h in held:
-        hook = h.theta.register_post_accumulate_grad_hook(lambda p, h=h: ready(h))
-        handle._undo.append(hook.remove)
+        hook = h.theta.register_post_accumulate_grad_hook(partial(ready, h.name))
+        handle.on_undo(hook.remove)
     return handle

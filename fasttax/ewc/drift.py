@@ -21,6 +21,7 @@ class Drift:
 
     @property
     def total(self) -> Tensor:
+        """Over all parameters."""
         return _sum(list(self.per_parameter.values()))
 
     @property
@@ -30,7 +31,7 @@ class Drift:
 
     @property
     def per_layer(self) -> dict[str, Tensor]:
-        """By numbered layer ("model.layers.3"); modules that belong to none stand for themselves."""
+        """By numbered layer ("model.layers.3"); modules outside all of them by themselves."""
 
         def layer(name: str) -> str:
             numbered = re.match(r".*?\.?\d+(?=\.)", name)

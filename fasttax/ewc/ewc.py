@@ -9,23 +9,25 @@ Kirkpatrick et al. 2017 (arXiv:1612.00796); online consolidation: Schwarz et al.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasttax._base import checks, dtensor
-from fasttax.ewc import files, ops
-from fasttax.ewc.attach import Handle, attach, during_backward
+from fasttax._base import checks
+from fasttax._base.packed import STORAGES
+from fasttax.ewc import files, tasks
+from fasttax.ewc.attach import Attached, attach, during_backward
 from fasttax.ewc.drift import Drift
-from fasttax.ewc.fit import Target, check_hash, differences, match, pick_anchor, survey
+from fasttax.ewc.fit import Target, check_hash, match, pick_anchor, shapes_of, survey
+from fasttax.ewc.hold import Hold
 from fasttax.ewc.lora import LoraHeld
-from fasttax.ewc.store import Item, Kept, Lists, Store, checked_anchor_dtype, encode_for
-from fasttax.fisher.estimate import STORAGES, FisherEstimate
+from fasttax.ewc.store import Item, Store, checked_anchor_dtype, encode_for
+from fasttax.fisher.estimate import FisherEstimate
 
 NORMALIZE = (None, "mean", "max")
-OFFLOAD = (None, "cpu")
 
 
 class EWC:
@@ -82,13 +84,13 @@ class EWC:
         op = "EWC"
         if not isinstance(model, nn.Module):
             raise checks.fail(op, "model", "a torch.nn.Module", model, error=TypeError)
-        self.strength = checks.number(op, "strength", strength, low=0)
-        self.storage = checks.choice(op, "storage", storage, STORAGES)
-        if offload not in OFFLOAD:
+        strength = checks.number(op, "strength", strength, low=0)
+        storage = checks.choice(op, "storage", storage, STORAGES)
+        if offload not in files.OFFLOAD:
             raise checks.fail(op, "offload", "None or 'cpu'", repr(offload))
         if normalize not in NORMALIZE:
             raise checks.fail(op, "normalize", "None, 'mean' or 'max'", repr(normalize))
-        self._anchor_dtype = checked_anchor_dtype(op, anchor_dtype)
+        dtype = checked_anchor_dtype(op, anchor_dtype)
         if isinstance(fisher, (str, os.PathLike)):
             fisher = FisherEstimate.load(fisher)
         if not isinstance(fisher, Mapping):
@@ -99,105 +101,91 @@ class EWC:
                 fisher,
                 error=TypeError,
             )
-        targets = match(op, model, _shapes(fisher), rename)
+        targets = match(op, model, shapes_of(fisher), rename)
         anchors = {} if anchor is None else pick_anchor(op, anchor, targets)
         check_hash(op, fisher, targets, anchors)
         recipe = survey(op, fisher, [t.given for t in targets], clamp, normalize)
-        self.metadata: dict[str, Any] = dict(getattr(fisher, "metadata", {}))
-        self._fill(
-            targets,
-            offload,
-            lambda t: recipe(fisher[t.given]),
-            lambda t: anchors.get(t.name, t.theta),
-        )
 
-    def _fill(
-        self,
-        targets: Sequence[Target],
-        offload: str | None,
-        fisher_of: Callable[[Target], Tensor],
-        anchor_of: Callable[[Target], Tensor],
-    ) -> None:
-        self.offload = offload
-        self._lora = [
-            LoraHeld(t.name, encode_for(t.theta, fisher_of(t), self.storage), t.lora)
-            for t in targets
-            if t.lora is not None
-        ]
-        self._store = Store(offload)
+        def values(t: Target) -> tuple[Tensor, Tensor]:
+            start = anchors.get(t.name, t.theta)
+            return recipe(fisher[t.given]), start.detach().clone()
 
-        def maker(t: Target) -> Callable[[], tuple[Tensor, Tensor]]:
-            return lambda: (fisher_of(t), anchor_of(t).detach().clone())
+        #: what applies the penalty; optimizers and files work on it
+        self.hold = Hold(strength, storage, dtype, Store(offload))
+        self.hold.metadata = dict(getattr(fisher, "metadata", {}))
+        for t in targets:
+            if t.lora is not None:
+                stored = encode_for(t.theta, recipe(fisher[t.given]), storage)
+                self.hold.lora.append(LoraHeld(t.name, stored, t.lora))
+        plain = [t for t in targets if t.lora is None]
+        self.hold.fill([Item(t.name, t.theta, partial(values, t)) for t in plain])
 
-        items = [Item(t.name, t.theta, maker(t)) for t in targets if t.lora is None]
-        self._store.fill(items, self.storage, self._anchor_dtype)
+    @classmethod
+    def _of(cls, hold: Hold) -> EWC:
+        ewc = cls.__new__(cls)
+        ewc.hold = hold
+        return ewc
 
     def __repr__(self) -> str:
-        held = sum(h.theta.numel() for h in self._store.held.values())
-        lora = f", {len(self._lora)} LoRA updates" if self._lora else ""
-        return f"EWC({len(self._store.held)} tensors, {held:,} parameters{lora}, strength={self.strength:g}, storage={self.storage})"
+        return repr(self.hold)
 
-    # --- what it holds -----------------------------------------------------------------------------------------------
+    # --- what it holds -----------------------------------------------------------------------
+
+    @property
+    def strength(self) -> float:
+        """The penalty's factor; what is attached follows a change."""
+        return self.hold.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self.hold.strength = value
+
+    @property
+    def storage(self) -> str:
+        """Of the Fisher, and of those that it is yet to take over: "fp32", "bf16" or "u8log"."""
+        return self.hold.storage
+
+    @storage.setter
+    def storage(self, value: str) -> None:
+        self.hold.storage = value
+
+    @property
+    def offload(self) -> str | None:
+        """None, or "cpu"."""
+        return self.hold.store.offload
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Where the Fisher comes from, as FisherEstimate's."""
+        return self.hold.metadata
+
+    @metadata.setter
+    def metadata(self, value: dict[str, Any]) -> None:
+        self.hold.metadata = value
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters held, by name, frozen ones included.
-
-        Of LoRA updates the trainable factors.
-        """
-        out = {name: h.theta for name, h in self._store.held.items()}
-        return out | {
-            f"{h.name} (LoRA {i})": p for h in self._lora for i, p in enumerate(h.parameters())
-        }
+        """The parameters held, by name, frozen ones included; of LoRA the trainable factors."""
+        return self.hold.parameters()
 
     @property
     def anchor(self) -> dict[str, Tensor]:
         """By name, as floats; this rank's shards of sharded parameters."""
-        return {name: h.decoded_anchor() for name, h in self._store.held.items()}
+        return {name: h.decoded_anchor() for name, h in self.hold.store.held.items()}
 
     @property
     def fisher(self) -> FisherEstimate:
         """As stored; this rank's shards of sharded parameters."""
-        return FisherEstimate({h.name: h.fisher for h in self.kept()}, self.metadata)
+        return FisherEstimate({h.name: h.fisher for h in self.hold.entries()}, self.metadata)
 
-    def kept(self) -> list[Kept]:
-        return [*self._store.held.values(), *self._lora]
-
-    def _like(self) -> Tensor:
-        """A tensor where sums are to be."""
-        if self._store.held:
-            return dtensor.local(next(iter(self._store.held.values())).theta.detach())
-        return self._lora[0].module.base_layer.weight.new_empty(0, dtype=torch.float32)
-
-    def _total(self, parts: list[tuple[dtensor.Key, Tensor]]) -> Tensor:
-        return dtensor.total(parts, self._store.meshes(), self._like())
-
-    # --- the three ways to apply it ------------------------------------------------------------------------------------
+    # --- the three ways to apply it ----------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """strength/2 * sum fisher * (theta - anchor)^2, 0-d, differentiable by the trainable
-        parameters.
+        """strength/2 * sum fisher * (theta - anchor)^2, 0-d, differentiable.
 
-        Over sharded parameters a collective: every rank calls it. Each rank's gradient is that of
-        its own shards.
+        Its gradient goes to the trainable parameters. Over sharded parameters a collective: every
+        rank calls it. Each rank's gradient is that of its own shards.
         """
-        parts: list[tuple[dtensor.Key, Tensor]] = [
-            (None, h.penalty(self.strength)) for h in self._lora if h.parameters()
-        ]
-        blocks = self._store.blocks()
-        if self.offload is not None and torch.is_grad_enabled():
-            parts += [
-                (
-                    dtensor.key_of(b[0].theta),
-                    _Streamed.apply(self, b, *[dtensor.local(h.theta) for h in b]),
-                )
-                for b in blocks
-            ]
-        else:
-            parts += [
-                (x.key, ops.penalty(x.params, x.anchors, x.fishers, x.scales, self.strength))
-                for x in self._store.stream(blocks)
-            ]
-        return self._total(parts)
+        return self.hold.penalty()
 
     def add_grad_(
         self, scale: float | Tensor = 1.0, *, only: Sequence[Tensor] | None = None
@@ -213,64 +201,18 @@ class EWC:
 
         Over sharded parameters a collective for the value: every rank calls it.
         """
-        return self._total(self._add_grad_(self._store.blocks(only), scale, only))
+        return self.hold.add_grad_(scale, only)
 
-    def _add_grad_(
-        self, blocks: list[Any], scale: float | Tensor, only: Sequence[Tensor] | None
-    ) -> list[tuple[dtensor.Key, Tensor]]:
-        chosen = None if only is None else {id(p) for p in only}
-        parts = [
-            (None, h.add_grad_(self.strength, scale, chosen))
-            for h in self._lora
-            if chosen is None or chosen & {id(p) for p in h.parameters()}
-        ]
-        with torch.no_grad():
-            return parts + [(x.key, self._add_block_(x, scale)) for x in self._store.stream(blocks)]
-
-    def _add_block_(self, x: Lists, scale: float | Tensor) -> Tensor:
-        for p in x.owners:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
-        grads = [dtensor.local(p.grad) for p in x.owners]
-        params = [p.detach() for p in x.params]
-        if not isinstance(scale, Tensor):
-            return ops.add_grad_(
-                params, grads, x.anchors, x.fishers, x.scales, self.strength, scale
-            )
-        pulls = torch.ops.fasttax.ewc_penalty_backward(
-            scale.reshape(()).float(), params, x.anchors, x.fishers, x.scales, self.strength
-        )
-        torch._foreach_add_(grads, pulls)
-        return ops.penalty(params, x.anchors, x.fishers, x.scales, self.strength)
-
-    @torch.no_grad()
     def prox_(self, lr: float, *, only: Sequence[Tensor] | None = None) -> None:
         """Theta <- anchor + (theta - anchor) / (1 + lr * strength * fisher).
 
-        Stable for any strength.
-
-        The proximal step of the penalty in the Euclidean metric at step size lr; call it after the
-        optimizer's step. (In Adam's metric: AdamWEWC.) LoRA updates have none: the penalty is not
-        separable in A and B.
+        Stable for any strength. It is the proximal step of the penalty in the Euclidean metric at
+        step size lr; call it after the optimizer's step. (In Adam's metric: AdamWEWC.) LoRA updates
+        have none: the penalty is not separable in A and B.
         """
-        lr = checks.number("EWC.prox_", "lr", lr, low=0)
-        self.refuse_prox_of_lora("EWC.prox_")
-        for x in self._store.stream(self._store.blocks(only)):
-            ops.prox_(
-                [p.detach() for p in x.params], x.anchors, x.fishers, x.scales, lr * self.strength
-            )
+        self.hold.prox_(lr, only)
 
-    def refuse_prox_of_lora(self, op: str) -> None:
-        if self._lora:
-            raise checks.fail(
-                op,
-                "mode",
-                "'grad' (or .penalty(), .add_grad_()) for LoRA updates",
-                "a proximal step",
-                "the penalty on B A has no closed form in A and B",
-            )
-
-    def attach(self, optimizer: Any, mode: str = "grad", every: int = 1) -> Handle:
+    def attach(self, optimizer: Any, mode: str = "grad", every: int = 1) -> Attached:
         """Applies the penalty at every optimizer step.
 
         Returns a handle with .remove() (also a context manager).
@@ -286,110 +228,43 @@ class EWC:
             ValueError: a wrong mode or `every`, or an optimizer that holds none of the parameters
                 covered here.
         """
-        return attach(self, optimizer, mode, every)
+        return attach(self.hold, optimizer, mode, every)
 
-    def during_backward(self, scale: float = 1.0) -> Handle:
-        """Adds the gradient within the backward pass, block by block as the blocks' own gradients
-        are complete, until .remove().
+    def during_backward(self, scale: float = 1.0) -> Attached:
+        """Adds the gradient within the backward pass, block by block, until .remove().
 
-        For offload="cpu": while the pass goes on the next block is already under way. The penalty
-        is then part of what is clipped. With k micro-batches a step pass scale=1/k (each backward
-        adds once); with a GradScaler its scale. `handle.penalty` is the last pass's value (of this
-        rank's shards).
+        Each block follows its own gradients. For offload="cpu": while the pass goes on the next
+        block is already under way. The penalty is then part of what is clipped. With k
+        micro-batches a step pass scale=1/k (each backward adds once); with a GradScaler its scale.
+        `handle.penalty` is the last pass's value (of this rank's shards).
         """
-        return during_backward(self, scale)
+        return during_backward(self.hold, scale)
 
-    # --- looking and keeping -------------------------------------------------------------------------------------------
+    # --- looking and keeping -----------------------------------------------------------------
 
-    @torch.no_grad()
     def distance(self) -> Drift:
         """How far the weights have moved, weighed by the Fisher.
 
-        Sum fisher * (theta - anchor)^2, in total, by parameter, module and layer.
-
-        0-d tensors, no sync; over sharded parameters a collective.
+        Sum fisher * (theta - anchor)^2, in total, by parameter, module and layer. 0-d tensors, no
+        sync; over sharded parameters a collective.
         """
-        per = {h.name: h.penalty(2.0) for h in self._lora}
-        local: dict[dtensor.Key, dict[str, Tensor]] = {}
-        blocks = self._store.blocks(frozen=True)
-        for block, x in zip(blocks, self._store.stream(blocks), strict=True):
-            for i, h in enumerate(block):
-                value = ops.penalty(
-                    [x.params[i]], [x.anchors[i]], [x.fishers[i]], x.scales[i : i + 1], 2.0
-                )
-                local.setdefault(x.key, {})[h.name] = value
-        for key, values in local.items():
-            summed = dtensor.over_ranks(torch.stack(list(values.values())), key)
-            per |= dict(zip(values, summed.unbind(), strict=True))
-        return Drift({h.name: per[h.name] for h in self.kept()})
+        return self.hold.drift()
 
     @torch.no_grad()
     def consolidate(
         self, fisher: FisherEstimate | Mapping[str, Tensor], decay: float = 1.0
     ) -> None:
-        """Online EWC: anchor <- a copy of the present weights (at which `fisher` was estimated), F
-        <- decay * F + fisher.
+        """Online EWC: F <- decay * F + fisher, anchor <- a copy of the present weights.
 
-        The metadata's model_hash becomes that of the new anchor. A LoRA update's anchor becomes the
-        present update (the penalty there is then 0 but for rounding: it is the norm of a difference
-        of products).
+        `fisher` was estimated at these. The metadata's model_hash becomes that of the new anchor. A
+        LoRA update's anchor becomes the present update (the penalty there is then 0 but for
+        rounding: it is the norm of a difference of products).
         """
-        op = "EWC.consolidate"
-        decay = checks.number(op, "decay", decay, low=0)
-        targets = [Target(h.name, h.name, h.theta, None) for h in self._store.held.values()]
-        targets += [
-            Target(h.name, h.name, h.module.base_layer.weight, h.module) for h in self._lora
-        ]
-        given = _shapes(fisher)
-        wrong = [f"{n}: not held here" for n in given if n not in {t.name for t in targets}]
-        wrong += [f"{t.name}: missing" for t in targets if t.name not in given]
-        wrong += [
-            f"{t.name}: shape {tuple(given[t.name].shape)}, the model has {t.shape}"
-            for t in targets
-            if t.name in given and tuple(given[t.name].shape) != t.shape
-        ]
-        differences(op, "fisher", wrong)
-        check_hash(op, fisher, targets, {})
-        survey(op, fisher, [t.name for t in targets], None, None)
-        old, lora = self._store.held, {h.name: h for h in self._lora}
+        tasks.consolidate(self.hold, fisher, decay)
 
-        def summed(t: Target) -> Tensor:
-            part = decay * old[t.name].fisher.decode() + dtensor.part_of(
-                fisher[t.name].detach().to(old[t.name].fisher.values.device), t.theta
-            )
-            return dtensor.as_theta(part, t.theta)
-
-        for h in lora.values():
-            h.consolidate(
-                encode_for(
-                    h.module.base_layer.weight,
-                    decay * h.fisher.decode() + fisher[h.name].detach().to(h.fisher.values.device),
-                    self.storage,
-                )
-            )
-        store = Store(self.offload)
-        items = [
-            Item(t.name, t.theta, lambda t=t: (summed(t), t.theta.detach().clone()))
-            for t in targets
-            if t.lora is None
-        ]  # type: ignore[misc]
-        store.fill(items, self.storage, self._anchor_dtype)
-        self._store = store
-        counts: dict[str, Any] = {
-            k: self.metadata[k] + fisher.metadata[k]
-            for k in ("examples", "tokens")
-            if isinstance(fisher, FisherEstimate) and k in self.metadata and k in fisher.metadata
-        }
-        self.metadata = {
-            **self.metadata,
-            **counts,
-            "consolidated": self.metadata.get("consolidated", 1) + 1,
-            "model_hash": files.anchor_hash(self),
-        }
-
-    @staticmethod
+    @classmethod
     @torch.no_grad()
-    def combine(ewcs: Sequence[EWC]) -> EWC:
+    def combine(cls, ewcs: Sequence[EWC]) -> EWC:
         """Several tasks as ONE quadratic, exactly.
 
         F = sum F_k, anchor = sum F_k anchor_k / sum F_k, F_k = strength_k fisher_k.
@@ -398,78 +273,27 @@ class EWC:
         which is dropped: gradients are those of the sum. Where every F_k is 0 the anchor is the
         first task's. Anchors are kept in float32 unless they are "bf16+8": a mean of bfloat16
         anchors is no bfloat16 number.
+
+        Raises:
+            TypeError, ValueError: no list of EWC, or of others than the same parameters, or of LoRA
+                updates whose anchors are not 0.
         """
-        op = "EWC.combine"
         if isinstance(ewcs, EWC) or not ewcs or not all(isinstance(e, EWC) for e in ewcs):
-            raise checks.fail(op, "ewcs", "a non-empty list of EWC", ewcs, error=TypeError)
-        first = ewcs[0]
-        for other in ewcs[1:]:
-            if {n: id(h.theta) for n, h in other._store.held.items()} != {
-                n: id(h.theta) for n, h in first._store.held.items()
-            } or [id(h.module) for h in other._lora] != [id(h.module) for h in first._lora]:
-                raise checks.fail(
-                    op,
-                    "ewcs",
-                    "EWCs that hold the same parameters of one model",
-                    f"{other} beside {first}",
-                )
-        if any(h.anchor is not None for e in ewcs for h in e._lora):
             raise checks.fail(
-                op,
-                "ewcs",
-                "LoRA updates whose anchors are 0",
-                "consolidated ones",
-                "their Fisher-weighted mean has no low rank: merge the adapter",
+                "EWC.combine", "ewcs", "a non-empty list of EWC", ewcs, error=TypeError
             )
-
-        def quadratic(name: str) -> tuple[Tensor, Tensor]:
-            total, moment, fallback = (
-                torch.zeros(()),
-                torch.zeros(()),
-                first._store.held[name].decoded_anchor().double(),
-            )
-            for e in ewcs:
-                h = e._store.held[name]
-                f = e.strength * h.fisher.decode().double()
-                total, moment = total + f, moment + f * h.decoded_anchor().double().to(f.device)
-            theta = first._store.held[name].theta
-            return tuple(
-                dtensor.as_theta(t, theta)
-                for t in (total, torch.where(total > 0, moment / total, fallback))
-            )  # type: ignore[return-value]
-
-        result: EWC = object.__new__(EWC)
-        result.strength, result.storage, result.offload = 1.0, first.storage, first.offload
-        result._anchor_dtype = (
-            first._anchor_dtype if isinstance(first._anchor_dtype, str) else torch.float32
-        )
-        result._store = Store(first.offload)
-        items = [
-            Item(name, h.theta, lambda name=name: quadratic(name))
-            for name, h in first._store.held.items()
-        ]  # type: ignore[misc]
-        result._store.fill(items, result.storage, result._anchor_dtype)
-        sums = [
-            torch.stack([e.strength * e._lora[i].fisher.decode().double() for e in ewcs]).sum(0)
-            for i in range(len(first._lora))
-        ]
-        result._lora = [
-            LoraHeld(h.name, encode_for(h.module.base_layer.weight, f, result.storage), h.module)
-            for h, f in zip(first._lora, sums, strict=True)
-        ]
-        result.metadata = {**first.metadata, "combined": len(ewcs)}
-        result.metadata["model_hash"] = files.anchor_hash(result)
-        return result
+        return cls._of(tasks.combine([e.hold for e in ewcs]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes Fisher, anchor and strength to a safetensors file; a crash leaves the old file.
 
         Every rank calls it, rank 0 writes the whole.
         """
-        files.save(self, path)
+        files.save(self.hold, path)
 
-    @staticmethod
+    @classmethod
     def load(
+        cls,
         path: str | os.PathLike[str],
         model: nn.Module,
         *,
@@ -478,58 +302,18 @@ class EWC:
     ) -> EWC:
         """The EWC written by `save`, on `model`, whose weights may have moved on.
 
-        Names and shapes must fit.
-
-        With offload="cpu" and the model on the CPU the file itself is mapped, and read block by
-        block as it is needed: leave it in place.
+        Names and shapes must fit. With offload="cpu" and the model on the CPU the file itself is
+        mapped, and read block by block as it is needed: leave it in place.
         """
-        result: EWC = object.__new__(EWC)
-        files.load(result, path, model, offload, rename)
-        return result
+        return cls._of(files.load(path, model, offload, rename))
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, Fisher, anchor and provenance, for a trainer's checkpoint.
 
-        tensors, numbers and strings alone. This rank's shards.
+        Tensors, numbers and strings alone. This rank's shards.
         """
-        return files.state_dict(self)
+        return files.state_dict(self.hold)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave, on the same model; names and shapes must fit."""
-        files.load_state_dict(self, state)
-
-
-class _Streamed(torch.autograd.Function):
-    """A block's penalty that keeps no copy of its Fisher and anchor between forward and backward.
-
-    Both bring them over anew.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, ewc: EWC, block: list[Any], *params: Tensor) -> Tensor:
-        ctx.ewc, ctx.block = ewc, block
-        ctx.save_for_backward(*params)
-        (value,) = [
-            ops.penalty([p.detach() for p in params], x.anchors, x.fishers, x.scales, ewc.strength)
-            for x in ewc._store.stream([block])
-        ]
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        params = [p.detach().contiguous() for p in ctx.saved_tensors]
-        (pulls,) = [
-            torch.ops.fasttax.ewc_penalty_backward(
-                grad, params, x.anchors, x.fishers, x.scales, ctx.ewc.strength
-            )
-            for x in ctx.ewc._store.stream([ctx.block])
-        ]
-        return None, None, *pulls
-
-
-def _shapes(fisher: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """Names to things with a shape; a FisherEstimate's without decoding it."""
-    if not isinstance(fisher, FisherEstimate):
-        return fisher
-    return {name: fisher.stored(name).values for name in fisher}
+        files.load_state_dict(self.hold, state)

@@ -1,224 +1,229 @@
-"""EWC in files and in a trainer's checkpoint."""
+"""A Hold in files and in a trainer's checkpoint."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttax._base import checks, dtensor, files, mapped
-from fasttax.ewc.fit import differences, match, survey
+from fasttax._base.packed import SPLIT, STORAGES, Stored, decode_anchor, encode_anchor
+from fasttax.ewc.fit import Target, differences, match, survey, unlike
+from fasttax.ewc.hold import Hold
 from fasttax.ewc.lora import LoraHeld
-from fasttax.ewc.store import Held, Kept, Store, decode_anchor, encode_anchor, encode_for
-from fasttax.fisher.estimate import STORAGES, FisherEstimate, Stored
+from fasttax.ewc.store import Held, Store, encode_for
+from fasttax.fisher.estimate import FisherEstimate
 
-if TYPE_CHECKING:
-    from fasttax.ewc.ewc import EWC
+OFFLOAD = (None, "cpu")
+STATE = ("strength", "storage", "metadata", "tensors")  # what a state must have
 
 
-def anchor_hash(ewc: EWC) -> str:
-    """As FisherEstimate's model_hash: of the anchor, base weights standing for LoRA's."""
-    anchors = (
-        (h.name, dtensor.whole(dtensor.as_theta(h.decoded_anchor(), h.theta)))
-        for h in ewc._store.held.values()
-    )
-    bases = ((h.name, dtensor.whole(h.module.base_layer.weight)) for h in ewc._lora)
-    return files.weights_hash((*anchors, *bases))
+@dataclass
+class Parts:
+    """The tensors of a file or state by what they are, each by its parameter's name."""
+
+    fishers: dict[str, Stored]
+    anchors: dict[str, Tensor]
+    updates: dict[str, tuple[Tensor, Tensor]]  # the anchors (b, a) of LoRA updates
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Parts:
+        """From the names that `_tensors` gives."""
+
+        def named(kind: str) -> dict[str, Tensor]:
+            start = kind + "."
+            return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+        scales, left, right = named("scales"), named("lora_b"), named("lora_a")
+        return Parts(
+            {n: Stored(t, scales.get(n)) for n, t in named("fisher").items()},
+            named("anchor"),
+            {n: (b, right[n]) for n, b in left.items() if n in right},
+        )
 
 
 def _tensors(held: Mapping[str, Held], lora: list[LoraHeld]) -> dict[str, Tensor]:
-    out = {f"anchor.{n}": h.anchor for n, h in held.items()}
-    kept: list[Kept] = [*held.values(), *lora]
-    for h in kept:
-        out[f"fisher.{h.name}"] = h.fisher.values
-        if h.fisher.scales is not None:
-            out[f"scales.{h.name}"] = h.fisher.scales
+    out: dict[str, Tensor] = {}
+    for h in held.values():
+        out |= h.tensors()
     for update in lora:
+        out |= update.fisher.tensors(update.name)
         if update.anchor is not None:
             out[f"lora_b.{update.name}"], out[f"lora_a.{update.name}"] = update.anchor
     return out
 
 
-def _gathered(ewc: EWC) -> dict[str, Held]:
-    """Whole tensors where parameters are sharded.
-
-    u8log blocks do not meet at the seams, so what is stored is decoded first.
-    """
-    out = {}
-    for name, h in ewc._store.held.items():
-        if dtensor.is_sharded(h.theta):
-            whole = [
-                dtensor.whole(dtensor.as_theta(t, h.theta))
-                for t in (h.fisher.decode(), h.decoded_anchor())
-            ]
-            kind: Any = h.anchor.dtype if h.anchor.dtype != torch.uint8 else ewc._anchor_dtype
-            h = Held(
-                name,
-                encode_for(h.theta, whole[0], ewc.storage),
-                h.theta,
-                encode_anchor(whole[1], kind),
-            )
-        out[name] = h
-    return out
-
-
-def _facts(ewc: EWC) -> dict[str, Any]:
-    dtype = ewc._anchor_dtype
+def _facts(hold: Hold) -> dict[str, Any]:
+    dtype = hold.anchor_dtype
     return {
-        "strength": ewc.strength,
-        "storage": ewc.storage,
-        "offload": ewc.offload,
-        "anchor_dtype": dtype if dtype is None else str(dtype),
+        "strength": hold.strength,
+        "storage": hold.storage,
+        "offload": hold.store.offload,
+        "anchor_dtype": str(dtype) if isinstance(dtype, torch.dtype) else dtype,
     }
 
 
-def save(ewc: EWC, path: str | os.PathLike[str]) -> None:
-    sharded = any(key is not None for key in ewc._store.meshes())
-    held = _gathered(ewc)
-    anchors = {n: h.anchor for n, h in held.items()}
+def _dtype_of(text: str | None) -> torch.dtype | str | None:
+    """The anchor_dtype that `_facts` wrote."""
+    if text is None or not text.startswith("torch."):
+        return text
+    return getattr(torch, text.removeprefix("torch."))
+
+
+def anchor_hash(hold: Hold) -> str:
+    """As FisherEstimate's model_hash: of the anchor, base weights standing for LoRA's."""
+    anchors = (
+        (h.name, dtensor.whole(dtensor.as_theta(h.decoded_anchor(), h.theta)))
+        for h in hold.store.held.values()
+    )
+    bases = ((h.name, dtensor.whole(h.base)) for h in hold.lora)
+    return files.weights_hash((*anchors, *bases))
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def save(hold: Hold, path: str | os.PathLike[str]) -> None:
+    """Writes the whole tensors; every rank calls it, rank 0 writes."""
+    sharded = any(key is not None for key in hold.store.meshes())
+    held = {name: _gathered(hold, h) for name, h in hold.store.held.items()}
     if not sharded or dist.get_rank() == 0:
-        extra = {**_facts(ewc), "anchor_hash": files.weights_hash(anchors.items())}
-        tensors = _tensors(held, ewc._lora)
+        anchor = files.weights_hash((name, h.anchor) for name, h in held.items())
+        metadata = {**hold.metadata, "ewc": {**_facts(hold), "anchor_hash": anchor}}
+        tensors = _tensors(held, hold.lora)
         specs = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-        mapped.write_streamed(path, "EWC", specs, {**ewc.metadata, "ewc": extra}, tensors.items())
+        mapped.write_streamed(path, "EWC", specs, metadata, tensors.items())
     if sharded:
         dist.barrier()
 
 
-def _dtype_of(text: str | None) -> torch.dtype | str | None:
-    return (
-        getattr(torch, text.removeprefix("torch."))
-        if text is not None and text.startswith("torch.")
-        else text
+def _gathered(hold: Hold, h: Held) -> Held:
+    """The whole of a sharded one, by way of floats: u8log's blocks do not meet at the seams."""
+    if not dtensor.is_sharded(h.theta):
+        return h
+    fisher, anchor = (
+        dtensor.whole(dtensor.as_theta(t, h.theta)) for t in (h.fisher.decode(), h.decoded_anchor())
     )
+    stored = encode_for(h.theta, fisher, hold.storage)
+    return Held(h.name, stored, h.theta, encode_anchor(anchor, _encoding(h.anchor)))
+
+
+def _encoding(anchor: Tensor) -> torch.dtype | str:
+    """How an anchor that lies encoded was encoded."""
+    return SPLIT if anchor.dtype == torch.uint8 else anchor.dtype
 
 
 def load(
-    ewc: EWC,
     path: str | os.PathLike[str],
     model: nn.Module,
     offload: str | None,
     rename: Mapping[str, str] | None,
-) -> None:
+) -> Hold:
+    """The Hold of a file, on `model`; offload "as saved" takes the file's own."""
     op = "EWC.load"
     tensors, metadata = files.read(path, "EWC")
-    extra = metadata.pop("ewc")
-    damaged = f"{op}: {path}: {{}}; the file is damaged, write it anew with .save()"
-    anchors = {n.removeprefix("anchor."): t for n, t in tensors.items() if n.startswith("anchor.")}
-    stored = {
-        n.removeprefix("fisher."): Stored(t, tensors.get("scales." + n.removeprefix("fisher.")))
-        for n, t in tensors.items()
-        if n.startswith("fisher.")
-    }
-    if files.weights_hash(anchors.items()) != extra["anchor_hash"]:
-        raise ValueError(damaged.format("the anchor does not match its hash"))
-    missing = [n for n in anchors if n not in stored]
+    facts = metadata.pop("ewc")
+    parts = Parts.of(tensors)
+    if files.weights_hash(parts.anchors.items()) != facts["anchor_hash"]:
+        raise _damaged(op, path, "the anchor does not match its hash")
+    missing = [n for n in parts.anchors if n not in parts.fishers]
     if missing:
-        raise ValueError(damaged.format(f"no Fisher for {', '.join(missing[:5])}"))
+        raise _damaged(op, path, f"no Fisher for {', '.join(missing[:5])}")
     if offload == "as saved":
-        offload = extra["offload"]
-    if offload not in (None, "cpu"):
+        offload = facts["offload"]
+    if offload not in OFFLOAD:
         raise checks.fail(op, "offload", "None, 'cpu', or 'as saved'", repr(offload))
-    survey(op, FisherEstimate(stored), stored, None, None)  # decodes them one by one
-    targets = match(op, model, {n: s.values for n, s in stored.items()}, rename)
-    ewc.strength, ewc.storage, ewc.offload, ewc.metadata = (
-        extra["strength"],
-        checks.choice(op, "storage", extra["storage"], STORAGES),
-        offload,
-        metadata,
+    survey(op, FisherEstimate(parts.fishers), parts.fishers, None, None)  # decodes one at a time
+    targets = match(op, model, {n: s.values for n, s in parts.fishers.items()}, rename)
+    hold = Hold(
+        facts["strength"],
+        checks.choice(op, "storage", facts["storage"], STORAGES),
+        _dtype_of(facts.get("anchor_dtype")),
+        Store(offload),
+        metadata=metadata,
     )
-    ewc._anchor_dtype = _dtype_of(extra.get("anchor_dtype"))
-    ewc._store, ewc._lora = Store(offload), []
-    plain = {}
     for t in targets:
         if t.lora is not None:
-            device = t.theta.device
-            scales = stored[t.given].scales
-            pair = tuple(
-                tensors[f"lora_{k}.{t.given}"].to(device)
-                for k in ("b", "a")
-                if f"lora_{k}.{t.given}" in tensors
-            )
-            kept = Stored(
-                stored[t.given].values.to(device), None if scales is None else scales.to(device)
-            )
-            ewc._lora.append(
-                LoraHeld(t.name, kept, t.lora, (pair[0], pair[1]) if len(pair) == 2 else None)
-            )
-        elif t.given not in anchors:
-            raise ValueError(damaged.format(f"no anchor for {t.given}"))
-        else:
-            plain[t.given] = t
-    if offload == "cpu" and all(
-        t.theta.device.type == "cpu" and t.given == t.name and not dtensor.is_sharded(t.theta)
-        for t in plain.values()
-    ):
-        del tensors, anchors, stored
-        ewc._store.adopt(mapped.Mapped(path), {t.name: t.theta for t in plain.values()})
-        return
-    held = []
-    for given, t in plain.items():
-        fisher, anchor = stored[given], anchors[given]
-        if dtensor.is_sharded(t.theta):
-            kind: Any = anchor.dtype if anchor.dtype != torch.uint8 else ewc._anchor_dtype
-            fisher = encode_for(t.theta, dtensor.part_of(fisher.decode(), t.theta), ewc.storage)
-            anchor = encode_anchor(
-                dtensor.part_of(decode_anchor(anchor, torch.Size(t.shape)), t.theta), kind
-            )
-        held.append(Held(t.name, fisher, t.theta, anchor))
-    ewc._store.put(*held)
+            update = parts.updates.get(t.given)
+            hold.lora.append(_lora_held(LoraHeld(t.name, parts.fishers[t.given], t.lora, update)))
+    plain = [t for t in targets if t.lora is None]
+    missing = [t.given for t in plain if t.given not in parts.anchors]
+    if missing:
+        raise _damaged(op, path, f"no anchor for {', '.join(missing[:5])}")
+    if offload == "cpu" and all(_lies_in_file(t) for t in plain):
+        del tensors, parts
+        hold.store.adopt(mapped.Mapped(path), {t.name: t.theta for t in plain})
+    else:
+        hold.store.put([_held(hold, t, parts) for t in plain])
+    return hold
 
 
-def state_dict(ewc: EWC) -> dict[str, Any]:
-    tensors = {n: t.detach().clone() for n, t in _tensors(ewc._store.held, ewc._lora).items()}
-    return {**_facts(ewc), "metadata": dict(ewc.metadata), "tensors": tensors}
+def _damaged(op: str, path: str | os.PathLike[str], what: str) -> ValueError:
+    return ValueError(f"{op}: {path}: {what}; the file is damaged, write it anew with .save()")
 
 
-def load_state_dict(ewc: EWC, state: Mapping[str, Any]) -> None:
+def _lies_in_file(t: Target) -> bool:
+    """Whether the file's tensors are the parameter's as they lie, under its name."""
+    return t.theta.device.type == "cpu" and t.given == t.name and not dtensor.is_sharded(t.theta)
+
+
+def _held(hold: Hold, t: Target, parts: Parts) -> Held:
+    fisher, anchor = parts.fishers[t.given], parts.anchors[t.given]
+    if dtensor.is_sharded(t.theta):
+        whole = decode_anchor(anchor, torch.Size(t.shape))
+        part = dtensor.part_of(whole, t.theta)
+        fisher = encode_for(t.theta, dtensor.part_of(fisher.decode(), t.theta), hold.storage)
+        anchor = encode_anchor(part, _encoding(anchor))
+    return Held(t.name, fisher, t.theta, anchor)
+
+
+def _lora_held(h: LoraHeld) -> LoraHeld:
+    """The same where the weight is."""
+    device = h.base.device
+    if h.anchor is not None:
+        b, a = h.anchor
+        h.anchor = b.to(device), a.to(device)
+    h.fisher = h.fisher.to(device)
+    return h
+
+
+# --- a trainer's checkpoint --------------------------------------------------------------------
+
+
+def state_dict(hold: Hold) -> dict[str, Any]:
+    """Copies of everything; this rank's shards."""
+    tensors = _tensors(hold.store.held, hold.lora)
+    copies = {n: t.detach().clone() for n, t in tensors.items()}
+    return {**_facts(hold), "metadata": dict(hold.metadata), "tensors": copies}
+
+
+def load_state_dict(hold: Hold, state: Mapping[str, Any]) -> None:
+    """Takes over what `state_dict` gave; a state that does not fit changes nothing."""
     op = "EWC.load_state_dict"
-    needed = {"strength", "storage", "metadata", "tensors"}
-    if not isinstance(state, Mapping) or not needed <= set(state):
-        raise checks.fail(
-            op,
-            "state",
-            "what EWC.state_dict() gave",
-            state if not isinstance(state, Mapping) else f"keys {sorted(state)[:10]}",
-        )
-    tensors: dict[str, Tensor] = state["tensors"]
-    own: dict[str, Kept] = {h.name: h for h in ewc.kept()}
-    given = {n.removeprefix("fisher."): t for n, t in tensors.items() if n.startswith("fisher.")}
-    wrong = [f"{n}: not held here" for n in given if n not in own] + [
-        f"{n}: missing" for n in own if n not in given
-    ]
-    wrong += [
-        f"{n}: shape {tuple(given[n].shape)}, held with {tuple(h.fisher.values.shape)}"
-        for n, h in own.items()
-        if n in given and given[n].shape != h.fisher.values.shape
-    ]
-    differences(op, "state", wrong)
-    ewc.strength, ewc.storage, ewc.metadata = (
-        float(state["strength"]),
-        checks.choice(op, "storage", state["storage"], STORAGES),
-        dict(state["metadata"]),
+    if not isinstance(state, Mapping) or not all(key in state for key in STATE):
+        got = f"keys {sorted(state)[:10]}" if isinstance(state, Mapping) else state
+        raise checks.fail(op, "state", "what EWC.state_dict() gave", got)
+    parts = Parts.of(state["tensors"])
+    held = {h.name: h.fisher.values for h in hold.entries()}
+    given = {name: stored.values for name, stored in parts.fishers.items()}
+    differences(op, "state", unlike(held, given, "held with"))
+    storage = checks.choice(op, "storage", state["storage"], STORAGES)
+    store = Store(hold.store.offload)
+    store.put(
+        [
+            Held(name, parts.fishers[name], h.theta, parts.anchors[name])
+            for name, h in hold.store.held.items()
+        ]
     )
-    ewc._anchor_dtype = _dtype_of(state.get("anchor_dtype"))
-    store = Store(ewc.offload)
-    held = [
-        Held(n, Stored(given[n], tensors.get(f"scales.{n}")), h.theta, tensors[f"anchor.{n}"])
-        for n, h in ewc._store.held.items()
-    ]
-    store.put(*held)
-    for lora in ewc._lora:
-        device, n = lora.fisher.values.device, lora.name
-        scales = tensors.get(f"scales.{n}")
-        lora.fisher = Stored(given[n].to(device), None if scales is None else scales.to(device))
-        lora.anchor = (
-            (tensors[f"lora_b.{n}"].to(device), tensors[f"lora_a.{n}"].to(device))
-            if f"lora_b.{n}" in tensors
-            else None
-        )
-    ewc._store = store
+    hold.strength, hold.storage = float(state["strength"]), storage
+    hold.metadata = dict(state["metadata"])
+    hold.anchor_dtype = _dtype_of(state.get("anchor_dtype"))
+    hold.store = store
+    for h in hold.lora:
+        h.fisher, h.anchor = parts.fishers[h.name], parts.updates.get(h.name)
+        _lora_held(h)

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from fasttax._base import checks, dtensor, files
 from fasttax.ewc import lora
+from fasttax.fisher.estimate import FisherEstimate
 
-# What wrappers put into parameters' names: PEFT, torch.compile, DDP, activation checkpointing.
+# What wrappers put into parameters' names.
 _INSERTED = re.compile(
-    r"^base_model\.model\.|(?<![^.])(?:base_layer|_orig_mod|_checkpoint_wrapped_module)\.|\.modules_to_save\.[^.]+(?=\.)"
+    r"^base_model\.model\."  # PEFT, in front
+    r"|(?<![^.])(?:base_layer|_orig_mod|_checkpoint_wrapped_module)\."  # and torch
+    r"|\.modules_to_save\.[^.]+(?=\.)"  # PEFT, of modules that it trains whole
 )
+SHOWN = 20  # differences that an error lists
 
 
 @dataclass
@@ -33,14 +37,16 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the weight, as floats where it lies packed in 4 bits."""
         return tuple(self.theta.shape) if self.lora is None else lora.weight_shape(self.lora)
 
 
 def canonical(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
     return _INSERTED.sub("", name)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def inner_model(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -52,6 +58,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def refuse_layout(op: str, model: nn.Module) -> None:
+    """An error where parameters do not hold their own values: DeepSpeed ZeRO-3, FSDP1."""
     for p in model.parameters():
         if hasattr(p, "ds_id") and p.numel() == 0:
             raise checks.fail(
@@ -82,18 +89,17 @@ def _renamer(
     A key is a parameter's whole name, or a module's, which stands for all names below it; the
     longest that fits counts.
     """
-    if rename is None:
-        return lambda name: name
-    if not isinstance(rename, Mapping):
+    renames = {} if rename is None else rename
+    if not isinstance(renames, Mapping):
         raise checks.fail(
             op, "rename", "a mapping of the Fisher's names to the model's", rename, error=TypeError
         )
 
     def key_of(name: str) -> str | None:
-        fits = [key for key in rename if name == key or name.startswith(key + ".")]
+        fits = [key for key in renames if name == key or name.startswith(key + ".")]
         return max(fits, key=len, default=None)
 
-    unused = sorted(set(rename) - {key_of(name) for name in names})
+    unused = sorted(set(renames) - {key_of(name) for name in names})
     if unused:
         raise checks.fail(
             op,
@@ -105,21 +111,48 @@ def _renamer(
 
     def new(name: str) -> str:
         key = key_of(name)
-        return name if key is None else rename[key] + name[len(key) :]
+        return name if key is None else renames[key] + name.removeprefix(key)
 
     return new
 
 
 def differences(op: str, what: str, found: Sequence[str]) -> None:
+    """An error that lists what does not fit, if anything."""
     if found:
-        more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
+        more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise ValueError(
             f"{op}: {what}: expected names and shapes of the model's parameters, got {len(found)} "
             "differences:\n  "
-            + "\n  ".join(found[:20])
+            + "\n  ".join(found[:SHOWN])
             + more
-            + "\nestimate the Fisher on this model, or drop or rename the entries (rename={old: new})"
+            + "\nestimate the Fisher on this model, or drop or rename the entries "
+            "(rename={old: new})"
         )
+
+
+def unlike(held: Mapping[str, Any], given: Mapping[str, Any], has: str) -> list[str]:
+    """How names and shapes that are given differ from those held; `has` says whose those are."""
+    own = {name: tuple(t.shape) for name, t in held.items()}
+    theirs = {name: tuple(t.shape) for name, t in given.items()}
+    return [
+        *(f"{name}: not held here" for name in theirs if name not in own),
+        *(f"{name}: missing" for name in own if name not in theirs),
+        *(
+            f"{name}: shape {shape}, {has} {own[name]}"
+            for name, shape in theirs.items()
+            if name in own and shape != own[name]
+        ),
+    ]
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by their whole names and by those without what wrappers insert."""
+    every: dict[str, Tensor] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        # PEFT keeps a frozen original beside a module that it trains whole
+        if ".original_module." not in name or ".modules_to_save." in name:
+            every[name] = every[canonical(name)] = p
+    return every
 
 
 def match(
@@ -129,64 +162,65 @@ def match(
 
     `shapes` maps its names to tensors.
     """
-    model = unwrap(model)
-    refuse_layout(op, model)
-    every: dict[str, Tensor] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if ".original_module." not in name or ".modules_to_save." in name:
-            every[name] = every[canonical(name)] = p
-    if not len(shapes):
+    if not shapes:
         raise checks.fail(op, "fisher", "at least one parameter", "an empty mapping")
-    adapted = {canonical(name): m for name, m in lora.layers(model).items()}
+    model = inner_model(model)
+    refuse_layout(op, model)
+    every = _named(model)
+    adapted = {canonical(name): module for name, module in lora.layers(model).items()}
     new = _renamer(op, rename, shapes)
+    names: dict[int, str] = {}  # of what is a target already
     targets, wrong = [], []
-    seen: dict[int, str] = {}
     for given in shapes:
         name = new(given)
         if name not in every:
-            wrong.append(
-                f"{given}: not a parameter of the model"
-                + (f" (renamed to {name})" if name != given else "")
-            )
+            renamed = f" (renamed to {name})" if name != given else ""
+            wrong.append(f"{given}: not a parameter of the model{renamed}")
             continue
         theta, plain = every[name], canonical(name)
-        module = adapted.get(plain) if not theta.requires_grad else None
-        if plain in adapted and theta.requires_grad:
-            raise checks.fail(
-                op,
-                "model",
-                "the base weight under a LoRA update to be frozen",
-                f"a trainable {name}",
-                "freeze it, or merge the adapter",
-            )
-        target = Target(given, plain, theta, module)
-        if tuple(shapes[given].shape) != target.shape:
-            wrong.append(
-                f"{given}: shape {tuple(shapes[given].shape)}, the model has {target.shape}"
-            )
+        target = Target(given, plain, theta, adapted.get(plain))
+        _refuse_trainable_base(op, name, target)
+        found = tuple(shapes[given].shape)
+        if found != target.shape:
+            wrong.append(f"{given}: shape {found}, the model has {target.shape}")
             continue
-        if module is not None:
-            lora.refuse_unsupported(op, name, module)
-        elif not theta.is_floating_point():
-            raise checks.fail(
-                op,
-                "model",
-                "floating-point parameters",
-                f"{name} of dtype {theta.dtype}",
-                "leave it out of the Fisher",
-            )
-        if id(theta) in seen:
+        _refuse_unholdable(op, name, target)
+        if id(theta) in names:
             raise checks.fail(
                 op,
                 "fisher",
                 "tied weights once",
-                f"{seen[id(theta)]} and {name}, one parameter",
+                f"{names[id(theta)]} and {name}, one parameter",
                 "drop one of the two",
             )
-        seen[id(theta)] = name
+        names[id(theta)] = name
         targets.append(target)
     differences(op, "fisher", wrong)
     return targets
+
+
+def _refuse_trainable_base(op: str, name: str, target: Target) -> None:
+    if target.lora is not None and target.theta.requires_grad:
+        raise checks.fail(
+            op,
+            "model",
+            "the base weight under a LoRA update to be frozen",
+            f"a trainable {name}",
+            "freeze it, or merge the adapter",
+        )
+
+
+def _refuse_unholdable(op: str, name: str, target: Target) -> None:
+    if target.lora is not None:
+        lora.refuse_unsupported(op, name, target.lora)
+    elif not target.theta.is_floating_point():
+        raise checks.fail(
+            op,
+            "model",
+            "floating-point parameters",
+            f"{name} of dtype {target.theta.dtype}",
+            "leave it out of the Fisher",
+        )
 
 
 def pick_anchor(
@@ -213,9 +247,10 @@ def pick_anchor(
 def check_hash(
     op: str, fisher: Mapping[str, Tensor], targets: Sequence[Target], anchor: Mapping[str, Tensor]
 ) -> None:
-    """That the Fisher was estimated at the anchor, by the hash in its metadata.
+    """Compares the Fisher's hash with the anchor's; quantised weights have none.
 
-    Quantised base weights have none.
+    Raises:
+        ValueError: the Fisher was estimated at other weights.
     """
     expected = getattr(fisher, "metadata", {}).get("model_hash")
     if expected is None or not all(t.theta.is_floating_point() for t in targets):
@@ -240,8 +275,23 @@ class Recipe:
     divisor: float = 1.0
 
     def __call__(self, fisher: Tensor) -> Tensor:
-        fisher = fisher.detach() if self.bounds is None else fisher.detach().clamp(*self.bounds)
+        """Clamped, then divided."""
+        fisher = fisher.detach()
+        if self.bounds is not None:
+            fisher = fisher.clamp(*self.bounds)
         return fisher if self.divisor == 1.0 else fisher / self.divisor
+
+
+def _bounds(op: str, clamp: float | Sequence[float] | None) -> tuple[float, float] | None:
+    if clamp is None:
+        return None
+    ends = tuple(clamp) if isinstance(clamp, Sequence) else (0.0, clamp)
+    if len(ends) != 2:
+        raise checks.fail(op, "clamp", "a number or a pair (low, high)", clamp)
+    low, high = (checks.number(op, "clamp", bound, low=0) for bound in ends)
+    if low > high:
+        raise checks.fail(op, "clamp", "low <= high", clamp)
+    return low, high
 
 
 def survey(
@@ -252,39 +302,28 @@ def survey(
     normalize: str | None,
 ) -> Recipe:
     """Looks at every value once, a tensor at a time."""
-    recipe = Recipe()
-    if clamp is not None:
-        pair = (0.0, clamp) if not isinstance(clamp, Sequence) else tuple(clamp)
-        if len(pair) != 2:
-            raise checks.fail(op, "clamp", "a number or a pair (low, high)", clamp)
-        low, high = (checks.number(op, "clamp", bound, low=0) for bound in pair)
-        if low > high:
-            raise checks.fail(op, "clamp", "low <= high", clamp)
-        recipe.bounds = (low, high)
+    recipe = Recipe(_bounds(op, clamp))
     bad, count, total, most = [], 0, 0.0, 0.0
     for name in names:
         f = dtensor.whole(fisher[name]).detach()
-        if f.numel() and not bool(torch.isfinite(f).all() & (f >= 0).all()):
+        if not bool((torch.isfinite(f) & (f >= 0)).all()):
             bad.append(name)
         elif normalize is not None and f.numel():
             f = recipe(f)
-            count, total, most = (
-                count + f.numel(),
-                total + float(f.sum(dtype=torch.float64)),
-                max(most, float(f.max())),
-            )
+            count += f.numel()
+            total += float(f.sum(dtype=torch.float64))
+            most = max(most, float(f.max()))
     if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise checks.fail(
             op,
             "fisher",
             "finite values >= 0",
-            "others in "
-            + ", ".join(bad[:5])
-            + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""),
+            "others in " + ", ".join(bad[:5]) + more,
             "estimate it again in float32 and on finite losses",
         )
     if normalize is not None:
-        recipe.divisor = total / count if normalize == "mean" and count else most
+        recipe.divisor = {"mean": total / max(count, 1), "max": most}[normalize]
         if recipe.divisor == 0:
             raise checks.fail(
                 op,
@@ -294,3 +333,10 @@ def survey(
                 "pass normalize=None",
             )
     return recipe
+
+
+def shapes_of(fisher: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Names to things with a shape; a FisherEstimate's without decoding it."""
+    if not isinstance(fisher, FisherEstimate):
+        return fisher
+    return {name: fisher.stored(name).values for name in fisher}

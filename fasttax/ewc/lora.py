@@ -1,8 +1,7 @@
-"""EWC on LoRA: the penalty on the update of a frozen base weight, delta W = sum of scale B A over
-the active adapters.
+"""EWC on LoRA: the penalty on the update of a frozen base weight.
 
-Recognised by what PEFT's layers have (lora_A, lora_B, scaling, active_adapters), without importing
-PEFT.
+The update is delta W = sum of scale B A over the active adapters. Its layers are recognised by what
+PEFT's have (lora_A, lora_B, scaling, active_adapters), without importing PEFT.
 """
 
 from __future__ import annotations
@@ -16,23 +15,20 @@ from torch import Tensor, nn
 
 from fasttax import reference
 from fasttax._base import checks, dtensor
+from fasttax._base.packed import Stored
 from fasttax.ewc import ops
-from fasttax.ewc.store import Kept
-from fasttax.fisher.estimate import Stored
+from fasttax.ewc.store import Entry
+
+MARKS = ("lora_A", "lora_B", "scaling", "base_layer")
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """LoRA layers by the name of the base weight they move."""
-    found = {}
-    for name, module in model.named_modules():
-        if (
-            hasattr(module, "lora_A")
-            and hasattr(module, "lora_B")
-            and hasattr(module, "scaling")
-            and hasattr(module, "base_layer")
-        ):
-            found[f"{name}.weight"] = module
-    return found
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if all(hasattr(module, mark) for mark in MARKS)
+    }
 
 
 def _base(module: Any) -> nn.Module:
@@ -66,13 +62,18 @@ def _adapters(module: Any) -> list[str]:
     return [a for a in module.active_adapters if a in names]
 
 
+def _is_dora(module: Any, adapter: str) -> bool:
+    magnitudes = getattr(module, "lora_magnitude_vector", None) or {}
+    used = getattr(module, "use_dora", None) or {}
+    return adapter in magnitudes or used.get(adapter, False)
+
+
 def refuse_unsupported(op: str, name: str, module: Any) -> None:
+    """An error where the weight's change is not scale B A, or B A is not of the weight's shape."""
     base = _base(module)
-    if not (
-        isinstance(base, (nn.Linear, nn.Embedding))
-        or type(base).__name__ == "Conv1D"
-        or (hasattr(base, "in_features") and hasattr(base, "out_features"))
-    ):
+    linear = hasattr(base, "in_features") and hasattr(base, "out_features")
+    known = isinstance(base, (nn.Linear, nn.Embedding)) or type(base).__name__ == "Conv1D"
+    if not (known or linear):
         raise checks.fail(
             op,
             "model",
@@ -89,17 +90,14 @@ def refuse_unsupported(op: str, name: str, module: Any) -> None:
             "call unmerge_adapter() first",
         )
     for adapter in _adapters(module):
-        if adapter in (getattr(module, "lora_magnitude_vector", None) or {}) or (
-            getattr(module, "use_dora", None) or {}
-        ).get(adapter, False):
+        if _is_dora(module, adapter):
             raise checks.fail(
                 op,
                 "model",
                 "plain LoRA",
                 f"DoRA in {name} (adapter {adapter!r}): it rescales each row of the base weight by "
-                "a learned "
-                "magnitude, so that scale B A is not the weight's change and its penalty would be "
-                "of another quantity",
+                "a learned magnitude, so that scale B A is not the weight's change and its penalty "
+                "would be of another quantity",
                 "train with use_dora=False, or leave it out of the Fisher",
             )
         if not _is_embedding(module) and getattr(module.lora_B[adapter], "bias", None) is not None:
@@ -113,7 +111,7 @@ def refuse_unsupported(op: str, name: str, module: Any) -> None:
 
 
 @dataclass
-class LoraHeld(Kept):
+class LoraHeld(Entry):
     """A base weight's Fisher and the layer whose update it weighs.
 
     `anchor` is the update to stay at, as (b, a) with b @ a, None for 0.
@@ -122,89 +120,78 @@ class LoraHeld(Kept):
     module: Any
     anchor: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def base(self) -> Tensor:
+        """The frozen weight that the update moves, as it lies (4-bit ones packed)."""
+        return self.module.base_layer.weight
+
     def parameters(self) -> list[Tensor]:
         """The trainable factors."""
-        source = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if _is_embedding(self.module)
-            else ("lora_A", "lora_B")
-        )
-        tensors = [getattr(self.module, s)[a] for a in _adapters(self.module) for s in source]
         return [
-            p
-            for p in (t if isinstance(t, Tensor) else t.weight for t in tensors)
-            if p.requires_grad
+            p for adapter in _adapters(self.module) for p in self._own(adapter) if p.requires_grad
         ]
+
+    def _own(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """An adapter's A and B, the model's own tensors."""
+        m = self.module
+        if _is_embedding(m):
+            return m.lora_embedding_A[adapter], m.lora_embedding_B[adapter]
+        return m.lora_A[adapter].weight, m.lora_B[adapter].weight
+
+    def _update(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """(b, a, scale) with the adapter's update = scale * b @ a, of the weight's shape."""
+        # FSDP2 shards the factors too; they are small
+        a, b = (dtensor.whole(p) for p in self._own(adapter))
+        scale = float(self.module.scaling[adapter])
+        return (a.T, b.T, scale) if _is_turned(self.module) else (b, a, scale)
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """(b, a, scale) with the update minus the anchor = scale * b @ a, of the weight's shape.
 
-        Several adapters and the anchor stand side by side.
+        Several adapters and the anchor stand side by side. None where there is nothing.
         """
-        pairs = []
-        for adapter in _adapters(self.module):
-            if _is_embedding(self.module):
-                a, b = self.module.lora_embedding_A[adapter], self.module.lora_embedding_B[adapter]
-            else:
-                a, b = self.module.lora_A[adapter].weight, self.module.lora_B[adapter].weight
-            # FSDP2 shards the factors too; they are small
-            a, b = (
-                dtensor.whole(a),
-                dtensor.whole(b),
-            )
-            pairs.append(
-                (a.T, b.T, self.module.scaling[adapter])
-                if _is_turned(self.module)
-                else (b, a, self.module.scaling[adapter])
-            )
+        updates = [self._update(adapter) for adapter in _adapters(self.module)]
         if self.anchor is not None:
-            pairs.append((-self.anchor[0], self.anchor[1], 1.0))
-        if not pairs:
-            return None
-        if len(pairs) == 1:
-            return pairs[0]
-        return (
-            torch.cat([b * scale for b, _, scale in pairs], 1),
-            torch.cat([a for _, a, _ in pairs], 0),
-            1.0,
-        )
+            b, a = self.anchor
+            updates.append((-b, a, 1.0))
+        if len(updates) <= 1:
+            return next(iter(updates), None)
+        left = torch.cat([b * scale for b, _, scale in updates], 1)
+        return left, torch.cat([a for _, a, _ in updates], 0), 1.0
 
     def penalty(self, strength: float) -> Tensor:
-        """Differentiable by the factors."""
-        factors = self.factors()
-        device = self.module.base_layer.weight.device
+        """strength/2 * sum fisher * (update - anchor)^2, differentiable by the factors."""
+        factors, device = self.factors(), self.base.device
         if factors is None:
             return torch.zeros((), device=device)
         b, a, scale = factors
         gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-        scales = None if self.fisher.scales is None else self.fisher.scales.to(device)
-        return ops.lora_penalty(
-            a, b, self.fisher.values.to(device), scales, float(scale), strength, gradient
-        )[0]
+        fisher = self.fisher.to(device)
+        return ops.lora_penalty(a, b, fisher.values, fisher.scales, scale, strength, gradient)[0]
 
     def add_grad_(self, strength: float, scale: float | Tensor, only: set[int] | None) -> Tensor:
-        """Adds scale * d penalty to the factors' gradients; returns the penalty."""
+        """Adds scale * d penalty to the factors' gradients; returns the penalty.
+
+        `only`: the ids of the parameters to touch, None for all.
+        """
         params = [p for p in self.parameters() if only is None or id(p) in only]
         with torch.enable_grad():
             value = self.penalty(strength)
             grads: Sequence[Tensor] = torch.autograd.grad(value, params) if params else ()
         for p, g in zip(params, grads, strict=True):
-            p.grad = (
-                (g * scale).to(p.dtype)
-                if p.grad is None
-                else p.grad.add_((g * scale).to(p.grad.dtype))
-            )
+            if p.grad is None:
+                p.grad = (g * scale).to(p.dtype)
+            else:
+                p.grad.add_((g * scale).to(p.grad.dtype))
         return value.detach()
 
     def consolidate(self, fisher: Stored) -> None:
         """Stay at the present update, weighed by `fisher`."""
-        base = LoraHeld(self.name, self.fisher, self.module).factors()
-        self.fisher = fisher
-        self.anchor = (
-            None
-            if base is None
-            else (
-                reference.wide((base[0] * base[2]).detach()).clone(),
-                reference.wide(base[1].detach()).clone(),
+        self.fisher, self.anchor = fisher, None
+        now = self.factors()
+        if now is not None:
+            b, a, scale = now
+            self.anchor = (
+                reference.wide((b * scale).detach()).clone(),
+                reference.wide(a.detach()).clone(),
             )
-        )

@@ -9,7 +9,8 @@ Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from fasttax._base import checks
 from fasttax._base.library import define, lib, no_double_backward
 
 FISHER_DTYPES = (*checks.FLOATS, torch.uint8)
+WRITTEN = (("ewc_add_grad_", "grads"), ("ewc_prox_", "params"))  # lists that an op writes in place
 
 
-def _lists(op: str, params: Sequence[Tensor], packed: bool, **others: Sequence[Tensor]) -> None:
+def _check(op: str, params: Sequence[Tensor], packed: bool, **others: Sequence[Tensor]) -> None:
     """Checks lists against `params`.
 
     `packed` allows uint8 Fishers (u8log) and anchors (split), which EWC makes and the kernels
@@ -30,29 +32,14 @@ def _lists(op: str, params: Sequence[Tensor], packed: bool, **others: Sequence[T
     """
     checks.lists(op, "parameter", params=params, **others)
     for name, values in {"params": params, **others}.items():
-        for i, value in enumerate(values):
+        for i, (value, theta) in enumerate(zip(values, params, strict=True)):
             where = f"{name}[{i}]"
-            if name == "anchors" and packed and value.dtype == torch.uint8:
-                checks.same_device(op, where, value, f"params[{i}]", params[i])
-                continue
-            dtypes = FISHER_DTYPES if name == "fishers" and packed else checks.FLOATS
-            checks.tensor(op, where, value, dtypes)
-            if value.shape != params[i].shape:
-                raise checks.fail(
-                    op, where, f"shape {tuple(params[i].shape)} as params[{i}]", value
-                )
-            checks.same_device(op, where, value, f"params[{i}]", params[i])
-            if (params[i].dtype == torch.float64) != (value.dtype == torch.float64):
-                raise checks.fail(
-                    op,
-                    where,
-                    "float64 together with a float64 parameter, and only then",
-                    value,
-                    f"convert it with {where}.to(params[{i}].dtype)",
-                    TypeError,
-                )
-            written = name == "grads" or (name == "params" and op == "ewc_prox_")
-            if written and not value.is_contiguous():
+            if not (packed and name == "anchors" and value.dtype == torch.uint8):
+                dtypes = FISHER_DTYPES if packed and name == "fishers" else checks.FLOATS
+                checks.tensor(op, where, value, dtypes)
+                _check_like(op, where, value, f"params[{i}]", theta)
+            checks.same_device(op, where, value, f"params[{i}]", theta)
+            if (op, name) in WRITTEN and not value.is_contiguous():
                 raise checks.fail(
                     op,
                     where,
@@ -62,8 +49,45 @@ def _lists(op: str, params: Sequence[Tensor], packed: bool, **others: Sequence[T
                 )
 
 
+def _check_like(op: str, where: str, value: Tensor, other: str, theta: Tensor) -> None:
+    if value.shape != theta.shape:
+        raise checks.fail(op, where, f"shape {tuple(theta.shape)} as {other}", value)
+    _check_wide(op, where, value, "parameter", other, theta)
+
+
+def _check_wide(op: str, where: str, value: Tensor, what: str, other: str, like: Tensor) -> None:
+    """An error where one of two tensors is float64 and the other is not."""
+    if (value.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise checks.fail(
+            op,
+            where,
+            f"float64 together with a float64 {what}, and only then",
+            value,
+            f"convert it with {where}.to({other}.dtype)",
+            TypeError,
+        )
+
+
 def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:
     return [value.contiguous() for value in values]
+
+
+@contextmanager
+def contiguous(lists: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str, list[Tensor]]]:
+    """Lists of tensors as kernels write them.
+
+    Those that lie otherwise (a parameter in channels_last, say) stand there as contiguous copies,
+    and get the copies' values when the block ends.
+
+    Yields:
+        The lists under their names.
+    """
+    flat = {name: _contiguous(tensors) for name, tensors in lists.items()}
+    yield flat
+    for name, tensors in lists.items():
+        for t, copy in zip(tensors, flat[name], strict=True):
+            if copy is not t:
+                t.copy_(copy)
 
 
 def ewc_penalty(
@@ -72,8 +96,9 @@ def ewc_penalty(
     """strength/2 * sum fisher * (theta - anchor)^2 over all tensors, differentiable by `params`.
 
     Args:
-        params, anchors, fishers: lists of equal length and shapes, float32/bfloat16/float16 in any
-            mix, or float64 throughout. fishers >= 0.
+        params: float32, bfloat16 and float16 in any mix, or float64 throughout; as are the others.
+        anchors: one for each parameter, of its shape.
+        fishers: >= 0, one for each parameter, of its shape.
         strength: finite, >= 0.
 
     Returns:
@@ -93,8 +118,9 @@ def penalty(
     scales: Sequence[Tensor] | None,
     strength: float,
 ) -> Tensor:
+    """`ewc_penalty`; with a list of `scales` Fishers may be u8log and anchors split."""
     strength = checks.number("ewc_penalty", "strength", strength, low=0)
-    _lists("ewc_penalty", params, scales is not None, anchors=anchors, fishers=fishers)
+    _check("ewc_penalty", params, scales is not None, anchors=anchors, fishers=fishers)
     value: Tensor = torch.ops.fasttax.ewc_penalty(
         _contiguous(params),
         _contiguous(anchors),
@@ -112,7 +138,7 @@ def ewc_add_grad_(
     fishers: Sequence[Tensor],
     strength: float,
 ) -> Tensor:
-    """Grads += strength * fisher * (theta - anchor), in one pass and with no graph.
+    """Adds strength * fisher * (theta - anchor) to grads, in one pass and with no graph.
 
     Returns the penalty.
 
@@ -132,9 +158,10 @@ def add_grad_(
     strength: float,
     scale: float,
 ) -> Tensor:
+    """`ewc_add_grad_` of `scale` times the pull; `scales` as in `penalty`."""
     strength = checks.number("ewc_add_grad_", "strength", strength, low=0)
     scale = checks.number("ewc_add_grad_", "scale", scale)
-    _lists(
+    _check(
         "ewc_add_grad_", params, scales is not None, grads=grads, anchors=anchors, fishers=fishers
     )
     with torch.no_grad():
@@ -156,7 +183,7 @@ def ewc_prox_(
     fishers: Sequence[Tensor],
     strength_times_lr: float,
 ) -> None:
-    """Theta <- anchor + (theta - anchor) / (1 + strength_times_lr * fisher), in place.
+    """Moves theta to anchor + (theta - anchor) / (1 + strength_times_lr * fisher), in place.
 
     Stable for any strength.
 
@@ -175,8 +202,9 @@ def prox_(
     scales: Sequence[Tensor] | None,
     strength_times_lr: float,
 ) -> None:
+    """`ewc_prox_`; `scales` as in `penalty`."""
     step = checks.number("ewc_prox_", "strength_times_lr", strength_times_lr, low=0)
-    _lists("ewc_prox_", params, scales is not None, anchors=anchors, fishers=fishers)
+    _check("ewc_prox_", params, scales is not None, anchors=anchors, fishers=fishers)
     with torch.no_grad():
         torch.ops.fasttax.ewc_prox_(
             [p.detach() for p in params],
@@ -193,9 +221,11 @@ def lora_ewc_penalty(
     """strength/2 * sum fisher * (scale * lora_B @ lora_A)^2 with the dense product never stored.
 
     Args:
-        lora_A: (r, in). lora_B: (out, r). fisher: (out, in), the base weight's diagonal Fisher, >=
-            0.
-        scale: LoRA's alpha / r. strength: finite, >= 0.
+        lora_A: (r, in).
+        lora_B: (out, r).
+        fisher: (out, in), the base weight's diagonal Fisher, >= 0.
+        scale: LoRA's alpha / r.
+        strength: finite, >= 0.
 
     Returns:
         0-d float32 (float64 for float64 factors), differentiable by lora_A and lora_B:
@@ -218,24 +248,13 @@ def lora_penalty(
     strength: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(value, d_A, d_B), the gradients empty where not asked for.
-
-    a uint8 `fisher` is u8log with its `scales`.
-    """
+    """(value, d_A, d_B), the gradients empty where not asked for; u8log has uint8 and `scales`."""
     op = "lora_ewc_penalty"
     for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("fisher", fisher)):
         if value.dim() != 2:
             raise checks.fail(op, name, "a matrix", value)
         checks.same_device(op, name, value, "lora_A", lora_A)
-        if (value.dtype == torch.float64) != (lora_A.dtype == torch.float64):
-            raise checks.fail(
-                op,
-                name,
-                "float64 together with a float64 lora_A, and only then",
-                value,
-                f"convert it with {name}.to(lora_A.dtype)",
-                TypeError,
-            )
+        _check_wide(op, name, value, "lora_A", "lora_A", lora_A)
     if lora_B.shape[1] != lora_A.shape[0]:
         raise checks.fail(
             op, "lora_B", f"shape (out, {lora_A.shape[0]}), the rank of lora_A", lora_B
@@ -258,13 +277,29 @@ def lora_penalty(
     return out
 
 
-# --- schemas, shapes, autograd -----------------------------------------------------------------------------------------
+def _empty_like(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """In float64 for a float64 tensor, in float32 for others."""
+    return t.new_empty(shape, dtype=torch.promote_types(t.dtype, torch.float32))
+
+
+def scalar_like(params: Sequence[Tensor]) -> Tensor:
+    """The shape of an op's penalty."""
+    return _empty_like(params[0], ()) if params else torch.empty(())
+
+
+def _lora_like(lora_A: Tensor, lora_B: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (lora_A.shape, lora_B.shape) if gradient else ((0, 0), (0, 0))
+    d_A, d_B = (_empty_like(x, shape) for x, shape in zip((lora_A, lora_B), shapes, strict=True))
+    return scalar_like([lora_A]), d_A, d_B
+
+
+# --- schemas, shapes, autograd -----------------------------------------------------------------
 
 define(
     "ewc_penalty(Tensor[] params, Tensor[] anchors, Tensor[] fishers, Tensor[] scales, float "
     "strength) -> Tensor",
     reference.ewc_penalty,
-    lambda params, anchors, fishers, scales, strength: _scalar_like(params),
+    lambda params, anchors, fishers, scales, strength: scalar_like(params),
 )
 define(
     "ewc_penalty_backward(Tensor grad, Tensor[] params, Tensor[] anchors, Tensor[] fishers, "
@@ -276,7 +311,7 @@ define(
     "ewc_add_grad_(Tensor[] params, Tensor(a!)[] grads, Tensor[] anchors, Tensor[] fishers, "
     "Tensor[] scales, float strength, float scale) -> Tensor",
     reference.ewc_add_grad_,
-    lambda params, grads, anchors, fishers, scales, strength, scale: _scalar_like(params),
+    lambda params, grads, anchors, fishers, scales, strength, scale: scalar_like(params),
 )
 define(
     "ewc_prox_(Tensor(a!)[] params, Tensor[] anchors, Tensor[] fishers, Tensor[] scales, float "
@@ -288,9 +323,8 @@ define(
     "lora_ewc_penalty(Tensor lora_A, Tensor lora_B, Tensor fisher, Tensor scales, float scale, "
     "float strength, bool gradient) -> (Tensor, Tensor, Tensor)",
     reference.lora_ewc_penalty,
-    lambda lora_A, lora_B, fisher, scales, scale, strength, gradient: (
-        _scalar_like([lora_A]),
-        *(_gradient_like(x, gradient) for x in (lora_A, lora_B)),
+    lambda lora_A, lora_B, fisher, scales, scale, strength, gradient: _lora_like(
+        lora_A, lora_B, gradient
     ),
 )
 
@@ -302,21 +336,6 @@ define(
 )
 
 
-def _gradient_like(factor: Tensor, gradient: bool) -> Tensor:
-    return factor.new_empty(
-        factor.shape if gradient else (0, 0),
-        dtype=torch.float64 if factor.dtype == torch.float64 else torch.float32,
-    )
-
-
-def _scalar_like(params: Sequence[Tensor]) -> Tensor:
-    if not params:
-        return torch.empty(())
-    return params[0].new_empty(
-        (), dtype=torch.float64 if params[0].dtype == torch.float64 else torch.float32
-    )
-
-
 def _penalty_setup(ctx: Any, inputs: Any, output: Any) -> None:
     params, anchors, fishers, scales, ctx.strength = inputs
     ctx.count = len(params)
@@ -325,12 +344,8 @@ def _penalty_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _penalty_backward(ctx: Any, grad: Tensor) -> Any:
     saved, n = ctx.saved_tensors, ctx.count
-    params, anchors, fishers, scales = (
-        saved[:n],
-        saved[n : 2 * n],
-        saved[2 * n : 3 * n],
-        saved[3 * n :],
-    )
+    params, anchors, fishers = (saved[i * n : (i + 1) * n] for i in range(3))
+    scales = saved[3 * n :]
     d_params = torch.ops.fasttax.ewc_penalty_backward(
         grad, params, anchors, fishers, scales, ctx.strength
     )
@@ -349,14 +364,8 @@ def _lora_backward(ctx: Any, grad: Tensor, *others: Any) -> Any:
             "lora_ewc_penalty: expected gradient=True where lora_A or lora_B requires grad, got "
             "False; use fasttax.functional.lora_ewc_penalty"
         )
-    return (
-        *torch.ops.fasttax.lora_ewc_penalty_backward(grad, *ctx.saved_tensors),
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    d_A, d_B = torch.ops.fasttax.lora_ewc_penalty_backward(grad, *ctx.saved_tensors)
+    return d_A, d_B, None, None, None, None, None
 
 
 torch.library.register_autograd(

@@ -1,6 +1,6 @@
-"""Where EWC keeps Fisher and anchor.
+"""Where EWC keeps Fisher and anchor, and how they come to the parameters' device.
 
-Beside the parameters, in pinned host memory, or in a memory-mapped file; and how they come over.
+They lie beside the parameters, in pinned host memory, or in a memory-mapped file.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax import reference
-from fasttax._base import checks, dtensor, mapped
-from fasttax.fisher.estimate import BLOCK, Stored, encode
+from fasttax._base import checks, dtensor, mapped, packed
+from fasttax._base.packed import Stored
 
-SPLIT = "bf16+8"
 ANCHORS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VALUES = {**packed.FLOATS, "u8log": torch.uint8}  # the dtype of a Fisher's values by storage
 # parameters that come over at once: 128 MB in float32, and as much again under way
 STREAMED = 1 << 24
 
 
 @dataclass
-class Kept:
+class Entry:
     """What is held of a parameter, or of a weight that LoRA moves.
 
     Its name without what wrappers insert, and its Fisher as stored.
@@ -36,9 +35,10 @@ class Kept:
 
 
 @dataclass
-class Held(Kept):
-    """One held parameter: the model's own tensor, and this rank's part of its Fisher and anchor as
-    stored.
+class Held(Entry):
+    """One held parameter: the model's own tensor with its Fisher and anchor as stored.
+
+    Of a sharded parameter these are this rank's part.
     """
 
     theta: Tensor
@@ -46,10 +46,16 @@ class Held(Kept):
 
     @property
     def count(self) -> int:
+        """How many numbers are held."""
         return self.fisher.values.numel()
 
     def decoded_anchor(self) -> Tensor:
-        return decode_anchor(self.anchor, self.fisher.values.shape)
+        """The anchor as floats, of the parameter's (local) shape."""
+        return packed.decode_anchor(self.anchor, self.fisher.values.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file has of it."""
+        return {f"anchor.{self.name}": self.anchor, **self.fisher.tensors(self.name)}
 
 
 @dataclass
@@ -61,112 +67,74 @@ class Lists:
     params: list[Tensor]
     anchors: list[Tensor]
     fishers: list[Tensor]
-    scales: list[Tensor]
+    scales: list[Tensor]  # u8log's, one for each Fisher (empty where it is floats), or none at all
 
 
 def checked_anchor_dtype(op: str, value: Any) -> torch.dtype | str | None:
     """None (each parameter's own), a torch.dtype, or "bf16+8"."""
-    if value is None or value == SPLIT or value in checks.FLOATS:
+    if value is None or value == packed.SPLIT or value in checks.FLOATS:
         return value
     if value in ANCHORS:
         return ANCHORS[value]
     raise checks.fail(
         op,
         "anchor_dtype",
-        f"None, a floating-point torch.dtype, 'fp32', 'bf16', 'fp16' or {SPLIT!r}",
+        f"None, a floating-point torch.dtype, 'fp32', 'bf16', 'fp16' or {packed.SPLIT!r}",
         repr(value),
     )
 
 
-def encode_anchor(anchor: Tensor, dtype: torch.dtype | str) -> Tensor:
-    """In `dtype`, or split: bfloat16 hi and int8 lo, anchor = hi + lo ulp(hi)/254, 3 bytes and a
-    relative error below 1.6e-5.
-    """
-    if isinstance(dtype, torch.dtype):
-        return anchor.detach().to(dtype).contiguous()
-    flat = anchor.detach().float().flatten()
-    blocks = (flat.numel() + BLOCK - 1) // BLOCK
-    padded = torch.zeros(blocks * BLOCK, device=flat.device)
-    padded[: flat.numel()] = flat
-    hi = padded.to(torch.bfloat16)
-    step = (hi.float().view(torch.int32) & 0x7F800000).view(torch.float32) * reference.SPLIT_STEP
-    lo = (
-        torch.where(step > 0, (padded - hi.float()) / step.clamp_min(1e-45), 0.0)
-        .round()
-        .clamp(-127, 127)
-        .to(torch.int8)
-    )
-    return torch.cat(
-        (hi.view(torch.uint8).view(blocks, 2 * BLOCK), lo.view(torch.uint8).view(blocks, BLOCK)), 1
-    ).flatten()
-
-
-def decode_anchor(anchor: Tensor, shape: torch.Size) -> Tensor:
-    return (
-        reference.decode_split(anchor, shape.numel()).view(shape)
-        if anchor.dtype == torch.uint8
-        else anchor
-    )
-
-
-def spec_of(count_shape: torch.Size, dtype: torch.dtype | str) -> mapped.Spec:
-    if isinstance(dtype, torch.dtype):
-        return dtype, tuple(count_shape)
-    return torch.uint8, ((count_shape.numel() + BLOCK - 1) // BLOCK * 3 * BLOCK,)
-
-
 def encode_for(theta: Tensor, fisher: Tensor, storage: str) -> Stored:
-    return (
-        Stored(fisher.double().contiguous())
-        if theta.dtype == torch.float64
-        else encode(fisher, storage)
-    )
+    """The Fisher in `storage`, that of a float64 parameter in float64."""
+    if theta.dtype == torch.float64:
+        return Stored(fisher.double().contiguous())
+    return packed.encode(fisher, storage)
 
 
 @dataclass
 class Item:
     """A parameter about to be held.
 
-    `make` gives its whole Fisher and whole anchor when its turn comes, so that one is in memory at
-    a time.
+    `make` gives its whole Fisher and whole anchor when its turn comes, so that one of each is in
+    memory at a time.
     """
 
     name: str
     theta: Tensor
     make: Callable[[], tuple[Tensor, Tensor]]
 
-    def encoded(self, storage: str, dtype: torch.dtype | str | None) -> tuple[Stored, Tensor]:
+    def held(self, storage: str, dtype: torch.dtype | str | None) -> Held:
+        """This rank's part, encoded."""
         fisher, anchor = (dtensor.part_of(t, self.theta) for t in self.make())
-        return encode_for(self.theta, fisher, storage), encode_anchor(anchor, self.kind(dtype))
-
-    def kind(self, dtype: torch.dtype | str | None) -> torch.dtype | str:
-        return torch.float64 if self.theta.dtype == torch.float64 else dtype or self.theta.dtype
+        stored = encode_for(self.theta, fisher, storage)
+        encoded = packed.encode_anchor(anchor, self._anchor_dtype(dtype))
+        return Held(self.name, stored, self.theta, encoded)
 
     def specs(self, storage: str, dtype: torch.dtype | str | None) -> dict[str, mapped.Spec]:
+        """What `held(...).tensors()` will be."""
         shape = dtensor.local(self.theta.detach()).shape
         wide = self.theta.dtype == torch.float64
-        kind = (
-            torch.float64
-            if wide
-            else {"fp32": torch.float32, "bf16": torch.bfloat16, "u8log": torch.uint8}[storage]
-        )
-        out = {
-            f"anchor.{self.name}": spec_of(shape, self.kind(dtype)),
-            f"fisher.{self.name}": (kind, tuple(shape)),
+        values = torch.float64 if wide else VALUES[storage]
+        return {
+            f"anchor.{self.name}": packed.anchor_spec(shape, self._anchor_dtype(dtype)),
+            **packed.fisher_specs(self.name, shape, values),
         }
-        if kind == torch.uint8:
-            out[f"scales.{self.name}"] = (torch.float32, ((shape.numel() + BLOCK - 1) // BLOCK, 2))
-        return out
+
+    def _anchor_dtype(self, dtype: torch.dtype | str | None) -> torch.dtype | str:
+        wide = self.theta.dtype == torch.float64
+        return self.theta.dtype if wide or dtype is None else dtype
 
 
 class Store:
-    """The held parameters by name."""
+    """The held parameters by name; `file` is the one that they are mapped from, if any."""
 
     def __init__(self, offload: str | None) -> None:
         self.offload = offload
         self.held: dict[str, Held] = {}
-        self._file: mapped.Mapped | None = None
+        self.file: mapped.Mapped | None = None
         self._stream: Any = None
+
+    # --- what goes in ------------------------------------------------------------------------
 
     def fill(self, items: Sequence[Item], storage: str, dtype: torch.dtype | str | None) -> None:
         """Holds `items`.
@@ -174,59 +142,55 @@ class Store:
         Under offload those on the CPU go to a file of their own in the temporary folder, mapped and
         unlinked.
         """
-        to_file = [item for item in items if self.offload and item.theta.device.type == "cpu"]
+        on_file = [item for item in items if self._goes_to_file(item.theta)]
         for item in items:
-            if not (self.offload and item.theta.device.type == "cpu"):
-                fisher, anchor = item.encoded(storage, dtype)
-                self.held[item.name] = Held(
-                    item.name,
-                    self._at_home(fisher, item.theta),
-                    item.theta,
-                    self._home(anchor, item.theta),
-                )
-        if not to_file:
-            return
-        specs: dict[str, mapped.Spec] = {}
-        for item in to_file:
-            specs.update(item.specs(storage, dtype))
-
-        def produce() -> Iterator[tuple[str, Tensor]]:
-            for item in to_file:
-                fisher, anchor = item.encoded(storage, dtype)
-                yield f"anchor.{item.name}", anchor
-                yield f"fisher.{item.name}", fisher.values
-                if fisher.scales is not None:
-                    yield f"scales.{item.name}", fisher.scales
-
-        self._to_file(specs, produce(), {item.name: item.theta for item in to_file})
-
-    def put(self, *held: Held) -> None:
-        """Holds parameters whose Fisher and anchor are encoded already."""
-        on_file = [h for h in held if self.offload and h.theta.device.type == "cpu"]
-        for h in held:
-            if not any(h is other for other in on_file):
-                self.held[h.name] = Held(
-                    h.name, self._at_home(h.fisher, h.theta), h.theta, self._home(h.anchor, h.theta)
-                )
+            if not self._goes_to_file(item.theta):
+                self._keep(item.held(storage, dtype))
         if on_file:
-            tensors = {f"anchor.{h.name}": h.anchor for h in on_file} | {
-                f"fisher.{h.name}": h.fisher.values for h in on_file
-            }
-            tensors |= {
-                f"scales.{h.name}": h.fisher.scales for h in on_file if h.fisher.scales is not None
-            }
-            self._to_file(
-                {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()},
-                tensors.items(),
-                {h.name: h.theta for h in on_file},
-            )
+            specs: dict[str, mapped.Spec] = {}
+            for item in on_file:
+                specs |= item.specs(storage, dtype)
+            held = (item.held(storage, dtype) for item in on_file)
+            self._to_file(specs, held, {item.name: item.theta for item in on_file})
+
+    def put(self, held: Sequence[Held]) -> None:
+        """Holds parameters whose Fisher and anchor are encoded already, as `fill` does."""
+        on_file = [h for h in held if self._goes_to_file(h.theta)]
+        for h in held:
+            if not self._goes_to_file(h.theta):
+                self._keep(h)
+        if on_file:
+            tensors = [item for h in on_file for item in h.tensors().items()]
+            specs = {name: (t.dtype, tuple(t.shape)) for name, t in tensors}
+            self._to_file(specs, on_file, {h.name: h.theta for h in on_file})
+
+    def adopt(self, file: mapped.Mapped, params: dict[str, Tensor]) -> None:
+        """Holds `params` by what `file` has for them, without reading it."""
+        self.file = file
+        for name, theta in params.items():
+            scales = file.tensor(f"scales.{name}") if f"scales.{name}" in file else None
+            stored = Stored(file.tensor(f"fisher.{name}"), scales)
+            self.held[name] = Held(name, stored, theta, file.tensor(f"anchor.{name}"))
+
+    def _goes_to_file(self, theta: Tensor) -> bool:
+        return self.offload is not None and theta.device.type == "cpu"
+
+    def _keep(self, h: Held) -> None:
+        values, scales = h.fisher.values, h.fisher.scales
+        ranges = scales if scales is None else self._home(scales, h.theta)
+        stored = Stored(self._home(values, h.theta), ranges)
+        self.held[h.name] = Held(h.name, stored, h.theta, self._home(h.anchor, h.theta))
+
+    def _home(self, t: Tensor, theta: Tensor) -> Tensor:
+        if self.offload is None:
+            return t.to(theta.device)
+        t = t.cpu()
+        return t.pin_memory() if torch.cuda.is_available() else t
 
     def _to_file(
-        self,
-        specs: dict[str, mapped.Spec],
-        tensors: Iterable[tuple[str, Tensor]],
-        params: dict[str, Tensor],
+        self, specs: dict[str, mapped.Spec], held: Iterable[Held], params: dict[str, Tensor]
     ) -> None:
+        tensors = (item for h in held for item in h.tensors().items())
         handle, path = tempfile.mkstemp(prefix="fasttax-ewc-", suffix=".safetensors")
         os.close(handle)
         try:
@@ -235,31 +199,10 @@ class Store:
         finally:
             os.unlink(path)  # the mapping keeps it
 
-    def adopt(self, file: mapped.Mapped, params: dict[str, Tensor]) -> None:
-        """Holds `params` by what `file` has for them, without reading it."""
-        self._file = file
-        for name, theta in params.items():
-            scales = file.tensor(f"scales.{name}") if f"scales.{name}" in file else None
-            self.held[name] = Held(
-                name,
-                Stored(file.tensor(f"fisher.{name}"), scales),
-                theta,
-                file.tensor(f"anchor.{name}"),
-            )
-
-    def _home(self, t: Tensor, theta: Tensor) -> Tensor:
-        if self.offload is None or theta.device.type == "cpu":
-            return t.to(theta.device)
-        t = t.cpu()
-        return t.pin_memory() if torch.cuda.is_available() else t
-
-    def _at_home(self, fisher: Stored, theta: Tensor) -> Stored:
-        return Stored(
-            self._home(fisher.values, theta),
-            None if fisher.scales is None else self._home(fisher.scales, theta),
-        )
+    # --- what comes out ----------------------------------------------------------------------
 
     def meshes(self) -> list[dtensor.Key]:
+        """What the held parameters are sharded over, in an order that all ranks share."""
         return list(dict.fromkeys(dtensor.key_of(h.theta) for h in self.held.values()))
 
     def blocks(
@@ -267,35 +210,41 @@ class Store:
     ) -> list[list[Held]]:
         """What one call each takes: by device, mesh and float64 or not.
 
-        Under offload at most STREAMED parameters, in the model's order.
+        Under offload at most STREAMED parameters, in the model's order. Frozen parameters are left
+        out unless `frozen` asks for them, and all but `only` where that is given.
         """
         wanted = None if only is None else {id(p) for p in only}
         groups: dict[Any, list[list[Held]]] = {}
         for h in self.held.values():
-            if (h.theta.requires_grad or frozen) and (wanted is None or id(h.theta) in wanted):
-                parts = groups.setdefault(
-                    (h.theta.device, h.theta.dtype == torch.float64, dtensor.key_of(h.theta)), [[]]
-                )
-                if (
-                    self.offload
-                    and parts[-1]
-                    and sum(x.count for x in parts[-1]) + h.count > STREAMED
-                ):
-                    parts.append([])
-                parts[-1].append(h)
-        return [part for parts in groups.values() for part in parts if part]
+            if wanted is not None and id(h.theta) not in wanted:
+                continue
+            if h.theta.requires_grad or frozen:
+                wide = h.theta.dtype == torch.float64
+                group = (h.theta.device, wide, dtensor.key_of(h.theta))
+                blocks = groups.setdefault(group, [[]])
+                if self._is_full(blocks[-1], h):
+                    blocks.append([])
+                blocks[-1].append(h)
+        return [block for blocks in groups.values() for block in blocks]
+
+    def _is_full(self, block: list[Held], more: Held) -> bool:
+        if self.offload is None or not block:
+            return False
+        return sum(h.count for h in block) + more.count > STREAMED
 
     def stream(self, blocks: Sequence[list[Held]]) -> Iterator[Lists]:
         """The blocks on their parameters' device.
 
         While one is worked on the next is under way (a side stream on a GPU, readahead of the file
         on a CPU), and one that is done with leaves the memory.
+
+        Yields:
+            Each block's lists, in order.
         """
-        under_way = self.bring(blocks[0]) if blocks else None
+        under_way = [self.bring(block) for block in blocks[:1]]
         for i, block in enumerate(blocks):
-            assert under_way is not None
-            here = under_way
-            under_way = self.bring(blocks[i + 1]) if i + 1 < len(blocks) else None
+            here = under_way.pop()
+            under_way += [self.bring(following) for following in blocks[i + 1 : i + 2]]
             yield self.arrived(here)
             self.leave(block)
 
@@ -305,45 +254,45 @@ class Store:
         if device.type == "cuda" and self.offload:
             self._stream = self._stream or torch.cuda.Stream(device)
             with torch.cuda.stream(self._stream):
-                lists = self._lists(block)
+                lists = _lists(block)
                 return lists, self._stream.record_event()
-        if self._file is not None:
-            self._file.prefetch(_names(block))
-        return self._lists(block), None
+        if self.file is not None:
+            self.file.prefetch(_names(block))
+        return _lists(block), None
 
     def arrived(self, brought: tuple[Lists, Any]) -> Lists:
+        """What `bring` gave, once its copies are ordered before the work of the current stream."""
         lists, event = brought
         if event is not None:
-            now = torch.cuda.current_stream(lists.params[0].device)
-            now.wait_event(event)
+            current = torch.cuda.current_stream(lists.params[0].device)
+            current.wait_event(event)
             for t in (*lists.anchors, *lists.fishers, *lists.scales):
-                t.record_stream(now)
+                t.record_stream(current)
         return lists
 
     def leave(self, block: list[Held]) -> None:
-        if self._file is not None:
-            self._file.release(_names(block))
+        """Drops a block's pages of the file from memory."""
+        if self.file is not None:
+            self.file.release(_names(block))
 
-    def _lists(self, block: list[Held]) -> Lists:
-        def over(t: Tensor, h: Held) -> Tensor:
-            return t if t.device == h.theta.device else t.to(h.theta.device, non_blocking=True)
 
-        empty = torch.empty(0)
-        packed = any(h.fisher.scales is not None for h in block)
-        scales = (
-            [over(empty if h.fisher.scales is None else h.fisher.scales, h) for h in block]
-            if packed
-            else []
-        )
-        params = [dtensor.local(h.theta) for h in block]
-        return Lists(
-            dtensor.key_of(block[0].theta),
-            [h.theta for h in block],
-            params,
-            [over(h.anchor, h) for h in block],
-            [over(h.fisher.values, h) for h in block],
-            scales,
-        )
+def _lists(block: list[Held]) -> Lists:
+    device = block[0].theta.device
+
+    def over(tensors: Iterable[Tensor]) -> list[Tensor]:
+        return [t.to(device, non_blocking=True) for t in tensors]
+
+    scales = [h.fisher.scales for h in block]
+    empty = torch.empty(0)
+    some = any(s is not None for s in scales)
+    return Lists(
+        key=dtensor.key_of(block[0].theta),
+        owners=[h.theta for h in block],
+        params=[dtensor.local(h.theta) for h in block],
+        anchors=over(h.anchor for h in block),
+        fishers=over(h.fisher.values for h in block),
+        scales=over(empty if s is None else s for s in scales if some),
+    )
 
 
 def _names(block: Iterable[Held]) -> list[str]:

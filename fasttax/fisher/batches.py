@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,83 +17,52 @@ from fasttax._base import checks
 
 IGNORED = -100  # the label that transformers and torch.nn.CrossEntropyLoss leave out
 # transformers' names for what has no ids
-OTHER_INPUTS = (
-    "pixel_values",
-    "input_values",
-    "input_features",
-    "inputs_embeds",
-)
+OTHER_INPUTS = ("pixel_values", "input_values", "input_features", "inputs_embeds")
 
 
 @dataclass
 class Batch:
-    """A batch ready for a model: its arguments, the next-token labels, the predictions that count,
-    the examples' boundaries.
+    """A batch ready for a model.
+
+    Attributes:
+        inputs: the model's arguments.
+        targets: (B, T) int64 next tokens; (B,) classes for a classifier; IGNORED where there is
+            none.
+        counted: bool, as targets: predictions in the loss.
+        bounds: (examples + 1,) int64 over the B * T tokens in order.
+        shape: (B, T).
+        labelled: the labels came with the batch.
     """
 
     inputs: dict[str, Any]
-    # (B, T) int64 next tokens; (B,) classes for a classifier; IGNORED where there is none
     targets: Tensor
-    counted: Tensor  # bool, as targets: predictions in the loss
-    bounds: Tensor  # (examples + 1,) int64 over the B * T tokens in order
-    shape: tuple[int, int]  # (B, T)
-    labelled: bool = False  # the labels came with the batch
+    counted: Tensor
+    bounds: Tensor
+    shape: tuple[int, int]
+    labelled: bool = False
 
     def settled(self, logits: Tensor) -> Batch:
-        """With one label an example where the model turns out to be a classifier and no labels were
-        given.
-        """
-        if logits.dim() == 2 and self.targets.dim() == 2 and not self.labelled:
-            B = self.shape[0]
-            targets = torch.zeros(B, dtype=torch.int64, device=logits.device)
-            bounds = torch.arange(B + 1, device=self.bounds.device) * self.shape[1]
-            return Batch(
-                self.inputs, targets, torch.ones_like(targets, dtype=torch.bool), bounds, self.shape
-            )
-        return self
+        """With one label an example where the model turns out to be a classifier without labels."""
+        if logits.dim() != 2 or self.targets.dim() != 2 or self.labelled:
+            return self
+        B, T = self.shape
+        targets = torch.zeros(B, dtype=torch.int64, device=logits.device)
+        bounds = torch.arange(B + 1, device=self.bounds.device) * T
+        everything = torch.ones_like(targets, dtype=torch.bool)
+        return Batch(self.inputs, targets, everything, bounds, self.shape)
 
     @property
     def examples(self) -> int:
+        """How many there are: B rows, or the documents in them."""
         return self.bounds.numel() - 1
 
     @property
     def packed(self) -> bool:
+        """Whether a row holds several examples."""
         return self.examples != self.shape[0]
 
 
-def _starts(batch: Mapping[str, Any], ids: Tensor, op: str, real: Tensor) -> Tensor:
-    """(B, T) bool: tokens that begin a document of a packed row. A row's first token always does."""
-    B, T = ids.shape
-    starts = torch.zeros(B, T, dtype=torch.bool, device=ids.device)
-    starts[:, 0] = True
-    cu = batch.get("cu_seqlens")
-    if cu is not None:
-        checks.tensor(op, "batch['cu_seqlens']", cu, (torch.int32, torch.int64))
-        flat = cu.to(ids.device).long()
-        if (
-            B != 1
-            or flat.numel() < 2
-            or int(flat[0]) != 0
-            or int(flat[-1]) != T
-            or bool((flat[1:] <= flat[:-1]).any())
-        ):
-            raise checks.fail(
-                op,
-                "batch['cu_seqlens']",
-                f"boundaries that rise from 0 to {T} over one packed row",
-                flat.tolist()[:8],
-            )
-        starts[0, flat[:-1]] = True
-        return starts
-    positions = batch.get("position_ids")
-    if positions is not None and positions.shape == ids.shape:
-        restart = (
-            (positions.to(ids.device)[:, 1:] <= positions.to(ids.device)[:, :-1])
-            & real[:, 1:]
-            & real[:, :-1]
-        )
-        starts[:, 1:] |= restart
-    return starts
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read(
@@ -105,87 +74,123 @@ def read(
     positions: bool = False,
     shift: bool = True,
 ) -> Batch:
-    """Checks a batch (input_ids alone, or a mapping) and lays out its examples and labels.
+    """Checks a batch and lays out its examples and labels.
 
-    positions: the model takes position_ids, which then tell it where packed documents begin. shift:
-        labels are next tokens.
+    Args:
+        op: for errors.
+        batch: input_ids alone, or a mapping.
+        device: where its tensors go.
+        vocab: how many ids the model knows.
+        positions: the model takes position_ids, which then tell it where packed documents begin.
+        shift: labels are next tokens.
+
+    Raises:
+        ValueError, TypeError: the batch does not fit.
     """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
-        raise checks.fail(
-            op,
-            "batch",
-            "a dict or BatchEncoding with input_ids, or a tensor of ids",
-            batch,
-            error=TypeError,
-        )
+        expected = "a dict or BatchEncoding with input_ids, or a tensor of ids"
+        raise checks.fail(op, "batch", expected, batch, error=TypeError)
     inputs = {k: (v.to(device) if isinstance(v, Tensor) else v) for k, v in batch.items()}
     labels = inputs.pop("labels", None)
-    if "input_ids" not in batch:
+    if "input_ids" not in inputs:
         main = next((k for k in OTHER_INPUTS if isinstance(inputs.get(k), Tensor)), None)
         if main is None:
             raise checks.fail(op, "batch", "a key 'input_ids'", f"keys {sorted(map(str, batch))}")
         return _classifier(op, inputs, labels, inputs[main].shape[0], 1)
-    ids = checks.tensor(op, "batch['input_ids']", inputs["input_ids"], (torch.int64, torch.int32))
-    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 1:
-        raise checks.fail(
-            op, "batch['input_ids']", "shape (examples, tokens), at least (1, 1)", ids
-        )
-    if vocab is not None and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
-        raise checks.fail(
-            op,
-            "batch['input_ids']",
-            f"ids in [0, {vocab})",
-            f"{int(ids.min())} to {int(ids.max())}",
-            "is this the model's own tokenizer?",
-        )
+    ids = _ids(op, inputs, vocab)
     B, T = ids.shape
-    mask = inputs.get("attention_mask")
-    real = torch.ones_like(ids, dtype=torch.bool)
-    if mask is not None and mask.dim() == 2:
-        if mask.shape != ids.shape:
-            raise checks.fail(
-                op, "batch['attention_mask']", f"shape {tuple(ids.shape)} as input_ids", mask
-            )
-        real = mask != 0
-    if labels is not None and (
-        labels.dim() == 1 or labels.shape == (B, 1) != ids.shape
-    ):  # a classifier: one label a row
+    real = _real(op, inputs, ids)
+    if labels is not None and (labels.dim() == 1 or labels.shape == (B, 1) != ids.shape):
         return _classifier(op, inputs, labels.flatten(), B, T)
-    if labels is not None and labels.shape != ids.shape:
-        raise checks.fail(op, "batch['labels']", f"shape {tuple(ids.shape)} as input_ids", labels)
-    starts = _starts(inputs, ids, op, real)
-    packed = bool(starts[:, 1:].any())
+    starts = _starts(op, inputs, ids, real)
     inputs.pop("cu_seqlens", None)
-    if packed and positions:
-        if "position_ids" not in inputs:
-            column = torch.arange(T, device=ids.device).expand(B, T)
-            inputs["position_ids"] = column - torch.where(starts, column, 0).cummax(-1).values
-        if mask is not None and bool(
-            real.all()
-        ):  # says nothing, and would keep transformers from telling the documents apart
-            del inputs["attention_mask"]
-    bounds = torch.cat((starts.flatten().nonzero().flatten(), torch.tensor([B * T], device=device)))
-    labelled = labels is not None
+    if positions and bool(starts[:, 1:].any()):
+        _tell_documents(inputs, starts, real)
+    end = torch.tensor([B * T], device=device)
+    bounds = torch.cat((starts.flatten().nonzero().flatten(), end))
+    targets = _targets(op, labels, ids, real, vocab)
+    counted = real & (targets != IGNORED)
+    if shift:
+        # the next token must exist, be real, and belong to the same document
+        next_counts = counted[:, 1:] & ~starts[:, 1:] & real[:, :-1]
+        nothing = torch.full((B, 1), IGNORED, device=device)
+        targets = torch.cat((targets[:, 1:], nothing), 1)
+        counted = torch.cat((next_counts, torch.zeros_like(next_counts[:, :1])), 1)
+    return Batch(inputs, targets, counted, bounds, (B, T), labels is not None)
+
+
+def _ids(op: str, inputs: Mapping[str, Any], vocab: int | None) -> Tensor:
+    name = "batch['input_ids']"
+    ids = checks.tensor(op, name, inputs["input_ids"], (torch.int64, torch.int32))
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 1:
+        raise checks.fail(op, name, "shape (examples, tokens), at least (1, 1)", ids)
+    if vocab is not None and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
+        got = f"{int(ids.min())} to {int(ids.max())}"
+        way_out = "is this the model's own tokenizer?"
+        raise checks.fail(op, name, f"ids in [0, {vocab})", got, way_out)
+    return ids
+
+
+def _real(op: str, inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """(B, T) bool: tokens that are no padding."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if mask.shape != ids.shape:
+        expected = f"shape {tuple(ids.shape)} as input_ids"
+        raise checks.fail(op, "batch['attention_mask']", expected, mask)
+    return mask != 0
+
+
+def _starts(op: str, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:
+    """(B, T) bool: tokens that begin a document; a row's first token always does."""
+    starts = torch.zeros_like(real)
+    starts[:, 0] = True
+    cu, positions = inputs.get("cu_seqlens"), inputs.get("position_ids")
+    if cu is not None:
+        starts[0, _boundaries(op, cu, *ids.shape)[:-1]] = True
+    elif positions is not None and positions.shape == ids.shape:
+        restarts = positions[:, 1:] <= positions[:, :-1]
+        starts[:, 1:] = restarts & real[:, 1:] & real[:, :-1]
+    return starts
+
+
+def _boundaries(op: str, cu: Any, B: int, T: int) -> Tensor:
+    name = "batch['cu_seqlens']"
+    flat = checks.tensor(op, name, cu, (torch.int32, torch.int64)).long()
+    whole = flat.numel() >= 2 and int(flat[0]) == 0 and int(flat[-1]) == T
+    if B != 1 or not whole or bool((flat[1:] <= flat[:-1]).any()):
+        expected = f"boundaries that rise from 0 to {T} over one packed row"
+        raise checks.fail(op, name, expected, flat.tolist()[:8])
+    return flat
+
+
+def _tell_documents(inputs: dict[str, Any], starts: Tensor, real: Tensor) -> None:
+    """Position ids that restart with every document, by which a model keeps them apart."""
+    if "position_ids" not in inputs:
+        column = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
+        inputs["position_ids"] = column - torch.where(starts, column, 0).cummax(-1).values
+    if inputs.get("attention_mask") is not None and bool(real.all()):
+        # says nothing, and would keep transformers from telling the documents apart
+        del inputs["attention_mask"]
+
+
+def _targets(
+    op: str, labels: Tensor | None, ids: Tensor, real: Tensor, vocab: int | None
+) -> Tensor:
+    """(B, T) int64: each token's own label; IGNORED where there is none."""
     if labels is None:
-        labels = ids.masked_fill(~real, IGNORED)
-    elif bool(((labels != IGNORED) & ((labels < 0) | (labels >= (vocab or 1 << 62)))).any()):
-        raise checks.fail(
-            op,
-            "batch['labels']",
-            f"labels in [0, {vocab}) or {IGNORED}",
-            f"{int(labels.min())} to {int(labels.max())}",
-        )
-    if not shift:
-        labels = labels.long()
-        return Batch(inputs, labels, (labels != IGNORED) & real, bounds, (B, T), labelled)
-    targets = torch.full_like(ids, IGNORED, dtype=torch.int64)
-    targets[:, :-1] = labels[:, 1:]
-    counted = torch.zeros_like(starts)
-    # the next token must exist, be real, and belong to the same document
-    counted[:, :-1] = real[:, :-1] & real[:, 1:] & ~starts[:, 1:] & (targets[:, :-1] != IGNORED)
-    return Batch(inputs, targets, counted, bounds, (B, T), labelled)
+        return ids.long().masked_fill(~real, IGNORED)
+    name = "batch['labels']"
+    if labels.shape != ids.shape:
+        raise checks.fail(op, name, f"shape {tuple(ids.shape)} as input_ids", labels)
+    outside = (labels < 0) | (labels >= (vocab or 1 << 62))
+    if bool(((labels != IGNORED) & outside).any()):
+        got = f"{int(labels.min())} to {int(labels.max())}"
+        raise checks.fail(op, name, f"labels in [0, {vocab}) or {IGNORED}", got)
+    return labels.long()
 
 
 def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int) -> Batch:
@@ -194,103 +199,121 @@ def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int) ->
     if labels is None:
         targets = torch.full((B,), IGNORED, dtype=torch.int64, device=device)
         return Batch(inputs, targets, torch.ones_like(targets, dtype=torch.bool), bounds, (B, T))
-    checks.tensor(op, "batch['labels']", labels, (torch.int64, torch.int32))
+    name, expected = "batch['labels']", f"shape ({B},) for a classifier"
+    checks.tensor(op, name, labels, (torch.int64, torch.int32))
     if labels.shape != (B,):
-        raise checks.fail(
-            op,
-            "batch['labels']",
-            f"shape ({B},) for a classifier"
-            + (f" or ({B}, {T}) for a language model" if T > 1 else ""),
-            labels,
-        )
+        if T > 1:
+            expected += f" or ({B}, {T}) for a language model"
+        raise checks.fail(op, name, expected, labels)
     return Batch(inputs, labels.long(), labels != IGNORED, bounds, (B, T), True)
 
 
-def rows(batch: Any, start: int, stop: int) -> Any:
-    """Rows start..stop of a batch: tensors with the batch's leading size are cut, the rest is kept."""
+# --- parts of a batch -----------------------------------------------------------------------------
+
+
+def _named(batch: Any) -> Mapping[str, Any]:
+    if isinstance(batch, Mapping):
+        return batch
+    return {"input_ids": batch}
+
+
+def ids_of(batch: Any) -> Tensor | None:
+    """A batch's input_ids; None where it has none."""
+    ids = batch
+    if isinstance(batch, Mapping):
+        ids = batch.get("input_ids")
+    return ids if isinstance(ids, Tensor) else None
+
+
+def take(batch: Any, start: int, stop: int) -> Any:
+    """The examples start..stop of an unpacked batch.
+
+    Tensors with the batch's leading size are cut, the rest is kept.
+    """
     if isinstance(batch, Tensor):
         return batch[start:stop]
     size = next(batch[k] for k in ("input_ids", *OTHER_INPUTS) if k in batch).shape[0]
-    return {
-        k: (v[start:stop] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v)
-        for k, v in batch.items()
-    }
+    part = dict(batch)
+    for k, v in part.items():
+        if isinstance(v, Tensor) and v.dim() and v.shape[0] == size:
+            part[k] = v[start:stop]
+    return part
+
+
+def _span(
+    inputs: Mapping[str, Any], shape: tuple[int, int], row: int, begin: int, end: int
+) -> dict[str, Any]:
+    """Tokens begin..end of one row: of tensors (B, T, ...), the rest is kept."""
+    part = dict(inputs)
+    for k, v in part.items():
+        if isinstance(v, Tensor) and tuple(v.shape[:2]) == shape:
+            part[k] = v[row : row + 1, begin:end]
+    return part
 
 
 def example(batch: Any, ready: Batch, n: int) -> Any:
     """Example n of a batch as a batch of its own: a row, or a document cut out of a packed row."""
     if not ready.packed:
-        return rows(batch, n, n + 1)
-    B, T = ready.shape
-    row, begin = divmod(int(ready.bounds[n]), T)
+        return take(batch, n, n + 1)
+    row, begin = divmod(int(ready.bounds[n]), ready.shape[1])
     end = begin + int(ready.bounds[n + 1] - ready.bounds[n])
-    whole = {
-        **(batch if isinstance(batch, Mapping) else {"input_ids": batch}),
-        **{k: v for k, v in ready.inputs.items() if k == "position_ids"},
-    }
-    cut = {}
-    for k, v in whole.items():
-        if isinstance(v, Tensor) and v.dim() >= 2 and tuple(v.shape[:2]) == (B, T):
-            v = v[row : row + 1, begin:end]
-        if k != "cu_seqlens" and not (k == "attention_mask" and k not in ready.inputs):
-            cut[k] = v
-    return cut
+    whole = dict(_named(batch))
+    if "position_ids" in ready.inputs:
+        whole["position_ids"] = ready.inputs["position_ids"]
+    if "attention_mask" not in ready.inputs:
+        whole.pop("attention_mask", None)
+    whole.pop("cu_seqlens", None)
+    return _span(whole, ready.shape, row, begin, end)
 
 
 def snippet(batch: Any, tokens: int) -> Any:
-    """One or two rows, cut to `tokens` of their real tokens in all.
+    """A small batch of the same kind, for a check of the method.
 
-    a small batch of the same kind, for a check of the method.
+    One or two rows, cut to `tokens` of their real tokens in all.
     """
-    whole = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-    ids = whole.get("input_ids")
-    positions, labels = whole.get("position_ids"), whole.get("labels")
+    whole = _named(batch)
+    ids, labels, positions = (whole.get(k) for k in ("input_ids", "labels", "position_ids"))
     if not isinstance(ids, Tensor) or (isinstance(labels, Tensor) and labels.dim() == 1):
-        return rows(whole, 0, 2)
-    document = isinstance(positions, Tensor)  # one row, so that one document can be cut out of it
-    part = dict(rows(whole, 0, 1 if document else 2))
+        return take(whole, 0, 2)
+    rows = 2
+    if isinstance(positions, Tensor):
+        rows = 1  # so that one document can be cut out of it
+    part = take(whole, 0, rows)
     cu = part.pop("cu_seqlens", None)
     part.pop("labels", None)
-    width, each = ids.shape[1], max(2, tokens // part["input_ids"].shape[0])
+    width, first = ids.shape[1], 0
     mask = part.get("attention_mask")
-    first = (
-        int((mask != 0).int().argmax(-1).max())
-        if isinstance(mask, Tensor) and mask.dim() == 2
-        else 0
-    )
-    stop = min(width if cu is None else int(cu[1]), first + each)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        first = int((mask != 0).int().argmax(-1).max())  # left padding
+    stop = min(width, first + max(2, tokens // part["input_ids"].shape[0]))
+    if cu is not None:
+        stop = min(stop, int(cu[1]))
     if isinstance(positions, Tensor):
         restart = (positions[0, first + 1 : stop] <= positions[0, first : stop - 1]).nonzero()
-        stop = first + 1 + int(restart[0]) if restart.numel() else stop
-    return {
-        k: (
-            v[:, first:stop]
-            if isinstance(v, Tensor) and v.dim() >= 2 and v.shape[1] == width
-            else v
-        )
-        for k, v in part.items()
-    }
+        stop = min([stop, *(first + 1 + restart.flatten()).tolist()])
+    for k, v in part.items():
+        if isinstance(v, Tensor) and v.dim() >= 2 and v.shape[1] == width:
+            part[k] = v[:, first:stop]
+    return part
 
 
-def neighbours(ready: Batch, width: int) -> tuple[dict[str, Any], dict[str, Any], int] | None:
-    """The end of a document with the beginning of the next one, that beginning alone, and where it
-    starts; None if there is none.
-    """
-    B, T = ready.shape
+class Meeting(NamedTuple):
+    """The end of a document with the beginning of the next one, and that beginning alone."""
+
+    both: dict[str, Any]
+    alone: dict[str, Any]
+    start: int  # the beginning's first token in `both`
+
+
+def neighbours(ready: Batch, width: int) -> Meeting | None:
+    """The first two documents of one row that meet, `width` tokens of each; None if none do."""
+    T = ready.shape[1]
     for begin, end in pairwise(ready.bounds.tolist()):
         row, at = divmod(begin, T)
         if at and end - begin > 1:
             before, stop = max(0, at - width), min(at + width, end - row * T)
-
-            def cut(a: int, b: int, row: int = row) -> dict[str, Any]:
-                return {
-                    k: (
-                        v[row : row + 1, a:b]
-                        if isinstance(v, Tensor) and v.dim() >= 2 and tuple(v.shape[:2]) == (B, T)
-                        else v
-                    )
-                    for k, v in ready.inputs.items()
-                }
-
-            return cut(before, stop), cut(at, stop), at - before
+            both, alone = (
+                _span(ready.inputs, ready.shape, row, first, stop) for first in (before, at)
+            )
+            return Meeting(both, alone, at - before)
     return None

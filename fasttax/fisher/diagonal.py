@@ -1,5 +1,4 @@
-"""The diagonal Fisher information of a model, exact per example at the price of an ordinary
-backward pass.
+"""DiagonalFisher: the diagonal Fisher information, exact per example at a backward pass's price.
 
     F_i = mean over examples n of ( sum over n's tokens t of d log p(y_t | x_<t) / d theta_i )^2
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,17 +19,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttax._base import checks, files
-from fasttax.fisher import batches, labels, loop, sharding
+from fasttax._base.packed import STORAGES
+from fasttax._base.version import __version__
+from fasttax.fisher import labels as scores
+from fasttax.fisher import loop, sharding
+from fasttax.fisher.delta_w import LORA, base_weights
 from fasttax.fisher.error import SamplingError
-from fasttax.fisher.estimate import STORAGES, FisherEstimate
+from fasttax.fisher.estimate import FisherEstimate
+from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
-from fasttax.fisher.plan import LORA, TIED, Filter, delta_w, plan, select
+from fasttax.fisher.plan import TIED, Filter, plan, select
+from fasttax.fisher.rules.routing import RoutingBlock
 from fasttax.fisher.sums import Slot, Sums
-from fasttax.fisher.taps import LinearTap, require_input_grads
+from fasttax.fisher.tap import Tap
+from fasttax.fisher.verify import check_isolation, verify
+from fasttax.fisher.view import View, bare
 
 LABELS = ("sample", "true", "exact_head")
 UNITS = ("example", "token", "batch")
-FALLBACK = (None, "loop")
 NORMALIZE = ("mean", "sum")
 
 
@@ -89,23 +94,45 @@ class DiagonalFisher:
         op = "DiagonalFisher"
         if not isinstance(model, nn.Module):
             raise checks.fail(op, "model", "a torch.nn.Module", model, error=TypeError)
-        self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        compiled = model._modules.get("_orig_mod")
-        self.model = model if compiled is None else compiled
         self.labels = checks.choice(op, "labels", labels, LABELS)
         self.unit = checks.choice(op, "unit", unit, UNITS)
-        checks.choice(op, "tied", tied, TIED)
+        self.tied = checks.choice(op, "tied", tied, TIED)
         self.lora = checks.choice(op, "lora", lora, LORA)
-        if fallback not in FALLBACK:
-            raise checks.fail(op, "fallback", "None or 'loop'", repr(fallback))
-        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
-            raise checks.fail(op, "mc_samples", "an integer >= 1", mc_samples)
-        if labels == "true" and mc_samples != 1:
-            raise checks.fail(
-                op, "mc_samples", "1 with labels='true', which draws none", mc_samples
-            )
-        if unit == "batch" and labels == "true":
+        self.mc_samples = checks.count(op, "mc_samples", mc_samples)
+        self.fallback = fallback
+        self._check_options(op)
+        self.model = bare(model)
+        self.params = select(op, self.model, params)
+        slots = {n: Slot.of(p) for n, p in self.params.items()}
+        dense = {}
+        if lora == "delta_w":
+            dense = base_weights(op, self.model, self.params, slots)
+        self.sums = Sums(slots, tied, 1 / mc_samples)
+        taps: list[Tap] = []
+        blocks: list[RoutingBlock] = []
+        if fallback is None:
+            taps, blocks = plan(op, self.model, self.params, dense, self.sums)
+        self.device = next(iter(slots.values())).device
+        self.view = View(
+            self.model, model, self.device, taps, blocks, self.unit, self.labels, shift
+        )
+        self.generator = generator or torch.Generator(self.device).manual_seed(0)
+        self.examples = self.tokens = self.batches = 0
+        self.error = SamplingError({n: self.sums.numel(n) for n in slots})
+        hashed = ((n, s.param) for n, s in slots.items() if s.param is not None)
+        self._hash = files.weights_hash(hashed)
+        self._unverified = verify and fallback is None and not self.sums.shards
+        self._packed_unverified = verify
+        self._reduced = False
+
+    def _check_options(self, op: str) -> None:
+        """Refuses options that exclude each other."""
+        if self.fallback not in (None, "loop"):
+            raise checks.fail(op, "fallback", "None or 'loop'", repr(self.fallback))
+        if self.labels == "true" and self.mc_samples != 1:
+            expected = "1 with labels='true', which draws none"
+            raise checks.fail(op, "mc_samples", expected, self.mc_samples)
+        if self.unit == "batch" and self.labels == "true":
             raise checks.fail(
                 op,
                 "labels",
@@ -113,50 +140,23 @@ class DiagonalFisher:
                 "'true'",
                 "a squared sum of true-label gradients is biased by the squared mean gradient",
             )
-        if fallback == "loop" and (
-            unit != "example" or labels == "exact_head" or lora == "delta_w"
+        if self.fallback is None:
+            return
+        for option, value, fits in (
+            ("unit", self.unit, ("example",)),
+            ("labels", self.labels, ("sample", "true")),
+            ("lora", self.lora, ("factors",)),
         ):
-            option, value, fits = (
-                ("unit", unit, "'example'")
-                if unit != "example"
-                else ("labels", labels, "'sample' or 'true'")
-                if labels == "exact_head"
-                else ("lora", lora, "'factors'")
-            )
-            raise checks.fail(op, option, f"{fits} with fallback='loop'", repr(value))
-        self.fallback, self.mc_samples, self.shift = fallback, mc_samples, shift
-        self.params = select(op, self.model, params)
-        slots = {n: Slot.of(p) for n, p in self.params.items()}
-        extra = delta_w(op, self.model, self.params, slots) if lora == "delta_w" else {}
-        slots = {n: s for n, s in slots.items() if n in self.params or n in extra}
-        self.sums = Sums(slots, tied)
-        self.sums.weight = None if mc_samples == 1 else 1 / mc_samples
-        self._taps, self._blocks = (
-            ([], []) if fallback == "loop" else plan(op, self.model, self.params, extra, self.sums)
-        )
-        self.device = next(iter(slots.values())).device
-        self.generator = (
-            torch.Generator(self.device).manual_seed(0) if generator is None else generator
-        )
-        self.examples = self.tokens = self.batches = 0
-        self.error = SamplingError(
-            {
-                n: (self.sums.shards[n].local if n in self.sums.shards else s).shape.numel()
-                for n, s in slots.items()
-            }
-        )
-        hashed = ((n, s.param) for n, s in slots.items() if s.param is not None)
-        self._hash = files.weights_hash(hashed)
-        self._unverified = verify and fallback is None and not self.sums.shards
-        self._packed_unverified = verify
-        self._damaged = self._reduced = False
+            if value not in fits:
+                expected = f"{' or '.join(map(repr, fits))} with fallback='loop'"
+                raise checks.fail(op, option, expected, repr(value))
 
     @property
     def drawing(self) -> torch.Generator | None:
         """The generator of labels; None where they are the data's."""
         return None if self.labels == "true" else self.generator
 
-    # --- one batch -----------------------------------------------------------------------------------------------------
+    # --- one batch --------------------------------------------------------------------------------
 
     def update(self, batch: Mapping[str, Any] | Tensor) -> None:
         """Forward, labels, backward, accumulate.
@@ -174,230 +174,78 @@ class DiagonalFisher:
             ValueError, TypeError, IndexError: the batch does not fit; nothing is accumulated.
         """
         self._check_whole("update")
-        ready = self._read(batch)
+        ready = self.view.read(batch)
         if self._packed_unverified and ready.packed:
-            loop.check_isolation(self, batch, ready)
+            check_isolation(self.view, ready)
             self._packed_unverified = False
         if self._unverified:
-            loop.verify(self, batch)
+            verify(self.view, self.sums, self.drawing, batch)
             self._unverified = False
         if self.fallback == "loop":
-            loop.update(self, batch, ready)
-        else:
-            current = Pass(self.unit, ready.shape, ready.bounds)
-            with self._tapped([current]):
-                logits = self._forward(ready)
-                ready = ready.settled(logits)
-                for draw in range(self.mc_samples):
-                    score = labels.score(logits, ready, self.drawing)
-                    if self.labels == "exact_head":
-                        current.head, current.score = self._head(current, logits), score
-                    logits.backward(score.to(logits.dtype), retain_graph=draw + 1 < self.mc_samples)
-                    self.sums.finish(current)
-        self._count(ready.examples, int(ready.counted.sum()))
-
-    def _count(self, examples: int, tokens: int) -> None:
-        self.examples += examples
-        self.tokens += tokens
-        self.batches += 1
-        self.error.batch(self.sums.value, tokens if self.unit == "token" else examples)
-
-    def relative_error(self) -> float:
-        """The estimate's own relative error (standard error over norm, on 64 coordinates a
-        parameter) from the spread between batches.
-
-        It halves with four times the examples. NaN before the second batch.
-        """
-        return self.error.relative()
-
-    def _check_whole(self, method: str) -> None:
-        if self._damaged:
-            raise RuntimeError(
-                f"DiagonalFisher.{method}: an earlier batch failed halfway through its backward, "
-                "so that some layers counted it and others "
-                "did not; start a new DiagonalFisher"
+            loop.update(
+                self.view, self.sums, batch, ready, draws=self.mc_samples, drawing=self.drawing
             )
-        if self._reduced and method != "finalize":
-            raise RuntimeError(
-                f"DiagonalFisher.{method}: the sums are those of all ranks since reduce(); start a "
-                "new DiagonalFisher"
-            )
-
-    def _read(self, batch: Any) -> batches.Batch:
-        op = "DiagonalFisher.update"
-        if isinstance(batch, Mapping):
-            sharding.refuse_context_parallel(op, self.unit, *batch.values())
-        get_embedding: Any = getattr(self.model, "get_input_embeddings", None)
-        embedding = (
-            None if get_embedding is None or not hasattr(self.model, "config") else get_embedding()
-        )
-        vocab = getattr(embedding, "num_embeddings", None)
-        self._check_model()
-        return batches.read(
-            op,
-            batch,
-            self.device,
-            vocab,
-            positions=_takes(self.model, "position_ids"),
-            shift=self.shift,
-        )
-
-    def _check_model(self) -> None:
-        if not self.model.training and not any(m.training for m in self.model.modules()):
+            self._count(ready.examples, int(ready.counted.sum()))
             return
-        for where, m in self.model.named_modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training:
-                raise ValueError(
-                    f"DiagonalFisher: model: expected batch norms in eval mode, got {where} in "
-                    "train mode, which mixes the examples; call model.eval()"
-                )
-        dropouts = any(
-            isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training
-            for m in self.model.modules()
-        )
-        if dropouts or any(
-            getattr(m, "attention_dropout", 0) not in (0, None) and m.training
-            for m in self.model.modules()
-        ):
-            warnings.warn(
-                "DiagonalFisher: the model is in train mode and has dropout; the estimate is of "
-                "the dropped-out model "
-                "(call model.eval())",
-                stacklevel=4,
-            )
-
-    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        cached = hasattr(self.model, "config") and hasattr(self.model, "generate")
-        return {**({"use_cache": False} if cached else {}), **inputs}
-
-    def _logits(self, output: Any) -> Any:
-        return output if isinstance(output, Tensor) else getattr(output, "logits", None)
-
-    def _forward(self, batch: batches.Batch) -> Tensor:
-        logits = self._logits(self.model(**self._arguments(batch.inputs)))
-        expected = f"an output with logits of shape {(*batch.targets.shape, 'V')}"
-        way_out = "for a classifier pass labels of shape (B,); for anything else use observe() with your own loss"
-        if not isinstance(logits, Tensor):
-            raise checks.fail(
-                "DiagonalFisher.update", "model", expected, type(logits).__name__, way_out
-            )
-        classifies = logits.dim() == 2 and logits.shape[0] == batch.shape[0] and not batch.labelled
-        if classifies and self.labels == "true":
-            raise checks.fail(
-                "DiagonalFisher.update",
-                "batch",
-                "a key 'labels' of shape (B,) for a classifier with labels='true'",
-                "none",
-            )
-        if not classifies and (logits.shape[:-1] != batch.targets.shape):
-            raise checks.fail("DiagonalFisher.update", "model", expected, logits, way_out)
-        return logits
-
-    def _head(self, current: Pass, logits: Tensor) -> Any:
-        """The tap of the head: the model's output embedding, or the linear layer whose output the
-        logits are.
-        """
-        get_head: Any = getattr(self.model, "get_output_embeddings", None)
-        head = get_head() if get_head is not None else None
-        for tap in self._taps:
-            if type(tap) is LinearTap and tap.module is head:
-                return tap
-        last = current.outputs.get(logits.data_ptr())
-        if last is None:
-            raise checks.fail(
-                "DiagonalFisher.update",
-                "labels",
-                "a linear head among params whose output is the logits with 'exact_head'",
-                "none found",
-                "use labels='sample', or name the head in params=",
-            )
-        return last
-
-    @contextlib.contextmanager
-    def _tapped(self, passes: list[Pass]) -> Iterator[None]:
-        """Taps in place and every parameter frozen, so that autograd computes no weight gradient.
-
-        All undone at the end.
-        """
-        handles: list[Any] = []
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        parts: list[Any] = [*self._taps, *self._blocks]
-        self.sums.current = passes[0]
-        try:
-            for p, _ in flags:
-                p.requires_grad_(False)
-            handles = [part.install() for part in parts]
-            handles += require_input_grads(self.model)
-            with (
-                _uncompiled(self.model),
-                torch.random.fork_rng(devices=loop.cuda_devices(self.model)),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-            ):
-                yield
-        except BaseException:
-            # some layers have added this batch, others have not
-            self._damaged = self._damaged or any(p.seen for p in passes)
-            raise
-        finally:
-            self.sums.current = None
-            for handle in handles:
-                handle.remove()
-            for p, flag in flags:
-                p.requires_grad_(flag)
+        current = Pass(Layout(self.unit, ready.shape, ready.bounds))
+        with self.sums.recording([current]), self.view.tapped():
+            logits = self.view.forward(ready)
+            ready = ready.settled(logits)
+            for draw in range(self.mc_samples):
+                score = scores.score(logits, ready, self.drawing)
+                if self.labels == "exact_head":
+                    current.head, current.score = self.view.head(current, logits), score
+                logits.backward(score.to(logits.dtype), retain_graph=draw + 1 < self.mc_samples)
+                self.sums.finish(current)
+        self._count(ready.examples, int(ready.counted.sum()))
 
     @contextlib.contextmanager
     def observe(
         self, *, cu_seqlens: Tensor | None = None, shape: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Inside, the user's own forward and backward of SUMs of per-token losses add to the
-        estimate; p.grad is untouched.
+        """Inside, the user's own forward and backward add to the estimate; p.grad is untouched.
 
-        Several losses of one forward are one: their gradients are summed before squaring, in one
-        backward or in several (with retain_graph=True before the last). Every forward of the model
-        is a batch of its own.
+        The losses are SUMs of per-token losses. Several losses of one forward are one: their
+        gradients are summed before squaring, in one backward or in several (with retain_graph=True
+        before the last). Every forward of the model is a batch of its own.
 
         Args:
             cu_seqlens: boundaries of the examples in one packed row. Without it, rows of the batch
                 are the examples.
             shape: (B, T) of the batch, where the model's input does not show it.
+
+        Raises:
+            ValueError: the estimator's options allow update() alone.
+            RuntimeError: no gradient was seen.
         """
         op = "DiagonalFisher.observe"
         self._check_whole("observe")
-        if self.fallback == "loop" or self.labels == "exact_head":
-            option = "fallback" if self.fallback == "loop" else "labels"
-            raise checks.fail(
-                op,
-                option,
-                "None" if option == "fallback" else "'sample' or 'true'",
-                repr(getattr(self, option)),
-                "use update()",
-            )
+        use_update = "use update()"
+        if self.fallback is not None:
+            raise checks.fail(op, "fallback", "None", repr(self.fallback), use_update)
+        if self.labels == "exact_head":
+            raise checks.fail(op, "labels", "'sample' or 'true'", repr(self.labels), use_update)
         sharding.refuse_context_parallel(op, self.unit)
-        self._check_model()
+        self.view.check_mode()
         bounds = None
         if cu_seqlens is not None:
             checks.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
             bounds, shape = cu_seqlens, (1, int(cu_seqlens[-1]))
         elif shape is not None:
             bounds = torch.arange(shape[0] + 1) * shape[1]
-        passes = [Pass(self.unit, shape, bounds, observed=True)]
+        passes: list[Pass] = [Pass(Layout(self.unit, shape, bounds), observed=True)]
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if passes[-1].calls:
-                passes.append(Pass(self.unit, shape, bounds, observed=True))
+                passes.append(Pass(Layout(self.unit, shape, bounds), observed=True))
                 self.sums.current = passes[-1]
-            tensors = [
-                t
-                for t in (kwargs.get("input_ids"), *args, *kwargs.values())
-                if isinstance(t, Tensor) and t.dim()
-            ]
+            values = (kwargs.get("input_ids"), *args, *kwargs.values())
+            tensors = [t for t in values if isinstance(t, Tensor) and t.dim()]
             sharding.refuse_context_parallel(op, self.unit, *tensors)
             if tensors and shape is None:
-                passes[-1].batch = tensors[0].shape[0]
+                passes[-1].layout.batch = tensors[0].shape[0]
 
-        quiet: Any = self._ddp.no_sync() if self._ddp is not None else contextlib.nullcontext()
-        with quiet, self._tapped(passes):
+        with self.view.quiet(), self.sums.recording(passes), self.view.tapped():
             handle = self.model.register_forward_pre_hook(begin, with_kwargs=True)
             try:
                 yield
@@ -411,17 +259,50 @@ class DiagonalFisher:
                 )
             for p in seen:
                 self.sums.finish(p)
-        self._count(sum(p.examples for p in seen), sum(int(p.layout()[2][-1]) for p in seen))
+        self._count(
+            sum(p.layout.examples for p in seen), sum(int(p.layout.known()[2][-1]) for p in seen)
+        )
 
-    # --- the whole -----------------------------------------------------------------------------------------------------
+    def _count(self, examples: int, tokens: int) -> None:
+        self.examples += examples
+        self.tokens += tokens
+        self.batches += 1
+        self.error.batch(self.sums.value, self._units(examples, tokens))
+
+    def _units(self, examples: int, tokens: int) -> int:
+        return tokens if self.unit == "token" else examples
+
+    def relative_error(self) -> float:
+        """The estimate's own relative error, from the spread between batches.
+
+        Standard error over norm, on 64 coordinates a parameter. It halves with four times the
+        examples. NaN before the second batch.
+        """
+        return self.error.relative()
+
+    def _check_whole(self, method: str) -> None:
+        if self.sums.damaged:
+            raise RuntimeError(
+                f"DiagonalFisher.{method}: an earlier batch failed halfway through its backward, "
+                "so that some layers counted it and others did not; start a new DiagonalFisher"
+            )
+        if self._reduced and method != "finalize":
+            raise RuntimeError(
+                f"DiagonalFisher.{method}: the sums are those of all ranks since reduce(); start a "
+                "new DiagonalFisher"
+            )
+
+    # --- the whole --------------------------------------------------------------------------------
 
     def reduce(self, group: Any = None) -> None:
         """Sums squares and counts over the ranks of a torch.distributed group.
 
-        All ranks then hold the single-process estimate.
+        All ranks then hold the single-process estimate. Under FSDP2 the squares are summed as they
+        come, each rank keeping its shard, and this sums the counts.
 
-        Under FSDP2 the squares are summed as they come, each rank keeping its shard, and this sums
-        the counts.
+        Raises:
+            ValueError: torch.distributed is not initialised, or ranks of tensor parallelism would
+                be summed.
         """
         op = "DiagonalFisher.reduce"
         if not dist.is_available() or not dist.is_initialized():
@@ -433,7 +314,9 @@ class DiagonalFisher:
                 "call torch.distributed.init_process_group first",
             )
         self._check_whole("reduce")
-        groups = self.sums.data_groups or [None] if group is None else [group]
+        groups = [group]
+        if group is None:
+            groups = self.sums.data_groups or [None]
         if groups == [None] and self.sums.shards:
             raise checks.fail(
                 op,
@@ -447,35 +330,36 @@ class DiagonalFisher:
         self._reduced = True
 
     def _everywhere(self, groups: list[Any]) -> tuple[int, int]:
+        """(examples, tokens) of all ranks of the groups."""
         counts = torch.tensor([self.examples, self.tokens], device=self.device)
         for group in groups:
             dist.all_reduce(counts, group=group)
         return int(counts[0]), int(counts[1])
 
     def finalize(self, normalize: str = "mean", storage: str = "fp32") -> FisherEstimate:
-        """The estimate so far: "mean" per example (per token for unit="token") or the "sum", as
-        "fp32", "bf16" or "u8log".
+        """The estimate so far.
+
+        Args:
+            normalize: "mean" per example (per token for unit="token"), or the "sum".
+            storage: "fp32", "bf16" or "u8log".
+
+        Raises:
+            RuntimeError: no example was seen.
         """
         checks.choice("DiagonalFisher.finalize", "normalize", normalize, NORMALIZE)
         checks.choice("DiagonalFisher.finalize", "storage", storage, STORAGES)
         self._check_whole("finalize")
-        examples, tokens = (
-            (self.examples, self.tokens)
-            if self._reduced
-            else self._everywhere(self.sums.data_groups)
-        )
+        examples, tokens = self.examples, self.tokens
+        if not self._reduced:
+            examples, tokens = self._everywhere(self.sums.data_groups)
         if examples == 0:
             raise RuntimeError(
                 "DiagonalFisher.finalize: no example was seen; call update(batch) first"
             )
-        count = max(1, tokens if self.unit == "token" else examples)
-        values = {}
-        for name in self.sums.slots:
-            value = self.sums.value(name)
-            value = value / count if normalize == "mean" else value.clone()
-            values[name] = (
-                self.sums.shards[name].tensor(value) if name in self.sums.shards else value
-            )
+        count = 1
+        if normalize == "mean":
+            count = max(1, self._units(examples, tokens))
+        values = {n: self.sums.placed(n, self.sums.value(n) / count) for n in self.sums.slots}
         metadata = {
             **self._facts(),
             "examples": examples,
@@ -489,25 +373,21 @@ class DiagonalFisher:
         return estimate if storage == "fp32" else estimate.to(storage)
 
     def _facts(self) -> dict[str, Any]:
-        from fasttax._base.version import __version__
-
-        options = {
+        """What tells one estimation from another."""
+        return {
+            "estimator": "diagonal_fisher",
             "labels": self.labels,
             "unit": self.unit,
             "mc_samples": self.mc_samples,
-            "tied": self.sums.tied,
+            "tied": self.tied,
             "lora": self.lora,
-        }
-        versions = {"fasttax": __version__, "torch": torch.__version__}
-        return {
-            "estimator": "diagonal_fisher",
-            **options,
             "model": type(self.model).__name__,
             "model_hash": self._hash,
-            **versions,
+            "fasttax": __version__,
+            "torch": torch.__version__,
         }
 
-    # --- across a crash -------------------------------------------------------------------------------------------------
+    # --- across a crash ---------------------------------------------------------------------------
 
     def checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Writes sums, counts and the generator's state.
@@ -518,68 +398,49 @@ class DiagonalFisher:
         tensors = {f"sum.{n}": self.sums.value(n) for n in self.sums.slots}
         tensors |= {f"error.{k}": t for k, t in self.error.state().items()}
         tensors["generator"] = self.generator.get_state()
-        files.write(
-            path,
-            "DiagonalFisher",
-            tensors,
-            {
-                **self._facts(),
-                "examples": self.examples,
-                "tokens": self.tokens,
-                "batches": self.batches,
-            },
-        )
+        counts = {"examples": self.examples, "tokens": self.tokens, "batches": self.batches}
+        files.write(path, "DiagonalFisher", tensors, {**self._facts(), **counts})
 
     def resume(self, path: str | os.PathLike[str]) -> None:
-        """Takes up what `checkpoint` wrote, for the same model and options."""
+        """Takes up what `checkpoint` wrote, for the same model and options.
+
+        Raises:
+            ValueError: the file is of another estimation; the differences are listed.
+        """
         tensors, metadata = files.read(path, "DiagonalFisher")
-        facts = {k: v for k, v in self._facts().items() if k not in ("fasttax", "torch")}
-        differences = [
-            f"{k}: {metadata.get(k)!r} in the file, {v!r} here"
-            for k, v in facts.items()
-            if metadata.get(k) != v
-        ]
-        shapes = {n: tuple(self.sums.value(n).shape) for n in self.sums.slots}
-        stored = {
-            n.removeprefix("sum."): tuple(t.shape)
-            for n, t in tensors.items()
-            if n.startswith("sum.")
-        }
-        differences += [
-            f"{n}: {stored.get(n, 'missing')} in the file, {shapes.get(n, 'missing')} here"
-            for n in sorted({*stored, *shapes})
-            if stored.get(n) != shapes.get(n)
-        ]
+        differences = self._differences(tensors, metadata)
         if differences:
             raise ValueError(
                 f"DiagonalFisher.resume: {os.fspath(path)} was written by another estimation:\n  "
                 + "\n  ".join(differences[:20])
                 + "\ndelete the file to begin anew, or give the model and options that wrote it"
             )
-        for n in shapes:
+        for n in self.sums.slots:
             self.sums.value(n).copy_(tensors[f"sum.{n}"])
+        prefix = "error."
         self.error.restore(
-            {k.removeprefix("error."): t for k, t in tensors.items() if k.startswith("error.")}
+            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         )
         self.generator.set_state(tensors["generator"])
-        self.examples, self.tokens, self.batches = (
-            metadata[k] for k in ("examples", "tokens", "batches")
-        )
+        self.examples, self.tokens = metadata["examples"], metadata["tokens"]
+        self.batches = metadata["batches"]
         self._unverified = False
 
-
-def _takes(model: nn.Module, argument: str) -> bool:
-    import inspect
-
-    wrapped: Any = model
-    while hasattr(wrapped, "get_base_model"):  # PEFT's forward takes anything
-        wrapped = wrapped.get_base_model()
-    return argument in inspect.signature(wrapped.forward).parameters
-
-
-def _uncompiled(model: nn.Module) -> Any:
-    """Compiled parts run eagerly: hooks that come after compilation are not in the compiled code."""
-    compiled = any(
-        "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()
-    )
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    def _differences(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[str]:
+        """A line for each fact and each sum that differs in a file; versions may."""
+        found = [
+            f"{k}: {metadata.get(k)!r} in the file, {v!r} here"
+            for k, v in self._facts().items()
+            if k not in ("fasttax", "torch") and metadata.get(k) != v
+        ]
+        here = {n: tuple(self.sums.value(n).shape) for n in self.sums.slots}
+        stored = {
+            n.removeprefix("sum."): tuple(t.shape)
+            for n, t in tensors.items()
+            if n.startswith("sum.")
+        }
+        for n in sorted({*stored, *here}):
+            there, mine = stored.get(n, "missing"), here.get(n, "missing")
+            if there != mine:
+                found.append(f"{n}: {there} in the file, {mine} here")
+        return found

@@ -12,12 +12,11 @@ COORDINATES = 64  # watched in each parameter
 
 
 class SamplingError:
-    """Relative error of the estimate, sqrt(sum_i var_i / sum_i F_i^2), over up to 64 coordinates of
-    each parameter.
+    """Relative error of the estimate, sqrt(sum_i var_i / sum_i F_i^2).
 
-    With batches b of n_b examples and sums x_b, F = sum x_b / sum n_b, and var = B/(B-1) sum (x_b -
-    n_b F)^2 / (sum n_b)^2, the ratio estimator's variance (Cochran, Sampling Techniques, 1977,
-    6.19), which needs running sums alone.
+    Over up to 64 coordinates of each parameter. With batches b of n_b examples and sums x_b, F =
+    sum x_b / sum n_b, and var = B/(B-1) sum (x_b - n_b F)^2 / (sum n_b)^2, the ratio estimator's
+    variance (Cochran, Sampling Techniques, 1977, 6.19), which needs running sums alone.
     """
 
     def __init__(self, numels: Mapping[str, int]) -> None:
@@ -34,30 +33,30 @@ class SamplingError:
         self.counts = torch.zeros(3, dtype=torch.float64)  # batches, units, units^2
 
     def batch(self, value: Callable[[str], Tensor], units: int) -> None:
-        """After a batch: `value(name)` is the running sum of squares."""
-        picked = [value(n).reshape(-1)[p.to(value(n).device)] for n, p in self.places.items()]
-        now = torch.cat([p.double().cpu() for p in picked]) if picked else self.total
+        """After a batch of `units` examples: `value(name)` is the running sum of squares."""
+        picked = [torch.zeros(0, dtype=torch.float64)]
+        for name, places in self.places.items():
+            flat = value(name).reshape(-1)
+            picked.append(flat[places.to(flat.device)].double().cpu())
+        now = torch.cat(picked)
         x, self.total = now - self.total, now
         self.squares += x * x
         self.crossed += units * x
         self.counts += torch.tensor([1.0, units, units**2], dtype=torch.float64)
 
     def relative(self) -> float:
-        """NaN before the second batch."""
+        """The relative error so far; NaN before the second batch."""
         batches, units, squared = self.counts.tolist()
         if batches < 2 or units == 0:
             return math.nan
         mean = self.total / units
-        spread = (
-            (self.squares - 2 * mean * self.crossed + mean * mean * squared).clamp_min(0).sum()
-            * batches
-            / (batches - 1)
-            / units**2
-        )
+        spread = self.squares - 2 * mean * self.crossed + mean * mean * squared
+        variance = spread.clamp_min(0).sum() * batches / (batches - 1) / units**2
         size = (mean * mean).sum()
-        return float((spread / size).sqrt()) if size > 0 else 0.0
+        return float((variance / size).sqrt()) if size > 0 else 0.0
 
     def state(self) -> dict[str, Tensor]:
+        """The running sums, for a file; `restore` takes them back."""
         return {
             "total": self.total,
             "squares": self.squares,
@@ -66,6 +65,7 @@ class SamplingError:
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `state` gave."""
         self.total, self.squares, self.crossed, self.counts = (
             state[k].clone() for k in ("total", "squares", "crossed", "counts")
         )

@@ -1,79 +1,20 @@
-"""FisherEstimate: a diagonal Fisher with its provenance, in float32, bfloat16 or 8-bit log storage."""
+"""FisherEstimate: a diagonal Fisher with its provenance, in one of three storages.
+
+float32, bfloat16, or 8-bit logarithms.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttax import reference
 from fasttax._base import checks, dtensor, file_parts, files
-
-STORAGES = ("fp32", "bf16", "u8log")
-BLOCK = 256  # elements that share a range in u8log
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A Fisher tensor as kernels read it.
-
-    `values` (uint8 codes for u8log), and u8log's (lo, step) per block.
-    """
-
-    values: Tensor
-    scales: Tensor | None = None
-
-    def decode(self) -> Tensor:
-        return (
-            self.values if self.scales is None else reference.decode_u8log(self.values, self.scales)
-        )
-
-
-def encode(fisher: Tensor, storage: str) -> Stored:
-    """fp32, bf16 (relative error <= 2^-8), or u8log.
-
-    255 steps of log2 F between each block's extremes, zeros exact.
-    """
-    if storage == "u8log" and hasattr(fisher, "full_tensor"):
-        raise checks.fail(
-            "FisherEstimate.to",
-            "storage",
-            "'fp32' or 'bf16' for DTensors, whose shards cut u8log's blocks",
-            "'u8log'",
-            "gather with .save(path) and load it first",
-        )
-    if storage == "fp32":
-        return Stored(fisher.float().contiguous())
-    if storage == "bf16":
-        return Stored(fisher.to(torch.bfloat16).contiguous())
-    flat = fisher.detach().float().flatten()
-    blocks = (flat.numel() + BLOCK - 1) // BLOCK
-    padded = torch.zeros(blocks * BLOCK, device=flat.device)
-    padded[: flat.numel()] = flat
-    logs = padded.view(blocks, BLOCK).log2()
-    positive = padded.view(blocks, BLOCK) > 0
-    lo = torch.where(positive, logs, torch.inf).amin(-1)
-    hi = torch.where(positive, logs, -torch.inf).amax(-1)
-    lo, hi = (torch.where(torch.isfinite(x), x, 0.0) for x in (lo, hi))
-    step = (hi - lo) / 254
-    codes = (
-        torch.where(step[:, None] > 0, (logs - lo[:, None]) / step[:, None].clamp_min(1e-30), 0.0)
-        .round()
-        .clamp(0, 254)
-        + 1
-    )
-    codes = (
-        torch.where(positive, codes, 0.0)
-        .to(torch.uint8)
-        .flatten()[: flat.numel()]
-        .view(fisher.shape)
-    )
-    return Stored(codes.contiguous(), torch.stack((lo, step), -1).contiguous())
+from fasttax._base.packed import STORAGES, Stored, encode
 
 
 class FisherEstimate(Mapping[str, Tensor]):
@@ -81,8 +22,9 @@ class FisherEstimate(Mapping[str, Tensor]):
 
     Items are float tensors (u8log storage is decoded on access).
 
-    `metadata` records where it comes from: estimator, labels, unit, examples, tokens, normalize,
-    storage, model_hash, versions.
+    Attributes:
+        metadata: where it comes from: estimator, labels, unit, examples, tokens, normalize,
+            storage, model_hash, versions.
     """
 
     def __init__(
@@ -107,27 +49,38 @@ class FisherEstimate(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         numel = sum(s.values.numel() for s in self._stored.values())
-        facts = ", ".join(
+        facts = [
             f"{k}={v}"
             for k, v in self.metadata.items()
             if k in ("estimator", "labels", "unit", "examples", "normalize", "storage")
-        )
-        return (
-            f"FisherEstimate({len(self)} tensors, {numel:,} values{', ' if facts else ''}{facts})"
-        )
+        ]
+        return f"FisherEstimate({', '.join([f'{len(self)} tensors', f'{numel:,} values', *facts])})"
 
     def stored(self, name: str) -> Stored:
+        """The tensor of a parameter as it is stored.
+
+        Raises:
+            KeyError: there is none; names the nearest.
+        """
         if name not in self._stored:
+            problem = f"FisherEstimate: no parameter {name!r} among {len(self)}"
             close = difflib.get_close_matches(name, self._stored, 3)
-            raise KeyError(
-                f"FisherEstimate: no parameter {name!r} among {len(self)}"
-                + (f"; nearest names: {', '.join(close)}" if close else "")
-            )
+            if close:
+                problem += f"; nearest names: {', '.join(close)}"
+            raise KeyError(problem)
         return self._stored[name]
 
     def to(self, storage: str) -> FisherEstimate:
         """The same estimate in "fp32", "bf16" or "u8log" storage."""
         checks.choice("FisherEstimate.to", "storage", storage, STORAGES)
+        if storage == "u8log" and any(dtensor.is_sharded(s.values) for s in self._stored.values()):
+            raise checks.fail(
+                "FisherEstimate.to",
+                "storage",
+                "'fp32' or 'bf16' for DTensors, whose shards cut u8log's blocks",
+                "'u8log'",
+                "gather with .save(path) and load it first",
+            )
         return FisherEstimate(
             {name: encode(self[name], storage) for name in self},
             {**self.metadata, "storage": storage},
@@ -138,11 +91,10 @@ class FisherEstimate(Mapping[str, Tensor]):
         if not isinstance(other, FisherEstimate):
             return NotImplemented
         differences = [f"{name}: only in one of them" for name in sorted(set(self) ^ set(other))]
-        differences += [
-            f"{n}: shape {tuple(self[n].shape)} and {tuple(other[n].shape)}"
-            for n in self
-            if n in other and self[n].shape != other[n].shape
-        ]
+        for n in sorted(set(self) & set(other)):
+            mine, theirs = tuple(self[n].shape), tuple(other[n].shape)
+            if mine != theirs:
+                differences.append(f"{n}: shape {mine} and {theirs}")
         if differences:
             raise ValueError(
                 "FisherEstimate.__add__: the estimates do not fit:\n  "
@@ -161,6 +113,7 @@ class FisherEstimate(Mapping[str, Tensor]):
         )
 
     def __mul__(self, factor: float) -> FisherEstimate:
+        """Every value times `factor` >= 0."""
         factor = checks.number("FisherEstimate.__mul__", "factor", factor, low=0)
         scale = self.metadata.get("scaled_by", 1.0) * factor
         return FisherEstimate(
@@ -179,23 +132,20 @@ class FisherEstimate(Mapping[str, Tensor]):
     ) -> None:
         """Writes a safetensors file with the metadata in its header; a crash leaves the old file.
 
-        Of DTensors (FSDP2) the whole is gathered, so that every rank must call it. `sharded` makes
-        `path` a folder of files of about `max_shard_bytes` and an index, gathered one tensor at a
-        time and written by rank 0.
+        Of DTensors (FSDP2) the whole is gathered, so that every rank must call it.
+
+        Args:
+            path: the file, or a folder.
+            sharded: `path` is a folder of files and an index, gathered one tensor at a time and
+                written by rank 0.
+            max_shard_bytes: about what a file of the folder holds.
         """
-        groups = {
-            n: {f"fisher.{n}": s.values, **({} if s.scales is None else {f"scales.{n}": s.scales})}
-            for n, s in self._stored.items()
-        }
+        groups = {n: s.tensors(n) for n, s in self._stored.items()}
         if sharded:
             file_parts.write(path, "FisherEstimate", groups, self.metadata, max_shard_bytes)
-        else:
-            files.write(
-                path,
-                "FisherEstimate",
-                {k: dtensor.whole(t) for group in groups.values() for k, t in group.items()},
-                self.metadata,
-            )
+            return
+        every = {k: dtensor.whole(t) for group in groups.values() for k, t in group.items()}
+        files.write(path, "FisherEstimate", every, self.metadata)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> FisherEstimate:
@@ -211,12 +161,19 @@ class FisherEstimate(Mapping[str, Tensor]):
     def from_adam(
         optimizer: torch.optim.Optimizer, model: torch.nn.Module, *, batch_size: int = 1
     ) -> FisherEstimate:
-        """Adam's bias-corrected second moment times `batch_size` as a stand-in for the empirical
-        Fisher, labelled as that.
+        """Adam's bias-corrected second moment times `batch_size`, labelled as that.
 
-        It averages squared batch gradients along the training path, so it is biased by the squared
-        mean gradient (Li, Dangel, Tam, Raffel 2025, arXiv:2507.18807). Free, and no estimate of the
-        Fisher at one point.
+        A stand-in for the empirical Fisher that is free, and no estimate of the Fisher at one
+        point: it averages squared batch gradients along the training path, so it is biased by the
+        squared mean gradient (Li, Dangel, Tam, Raffel 2025, arXiv:2507.18807).
+
+        Args:
+            optimizer: an Adam that has taken a step on `model`.
+            model: names the parameters.
+            batch_size: examples that a step averaged over.
+
+        Raises:
+            ValueError: the optimizer has no second moments of the model's parameters.
         """
         names = {id(p): n for n, p in model.named_parameters()}
         values: dict[str, Tensor] = {}
@@ -225,9 +182,8 @@ class FisherEstimate(Mapping[str, Tensor]):
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
                 if "exp_avg_sq" in state and id(p) in names:
-                    values[names[id(p)]] = state["exp_avg_sq"].float() * (
-                        batch_size / (1 - beta2 ** float(state["step"]))
-                    )
+                    scale = batch_size / (1 - beta2 ** float(state["step"]))
+                    values[names[id(p)]] = state["exp_avg_sq"].float() * scale
         if not values:
             raise ValueError(
                 "FisherEstimate.from_adam: optimizer: expected an Adam that has taken a step on "

@@ -1,13 +1,12 @@
-"""estimate_fisher: a DiagonalFisher over an iterable of batches, with a progress bar and
-checkpoints.
-"""
+"""estimate_fisher: a DiagonalFisher over batches, with a progress bar and checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fasttax._base import checks
-from fasttax.fisher import batches
+from fasttax._base.packed import STORAGES
+from fasttax.fisher.batches import ids_of, take
 from fasttax.fisher.diagonal import NORMALIZE, DiagonalFisher
-from fasttax.fisher.estimate import STORAGES, FisherEstimate
+from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.plan import Filter
 
 
@@ -43,38 +43,43 @@ def estimate_fisher(
 ) -> FisherEstimate:
     """The diagonal Fisher of `model` over `batches`, with a progress bar.
 
-    Options as in `DiagonalFisher` and its `finalize`.
-
     Args:
+        model: a decoder language model or a classifier.
         batches: an iterable of what `DiagonalFisher.update` takes.
+        labels: "sample", "true" or "exact_head"; DiagonalFisher says more of this and the options
+            that it has too.
+        unit: what is summed before it is squared: "example", "token" or "batch".
         max_examples: stop after this many rows; the last batch is cut to fit.
         progress: show examples done, examples/s, the time left, and the estimate's own relative
             error.
+        params: which parameters: None for all trainable ones, a predicate, names or patterns.
+        tied: a weight that embedding and head share: "exact" or "sum_of_squares".
+        lora: "factors", or "delta_w" for the base weights behind adapters.
+        generator: for label sampling; None is one of its own, seeded with 0.
+        mc_samples: label draws a batch.
+        shift: labels of (B, T) are next tokens.
+        fallback: "loop" runs example by example where a parameter has no rule.
+        normalize: "mean" per example (per token for unit="token"), or the "sum".
+        storage: "fp32", "bf16" or "u8log".
         checkpoint: a file that is written every `checkpoint_every` batches and removed at the end.
             Where it exists, estimation continues after the batches that it holds, to the same bits;
             `batches` must come in the same order.
+        checkpoint_every: batches between two checkpoints.
+
+    Raises:
+        ValueError, TypeError: an option or a batch does not fit, or there is no batch.
 
     Example:
         >>> fisher = fasttax.estimate_fisher(model, loader, max_examples=256)
         >>> ewc = fasttax.EWC(model, fisher, strength=1e3)
     """
     op = "estimate_fisher"
-    for name, value in (("max_examples", max_examples), ("checkpoint_every", checkpoint_every)):
-        if (value is not None or name == "checkpoint_every") and (
-            not isinstance(value, int) or isinstance(value, bool) or value < 1
-        ):
-            raise checks.fail(
-                op, name, f"{'None or ' if name == 'max_examples' else ''}an integer >= 1", value
-            )
+    if max_examples is not None:
+        checks.count(op, "max_examples", max_examples)
+    checks.count(op, "checkpoint_every", checkpoint_every)
     if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
-        raise checks.fail(
-            op,
-            "batches",
-            "an iterable of batches",
-            batches,
-            "for one batch pass [batch]",
-            TypeError,
-        )
+        expected, way_out = "an iterable of batches", "for one batch pass [batch]"
+        raise checks.fail(op, "batches", expected, batches, way_out, TypeError)
     estimator = DiagonalFisher(
         model,
         labels=labels,
@@ -89,21 +94,13 @@ def estimate_fisher(
     )
     checks.choice(op, "normalize", normalize, NORMALIZE)
     checks.choice(op, "storage", storage, STORAGES)
-    total = max_examples if max_examples is not None else _examples_in(batches)
-    done = 0
     if checkpoint is not None and os.path.exists(checkpoint):
         estimator.resume(checkpoint)
-        done = estimator.batches
+    total = max_examples or _examples_in(batches)
     with tqdm(
         total=total, initial=estimator.examples, unit="ex", desc="Fisher", disable=not progress
     ) as bar:
-        for i, batch in enumerate(batches):
-            if i < done:
-                continue
-            if max_examples is not None:
-                if estimator.examples >= max_examples:
-                    break
-                batch = _cut(batch, max_examples - estimator.examples)
+        for batch in _left(batches, estimator, max_examples):
             before = estimator.examples
             estimator.update(batch)
             error = estimator.relative_error()
@@ -112,8 +109,6 @@ def estimate_fisher(
             bar.update(estimator.examples - before)
             if checkpoint is not None and estimator.batches % checkpoint_every == 0:
                 estimator.checkpoint(checkpoint)
-            if max_examples is not None and estimator.examples >= max_examples:
-                break
     if estimator.examples == 0:
         raise checks.fail(op, "batches", "at least one batch", "an empty iterable")
     estimate = estimator.finalize(normalize=normalize, storage=storage)
@@ -123,18 +118,32 @@ def estimate_fisher(
     return estimate
 
 
+def _left(
+    batches: Iterable[Any], estimator: DiagonalFisher, max_examples: int | None
+) -> Iterator[Any]:
+    """The batches that are left for the estimator, until it has seen `max_examples`.
+
+    Yields:
+        Batches, the last one cut to fit; the next is not asked for then.
+    """
+    seen = estimator.batches
+    if max_examples is None:
+        yield from itertools.islice(batches, seen, None)
+        return
+    if estimator.examples >= max_examples:
+        return
+    for batch in itertools.islice(batches, seen, None):
+        yield _cut(batch, max_examples - estimator.examples)
+        if estimator.examples >= max_examples:
+            return
+
+
 def _cut(batch: Any, room: int) -> Any:
     """At most `room` rows of a batch of unpacked rows."""
-    ids = (
-        batch
-        if isinstance(batch, Tensor)
-        else batch.get("input_ids")
-        if isinstance(batch, Mapping)
-        else None
-    )
-    return (
-        batches.rows(batch, 0, room) if isinstance(ids, Tensor) and ids.shape[0] > room else batch
-    )
+    ids = ids_of(batch)
+    if ids is None or ids.shape[0] <= room:
+        return batch
+    return take(batch, 0, room)
 
 
 def _examples_in(batches: Any) -> int | None:
@@ -147,14 +156,7 @@ def _examples_in(batches: Any) -> int | None:
             return len(batches.dataset)  # type: ignore[arg-type]
         except TypeError:
             return None
-    if isinstance(batches, (list, tuple)):
-        ids = [
-            b if isinstance(b, Tensor) else b.get("input_ids") if isinstance(b, Mapping) else None
-            for b in batches
-        ]
-        return (
-            sum(t.shape[0] for t in ids if isinstance(t, Tensor))
-            if all(isinstance(t, Tensor) for t in ids)
-            else None
-        )
-    return None
+    if not isinstance(batches, (list, tuple)):
+        return None
+    ids = [t for t in map(ids_of, batches) if t is not None]
+    return sum(t.shape[0] for t in ids) if len(ids) == len(batches) else None

@@ -1,4 +1,7 @@
-"""The head's exact Fisher over all labels: two GEMMs a chunk of tokens, around `label_variance_`."""
+"""The head's exact Fisher over all labels: two GEMMs a chunk of tokens, label_variance_ between.
+
+What is registered for lm_head_fisher_ on every device; reference/fisher.py has the specification.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from fasttax._base.gemm import gemm, mixed_gemm, narrow_gemm, project
 def lm_head_fisher_(
     out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_chunk: int
 ) -> None:
-    """Out += (p (1 - p))^T (hidden * hidden), p = softmax(hidden weight^T + bias).
+    """`out` += (p (1 - p))^T (hidden * hidden), p = softmax(hidden weight^T + bias).
 
-    Logits in out's dtype, `token_chunk` tokens' at a time.
+    Logits in out's dtype, (token_chunk, V) of them at a time.
     """
     if not (hidden.shape[0] and out.numel()):
         return

@@ -1,11 +1,10 @@
-"""Sums of squared per-example gradients, the diagonal Fisher's building blocks, without a gradient
-per example in memory.
+"""Sums of squared per-example gradients, without a gradient per example in memory.
 
-An example n owns a run of tokens t; D = grad_outputs, A = inputs. With `cu_seqlens` (n + 1 integers
-from 0 to R) the tokens are the R rows of flat inputs; without, inputs are (N, T, ...) and every row
-of the batch is an example, or (N, ...) and every row is an example of one token. `example_weight`
-(N) multiplies an example's square. `out` is accumulated into and returned. Results are float32,
-float64 for float64 inputs.
+The diagonal Fisher's building blocks. An example n owns a run of tokens t; D = grad_outputs, A =
+inputs. With `cu_seqlens` (N + 1 integers from 0 to R) the tokens are the R rows of flat inputs;
+without, inputs are (N, T, ...) and every row of the batch is an example, or (N, ...) and every row
+is an example of one token. `example_weight` (N) multiplies an example's square. `out` is
+accumulated into and returned. Results are float32, float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -17,64 +16,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax import reference
 from fasttax._base import checks
 from fasttax._base.library import define
 from fasttax.fisher import head
-from fasttax.reference import fisher as specification
+from fasttax.reference import fisher as reference
+from fasttax.reference import wide
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What squares are summed in: float64 for float64, else float32."""
+    return {torch.float64: torch.float64}.get(dtype, torch.float32)
 
 
 def _segments(
     op: str, name: str, x: Tensor, trailing: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """X as rows (R, ...) with `trailing` trailing dimensions, and the examples' boundaries (int64,
-    on the CPU's side of x).
+    """`x` as (R, ...) with `trailing` trailing dimensions, and the examples' boundaries.
+
+    Boundaries are int64 and on x's device, as kernels take them.
     """
     leading = x.dim() - trailing
     if cu_seqlens is not None:
         if leading != 1:
-            raise checks.fail(
-                op,
-                name,
-                f"flat rows (R, ...) of {1 + trailing} dimensions together with cu_seqlens",
-                x,
-            )
-        checks.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            raise checks.fail(op, "cu_seqlens", "a vector of N + 1 boundaries", cu_seqlens)
-        bounds = cu_seqlens.to(device=x.device, dtype=torch.int64).contiguous()
-        values = bounds.tolist()
-        if values[0] != 0 or values[-1] != x.shape[0] or any(a > b for a, b in pairwise(values)):
-            raise checks.fail(
-                op,
-                "cu_seqlens",
-                f"boundaries that rise from 0 to {x.shape[0]}, the number of rows",
-                str(values[:8]),
-            )
-        return x, bounds
+            expected = f"flat rows (R, ...) of {1 + trailing} dimensions together with cu_seqlens"
+            raise checks.fail(op, name, expected, x)
+        return x, _boundaries(op, cu_seqlens, x)
     if leading not in (1, 2):
-        raise checks.fail(
-            op, name, f"{1 + trailing} or {2 + trailing} dimensions, (N, ...) or (N, T, ...)", x
-        )
-    N, T = (x.shape[0], 1) if leading == 1 else x.shape[:2]
-    rows = x if leading == 1 else x.flatten(0, 1)
-    return rows, torch.arange(N + 1, device=x.device) * T
+        expected = f"{1 + trailing} or {2 + trailing} dimensions, (N, ...) or (N, T, ...)"
+        raise checks.fail(op, name, expected, x)
+    bounds = torch.arange(x.shape[0] + 1, device=x.device)
+    if leading == 1:
+        return x, bounds
+    return x.flatten(0, 1), bounds * x.shape[1]
 
 
-def _weights(op: str, example_weight: Tensor | None, examples: int, like: Tensor) -> Tensor | None:
+def _boundaries(op: str, cu_seqlens: Tensor, x: Tensor) -> Tensor:
+    checks.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise checks.fail(op, "cu_seqlens", "a vector of N + 1 boundaries", cu_seqlens)
+    bounds = cu_seqlens.to(device=x.device, dtype=torch.int64).contiguous()
+    values = bounds.tolist()
+    if values[0] != 0 or values[-1] != x.shape[0] or any(a > b for a, b in pairwise(values)):
+        expected = f"boundaries that rise from 0 to {x.shape[0]}, the number of rows"
+        raise checks.fail(op, "cu_seqlens", expected, str(values[:8]))
+    return bounds
+
+
+def _weights(op: str, example_weight: Tensor | None, bounds: Tensor, like: Tensor) -> Tensor | None:
+    """The examples' weights as kernels take them."""
     if example_weight is None:
         return None
     if not isinstance(example_weight, Tensor):
         raise checks.fail(op, "example_weight", "a torch.Tensor", example_weight, error=TypeError)
+    examples = bounds.numel() - 1
     if example_weight.shape != (examples,):
-        raise checks.fail(
-            op, "example_weight", f"shape ({examples},), one value an example", example_weight
-        )
+        expected = f"shape ({examples},), one value an example"
+        raise checks.fail(op, "example_weight", expected, example_weight)
     return example_weight.to(device=like.device, dtype=like.dtype).contiguous()
 
 
 def _result(op: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    """`out`, checked, or zeros."""
+    dtype = sum_dtype(like.dtype)
     if out is None:
         return torch.zeros(shape, dtype=dtype, device=like.device)
     checks.tensor(op, "out", out, (dtype,))
@@ -83,26 +86,24 @@ def _result(op: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -
     return out
 
 
-def _paired(op: str, inputs: Any, grad_outputs: Any, lead: int) -> tuple[Tensor, Tensor]:
+def _paired(op: str, inputs: Any, grad_outputs: Any, features: int) -> tuple[Tensor, Tensor]:
+    """Detached, checked to have the same shape but for `features` trailing dimensions."""
     checks.tensor(op, "inputs", inputs)
     checks.tensor(op, "grad_outputs", grad_outputs)
+    lead = max(1, inputs.dim() - features)
     if inputs.shape[:lead] != grad_outputs.shape[:lead] or inputs.dim() != grad_outputs.dim():
-        raise checks.fail(
-            op,
-            "grad_outputs",
-            f"the leading shape {tuple(inputs.shape[:lead])} of inputs",
-            grad_outputs,
-        )
+        expected = f"the leading shape {tuple(inputs.shape[:lead])} of inputs"
+        raise checks.fail(op, "grad_outputs", expected, grad_outputs)
     checks.same_device(op, "grad_outputs", grad_outputs, "inputs", inputs)
     if (inputs.dtype == torch.float64) != (grad_outputs.dtype == torch.float64):
-        raise checks.fail(
-            op,
-            "grad_outputs",
-            "float64 together with float64 inputs, and only then",
-            grad_outputs,
-            error=TypeError,
-        )
-    return inputs, grad_outputs
+        expected = "float64 together with float64 inputs, and only then"
+        raise checks.fail(op, "grad_outputs", expected, grad_outputs, error=TypeError)
+    return inputs.detach(), grad_outputs.detach()
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """`x` with features that lie side by side, as kernels read them."""
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
 def linear_sqgrad(
@@ -113,30 +114,30 @@ def linear_sqgrad(
     example_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """F[o, i] = sum_n w_n (sum_{t in n} D[t, o] A[t, i])^2 of a linear layer's weight, exact per
-    example.
+    """F[o, i] = sum_n w_n (sum_{t in n} D[t, o] A[t, i])^2 of a linear layer's weight.
 
-    Costs one weight-gradient GEMM plus 2 N O I flops; no per-example gradient is stored.
+    Exact per example. Costs one weight-gradient GEMM plus 2 N O I flops; no per-example gradient is
+    stored.
 
     Args:
         inputs: A, (N, T, I), (N, I), or (R, I) with cu_seqlens; float32, bfloat16, float16 or
             float64.
         grad_outputs: D, the same leading shape, (..., O): gradients of the SUM of the tokens'
             losses.
-        cu_seqlens, example_weight, out: see the module; out is (O, I).
+        cu_seqlens: (N + 1,), boundaries of the examples over flat inputs.
+        example_weight: w, (N,).
+        out: (O, I), accumulated into.
 
     Raises:
         ValueError, TypeError: a shape, dtype or boundary does not fit.
     """
     op = "linear_sqgrad"
-    lead = max(1, inputs.dim() - 1) if isinstance(inputs, Tensor) else 1
-    inputs, grad_outputs = _paired(op, inputs, grad_outputs, lead)
+    inputs, grad_outputs = _paired(op, inputs, grad_outputs, 1)
     a, bounds = _segments(op, "inputs", inputs, 1, cu_seqlens)
     d = grad_outputs.reshape(a.shape[0], grad_outputs.shape[-1])
     result = _result(op, out, (d.shape[1], a.shape[1]), a)
-    a, d = _rows(a), _rows(d)
-    weights = _weights(op, example_weight, bounds.numel() - 1, result)
-    torch.ops.fasttax.linear_sqgrad_(result, a.detach(), d.detach(), bounds, weights)
+    weights = _weights(op, example_weight, bounds, result)
+    torch.ops.fasttax.linear_sqgrad_(result, _in_rows(a), _in_rows(d), bounds, weights)
     return result
 
 
@@ -149,15 +150,18 @@ def bias_sqgrad(
 ) -> Tensor:
     """F[o] = sum_n w_n (sum_{t in n} D[t, o])^2 of a bias.
 
-    grad_outputs (N, T, O), (N, O), or (R, O) with cu_seqlens.
+    Args:
+        grad_outputs: D, (N, T, O), (N, O), or (R, O) with cu_seqlens.
+        cu_seqlens: (N + 1,), boundaries of the examples over flat grad_outputs.
+        example_weight: w, (N,).
+        out: (O,), accumulated into.
     """
     op = "bias_sqgrad"
     checks.tensor(op, "grad_outputs", grad_outputs)
     d, bounds = _segments(op, "grad_outputs", grad_outputs.detach(), 1, cu_seqlens)
     result = _result(op, out, (d.shape[1],), d)
-    torch.ops.fasttax.bias_sqgrad_(
-        result, _rows(d), bounds, _weights(op, example_weight, bounds.numel() - 1, result)
-    )
+    weights = _weights(op, example_weight, bounds, result)
+    torch.ops.fasttax.bias_sqgrad_(result, _in_rows(d), bounds, weights)
     return result
 
 
@@ -169,24 +173,26 @@ def norm_sqgrad(
     example_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """F[i] = sum_n w_n (sum_{t in n} D[t, i] X[t, i])^2 of an elementwise weight, as in LayerNorm
-    and RMSNorm.
+    """F[i] = sum_n w_n (sum_{t in n} D[t, i] X[t, i])^2 of an elementwise weight.
 
-    inputs: X, the normalised activations that the weight multiplies; shapes as grad_outputs, which
-        are as in `bias_sqgrad`.
+    As in LayerNorm and RMSNorm.
+
+    Args:
+        inputs: X, the normalised activations that the weight multiplies; of grad_outputs' shape.
+        grad_outputs: D, (N, T, I), (N, I), or (R, I) with cu_seqlens.
+        cu_seqlens: (N + 1,), boundaries of the examples over flat inputs.
+        example_weight: w, (N,).
+        out: (I,), accumulated into.
     """
     op = "norm_sqgrad"
-    inputs, grad_outputs = _paired(
-        op, inputs, grad_outputs, inputs.dim() if isinstance(inputs, Tensor) else 1
-    )
-    x, bounds = _segments(op, "inputs", inputs.detach(), 1, cu_seqlens)
-    d = grad_outputs.detach().reshape(x.shape)
+    inputs, grad_outputs = _paired(op, inputs, grad_outputs, 0)
+    x, bounds = _segments(op, "inputs", inputs, 1, cu_seqlens)
+    d = grad_outputs.reshape(x.shape)
     if x.dtype != d.dtype:
         x, d = x.float(), d.float()
     result = _result(op, out, (d.shape[1],), d)
-    torch.ops.fasttax.norm_sqgrad_(
-        result, _rows(x), _rows(d), bounds, _weights(op, example_weight, bounds.numel() - 1, result)
-    )
+    weights = _weights(op, example_weight, bounds, result)
+    torch.ops.fasttax.norm_sqgrad_(result, _in_rows(x), _in_rows(d), bounds, weights)
     return result
 
 
@@ -202,27 +208,36 @@ def embedding_sqgrad(
 ) -> Tensor:
     """F[v, h] = sum_n w_n (sum_{t in n: ids[t] = v} D[t, h])^2.
 
-    Tokens repeated inside an example are summed, then squared.
-
-    Memory is O(tokens * H): rows are gathered by (example, id), never one table per example.
+    Tokens repeated inside an example are summed, then squared. Memory is O(tokens * H): rows are
+    gathered by (example, id), never one table per example.
 
     Args:
         ids: int64 or int32, (N, T), (N,), or (R,) with cu_seqlens, in [0, num_embeddings).
-        grad_outputs: ids' shape + (H,).
+        grad_outputs: D, ids' shape + (H,).
+        num_embeddings: V.
         padding_idx: a row that takes no gradient, as in torch.nn.Embedding.
+        cu_seqlens: (N + 1,), boundaries of the examples over flat ids.
+        example_weight: w, (N,).
+        out: (V, H), accumulated into.
+
+    Raises:
+        IndexError: an id is outside.
+        ValueError, TypeError: a shape, dtype or boundary does not fit.
     """
     op = "embedding_sqgrad"
     checks.tensor(op, "ids", ids, (torch.int64, torch.int32))
     checks.tensor(op, "grad_outputs", grad_outputs)
     if grad_outputs.shape[:-1] != ids.shape:
         raise checks.fail(op, "grad_outputs", f"shape {tuple(ids.shape)} + (H,)", grad_outputs)
+    V, H = int(num_embeddings), grad_outputs.shape[-1]
     flat, bounds = _segments(op, "ids", ids, 0, cu_seqlens)
-    H = grad_outputs.shape[-1]
-    result = _result(op, out, (int(num_embeddings), H), grad_outputs)
-    _ids_in_range(op, flat, int(num_embeddings))
-    weights = _weights(op, example_weight, bounds.numel() - 1, result)
-    skip = -1 if padding_idx is None else padding_idx % int(num_embeddings)
-    d = _rows(grad_outputs.detach().reshape(-1, H))
+    result = _result(op, out, (V, H), grad_outputs)
+    _ids_in_range(op, flat, V)
+    weights = _weights(op, example_weight, bounds, result)
+    skip = -1
+    if padding_idx is not None:
+        skip = padding_idx % V
+    d = _in_rows(grad_outputs.detach().reshape(-1, H))
     torch.ops.fasttax.embedding_sqgrad_(result, flat.long().contiguous(), d, bounds, weights, skip)
     return result
 
@@ -235,20 +250,13 @@ def embedding_rows(
     Keys (2, U) of (example, id), rows (U, H).
     """
     _ids_in_range(op, flat_ids, num_embeddings)
-    return specification.embedding_rows(
-        flat_ids.long(), reference.wide(d), bounds, num_embeddings, -1
-    )
+    return reference.embedding_rows(flat_ids.long(), wide(d), bounds, num_embeddings, -1)
 
 
 def _ids_in_range(op: str, ids: Tensor, count: int) -> None:
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
-        raise checks.fail(
-            op,
-            "ids",
-            f"values in [0, {count})",
-            f"{int(ids.min())} to {int(ids.max())}",
-            error=IndexError,
-        )
+        got = f"{int(ids.min())} to {int(ids.max())}"
+        raise checks.fail(op, "ids", f"values in [0, {count})", got, error=IndexError)
 
 
 def lm_head_fisher(
@@ -262,55 +270,58 @@ def lm_head_fisher(
 ) -> Tensor:
     """The head's exact Fisher over every label of the vocabulary, tokens summed.
 
-    F = (p (1 - p))^T (A * A), p = softmax(A W^T + b).
-
-    There is no label sampling and so no sampling error. Logits exist for `token_chunk` tokens at a
-    time.
+    F = (p (1 - p))^T (A * A), p = softmax(A W^T + b). There is no label sampling and so no sampling
+    error. Logits exist for `token_chunk` tokens at a time.
 
     Args:
-        hidden: A, (..., H). weight: (V, H). bias: (V,). mask: (...), tokens that count. out: (V,
-            H), accumulated into.
+        hidden: A, (..., H).
+        weight: W, (V, H).
+        bias: b, (V,).
+        mask: (...), tokens that count.
+        token_chunk: tokens at a time.
+        out: (V, H), accumulated into.
 
     Returns:
         (V, H), summed over the counted tokens.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit.
     """
     op = "lm_head_fisher"
     checks.tensor(op, "hidden", hidden)
     checks.tensor(op, "weight", weight)
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise checks.fail(op, "weight", f"shape (V, {hidden.shape[-1]})", weight)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise checks.fail(op, "bias", f"shape ({weight.shape[0]},)", bias)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise checks.fail(
-                op,
-                name,
-                f"dtype {hidden.dtype} as hidden",
-                value,
-                f"convert it with {name}.to(hidden.dtype)",
-                TypeError,
-            )
-    if not isinstance(token_chunk, int) or token_chunk < 1:
-        raise checks.fail(op, "token_chunk", "an integer >= 1", token_chunk)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise checks.fail(op, "bias", f"shape ({weight.shape[0]},)", bias)
+        _dtype_of_hidden(op, "bias", bias, hidden)
+        bias = bias.detach()
+    _dtype_of_hidden(op, "weight", weight, hidden)
+    checks.count(op, "token_chunk", token_chunk)
     a = hidden.detach().reshape(-1, hidden.shape[-1])
     if mask is not None:
-        a = a[checks.per_token(op, "mask", mask, hidden.shape[:-1], hidden.device).reshape(-1) != 0]
+        counted = checks.per_token(op, "mask", mask, hidden.shape[:-1], hidden.device)
+        a = a[counted.reshape(-1) != 0]
     result = _result(op, out, tuple(weight.shape), a)
-    torch.ops.fasttax.lm_head_fisher_(
-        result, a, weight.detach(), None if bias is None else bias.detach(), token_chunk
-    )
+    torch.ops.fasttax.lm_head_fisher_(result, a, weight.detach(), bias, token_chunk)
     return result
+
+
+def _dtype_of_hidden(op: str, name: str, value: Tensor, hidden: Tensor) -> None:
+    if value.dtype != hidden.dtype:
+        expected = f"dtype {hidden.dtype} as hidden"
+        way_out = f"convert it with {name}.to(hidden.dtype)"
+        raise checks.fail(op, name, expected, value, way_out, TypeError)
 
 
 def accumulate_sqgrad_(
     sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0
 ) -> None:
-    """Sums += weight * grads^2 in place, for a model's whole list of gradients in one call.
+    """`sums` += weight * grads^2 in place, for a model's whole list of gradients in one call.
 
-    The Fisher's sum where an example's gradient is at hand.
-
-    Three passes: read sum and gradient, write the sum.
+    The Fisher's sum where an example's gradient is at hand. Three passes: read sum and gradient,
+    write the sum.
 
     Args:
         sums: contiguous, float32, or float64 where the gradient is.
@@ -324,32 +335,21 @@ def accumulate_sqgrad_(
     checks.lists(op, "sum", sums=sums, grads=grads)
     weight = checks.number(op, "weight", weight)
     for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
-        checks.tensor(op, f"grads[{i}]", grad)
-        checks.tensor(
-            op,
-            f"sums[{i}]",
-            total,
-            (torch.float64 if grad.dtype == torch.float64 else torch.float32,),
-        )
+        of_sum, of_grad = f"sums[{i}]", f"grads[{i}]"
+        checks.tensor(op, of_grad, grad)
+        checks.tensor(op, of_sum, total, (sum_dtype(grad.dtype),))
         if grad.shape != total.shape:
-            raise checks.fail(op, f"grads[{i}]", f"shape {tuple(total.shape)} as sums[{i}]", grad)
-        checks.same_device(op, f"grads[{i}]", grad, f"sums[{i}]", total)
-        checks.same_device(op, f"sums[{i}]", total, "sums[0]", sums[0])
+            raise checks.fail(op, of_grad, f"shape {tuple(total.shape)} as {of_sum}", grad)
+        checks.same_device(op, of_grad, grad, of_sum, total)
+        checks.same_device(op, of_sum, total, "sums[0]", sums[0])
         if not total.is_contiguous():
-            raise checks.fail(
-                op,
-                f"sums[{i}]",
-                "a contiguous tensor, since it is written in place",
-                f"strides {total.stride()}",
-            )
-    torch.ops.fasttax.accumulate_sqgrad_(
-        list(sums), [g.detach().contiguous() for g in grads], weight
-    )
+            expected = "a contiguous tensor, since it is written in place"
+            raise checks.fail(op, of_sum, expected, f"strides {total.stride()}")
+    flat = [g.detach().contiguous() for g in grads]
+    torch.ops.fasttax.accumulate_sqgrad_(list(sums), flat, weight)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
-
+# --- the ops --------------------------------------------------------------------------------------
 
 define(
     "linear_sqgrad_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, Tensor? "
@@ -360,29 +360,27 @@ define(
 define(
     "bias_sqgrad_(Tensor(a!) out, Tensor grad_outputs, Tensor cu_seqlens, Tensor? example_weight) "
     "-> ()",
-    specification.bias_sqgrad_,
+    reference.bias_sqgrad_,
     lambda out, grad_outputs, cu_seqlens, example_weight: None,
 )
 define(
     "norm_sqgrad_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor cu_seqlens, Tensor? "
     "example_weight) -> ()",
-    specification.norm_sqgrad_,
+    reference.norm_sqgrad_,
     lambda out, inputs, grad_outputs, cu_seqlens, example_weight: None,
 )
 define(
     "embedding_sqgrad_(Tensor(a!) out, Tensor ids, Tensor grad_outputs, Tensor cu_seqlens, Tensor? "
     "example_weight, int skip) -> ()",
-    specification.embedding_sqgrad_,
+    reference.embedding_sqgrad_,
     lambda out, ids, grad_outputs, cu_seqlens, example_weight, skip: None,
 )
 define(
     "accumulate_sqgrad_(Tensor(a!)[] sums, Tensor[] grads, float weight) -> ()",
-    specification.accumulate_sqgrad_,
+    reference.accumulate_sqgrad_,
     lambda sums, grads, weight: None,
 )
-define(
-    "label_variance_(Tensor(a!) logits) -> ()", specification.label_variance_, lambda logits: None
-)
+define("label_variance_(Tensor(a!) logits) -> ()", reference.label_variance_, lambda logits: None)
 define(
     "lm_head_fisher_(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias, int token_chunk) "
     "-> ()",

@@ -1,11 +1,12 @@
 """What taps leave for a parameter, and how it becomes squares.
 
-The sum over a unit's rows first, over all uses of the parameter.
+A unit's gradient is summed over the unit's tokens and over all uses of the parameter first, and
+squared then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,20 +15,24 @@ from torch import Tensor
 
 from fasttax._base.gemm import gemm
 from fasttax.fisher import ops
-from fasttax.fisher.passes import WAY_OUT
+from fasttax.fisher.layout import WAY_OUT
 
 _CHUNK = 256  # tokens of the head's closed form at a time
 
 
 @dataclass
-class Rows:
-    """One use of a parameter: gradient rows `d` (R, O), what the parameter met there, and the
-    units' boundaries over the rows.
+class Piece:
+    """One use of a parameter: gradients at R outputs, what the parameter met there, and the units.
 
-    kind: "linear" (x (R, I): G = d^T x), "embedding" (x ids (R,): rows of d by id), "scale" (x (R,
-        O): sum of d * x), "bias"
-    (sum of d), or "head": "linear" or "bias" whose square is taken over all labels, `score` (R, V)
-    being softmax - onehot.
+    Attributes:
+        kind: how d and x make the gradient G of a unit:
+            "linear" G = d^T x, x (R, I); "embedding" rows of d added by id, x (R,) ids;
+            "scale" the sum of d * x, x (R, O); "bias" the sum of d;
+            "head" that of "linear" (with x) or "bias" (without), squared over all labels.
+        bounds: (units + 1,) int64 on the CPU over the R outputs.
+        d: (R, O).
+        score: (R, V), softmax - onehot at the logits, for "head".
+        parallel: d and x are this rank's features of a tensor-parallel layer.
     """
 
     kind: str
@@ -35,28 +40,44 @@ class Rows:
     d: Tensor
     x: Tensor | None = None
     score: Tensor | None = None
-    parallel: bool = False  # d and x are this rank's features of a tensor-parallel layer
+    parallel: bool = False
+
+    def met(self) -> Tensor:
+        """What the parameter met, x."""
+        assert self.x is not None, self.kind
+        return self.x
+
+    def units(self) -> Tensor:
+        """(R,) on the CPU: the unit of each output."""
+        return torch.repeat_interleave(torch.arange(self.bounds.numel() - 1), self.bounds.diff())
 
 
 @dataclass
-class HeadRows:
-    """The head's gradient in the rows that each unit's own tokens touch.
+class TiedHead:
+    """A tied head's gradient in the rows of the ids that each unit's own tokens touch.
 
-    `whole`: their squares are not in the sum yet.
+    Elsewhere the embedding has no gradient to meet, and the head's square stands alone.
+
+    Attributes:
+        keys: (2, U), unit and id.
+        rows: (U, H).
+        whole: the squares of these rows are not in the sum yet.
     """
 
-    keys: Tensor  # (2, U): unit, id
-    rows: Tensor  # (U, H)
+    keys: Tensor
+    rows: Tensor
     whole: bool
 
 
 def _fit(x: Tensor, out: Tensor) -> Tensor:
-    """In out's class: float64 for float64 sums, at most float32 for others."""
-    return x.to(out.dtype) if torch.float64 in (x.dtype, out.dtype) and x.dtype != out.dtype else x
+    """`x` as kernels take it beside `out`: float64 for float64 sums, at most float32 for others."""
+    if torch.float64 in (x.dtype, out.dtype):
+        return x.to(out.dtype)
+    return x
 
 
 def add_squares(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
-    """Sums += weight * grads^2, in a call for each device."""
+    """`sums` += weight * grads^2, in a call for each device."""
     by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for total, grad in zip(sums, grads, strict=True):
         totals, gradients = by_device.setdefault(total.device, ([], []))
@@ -66,8 +87,12 @@ def add_squares(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) 
         ops.accumulate_sqgrad_(totals, gradients, weight)
 
 
-def merged(pieces: list[Rows], name: str) -> Rows:
-    """Several uses of one parameter as one: rows of the same unit side by side."""
+def combine(pieces: list[Piece], name: str) -> Piece:
+    """Several uses of one parameter as one: outputs of the same unit side by side.
+
+    Raises:
+        ValueError: the uses have different numbers of units.
+    """
     if len(pieces) == 1:
         return pieces[0]
     if len({p.bounds.numel() for p in pieces}) > 1:
@@ -76,54 +101,57 @@ def merged(pieces: list[Rows], name: str) -> Rows:
             f"do not add up; {WAY_OUT}"
         )
     first = pieces[0]
-    units = torch.cat(
-        [
-            torch.repeat_interleave(torch.arange(p.bounds.numel() - 1), p.bounds.diff())
-            for p in pieces
-        ]
+    units = torch.cat([p.units() for p in pieces])
+    counts = torch.bincount(units, minlength=first.bounds.numel() - 1)
+    order = units.argsort(stable=True).to(first.d.device)
+    joined = Piece(
+        first.kind,
+        _bounds(counts),
+        torch.cat([p.d for p in pieces])[order],
+        parallel=first.parallel,
     )
-    order = units.argsort(stable=True)
-    bounds = torch.cat(
-        (
-            torch.zeros(1, dtype=torch.int64),
-            torch.bincount(units, minlength=first.bounds.numel() - 1).cumsum(0),
-        )
-    )
-    order = order.to(first.d.device)
-    x = None if first.x is None else torch.cat([p.x for p in pieces if p.x is not None])[order]
-    return Rows(
-        first.kind, bounds, torch.cat([p.d for p in pieces])[order], x, parallel=first.parallel
-    )
+    if first.x is not None:
+        joined.x = torch.cat([p.met() for p in pieces])[order]
+    return joined
+
+
+def _bounds(counts: Tensor) -> Tensor:
+    """Boundaries of runs of the given lengths: 0 and the running sums."""
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
 
 def accumulate(
-    out: Tensor, name: str, pieces: list[Rows | HeadRows], weight: float | None, tied: str
+    out: Tensor, name: str, pieces: Sequence[Piece | TiedHead], weight: float, tied: str
 ) -> None:
-    """Adds to `out` the squares of the parameter's whole gradient, summed over its uses, unit by
-    unit.
+    """Adds to `out` the squares of the parameter's whole gradient, unit by unit.
+
+    Args:
+        out: the sum of `name`.
+        name: the parameter, for errors.
+        pieces: all of its uses in one backward.
+        weight: of a square.
+        tied: "exact" sums the uses before squaring, "sum_of_squares" squares kind by kind.
+
+    Raises:
+        ValueError: the uses have no common rule.
     """
-    waiting = [p for p in pieces if isinstance(p, HeadRows)]
-    by_kind: dict[str, list[Rows]] = {}
+    waiting = [p for p in pieces if isinstance(p, TiedHead)]
+    by_kind: dict[str, list[Piece]] = {}
     for p in pieces:
-        if isinstance(p, Rows):
+        if isinstance(p, Piece):
             by_kind.setdefault(p.kind, []).append(p)
-    kinds = {*by_kind}
-    if tied == "sum_of_squares" and len(kinds) > 1:
-        for one in by_kind.values():
-            accumulate(out, name, [*one], weight, tied)
-        return
+    combined = {kind: combine(uses, name) for kind, uses in by_kind.items()}
+    kinds = set(combined)
     if waiting:
-        embedding = merged(by_kind["embedding"], name) if "embedding" in kinds else None
-        _finish_tied(out, name, waiting[0], embedding, weight)
+        _add_tied(out, name, waiting[0], combined.get("embedding"), weight)
+    elif len(kinds) == 1 or tied == "sum_of_squares":
+        for piece in combined.values():
+            _ADD[piece.kind](out, piece, weight)
     elif kinds == {"linear", "embedding"}:
-        linear, embedding = merged(by_kind["linear"], name), merged(by_kind["embedding"], name)
-        _add(out, linear, weight)
-        assert embedding.x is not None
-        _finish_tied(
-            out, name, head_rows(linear, embedding.x, embedding.bounds, out), embedding, weight
-        )
-    elif len(kinds) == 1:
-        _add(out, merged(by_kind[kinds.pop()], name), weight)
+        head, embedding = combined["linear"], combined["embedding"]
+        _add_linear(out, head, weight)
+        touched = tied_head(head, embedding.met(), embedding.bounds, out)
+        _add_tied(out, name, touched, embedding, weight)
     else:
         raise ValueError(
             f"DiagonalFisher: {name} is used in ways that have no common rule "
@@ -131,115 +159,144 @@ def accumulate(
         )
 
 
-def _example_weight(weight: float | None, bounds: Tensor, out: Tensor) -> Tensor | None:
-    return (
-        None
-        if weight is None
-        else torch.full((bounds.numel() - 1,), weight, dtype=out.dtype, device=out.device)
+# --- one kind's squares ---------------------------------------------------------------------------
+
+
+def _weights(weight: float, bounds: Tensor, out: Tensor) -> Tensor | None:
+    """One weight a unit, as the ops take it; None for 1."""
+    if weight == 1.0:
+        return None
+    return torch.full((bounds.numel() - 1,), weight, dtype=out.dtype, device=out.device)
+
+
+def _add_bias(out: Tensor, p: Piece, weight: float) -> None:
+    each = _weights(weight, p.bounds, out)
+    ops.bias_sqgrad(_fit(p.d, out), cu_seqlens=p.bounds, example_weight=each, out=out)
+
+
+def _add_scale(out: Tensor, p: Piece, weight: float) -> None:
+    x, d, each = _fit(p.met(), out), _fit(p.d, out), _weights(weight, p.bounds, out)
+    ops.norm_sqgrad(x, d, cu_seqlens=p.bounds, example_weight=each, out=out)
+
+
+def _add_embedding(out: Tensor, p: Piece, weight: float) -> None:
+    d, each = _fit(p.d, out), _weights(weight, p.bounds, out)
+    ops.embedding_sqgrad(
+        p.met(), d, out.shape[0], cu_seqlens=p.bounds, example_weight=each, out=out
     )
 
 
-def _add(out: Tensor, p: Rows, weight: float | None) -> None:
-    each = _example_weight(weight, p.bounds, out)
-    d, x = _fit(p.d, out), p.x
-    if p.kind == "bias":
-        ops.bias_sqgrad(d, cu_seqlens=p.bounds, example_weight=each, out=out)
-    elif p.kind == "head":
-        closed_form(out, p, weight, None)
-    elif p.kind == "embedding":
-        assert x is not None
-        ops.embedding_sqgrad(x, d, out.shape[0], cu_seqlens=p.bounds, example_weight=each, out=out)
-    else:
-        assert x is not None
-        if p.kind == "scale":
-            ops.norm_sqgrad(_fit(x, out), d, cu_seqlens=p.bounds, example_weight=each, out=out)
-        else:
-            ops.linear_sqgrad(
-                _fit(x, out),
-                d,
-                cu_seqlens=p.bounds,
-                example_weight=each,
-                out=out.view(d.shape[1], x.shape[1]),
-            )
+def _add_linear(out: Tensor, p: Piece, weight: float) -> None:
+    x, d, each = _fit(p.met(), out), _fit(p.d, out), _weights(weight, p.bounds, out)
+    flat = out.view(d.shape[1], x.shape[1])  # a convolution's kernel has more dimensions
+    ops.linear_sqgrad(x, d, cu_seqlens=p.bounds, example_weight=each, out=flat)
 
 
-def closed_form(out: Tensor, p: Rows, weight: float | None, skip: Tensor | None) -> None:
-    """E over labels of the head's square, tokens summed.
+def add_head(out: Tensor, p: Piece, weight: float, skip: Tensor | None = None) -> None:
+    """The mean over labels of the head's square, tokens summed.
 
-    (p (1 - p) r^2)^T (x * x), r = d / score the slope between head and logits.
+    (p (1 - p) r^2)^T (x * x), r = d / score the slope between the head's output and the logits;
+    |score| (1 - |score|) is p (1 - p) whichever the label was.
 
-    |score| (1 - |score|) is p (1 - p) whichever the label was. `skip` (2, U): (unit, id) pairs that
-    are left out.
+    Args:
+        out: the sum, (V, H) or of a bias (V,).
+        p: of kind "head".
+        weight: of a square.
+        skip: (2, U), pairs (unit, id) that are left out.
     """
     score = p.score
     assert score is not None
-    factor = 1.0 if weight is None else weight
-    same = p.d.shape == score.shape and torch.allclose(
-        p.d.float(), score.to(p.d.dtype).float(), rtol=4 * torch.finfo(p.d.dtype).eps, atol=1e-30
+    sloped = not (
+        p.d.shape == score.shape
+        and torch.allclose(
+            p.d.float(),
+            score.to(p.d.dtype).float(),
+            rtol=4 * torch.finfo(p.d.dtype).eps,
+            atol=1e-30,
+        )
     )
-    unit = torch.repeat_interleave(torch.arange(p.bounds.numel() - 1), p.bounds.diff()).to(
-        p.d.device
-    )
+    unit = p.units().to(p.d.device)
     for start in range(0, score.shape[0], _CHUNK):
-        s = score[start : start + _CHUNK]
+        chunk = slice(start, start + _CHUNK)
+        s = score[chunk]
         q = s.abs().mul_(1 - s.abs())
-        if not same:
-            ratio = p.d[start : start + _CHUNK].to(s.dtype) / s
-            q *= torch.where(s == 0, 0.0, ratio).square_()
+        if sloped:
+            slope = p.d[chunk].to(s.dtype) / s
+            q *= torch.where(s == 0, 0.0, slope).square_()
         if skip is not None:
-            units, counts = unit[start : start + _CHUNK].unique_consecutive(return_counts=True)
-            stops = counts.cumsum(0).tolist()
-            for n, begin, end in zip(units.tolist(), [0, *stops], stops, strict=False):
-                q[begin:end].index_fill_(1, skip[1, skip[0] == n], 0.0)
-        q = q.to(out.dtype)
+            _clear(q, unit[chunk], skip)
+        q = q.to(out.dtype).mul_(weight)
         if p.x is None:
-            out += factor * q.sum(0)
+            out += q.sum(0)
         else:
-            gemm(
-                q.mul_(factor).T, p.x[start : start + _CHUNK].to(out.dtype).square(), out, add=True
-            )
+            gemm(q.T, p.x[chunk].to(out.dtype).square(), out, add=True)
 
 
-def head_rows(
-    p: Rows, ids: Tensor, bounds: Tensor, out: Tensor, *, whole: bool = False
-) -> HeadRows:
-    """G_h in the rows that each unit's tokens touch.
+def _clear(q: Tensor, unit: Tensor, skip: Tensor) -> None:
+    """Zeros in q (R, V) at the ids that `skip` (2, U) names for the unit of each output."""
+    units, counts = unit.unique_consecutive(return_counts=True)
+    begin = 0
+    for n, count in zip(units.tolist(), counts.tolist(), strict=True):
+        q[begin : begin + count].index_fill_(1, skip[1, skip[0] == n], 0.0)
+        begin += count
 
-    U x H numbers a unit, where a whole gradient has V x H.
+
+_ADD: dict[str, Callable[[Tensor, Piece, float], None]] = {
+    "bias": _add_bias,
+    "scale": _add_scale,
+    "embedding": _add_embedding,
+    "linear": _add_linear,
+    "head": add_head,
+}
+
+
+# --- an embedding and a head that share a weight --------------------------------------------------
+
+
+def tied_head(
+    head: Piece, ids: Tensor, bounds: Tensor, out: Tensor, *, whole: bool = False
+) -> TiedHead:
+    """The head's gradient in the rows that each unit's tokens touch.
+
+    U x H numbers, where the whole gradient of every unit has V x H.
+
+    Args:
+        head: what the head left, of kind "linear" or "head".
+        ids: the embedding's ids, whose `bounds` give the units.
+        bounds: (units + 1,).
+        out: the weight's sum (V, H).
+        whole: see TiedHead.
     """
-    assert p.x is not None
     flat = ids.flatten()
-    keys, _ = ops.embedding_rows(
-        "DiagonalFisher",
-        flat,
-        torch.zeros(flat.numel(), 1, device=flat.device),
-        bounds,
-        out.shape[0],
-    )
+    nothing = torch.zeros(flat.numel(), 1, device=flat.device)
+    keys, _ = ops.embedding_rows("DiagonalFisher", flat, nothing, bounds, out.shape[0])
     rows = torch.zeros(keys.shape[1], out.shape[1], dtype=out.dtype, device=out.device)
-    of_unit = torch.bincount(keys[0].cpu(), minlength=p.bounds.numel() - 1).cumsum(0).tolist()
-    a, d = _fit(p.x, out), _fit(p.d, out)
-    for n, (begin, end) in enumerate(pairwise(p.bounds.tolist())):
-        mine = slice(of_unit[n - 1] if n else 0, of_unit[n])
-        if end > begin and mine.stop > mine.start:
-            rows[mine] = d[begin:end].index_select(1, keys[1, mine]).T.to(out.dtype) @ a[
-                begin:end
-            ].to(out.dtype)
-    return HeadRows(keys, rows, whole)
+    touched = torch.bincount(keys[0].cpu(), minlength=head.bounds.numel() - 1)
+    stops = pairwise(_bounds(touched).tolist())
+    x, d = _fit(head.met(), out), _fit(head.d, out)
+    for (begin, end), (first, last) in zip(pairwise(head.bounds.tolist()), stops, strict=True):
+        if end > begin and last > first:
+            mine = d[begin:end].index_select(1, keys[1, first:last]).T
+            rows[first:last] = mine.to(out.dtype) @ x[begin:end].to(out.dtype)
+    return TiedHead(keys, rows, whole)
 
 
-def _finish_tied(
-    out: Tensor, name: str, head: HeadRows, embedding: Rows | None, weight: float | None
+def _add_tied(
+    out: Tensor, name: str, head: TiedHead, embedding: Piece | None, weight: float
 ) -> None:
-    """(G_e + G_h)^2 = G_h^2 (in the sum already, unless `whole`) + G_e^2 + 2 G_e G_h, which is 0
+    """Completes a tied weight's square where its embedding and its head meet.
+
+    (G_e + G_h)^2 = G_h^2 (in the sum already, unless `head.whole`) + G_e^2 + 2 G_e G_h, which is 0
     but in the tokens' own rows.
+
+    Raises:
+        RuntimeError: the embedding saw other tokens than the head was prepared for.
     """
-    if embedding is None:
-        rows = torch.zeros_like(head.rows)
-    else:
-        assert embedding.x is not None
+    rows = torch.zeros_like(head.rows)
+    if embedding is not None:
+        d = _fit(embedding.d, out)
         keys, rows = ops.embedding_rows(
-            "DiagonalFisher", embedding.x, _fit(embedding.d, out), embedding.bounds, out.shape[0]
+            "DiagonalFisher", embedding.met(), d, embedding.bounds, out.shape[0]
         )
         if not torch.equal(keys, head.keys):
             raise RuntimeError(
@@ -247,4 +304,4 @@ def _finish_tied(
                 "pass tied='sum_of_squares'"
             )
     square = (rows + head.rows).square_() if head.whole else rows * (rows + 2 * head.rows)
-    out.index_add_(0, head.keys[1], square.to(out.dtype), alpha=1.0 if weight is None else weight)
+    out.index_add_(0, head.keys[1], square.to(out.dtype), alpha=weight)

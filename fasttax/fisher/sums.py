@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fasttax.fisher.local import ModuleTap
-from fasttax.fisher.passes import Pass
-from fasttax.fisher.pieces import HeadRows, Rows, accumulate, add_squares, closed_form, head_rows
-from fasttax.fisher.sharding import Shard, is_dtensor
-from fasttax.fisher.taps import EmbeddingTap, LinearTap, Tap
+from fasttax._base import dtensor
+from fasttax.fisher.ops import sum_dtype
+from fasttax.fisher.passes import Pass, UnitGradients
+from fasttax.fisher.pieces import Piece, TiedHead, accumulate, add_head, add_squares, tied_head
+from fasttax.fisher.sharding import ShardedSum
+from fasttax.fisher.tap import Tap
 
 
 @dataclass(frozen=True)
@@ -28,27 +30,38 @@ class Slot:
 
     @staticmethod
     def of(p: Tensor) -> Slot:
-        return Slot(
-            p.shape, torch.float64 if p.dtype == torch.float64 else torch.float32, p.device, p
-        )
+        """Float32 for a parameter of any dtype but float64."""
+        return Slot(p.shape, sum_dtype(p.dtype), p.device, p)
 
 
 class Sums:
     """Sums by parameter name.
 
     Accumulated in float32 whatever the model's dtype (float64 for float64 parameters).
+
+    Attributes:
+        slots: what is summed.
+        tied: see DiagonalFisher.
+        weight: of a square, 1 / mc_samples.
+        values: the sums so far of parameters that are no DTensors; `shards` those of DTensors.
+        taps: a parameter -> the taps that it has pieces from.
+        routed: parameters of experts: they may take part in a batch or not.
+        current: the pass that runs under the taps.
+        damaged: a backward failed when some layers had added their squares and others had not.
     """
 
-    def __init__(self, slots: Mapping[str, Slot], tied: str) -> None:
-        self.slots, self.tied = dict(slots), tied
+    def __init__(self, slots: Mapping[str, Slot], tied: str, weight: float = 1.0) -> None:
+        self.slots, self.tied, self.weight = dict(slots), tied, weight
         self.values: dict[str, Tensor] = {}
         self.shards = {
-            n: Shard(s.param, s.dtype) for n, s in self.slots.items() if is_dtensor(s.param)
+            n: ShardedSum(s.param, s.dtype)
+            for n, s in self.slots.items()
+            if dtensor.is_sharded(s.param)
         }
         self.taps: dict[str, list[Tap]] = {}
-        self.routed: set[str] = set()  # parameters of experts: they may take part or not
+        self.routed: set[str] = set()
         self.current: Pass | None = None
-        self.weight: float | None = None  # of a square: 1 / mc_samples
+        self.damaged = False
 
     @property
     def data_groups(self) -> list[Any]:
@@ -56,14 +69,10 @@ class Sums:
 
         None without FSDP2.
         """
-        return next(
-            (
-                [s.mesh.get_group(d) for d in s.data_dims]
-                for s in self.shards.values()
-                if s.data_dims
-            ),
-            [],
-        )
+        for shard in self.shards.values():
+            if shard.data_dims:
+                return [shard.mesh.get_group(d) for d in shard.data_dims]
+        return []
 
     def value(self, name: str) -> Tensor:
         """The sum of `name`: this rank's part for a DTensor parameter."""
@@ -75,150 +84,179 @@ class Sums:
                 self.values[name] = torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
         return self.values[name]
 
-    def _run(self, name: str, add: Callable[[Tensor], Any], parallel: bool = False) -> Any:
-        """Calls `add` with what to add to.
+    def numel(self, name: str) -> int:
+        """How many numbers `value` has, without making it."""
+        if name in self.shards:
+            return self.shards[name].local.numel()
+        return self.slots[name].shape.numel()
 
-        The sum, or for an FSDP2 parameter an unsharded tensor that is then reduced to shards.
+    def placed(self, name: str, value: Tensor) -> Tensor:
+        """`value`, as long as the sum of `name`, placed as its parameter is."""
+        if name in self.shards:
+            return self.shards[name].tensor(value)
+        return value
+
+    # --- passes -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def recording(self, passes: Sequence[Pass]) -> Iterator[None]:
+        """Inside, what taps see is of the first of `passes`, until `current` is another."""
+        self.current = passes[0]
+        try:
+            yield
+        except BaseException:
+            self.damaged = self.damaged or any(p.seen for p in passes)
+            raise
+        finally:
+            self.current = None
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Mapping[str, Tensor]]:
+        """Inside, sums of their own, from nothing and of weight 1; the others are back after it."""
+        before = self.values, self.weight, self.damaged
+        self.values, self.weight = {}, 1.0
+        try:
+            yield self.values
+        finally:
+            self.values, self.weight, self.damaged = before
+
+    @contextlib.contextmanager
+    def _adding_to(self, name: str, parallel: bool = False) -> Iterator[Tensor]:
+        """Inside, the tensor to add squares to.
+
+        Yields:
+            The sum itself, or for an FSDP2 parameter an unsharded one that then goes to the shards,
+            a collective.
         """
-        if name not in self.shards:
-            return add(self.value(name))
-        shard = self.shards[name]
+        shard = self.shards.get(name)
+        if shard is None:
+            yield self.value(name)
+            return
         shard.parallel |= parallel
         if not shard.data_dims:
-            return add(shard.local)
+            yield shard.local
+            return
         part = shard.unsharded()
-        result = add(part)
+        yield part
         shard.add_everywhere(part)
-        return result
 
-    # --- the taps' side ------------------------------------------------------------------------------------------------
+    def _add(self, name: str, pieces: Sequence[Piece | TiedHead]) -> None:
+        parallel = any(isinstance(p, Piece) and p.parallel for p in pieces)
+        with self._adding_to(name, parallel) as out:
+            accumulate(out, name, pieces, self.weight, self.tied)
 
-    def take(self, current: Pass, name: str, piece: Rows) -> None:
-        if current.muted:
+    # --- the taps' side ---------------------------------------------------------------------------
+
+    def take(self, current: Pass, name: str, piece: Piece) -> None:
+        """Squares what one use of `name` left, or lets it wait for the parameter's other uses.
+
+        Raises:
+            RuntimeError: the parameter's gradient was squared already, in another backward of the
+                same graph.
+        """
+        if current.diverted is not None:
+            current.diverted.append(piece)
             return
         current.seen = True
         if name in current.done:
             raise RuntimeError(
                 f"DiagonalFisher: {name} took part in two backward passes of one graph that were "
-                "not seen together, so that its gradient would "
-                "be squared in parts; sum the losses into one backward, or use checkpointing with "
-                "use_reentrant=False"
+                "not seen together, so that its gradient would be squared in parts; sum the losses "
+                "into one backward, or use checkpointing with use_reentrant=False"
             )
-        waiting = current.waiting.get(name, [])
+        waiting = current.waiting.setdefault(name, [])
+        calls = sum(current.calls[tap] for tap in self.taps[name])
         if current.keeps() or name in self.routed:
-            current.waiting.setdefault(name, []).append(piece)
-        elif piece.kind in ("linear", "head") and not waiting and self._is_tied_pair(current, name):
-            ids = current.ids[name]
-            bounds = current.segments(ids.shape, name, None)
-            current.waiting[name] = [
-                self._run(
-                    name, lambda out: self._tied_head(out, piece, ids, bounds), piece.parallel
-                )
-            ]
-        elif sum(current.calls[tap] for tap in self.taps[name]) > 1 and not any(
-            isinstance(p, HeadRows) for p in waiting
-        ):
-            current.waiting.setdefault(name, []).append(piece)
+            waiting.append(piece)
+        elif piece.kind in ("linear", "head") and not waiting and self._is_tied(current, name):
+            waiting.append(self._begin_tied(current, name, piece))
+        elif calls > 1 and not any(isinstance(p, TiedHead) for p in waiting):
+            waiting.append(piece)
         else:
-            pieces = [*current.waiting.pop(name, []), piece]
-            self._run(
-                name,
-                lambda out: accumulate(out, name, pieces, self.weight, self.tied),
-                piece.parallel,
-            )
+            self._add(name, [*current.waiting.pop(name), piece])
             current.done.add(name)
 
-    def _is_tied_pair(self, current: Pass, name: str) -> bool:
-        """An embedding and a head that share a weight and have each run once."""
+    def _is_tied(self, current: Pass, name: str) -> bool:
+        """Whether an embedding and a head share the weight and have each run once."""
         taps = self.taps[name]
-        kinds = {type(tap) for tap in taps}
         return (
-            len(taps) == 2
-            and kinds == {EmbeddingTap, LinearTap}
-            and self.tied == "exact"
+            self.tied == "exact"
+            and sorted(tap.role for tap in taps) == ["embedding", "head"]
             and name in current.ids
             and all(current.calls[tap] == 1 for tap in taps)
         )
 
-    def _tied_head(self, out: Tensor, piece: Rows, ids: Tensor, bounds: Tensor) -> HeadRows:
-        """The head's own square, and the rows of its gradient that the embedding will need.
+    def _begin_tied(self, current: Pass, name: str, piece: Piece) -> TiedHead:
+        """Adds the head's own square; returns the part of its gradient that the embedding needs.
 
-        Its (R, V) gradient is let go.
+        Its whole (V, H) gradient is let go.
         """
+        ids = current.ids[name]
+        bounds = current.layout.segments(ids.shape, name, None)
         exact = piece.kind == "head"
-        rows = head_rows(piece, ids, bounds, out, whole=exact)
-        # a sampled label in the rows of the unit's own tokens, where the head meets the embedding;
-        # all labels elsewhere
-        if exact:
-            closed_form(out, piece, self.weight, rows.keys)
-        else:
-            accumulate(out, "", [piece], self.weight, self.tied)
-        return rows
+        with self._adding_to(name, piece.parallel) as out:
+            tied = tied_head(piece, ids, bounds, out, whole=exact)
+            # a sampled label in the rows of the unit's own tokens, where the head meets the
+            # embedding; all labels elsewhere
+            if exact:
+                add_head(out, piece, self.weight, tied.keys)
+            else:
+                accumulate(out, name, [piece], self.weight, self.tied)
+        return tied
 
-    def take_gradients(self, current: Pass, tap: Any, call: tuple[Any, ...], several: bool) -> None:
-        if current.muted:
+    def take_gradients(
+        self, current: Pass, tap: Tap, gradients: UnitGradients, *, last: bool
+    ) -> None:
+        """Squares the gradients of a module that runs again unit by unit, once all calls are in.
+
+        Raises:
+            RuntimeError: its gradients were squared already, in another backward of the same graph.
+        """
+        if current.diverted is not None:
             return
         current.seen = True
-        if any(name in current.done for name in tap.names.values()):
+        names = set(tap.names.values())
+        if names & current.done:
             raise RuntimeError(
                 f"DiagonalFisher: {tap.where} took part in two backward passes of one graph that "
-                "were not seen together; "
-                "sum the losses into one backward"
+                "were not seen together; sum the losses into one backward"
             )
-        current.local.setdefault(tap, []).append(call)
-        if not (
-            several
-            or current.keeps()
-            or current.calls[tap] > 1
-            or self.routed & set(tap.names.values())
-        ):
-            self._add_gradients(current, tap)
+        current.reruns.setdefault(tap, []).append(gradients)
+        alone = last and current.calls[tap] <= 1
+        if alone and not current.keeps() and not names & self.routed:
+            self._add_reruns(current, tap)
 
-    def _add_gradients(self, current: Pass, tap: ModuleTap) -> None:
-        calls = current.local.pop(tap, [])
-        names = tap.names.values()
-        parts = {
-            n: self.value(n)
-            if n not in self.shards
-            else torch.zeros(
-                self.slots[n].shape, dtype=self.slots[n].dtype, device=self.slots[n].device
-            )
-            for n in names
-        }
-        for unit in range(1 if current.unit == "batch" else current.examples):
-            found = tap.gradients(current, calls, unit)
-            add_squares(
-                [parts[name] for name in found],
-                list(found.values()),
-                1.0 if self.weight is None else self.weight,
-            )
-        for name in names:
-            if name in self.shards:
-                self.shards[name].add_everywhere(parts[name])
-            current.done.add(name)
+    def _add_reruns(self, current: Pass, tap: Tap) -> None:
+        calls = current.reruns.pop(tap)
+        units = current.layout.examples
+        if current.layout.unit == "batch":
+            units = 1
+        with contextlib.ExitStack() as stack:
+            sums = {n: stack.enter_context(self._adding_to(n)) for n in tap.names.values()}
+            for unit in range(units):
+                total: dict[str, Tensor] = {}
+                for gradients in calls:
+                    for name, g in gradients(unit).items():
+                        total[name] = total[name] + g if name in total else g
+                add_squares([sums[n] for n in total], list(total.values()), self.weight)
+        current.done.update(tap.names.values())
 
     def finish(self, current: Pass) -> None:
         """At the end of a backward: squares what waited for other uses of its parameter."""
         for name in self.slots:  # one order on every rank
             pieces = current.waiting.pop(name, [])
             if pieces:
-                parallel = any(isinstance(p, Rows) and p.parallel for p in pieces)
-                self._run(
-                    name,
-                    lambda out, name=name, pieces=pieces: accumulate(
-                        out, name, pieces, self.weight, self.tied
-                    ),
-                    parallel,
-                )  # type: ignore[misc]
+                self._add(name, pieces)
             elif name in self.routed and name in self.shards:
-                self._run(name, lambda out: None)
-        for tap in [*current.local]:
-            self._add_gradients(current, tap)
+                with self._adding_to(name):
+                    pass  # nothing of this rank's, in a collective of all
+        for tap in list(current.reruns):
+            self._add_reruns(current, tap)
         current.done.clear()
 
-    # --- ranks ----------------------------------------------------------------------------------------------------------
+    # --- ranks ------------------------------------------------------------------------------------
 
-    def reduce(self, groups: list[Any]) -> None:
+    def reduce(self, groups: Sequence[Any]) -> None:
         """Sums over the ranks of all `groups`; FSDP2's sums are over all ranks already."""
         for name in self.slots:  # one order on every rank, also where a rank has seen nothing
             if name not in self.shards or not self.shards[name].data_dims:

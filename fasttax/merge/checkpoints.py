@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fasttax._base import checks, file_parts, files, mapped
-from fasttax.fisher.estimate import Stored
+from fasttax._base.packed import Stored
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # weights in other clothes

@@ -22,6 +22,7 @@ from fasttax.reference.fisher import embedding_sqgrad_ as embedding_sqgrad_
 from fasttax.reference.fisher import example_sums as example_sums
 from fasttax.reference.fisher import label_variance_ as label_variance_
 from fasttax.reference.fisher import linear_sqgrad_ as linear_sqgrad_
+from fasttax.reference.fisher import lm_head_fisher_ as lm_head_fisher_
 from fasttax.reference.fisher import norm_sqgrad_ as norm_sqgrad_
 from fasttax.reference.kl import ENTROPY as ENTROPY
 from fasttax.reference.kl import JSD as JSD

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ def decode_u8log(codes: Tensor, scales: Tensor) -> Tensor:
     """
     flat = codes.flatten()
     lo, step = scales.repeat_interleave(256, 0)[: flat.numel()].unbind(-1)
-    return torch.where(
-        flat == 0, torch.zeros_like(lo), torch.exp2(lo + step * (flat.float() - 1))
-    ).view_as(codes)
+    values = torch.exp2(lo + step * (flat.float() - 1))
+    return torch.where(flat == 0, torch.zeros_like(lo), values).view_as(codes)
 
 
 SPLIT_STEP = 2.0**-7 / 254
@@ -38,14 +37,34 @@ def decode_split(packed: Tensor, count: int) -> Tensor:
 
 
 def _anchor(anchor: Tensor, theta: Tensor) -> Tensor:
-    return (
-        decode_split(anchor, theta.numel()) if anchor.dtype == torch.uint8 else wide(anchor)
-    ).view_as(theta)
+    split = anchor.dtype == torch.uint8
+    return (decode_split(anchor, theta.numel()) if split else wide(anchor)).view_as(theta)
 
 
 def _fisher(fisher: Tensor, scales: Sequence[Tensor], i: int, theta: Tensor) -> Tensor:
-    f = decode_u8log(fisher, scales[i]) if fisher.dtype == torch.uint8 else wide(fisher)
-    return f.view_as(theta)
+    coded = fisher.dtype == torch.uint8
+    return (decode_u8log(fisher, scales[i]) if coded else wide(fisher)).view_as(theta)
+
+
+def _floats(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(theta, anchor, fisher) of each parameter, in the dtype of the arithmetic."""
+    for i, (theta, anchor, fisher) in enumerate(zip(params, anchors, fishers, strict=True)):
+        yield wide(theta), _anchor(anchor, theta), _fisher(fisher, scales, i, theta)
+
+
+def _penalty(params: Sequence[Tensor], terms: Iterable[Tensor], strength: float) -> Tensor:
+    """strength/2 times the sum of float64 `terms`, float64 for float64 parameters."""
+    if not params:
+        return torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    for term in terms:
+        total = total + term
+    return (strength / 2 * total).to(torch.promote_types(params[0].dtype, torch.float32))
 
 
 def ewc_penalty(
@@ -56,23 +75,15 @@ def ewc_penalty(
     strength: float,
 ) -> Tensor:
     """strength/2 * sum fisher * (theta - anchor)^2, summed in float64."""
-    if not params:
-        return torch.zeros(())
-    total = torch.zeros((), dtype=torch.float64, device=params[0].device)
-    for i, (theta, anchor, fisher) in enumerate(zip(params, anchors, fishers, strict=True)):
-        delta = wide(theta) - _anchor(anchor, theta)
-        total = total + (_fisher(fisher, scales, i, theta) * delta * delta).sum(dtype=torch.float64)
-    return (strength / 2 * total).to(
-        torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    terms = (
+        (fisher * (theta - anchor) * (theta - anchor)).sum(dtype=torch.float64)
+        for theta, anchor, fisher in _floats(params, anchors, fishers, scales)
     )
-
-
-def _pull(theta: Tensor, anchor: Tensor, fisher: Tensor) -> Tensor:
-    return fisher * (wide(theta) - _anchor(anchor, theta))
+    return _penalty(params, terms, strength)
 
 
 def _times(x: Tensor, factor: Tensor | float) -> Tensor:
-    """X * factor in x's dtype, for factors that the dtype cannot hold too.
+    """The product x * factor in x's dtype, for factors that the dtype cannot hold too.
 
     Inf where the product is, 0 where x is.
     """
@@ -87,11 +98,13 @@ def ewc_penalty_backward(
     scales: Sequence[Tensor],
     strength: float,
 ) -> list[Tensor]:
+    """Gradients grad * strength * fisher * (theta - anchor), in each parameter's dtype."""
+    factor = grad.double() * strength
     return [
-        _times(
-            _pull(theta, anchor, _fisher(fisher, scales, i, theta)), grad.double() * strength
-        ).to(theta.dtype)
-        for i, (theta, anchor, fisher) in enumerate(zip(params, anchors, fishers, strict=True))
+        _times(fisher * (theta - anchor), factor).to(own.dtype)
+        for own, (theta, anchor, fisher) in zip(
+            params, _floats(params, anchors, fishers, scales), strict=True
+        )
     ]
 
 
@@ -104,11 +117,12 @@ def ewc_add_grad_(
     strength: float,
     scale: float,
 ) -> Tensor:
-    for i, (theta, grad, anchor, fisher) in enumerate(
-        zip(params, grads, anchors, fishers, strict=True)
+    """Adds scale * strength * fisher * (theta - anchor) to grads; returns `ewc_penalty`."""
+    for grad, (theta, anchor, fisher) in zip(
+        grads, _floats(params, anchors, fishers, scales), strict=True
     ):
-        pull = _pull(theta, anchor, _fisher(fisher, scales, i, theta))
-        grad.copy_(wide(grad) + _times(pull, strength * scale).view_as(grad))
+        pull = _times(fisher * (theta - anchor), strength * scale)
+        grad.copy_(wide(grad) + pull.view_as(grad))
     return ewc_penalty(params, anchors, fishers, scales, strength)
 
 
@@ -118,9 +132,23 @@ def prox(theta: Tensor, anchor: Tensor, metric: Tensor, pull: Tensor) -> Tensor:
     Exactly theta at pull = 0 and exactly the anchor at pull = inf.
     """
     delta, share = theta - anchor, 1 / (metric + pull)
-    return torch.where(
-        pull < metric, theta - delta * (pull * share), anchor + delta * (metric * share)
-    )
+    near, far = theta - delta * (pull * share), anchor + delta * (metric * share)
+    return torch.where(pull < metric, near, far)
+
+
+def ewc_prox_(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    strength_times_lr: float,
+) -> None:
+    """Moves params to anchor + (theta - anchor) / (1 + strength_times_lr * fisher)."""
+    for own, (theta, anchor, fisher) in zip(
+        params, _floats(params, anchors, fishers, scales), strict=True
+    ):
+        pull = _times(fisher, strength_times_lr)
+        own.copy_(prox(theta, anchor, torch.ones_like(theta), pull))
 
 
 def ewc_adamw_(
@@ -150,76 +178,63 @@ def ewc_adamw_(
     An empty anchor leaves its parameter plain AdamW, an empty fisher takes second_moment *
     exp_avg_sq / (1 - beta2^t). Returns the penalty before the step, 0 where found_inf skips it.
     """
-    penalties = []
+    terms = []
     for i, (theta, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
-        old, m, v = wide(theta), wide(exp_avgs[i]), wide(exp_avg_sqs[i])
-        live = (
-            torch.ones((), dtype=torch.bool, device=theta.device)
-            if found_inf is None
-            else found_inf.to(theta.device).reshape(()) == 0
-        )
+        before, m, v = wide(theta), wide(exp_avgs[i]), wide(exp_avg_sqs[i])
+        live = _live(found_inf, theta.device)
         t = step.to(theta.device).double() + 1
         rate = lr.to(theta.device).double()
-        g = (
-            wide(grad)
-            * (-1 if maximize else 1)
-            * (1 if grad_scale is None else 1 / grad_scale.to(theta.device).double())
-        )
         held = anchors[i].numel() > 0 or theta.numel() == 0
-        if held:
-            anchor = _anchor(anchors[i], theta)
-            own = fishers[i].numel() > 0 or theta.numel() == 0
-            fisher = (
-                _fisher(fishers[i], scales, i, theta)
-                if own
-                else v
-                * torch.where(t > 1, second_moment / (1 - beta2 ** (t - 1)).clamp_min(1e-300), 0.0)
-            )
-            if not prox_mode:
-                g = g + _times(fisher * (old - anchor), strength)
+        anchor = _anchor(anchors[i], theta) if held else before
+        fisher = torch.zeros_like(before)
+        g = _loss_gradient(grad, maximize, grad_scale)
+        if held and not prox_mode:
+            fisher = _weight(fishers, scales, i, v, _unbiased(second_moment, beta2, t - 1))
+            g = g + _times(fisher * (before - anchor), strength)
         m = m + (g - m) * (1 - beta1)
         v = v * beta2 + (1 - beta2) * g * g
-        most = torch.maximum(wide(max_exp_avg_sqs[i]), v) if len(max_exp_avg_sqs) else v
+        most = torch.maximum(wide(max_exp_avg_sqs[i]), v) if max_exp_avg_sqs else v
         metric = most.sqrt() / (1 - beta2**t).sqrt() + eps
-        new = old * (1 - rate * weight_decay) - rate / (1 - beta1**t) * m / metric
+        after = before * (1 - rate * weight_decay) - rate / (1 - beta1**t) * m / metric
         if held and prox_mode:
-            fisher = fisher if own else v * (second_moment / (1 - beta2**t))
-            new = prox(new, anchor, metric, _times(fisher, rate * strength))
+            fisher = _weight(fishers, scales, i, v, _unbiased(second_moment, beta2, t))
+            after = prox(after, anchor, metric, _times(fisher, rate * strength))
         if held:
-            penalties.append(
-                torch.where(live, (fisher * (old - anchor) ** 2).sum(dtype=torch.float64), 0.0)
-            )
-        for target, value in (
-            (theta, new),
-            (exp_avgs[i], m),
-            (exp_avg_sqs[i], v),
-            *([(max_exp_avg_sqs[i], most)] if len(max_exp_avg_sqs) else []),
-        ):
-            target.copy_(torch.where(live, value.to(target.dtype), target))
+            term = (fisher * (before - anchor) ** 2).sum(dtype=torch.float64)
+            terms.append(torch.where(live, term, 0.0))
+        written = [(theta, after), (exp_avgs[i], m), (exp_avg_sqs[i], v)]
+        if max_exp_avg_sqs:
+            written.append((max_exp_avg_sqs[i], most))
+        for own, value in written:
+            own.copy_(torch.where(live, value.to(own.dtype), own))
         step.add_(live.to(step.device, step.dtype))
-    dtype = torch.float64 if params and params[0].dtype == torch.float64 else torch.float32
-    device = params[0].device if params else None
-    return (strength / 2 * sum(penalties, torch.zeros((), dtype=torch.float64, device=device))).to(
-        dtype
-    )
+    return _penalty(params, terms, strength)
 
 
-def ewc_prox_(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    fishers: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    strength_times_lr: float,
-) -> None:
-    for i, (theta, anchor, fisher) in enumerate(zip(params, anchors, fishers, strict=True)):
-        theta.copy_(
-            prox(
-                wide(theta),
-                _anchor(anchor, theta),
-                torch.ones_like(wide(theta)),
-                _times(_fisher(fisher, scales, i, theta), strength_times_lr),
-            )
-        )
+def _live(found_inf: Tensor | None, device: torch.device) -> Tensor:
+    """Whether the step is taken, a 0-d bool: a GradScaler's found_inf skips it."""
+    if found_inf is None:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return found_inf.to(device).reshape(()) == 0
+
+
+def _loss_gradient(grad: Tensor, maximize: bool, grad_scale: Tensor | None) -> Tensor:
+    """The gradient to descend, without a GradScaler's scale."""
+    descent = -wide(grad) if maximize else wide(grad)
+    return descent if grad_scale is None else descent * (1 / grad_scale.to(grad.device).double())
+
+
+def _unbiased(factor: float, beta2: float, t: Tensor) -> Tensor:
+    """Factor / (1 - beta2^t), 0 where no step has been."""
+    return torch.where(t > 0, factor / (1 - beta2**t).clamp_min(1e-300), 0.0)
+
+
+def _weight(
+    fishers: Sequence[Tensor], scales: Sequence[Tensor], i: int, v: Tensor, factor: Tensor
+) -> Tensor:
+    """The i-th Fisher, or where it is empty factor * v."""
+    own = fishers[i].numel() > 0 or v.numel() == 0
+    return _fisher(fishers[i], scales, i, v) if own else v * factor
 
 
 def lora_ewc_penalty(
@@ -231,9 +246,10 @@ def lora_ewc_penalty(
     strength: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """strength/2 * sum fisher * (scale * B @ A)^2, by blocks of rows of B so that no dense B @ A is
-    stored, and with G = strength * scale * fisher * (scale B A) the gradients d_A = B^T G and d_B =
-    G A^T (empty where not asked for).
+    """strength/2 * sum fisher * (scale * B @ A)^2, and its gradients (empty where not asked for).
+
+    With G = strength * scale * fisher * (scale B A), d_A = B^T G and d_B = G A^T. By blocks of rows
+    of B, so that no dense B @ A is stored.
     """
     a, whole = wide(lora_A), wide(lora_B)
     fisher = decode_u8log(fisher, scales) if fisher.dtype == torch.uint8 else fisher

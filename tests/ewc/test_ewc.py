@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fasttax import functional as F
 from fasttax import reference
-from fasttax.ewc.store import SPLIT, decode_anchor, encode_anchor
-from fasttax.fisher.estimate import encode
+from fasttax._base.packed import SPLIT, decode_anchor, encode, encode_anchor
 from tests.tools.models import ewc_compose as compose
 from tests.tools.utils import assert_says, assert_within
 

@@ -105,8 +105,8 @@ def test_peft_models_are_recognised(case: str, storage: str) -> None:
     if CASES[case].get("kind") == "gpt2":
         fisher.pop("lm_head.weight", None)
     ewc = EWC(model, fisher, strength=3.0, storage=storage)
-    assert ewc._lora
-    stored = {h.name: h.fisher.decode() for h in ewc._lora}
+    assert ewc.hold.lora
+    stored = {h.name: h.fisher.decode() for h in ewc.hold.lora}
     assert set(stored) == set(deltas(model, fisher))
     truth, grads = dense(model, stored, 3.0, torch.float64)
     single, own = dense(model, stored, 3.0, torch.float32)
@@ -142,10 +142,10 @@ def test_a_fisher_of_the_base_fits_by_hash_and_full_peft_names_do_too() -> None:
     fisher = estimator.finalize()
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     ewc = EWC(model, fisher, strength=1.0)
-    assert len(ewc._lora) == 2
+    assert len(ewc.hold.lora) == 2
     assert float(ewc.penalty()) == 0  # B starts at 0
     name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
-    assert len(EWC(model, {name: torch.rand(32, 32)}, strength=1.0)._lora) == 1
+    assert len(EWC(model, {name: torch.rand(32, 32)}, strength=1.0).hold.lora) == 1
     with torch.no_grad():
         model.get_parameter(name).add_(1.0)
     with pytest.raises(ValueError, match="hash"):
@@ -156,7 +156,7 @@ def test_factors_named_themselves_and_saved_modules_are_plain_parameters() -> No
     _, model = adapted(modules_to_save=["lm_head"])
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     ewc = EWC(model, {name: torch.ones(3, 32), "lm_head.weight": torch.ones(61, 32)}, strength=2.0)
-    assert not ewc._lora
+    assert not ewc.hold.lora
     head = model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight")
     with torch.no_grad():
         head.add_(1.0)

@@ -51,7 +51,7 @@ def blocks_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_same_bits_as_from_memory(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks_of_one(monkeypatch)
     model, near, far = pair(storage)
-    assert far._store._file is not None
+    assert far.hold.store.file is not None
     torch.testing.assert_close(near.penalty(), far.penalty(), rtol=1e-6, atol=0)
     grads = [torch.autograd.grad(e.penalty() * 3, list(model.parameters())) for e in (near, far)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -114,9 +114,9 @@ def test_loading_maps_the_file_itself(tmp_path: Path) -> None:
     model, near, _ = pair()
     near.save(tmp_path / "e.safetensors")
     mapped = EWC.load(tmp_path / "e.safetensors", model, offload="cpu")
-    assert mapped._store._file is not None
+    assert mapped.hold.store.file is not None
     assert torch.equal(mapped.penalty().detach(), near.penalty().detach())
-    assert EWC.load(tmp_path / "e.safetensors", model)._store._file is None
+    assert EWC.load(tmp_path / "e.safetensors", model).hold.store.file is None
 
 
 def test_no_file_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

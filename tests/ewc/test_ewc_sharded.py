@@ -99,7 +99,7 @@ def sharded(rank: int, folder: Path) -> None:
     fully_shard(model, mesh=mesh)
     ewc = EWC(model, fisher, strength=3.0)
     assert float(ewc.penalty()) == 0
-    held = sum(h.anchor.numel() for h in ewc._store.held.values())
+    held = sum(h.anchor.numel() for h in ewc.hold.store.held.values())
     assert held < 0.6 * sum(f.numel() for f in fisher.values())  # a shard, not the whole
     nudge(model, state)
     x = ids(4, 6)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fasttax
 from fasttax import FisherEstimate
-from fasttax.fisher.estimate import BLOCK
+from fasttax._base.packed import BLOCK
 from tests.tools.models import TokenModel, ids
 
 

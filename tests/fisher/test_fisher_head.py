@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fasttax import functional as F
+from fasttax import reference
 from tests.tools.utils import assert_says, assert_within
 
 NAN, INF = float("nan"), float("inf")
@@ -154,6 +155,20 @@ def test_lm_head_fisher_is_the_mean_over_all_labels(with_bias: bool, simd: str |
         out=torch.ones(5, 4),
     )
     torch.testing.assert_close(single.double(), truth.detach() + 1, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_lm_head_fisher_is_its_specification(with_bias: bool, dtype: torch.dtype) -> None:
+    """Chunks of tokens around label_variance_ against the whole in plain PyTorch, in float64."""
+    a, w, bias = (torch.randn(shape).to(dtype) for shape in ((7, 16), (40, 16), (40,)))
+    given = bias if with_bias else None
+    wide = bias.double() if with_bias else None
+    truth = torch.zeros(40, 16, dtype=torch.float64)
+    reference.lm_head_fisher_(truth, a.double(), w.double(), wide, 3)
+    got = F.lm_head_fisher(a, w, bias=given, token_chunk=3)
+    exact = 1e-12 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(got.double(), truth, rtol=exact, atol=exact * 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from fasttax import reference
-from fasttax.ewc.store import SPLIT, encode_anchor
-from fasttax.fisher.estimate import encode
+from fasttax._base.packed import SPLIT, encode, encode_anchor
 from fasttax.triton import ewc
 from tests.tools.cuda_tools import ROOT, steps
 from tests.tools.triton_tools import compiled

@@ -1,0 +1,206 @@
+"""A Hold: parameters with Fisher, anchor and strength, and the three ways to apply the penalty.
+
+EWC makes one; attach, files and AdamWEWC work on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax._base import checks, dtensor
+from fasttax.ewc import ops
+from fasttax.ewc.drift import Drift
+from fasttax.ewc.lora import LoraHeld
+from fasttax.ewc.store import Entry, Held, Item, Lists, Store
+
+Part = tuple[dtensor.Key, Tensor]  # of a sum: what it is summed over, and this rank's share
+
+
+@dataclass(eq=False)
+class Hold:
+    """strength/2 * sum fisher * (theta - anchor)^2 over the parameters of `store` and `lora`.
+
+    `storage` and `anchor_dtype` say how new Fishers and anchors are encoded; `metadata` is where
+    the Fisher comes from.
+    """
+
+    strength: float
+    storage: str
+    anchor_dtype: torch.dtype | str | None
+    store: Store
+    lora: list[LoraHeld] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        held = self.store.held.values()
+        lora = f", {len(self.lora)} LoRA updates" if self.lora else ""
+        return (
+            f"EWC({len(held)} tensors, {sum(h.theta.numel() for h in held):,} parameters{lora}, "
+            f"strength={self.strength:g}, storage={self.storage})"
+        )
+
+    # --- what it holds -----------------------------------------------------------------------
+
+    def fill(self, items: Sequence[Item]) -> None:
+        """Holds these parameters, and no others, in a store of their own.
+
+        The items may read the store that was there before.
+        """
+        store = Store(self.store.offload)
+        store.fill(items, self.storage, self.anchor_dtype)
+        self.store = store
+
+    def entries(self) -> list[Entry]:
+        """Everything that has a Fisher."""
+        return [*self.store.held.values(), *self.lora]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters by name, frozen ones included; of LoRA updates the trainable factors."""
+        out = {name: h.theta for name, h in self.store.held.items()}
+        for h in self.lora:
+            out |= {f"{h.name} (LoRA {i})": p for i, p in enumerate(h.parameters())}
+        return out
+
+    def _like(self) -> Tensor:
+        """A tensor where sums are to be."""
+        for h in self.store.held.values():
+            return dtensor.local(h.theta.detach())
+        return self.lora[0].base.new_empty(0, dtype=torch.float32)
+
+    # --- the three ways to apply it ----------------------------------------------------------
+
+    def total(self, parts: Sequence[Part]) -> Tensor:
+        """The sum of the parts over all ranks; over sharded parameters a collective."""
+        return dtensor.total(parts, self.store.meshes(), self._like())
+
+    def penalty(self) -> Tensor:
+        """The value, 0-d, differentiable by the trainable parameters."""
+        parts: list[Part] = [(None, h.penalty(self.strength)) for h in self.lora if h.parameters()]
+        blocks = self.store.blocks()
+        if self.store.offload is not None and torch.is_grad_enabled():
+            for block in blocks:
+                params = [dtensor.local(h.theta) for h in block]
+                parts.append(
+                    (dtensor.key_of(block[0].theta), _Streamed.apply(self, block, *params))
+                )
+        else:
+            parts += [(x.key, self.value_of(x)) for x in self.store.stream(blocks)]
+        return self.total(parts)
+
+    def value_of(self, x: Lists) -> Tensor:
+        """The penalty of one block."""
+        return ops.penalty(x.params, x.anchors, x.fishers, x.scales, self.strength)
+
+    def add_grad_(
+        self, scale: float | Tensor = 1.0, only: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """p.grad += scale * strength * fisher * (theta - anchor); returns the penalty."""
+        return self.total(self.add_grad_parts_(scale, only))
+
+    def add_grad_parts_(
+        self, scale: float | Tensor, only: Sequence[Tensor] | None = None
+    ) -> list[Part]:
+        """`add_grad_` without the sum: this rank's parts of the penalty, for `total`."""
+        parts = self.add_lora_grad_parts_(scale, only)
+        with torch.no_grad():
+            for x in self.store.stream(self.store.blocks(only)):
+                parts.append((x.key, self.add_grad_of_(x, scale)))
+        return parts
+
+    def add_lora_grad_parts_(
+        self, scale: float | Tensor, only: Sequence[Tensor] | None = None
+    ) -> list[Part]:
+        """`add_grad_parts_` of the LoRA updates alone."""
+        if only is None:
+            return [(None, h.add_grad_(self.strength, scale, None)) for h in self.lora]
+        chosen = {id(p) for p in only}
+        moved = [h for h in self.lora if any(id(p) in chosen for p in h.parameters())]
+        return [(None, h.add_grad_(self.strength, scale, chosen)) for h in moved]
+
+    def add_grad_of_(self, x: Lists, scale: float | Tensor) -> Tensor:
+        """`add_grad_` of one block, called without grad mode; a missing p.grad is created."""
+        for p in x.owners:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        grads = [dtensor.local(p.grad) for p in x.owners]
+        params = [p.detach() for p in x.params]
+        if not isinstance(scale, Tensor):
+            return ops.add_grad_(
+                params, grads, x.anchors, x.fishers, x.scales, self.strength, scale
+            )
+        pulls = torch.ops.fasttax.ewc_penalty_backward(
+            scale.reshape(()).float(), params, x.anchors, x.fishers, x.scales, self.strength
+        )
+        torch._foreach_add_(grads, pulls)
+        return ops.penalty(params, x.anchors, x.fishers, x.scales, self.strength)
+
+    @torch.no_grad()
+    def prox_(self, lr: float, only: Sequence[Tensor] | None = None) -> None:
+        """Moves theta to anchor + (theta - anchor) / (1 + lr * strength * fisher)."""
+        op = "EWC.prox_"
+        lr = checks.number(op, "lr", lr, low=0)
+        self.refuse_prox_of_lora(op)
+        for x in self.store.stream(self.store.blocks(only)):
+            params = [p.detach() for p in x.params]
+            ops.prox_(params, x.anchors, x.fishers, x.scales, lr * self.strength)
+
+    def refuse_prox_of_lora(self, op: str) -> None:
+        """An error where LoRA updates are held."""
+        if self.lora:
+            raise checks.fail(
+                op,
+                "mode",
+                "'grad' (or .penalty(), .add_grad_()) for LoRA updates",
+                "a proximal step",
+                "the penalty on B A has no closed form in A and B",
+            )
+
+    # --- looking -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def drift(self) -> Drift:
+        """Sum fisher * (theta - anchor)^2 by parameter; over sharded ones a collective."""
+        found = {h.name: h.penalty(2.0) for h in self.lora}
+        shares: dict[dtensor.Key, dict[str, Tensor]] = {}
+        blocks = self.store.blocks(frozen=True)
+        for block, x in zip(blocks, self.store.stream(blocks), strict=True):
+            for i, h in enumerate(block):
+                one = slice(i, i + 1)
+                shares.setdefault(x.key, {})[h.name] = ops.penalty(
+                    x.params[one], x.anchors[one], x.fishers[one], x.scales[one], 2.0
+                )
+        for key, values in shares.items():
+            summed = dtensor.over_ranks(torch.stack(list(values.values())), key)
+            found |= dict(zip(values, summed.unbind(), strict=True))
+        return Drift({h.name: found[h.name] for h in self.entries()})
+
+
+class _Streamed(torch.autograd.Function):
+    """A block's penalty that keeps no copy of its Fisher and anchor between forward and backward.
+
+    Both bring them over anew.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hold: Hold, block: list[Held], *params: Tensor) -> Tensor:
+        ctx.hold, ctx.block = hold, block
+        ctx.save_for_backward(*params)
+        (value,) = [hold.value_of(x) for x in hold.store.stream([block])]
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        params = [p.detach().contiguous() for p in ctx.saved_tensors]
+        (pulls,) = [
+            torch.ops.fasttax.ewc_penalty_backward(
+                grad, params, x.anchors, x.fishers, x.scales, ctx.hold.strength
+            )
+            for x in ctx.hold.store.stream([ctx.block])
+        ]
+        return None, None, *pulls

@@ -1,0 +1,102 @@
+"""Several tasks in one quadratic: a Hold takes over a new Fisher, or becomes the sum of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fasttax._base import checks, dtensor
+from fasttax.ewc.files import anchor_hash
+from fasttax.ewc.fit import Target, check_hash, differences, shapes_of, survey, unlike
+from fasttax.ewc.hold import Hold
+from fasttax.ewc.lora import LoraHeld
+from fasttax.ewc.store import Item, Store, encode_for
+from fasttax.fisher.estimate import FisherEstimate
+
+
+def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay: float) -> None:
+    """Anchor <- the present weights, F <- decay * F + fisher (online EWC)."""
+    op = "EWC.consolidate"
+    decay = checks.number(op, "decay", decay, low=0)
+    plain = [Target(h.name, h.name, h.theta, None) for h in hold.store.held.values()]
+    targets = plain + [Target(h.name, h.name, h.base, h.module) for h in hold.lora]
+    differences(
+        op, "fisher", unlike({t.name: t for t in targets}, shapes_of(fisher), "the model has")
+    )
+    check_hash(op, fisher, targets, {})
+    survey(op, fisher, [t.name for t in targets], None, None)
+
+    def summed(t: Target) -> tuple[Tensor, Tensor]:
+        old = hold.store.held[t.name].fisher
+        new = dtensor.part_of(fisher[t.name].detach().to(old.values.device), t.theta)
+        return dtensor.as_theta(decay * old.decode() + new, t.theta), t.theta.detach().clone()
+
+    for h in hold.lora:
+        new = fisher[h.name].detach().to(h.fisher.values.device)
+        h.consolidate(encode_for(h.base, decay * h.fisher.decode() + new, hold.storage))
+    hold.fill([Item(t.name, t.theta, partial(summed, t)) for t in plain])
+    found = getattr(fisher, "metadata", {})
+    for count in ("examples", "tokens"):
+        if count in hold.metadata and count in found:
+            hold.metadata[count] += found[count]
+    hold.metadata["consolidated"] = hold.metadata.get("consolidated", 1) + 1
+    hold.metadata["model_hash"] = anchor_hash(hold)
+
+
+def combine(holds: Sequence[Hold]) -> Hold:
+    """F = sum strength_k fisher_k, anchor = sum F_k anchor_k / sum F_k, at strength 1."""
+    op = "EWC.combine"
+    first = holds[0]
+    for other in holds[1:]:
+        if _owners(other) != _owners(first):
+            raise checks.fail(
+                op,
+                "ewcs",
+                "EWCs that hold the same parameters of one model",
+                f"{other} beside {first}",
+            )
+    if any(h.anchor is not None for hold in holds for h in hold.lora):
+        raise checks.fail(
+            op,
+            "ewcs",
+            "LoRA updates whose anchors are 0",
+            "consolidated ones",
+            "their Fisher-weighted mean has no low rank: merge the adapter",
+        )
+    # a mean of bfloat16 anchors is no bfloat16 number
+    dtype = first.anchor_dtype if isinstance(first.anchor_dtype, str) else torch.float32
+    result = Hold(1.0, first.storage, dtype, Store(first.store.offload))
+    result.fill(
+        [
+            Item(name, h.theta, partial(_quadratic, holds, name))
+            for name, h in first.store.held.items()
+        ]
+    )
+    for i, h in enumerate(first.lora):
+        terms = [hold.strength * hold.lora[i].fisher.decode().double() for hold in holds]
+        fisher = encode_for(h.base, torch.stack(terms).sum(0), result.storage)
+        result.lora.append(LoraHeld(h.name, fisher, h.module))
+    result.metadata = {**first.metadata, "combined": len(holds)}
+    result.metadata["model_hash"] = anchor_hash(result)
+    return result
+
+
+def _owners(hold: Hold) -> tuple[dict[str, int], list[int]]:
+    held = {name: id(h.theta) for name, h in hold.store.held.items()}
+    return held, [id(h.module) for h in hold.lora]
+
+
+def _quadratic(holds: Sequence[Hold], name: str) -> tuple[Tensor, Tensor]:
+    """The Fisher and the anchor of one parameter's sum; the first anchor where every F_k is 0."""
+    first = holds[0].store.held[name]
+    total, moment = torch.zeros(()), torch.zeros(())
+    for hold in holds:
+        h = hold.store.held[name]
+        f = hold.strength * h.fisher.decode().double()
+        total = total + f
+        moment = moment + f * h.decoded_anchor().double().to(f.device)
+    anchor = torch.where(total > 0, moment / total, first.decoded_anchor().double())
+    return dtensor.as_theta(total, first.theta), dtensor.as_theta(anchor, first.theta)

@@ -1,0 +1,23 @@
+"""The rules: which modules' parameters can be squared inside one ordinary backward, and how.
+
+A rule is a Tap in a file of its own; a module's is the first of RULES that fits it. What none fits
+runs again on its own, example by example (rules/module.py), and blocks that send tokens to experts
+run example by example as a whole (rules/routing.py).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fasttax.fisher.rules.conv import ConvTap
+from fasttax.fisher.rules.elementwise import ElementwiseTap
+from fasttax.fisher.rules.embedding import EmbeddingTap
+from fasttax.fisher.rules.linear import Conv1DTap, LinearTap
+from fasttax.fisher.tap import Tap
+
+RULES: tuple[type[Tap], ...] = (LinearTap, EmbeddingTap, Conv1DTap, ConvTap, ElementwiseTap)
+
+
+def rule_of(module: nn.Module) -> type[Tap] | None:
+    """The first rule that fits the module; None where its class says nothing."""
+    return next((rule for rule in RULES if rule.fits(module)), None)

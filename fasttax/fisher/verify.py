@@ -1,0 +1,173 @@
+"""The taps held against autograd, and packed documents against each other, on a first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax.fisher import batches, labels, loop
+from fasttax.fisher.layout import WAY_OUT, Layout
+from fasttax.fisher.passes import Pass
+from fasttax.fisher.sums import Sums
+from fasttax.fisher.view import View
+
+_TOKENS = 16  # of one or two examples
+_WIDE = (torch.float32, torch.float64)
+
+
+def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) -> None:
+    """The taps against autograd on a few tokens of one or two examples, parameter by parameter.
+
+    Sums and generator are as before at the end.
+
+    Args:
+        view: the model under its taps.
+        sums: the taps' sink.
+        drawing: of labels; None where they are the data's.
+        batch: as `view.read` takes it.
+
+    Raises:
+        ValueError: a parameter's square is not that of its gradient, or the head's closed form
+            does not apply.
+    """
+    part = batches.snippet(batch, _TOKENS)
+    small = view.read(part)
+    params = {
+        n: s.param for n, s in sums.slots.items() if s.param is not None and not n.startswith("_")
+    }
+    with labels.unmoved(drawing), sums.scratch() as found:
+        current = Pass(Layout(view.unit, small.shape, small.bounds))
+        with sums.recording([current]), view.tapped():
+            logits = view.forward(small)
+            small = small.settled(logits)
+            if not bool(small.counted.any()):
+                return
+            score = labels.score(logits, small, drawing)
+            exact_head = view.labels == "exact_head"
+            logits.backward(score.to(logits.dtype), retain_graph=exact_head)
+            sums.finish(current)
+            if exact_head:
+                _check_head(view, current, logits, small, drawing)
+        truth: dict[str, Tensor] = {}
+        if params:
+            truth = loop.squares(view, params, part, small, score)
+    exact = _is_exact(logits.device, *(p.dtype for p in params.values()))
+    wrong = _differences(view.unit, params, found, truth, exact)
+    if wrong:
+        more = ""
+        if len(wrong) > 10:
+            more = f"\n  and {len(wrong) - 10} more"
+        raise ValueError(
+            "DiagonalFisher: the layers' taps disagree with autograd on:\n  "
+            + "\n  ".join(wrong[:10])
+            + f"{more}\nthese weights are used outside their own module's forward (or in a way it "
+            f"does not show); {WAY_OUT}"
+        )
+
+
+def _is_exact(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether a model of these dtypes computes in float32 or float64."""
+    return all(d in _WIDE for d in dtypes) and not torch.is_autocast_enabled(device.type)
+
+
+def _differences(
+    unit: str,
+    params: Mapping[str, Tensor],
+    squares: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    exact: bool,
+) -> list[str]:
+    """A line for each parameter whose squares are not those of autograd's gradients.
+
+    By the norm of their roots for unit="example"; the other units' squares are not the truth's, and
+    both must be something or nothing.
+    """
+    slack, smallest = 0.1, 1e-2
+    if exact:
+        slack, smallest = 1e-3, 1e-6
+    # a gradient that is 0 on paper (a key's bias) is rounding noise, in both
+    noise = smallest * max((float(t.sum()) ** 0.5 for t in truth.values()), default=0.0)
+    wrong = []
+    for name, p in params.items():
+        nothing = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
+        expected = truth.get(name, nothing).sqrt()
+        found = squares.get(name, nothing).double().clamp_min(0).sqrt()
+        error, size = float((found - expected).norm()), float(expected.norm())
+        if unit == "example":
+            if error > slack * size + noise:
+                off = error / max(size, 1e-30)
+                wrong.append(f"{name}: off by {off:.1e} of its gradient's norm")
+        elif max(size, float(found.norm())) > noise and (size > 0) != bool(found.any()):
+            seen, true = ("no", "one") if size > 0 else ("a", "none")
+            wrong.append(f"{name}: {seen} gradient seen where autograd has {true}")
+    return wrong
+
+
+def _check_head(
+    view: View,
+    current: Pass,
+    logits: Tensor,
+    small: batches.Batch,
+    drawing: torch.Generator | None,
+) -> None:
+    """The head's closed form needs logits that depend on the head's output entry by entry.
+
+    The gradient at the head's output is then the score times a slope that no label changes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    tap = view.head(current, logits)
+    needs = "DiagonalFisher: labels: 'exact_head' needs"
+    slopes: list[Tensor] = []
+    current.diverted = []
+    for last in (False, True):
+        score = labels.score(logits, small, drawing)
+        current.head, current.score = tap, score
+        logits.backward(score.to(logits.dtype), retain_graph=not last)
+        s = score.reshape(-1, score.shape[-1])
+        heads = [p.d for p in current.diverted if p.kind == "head"]
+        d = heads[-1] if heads else torch.empty(0)
+        if d.shape != s.shape:
+            raise ValueError(
+                f"{needs} one output of the head ({tap.where}) for each row of logits, got "
+                f"gradients of shape {tuple(d.shape)} for scores {tuple(s.shape)}; use "
+                "labels='sample'"
+            )
+        slopes.append(torch.where(s.abs() > 1e-6, d.to(s.dtype) / s, 0.0))
+    first, second = slopes
+    both = (first != 0) & (second != 0)
+    slack = 1e-3 if logits.dtype in _WIDE else 0.1
+    if bool(((first - second).abs() > slack * first.abs().max())[both].any()):
+        raise ValueError(
+            f"{needs} logits that are the output of the head ({tap.where}) entry by entry (softcap "
+            "and scale are fine), which these are not; use labels='sample'"
+        )
+
+
+def check_isolation(view: View, ready: batches.Batch) -> None:
+    """Packed documents are examples only where the model keeps them apart.
+
+    A document's logits must not depend on its neighbours.
+
+    Raises:
+        ValueError: they do.
+    """
+    meeting = batches.neighbours(ready, 8)
+    if meeting is None or view.model.training:
+        return
+    with torch.random.fork_rng(devices=view.cuda_devices), torch.no_grad():
+        joint, single = (view.run(inputs) for inputs in (meeting.both, meeting.alone))
+    error = float((joint[:, meeting.start :].float() - single.float()).norm())
+    size = float(single.float().norm())
+    slack = 1e-3 if _is_exact(single.device, single.dtype) else 0.1
+    if error > slack * size:
+        raise ValueError(
+            "DiagonalFisher.update: batch: expected a model whose packed documents do not see "
+            f"each other, got logits that change by {error / size:.1e} with the document before; "
+            "pass restarting position_ids and no attention_mask (sdpa and flash attention of "
+            "transformers keep documents apart then), or one document a row, padded"
+        )
