@@ -115,7 +115,7 @@ class FullKL(Handle):
         """The coefficient, an AdaptiveKL's as it is at present."""
         return self._beta if self.control is None else self.control.beta
 
-    # --- seeing the policy's forward -------------------------------------------------------------
+    # --- seeing the policy's forward --------------------------------------------------------------
 
     def _see_backbone(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -146,7 +146,7 @@ class FullKL(Handle):
         self._sum = values[self.kind] if self._sum is None else self._sum + values[self.kind]
         self.events.record(values, tokens)
 
-    # --- adding it to the loss -------------------------------------------------------------------
+    # --- adding it to the loss --------------------------------------------------------------------
 
     def _with_kl(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         def with_kl(
