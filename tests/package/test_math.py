@@ -35,6 +35,8 @@ MODULE = """
 #include <pybind11/numpy.h>
 #define FASTTAX_KERNELS "kernels.h"
 #include "cpu/isa.h"
+#include "math/ewc.h"
+#include "math/kl.h"
 namespace py = pybind11;
 template <int level> void at(int fn, const float* a, float* out, long n) {
 #if defined(__x86_64__)
