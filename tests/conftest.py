@@ -24,8 +24,16 @@ def _seed() -> None:
 
 
 def simd_levels() -> list[int]:
-    """The levels that this CPU runs; none where _C is not built."""
-    return [] if "_C" in library.problems else list(range(torch.ops.fasttax._simd_level(-1) + 1))
+    """The levels that this CPU runs and the library has; none where _C is not built."""
+    if "_C" in library.problems:
+        return []
+    best = torch.ops.fasttax._simd_level(-1)
+    try:
+        torch.ops.fasttax._simd_level(0)
+    except RuntimeError:  # compiled for one instruction set: `make quick`
+        return [best]
+    torch.ops.fasttax._simd_level(best)
+    return list(range(best + 1))
 
 
 def name(backend: str | int) -> str:

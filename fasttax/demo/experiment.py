@@ -50,7 +50,7 @@ class Experiment:
         self.vectors: dict[str, Vectors] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    # --- stages --------------------------------------------------------------------------------------------------------
+    # --- stages -----------------------------------------------------------------------------------
 
     def run(self) -> None:
         with self._stage("model and texts"):
@@ -105,7 +105,7 @@ class Experiment:
     def _say(self, text: str) -> None:
         print(f"         {text}", flush=True)
 
-    # --- what the stages do ----------------------------------------------------------------------------------------------
+    # --- what the stages do -----------------------------------------------------------------------
 
     def _load(self) -> None:
         s = self.settings

@@ -1,6 +1,4 @@
-"""What is installed: public names, backends, a package without its library, the ABI of the built
-library, the repo's own rules.
-"""
+"""What is installed: public names, backends, no library, the library's ABI, the repo's rules."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,11 @@ def assert_agree(a: Mapping[str, list[float]], b: Mapping[str, list[float]]) -> 
             torch.tensor(b[name]),
             rtol=1e-5,
             atol=1e-6,
-            msg=lambda m, name=name: f"{name}: {m}",
+            msg=partial("{}: {}".format, name),
         )
 
 
-# --- public names (design, section 2) ------------------------------------------------------------------------------------
+# --- public names (design, section 2) -------------------------------------------------------------
 
 NAMES = {
     "EWC",
@@ -106,7 +105,10 @@ NAMES = {
     "topk_kl",
     "topk_logprobs",
 }
-KL = "kind beta temperature ref_temperature softcap ref_softcap logit_scale ref_logit_scale mask weight reduction inf inplace_backward tp_group"
+KL = (
+    "kind beta temperature ref_temperature softcap ref_softcap logit_scale ref_logit_scale "
+    "mask weight reduction inf inplace_backward tp_group"
+)
 KEYWORDS: dict[str, tuple[Callable[..., Any], str]] = {
     "token_kl": (fasttax.token_kl, f"logits ref_logits {KL}"),
     "token_stats": (fasttax.token_stats, "logits ref_logits ids outputs kind temperature mask"),
@@ -173,7 +175,7 @@ def test_signatures_keep_the_contract(name: str) -> None:
     assert inspect.getdoc(function)
 
 
-# --- backends ------------------------------------------------------------------------------------------------------------
+# --- backends -------------------------------------------------------------------------------------
 
 
 def test_reference_backend_gives_the_same_numbers() -> None:
@@ -241,7 +243,10 @@ def test_without_the_built_library_it_warns_once_and_works(tmp_path: Path) -> No
     isolated = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
     )
-    isolated += f"sys.path.insert(0, {str(tmp_path)!r}); import fasttax; assert fasttax.__file__.startswith({str(tmp_path)!r})\n"
+    isolated += (
+        f"sys.path.insert(0, {str(tmp_path)!r}); import fasttax; assert "
+        f"fasttax.__file__.startswith({str(tmp_path)!r})\n"
+    )
     done = python(
         isolated + "import importlib; importlib.import_module('fasttax.fisher')\n" + NUMBERS
     )
@@ -256,7 +261,7 @@ def test_without_the_built_library_it_warns_once_and_works(tmp_path: Path) -> No
     assert "pip install --no-build-isolation ." in done.stderr
 
 
-# --- the built library ---------------------------------------------------------------------------------------------------
+# --- the built library ----------------------------------------------------------------------------
 
 
 @needs_library
@@ -282,8 +287,9 @@ def test_library_uses_only_stable_symbols() -> None:
 
 
 def _other_torch(version: str) -> Path:
-    """A cached environment with that torch; `done` is written last, so that a broken install is
-    never reused.
+    """A cached environment with that torch.
+
+    `done` is written last, so that a broken install is never reused.
     """
     home = Path.home() / ".cache" / "fasttax-tests"
     place = home / f"torch-{version}"
@@ -326,7 +332,7 @@ def test_library_loads_under_another_torch(tmp_path: Path) -> None:
     assert_agree(there["ops"], here["ops"])
 
 
-# --- the repo's own rules --------------------------------------------------------------------------------------------------
+# --- the repo's own rules -------------------------------------------------------------------------
 
 
 def tracked() -> list[Path]:
