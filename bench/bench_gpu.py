@@ -17,7 +17,7 @@ from bench import baselines, workloads
 from bench.bench_kl import STATS, forward, fused_stats
 from bench.timing import Case
 from fasttax.cli.bench import fused_kl, step
-from fasttax.kl.token_kl import tempering
+from fasttax.kl.call import tempering
 
 
 def triton_step(x: Tensor, y: Tensor) -> Callable[[], Any]:

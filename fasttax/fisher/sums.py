@@ -67,7 +67,7 @@ class Sums:
     def data_groups(self) -> list[Any]:
         """The groups over which FSDP2 has summed already, one a dimension of its mesh.
 
-        None without FSDP2.
+        Empty without FSDP2.
         """
         for shard in self.shards.values():
             if shard.data_dims:

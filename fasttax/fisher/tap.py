@@ -87,7 +87,9 @@ class _Identity(torch.autograd.Function):
 
 
 class Tap:
-    """A rule, behind one module of its kind. A rule says.
+    """A rule, behind one module of its kind.
+
+    A rule says
 
     - what it fits (`fits`): the modules whose parameters it is exact for, by their class;
     - what it checks (`check`): that a call is one that it is exact for, before anything counts;
@@ -116,6 +118,9 @@ class Tap:
 
     def check(self, call: Call) -> None:
         """Refuses a call that the rule is not exact for.
+
+        Whatever a rule must prove of a call before its squares may count, it proves here: that the
+        module's own parameters were used, and that the layout of its tensors is the batch's.
 
         Raises:
             TypeError: not one tensor in and one out.

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax import reference
 from fasttax._base.gemm import gemm, project
 from fasttax._base.library import prefer_huge_pages
-from fasttax.kl.token_kl import KINDS, held_gradients, hold_gradients, token_kl
+from fasttax.kl.call import KINDS, Side
+from fasttax.kl.gradients import held_gradients, hold_gradients
+from fasttax.kl.token_kl import token_kl
 from fasttax.kl.token_stats import token_stats
 
 # of one model's logits at a time; on an accelerator TRL's own tile, 4096 x 32768 floats
@@ -152,14 +153,12 @@ class LogProb(torch.autograd.Function):
             kept.append(stats)
             values[0, at], values[1, at] = rows[LOGP], rows[ENTROPY]
             if "log_sum_sq_probs" in outputs:
-                values[2, at] = _log_sum_squares(reference.temper(logits.float(), *options[::2]))
+                values[2, at] = _log_sum_squares(Side(*options[::2]).temper(logits.float()))
             if "mean_logits" in outputs:
                 values[3, at] = (
                     logits.mean(-1, dtype=torch.float32) * (logit_scale / temperature)
                     if softcap is None
-                    else reference.temper(
-                        logits.float(), logit_scale, softcap, 1 / temperature
-                    ).mean(-1)
+                    else Side(logit_scale, softcap, 1 / temperature).temper(logits.float()).mean(-1)
                 )
             if "is_top1" in outputs:
                 top1[at] = logits.argmax(-1) == targets[at]
@@ -258,7 +257,7 @@ class Divergence(torch.autograd.Function):
         own = (scale, scale, softcap or 0.0, softcap or 0.0, 1 / temperature, 1 / temperature)
         ctx.row = {0.0: KL_REF_POLICY, 1.0: KL_POLICY_REF}.get(float(beta))
         ctx.options = (
-            tempering if ctx.row is not None else (KINDS.index("jsd"), beta, *tempering, False)
+            tempering if ctx.row is not None else (KINDS["jsd"].number, beta, *tempering, False)
         )
         ctx.dtypes = compute_dtype(hidden), compute_dtype(teacher_hidden)
         ctx.step = _rows_at_a_time(hidden, V, 2)

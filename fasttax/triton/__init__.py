@@ -27,8 +27,8 @@ MODULES = {  # op -> the module that has it, by the op's own name
     "ewc_penalty_backward": "ewc",
     "ewc_add_grad_": "ewc",
     "ewc_prox_": "ewc",
-    "ewc_adamw_": "ewc",
-    "lora_ewc_penalty": "ewc",
+    "ewc_adamw_": "ewc_adamw",
+    "lora_ewc_penalty": "ewc_lora",
 }
 
 

@@ -1,7 +1,4 @@
-"""Triton kernels of the Fisher.
-
-linear_sqgrad's tile of F on chip over all examples, the squares of biases, norms and embeddings,
-and the head's variances over its labels.
+"""Triton kernels of the Fisher: sums of squared per-example gradients, the head's variances.
 
 A program owns a tile of F and runs over examples: the example's gradient tile is gathered by tl.dot
 in registers, squared, and added to a second register tile; F is read and written once. No
@@ -20,15 +17,13 @@ from torch import Tensor
 
 from fasttax.triton import on_device
 
-# rows and columns of F, tokens at a time: two float32 tiles of 64 x 64 are 64 registers a thread at
-# 4 warps, and no spill
+# outputs and inputs of F, tokens at a time: two float32 tiles of 64 x 64 are 64 registers a thread
+# at 4 warps, and no spill
 TILE_O, TILE_I, TILE_T = 64, 64, 32
-COLUMNS, ROWS = 128, 16  # of the row kernels
+# of biases and norms
+COLUMNS, TOKENS = 128, 16
 # of an embedding's rows: a word seldom stands more than four times in an example
-WORD_COLUMNS, WORD_ROWS = (
-    512,
-    4,
-)
+WORD_COLUMNS, WORD_TOKENS = 512, 4
 ROW_BLOCK = 4096  # logits of a row at a time
 BLOCK = 2048  # elements of accumulate_sqgrad_ a program
 
@@ -102,7 +97,7 @@ def linear_kernel(
 
 
 @triton.jit
-def rows_kernel(
+def elementwise_kernel(
     out_ptr,
     x_ptr,
     d_ptr,
@@ -113,7 +108,7 @@ def rows_kernel(
     x_stride,
     d_stride,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """out[j] += sum_n w_n (sum_t d[t, j] x[t, j])^2, without x_ptr of d alone."""
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -122,9 +117,9 @@ def rows_kernel(
     begin = tl.load(cu_ptr)
     for n in range(examples):
         end = tl.load(cu_ptr + n + 1)
-        gathered = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(begin, end, ROWS):
-            t = start + tl.arange(0, ROWS)
+        gathered = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        for start in range(begin, end, TOKENS):
+            t = start + tl.arange(0, TOKENS)
             d = block_of(d_ptr, d_stride, t, t < end, at, live, True)
             if x_ptr is not None:
                 d *= block_of(x_ptr, x_stride, t, t < end, at, live, True)
@@ -152,15 +147,13 @@ def words_kernel(
     d_stride,
     skip,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """out[v] += sum_n w_n (sum_{t in n.
+    """out[v] += sum_n w_n (sum_{t in n: ids[t] = v} d[t])^2.
 
-    ids[t] = v} d[t])^2 by the program that stands at the first of v's tokens, in the order of
-    (word, example).
-
-    Of place p in that order: order[p] its row of d, word[p], example[p], end[p] where its example's
-    tokens of the word end, last[p] where the word's do.
+    By the program that stands at the first of v's tokens, in the order of (word, example). Of place
+    p in that order: order[p] its row of d, word[p], example[p], end[p] where its example's tokens
+    of the word end, last[p] where the word's do.
     """
     begin = tl.program_id(0)
     word = tl.load(word_ptr + begin)
@@ -172,9 +165,9 @@ def words_kernel(
         last = tl.load(last_ptr + begin).to(tl.int32)
         while begin < last:
             end = tl.load(end_ptr + begin).to(tl.int32)
-            gathered = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for start in range(begin, end, ROWS):
-                p = start + tl.arange(0, ROWS)
+            gathered = tl.zeros([TOKENS, COLUMNS], tl.float32)
+            for start in range(begin, end, TOKENS):
+                p = start + tl.arange(0, TOKENS)
                 gathered += block_of(
                     d_ptr,
                     d_stride,
@@ -225,6 +218,7 @@ def variance_kernel(x_ptr, V, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def squares_kernel(sum_ptr, grad_ptr, weight, n, BLOCK: tl.constexpr):
+    """Adds weight * grad^2 to n elements of a sum."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < n
     total = tl.load(sum_ptr + at, mask=live, other=0.0)
@@ -243,6 +237,7 @@ def linear_sqgrad_(
     cu_seqlens: Tensor,
     example_weight: Tensor | None,
 ) -> None:
+    """As the specification; float64 sums are left to it."""
     if out.dtype == torch.float64:
         torch.ops.fasttax._reference_linear_sqgrad_(
             out, inputs, grad_outputs, cu_seqlens, example_weight
@@ -282,14 +277,17 @@ def _ragged(cu_seqlens: Tensor) -> bool:
     return bool((cu_seqlens.diff() != 1).any())
 
 
-def _rows(
+def _elementwise(
     out: Tensor, x: Tensor | None, d: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None
 ) -> None:
     examples, width = cu_seqlens.numel() - 1, d.shape[1]
     if not (examples and width and d.shape[0]):
         return
+    x_stride = 0
+    if x is not None:
+        x_stride = x.stride(0)
     with on_device(out):
-        rows_kernel[(triton.cdiv(width, COLUMNS),)](
+        elementwise_kernel[(triton.cdiv(width, COLUMNS),)](
             out,
             x,
             d,
@@ -297,10 +295,10 @@ def _rows(
             example_weight,
             examples,
             width,
-            0 if x is None else x.stride(0),
+            x_stride,
             d.stride(0),
             COLUMNS=COLUMNS,
-            ROWS=ROWS,
+            TOKENS=TOKENS,
             num_warps=4,
         )
 
@@ -308,11 +306,12 @@ def _rows(
 def bias_sqgrad_(
     out: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor, example_weight: Tensor | None
 ) -> None:
+    """As the specification; float64 sums are left to it."""
     reference: Any = torch.ops.fasttax._reference_bias_sqgrad_
     if out.dtype == torch.float64:
         reference(out, grad_outputs, cu_seqlens, example_weight)
     else:
-        _rows(out, None, grad_outputs, cu_seqlens, example_weight)
+        _elementwise(out, None, grad_outputs, cu_seqlens, example_weight)
 
 
 def norm_sqgrad_(
@@ -322,11 +321,12 @@ def norm_sqgrad_(
     cu_seqlens: Tensor,
     example_weight: Tensor | None,
 ) -> None:
+    """As the specification; float64 sums are left to it."""
     reference: Any = torch.ops.fasttax._reference_norm_sqgrad_
     if out.dtype == torch.float64:
         reference(out, inputs, grad_outputs, cu_seqlens, example_weight)
     else:
-        _rows(out, inputs, grad_outputs, cu_seqlens, example_weight)
+        _elementwise(out, inputs, grad_outputs, cu_seqlens, example_weight)
 
 
 def embedding_sqgrad_(
@@ -337,6 +337,10 @@ def embedding_sqgrad_(
     example_weight: Tensor | None,
     skip: int,
 ) -> None:
+    """As the specification; float64 sums are left to it.
+
+    Tokens are sorted by (word, example) first, so that a program adds up one word.
+    """
     if out.dtype == torch.float64:
         torch.ops.fasttax._reference_embedding_sqgrad_(
             out, ids, grad_outputs, cu_seqlens, example_weight, skip
@@ -366,12 +370,13 @@ def embedding_sqgrad_(
             grad_outputs.stride(0),
             skip,
             COLUMNS=WORD_COLUMNS,
-            ROWS=WORD_ROWS,
+            TOKENS=WORD_TOKENS,
             num_warps=4,
         )
 
 
 def label_variance_(logits: Tensor) -> None:
+    """As the specification, a program a row; float64 logits are left to it."""
     if logits.dtype == torch.float64:
         torch.ops.fasttax._reference_label_variance_(logits)
     elif logits.numel():
@@ -382,6 +387,7 @@ def label_variance_(logits: Tensor) -> None:
 
 
 def accumulate_sqgrad_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
+    """As the specification, a launch a tensor; float64 sums are left to it."""
     for total, grad in zip(sums, grads, strict=True):
         if total.dtype == torch.float64:
             torch.ops.fasttax._reference_accumulate_sqgrad_([total], [grad], weight)

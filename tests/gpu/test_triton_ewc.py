@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base.packed import SPLIT, encode, encode_anchor
-from fasttax.triton import ewc
+from fasttax.triton import ewc, ewc_adamw, ewc_lora
 from tests.tools.cuda_tools import ROOT, steps
 from tests.tools.triton_tools import compiled
 
@@ -234,7 +234,12 @@ def test_compiles_for_gpus_without_spills_and_with_wide_loads(target: str, tmp_p
         }
         constants = {"MODE": ewc.PROX.value, "AMSGRAD": False, "FROM_SECOND": False, **kinds}
         built["adamw"] = compiled(
-            ewc.adamw_kernel, target, types_of(ewc.adamw_kernel, mix), constants, warps, tmp_path
+            ewc_adamw.adamw_kernel,
+            target,
+            types_of(ewc_adamw.adamw_kernel, mix),
+            constants,
+            warps,
+            tmp_path,
         )
         for name, binary in built.items():
             assert binary.spills == 0, (name, mix)
@@ -243,8 +248,8 @@ def test_compiles_for_gpus_without_spills_and_with_wide_loads(target: str, tmp_p
                 assert wide >= {"add": 4, "adamw": 6}[name] * ewc.BLOCK // (128 * 4), (name, wide)
     meta = {"U8": False, "R": 16, "ROWS": 32, "COLS": 64}
     for kernel, extra in (
-        (ewc.lora_rows_kernel, {"GRADIENT": True}),
-        (ewc.lora_columns_kernel, {}),
+        (ewc_lora.lora_rows_kernel, {"GRADIENT": True}),
+        (ewc_lora.lora_columns_kernel, {}),
     ):
         types = types_of(kernel, "fp32") | {name: "*fp32" for name in ("a_ptr", "b_ptr")}
         assert compiled(kernel, target, types, {**meta, **extra}, warps, tmp_path).spills == 0

@@ -154,10 +154,10 @@ def test_the_row_kernel_compiles(tmp_path: Path) -> None:
         "d_stride": "i32",
     }
     binary = compiled(
-        fisher.rows_kernel,
+        fisher.elementwise_kernel,
         "sm_90",
         types,
-        {"COLUMNS": fisher.COLUMNS, "ROWS": fisher.ROWS},
+        {"COLUMNS": fisher.COLUMNS, "TOKENS": fisher.TOKENS},
         {"num_warps": 4},
         tmp_path,
     )
@@ -183,7 +183,7 @@ def test_words_rows_and_lists_compile(target: str, tmp_path: Path) -> None:
                 "d_stride": "i32",
                 "skip": "i32",
             },
-            {"COLUMNS": fisher.WORD_COLUMNS, "ROWS": fisher.WORD_ROWS},
+            {"COLUMNS": fisher.WORD_COLUMNS, "TOKENS": fisher.WORD_TOKENS},
             4,
         ),
         "variance": (

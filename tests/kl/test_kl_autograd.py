@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fasttax
-from fasttax.kl.token_kl import tempering
+from fasttax.kl.call import tempering
 from tests.tools.kl_cases import INF, KINDS, NAN, oracle, run_oracle
 
 # --- autograd --------------------------------------------------------------------------------------------------------------

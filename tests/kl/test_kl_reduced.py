@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fasttax
-from fasttax.kl.token_kl import tempering
+from fasttax.kl.call import tempering
 from tests.tools.kl_cases import KINDS, run_oracle
 
 WEIGHT, MASK = torch.tensor([0.5, -1.25, 0.0, 3.0]), torch.tensor([True, True, True, False])

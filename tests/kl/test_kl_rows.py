@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fasttax
-from fasttax.kl.token_kl import tempering
+from fasttax.kl.call import tempering
 from tests.tools.kl_cases import DTYPES, INF, KINDS, NAN, check, device_of, functions, oracle, run
 
 # --- -inf, NaN, masks ------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from test_kl_rows import LAYOUTS
 from torch import Tensor
 
 import fasttax
-from fasttax.kl.token_kl import tempering
-from fasttax.kl.token_stats import ROWS
+from fasttax.kl.call import tempering
+from fasttax.reference.rows import STATS as ROWS
 from tests.tools.kl_cases import DTYPES, INF, NAN, device_of, functions, oracle
 from tests.tools.utils import assert_within, own_result
 
@@ -27,8 +27,7 @@ Result = tuple[Tensor, Tensor, Tensor]
 
 
 def numbers(options: dict[str, Any]) -> tuple[float, ...]:
-    t = tempering("test", **options)
-    return t.scale, t.ref_scale, t.softcap, t.ref_softcap, t.inv_temperature, t.ref_inv_temperature
+    return tempering("test", **options).sides()
 
 
 def run(

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fasttax
 from fasttax.kl import linear_sweep
-from fasttax.kl.linear_sweep import Work
-from fasttax.kl.token_kl import tempering
+from fasttax.kl.call import tempering
+from fasttax.kl.linear_sweep import Asked, Inputs, Tensors
 from tests.tools.linear_cases import (
     NAMES,
     OPTIONS,
@@ -131,14 +131,14 @@ def test_vocab_chunk_bounds_the_logits(
     option: str, inf: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No logits beyond token_chunk x vocab_chunk; where whole rows are needed, fewer tokens."""
-    sizes, real = [], linear_sweep.Head.project
+    sizes, real = [], linear_sweep.Projection.project
 
     def seen(self: Any, hidden: Tensor, columns: slice, buffer: Tensor) -> Tensor:
         logits = real(self, hidden, columns, buffer)
         sizes.append(logits.numel())
         return logits
 
-    monkeypatch.setattr(linear_sweep.Head, "project", seen)
+    monkeypatch.setattr(linear_sweep.Projection, "project", seen)
     fused(tensors(), token_chunk=6, vocab_chunk=10, inf=inf, **OPTIONS[option])
     assert max(sizes) <= 6 * 10
 
@@ -210,37 +210,33 @@ def test_gradcheck_of_logprobs(vocab_chunk: int | None, reduction: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "work",
+    "asked",
     [
-        Work(True, False, False, 2, None),
-        Work(True, True, False, None, None),
-        Work(False, True, True, 2, 3),
+        Asked(kl=True, token_chunk=2),
+        Asked(kl=True, stats=True),
+        Asked(stats=True, pair=True, token_chunk=2, vocab_chunk=3),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("n", [5, 0])
-def test_opcheck(n: int, work: Work) -> None:
+def test_opcheck(n: int, asked: Asked) -> None:
     tensors = [t.detach().float().requires_grad_(i != 2) for i, t in enumerate(small(n))]
-    rest = (
-        torch.arange(n),
-        torch.arange(n) % 2 == 0,
-        *tempering("test", temperature=0.7).args(),
-        *work.args(),
-    )
+    ids, mask, t = torch.arange(n), torch.arange(n) % 2 == 0, tempering("test", temperature=0.7)
+    rest = Inputs(Tensors(*tensors), ids, mask, t, asked).args()[len(tensors) :]
     torch.library.opcheck(torch.ops.fasttax.linear_token_rows, (*tensors, *rest))
-    rows, *kept = torch.ops.fasttax.linear_token_rows(*(t.detach() for t in tensors), *rest)
-    if not work.pair:
+    rows, *saved = torch.ops.fasttax.linear_token_rows(*(t.detach() for t in tensors), *rest)
+    if not asked.pair:
         total = (
             torch.rand(n),
             *(t.requires_grad_(i != 2) for i, t in enumerate(tensors)),
             *rest,
-            6 if work.kl else 2,
+            6 if asked.kl else 2,
             [True, True, False, True, True, True],
         )
         torch.library.opcheck(torch.ops.fasttax.linear_token_total, total)
     args = (
         torch.rand_like(rows),
-        *kept,
+        *saved,
         *(t.detach() for t in tensors),
         *rest,
         [True, True, False, True, True, False],

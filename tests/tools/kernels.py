@@ -13,10 +13,16 @@ SIMD = {0: "portable", 1: "avx2", 2: "avx512"}
 
 
 def simd_levels() -> list[int]:
-    """The levels that this CPU runs; none where _C is not built."""
+    """The levels that this CPU runs and the library has; none where _C is not built."""
     if "_C" in library.problems:
         return []
-    return list(range(torch.ops.fasttax._simd_level(-1) + 1))
+    best = torch.ops.fasttax._simd_level(-1)
+    try:
+        torch.ops.fasttax._simd_level(0)
+    except RuntimeError:  # compiled for one instruction set: `make quick`
+        return [best]
+    torch.ops.fasttax._simd_level(best)
+    return list(range(best + 1))
 
 
 def kernels() -> list[str | int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fasttax
 from fasttax import reference
-from fasttax.kl.token_kl import tempering
+from fasttax.kl.call import tempering
 from tests.tools.utils import assert_within, own_result
 
 KINDS = ("policy_ref", "ref_policy", "jsd")
