@@ -13,7 +13,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import SIMD, simd_levels
+
+from tests.tools.kernels import SIMD, simd_levels
 
 pybind11 = pytest.importorskip("pybind11")
 CSRC = Path(__file__).parents[2] / "csrc"
