@@ -24,7 +24,7 @@ def triton_step(x: Tensor, y: Tensor) -> Callable[[], Any]:
     """token_kl's mean and its gradient by Triton's kernel, which is not the op's own where CUDA C++
     is built.
     """
-    from fasttax.triton import kl
+    from fasttax.triton import kl_launch as kl
 
     weight, options = (
         torch.full(x.shape[:1], 1 / x.shape[0], device=x.device),
