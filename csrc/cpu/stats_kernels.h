@@ -1,5 +1,6 @@
 // token_stats over one row or one row pair: log-prob of an id, entropy, lse and the KL both ways
 // out of one sweep; and one sweep back for any mix of them, with a coefficient for each.
+#include "../math/kl_stats.h"
 #include "kl_sweep.h"
 
 #if defined(FASTTAX_ISA)  // isa.h: once per instruction set
@@ -19,7 +20,7 @@ inline Sums policy_sweep(const T* x, int64_t V, const KlParams& k, const KlRow& 
       top = max_keep_nan(ax, top);
       const VF ex = careful ? exp(ax) : exp_flushed(ax);
       mass += ex;
-      moment = careful || n < kLanes ? moment + where_zero(ex, ex * ax) : fma(ex, ax, moment);
+      moment = careful || n < kLanes ? moment + times(ex, ax) : fma(ex, ax, moment);
     });
     total.add_moments(x, x, start, end, frame, mass, moment, max_of(top));
     total.top = std::max(total.top, max_of(top));
@@ -119,147 +120,72 @@ inline void stats_row_forward(const T* x, const T* y, int64_t V, const KlParams&
   out[kKlRefPolicy] = at_least_zero(backwards.value);
 }
 
-inline float smaller_kl(const KlRow& r) {
-  return std::min(r.mean_gap - r.log_ratio, r.log_ratio - r.ref_center);
-}
+// The gradient at one vector. kBackwards: whether KL(q||p) has a coefficient.
+template <FrameMode mode, Sides sides, bool kBackwards>
+struct StatsVector {
+  Frame<mode> frame;
+  StatsSlope<VectorMath> slope;
+  bool close;
 
-// d/dx and d/dy of sum_s g_s stat_s at one vector, with the coefficients of a token:
-//   logp: 1[id] - p    lse: p    entropy: p (E_p[ax] - ax)    KL(p||q): p (d - E_p[d]), q - p
-//   KL(q||p): p - q, q (E_q[d] - d)
-// kSides: 1 the policy's gradient, 2 the reference's, 3 both. kBackwards: whether KL(q||p) has a
-// coefficient.
-template <FrameMode mode, int kSides, bool kBackwards>
-struct StatsSlope {
-  const KlParams k;
-  const KlRow r;
-  const Frame<mode> frame;
-  const Difference<mode> difference;
-  const float mean, logp, ref_logp, g_logp, g_ref_logp, g_entropy, g_lse, g_forwards, g_backwards;
-  // a mask: where the reference gives an entry no mass, d is inf and 0 * d no number
-  const VI forwards;
+  StatsVector(const KlParams& k, const StatsRow& row, const float* g, bool pair)
+      : frame(k, row.kl), slope(row, g, 1, pair), close(stats_close(row.kl)) {}
 
-  StatsSlope(const KlParams& params, const StatsRow& row, const float* g, bool pair)
-      : k(params),
-        r(row.kl),
-        frame(params, row.kl),
-        difference(params, row.kl, smaller_kl(row.kl)),
-        mean(row.mean),
-        logp(row.logp),
-        ref_logp(row.ref_logp),
-        g_logp(g[kLogp]),
-        g_ref_logp(g[kRefLogp]),
-        g_entropy(g[kEntropy]),
-        g_lse(g[kLse]),
-        g_forwards(g[kKlPolicyRef]),
-        g_backwards(g[kKlRefPolicy]),
-        forwards(splat_i(pair && g[kKlPolicyRef] != 0 ? -1 : 0)) {}
-
-  // `at_id` leaves the log-probs' own terms out of p and q, for `at` to add them without
-  // cancellation
-  __attribute__((always_inline)) inline void operator()(VF xv, VF yv, int64_t n, VF& for_x,
-                                                        VF& for_y, bool at_id = false) const {
+  __attribute__((always_inline)) inline KlSides<VF> operator()(VF xv, VF yv, int64_t n,
+                                                               bool at_id = false) const {
     VF ax, d;
     frame(xv, yv, ax, d, n);
-    const VF p = exp_flushed(ax) * r.inv_s;
-    VF q{}, p_minus_q{};
-    if (kBackwards || (kSides & 2)) p_minus_q = difference(xv, yv, n, p, d, kSides & 2, q);
-    if (kSides & 1) {
-      VF c = fma(mean - ax, splat(g_entropy), splat(g_lse - (at_id ? 0.0f : g_logp)));
-      c = fma(as_float(as_int(d - r.mean_gap) & forwards), splat(g_forwards), c);
-      for_x = where_zero(p, p * c);
-      if (kBackwards) for_x = fma(p_minus_q, splat(g_backwards), for_x);
-      if (mode != FrameMode::kUnit) for_x *= k.row_slope;
-      if (mode == FrameMode::kGeneral && k.cap > 0) for_x *= bend(xv, k.scale / k.cap);
+    const auto q_of = [&] { return exp_flushed(frame.ay(xv, yv, n)) * frame.r.inv_s_ref; };
+    const VF p = exp_flushed(ax) * frame.r.inv_s;
+    KlSides<VF> out =
+        slope.template at<true, sides == kBothSides>(p, ax, d, close, q_of, kBackwards, at_id);
+    if constexpr (mode != FrameMode::kUnit) {
+      out.x *= frame.k.row_slope;
+      out.y *= frame.k.ref_row_slope;
     }
-    if (kSides & 2) {
-      VF c = splat(at_id ? 0.0f : -g_ref_logp);
-      if (kBackwards) c = fma(r.ref_center - d, splat(g_backwards), c);
-      for_y = where_zero(q, q * c) - as_float(as_int(p_minus_q * g_forwards) & forwards);
-      if (mode != FrameMode::kUnit) for_y *= k.ref_row_slope;
-      if (mode == FrameMode::kGeneral && k.ref_cap > 0) for_y *= bend(yv, k.ref_scale / k.ref_cap);
-    }
-  }
-
-  // The entry of the id: d logp = 1 - p = -expm1(logp), which p in float would round away.
-  template <class T>
-  void at(int64_t id, const T* x, const T* y, T* dx, T* dy) const {
-    const VF xv = splat(to_float(x[id])), yv = splat(to_float(y[id]));
-    VF for_x{}, for_y{}, bend_x = splat(1.0f), bend_y = splat(1.0f);
-    (*this)(xv, yv, kLanes, for_x, for_y, true);
-    if (mode == FrameMode::kGeneral && k.cap > 0) bend_x = bend(xv, k.scale / k.cap);
-    if (mode == FrameMode::kGeneral && k.ref_cap > 0) bend_y = bend(yv, k.ref_scale / k.ref_cap);
-    if (kSides & 1) store(dx + id, for_x - bend_x * (std::expm1(logp) * g_logp * k.row_slope), 1);
-    if (kSides & 2)
-      store(dy + id, for_y - bend_y * (std::expm1(ref_logp) * g_ref_logp * k.ref_row_slope), 1);
+    if constexpr (mode == FrameMode::kGeneral) kl_to_raw<VectorMath>(out, xv, yv, frame.k);
+    return out;
   }
 };
 
-template <FrameMode mode, int kSides, bool kBackwards, class T>
+template <class T>
 inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id,
                                const StatsRow& row, const float* g, T* dx, T* dy) {
   const T* other = y ? y : x;
-  const StatsSlope<mode, kSides, kBackwards> slope(k, row, g, y != nullptr);
-  write_gradients<kSides>(x, other, V, dx, dy, slope);
-  if (id >= 0) slope.at(id, x, other, dx, dy);
-}
-
-template <FrameMode mode, int kSides, class T>
-inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id,
-                               const StatsRow& row, const float* g, T* dx, T* dy) {
-  if (y && g[kKlRefPolicy] != 0)
-    return stats_row_backward<mode, kSides, true>(x, y, V, k, id, row, g, dx, dy);
-  return stats_row_backward<mode, kSides, false>(x, y, V, k, id, row, g, dx, dy);
-}
-
-template <FrameMode mode, class T>
-inline void stats_row_backward(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id,
-                               const StatsRow& row, const float* g, T* dx, T* dy) {
-  if (dx && dy) return stats_row_backward<mode, 3>(x, y, V, k, id, row, g, dx, dy);
-  if (dx) return stats_row_backward<mode, 1>(x, y, V, k, id, row, g, dx, dy);
-  if (dy) return stats_row_backward<mode, 2>(x, y, V, k, id, row, g, dx, dy);
-}
-
-template <class T>
-inline void stats_backward_typed(const T* x, const T* y, int64_t V, const KlParams& k, int64_t id,
-                                 const StatsRow& row, const float* g, T* dx, T* dy) {
+  const auto write = [&](auto mode, auto sides, auto backwards) {
+    constexpr Sides both = decltype(sides)::value;
+    const StatsVector<decltype(mode)::value, both, decltype(backwards)::value> slope(k, row, g,
+                                                                                     y != nullptr);
+    write_gradients<both>(x, other, V, dx, dy, slope);
+    if (id < 0) return;
+    const KlSides<VF> d = slope(splat(to_float(x[id])), splat(to_float(other[id])), kLanes, true);
+    if (dx) store(dx + id, d.x, 1);
+    if constexpr (both == kBothSides) store(dy + id, d.y, 1);
+  };
   const bool plain = y ? k.plain : k.cap == 0;
-  if (plain && Frame<FrameMode::kUnit>::is_unit(k, row.kl))
-    return stats_row_backward<FrameMode::kUnit>(x, y, V, k, id, row, g, dx, dy);
-  if (plain) return stats_row_backward<FrameMode::kShared>(x, y, V, k, id, row, g, dx, dy);
-  return stats_row_backward<FrameMode::kGeneral>(x, y, V, k, id, row, g, dx, dy);
+  with_mode<true>(plain, k, row.kl, [&](auto mode) {
+    if (dy) return write(mode, std::integral_constant<Sides, kBothSides>(), std::true_type());
+    const auto policy = std::integral_constant<Sides, kPolicyOnly>();
+    if (y && g[kKlRefPolicy] != 0) write(mode, policy, std::true_type());
+    else write(mode, policy, std::false_type());
+  });
 }
 
 inline void stats_forward(FloatType type, const void* x, const void* y, int64_t V,
                           const KlParams& k, int64_t id, StatsRow& row, float* out) {
-  switch (type) {
-    case FloatType::kBFloat16:
-      return stats_row_forward(static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(y), V,
-                               k, id, row, out);
-    case FloatType::kFloat16:
-      return stats_row_forward(static_cast<const Float16*>(x), static_cast<const Float16*>(y), V, k,
-                               id, row, out);
-    default:
-      return stats_row_forward(static_cast<const float*>(x), static_cast<const float*>(y), V, k, id,
-                               row, out);
-  }
-}
-
-template <class T>
-inline void stats_backward_cast(const void* x, const void* y, int64_t V, const KlParams& k,
-                                int64_t id, const StatsRow& row, const float* g, void* dx,
-                                void* dy) {
-  stats_backward_typed(static_cast<const T*>(x), static_cast<const T*>(y), V, k, id, row, g,
-                       static_cast<T*>(dx), static_cast<T*>(dy));
+  typed(type, x, [&](auto* policy) {
+    stats_row_forward(policy, static_cast<decltype(policy)>(y), V, k, id, row, out);
+  });
 }
 
 inline void stats_backward(FloatType type, const void* x, const void* y, int64_t V,
                            const KlParams& k, int64_t id, const StatsRow& row, const float* g,
                            void* dx, void* dy) {
-  switch (type) {
-    case FloatType::kBFloat16: return stats_backward_cast<BFloat16>(x, y, V, k, id, row, g, dx, dy);
-    case FloatType::kFloat16: return stats_backward_cast<Float16>(x, y, V, k, id, row, g, dx, dy);
-    default: return stats_backward_cast<float>(x, y, V, k, id, row, g, dx, dy);
-  }
+  if (!dx && !dy) return;
+  typed(type, x, [&](auto* policy) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(policy)>>;
+    stats_row_backward(policy, static_cast<const T*>(y), V, k, id, row, g, static_cast<T*>(dx),
+                       static_cast<T*>(dy));
+  });
 }
 
 }  // namespace FASTTAX_ISA_NS

@@ -1,5 +1,4 @@
-"""The demo's course: Fisher, four runs, strengths chosen on validation items, measures on test
-items, timing.
+"""The demo's course: Fisher, four runs, strengths chosen on validation items, measures, timing.
 
 Everything found goes into one JSON-ready dictionary, saved after each stage, so that an interrupted
 demo leaves what was done.
@@ -53,6 +52,7 @@ class Experiment:
     # --- stages -----------------------------------------------------------------------------------
 
     def run(self) -> None:
+        """All stages in order; each one's results are saved as it ends."""
         with self._stage("model and texts"):
             self._load()
         with self._stage("diagonal Fisher of the base model on general text"):
@@ -81,12 +81,14 @@ class Experiment:
         self.finish("complete")
 
     def finish(self, status: str) -> None:
+        """Adds the verdicts on what is there, and saves; `status` is "complete" or why not."""
         self.results["status"] = status
         self.results["seconds"] = time.perf_counter() - self.begin
         self.results["verdicts"] = verdicts.sentences(self.results)
         self.save()
 
     def save(self) -> None:
+        """Writes results.json whole, over the one before."""
         text = json.dumps(self.results, indent=1, allow_nan=False, default=str)
         files.whole(
             "demo",
@@ -223,9 +225,7 @@ class Experiment:
         return curve, found
 
     def _choose(self, family: str, strengths: Sequence[float]) -> float:
-        """Trains with each candidate, keeps the best by validation, measures that one on the test
-        items.
-        """
+        """Trains with each candidate and measures the best by validation on the test items."""
         tried: list[dict[str, Any]] = []
         best: dict[str, Any] = {}
         for strength in strengths:

@@ -114,6 +114,17 @@ class Layout:
             f"tokens) apart, got leading shape {tuple(leading)}; {WAY_OUT}"
         )
 
+    def by_position(self, bounds: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A tensor (B, C, positions...) as (B * positions, C), every position a token.
+
+        `bounds` over the B turn into bounds over B * positions.
+        """
+        vectors = x.flatten(2).transpose(1, 2).flatten(0, 1) if x.dim() > 2 else x
+        positions = vectors.shape[0] // x.shape[0]
+        if self.unit == "token":
+            return torch.arange(len(vectors) + 1), vectors
+        return bounds * positions, vectors
+
     def cut(self, x: Tensor, n: int, where: str) -> Tensor:
         """The part of a module's tensor that belongs to example n.
 

@@ -83,7 +83,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, d_rows: Tensor, *others: Any) -> Any:
     tensors, needs = TENSORS + 2, list(ctx.needs_input_grad[:TENSORS])
-    inputs, saved = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+    both = ctx.saved_tensors  # read once: checkpointing unpacks each of them but once
+    inputs, saved = both[:tensors], both[tensors:]
     op = torch.ops.fasttax.linear_token_rows_backward
     backward = _RowsBackward.apply if transforming() else op
     gradients = backward(d_rows, *saved, *inputs, *ctx.rest, needs)

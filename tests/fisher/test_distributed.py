@@ -123,7 +123,7 @@ def tensor_parallel(rank: int, folder: Path) -> None:
 
 
 def sharded_and_split(rank: int, folder: Path) -> None:
-    """FSDP2 over pairs of ranks that hold different examples, tensor parallelism within each pair."""
+    """FSDP2 over pairs of ranks that hold different examples, tensor parallelism within a pair."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -217,7 +217,7 @@ def check(folder: Path, kind: str, truth: FisherEstimate, world_size: int) -> No
 
 
 def test_sharded_files_of_one_process(tmp_path: Path) -> None:
-    """Files of at most max_shard_bytes each and an index; a missing part is an error that names it."""
+    """Files of at most max_shard_bytes and an index; a missing part is an error that names it."""
     f = fasttax.estimate_fisher(TokenModel(), [ids(3, 6)], progress=False, storage="u8log")
     f.save(tmp_path / "f", sharded=True, max_shard_bytes=1000)
     parts = sorted(p.name for p in (tmp_path / "f").iterdir())

@@ -271,7 +271,7 @@ def test_generator_makes_it_reproducible_and_global_rng_is_untouched() -> None:
     assert all(torch.equal(default[0][n], default[1][n]) for n in default[0])
 
 
-# --- observe, classifier, fallback, refusals -------------------------------------------------------------------------------
+# --- observe, classifier, fallback, refusals ------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["token", "llama_tied"])
@@ -399,7 +399,7 @@ def test_batch_split_and_order_do_not_matter(kind: str) -> None:
     assert_exact(fisher_of(model, x[[2, 0, 3, 1]]), whole)
 
 
-# --- the identity ------------------------------------------------------------------------------------------------------
+# --- the identity ---------------------------------------------------------------------------------
 
 
 def test_kl_is_half_delta_fisher_delta() -> None:

@@ -69,7 +69,7 @@ def test_dropout_in_train_mode_warns() -> None:
         DiagonalFisher(model, verify=False).update(ids(1, 4))
 
 
-# --- estimate_fisher, finalize, wrong calls --------------------------------------------------------------------------------
+# --- estimate_fisher, finalize, wrong calls -------------------------------------------------------
 
 
 def test_estimate_fisher_is_update_and_finalize(capsys: pytest.CaptureFixture[str]) -> None:

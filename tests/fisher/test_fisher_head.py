@@ -119,7 +119,7 @@ def test_direct_op_call_refuses(logits: Tensor, simd: str | int) -> None:
         torch.ops.fasttax.label_variance_(logits)
 
 
-# --- the head ------------------------------------------------------------------------------------------------------------
+# --- the head -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

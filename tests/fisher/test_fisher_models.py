@@ -175,7 +175,7 @@ def test_transformers_packed(kind: str, how: str) -> None:
 
 
 def test_t5_by_observe() -> None:
-    """Encoder and decoder of different lengths; the shared table is used by both and by the head."""
+    """Encoder and decoder of different lengths; both and the head use the shared table."""
     model, x, y = hf("t5"), ids(2, 7), ids(2, 4, seed=9)
     for block in (
         model.encoder.block[0],
@@ -287,7 +287,7 @@ def test_mlp() -> None:
 
 
 class Experts(nn.Module):
-    """Top-1 routing of single tokens to experts that are modules of their own; expert 3 gets none."""
+    """Top-1 routing of single tokens to experts that are modules; expert 3 gets none."""
 
     def __init__(self, flat: bool) -> None:
         super().__init__()
@@ -343,7 +343,7 @@ class Bare(nn.Module):
 
 
 class WithBare(TokenModel):
-    """A bare parameter beside a child, an LSTM, multi-head attention, and a norm by another name."""
+    """A bare parameter beside a child, a GRU, and multi-head attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,7 +372,7 @@ def test_bare_parameters_recurrent_cells_and_attention() -> None:
     assert_exact(fisher_of(model, x), loop(model, rows_of(x)), 1e-11)
 
 
-# --- LoRA --------------------------------------------------------------------------------------------------------------
+# --- LoRA -----------------------------------------------------------------------------------------
 
 
 def adapted(kind: str = "llama", **options: Any) -> nn.Module:
@@ -449,7 +449,7 @@ class Adapter(nn.Module):
 
 
 def test_delta_w_of_a_packed_base() -> None:
-    """Only the base layer's input and output gradient are needed, so that its weight may be packed."""
+    """Only the base layer's input and output gradient are needed: its weight may be packed."""
     model, x = TokenModel(), ids(3, 6)
     packed = Packed(model.up)
     model.up = Adapter(packed, 16, 20)  # type: ignore[assignment]

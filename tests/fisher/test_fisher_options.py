@@ -172,7 +172,7 @@ def test_mc_samples_averages_draws(kind: str) -> None:
         DiagonalFisher(model, labels="true", mc_samples=2)
 
 
-# --- observe ---------------------------------------------------------------------------------------------------------------
+# --- observe --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["token_tied", "llama_tied", "gpt2"])
@@ -257,7 +257,7 @@ def test_every_forward_is_a_batch_of_its_own() -> None:
     assert estimator.examples == 4
 
 
-# --- robustness ----------------------------------------------------------------------------------------------------------
+# --- robustness -----------------------------------------------------------------------------------
 
 
 def test_hooks_of_others_are_respected() -> None:
@@ -325,7 +325,7 @@ def test_attention_dropout_in_train_mode_warns() -> None:
         DiagonalFisher(model, verify=False).update(ids(1, 4))
 
 
-# --- resuming and its own error --------------------------------------------------------------------------------------------
+# --- resuming and its own error -------------------------------------------------------------------
 
 
 def test_resumes_after_a_crash_to_the_same_bits(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_progress_shows_rate_time_left_and_error(capsys: pytest.CaptureFixture[s
 
 
 def test_relative_error_is_what_repetition_shows() -> None:
-    """The estimate of its own error against the spread of 30 independent estimates, within a third."""
+    """The estimate of its own error against the spread of 30 estimates, within a third."""
     model, x = TokenModel(vocab=7, width=4), ids(12, 6, vocab=7)
     estimates, own = [], []
     for seed in range(30):
@@ -388,7 +388,7 @@ def test_relative_error_is_what_repetition_shows() -> None:
     assert shown / 1.5 < sum(own) / len(own) < shown * 2
 
 
-# --- peers -----------------------------------------------------------------------------------------------------------------
+# --- peers ----------------------------------------------------------------------------------------
 
 
 def test_agrees_with_backpack() -> None:

@@ -85,7 +85,7 @@ def check_lists() -> None:
 
 
 def check_adamw() -> None:
-    """Every mode, amsgrad, a GradScaler's tensors, the second moment, parameters that are not held."""
+    """Every mode, amsgrad, a GradScaler's tensors, the second moment, parameters not held."""
     empty = torch.empty(0)
     scale, fine, inf = torch.tensor(8.0), torch.tensor(0.0), torch.tensor([1.0])
     cases = (
@@ -105,26 +105,26 @@ def check_adamw() -> None:
                 steps = [torch.tensor(float(i)) for i in range(len(SIZES))]
                 most = clones(x["v"]) if amsgrad else []
                 value = f.ewc_adamw_(
-                    x["params"],
-                    x["grads"],
-                    x["m"],
-                    x["v"],
-                    most,
-                    steps,
-                    anchors,
-                    fishers,
-                    [] if second else x["scales"],
-                    prox,
-                    0.4,
-                    second,
-                    torch.tensor(0.01, dtype=torch.float64),
-                    0.9,
-                    0.999,
-                    1e-8,
-                    0.01,
-                    True,
-                    grad_scale,
-                    found_inf,
+                    params=x["params"],
+                    grads=x["grads"],
+                    exp_avgs=x["m"],
+                    exp_avg_sqs=x["v"],
+                    max_exp_avg_sqs=most,
+                    steps=steps,
+                    anchors=anchors,
+                    fishers=fishers,
+                    scales=[] if second else x["scales"],
+                    prox_mode=prox,
+                    strength=0.4,
+                    second_moment=second,
+                    lr=torch.tensor(0.01, dtype=torch.float64),
+                    beta1=0.9,
+                    beta2=0.999,
+                    eps=1e-8,
+                    weight_decay=0.01,
+                    maximize=True,
+                    grad_scale=grad_scale,
+                    found_inf=found_inf,
                 )
                 results.append([value, *x["params"], *x["m"], *x["v"], *most, *steps])
             close(*results)
@@ -153,8 +153,11 @@ def check_lora() -> None:
 
 def test_in_the_interpreter() -> None:
     """In one process of its own: Triton chooses the interpreter when it is imported."""
-    calls = "t.check_lists(); t.check_adamw(); t.check_lora()"
-    code = f"import test_triton_ewc as t; from fasttax._base import library; assert library.active('ewc_adamw_', 'cpu')[0] == 'Triton'; {calls}"
+    code = (
+        "import test_triton_ewc as t; from fasttax._base import library; "
+        "assert library.active('ewc_adamw_', 'cpu')[0] == 'Triton'; "
+        "t.check_lists(); t.check_adamw(); t.check_lora()"
+    )
     environment = {
         **os.environ,
         "FASTTAX_BACKEND": "triton",

@@ -13,7 +13,8 @@ BLOCKED = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("transformers", "trl", "lightning", "peft", "accelerate", "datasets"):
+        extras = ("transformers", "trl", "lightning", "peft", "accelerate", "datasets")
+        if name.split(".")[0] in extras:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
 import fasttax

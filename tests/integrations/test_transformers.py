@@ -255,7 +255,7 @@ class FakeState:
 
 
 def test_fp16_gradient_carries_the_loss_scale() -> None:
-    """The Trainer's own order of calls on a scaler of the CPU: fp16 itself is not to be had there."""
+    """The Trainer's own order of calls on a scaler of the CPU, which has no fp16 itself."""
     from accelerate.optimizer import AcceleratedOptimizer
 
     states = []

@@ -1,4 +1,4 @@
-"""`patch` against TRL's own ops: op by op against float64, and every trainer with and without it."""
+"""`patch` against TRL's own ops: each op against float64, every trainer with and without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 import trl
 from torch import Tensor, nn
 
-from fasttax.integrations import _trl_ops as ops
+from fasttax.integrations import _trl_chunks, _trl_divergence, _trl_logprob
 from fasttax.integrations._trl_targets import TARGETS
 from fasttax.integrations.trl import FusedGKDMixin, patch
 from tests.tools import tiny_lm, trl_runs
@@ -82,8 +82,8 @@ def test_logprob_is_trls(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     from trl.kernels import ChunkedLogProbFunction
 
     if case.get("chunks"):
-        monkeypatch.setattr(ops, "CHUNK_BYTES", {"cpu": 1})
-        monkeypatch.setattr(ops, "MIN_ROWS", 8)
+        monkeypatch.setattr(_trl_chunks, "CHUNK_BYTES", {"cpu": 1})
+        monkeypatch.setattr(_trl_chunks, "MIN_ROWS", 8)
     leaves = tensors(bool(case.get("bias")), case.get("dtype", torch.float32))
     targets = torch.randint(V, (N,))
     weights = [torch.randn(N), torch.randn(N)]
@@ -93,7 +93,7 @@ def test_logprob_is_trls(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     scalars = (case.get("temperature", 1.0), case.get("softcap"), case.get("scale", 1.0))
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(case.get("autocast"))):
         theirs = ChunkedLogProbFunction.apply(*leaves, targets, scalars[0], 32, *scalars[1:], names)
-        ours = ops.LogProb.apply(*leaves, targets, *scalars, names)
+        ours = _trl_logprob.LogProb.apply(*leaves, targets, *scalars, names)
     exact = wide(*leaves)
     logp, z = log_softmax(exact, case)
     truth = [
@@ -113,7 +113,7 @@ def test_logprob_is_trls(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     for name, a, b, t in zip(("hidden", "weight", "bias"), got, own, true, strict=False):
         assert a.dtype == b.dtype
         assert_within(a, b, t, name=f"gradient of {name}")
-    assert ops.LogProb.apply(*leaves, targets, *scalars, ())[1:] == (None,) * 4
+    assert _trl_logprob.LogProb.apply(*leaves, targets, *scalars, ())[1:] == (None,) * 4
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -124,8 +124,8 @@ def test_divergence_is_trls(
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     if case.get("chunks"):
-        monkeypatch.setattr(ops, "CHUNK_BYTES", {"cpu": 1})
-        monkeypatch.setattr(ops, "MIN_ROWS", 8)
+        monkeypatch.setattr(_trl_chunks, "CHUNK_BYTES", {"cpu": 1})
+        monkeypatch.setattr(_trl_chunks, "MIN_ROWS", 8)
     student, teacher = (
         tensors(bool(case.get("bias")), case.get("dtype", torch.float32)) for _ in range(2)
     )
@@ -140,7 +140,7 @@ def test_divergence_is_trls(
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(case.get("autocast"))):
         theirs = ChunkedDivergenceFunction.apply(*student, *teacher, *extra)
-        ours = ops.Divergence.apply(*student, *teacher, *extra)
+        ours = _trl_divergence.Divergence.apply(*student, *teacher, *extra)
     exact = wide(*student)
     s = log_softmax(exact, case)[0]
     t = log_softmax(wide(*teacher), {"scale": 1.25, "temperature": extra[1]})[0].detach()
@@ -172,8 +172,8 @@ def test_divergence_loss_is_trls(case: dict[str, Any], monkeypatch: pytest.Monke
     """Whose gradients are made in the forward, with a factor from above that it does not know."""
     from trl.trainer import distillation_trainer
 
-    monkeypatch.setattr(ops, "CHUNK_BYTES", {"cpu": 1})
-    monkeypatch.setattr(ops, "MIN_ROWS", 8)
+    monkeypatch.setattr(_trl_chunks, "CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(_trl_chunks, "MIN_ROWS", 8)
     student, teacher = tensors(True, torch.float32), tensors(True, torch.float32)
     mask = torch.zeros(1, N) if case.get("masked") else (torch.rand(1, N) < 0.6).float()
     results = []
@@ -367,7 +367,7 @@ def test_a_patched_run_is_the_unpatched_one(
 
 
 def test_clipping_is_active(folder: Path, saved: str) -> None:
-    """What the runs above rely on: the gradient is longer than max_grad_norm, and the model moves."""
+    """The runs above rely on it: the gradient is longer than max_grad_norm, the model moves."""
     trainer = trained("sft", folder, saved, {})
     assert (
         min(entry["grad_norm"] for entry in log(trainer) if "grad_norm" in entry)
@@ -385,13 +385,13 @@ def test_mixin_run_is_the_plain_one(
     name: str, folder: Path, saved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    op = ops.jsd_loss
+    op = _trl_divergence.jsd_loss
 
     def counted(*args: Any) -> Tensor:
         calls.append(1)
         return op(*args)
 
-    monkeypatch.setattr(ops, "jsd_loss", counted)
+    monkeypatch.setattr("fasttax.integrations.trl.jsd_loss", counted)
     fused = type("Fused", (FusedGKDMixin, trl_runs.classes(name)[0]), {})
     assert_same_run(trained(name, folder, saved, {}, base=fused), trained(name, folder, saved, {}))
     assert len(calls) == 4

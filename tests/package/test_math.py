@@ -13,7 +13,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import SIMD, simd_levels
+
+from tests.tools.kernels import SIMD, simd_levels
 
 pybind11 = pytest.importorskip("pybind11")
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -39,6 +40,8 @@ MODULE = """
 #include <pybind11/numpy.h>
 #define FASTTAX_KERNELS "kernels.h"
 #include "cpu/isa.h"
+#include "math/ewc.h"
+#include "math/kl.h"
 namespace py = pybind11;
 template <int level> void at(int fn, const float* a, float* out, long n) {
 #if defined(__x86_64__)

@@ -353,9 +353,9 @@ def test_sizes() -> None:
         for p in tracked()
         if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh") and p.is_relative_to(ROOT)
         if p.parts[len(ROOT.parts)] in ("fasttax", "csrc")
-        and (n := len(p.read_text().splitlines())) > 400
+        and (n := len(p.read_text().splitlines())) > 500
     }
-    assert not long, f"over 400 lines: {long}"
+    assert not long, f"over 500 lines: {long}"
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 100
 
 

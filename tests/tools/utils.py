@@ -6,16 +6,14 @@ number.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterable
-from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from fasttax._base.timing import peak_extra_bytes
 
 
 def assert_within(
@@ -84,22 +82,10 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
 
 
 def peak_bytes(call: Callable[[], None]) -> int:
-    """The most that torch's allocator held at once for `call`, over what it held before.
-
-    It is in the profiler's trace: every allocation and release.
-    """
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = [
-            e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"
-        ]
-    assert events, "no allocation was seen"
-    return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
+    """The most that torch's allocator held at once for `call`, over what it held before."""
+    peak = peak_extra_bytes(call)
+    assert peak, "no allocation was seen"
+    return peak
 
 
 def assert_says(call: Callable[[], Any], error: type[Exception], words: Iterable[str]) -> None:

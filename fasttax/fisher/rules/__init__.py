@@ -12,10 +12,18 @@ from torch import nn
 from fasttax.fisher.rules.conv import ConvTap
 from fasttax.fisher.rules.elementwise import ElementwiseTap
 from fasttax.fisher.rules.embedding import EmbeddingTap
+from fasttax.fisher.rules.groupnorm import GroupNormTap
 from fasttax.fisher.rules.linear import Conv1DTap, LinearTap
 from fasttax.fisher.tap import Tap
 
-RULES: tuple[type[Tap], ...] = (LinearTap, EmbeddingTap, Conv1DTap, ConvTap, ElementwiseTap)
+RULES: tuple[type[Tap], ...] = (
+    LinearTap,
+    EmbeddingTap,
+    Conv1DTap,
+    ConvTap,
+    GroupNormTap,
+    ElementwiseTap,
+)
 
 
 def rule_of(module: nn.Module) -> type[Tap] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fasttax.fisher.passes import Pass
@@ -39,12 +38,7 @@ class ConvTap(Tap):
 
     def record(self, current: Pass, d: Tensor, x: Tensor, bounds: Tensor) -> None:
         """`d` (B, O, positions...), x (B, C, positions...)."""
-        positions = d[0, 0].numel()
-        count = d.shape[0] * positions
-        bounds = bounds * positions
-        if current.layout.unit == "token":
-            bounds = torch.arange(count + 1)
-        d = d.flatten(2).transpose(1, 2).reshape(count, -1)
+        bounds, d = current.layout.by_position(bounds, d)
         self.give(current, "bias", Piece("bias", bounds, d))
         if "weight" in self.names:
             self.give(current, "weight", Piece("linear", bounds, d, self.patches(x)))

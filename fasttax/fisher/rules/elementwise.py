@@ -39,8 +39,12 @@ class ElementwiseTap(Tap):
         flat = d.reshape(-1, d.shape[-1])
         self.give(current, "bias", Piece("bias", bounds, flat))
         if "weight" in self.names:
-            xhat = (self._at(x, 1.0) - self._at(x, 0.0)).reshape(flat.shape)
+            xhat = self.normalised(x).reshape(flat.shape)
             self.give(current, "weight", Piece("scale", bounds, flat, xhat))
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """xhat, what the weight multiplies."""
+        return self._at(x, 1.0) - self._at(x, 0.0)
 
     def _at(self, x: Tensor, value: float) -> Tensor:
         """The module's output at that weight and without its bias."""
