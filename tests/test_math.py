@@ -19,6 +19,7 @@ TINY = float(np.finfo(np.float32).tiny)  # 2^-126
 INF, NAN = np.inf, np.nan
 
 KERNELS = """
+#if defined(FASTTAX_ISA)
 namespace fasttax { namespace FASTTAX_ISA_NS {
 inline void apply(int fn, const float* a, float* out, long n) {
   for (long i = 0; i < n; i += kLanes) {
@@ -28,6 +29,7 @@ inline void apply(int fn, const float* a, float* out, long n) {
   }
 }
 } }
+#endif
 """
 MODULE = """
 #include <pybind11/numpy.h>
