@@ -86,12 +86,12 @@ def functions(backend: str | int) -> Any:
         return reference
     if device_of(backend) == "cpu" or backend == "cuda":
         return torch.ops.fasttax
-    from fasttax.triton import kl, stats  # on a GPU whose op is CUDA C++'s
+    from fasttax.triton import kl_launch, stats  # on a GPU whose op is CUDA C++'s
 
     return SimpleNamespace(
         **{
             name: getattr(module, name)
-            for module in (kl, stats)
+            for module in (kl_launch, stats)
             for name in vars(module)
             if name.startswith("token_")
         }
