@@ -297,15 +297,16 @@ def test_nothing_is_left_uninitialised(backend: str | int) -> None:
     x, y = torch.randn(2, 5, 2051)
     mask = torch.tensor([True, False, True, True, False])
     plain = run(backend, x, y, mask=mask)
-    before = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    before = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     try:
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        deterministic.fill_uninitialized_memory = True
         assert torch.empty(3).isnan().all(), "no poison here, nothing tested"
         poisoned = run(backend, x, y, mask=mask)
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before
+        deterministic.fill_uninitialized_memory = before
     for a, b in zip(plain, poisoned, strict=True):
         assert torch.equal(a, b)
 

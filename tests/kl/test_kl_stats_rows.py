@@ -294,12 +294,12 @@ def test_most_of_the_vocabulary_suppressed(backend: str | int) -> None:
 def test_a_bad_row_is_nan_and_alone(dtype: torch.dtype, bad: float, backend: str | int) -> None:
     V = 4201
     clean, ids = torch.randn(2, 3, V).to(dtype), torch.full((3,), 7)
-    expected = run(backend, *clean, ids, torch.ones(6, 3))
+    expected = run(backend, clean[0], clean[1], ids, torch.ones(6, 3))
     for at in (0, 2047, 2111, V - 1):
         for side in (0, 1):
             z = clean.clone()
             z[side, 1, at] = bad
-            values, *d = run(backend, *z, ids, torch.ones(6, 3))
+            values, *d = run(backend, z[0], z[1], ids, torch.ones(6, 3))
             assert values[[POLICY_REF, REF_POLICY], 1].isnan().all(), (at, side)
             own = [LOGP, ENTROPY] + ([LSE] if bad != INF else []) if side == 0 else [REF_LOGP]
             assert values[own, 1].isnan().all(), (at, side, values)

@@ -14,6 +14,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 import fasttax
+from fasttax._base import gemm as base_gemm
 from fasttax.kl import linear_sweep
 from fasttax.kl.call import tempering
 from fasttax.kl.linear_sweep import Asked, Inputs, Tensors
@@ -345,7 +346,7 @@ def test_gemms_of_half_width_operands(mode: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(linear_sweep, "narrow_gemm", lambda device: True)
     monkeypatch.setattr(linear_sweep, "mixed_gemm", lambda device: False)
     operands = set()
-    real = linear_sweep.gemm
+    real = base_gemm.gemm
 
     def seen(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         operands.add((a.dtype, b.dtype, out.dtype))

@@ -27,7 +27,7 @@ from tests.tools.linear_cases import (
     upstream,
 )
 from tests.tools.processes import on_ranks
-from tests.tools.utils import assert_within, own_result, relative_error
+from tests.tools.utils import assert_within, named, own_result, relative_error
 
 NAN = math.nan
 
@@ -229,7 +229,7 @@ def test_tensor_parallel(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 g,
                 d if name in ("hidden", "ref_hidden") else d[part],
-                msg=lambda m, n=name: f"{n}: {m}",
+                msg=named(name),
             )
 
 

@@ -86,7 +86,8 @@ def run_oracle(
 ) -> Result:
     a, b = x.detach().to(dtype).requires_grad_(), y.detach().to(dtype).requires_grad_()
     kl = oracle(a, b, **options)
-    return (kl.detach(), *torch.autograd.grad(kl, (a, b), upstream.to(dtype)))
+    d_a, d_b = torch.autograd.grad(kl, (a, b), upstream.to(dtype))
+    return kl.detach(), d_a, d_b
 
 
 def device_of(backend: str | int) -> str:
