@@ -70,8 +70,8 @@ test: $(LIBRARY) ## the test suite, two files at a time
 quick: $(ONE_ISA) ## after an edit of a CPU kernel: build one instruction set, run the tests it breaks first
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -x $(QUICK) -k "not reference-"
 
-t:               ## the tests that K="words" selects, on what is built: make t K="topk and not mask"
-	$(PY) -m pytest -q -k "$(K)"
+t:               ## tests by words and place, on what is built: make t K="topk and not mask" T=tests/kl
+	$(PY) -m pytest -q -k "$(K)" $(T)
 
 bench: $(LIBRARY) ## measure against eager PyTorch, torch.compile and foreach; writes bench/results and README's table
 	$(PY) -m bench
