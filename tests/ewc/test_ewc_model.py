@@ -16,7 +16,7 @@ from tests.tools.models import ewc_compose as compose
 from tests.tools.utils import assert_says, assert_within
 
 
-def model_and_fisher(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Tensor]]:
+def model_and_fisher(dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Tensor]]:
     model = TokenModel().to(dtype)
     return model, {
         n: torch.rand(p.shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
