@@ -201,6 +201,61 @@ def test_a_trainers_checkpoint_resumes_bit_for_bit() -> None:
         ewc.load_state_dict(wrong)
 
 
+# --- layouts -------------------------------------------------------------------------------------
+
+
+class Laid(nn.Module):
+    """A convolution, and a matrix that lies transposed (as GPT-2's checkpoints are turned)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 4, 3)
+        self.turned = nn.Parameter(torch.randn(7, 6).T)
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("how", ["add_grad_", "scaled", "prox_", "penalty", "attach", "backward"])
+def test_parameters_and_gradients_lie_as_they_like(how: str, offload: str | None) -> None:
+    """channels_last and transposed ones get what contiguous ones get, and stay as they lie."""
+    torch.manual_seed(0)
+    laid = Laid()
+    flat = copy.deepcopy(laid)
+    flat.turned = nn.Parameter(laid.turned.detach().clone(memory_format=torch.contiguous_format))
+    laid.to(memory_format=torch.channels_last)
+    results = []
+    for model in (laid, flat):
+        model.conv.weight.data = model.conv.weight.data.contiguous(
+            memory_format=torch.channels_last if model is laid else torch.contiguous_format
+        )
+        fisher = {n: torch.full(p.shape, 0.5) for n, p in model.named_parameters()}
+        fisher["turned"] += torch.arange(42.0).view(6, 7)
+        fisher["conv.weight"] += torch.arange(180.0).view(4, 5, 3, 3)
+        anchor = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+        ewc = EWC(model, fisher, strength=2.0, anchor=anchor, offload=offload)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        if how == "add_grad_":
+            ewc.add_grad_(0.5)
+        elif how == "scaled":
+            ewc.add_grad_(torch.tensor(0.5))
+        elif how == "prox_":
+            ewc.prox_(0.1)
+        elif how == "penalty":
+            ewc.penalty().backward()
+        elif how == "attach":
+            with ewc.attach(optimizer):
+                optimizer.step()
+        else:
+            with ewc.during_backward():
+                sum(p.square().sum() for p in model.parameters()).backward()
+        results.append([t for p in model.parameters() for t in (p.detach(), p.grad)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    assert not laid.turned.is_contiguous()
+    assert laid.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 # --- fitting ---------------------------------------------------------------------------------
 
 
