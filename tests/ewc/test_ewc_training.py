@@ -35,7 +35,7 @@ def pulls(
     }
 
 
-# --- optimizers ------------------------------------------------------------------------------
+# --- optimizers -----------------------------------------------------------------------------------
 
 
 class ApexLike:
@@ -201,7 +201,7 @@ def test_a_trainers_checkpoint_resumes_bit_for_bit() -> None:
         ewc.load_state_dict(wrong)
 
 
-# --- fitting ---------------------------------------------------------------------------------
+# --- fitting --------------------------------------------------------------------------------------
 
 
 def test_renamed_parameters_and_modules() -> None:
@@ -282,7 +282,7 @@ def test_anchor_dtypes_by_name() -> None:
         EWC(model, {"up.bias": torch.ones(20)}, strength=1.0, anchor_dtype="int4")
 
 
-# --- looking ---------------------------------------------------------------------------------
+# --- looking --------------------------------------------------------------------------------------
 
 
 def test_drift_by_module_layer_and_share() -> None:

@@ -41,7 +41,7 @@ class Unfit(Exception):
     """The sweep's own inputs do not fit the model: nothing was learned about fasttax."""
 
 
-# --- the definition ------------------------------------------------------------------------------
+# --- the definition -------------------------------------------------------------------------------
 
 
 def loss(case: Case, model: Any, batch: dict[str, Any]) -> Tensor:
@@ -93,7 +93,7 @@ def definition(case: Case, model: nn.Module, batch: dict[str, Any]) -> dict[str,
     return total
 
 
-# --- the Fisher ----------------------------------------------------------------------------------
+# --- the Fisher -----------------------------------------------------------------------------------
 
 
 def updated(case: Case, model: nn.Module, batch: dict[str, Any], **options: Any) -> Any:
