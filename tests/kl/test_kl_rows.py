@@ -17,7 +17,7 @@ import fasttax
 from fasttax.kl.call import tempering
 from tests.tools.kl_cases import DTYPES, INF, KINDS, NAN, check, device_of, functions, oracle, run
 
-# --- -inf, NaN, masks -----------------------------------------------------------------------------
+# -inf, NaN, masks
 
 
 @pytest.mark.parametrize("inf", ["propagate", "mask"])
@@ -163,7 +163,7 @@ def test_a_bad_weight_under_the_mask_does_not_count() -> None:
     assert out.isfinite()
 
 
-# --- layouts --------------------------------------------------------------------------------------
+# layouts
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "0d": lambda z: z[0, 0, 0],  # one token, no leading dimension
@@ -241,7 +241,7 @@ def test_mixed_dtypes() -> None:
     assert fasttax.token_kl(x, y.half()).dtype == torch.float32
 
 
-# --- invariance -----------------------------------------------------------------------------------
+# invariance
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -319,7 +319,7 @@ def test_inputs_are_left_alone(backend: str | int) -> None:
     assert torch.equal(y, before[1])
 
 
-# --- size -----------------------------------------------------------------------------------------
+# size
 
 
 def test_more_than_2_31_cells(kernel: str | int) -> None:

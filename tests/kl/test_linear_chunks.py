@@ -34,7 +34,7 @@ from tests.tools.utils import assert_within, own_result, peak_bytes
 
 INF = math.inf
 
-# --- tiles of the vocabulary ----------------------------------------------------------------------
+# tiles of the vocabulary
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -162,7 +162,7 @@ def test_memory_of_tiles() -> None:
     assert peak < 4 * n * V
 
 
-# --- gradients, compilers, transforms -------------------------------------------------------------
+# gradients, compilers, transforms
 
 CHUNKED: dict[str, dict[str, Any]] = {
     "rows": {"token_chunk": 2},
@@ -334,7 +334,7 @@ def test_no_token_and_one(n: int, mode: str) -> None:
         assert all(d.shape == leaf.shape and not d.any() for d, leaf in zip(grads, t, strict=True))
 
 
-# --- half-width GEMMs -----------------------------------------------------------------------------
+# half-width GEMMs
 
 
 @pytest.mark.parametrize("mode", ["forward", "recompute"])

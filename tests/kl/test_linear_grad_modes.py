@@ -412,8 +412,8 @@ def test_wrong_combinations_are_refused(case: str) -> None:
     options, reason = refused()[case]
     with pytest.raises(
         ValueError,
-        match="linear_token_kl: grad_mode: expected 'auto' or 'recompute', got "
-        f"'forward'.*{reason}",
+        match=f"linear_token_kl: grad_mode: expected 'auto' or 'recompute', "
+        f"got 'forward'.*{reason}",
     ):
         fasttax.linear_token_kl(
             *(tensors()[name] for name in NAMES[:4]), grad_mode="forward", **options
@@ -434,8 +434,8 @@ def test_wrong_combinations_of_logprobs_are_refused() -> None:
     for options, reason in cases:
         with pytest.raises(
             ValueError,
-            match="linear_token_logprobs: grad_mode: expected 'auto' or 'recompute', got "
-            f"'forward'.*{reason}",
+            match=f"linear_token_logprobs: grad_mode: expected 'auto' or 'recompute', "
+            f"got 'forward'.*{reason}",
         ):
             fasttax.linear_token_logprobs(
                 t["hidden"], t["weight"], ids, grad_mode="forward", **options

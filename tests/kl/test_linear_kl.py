@@ -167,7 +167,7 @@ def test_logprobs(dtype: torch.dtype) -> None:
     assert stats.kl is None
 
 
-# --- vocabulary over two processes ----------------------------------------------------------------
+# vocabulary over two processes
 
 CUTS = (0, 22, V)  # uneven shards
 
@@ -233,7 +233,7 @@ def test_tensor_parallel(tmp_path: Path) -> None:
             )
 
 
-# --- wrong calls ----------------------------------------------------------------------------------
+# wrong calls
 
 HID, W, IDS = torch.zeros(2, 4), torch.zeros(7, 4), torch.zeros(2, dtype=torch.long)
 WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], list[str]]] = {

@@ -23,8 +23,6 @@ TINY = float(np.finfo(np.float32).tiny)  # 2^-126
 INF, NAN = np.inf, np.nan
 
 KERNELS = """
-#include "math/ewc.h"
-#include "math/kl.h"
 #if defined(FASTTAX_ISA)
 namespace fasttax { namespace FASTTAX_ISA_NS {
 inline void apply(int fn, const float* a, float* out, long n) {
