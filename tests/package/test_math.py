@@ -1,5 +1,6 @@
-"""csrc/math and csrc/cpu/simd.h, compiled here as they are, against numpy float64 on wide grids
-with the bounds their comments state.
+"""csrc/math and csrc/cpu/simd.h, compiled as they are, against numpy float64 on wide grids.
+
+The bounds are those that their comments state.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ import json, sys, torch, fasttax
 from fasttax import functional as F, reference as R
 x = torch.linspace(-3, 3, 7 * 37).reshape(7, 37)
 y, d = x.flip(0) * 0.5, (x * 1.7).sin()[:, :13].contiguous()
-theta, anchor, fisher = (t.flatten().contiguous() for t in (x, y, x.abs()))
+theta, anchor, fisher = (z.flatten().contiguous() for z in (x, y, x.abs()))
 def both(native):
     grad, out, cu = torch.ones_like(theta), torch.zeros(13, 37), torch.tensor([0, 3, 3, 7])
     if native:
@@ -47,11 +47,14 @@ def both(native):
         value = R.ewc_add_grad_([theta], [grad], [anchor], [fisher], [], 2.0, 1.0)
         R.linear_sqgrad_(out, x, d, cu, None)
     found = {"kl": kl, "penalty": value.reshape(1), "grad": grad, "fisher": out.flatten()}
-    return {name: t.tolist() for name, t in found.items()}
+    return {name: tensor.tolist() for name, tensor in found.items()}
 ops = ("token_kl", "ewc_add_grad_", "linear_sqgrad_")
-active = [fasttax._base.library.active(n, "cpu")[0] for n in ops]
-found = {"torch": torch.__version__, "active": active, "ops": both(True), "reference": both(False)}
-print(json.dumps(found))
+print(json.dumps({
+    "torch": torch.__version__,
+    "active": [fasttax._base.library.active(n, "cpu")[0] for n in ops],
+    "ops": both(True),
+    "reference": both(False),
+}))
 """
 
 

@@ -1,7 +1,7 @@
 """`python -m tests.sweep`: every class of transformers that can be built tiny offline.
 
-    python -m tests.sweep --only LlamaForCausalLM FalconForCausalLM
-    python -m tests.sweep --jobs 2 --write docs/architectures.md
+python -m tests.sweep --only LlamaForCausalLM FalconForCausalLM
+python -m tests.sweep --jobs 2 --write docs/architectures.md
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Unfit(Exception):
     """The sweep's own inputs do not fit the model: nothing was learned about fasttax."""
 
 
-# --- the definition ------------------------------------------------------------------------------
+# --- the definition -------------------------------------------------------------------------------
 
 
 def loss(case: Case, model: Any, batch: dict[str, Any]) -> Tensor:
@@ -93,7 +93,7 @@ def definition(case: Case, model: nn.Module, batch: dict[str, Any]) -> dict[str,
     return total
 
 
-# --- the Fisher ----------------------------------------------------------------------------------
+# --- the Fisher -----------------------------------------------------------------------------------
 
 
 def updated(case: Case, model: nn.Module, batch: dict[str, Any], **options: Any) -> Any:
@@ -134,7 +134,12 @@ def compare(found: Any, truth: dict[str, Tensor]) -> Outcome:
         error, size = float((found[name].double() - t).norm()), float(t.norm())
         if not error <= TOLERANCE * size + floor:
             ratio = error / max(size, 1e-300)
-            wrong.append((ratio, f"{name} off by {ratio:.1e} ({float(found[name].norm()):.2e} for {size:.2e})"))
+            wrong.append(
+                (
+                    ratio,
+                    f"{name} off by {ratio:.1e} ({float(found[name].norm()):.2e} for {size:.2e})",
+                )
+            )
     if not wrong:
         return Outcome(RIGHT)
     return Outcome(WRONG, f"{len(wrong)} of {len(truth)}: {max(wrong)[1]}")
@@ -145,7 +150,9 @@ def refusal(error: Exception, model: nn.Module, own: tuple[type, ...] = OWN) -> 
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.relpath(last.filename, os.path.dirname(PACKAGE))}:{last.lineno}"
     if not last.filename.startswith(PACKAGE):
-        inside = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(PACKAGE)]
+        inside = [
+            f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(PACKAGE)
+        ]
         where = f"{last.filename.rpartition('site-packages/')[2]}:{last.lineno}"
         if inside:
             where += f" under {os.path.relpath(inside[-1].filename, os.path.dirname(PACKAGE))}:{inside[-1].lineno}"

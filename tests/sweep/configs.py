@@ -23,7 +23,10 @@ FRAMES = 32  # of a log-mel spectrogram
 
 # The first pattern that matches an attribute's whole name gives its value; None keeps the default.
 RULES: tuple[tuple[str, Any], ...] = (
-    (r".*(drop|dropout)(_?(rate|prob|p|path))?|.*drop.*(rate|prob)|.*pdrop|layerdrop|.*jitter.*", 0.0),
+    (
+        r".*(drop|dropout)(_?(rate|prob|p|path))?|.*drop.*(rate|prob)|.*pdrop|layerdrop|.*jitter.*",
+        0.0,
+    ),
     (r"apply_spec_augment", False),
     (r"mask_(time|feature)_prob", 0.0),
     (r"num_feat_extract_layers|num_conv_layers", None),
@@ -31,7 +34,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"type_vocab_size", 2),
     (r"additional_vocab_size", 0),
     (r".*vocab_size.*", VOCAB),
-    (r"num_(key_value|kv)_heads|.*num_key_value_heads|num_key_value_attention_heads|num_kv_heads", 2),
+    (
+        r"num_(key_value|kv)_heads|.*num_key_value_heads|num_key_value_attention_heads|num_kv_heads",
+        2,
+    ),
     (r"mamba_(n|num)_heads|n_mamba_heads|num_sliding_attention_heads", 8),
     (r"linear_(num_key_heads)", 2),
     (r"linear_num_(value_heads|heads)|linear_num_heads", HEADS),
@@ -39,13 +45,25 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"(kv|q|o)_lora_rank|.*_rank", 8),
     (r"mamba_(d_head|head_dim|headdim)", HEAD),
     (r"mamba_d_ssm", 2 * WIDTH),
-    (r".*head_dim|attention_head_size|d_kv|dim_head|d_head|kv_channels|.*(nope|rope|v)_head_dim", HEAD),
+    (
+        r".*head_dim|attention_head_size|d_kv|dim_head|d_head|kv_channels|.*(nope|rope|v)_head_dim",
+        HEAD,
+    ),
     (r"rotary_dim", HEAD // 2),
     (r".*heads(_per_layer)?|n_head", HEADS),
-    (r"(text_|vision_)?num_hidden_layers|.*_layers|n_layers?|num_layers|depth|layers|num_blocks", 2),
+    (
+        r"(text_|vision_)?num_hidden_layers|.*_layers|n_layers?|num_layers|depth|layers|num_blocks",
+        2,
+    ),
     (r"moe_intermediate_size|.*expert.*_(size|dim)|moe_hidden_size", 16),
-    (r".*intermediate_size.*|.*ffn_(hidden_)?(dim|size)|d_ff|dff|mlp_dim|n_inner|dim_ff|d_inner", 48),
-    (r"(num_|n_)?(routed_|local_|moe_)*experts|moe_num_experts|n_routed_experts|num_local_experts", 4),
+    (
+        r".*intermediate_size.*|.*ffn_(hidden_)?(dim|size)|d_ff|dff|mlp_dim|n_inner|dim_ff|d_inner",
+        48,
+    ),
+    (
+        r"(num_|n_)?(routed_|local_|moe_)*experts|moe_num_experts|n_routed_experts|num_local_experts",
+        4,
+    ),
     (r"num_experts_per_tok(en)?|moe_(top)?k|top_k_experts|experts_per_token|router_top_k", 2),
     (r"n_group|topk_group|num_expert_group|expert_capacity", 1),
     (r"zero_expert_num", 2),
@@ -66,8 +84,14 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"num_conv_pos_embeddings", 4),
     (r"num_conv_pos_embedding_groups", 2),
     (r"num_codevectors_per_group|num_negatives", 4),
-    (r"n_embd|.*d_model|dim|.*hidden_dim|.*hidden_size(_per_layer_input)?|.*embed_dim|embedding_size", WIDTH),
-    (r".*projection_(dim|size)|projection_dim|.*_proj_(dim|size)|lru_width|emb_dim|embedding_dim", WIDTH),
+    (
+        r"n_embd|.*d_model|dim|.*hidden_dim|.*hidden_size(_per_layer_input)?|.*embed_dim|embedding_size",
+        WIDTH,
+    ),
+    (
+        r".*projection_(dim|size)|projection_dim|.*_proj_(dim|size)|lru_width|emb_dim|embedding_dim",
+        WIDTH,
+    ),
     (r".*(out|output)_(dim|hidden_size)|.*output_size|.*codevector_dim|pooler.*size", WIDTH),
 )
 _RULES = [(re.compile(pattern), value) for pattern, value in RULES]

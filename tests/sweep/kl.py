@@ -96,9 +96,7 @@ def truth(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor
     return float(kl[labels != -100].mean())
 
 
-def full_kl(
-    case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor]
-) -> Outcome:
+def full_kl(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor]) -> Outcome:
     """The KL that is logged at the first step, against the models' own."""
     wanted = truth(case, policy, ref, batch)
     made = trainer(case, copy.deepcopy(policy), batch)

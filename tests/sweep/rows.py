@@ -85,12 +85,14 @@ def row(case: Case) -> Row:
         problem = kl.untrainable(case, model, batch)
         for check in ("kl_self", "kl"):
             ref = copy.deepcopy(model) if check == "kl_self" else kl.perturbed(model)
-            outcomes[check] = Outcome(NONE, problem) if problem else kl.full_kl(case, model, ref, batch)
+            outcomes[check] = (
+                Outcome(NONE, problem) if problem else kl.full_kl(case, model, ref, batch)
+            )
     found.seconds = round(time.perf_counter() - start, 1)
     return found
 
 
-# --- child processes -----------------------------------------------------------------------------
+# --- child processes ------------------------------------------------------------------------------
 
 
 def prepare() -> None:
