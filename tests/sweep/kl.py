@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers.trainer_callback import PrinterCallback
 
 from fasttax.integrations.trl import FullKL
+from tests.sweep.batches import EXAMPLES, collated, example
 from tests.sweep.checks import OWN, RIGHT, WRONG, Outcome, refusal
 from tests.sweep.models import Case, encodes
 
@@ -27,10 +28,10 @@ class Rows(Dataset[dict[str, Tensor]]):
         self.batch = batch
 
     def __len__(self) -> int:
-        return len(self.batch["labels"])
+        return EXAMPLES
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {k: v[i] for k, v in self.batch.items()}
+        return example(self.batch, i)
 
 
 def trainer(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
@@ -41,7 +42,7 @@ def trainer(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         cls, kind = transformers.Seq2SeqTrainer, transformers.Seq2SeqTrainingArguments
     arguments = kind(
         output_dir=tempfile.gettempdir(),
-        per_device_train_batch_size=len(batch["labels"]),
+        per_device_train_batch_size=EXAMPLES,
         max_steps=1,
         learning_rate=0.0,
         optim="sgd",
@@ -56,7 +57,7 @@ def trainer(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         dataloader_pin_memory=False,
         seed=0,
     )
-    made = cls(model=model, train_dataset=Rows(batch), args=arguments)
+    made = cls(model=model, train_dataset=Rows(batch), args=arguments, data_collator=collated)
     made.remove_callback(PrinterCallback)
     return made
 
@@ -96,9 +97,7 @@ def truth(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor
     return float(kl[labels != -100].mean())
 
 
-def full_kl(
-    case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor]
-) -> Outcome:
+def full_kl(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor]) -> Outcome:
     """The KL that is logged at the first step, against the models' own."""
     wanted = truth(case, policy, ref, batch)
     made = trainer(case, copy.deepcopy(policy), batch)

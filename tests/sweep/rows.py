@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -16,11 +19,22 @@ from multiprocessing import Pipe, connection, get_context
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+import transformers
+
 from tests.sweep import batches, checks, kl, models
 from tests.sweep.checks import CRASH, NONE, REFUSED, Outcome
 from tests.sweep.models import Case
 
-LIMIT = 60.0  # seconds that a class may take; the slowest needs 8 on an idle core
+CPU_LIMIT = 60  # seconds that a class may compute; the slowest needs 8
+WALL_LIMIT = 400.0  # seconds until one that waits for ever is given up
+# What every child needs: a Trainer imports datasets when it is made, and a first model generation
+IMPORTED = (
+    "datasets",
+    "transformers.models.bart.modeling_bart",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer_seq2seq",
+)
 CHECKS = ("update", "advice", "observe", "kl_self", "kl")
 
 
@@ -51,10 +65,12 @@ class Row:
         ]
 
     def to_json(self) -> str:
+        """One line."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> Row:
+        """The row that `to_json` wrote."""
         found = json.loads(text)
         outcomes = {k: Outcome(**v) for k, v in found.pop("outcomes").items()}
         return Row(**found, outcomes=outcomes)
@@ -85,7 +101,9 @@ def row(case: Case) -> Row:
         problem = kl.untrainable(case, model, batch)
         for check in ("kl_self", "kl"):
             ref = copy.deepcopy(model) if check == "kl_self" else kl.perturbed(model)
-            outcomes[check] = Outcome(NONE, problem) if problem else kl.full_kl(case, model, ref, batch)
+            outcomes[check] = (
+                Outcome(NONE, problem) if problem else kl.full_kl(case, model, ref, batch)
+            )
     found.seconds = round(time.perf_counter() - start, 1)
     return found
 
@@ -95,15 +113,9 @@ def row(case: Case) -> Row:
 
 def prepare() -> None:
     """Imports what every child needs, once, and takes it out of the garbage collector's way."""
-    import gc
-
-    import datasets  # noqa: F401  (a Trainer imports it when it is made: 2 s)
-    import torch
-    import transformers.models.bart.modeling_bart
-    import transformers.models.llama.modeling_llama
-    import transformers.trainer_seq2seq
-
     torch.set_num_threads(1)
+    for module in IMPORTED:
+        importlib.import_module(module)
     transformers.logging.set_verbosity(50)
     transformers.utils.logging.disable_progress_bar()
     gc.collect()
@@ -111,7 +123,7 @@ def prepare() -> None:
 
 
 def _child(case: Case, out: connection.Connection) -> None:
-    signal.alarm(int(LIMIT) + 5)  # also where the parent is gone
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT + 5))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         os.dup2(nowhere.fileno(), sys.stderr.fileno())
         out.send(row(case).to_json())
@@ -122,9 +134,10 @@ def _dead(case: Case, why: str) -> Row:
 
 
 def sweep(cases: list[Case], jobs: int = 1) -> Iterator[Row]:
-    """The rows of `cases` as they come, `jobs` processes at a time.
+    """Runs `cases`, `jobs` processes at a time.
 
-    A class whose process hangs or dies has a row that says so.
+    Yields:
+        A row a class as it comes; one whose process hangs or dies says so.
     """
     context = get_context("fork")
     waiting = list(reversed(cases))
@@ -136,7 +149,7 @@ def sweep(cases: list[Case], jobs: int = 1) -> Iterator[Row]:
             process = context.Process(target=_child, args=(case, there), daemon=True)
             process.start()
             there.close()
-            running[here] = (process, case, time.monotonic() + LIMIT)
+            running[here] = (process, case, time.monotonic() + WALL_LIMIT)
         connection.wait(list(running), timeout=0.5)
         for here, (process, case, end) in list(running.items()):
             if here.poll():
@@ -144,10 +157,17 @@ def sweep(cases: list[Case], jobs: int = 1) -> Iterator[Row]:
             elif time.monotonic() > end:
                 process.kill()
                 process.join()
-                yield _dead(case, f"no end after {LIMIT:.0f} s")
+                yield _dead(case, f"no end after {WALL_LIMIT:.0f} s")
             else:
                 continue
             del running[here]
+
+
+def _death(code: int | None) -> str:
+    """What an exit code says: negative ones are signals."""
+    if code == -signal.SIGXCPU:
+        return f"no end after {CPU_LIMIT} s of computing"
+    return f"the process died with exit code {code}"
 
 
 def _received(here: Any, process: BaseProcess, case: Case) -> Row:
@@ -155,6 +175,6 @@ def _received(here: Any, process: BaseProcess, case: Case) -> Row:
         text = here.recv()
     except EOFError:
         process.join()
-        return _dead(case, f"the process died with exit code {process.exitcode}")
+        return _dead(case, _death(process.exitcode))
     process.join()
     return Row.from_json(text)

@@ -32,7 +32,7 @@ without a word) and `CRASH` (any other error) are faults, of which there must be
 
 
 def markdown(rows: list[Row], command: str) -> str:
-    """The page: how it was made, counts, a table by family, refusals, faults, what was not built."""
+    """The page: how it was made, counts, tables, faults, refusals, what was not built."""
     built = [r for r in rows if not r.unbuilt]
     parts = [HEAD, _made(built, command), _counts(built)]
     for family in FAMILIES:
