@@ -14,7 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tests.sweep import rows, table
-from tests.sweep.models import FAMILIES, cases
+from tests.sweep.children import sweep
+from tests.sweep.models import cases
+from tests.sweep.result import FAMILIES, Row
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
     rows.prepare()
     with (options.rows or Path(os.devnull)).open("w") as out:
         out.writelines(row.to_json() + "\n" for row in known.values())
-        for row in rows.sweep([c for c in chosen if c.name not in known], options.jobs):
+        for row in sweep(rows.row, [c for c in chosen if c.name not in known], options.jobs):
             found.append(row)
             out.write(row.to_json() + "\n")
             out.flush()
@@ -53,14 +55,14 @@ def main(argv: list[str]) -> int:
     return 1 if faults else 0
 
 
-def _known(path: Path) -> dict[str, rows.Row]:
+def _known(path: Path) -> dict[str, Row]:
     if not path.is_file():
         return {}
-    found = (rows.Row.from_json(text) for text in path.read_text().splitlines())
+    found = (Row.from_json(text) for text in path.read_text().splitlines())
     return {row.name: row for row in found}
 
 
-def line(row: rows.Row) -> str:
+def line(row: Row) -> str:
     """A row in the terminal."""
     if row.unbuilt:
         return f"{row.name:48s} not built: {row.unbuilt}"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tests.sweep.configs import FRAMES, IMAGE, MELS
 from tests.sweep.exceptions import NOT_PADDED
 from tests.sweep.images import with_images
-from tests.sweep.models import CLASSES, Case, encodes
+from tests.sweep.models import CLASSES, encodes
+from tests.sweep.result import Case
 
 EXAMPLES, TOKENS, TARGETS = 3, 7, 5
 VOCABULARY = ("causal", "masked", "image-text", "seq2seq", "speech")  # families that predict ids

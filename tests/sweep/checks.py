@@ -6,7 +6,6 @@ import os
 import re
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from torch.nn import functional as F
 import fasttax
 from fasttax import DiagonalFisher
 from tests.sweep.batches import EXAMPLES, VOCABULARY, example
-from tests.sweep.models import Case, encodes
+from tests.sweep.models import encodes
+from tests.sweep.result import CRASH, NONE, REFUSED, RIGHT, WRONG, Case, Outcome
 
-RIGHT, REFUSED, WRONG, CRASH, NONE = "right", "refused", "WRONG", "CRASH", "-"
 TOLERANCE = 1e-5
 OWN = (ValueError, TypeError, NotImplementedError)
 WAY_OUT = re.compile(
@@ -27,14 +26,6 @@ WAY_OUT = re.compile(
     re.IGNORECASE,
 )
 PACKAGE = os.path.dirname(fasttax.__file__)
-
-
-@dataclass
-class Outcome:
-    """How one check of one class ended."""
-
-    kind: str
-    detail: str = ""
 
 
 class Unfit(Exception):

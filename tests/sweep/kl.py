@@ -14,8 +14,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from fasttax.integrations.trl import FullKL
 from tests.sweep.batches import EXAMPLES, collated, example
-from tests.sweep.checks import OWN, RIGHT, WRONG, Outcome, refusal
-from tests.sweep.models import Case, encodes
+from tests.sweep.checks import OWN, refusal
+from tests.sweep.models import encodes
+from tests.sweep.result import NONE, RIGHT, WRONG, Case, Outcome
 
 FAMILIES = ("causal", "seq2seq", "image-text", "speech")  # of models with a vocabulary
 TOLERANCE = 1e-5
@@ -62,16 +63,6 @@ def trainer(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
     return made
 
 
-def untrainable(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> str:
-    """Why the Trainer cannot train the model even without FullKL; "" where it can."""
-    try:
-        trainer(case, copy.deepcopy(model), batch).train()
-        truth(case, model, model, batch)
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return ""
-
-
 def perturbed(model: nn.Module) -> nn.Module:
     """A reference that differs from the policy."""
     found = copy.deepcopy(model)
@@ -99,16 +90,28 @@ def truth(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor
 
 def full_kl(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor]) -> Outcome:
     """The KL that is logged at the first step, against the models' own."""
-    wanted = truth(case, policy, ref, batch)
+    try:
+        wanted = truth(case, policy, ref, batch)
+    except Exception as error:
+        return Outcome(NONE, f"no logits by token: {error}")
     made = trainer(case, copy.deepcopy(policy), batch)
     try:
         with FullKL(made, ref, 0.5):
             made.train()
     except Exception as error:
-        return refusal(error, policy, (*OWN, RuntimeError))
+        return _untrainable(case, policy, batch) or refusal(error, policy, (*OWN, RuntimeError))
     found = [entry["kl/policy_ref"] for entry in made.state.log_history if "kl/policy_ref" in entry]
     if not found:
         return Outcome(WRONG, "nothing was logged")
     if abs(found[0] - wanted) <= TOLERANCE * abs(wanted) + 1e-7:
         return Outcome(RIGHT)
     return Outcome(WRONG, f"{found[0]:.6g} for {wanted:.6g}")
+
+
+def _untrainable(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Outcome | None:
+    """Why the Trainer cannot train the model even without FullKL; None where it can."""
+    try:
+        trainer(case, copy.deepcopy(model), batch).train()
+    except Exception as error:
+        return Outcome(NONE, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return None

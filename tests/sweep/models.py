@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,28 +11,9 @@ from transformers.models.auto import modeling_auto
 
 from tests.sweep.configs import tiny
 from tests.sweep.exceptions import DEFAULT_DOUBLE, NOT_A_MODEL
+from tests.sweep.result import FAMILIES, Case
 
 CLASSES = 3  # of a classifier
-FAMILIES = {
-    "causal": ("CAUSAL_LM",),
-    "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM",),
-    "image": ("IMAGE_CLASSIFICATION",),
-    "audio": ("AUDIO_CLASSIFICATION",),
-    "sequence": ("SEQUENCE_CLASSIFICATION",),
-    "token": ("TOKEN_CLASSIFICATION", "AUDIO_FRAME_CLASSIFICATION"),
-    "image-text": ("IMAGE_TEXT_TO_TEXT",),
-    "speech": ("SPEECH_SEQ_2_SEQ",),
-    "masked": ("MASKED_LM",),
-    "other": ("CTC", "AUDIO_XVECTOR", "VIDEO_CLASSIFICATION", "SEMANTIC_SEGMENTATION"),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A class of transformers under the family of the first mapping that lists it."""
-
-    name: str
-    family: str
 
 
 def cases() -> list[Case]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.sweep.rows import Row
+from tests.sweep import children
+from tests.sweep.result import Case, Row
 from tests.sweep.table import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -64,22 +67,18 @@ def test_the_page_says_what_came(sample: dict[str, Row]) -> None:
     assert all(f"{row.name} (update)" in page for row in refused)
 
 
-def test_a_class_that_hangs_or_dies_has_a_row(tmp_path: Path) -> None:
-    code = """if True:
-        import os, time
-        from tests.sweep import rows
-        from tests.sweep.models import Case
-        rows.WALL_LIMIT = 2.0
-        ends = {"Hangs": lambda: time.sleep(60), "Dies": lambda: os._exit(3)}
-        rows.row = lambda case: ends[case.name]()
-        for row in rows.sweep([Case("Hangs", "causal"), Case("Dies", "causal")], jobs=2):
-            print(row.name, row.faults[0])
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "Dies: update: CRASH: the process died with exit code 3" in done.stdout
-    assert "Hangs: update: CRASH: no end after 2 s" in done.stdout
+def _ends(case: Case) -> Row:
+    if case.name == "Hangs":
+        time.sleep(60)
+    os._exit(3)
+
+
+def test_a_class_that_hangs_or_dies_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "WALL_LIMIT", 2.0)
+    cases = [Case("Hangs", "causal"), Case("Dies", "causal")]
+    faults = {row.name: row.faults for row in children.sweep(_ends, cases, jobs=2)}
+    assert faults["Dies"] == ["Dies: update: CRASH: the process died with exit code 3"]
+    assert faults["Hangs"] == ["Hangs: update: CRASH: no end after 2 s"]
 
 
 @pytest.mark.slow
