@@ -1,17 +1,103 @@
-# One command per task; each makes .venv, installs and builds if that is not done yet.
+# One command per task; each makes .venv, installs and builds what it needs if that is not done yet.
 PYTHON ?= python3
 VENV   ?= .venv
 # Spinning threads of two busy processes stall each other: a 0.9 s test took 7.5 s.
 export OMP_WAIT_POLICY ?= passive
 PY      = $(VENV)/bin/python
-SOURCES = $(wildcard setup.py tools/*_build.py csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
-CPP     = $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/gpu/simt/*.h tests/gpu/simt/*.cpp)
-# What is done, one empty file each. INSTALLED is torch, every package and the project itself, LINTERS is
-# torch and the tools of `make lint`. LIBRARY is the whole library, with CUDA kernels as FASTTAX_CUDA has
-# them, ONE_ISA is the CPU's for this machine; both are fasttax/_C.abi3.so, so each takes the other's away.
-INSTALLED = $(VENV)/.installed
+CPP     = $(wildcard $(addprefix csrc/,*.cpp */*.h */*.cpp */*.cu */*.cuh))
+SIMT    = $(wildcard $(addprefix tests/gpu/simt/,*.h *.cpp))
+SOURCES = setup.py $(wildcard tools/*_build.py) $(CPP)
+# Stamps of what is done. Both kinds of library are fasttax/_C.abi3.so, so that making one takes
+# the other's stamp away; one that was built by hand is newer than any stamp.
 LINTERS   = $(VENV)/.linters
+INSTALLED = $(VENV)/.installed
 LIBRARY   = $(VENV)/.library-cuda-$(or $(FASTTAX_CUDA),auto)
 ONE_ISA   = $(VENV)/.library-one-isa
-# One case an op, of the kernels' own tests: what an edit of a kernel breaks first.
-QUICK ?= tests/package/test_math.py
+BUILT     = $(wildcard fasttax/_C*.so)
+# Of each CPU kernel's tests those that a wrong edit fails first: 15 s on one core.
+QUICK   = $(addprefix tests/, \
+  kl/test_kl.py::test_options kl/test_kl.py::test_vocabularies \
+  kl/test_kl.py::test_small_kl_keeps_its_digits \
+  kl/test_kl_stats_rows.py::test_options kl/test_kl_stats_rows.py::test_vocabularies \
+  kl/test_gemm.py::test_equals_float64 kl/test_project.py::test_equals_float64 \
+  ewc/test_ewc.py::test_penalty_add_grad_and_prox ewc/test_ewc.py::test_lora_kernel \
+  ewc/test_optim.py::test_steps_are_the_formula \
+  fisher/test_functional_fisher.py::test_native_equals_the_reference \
+  fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-tiny test quick t bench bench-gpu lint format hooks house doctor clean
+
+help:            ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(PY):
+	@echo "[fasttax] making $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -U "pip>=25.1"
+
+$(LINTERS): $(PY) pyproject.toml
+	@echo "[fasttax] installing torch and the tools of make lint"
+	$(PY) -m pip install -q "torch>=2.11" numpy --group lint
+	@touch $@
+
+$(INSTALLED): $(PY) pyproject.toml
+	@echo "[fasttax] installing torch and what the tests need, then building the kernels"
+	$(PY) -m pip install -q "torch>=2.11" numpy "setuptools>=77" ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(LIBRARY): $(INSTALLED) $(SOURCES) $(BUILT)
+	rm -f $(VENV)/.library-*
+	$(PY) setup.py -q build_ext --inplace
+	$(PY) -m fasttax doctor
+	@touch $@
+
+$(ONE_ISA): $(INSTALLED) $(SOURCES) $(BUILT)
+	rm -f $(VENV)/.library-*
+	$(PY) setup.py -q build_ext --inplace --isa native
+	@touch $@
+
+demo: $(LIBRARY) ## align SmolLM2-135M four ways and write the report (about 8 minutes on 2 cores)
+	$(PY) -m fasttax demo
+
+demo-tiny: $(LIBRARY) ## the same on a small model trained from scratch (about 90 seconds, no download)
+	$(PY) -m fasttax demo --tiny
+
+test: $(LIBRARY) ## the test suite, two files at a time
+	$(PY) -m pytest -n 2 --dist loadfile
+
+quick: $(ONE_ISA) ## after an edit of a CPU kernel: build one instruction set, run the tests it breaks first
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -x $(QUICK) -k "not reference-"
+
+t:               ## tests by words and place, on what is built: make t K="topk and not mask" T=tests/kl
+	$(PY) -m pytest -q -k "$(K)" $(T)
+
+bench: $(LIBRARY) ## measure against eager PyTorch, torch.compile and foreach; writes bench/results and README's table
+	$(PY) -m bench
+
+bench-gpu: $(LIBRARY) ## the same on a GPU: CUDA C++ and Triton; writes bench/results/gpu.json
+	$(PY) -m bench gpu
+
+lint: $(LINTERS) ## ruff, mypy, clang-format; builds nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(SIMT)
+
+format: $(LINTERS) ## apply ruff's fixes, its layout, and clang-format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP) $(SIMT)
+
+hooks: $(LINTERS) ## check what a commit touches before it is made (pre-commit, with the tools of .venv)
+	$(VENV)/bin/pre-commit install
+
+house:           ## the numbers that this house is held to: circles, rooms, floors, wide lines
+	$(PYTHON) tools/house.py
+
+doctor: $(LIBRARY) ## which kernels run here, and why
+	$(PY) -m fasttax doctor
+
+clean:           ## remove what was built, and .venv
+	rm -rf $(VENV) build *.egg-info fasttax/*.so

@@ -1,3 +1,1 @@
-"""fasttax's benchmarks: `python -m bench` (or `make bench`) measures, writes bench/results, and
-renews README's table.
-"""
+"""Benchmarks: `python -m bench` measures, writes bench/results, and renews README's table."""

@@ -1,5 +1,6 @@
-"""Measures all cases, writes bench/results/cpu-FAMILY.json (gpu.json), and renews the table between
-README's bench markers.
+"""Measures all cases, writes bench/results, and renews the table between README's bench markers.
+
+A family's file is bench/results/cpu-FAMILY.json, the GPU's is gpu.json.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def results_of(family: str) -> Path:
+    """The file that a family's results are written to."""
     return RESULTS / ("gpu.json" if family == GPU else f"cpu-{family}.json")
 
 
 def measure(family: str) -> Path:
+    """Runs a family's cases, prints each, and writes them with what they ran on."""
     torch.manual_seed(0)
     rate = timing.bandwidth("cuda" if family == GPU else "cpu")
     results = []
@@ -111,6 +114,7 @@ def table() -> str:
 
 
 def renew_readme() -> None:
+    """Puts `table` between README's marks."""
     readme = ROOT / "README.md"
     text = readme.read_text()
     head, tail = text.index(BEGIN) + len(BEGIN), text.index(END)
@@ -118,6 +122,7 @@ def renew_readme() -> None:
 
 
 def main() -> int:
+    """Measures the families asked for, each in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "family", nargs="*", help=f"some of {', '.join(FAMILIES)} (default: all but {GPU})"

@@ -1,4 +1,4 @@
-"""What people write today, as contenders: eager PyTorch, torch.compile of the same, torch._foreach."""
+"""What people write today, as contenders: eager PyTorch, torch.compile of it, torch._foreach."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fasttax.cli.bench import foreach_ewc as foreach_ewc
 
 
 def eager_linear_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """Mean log-prob of the ids by whole logits."""
     return (hidden @ weight.T).float().log_softmax(-1).gather(-1, ids[:, None]).mean()
 
 
@@ -28,9 +29,7 @@ def trl_linear_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight
 
 
 def trl_linear_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """With the columns at a time that TRL's divergence takes, and the log-probs alone of its
-    outputs.
-    """
+    """TRL's fused op, asked for log-probs alone, by as many columns as its divergence takes."""
     from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -41,6 +40,7 @@ def trl_linear_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def eager_stats(logits: Tensor, ref_logits: Tensor, ids: Tensor) -> Tensor:
+    """The sum of log-probs, entropies and both KLs."""
     logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     p, q = logp.exp(), ref_logp.exp()
     sampled = logp.gather(-1, ids[:, None])[:, 0]
@@ -53,12 +53,14 @@ def eager_stats(logits: Tensor, ref_logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for one shape."""
     return torch.compile(function, dynamic=False)
 
 
 def autograd_ewc(
     params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], strength: float
 ) -> Tensor:
+    """The penalty as a loop over parameters, and its gradient by autograd."""
     total = torch.zeros(())
     for p, a, f in zip(params, anchors, fishers, strict=True):
         total = total + (f * (p - a) ** 2).sum()

@@ -26,11 +26,13 @@ class Parameters(nn.Module):
             p.grad = g
 
     def ewc(self, storage: str, anchor_dtype: torch.dtype) -> fasttax.EWC:
+        """An EWC over all of them, with a random Fisher."""
         fisher = {f"p.{i}": torch.rand(p.shape) for i, p in enumerate(self.p)}
         return fasttax.EWC(self, fisher, strength=0.5, storage=storage, anchor_dtype=anchor_dtype)
 
 
 def add_grad_cases() -> Iterator[Case]:
+    """Floor: theta, anchor, Fisher and gradient read, the gradient written, in their dtypes."""
     params, grads, anchors, fishers = workloads.smollm2_like(4)
     for p, g in zip(params, grads, strict=True):
         p.requires_grad_()
@@ -73,6 +75,7 @@ def add_grad_cases() -> Iterator[Case]:
 
 
 def adamw_cases() -> Iterator[Case]:
+    """Floor: AdamW's 28 bytes an element, and those of anchor and Fisher."""
     model = Parameters()
     count = sum(p.numel() for p in model.parameters())
     for storage, dtype in (
@@ -107,10 +110,12 @@ def adamw_cases() -> Iterator[Case]:
 
 
 def dense_lora(a: Tensor, b: Tensor, fisher: Tensor) -> None:
+    """The penalty on a dense B @ A, forward and backward."""
     (0.5 * (fisher * (0.25 * b @ a) ** 2).sum()).backward()
 
 
 def lora_cases() -> Iterator[Case]:
+    """Floor: the Fisher read once; three products with B, A and the pull."""
     width, r = 4096, 16
     a, b = (torch.randn(shape).mul_(0.02).requires_grad_() for shape in ((r, width), (width, r)))
     for name, fisher in (
@@ -135,7 +140,7 @@ def lora_cases() -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    # first: on what the others leave in the heap, eager's 64 MB temporaries take half of their time
+    """LoRA's first: on what the others leave in the heap, eager's 64 MB temporaries are cheaper."""
     yield from lora_cases()
     yield from add_grad_cases()
     yield from adamw_cases()

@@ -1,6 +1,4 @@
-"""linear_sqgrad against its weight-gradient GEMM, and the whole-model exact Fisher against one
-ordinary training pass.
-"""
+"""Squares of gradients against the GEMM of the gradient, whole Fishers against a training pass."""
 
 from __future__ import annotations
 
@@ -20,6 +18,7 @@ from bench.timing import Case
 
 
 def cases() -> Iterator[Case]:
+    """From single ops to a whole model."""
     for shape, n, t, i, o in workloads.SQGRAD:
         yield from layer(shape, n, t, i, o)
     yield from rows()
@@ -30,6 +29,7 @@ def cases() -> Iterator[Case]:
 
 
 def layer(shape: str, n: int, t: int, i: int, o: int) -> Iterator[Case]:
+    """A linear layer i -> o at n examples of t tokens; floor: the weight gradient's flops."""
     a, d = torch.randn(n, t, i), torch.randn(n, t, o)
     out, weight = torch.zeros(o, i), torch.zeros(o, i)
     contenders: dict[str, Callable[[], Any]] = {
@@ -56,16 +56,10 @@ def layer(shape: str, n: int, t: int, i: int, o: int) -> Iterator[Case]:
 
 
 def rows() -> Iterator[Case]:
-    """Biases, norms and embeddings of 8 x 128 tokens, against the reference's composition of
-    PyTorch ops.
-    """
+    """Biases, norms and embeddings of 8 x 128 tokens, against the reference's PyTorch ops."""
     n, t, h, v = 8, 128, 576, 49152
-    x, d, ids, cu = (
-        torch.randn(n * t, h),
-        torch.randn(n * t, h),
-        torch.randint(0, v, (n * t,)),
-        torch.arange(n + 1) * t,
-    )
+    x, d = torch.randn(n * t, h), torch.randn(n * t, h)
+    ids, cu = torch.randint(0, v, (n * t,)), torch.arange(n + 1) * t
     out, table = torch.zeros(h), torch.zeros(v, h)
     calls: dict[str, tuple[Tensor, tuple[Any, ...], int]] = {
         "bias_sqgrad": (out, (d, cu, None), 4 * n * t * h),
@@ -117,12 +111,8 @@ def lists() -> Case:
 def head() -> Case:
     """The head's exact Fisher over the whole vocabulary against its two GEMMs."""
     n, h, v = 512, 576, 49152
-    a, w, out, q = (
-        torch.randn(n, h),
-        torch.randn(v, h) * 0.05,
-        torch.zeros(v, h),
-        torch.rand(256, v),
-    )
+    a, w, out = torch.randn(n, h), torch.randn(v, h) * 0.05, torch.zeros(v, h)
+    q = torch.rand(256, v)  # stands for p (1 - p) of a chunk of tokens
 
     def gemms() -> None:
         for part in a.split(256):
@@ -144,10 +134,10 @@ def head() -> Case:
 
 
 def smollm2() -> Any:
+    """A model of SmolLM2-135M's shape with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    # SmolLM2-135M's shape
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -161,7 +151,7 @@ def smollm2() -> Any:
 
 
 def peak(call: Callable[[], Any]) -> int:
-    """Bytes that the process grows by at most while `call` runs (Linux counts them); 0 elsewhere."""
+    """Bytes that the process grows by at most while `call` runs; 0 where Linux does not count."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         return 0
@@ -185,8 +175,9 @@ def peak(call: Callable[[], Any]) -> int:
 
 
 def memory() -> Case:
-    """Peak memory above the model, as a copy of the parameters in float32 + activations, at two
-    batch sizes; printed with the case's name.
+    """Peak memory above the model, at two batch sizes, printed with the case's shape.
+
+    It is a copy of the parameters in float32, and activations.
     """
     model = smollm2()
     estimator = fasttax.DiagonalFisher(model, verify=False)
@@ -201,10 +192,8 @@ def memory() -> Case:
     shares = []
     for n in (1, 4):  # the sums are there already, as the gradients are not for the ordinary pass
         model.zero_grad(set_to_none=True)
-        ours, theirs = (
-            peak(lambda n=n: estimator.update(ids[:n])),
-            peak(lambda n=n: ordinary(ids[:n])),
-        )  # type: ignore[misc]
+        ours = peak(partial(estimator.update, ids[:n]))
+        theirs = peak(partial(ordinary, ids[:n]))
         shares.append(
             f"N={n}: {(ours + parameters) / 2**20:.0f} MiB, ordinary pass {theirs / 2**20:.0f} MiB"
         )
@@ -225,6 +214,7 @@ def memory() -> Case:
 
 
 def whole_model() -> Case:
+    """An exact Fisher's update; floor: 2 flops a parameter and token, three times."""
     model = smollm2()
     ids = torch.randint(0, 49152, (8, 128))
     estimator = fasttax.DiagonalFisher(model)

@@ -17,14 +17,15 @@ from bench import baselines, workloads
 from bench.bench_kl import STATS, forward, fused_stats
 from bench.timing import Case
 from fasttax.cli.bench import fused_kl, step
-from fasttax.kl.token_kl import tempering
+from fasttax.kl.call import tempering
 
 
 def triton_step(x: Tensor, y: Tensor) -> Callable[[], Any]:
-    """token_kl's mean and its gradient by Triton's kernel, which is not the op's own where CUDA C++
-    is built.
+    """token_kl's mean and its gradient by Triton's kernel.
+
+    Where CUDA C++ is built it is not the op's own.
     """
-    from fasttax.triton import kl
+    from fasttax.triton import kl_launch as kl
 
     weight, options = (
         torch.full(x.shape[:1], 1 / x.shape[0], device=x.device),
@@ -39,12 +40,14 @@ def cases(
     parameters: int = 1 << 30,
     layers: Sequence[tuple[str, int, int, int, int]] = workloads.GPU_SQGRAD,
 ) -> Iterator[Case]:
+    """All families; the arguments make them small, for a test on the CPU."""
     yield from kl_cases(device, shapes)
     yield from ewc_cases(device, parameters)
     yield from fisher_cases(device, layers, parameters)
 
 
 def kl_cases(device: str, shapes: Sequence[tuple[str, int, int]]) -> Iterator[Case]:
+    """CUDA C++ and Triton beside eager PyTorch and torch.compile."""
     compiled, compiled_stats = (
         baselines.compiled(baselines.eager_kl),
         baselines.compiled(baselines.eager_stats),
@@ -85,6 +88,7 @@ def kl_cases(device: str, shapes: Sequence[tuple[str, int, int]]) -> Iterator[Ca
 
 
 def ewc_cases(device: str, parameters: int) -> Iterator[Case]:
+    """The penalty's gradient and AdamW with it, on one tensor."""
     theta, grad, anchor, fisher = torch.rand(4, parameters, device=device).unbind()
     one = torch.compile(baselines.loop_ewc, dynamic=False)
     contenders: dict[str, Callable[[], Any]] = {
@@ -115,6 +119,7 @@ def ewc_cases(device: str, parameters: int) -> Iterator[Case]:
 def fisher_cases(
     device: str, layers: Sequence[tuple[str, int, int, int, int]], parameters: int
 ) -> Iterator[Case]:
+    """Squares of linear layers and of lists of gradients."""
     for dtype in (torch.bfloat16, torch.float32):
         for shape, n, t, i, o in layers:
             a, d = (torch.randn(n, t, width, device=device).to(dtype) for width in (i, o))

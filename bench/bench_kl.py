@@ -1,6 +1,4 @@
-"""token_kl and token_stats, forward and backward through autograd with a fresh gradient, and
-forward alone.
-"""
+"""token_kl and token_stats: forward and backward to a fresh gradient, and forward alone."""
 
 from __future__ import annotations
 
@@ -19,15 +17,19 @@ SIMD = {1: "AVX2", 0: "portable"}
 
 
 def tokens(x: Tensor, y: Tensor) -> Tensor:
+    """A KL for every token, whose gradient comes in the backward."""
     return fasttax.token_kl(x, y).sum()
 
 
 def fused_stats(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+    """Everything that one sweep over both rows gives."""
     stats = fasttax.token_stats(x, y, ids, outputs=STATS)
     return torch.stack([getattr(stats, name) for name in STATS]).sum()
 
 
 def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], None]:
+    """A call without a graph."""
+
     def call() -> None:
         with torch.no_grad():
             function(*tensors)
@@ -36,6 +38,8 @@ def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], N
 
 
 def at_level(level: int, function: Callable[[], None]) -> Callable[[], None]:
+    """A call on another instruction set than the best."""
+
     def call() -> None:
         best = torch.ops.fasttax._simd_level(-1)
         torch.ops.fasttax._simd_level(level)
@@ -46,6 +50,7 @@ def at_level(level: int, function: Callable[[], None]) -> Callable[[], None]:
 
 
 def cases() -> Iterator[Case]:
+    """Floor: both logits read, and in the backward one gradient written."""
     compiled, compiled_stats = (
         baselines.compiled(baselines.eager_kl),
         baselines.compiled(baselines.eager_stats),

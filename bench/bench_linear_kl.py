@@ -22,6 +22,7 @@ from fasttax.cli.bench import fused_linear_kl, step
 
 
 def gemms(*pairs: tuple[Tensor, Tensor]) -> dict[str, Callable[[], None]]:
+    """The products alone: into fresh memory, and into memory that is there."""
     outputs = [a @ b for a, b in pairs]
 
     def fresh() -> None:
@@ -36,6 +37,7 @@ def gemms(*pairs: tuple[Tensor, Tensor]) -> dict[str, Callable[[], None]]:
 
 
 def peer(name: str, call: Callable[[], None]) -> dict[str, Callable[[], None]]:
+    """A contender of TRL's, where it is installed."""
     if importlib.util.find_spec("trl") is None:
         print(f"{name} is left out: trl is not installed (pip install 'fasttax[trl]')")
         return {}
@@ -43,10 +45,12 @@ def peer(name: str, call: Callable[[], None]) -> dict[str, Callable[[], None]]:
 
 
 def tokens(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    """A KL for every token, which makes the logits again in the backward."""
     return fasttax.linear_token_kl(hidden, weight, ref_hidden, ref_weight).mean()
 
 
 def logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """Mean log-prob of the ids, logits never whole."""
     logp = fasttax.linear_token_logprobs(hidden, weight, ids, reduction="mean").logp
     assert logp is not None
     return logp

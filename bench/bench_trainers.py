@@ -1,8 +1,8 @@
-"""A step of TRL's trainers (loss and backward.
+"""A step of TRL's trainers with their own ops and with fasttax's.
 
-No generation, no optimizer) with their own ops and with fasttax's, on a model of SmolLM2-135M's
-shape. Both run on one trainer in turns. Peak memory is measured in a process of its own each: what
-a step adds to what was resident.
+A step is loss and backward: no generation, no optimizer. The model has SmolLM2-135M's shape; both
+run on one trainer in turns. Peak memory is measured in a process of its own each: what a step adds
+to what was resident.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ FORWARDS = {"gkd": 4, "gold": 4, "distillation": 4, "dpo": 4, "online_dpo": 4, "
 
 
 def model(seed: int) -> nn.Module:
+    """A model of SmolLM2-135M's shape with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -68,6 +69,7 @@ def model(seed: int) -> nn.Module:
 
 
 def tokenizer() -> Any:
+    """Bytes and two special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +89,7 @@ def tokenizer() -> Any:
 
 
 def trainer(name: str, folder: str) -> Any:
+    """One of TRL's trainers on four rows of text."""
     import importlib
 
     from datasets import Dataset
@@ -153,6 +156,7 @@ def trainer(name: str, folder: str) -> Any:
 
 
 def batch(name: str, rows: int, prompt: int, completion: int) -> dict[str, Any]:
+    """What the trainer's own collator would hand to its loss, of random tokens."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(2, VOCAB, (rows, prompt + completion), generator=generator)
     ones = torch.ones_like(ids)
@@ -175,17 +179,14 @@ def batch(name: str, rows: int, prompt: int, completion: int) -> dict[str, Any]:
         return found
     if name in ("dpo", "kto"):
         found = {"input_ids": ids, "attention_mask": ones, "completion_mask": part}
-        kto = {
+        if name == "dpo":
+            return found
+        return found | {
             "KL_input_ids": ids.flip(0),
             "KL_attention_mask": ones,
             "KL_completion_mask": part,
-            "label": [bool(i % 2) for i in range(rows)],
+            "label": torch.tensor([bool(i % 2) for i in range(rows)]),
         }
-        return found | (
-            {k: torch.tensor(v) if k == "label" else v for k, v in kto.items()}
-            if name == "kto"
-            else {}
-        )
     if name in ("orpo", "cpo"):
         half = rows // 2
         pairs = {"chosen": slice(0, half), "rejected": slice(half, rows)}
@@ -198,6 +199,7 @@ def batch(name: str, rows: int, prompt: int, completion: int) -> dict[str, Any]:
 
 
 def step(name: str, shape: tuple[int, int, int], folder: str) -> Callable[[], Tensor]:
+    """A call that computes the trainer's loss and its gradient."""
     made, inputs = trainer(name, folder), batch(name, *shape)
     if name == "online_dpo":
         generated = [
@@ -225,6 +227,7 @@ def step(name: str, shape: tuple[int, int, int], folder: str) -> Callable[[], Te
 
 
 def patched(run: Callable[[], Tensor], name: str) -> Callable[[], Tensor]:
+    """The same call with fasttax's ops in TRL's place."""
     from fasttax.integrations.trl import patch
 
     def with_fasttax() -> Tensor:
@@ -244,6 +247,7 @@ def peak(name: str, ours: bool) -> float:
 
 
 def cases() -> Iterator[Case]:
+    """Floor: the weights read and their gradients written; passes through the model."""
     for name, shape in {**WITH_PEAK, **OTHERS}.items():
         size = f"{shape[0]} x {shape[1] + shape[2]}"
         if name in WITH_PEAK:
@@ -272,7 +276,7 @@ def _measure(name: str, whose: str) -> None:
 
 
 def _status(key: str) -> float:
-    """KB"""
+    """A line of /proc/self/status, in KB."""
     return next(
         float(line.split()[1])
         for line in Path("/proc/self/status").read_text().splitlines()

@@ -18,6 +18,7 @@ from fasttax._base.timing import run as run
 
 
 def environment(bytes_per_second: float) -> dict[str, Any]:
+    """What the numbers of a run hold for."""
     import fasttax
     from fasttax._base import library
 
@@ -49,6 +50,8 @@ def environment(bytes_per_second: float) -> dict[str, Any]:
 
 
 def as_json(result: Result) -> dict[str, Any]:
+    """A result's fields, numbers to four decimals."""
+
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: rounded(v) for k, v in value.items()}

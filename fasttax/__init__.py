@@ -1,6 +1,4 @@
-"""fasttax: exact token-level KL, diagonal Fisher and EWC, fast enough to leave on in every
-alignment run.
-"""
+"""fasttax: exact token-level KL, diagonal Fisher and EWC, fast enough to leave on in every run."""
 
 import importlib
 from typing import Any
@@ -45,11 +43,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in (
-        "demo",
-        "integrations",
-        "tax",
-    ):  # on use: they need extras, or nothing else needs them
+    # on use: they need extras, or nothing else needs them
+    if name in ("demo", "integrations", "tax"):
         return importlib.import_module(f"fasttax.{name}")
     raise AttributeError(
         f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}"

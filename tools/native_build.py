@@ -16,8 +16,10 @@ TORCH_FLOOR = "0x020b000000000000"  # 2.11.0: the oldest torch that the built li
 # gcc 12 warns of its own AVX-512 headers (PR105593): the last two.
 QUIET = ["-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS = ["-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", *QUIET]
-# Python's own flags ask for -g: without it the library compiles a fifth sooner, a tenth as large.
-FAST, DEBUG = ["-O3", "-g0"], ["-O1", "-g"]
+# Python's own flags ask for -g: without it all compiles a fifth sooner, to a tenth of the size.
+FAST = ["-O3", "-g0"]
+QUICK = ["-O1", "-g0"]  # compiles 2.3 times sooner than -O3
+DEBUG = ["-O1", "-g"]
 LEVELS = {"AVX512": "512", "AVX2": "256"}  # torch's names of what this CPU runs; the rest is 128
 ISA_HELP = "compile the CPU kernels for one instruction set only: native, 512, 256 or 128"
 
@@ -27,14 +29,14 @@ def files(*patterns: str) -> list[str]:
 
 
 def cpu_kernels(isa: str | None = None, debug: bool | None = False) -> Extension:
-    optimise = DEBUG if debug else FAST
+    optimise = QUICK if isa else FAST
     one = [("FASTTAX_ONE_ISA", isa)] if isa else []
     return CppExtension(
         "fasttax._C",
         ["csrc/module.cpp", *files("cpu/*.cpp")],
         depends=files("*/*.h"),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_FLOOR), *one],
-        extra_compile_args=[*FLAGS, *optimise],
+        extra_compile_args=[*FLAGS, *(DEBUG if debug else optimise)],
         py_limited_api=True,
     )
 

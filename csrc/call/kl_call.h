@@ -1,22 +1,39 @@
 #pragma once
 
-#include "float_type.h"
 #include "../math/kl_frame.h"
+#include "../math/types.h"
+#include "check.h"
+#include "float_type.h"
 
 // One call of an op over logits: its arguments, checked, for the CPU's kernels and CUDA's.
+
+// An op's options, as torch hands them over, and as a KlOptions.
+#define FASTTAX_KL_OPTIONS                                                                       \
+  int64_t kind, double beta, double scale, double ref_scale, double softcap, double ref_softcap, \
+      double inv_temperature, double ref_inv_temperature, bool inf_mask
+#define FASTTAX_KL_VALUES \
+  kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask
+
+// The same of token_stats, which has no kind.
+#define FASTTAX_STATS_OPTIONS                                                                 \
+  double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature, \
+      double ref_inv_temperature
+#define FASTTAX_STATS_VALUES \
+  scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature
+
 namespace fasttax {
 
 struct Call {
   FloatType type;
   int64_t N = 1, V;
-  KlParams k;
+  KlOptions options;
   const bool* mask;  // nullptr: every token counts
+
+  bool live(int64_t n) const { return !mask || mask[n]; }
 };
 
-inline Call prepare(const char* op, const Tensor& logits, const Tensor& ref_logits,
-                    const std::optional<Tensor>& mask, int64_t kind, double beta, double scale,
-                    double ref_scale, double softcap, double ref_softcap, double inv_temperature,
-                    double ref_inv_temperature, bool inf_mask) {
+inline Call checked_call(const char* op, const Tensor& logits, const Tensor& ref_logits,
+                         const std::optional<Tensor>& mask, const KlOptions& options) {
   FASTTAX_CHECK(logits.dim() >= 1 && logits.dim() == ref_logits.dim(), op,
                 "logits and ref_logits: expected the same number of dimensions, at least 1");
   Call c;
@@ -32,8 +49,10 @@ inline Call prepare(const char* op, const Tensor& logits, const Tensor& ref_logi
                 op, "logits and ref_logits: the last dimension must be contiguous");
   FASTTAX_CHECK(logits.scalar_type() == ref_logits.scalar_type(), op,
                 "logits and ref_logits must have one dtype");
-  FASTTAX_CHECK(kind >= 0 && kind <= 2, op, "kind must be 0, 1 or 2, got ", kind);
+  FASTTAX_CHECK(options.kind >= 0 && options.kind < kKlKinds, op, "kind must be in 0..",
+                kKlKinds - 1, ", got ", options.kind);
   c.type = float_type(logits, op, "logits");
+  c.options = options;
   c.mask = nullptr;
   if (mask.has_value()) {
     FASTTAX_CHECK(
@@ -41,20 +60,18 @@ inline Call prepare(const char* op, const Tensor& logits, const Tensor& ref_logi
         op, "mask: expected a contiguous bool tensor of ", c.N, " elements");
     c.mask = static_cast<const bool*>(mask->const_data_ptr());
   }
-  KlParams& k = c.k;
-  k.kind = static_cast<KlKind>(kind);
-  k.inf_mask = inf_mask;
-  k.beta = float(beta);
-  k.scale = float(scale);
-  k.ref_scale = float(ref_scale);
-  k.cap = float(softcap);
-  k.ref_cap = float(ref_softcap);
-  k.row_scale = float(softcap > 0 ? inv_temperature : scale * inv_temperature);
-  k.ref_row_scale = float(ref_softcap > 0 ? ref_inv_temperature : ref_scale * ref_inv_temperature);
-  k.row_slope = float(scale * inv_temperature);
-  k.ref_row_slope = float(ref_scale * ref_inv_temperature);
-  k.plain = !inf_mask && k.cap == 0 && k.ref_cap == 0 && k.row_scale == k.ref_row_scale;
   return c;
+}
+
+// token_stats' options; without a reference its parameters are the policy's: one row stands for
+// both.
+inline KlOptions stats_options(bool has_ref, FASTTAX_STATS_OPTIONS) {
+  if (!has_ref) {
+    ref_scale = scale;
+    ref_softcap = softcap;
+    ref_inv_temperature = inv_temperature;
+  }
+  return {0, 0, FASTTAX_STATS_VALUES, false};
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t, int64_t dims) {

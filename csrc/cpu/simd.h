@@ -93,7 +93,7 @@ inline float max_of(VF a) {  // NaN lanes are ignored
   return m;
 }
 
-// --- memory
+// Memory.
 
 inline VF load(const float* p) {
   VF v;
@@ -255,7 +255,7 @@ FASTTAX_BF16 inline VF dot_pairs(VF row, VF col, VF acc) {
 }
 #endif
 
-// --- functions
+// Functions.
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(a) in the low bits
 
@@ -362,6 +362,23 @@ inline VF tanh(VF z) {
   const VF signed_big = as_float(as_int(big) | (as_int(z) & splat_i(int32_t(0x80000000))));
   return (a < 0.3f) ? small : signed_big;
 }
+
+// What formulas that know no vectors ask for, on vectors.
+struct VectorMath {
+  using S = VF;
+  using R = float;
+  static constexpr bool kVector = true;
+  static VF exp(VF a) { return FASTTAX_ISA_NS::exp(a); }
+  static VF log(VF a) { return FASTTAX_ISA_NS::log(a); }
+  static VF log1p(VF a) { return FASTTAX_ISA_NS::log1p(a); }
+  static VF tanh(VF a) { return FASTTAX_ISA_NS::tanh(a); }
+  static VF abs(VF a) { return FASTTAX_ISA_NS::abs(a); }
+  static VF fma(VF a, VF b, VF c) { return FASTTAX_ISA_NS::fma(a, b, c); }
+  static VF splat(float a) { return FASTTAX_ISA_NS::splat(a); }
+  static VF only(bool b, VF v) { return as_float(as_int(v) & splat_i(b ? -1 : 0)); }
+  static bool all_le(VF a, VF b) { return FASTTAX_ISA_NS::all_le(a, b); }
+  static double total(VF a) { return sum(a); }
+};
 
 }  // namespace FASTTAX_ISA_NS
 }  // namespace fasttax

@@ -2,69 +2,16 @@
 // sweep back the gradient of any mix of them. Passes over memory: forward 2, backward 2 and one for
 // each gradient.
 #include "kl_layout.h"
+#include "stats_double.h"
 
 #define FASTTAX_KERNELS "stats_kernels.h"
 #include "isa.h"
-#include "stats_double.h"
 
 namespace fasttax {
 namespace {
 
-static_assert(sizeof(StatsRow) == kStatsKept * sizeof(float),
-              "the second output holds one StatsRow a token");
-
-struct StatsWork {
-  const Call& c;
-  DoubleParams wide_params;
-  Rows x;
-  std::optional<Rows> y;
-  const int64_t* ids;
-  bool wide;
-
-  ScalarType result_type() const { return wide ? ScalarType::Double : ScalarType::Float; }
-  bool live(int64_t n) const { return !c.mask || c.mask[n]; }
-  int64_t id(int64_t n) const { return ids ? ids[n] : -1; }
-  void* ref(int64_t n) const { return y ? (*y)[n] : nullptr; }
-
-  template <class T>
-  void forward(int64_t n, T* values, T* kept) const {
-    T out[kTokenStats] = {}, row[kStatsKept] = {};
-    if (live(n)) forward_row(n, out, row);
-    for (int64_t s = 0; s < kTokenStats; ++s) values[s * c.N + n] = out[s];
-    std::memcpy(kept + n * kStatsKept, row, sizeof row);
-  }
-
-  void forward_row(int64_t n, float* out, float* kept) const {
-    StatsRow row{};
-    FASTTAX_DISPATCH(stats_forward, c.type, x[n], ref(n), c.V, c.k, id(n), row, out);
-    std::memcpy(kept, &row, sizeof row);
-  }
-  void forward_row(int64_t n, double* out, double* kept) const {
-    stats_double_forward(static_cast<double*>(x[n]), static_cast<double*>(ref(n)), c.V, wide_params,
-                         id(n), kept, out);
-  }
-
-  template <class T>
-  void backward(int64_t n, const T* grads, const T* kept, void* dx, void* dy) const {
-    T g[kTokenStats];
-    bool any = false;
-    for (int64_t s = 0; s < kTokenStats; ++s) any |= (g[s] = grads[s * c.N + n]) != 0;
-    if (live(n) && any) return backward_row(n, g, kept + n * kStatsKept, dx, dy);
-    if (dx) std::memset(dx, 0, size_t(c.V * x.item));
-    if (dy) std::memset(dy, 0, size_t(c.V * x.item));
-  }
-
-  void backward_row(int64_t n, const float* g, const float* kept, void* dx, void* dy) const {
-    StatsRow row;
-    std::memcpy(&row, kept, sizeof row);
-    FASTTAX_DISPATCH(stats_backward, c.type, x[n], ref(n), c.V, c.k, id(n), row, g, dx, dy);
-  }
-  void backward_row(int64_t n, const double* g, const double* kept, void* dx, void* dy) const {
-    stats_double_backward(static_cast<double*>(x[n]), static_cast<double*>(ref(n)), c.V,
-                          wide_params, id(n), kept, g, static_cast<double*>(dx),
-                          static_cast<double*>(dy));
-  }
-};
+static_assert(sizeof(StatsRow) == kStatsSaved * sizeof(float),
+              "`saved` holds one StatsRow a token");
 
 const int64_t* checked_ids(const char* op, const std::optional<Tensor>& ids, const Call& c) {
   if (!ids.has_value()) return nullptr;
@@ -73,44 +20,104 @@ const int64_t* checked_ids(const char* op, const std::optional<Tensor>& ids, con
       "ids: expected a contiguous int64 tensor of ", c.N, " elements");
   const int64_t* at = static_cast<const int64_t*>(ids->const_data_ptr());
   for (int64_t n = 0; n < c.N; ++n)
-    FASTTAX_CHECK((c.mask && !c.mask[n]) || (at[n] >= 0 && at[n] < c.V), op,
-                  "ids: expected values in [0, ", c.V, "), got ", at[n], " at token ", n);
+    FASTTAX_CHECK(!c.live(n) || (at[n] >= 0 && at[n] < c.V), op, "ids: expected values in [0, ",
+                  c.V, "), got ", at[n], " at token ", n);
   return at;
 }
 
-// Without a reference its parameters are the policy's: one row stands for both.
-#define FASTTAX_STATS_OPTIONS                                                                 \
-  double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature, \
-      double ref_inv_temperature
-#define FASTTAX_STATS_CALL(op)                                                                      \
-  const bool has_ref = ref_logits.has_value();                                                      \
-  if (!has_ref) ref_scale = scale, ref_softcap = softcap, ref_inv_temperature = inv_temperature;    \
-  const Call c = prepare(op, logits, has_ref ? *ref_logits : logits, mask, 0, 0, scale, ref_scale,  \
-                         softcap, ref_softcap, inv_temperature, ref_inv_temperature, false);        \
-  const StatsWork work {                                                                            \
-    c, {0, false, 0, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature}, \
-        Rows(logits), has_ref ? std::optional<Rows>(Rows(*ref_logits)) : std::nullopt,              \
-        checked_ids(op, ids, c), c.type == FloatType::kDouble                                       \
+// One call's rows. `saved` is what the forward leaves for the backward.
+struct StatsWork {
+  const Call c;
+  const KlParams narrow;
+  const DoubleParams exact;
+  const Layout x;
+  const std::optional<Layout> y;
+  const int64_t* const ids;
+  const bool wide;
+
+  StatsWork(const char* op, const Tensor& logits, const std::optional<Tensor>& ref_logits,
+            const std::optional<Tensor>& wanted, const std::optional<Tensor>& mask,
+            const KlOptions& options)
+      : c(checked_call(op, logits, ref_logits.has_value() ? *ref_logits : logits, mask, options)),
+        narrow(kl_params<float>(options)),
+        exact(kl_params<double>(options)),
+        x(logits),
+        y(ref_logits.has_value() ? std::optional<Layout>(*ref_logits) : std::nullopt),
+        ids(checked_ids(op, wanted, c)),
+        wide(c.type == FloatType::kDouble) {}
+
+  ScalarType result_type() const { return wide ? ScalarType::Double : ScalarType::Float; }
+  int64_t id(int64_t n) const { return ids ? ids[n] : -1; }
+  void* ref(int64_t n) const { return y ? (*y)[n] : nullptr; }
+
+  template <class R>
+  void forward(int64_t n, R* values, StatsRowOf<R>* saved) const {
+    R out[kTokenStats] = {};
+    StatsRowOf<R> row{};
+    if (c.live(n)) forward_row(n, out, row);
+    for (int64_t s = 0; s < kTokenStats; ++s) values[s * c.N + n] = out[s];
+    saved[n] = row;
+  }
+  void forward_row(int64_t n, float* out, StatsRow& saved) const {
+    FASTTAX_DISPATCH(stats_forward, c.type, x[n], ref(n), c.V, narrow, id(n), saved, out);
+  }
+  void forward_row(int64_t n, double* out, DoubleStatsRow& saved) const {
+    stats_double_forward(static_cast<double*>(x[n]), static_cast<double*>(ref(n)), c.V, exact,
+                         id(n), saved, out);
   }
 
-// (values (6, ...), stats (..., 11)); a value that lacks its ids or its reference is 0.
+  template <class R>
+  void backward(int64_t n, const R* grads, const StatsRowOf<R>* saved, void* dx, void* dy) const {
+    R g[kTokenStats];
+    bool any = false;
+    for (int64_t s = 0; s < kTokenStats; ++s) {
+      g[s] = grads[s * c.N + n];
+      any |= g[s] != 0;
+    }
+    if (c.live(n) && any) backward_row(n, g, saved[n], dx, dy);
+    else zero_rows(c, x.item, dx, dy);
+  }
+  void backward_row(int64_t n, const float* g, const StatsRow& saved, void* dx, void* dy) const {
+    FASTTAX_DISPATCH(stats_backward, c.type, x[n], ref(n), c.V, narrow, id(n), saved, g, dx, dy);
+  }
+  void backward_row(int64_t n, const double* g, const DoubleStatsRow& saved, void* dx,
+                    void* dy) const {
+    stats_double_backward(static_cast<double*>(x[n]), static_cast<double*>(ref(n)), c.V, exact,
+                          id(n), saved, g, static_cast<double*>(dx), static_cast<double*>(dy));
+  }
+
+  template <class R>
+  void forward_rows(void* values, void* saved) const {
+    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        forward(n, static_cast<R*>(values), static_cast<StatsRowOf<R>*>(saved));
+    });
+  }
+  template <class R>
+  void backward_rows(const void* grads, const void* saved, const Target& d_logits,
+                     const Target& d_ref) const {
+    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        backward(n, static_cast<const R*>(grads), static_cast<const StatsRowOf<R>*>(saved),
+                 d_logits[n], d_ref[n]);
+    });
+  }
+};
+
+// (values (6, ...), saved (..., 11)); a value that lacks its ids or its reference is 0.
 std::tuple<Tensor, Tensor> token_stats(Tensor logits, std::optional<Tensor> ref_logits,
                                        std::optional<Tensor> ids, std::optional<Tensor> mask,
                                        FASTTAX_STATS_OPTIONS) {
-  FASTTAX_STATS_CALL("token_stats");
+  const KlOptions options = stats_options(ref_logits.has_value(), FASTTAX_STATS_VALUES);
+  const StatsWork work("token_stats", logits, ref_logits, ids, mask, options);
   std::vector<int64_t> sizes = sizes_of(logits, logits.dim() - 1), values_sizes = sizes;
   values_sizes.insert(values_sizes.begin(), kTokenStats);
-  sizes.push_back(kStatsKept);
-  Tensor values = torch::stable::empty(values_sizes, work.result_type()),
-         stats = torch::stable::empty(sizes, work.result_type());
-  void *out = values.mutable_data_ptr(), *kept = stats.mutable_data_ptr();
-  torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      if (work.wide) work.forward(n, static_cast<double*>(out), static_cast<double*>(kept));
-      else work.forward(n, static_cast<float*>(out), static_cast<float*>(kept));
-    }
-  });
-  return {values, stats};
+  sizes.push_back(kStatsSaved);
+  Tensor values = torch::stable::empty(values_sizes, work.result_type());
+  Tensor saved = torch::stable::empty(sizes, work.result_type());
+  if (work.wide) work.forward_rows<double>(values.mutable_data_ptr(), saved.mutable_data_ptr());
+  else work.forward_rows<float>(values.mutable_data_ptr(), saved.mutable_data_ptr());
+  return {values, saved};
 }
 
 // Gradients of sum_s,n grads[s, n] values[s, n] for both rows in one sweep; the one not asked for
@@ -118,33 +125,21 @@ std::tuple<Tensor, Tensor> token_stats(Tensor logits, std::optional<Tensor> ref_
 std::tuple<Tensor, Tensor> token_stats_backward(Tensor grads, Tensor logits,
                                                 std::optional<Tensor> ref_logits,
                                                 std::optional<Tensor> ids,
-                                                std::optional<Tensor> mask, Tensor stats,
+                                                std::optional<Tensor> mask, Tensor saved,
                                                 FASTTAX_STATS_OPTIONS, bool need_policy,
                                                 bool need_ref) {
   const char* op = "token_stats_backward";
-  FASTTAX_STATS_CALL(op);
-  FASTTAX_CHECK(has_ref || !need_ref, op, "need_ref: there is no reference");
-  const auto check = [&](const char* name, const Tensor& t, int64_t numel) {
-    FASTTAX_CHECK(t.scalar_type() == work.result_type() && t.is_contiguous() && t.numel() == numel,
-                  op, name, ": expected a contiguous ", work.wide ? "float64" : "float32",
-                  " tensor of ", numel, " elements");
-    return t.const_data_ptr();
-  };
-  const void *upstream = check("grads", grads, c.N * kTokenStats),
-             *kept = check("stats", stats, c.N * kStatsKept);
+  const KlOptions options = stats_options(ref_logits.has_value(), FASTTAX_STATS_VALUES);
+  const StatsWork work(op, logits, ref_logits, ids, mask, options);
+  const int64_t N = work.c.N;
+  FASTTAX_CHECK(ref_logits.has_value() || !need_ref, op, "need_ref: there is no reference");
+  const void* upstream = checked_numbers(op, "grads", grads, work.wide, N * kTokenStats);
+  const void* rows = checked_numbers(op, "saved", saved, work.wide, N * kStatsSaved);
   Target to_logits, to_ref;
-  const Tensor d_logits = gradient_buffer(logits, need_policy, to_logits),
-               d_ref = gradient_buffer(logits, need_ref, to_ref);
-  torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      if (work.wide)
-        work.backward(n, static_cast<const double*>(upstream), static_cast<const double*>(kept),
-                      to_logits[n], to_ref[n]);
-      else
-        work.backward(n, static_cast<const float*>(upstream), static_cast<const float*>(kept),
-                      to_logits[n], to_ref[n]);
-    }
-  });
+  const Tensor d_logits = gradient_buffer(logits, need_policy, to_logits);
+  const Tensor d_ref = gradient_buffer(logits, need_ref, to_ref);
+  if (work.wide) work.backward_rows<double>(upstream, rows, to_logits, to_ref);
+  else work.backward_rows<float>(upstream, rows, to_logits, to_ref);
   return {d_logits, d_ref};
 }
 

@@ -1,82 +1,63 @@
 #pragma once
 
 // token_stats in float64: scalar, two passes, for gradcheck and for those who ask.
+#include "../math/kl_stats.h"
 #include "kl_double.h"
 
 namespace fasttax {
 
-// As many as StatsRow has floats; here: mx, my, S, Y, log_ratio, KL(p||q), KL(q||p), E_p[ax], logp,
-// ref_logp
-constexpr int64_t kStatsKept = 11;
+using DoubleStatsRow = StatsRowOf<double>;
 
 inline void stats_double_forward(const double* x, const double* y, int64_t V, const DoubleParams& k,
-                                 int64_t id, double* kept, double* out) {
+                                 int64_t id, DoubleStatsRow& saved, double* out) {
   const double* other = y ? y : x;
-  double row[8];
-  DoubleParams one_way = k;
-  one_way.kind = 1;
-  out[kKlRefPolicy] = kl_double_forward(x, other, V, one_way, row);
-  one_way.kind = 0;
-  out[kKlPolicyRef] = kl_double_forward(x, other, V, one_way, row);
-  const double mx = row[0], my = row[1], S = row[2], log_ratio = row[3], Y = row[6];
-  double moment = 0;
-  for (int64_t begin = 0; begin < V; begin += kDoubleFold) {
-    double part = 0;
-    for (int64_t i = begin, end = std::min(V, begin + kDoubleFold); i < end; ++i) {
-      const double ax = DoublePair(x[i], other[i], k).x - mx;
-      part += weighted(std::exp(ax), ax);
-    }
-    moment += part;
-  }
-  const double mean = moment / S, entropy = std::log(S) - mean;
-  out[kEntropy] = entropy < 0 ? 0 : entropy;
-  constexpr double inf = std::numeric_limits<double>::infinity();
-  // around -inf the sums are NaN
-  const bool none = std::all_of(x, x + V, [](double v) { return v == -inf; });
-  out[kLse] = none && mx == -inf ? -inf : mx + std::log(S);
-  out[kLogp] = out[kRefLogp] = 0;
+  saved = {};
+  DoubleRow& row = saved.kl;
+  row = double_frame(x, other, V, k);
+  const DoubleFrame frame(k, row);
+  const KlSums t = double_sums<kWantPolicyRef | kWantRefPolicy | kWantEntropy>(x, other, V, frame);
+  const Divergence forwards = divergence(t, true), backwards = divergence(t, false);
+  const auto at_least_zero = [](double v) { return v < 0 ? 0.0 : v; };
+  row.log_ratio = forwards.log_ratio;
+  row.mean_gap = forwards.gap;
+  row.ref_center = backwards.gap;
+  row.inv_s = 1 / t.s;
+  row.inv_s_ref = 1 / t.y;
+  saved.mean = t.moment / t.s;
   if (id >= 0) {
-    const DoublePair z(x[id], other[id], k);
-    out[kLogp] = (z.x - mx) - std::log(S);
-    if (y) out[kRefLogp] = (z.y - my) - std::log(Y);
+    const auto z = frame(x[id], other[id]);
+    saved.logp = z.ax - std::log(t.s);
+    if (y) saved.ref_logp = z.ay - std::log(t.y);
   }
-  const double keep[kStatsKept] = {mx,
-                                   my,
-                                   S,
-                                   Y,
-                                   log_ratio,
-                                   out[kKlPolicyRef],
-                                   out[kKlRefPolicy],
-                                   mean,
-                                   out[kLogp],
-                                   out[kRefLogp],
-                                   0};
-  std::copy(keep, keep + kStatsKept, kept);
+  out[kLogp] = saved.logp;
+  out[kRefLogp] = saved.ref_logp;
+  out[kEntropy] = at_least_zero(std::log(t.s) - saved.mean);
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  // Around -inf the sums are NaN.
+  const bool none = row.mx == -inf && std::all_of(x, x + V, [](double v) { return v == -inf; });
+  out[kLse] = none ? -inf : row.mx * k.row_scale + std::log(t.s);
+  out[kKlPolicyRef] = at_least_zero(forwards.value);
+  out[kKlRefPolicy] = at_least_zero(backwards.value);
 }
 
 inline void stats_double_backward(const double* x, const double* y, int64_t V,
-                                  const DoubleParams& k, int64_t id, const double* kept,
+                                  const DoubleParams& k, int64_t id, const DoubleStatsRow& saved,
                                   const double* g, double* dx, double* dy) {
   const double* other = y ? y : x;
-  const double mx = kept[0], my = kept[1], S = kept[2], Y = kept[3], log_ratio = kept[4],
-               forwards = kept[5], backwards = kept[6];
-  const double mean = kept[7], logp = kept[8], ref_logp = kept[9];
+  const DoubleRow& row = saved.kl;
+  const DoubleFrame frame(k, row);
+  const StatsSlope<DoubleMath> slope(saved, g, 1, y != nullptr);
+  const bool close = stats_close(row);
   for (int64_t i = 0; i < V; ++i) {
-    const DoublePair z(x[i], other[i], k);
-    const double ax = z.x - mx, p = std::exp(ax) / S, q = std::exp(z.y - my) / Y,
-                 u = (z.x - z.y) - (mx - my) - log_ratio;
-    const double p_minus_q = std::fabs(u) <= 1 ? -p * std::expm1(-u) : p - q;
-    double for_x = weighted(g[kEntropy], weighted(p, mean - ax)) + p * g[kLse], for_y = 0;
-    for_x += weighted(g[kLogp], i == id ? -std::expm1(logp) : -p);
-    if (y) {
-      for_x += weighted(g[kKlPolicyRef], weighted(p, u - forwards)) +
-               weighted(g[kKlRefPolicy], p_minus_q);
-      for_y = weighted(g[kKlRefPolicy], weighted(q, -u - backwards)) -
-              weighted(g[kKlPolicyRef], p_minus_q);
-      for_y += weighted(g[kRefLogp], i == id ? -std::expm1(ref_logp) : -q);
-    }
-    if (dx) dx[i] = weighted(for_x, z.slope_x);
-    if (dy) dy[i] = weighted(for_y, z.slope_y);
+    const auto z = frame(x[i], other[i]);
+    const auto q_of = [&] { return std::exp(z.ay) * row.inv_s_ref; };
+    auto d =
+        slope.at<true, true>(std::exp(z.ax) * row.inv_s, z.ax, z.d, close, q_of, true, i == id);
+    d.x *= k.row_slope;
+    d.y *= k.ref_row_slope;
+    kl_uncap<DoubleMath>(d, z.x, z.y, k);
+    if (dx) dx[i] = d.x;
+    if (dy && y) dy[i] = d.y;
   }
 }
 

@@ -17,11 +17,13 @@ const char* kl_forward(const KlLaunch& x) {
   const size_t shared_bytes = kl_shared_bytes(x.op, x.args.splits > 1 ? 0 : kl_spans(x.args.v));
   return kl_with_type(x.type, [&](auto entry) {
     using T = decltype(entry);
-    const char* failed = kl_with_op(x.op, [&](auto op) {
-      return kl_start(kl_forward_kernel<T, decltype(op)::value>, blocks, shared_bytes, x);
+    return kl_with_op(x.op, [&](auto op) -> const char* {
+      constexpr KlOp kOp = decltype(op)::value;
+      const char* failed = kl_start(kl_forward_kernel<T, kOp>, blocks, shared_bytes, x);
+      if constexpr (kl_op_two_sweeps(kOp))
+        if (!failed) failed = kl_start(kl_second_kernel<T, kOp>, blocks, shared_bytes, x);
+      return failed;
     });
-    if (failed || x.op != KlOp::kJsd) return failed;
-    return kl_start(kl_mix_kernel<T>, blocks, shared_bytes, x);
   });
 }
 

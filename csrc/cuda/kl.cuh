@@ -1,13 +1,12 @@
 #pragma once
 
-// token_kl and token_stats over rows of logits. Bytes a cell: forward reads both rows (jsd twice);
-// gradient reads them and writes one or two; kl_both does forward and the policy's gradient with
-// the row pair on chip (2 reads, 1 write) where shared memory holds it, and in two sweeps, the
-// second backwards into what the first left in L2, where not. In flight: 128 bytes a thread while
-// sums are taken, 64 in gradients; with 2 and 4 blocks of 256 on an SM that is 64 KB, where an H100
-// needs about 25.
-// Deterministic and batch invariant: see kl_sums.cuh. No host sync, and no atomics but a ticket a
-// split row.
+// token_kl and token_stats over rows of logits. Bytes a cell: forward reads both rows (kinds of two
+// sweeps: twice); gradient reads them and writes one or two; kl_both does forward and the policy's
+// gradient with the row pair on chip (2 reads, 1 write) where shared memory holds it, and in two
+// sweeps, the second backwards into what the first left in L2, where not. In flight: 128 bytes a
+// thread while sums are taken, 64 in gradients; with 2 and 4 blocks of 256 on an SM that is 64 KB,
+// where an H100 needs about 25. Deterministic and batch invariant: see kl_sums.cuh. No host sync,
+// and no atomics but a ticket a split row.
 
 #include "kl_row.cuh"
 #include "kl_slope.cuh"
@@ -17,16 +16,6 @@ namespace fasttax {
 constexpr int kTile = kSpan * kKlWarps;  // entries of a gradient's block
 
 // --- launch geometry, shared by the launcher and the tests
-
-__host__ __device__ constexpr int kl_parts_count(KlOp op) {
-  switch (op) {
-    case KlOp::kPolicyRef: return KlParts<KlOp::kPolicyRef>::kCount;
-    case KlOp::kRefPolicy: return KlParts<KlOp::kRefPolicy>::kCount;
-    case KlOp::kJsd: return KlParts<KlOp::kJsd>::kCount;
-    case KlOp::kStats: return KlParts<KlOp::kStats>::kCount;
-    default: return KlParts<KlOp::kAlone>::kCount;
-  }
-}
 
 __host__ __device__ inline size_t kl_shared_bytes(KlOp op, int spans) {
   return kl_header() + size_t(spans) * size_t(kl_parts_count(op)) * sizeof(float);
@@ -73,13 +62,13 @@ template <KlOp op, class Source>
 __device__ void kl_finish(const Source& rows, const KlArgs& a, int64_t row, const KlState& state) {
   // NaN passes through these two
   const auto at_least_zero = [](double v) { return v < 0 ? 0.0f : float(v); };
-  if constexpr (op != KlOp::kStats && op != KlOp::kAlone) {
+  if constexpr (kl_is_kind(op)) {
     a.values[row] = at_least_zero(state.value);
-    if (a.kept) reinterpret_cast<KlRow*>(a.kept)[row] = state.r;
+    if (a.saved) reinterpret_cast<KlRow*>(a.saved)[row] = state.r;
   } else {
     const auto at_most_zero = [](double v) { return v > 0 ? 0.0f : float(v); };
-    constexpr bool pair = op == KlOp::kStats;
-    StatsRow kept{state.r, float(state.mean), 0, 0};
+    constexpr bool pair = kl_has_ref(op);
+    StatsRow saved{state.r, float(state.mean), 0, 0};
     float out[kTokenStats] = {};
     const int64_t id = a.ids ? a.ids[row] : -1;
     const double log_mass = log(state.mass);
@@ -87,15 +76,16 @@ __device__ void kl_finish(const Source& rows, const KlArgs& a, int64_t row, cons
       if (a.ids) out[kLogp] = out[kRefLogp] = __builtin_nanf("");
     } else {  // by the sweep's own arithmetic: what it rounds off the id's entry is in the sums too
       float ax, ay, d;
-      const KlFrame frame(a.k, state.r);
-      const float x = rows.x_one(id);
-      frame.careful(x, pair ? rows.y_one(id) : x, ax, ay, d);
+      const KlDeviceFrame frame(a.k, state.r);
+      float x = rows.x_one(id), y = pair ? rows.y_one(id) : x;
+      frame.careful(x, y, ax, ay, d);
       // equal rows get equal bits
       const bool same = state.forwards.value == 0 && state.forwards.log_ratio == 0;
       out[kLogp] = at_most_zero(double(ax) - log_mass);
       if (pair) out[kRefLogp] = at_most_zero(double(ay) - (same ? log_mass : log(state.y)));
     }
-    kept.logp = out[kLogp], kept.ref_logp = out[kRefLogp];
+    saved.logp = out[kLogp];
+    saved.ref_logp = out[kRefLogp];
     out[kEntropy] =
         state.mean == state.mean ? at_least_zero(log_mass - state.mean) : float(state.mean);
     out[kLse] = float(double(state.r.mx) * double(a.k.row_scale) + log_mass);
@@ -103,17 +93,17 @@ __device__ void kl_finish(const Source& rows, const KlArgs& a, int64_t row, cons
     out[kKlRefPolicy] = at_least_zero(state.backwards.value);
 #pragma unroll
     for (int s = 0; s < kTokenStats; ++s) a.values[s * a.n + row] = out[s];
-    reinterpret_cast<StatsRow*>(a.kept)[row] = kept;
+    reinterpret_cast<StatsRow*>(a.saved)[row] = saved;
   }
 }
 
 template <KlOp op>
 __device__ inline void kl_finish_masked(const KlArgs& a, int64_t row) {
-  constexpr bool stats = op == KlOp::kStats || op == KlOp::kAlone;
+  constexpr bool stats = !kl_is_kind(op);
   for (int s = 0; s < (stats ? int(kTokenStats) : 1); ++s) a.values[s * a.n + row] = 0;
-  if (!a.kept) return;
-  if (stats) reinterpret_cast<StatsRow*>(a.kept)[row] = StatsRow{};
-  else reinterpret_cast<KlRow*>(a.kept)[row] = KlRow{};
+  if (!a.saved) return;
+  if (stats) reinterpret_cast<StatsRow*>(a.saved)[row] = StatsRow{};
+  else reinterpret_cast<KlRow*>(a.saved)[row] = KlRow{};
 }
 
 __device__ __forceinline__ KlTeam kl_whole_team(const KlArgs& a, float* own) {
@@ -133,9 +123,8 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     if (threadIdx.x == 0 && share == 0) kl_finish_masked<op>(a, row);
     return;
   }
-  const KlGlobal<T> rows(
-      reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-      reinterpret_cast<const T*>(kl_row_at<T>(op == KlOp::kAlone ? a.x : a.y, row)));
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+                         reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)));
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
   if (a.splits > 1) {  // whole rounds of the block's warps, as even as they go
     const int rounds = (team.spans + kKlWarps - 1) / kKlWarps;
@@ -149,18 +138,25 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   if (threadIdx.x == 0) kl_finish<op>(rows, a, row, sh.state);
 }
 
-// --- jsd's second sweep: the mixture needs both rows' sums
+// --- the second sweep of kinds that need p, q and u
 
-template <class Source>
-__device__ void kl_span_mix(const Source& rows, const KlFrame& frame, int64_t begin, int64_t end,
-                            float* part) {
+template <KlKind kind, class Source>
+__device__ void kl_span_second(const Source& rows, const KlDeviceFrame& frame, int64_t begin,
+                               int64_t end, float* part) {
   using T = typename Source::Entry;
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
   const int lane = int(threadIdx.x) % 32;
-  float v[kMixParts] = {};
+  float v[kSecondParts] = {};
   const auto add = [&](float x, float y) {
-    const KlMix m = kl_mix_entry(frame, x, y);
-    v[0] += m.gap, v[1] += m.p_to_m, v[2] += m.q_to_m;
+    const KlRow& r = frame.r;
+    float ax, ay, d;
+    frame.careful(x, y, ax, ay, d);
+    const float p = kl_exp2(ax * kLog2e) * r.inv_s, q = kl_exp2(ay * kLog2e) * r.inv_s_ref;
+    const KlThree<float> terms =
+        KlFormula<kind>::template terms<DeviceMath>(p, q, d - r.log_ratio, frame.k.beta);
+    v[0] += terms.value;
+    v[1] += terms.first;
+    v[2] += terms.second;
   };
   int64_t i = begin;
 #pragma unroll 1
@@ -173,47 +169,51 @@ __device__ void kl_span_mix(const Source& rows, const KlFrame& frame, int64_t be
   }
 #pragma unroll 1
   for (i += lane; i < end; i += 32) add(rows.x_one(i), rows.y_one(i));
-  const float sum = kl_warp_sums<kMixParts>(v);
+  const float sum = kl_warp_sums<kSecondParts>(v);
   if (lane % 8 == 0) part[lane / 8] = sum;
 }
 
-// From sh.state with the row's sums to its jsd, in one block's team or a cluster's; as kl_row_sums.
-template <bool kCluster, class Source>
-__device__ bool kl_row_mix(const Source& rows, const KlArgs& a, KlTeam& team, uint32_t* ticket,
-                           KlShared& sh) {
-  // 0, or NaN: known
-  if (a.k.beta == 0 || a.k.beta == 1)
-    return ticket == nullptr || kl_last_to_arrive(ticket, a.splits, sh);
+// From sh.state with the row's sums to its value, in one block's team or a cluster's; as
+// kl_row_sums.
+template <KlKind kind, bool kCluster, class Source>
+__device__ bool kl_row_second(const Source& rows, const KlArgs& a, KlTeam& team, uint32_t* ticket,
+                              KlShared& sh) {
+  if (KlFormula<kind>::is_zero(a.k.beta))
+    return ticket == nullptr || kl_last_to_arrive(ticket, a.splits, sh);  // 0, or NaN: known
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int64_t span = kl_span(a.v);
-  const KlFrame frame(a.k, sh.state.r);
+  const KlDeviceFrame frame(a.k, sh.state.r);
   for (int i = team.begin + warp; i < team.end; i += kKlWarps)
-    kl_span_mix(rows, frame, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v,
-                team.own + int64_t(i - team.base) * kMixParts);
+    kl_span_second<kind>(rows, frame, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v,
+                         team.own + int64_t(i - team.base) * kSecondParts);
   if (ticket && !kl_last_to_arrive(ticket, a.splits, sh)) return false;
   kl_team_sync<kCluster>();
   if (warp == 0) {
-    double total[3] = {};
+    KlThree<double> total{};
     for (int i = lane; i < team.spans; i += 32) {
-      const volatile float* part = kl_part<kCluster>(team, i, kMixParts);
-#pragma unroll
-      for (int j = 0; j < 3; ++j) total[j] += double(part[j]);
+      const volatile float* part = kl_part<kCluster>(team, i, kSecondParts);
+      total.value += double(part[0]);
+      total.first += double(part[1]);
+      total.second += double(part[2]);
     }
-#pragma unroll
-    for (int j = 0; j < 3; ++j) total[j] = kl_warp_total(total[j]);
+    total.value = kl_warp_total(total.value);
+    total.first = kl_warp_total(total.first);
+    total.second = kl_warp_total(total.second);
     if (lane == 0) {
-      sh.state.value = total[0];
-      sh.state.r.mean_gap = float(total[1]);
-      sh.state.r.ref_center = float(total[2]);
+      const KlThree<double> out = KlFormula<kind>::finish(total, a.k.beta);
+      sh.state.value = out.value;
+      sh.state.r.mean_gap = float(out.first);
+      sh.state.r.ref_center = float(out.second);
     }
   }
   kl_team_sync<kCluster>();
   return true;
 }
 
-// After kl_forward_kernel<T, kJsd>, whose `kept` it reads and completes.
-template <class T>
-__global__ void __launch_bounds__(kKlThreads, 2) kl_mix_kernel(const __grid_constant__ KlArgs a) {
+// After kl_forward_kernel<T, op>, whose `saved` it reads and completes.
+template <class T, KlOp op>
+__global__ void __launch_bounds__(kKlThreads, 2)
+    kl_second_kernel(const __grid_constant__ KlArgs a) {
   FASTTAX_DYNAMIC_SHARED(memory);
   KlShared& sh = *reinterpret_cast<KlShared*>(memory);
   const int64_t row = blockIdx.x / unsigned(a.splits);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kKlThreads, 2) kl_mix_kernel(const __grid_cons
   if (a.mask && !a.mask[row]) return;
   if (threadIdx.x == 0) {
     sh.state = KlState{};
-    sh.state.r = reinterpret_cast<const KlRow*>(a.kept)[row];
+    sh.state.r = reinterpret_cast<const KlRow*>(a.saved)[row];
     sh.state.value = a.values[row];
   }
   __syncthreads();
@@ -229,28 +229,29 @@ __global__ void __launch_bounds__(kKlThreads, 2) kl_mix_kernel(const __grid_cons
                          reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
   if (a.splits > 1) {
-    team.own = a.parts + row * team.spans * kMixParts;
+    team.own = a.parts + row * team.spans * kSecondParts;
     team.begin = int(int64_t(team.spans) * share / a.splits);
     team.end = int(int64_t(team.spans) * (share + 1) / a.splits);
   }
-  if (!kl_row_mix<false>(rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh)) return;
-  if (threadIdx.x == 0) kl_finish<KlOp::kJsd>(rows, a, row, sh.state);
+  if (!kl_row_second<kl_kind(op), false>(rows, a, team, a.splits > 1 ? a.tickets + row : nullptr,
+                                         sh))
+    return;
+  if (threadIdx.x == 0) kl_finish<op>(rows, a, row, sh.state);
 }
 
 // --- gradient
 
 template <KlOp op>
-__device__ __forceinline__ StatsRow kl_kept(const KlArgs& a, int64_t row) {
-  if (op == KlOp::kStats || op == KlOp::kAlone)
-    return reinterpret_cast<const StatsRow*>(a.kept)[row];
-  return StatsRow{reinterpret_cast<const KlRow*>(a.kept)[row], 0, 0, 0};
+__device__ __forceinline__ StatsRow kl_saved(const KlArgs& a, int64_t row) {
+  if (!kl_is_kind(op)) return reinterpret_cast<const StatsRow*>(a.saved)[row];
+  return StatsRow{reinterpret_cast<const KlRow*>(a.saved)[row], 0, 0, 0};
 }
 
 // Grid: (n rows, tiles of kTile entries). kBoth: the reference's gradient too; dx may then be null.
 template <class T, KlOp op, bool kBoth>
 __global__ void __launch_bounds__(kKlThreads, 3)
     kl_gradient_kernel(const __grid_constant__ KlArgs a) {
-  constexpr bool stats = op == KlOp::kStats || op == KlOp::kAlone;
+  constexpr bool stats = !kl_is_kind(op);
   const int64_t row = blockIdx.x, first = int64_t(blockIdx.y) * kTile,
                 begin = first + int(threadIdx.x / 32) * kSpan;
   const int64_t end = begin + kSpan < a.v ? begin + kSpan : a.v;
@@ -265,10 +266,9 @@ __global__ void __launch_bounds__(kKlThreads, 3)
     if (begin < end) kl_span_zero(begin, end, dx, dy);
     return;
   }
-  const KlGlobal<T> rows(
-      reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-      reinterpret_cast<const T*>(kl_row_at<T>(op == KlOp::kAlone ? a.x : a.y, row)));
-  const KlSlope<op, kBoth> slope(a.k, kl_kept<op>(a, row), a.upstream + row, a.n);
+  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+                         reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)));
+  const KlSlope<op, kBoth> slope(a.k, kl_saved<op>(a, row), a.upstream + row, a.n);
   if (begin < end) kl_span_gradient(rows, slope, begin, end, dx, dy);
   if constexpr (stats) {
     const int64_t id = a.ids ? a.ids[row] : -1;
@@ -276,7 +276,8 @@ __global__ void __launch_bounds__(kKlThreads, 3)
     __syncthreads();  // whoever wrote this entry has done so
     if (threadIdx.x == 0) {
       float for_x, for_y;
-      slope.at(rows.x_one(id), op == KlOp::kAlone ? rows.x_one(id) : rows.y_one(id), for_x, for_y);
+      slope.any(rows.x_one(id), kl_has_ref(op) ? rows.y_one(id) : rows.x_one(id), for_x, for_y,
+                true);
       if (dx) dx[id] = kl_narrow<T>(for_x);
       if (dy) dy[id] = kl_narrow<T>(for_y);
     }
@@ -289,7 +290,8 @@ template <KlOp op, bool kCluster, class T, class Source>
 __device__ void kl_both_row(const KlGlobal<T>& prime, const Source& rows, const KlArgs& a,
                             int64_t row, KlTeam& team, KlShared& sh, T* dx) {
   kl_row_sums<op, kCluster>(prime, rows, a, team, nullptr, sh);
-  if (op == KlOp::kJsd) kl_row_mix<kCluster>(rows, a, team, nullptr, sh);
+  if constexpr (kl_op_two_sweeps(op))
+    kl_row_second<kl_kind(op), kCluster>(rows, a, team, nullptr, sh);
   __syncthreads();
   if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(rows, a, row, sh.state);
   const int64_t span = kl_span(a.v);

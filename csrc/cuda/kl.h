@@ -3,14 +3,28 @@
 #include <cstdint>
 
 #include "../math/kl_frame.h"
+#include "../math/kl_kinds.h"
 #include "../math/types.h"
 
 // The CUDA launchers of the ops over logits as their callers see them: raw pointers, sizes and a
 // stream.
 namespace fasttax {
 
-// kStats: token_stats; kAlone: without a reference
-enum class KlOp : int { kPolicyRef, kRefPolicy, kJsd, kStats, kAlone };
+// What a kernel computes: a divergence, by its kind's own number, or token_stats, with and without
+// a reference.
+enum class KlOp : int { kStats = 64, kAlone = 65 };
+
+FASTTAX_HD constexpr KlOp kl_op(KlKind kind) { return KlOp(int(kind)); }
+FASTTAX_HD constexpr bool kl_is_kind(KlOp op) { return int(op) < kKlKinds; }
+FASTTAX_HD constexpr KlKind kl_kind(KlOp op) { return KlKind(int(op)); }
+FASTTAX_HD constexpr bool kl_has_ref(KlOp op) { return op != KlOp::kAlone; }
+FASTTAX_HD constexpr bool kl_op_two_sweeps(KlOp op) {
+  return kl_is_kind(op) && kl_two_sweeps(kl_kind(op));
+}
+FASTTAX_HD constexpr int kl_op_wants(KlOp op) {
+  if (kl_is_kind(op)) return kl_wants(kl_kind(op));
+  return kl_has_ref(op) ? kWantPolicyRef | kWantRefPolicy | kWantEntropy : kWantEntropy;
+}
 
 constexpr int kKlDims = 4;
 
@@ -28,7 +42,7 @@ struct KlArgs {
   const int64_t* ids;     // [n], token_stats
   const float* upstream;  // [n] (token_stats: [6][n]): coefficients of the gradient
   float* values;          // [n] (token_stats: [6][n])
-  float* kept;            // [n] KlRow or StatsRow
+  float* saved;           // [n] KlRow or StatsRow
   float* parts;           // kl_workspace floats, where rows are split among blocks
   uint32_t* tickets;      // one a row, 0 before and after a launch
   KlParams k;

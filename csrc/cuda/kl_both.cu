@@ -13,8 +13,8 @@ const char* kl_both(const KlLaunch& x) {
   launch.args.cluster = held.cluster;
   const auto start = [&](auto entry) {
     using T = decltype(entry);
-    return kl_with_divergence(x.op, [&](auto op) -> const char* {
-      constexpr KlOp kOp = decltype(op)::value;
+    return with_kind(kl_kind(x.op), [&](auto kind) -> const char* {
+      constexpr KlOp kOp = kl_op(decltype(kind)::value);
       if (held.cluster)
         return kl_start(kl_resident_kernel<T, kOp>, dim3(unsigned(x.args.n * held.cluster)),
                         held.bytes, launch, held.cluster);

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../math/kl_frame.h"
 #include "../math/kl_row.h"
 #include "kl.h"
 
@@ -25,7 +26,24 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 
 __device__ __forceinline__ float kl_infinity() { return __builtin_huge_valf(); }
 
-__device__ __forceinline__ float kl_exp2(float v) {  // relative error 2^-22; 0 below 2^-126
+// The functions that the formulas of csrc/math ask for.
+struct DeviceMath {
+  using S = float;
+  using R = float;
+  static constexpr bool kVector = false;
+  FASTTAX_HD static float exp(float a) { return expf(a); }
+  FASTTAX_HD static float log(float a) { return logf(a); }
+  FASTTAX_HD static float log1p(float a) { return log1pf(a); }
+  FASTTAX_HD static float tanh(float a) { return tanhf(a); }
+  FASTTAX_HD static float abs(float a) { return fabsf(a); }
+  FASTTAX_HD static float fma(float a, float b, float c) { return fmaf(a, b, c); }
+  FASTTAX_HD static float splat(float a) { return a; }
+  FASTTAX_HD static float only(bool b, float a) { return b ? a : 0.0f; }
+  FASTTAX_HD static bool all_le(float a, float b) { return a <= b; }
+  FASTTAX_HD static double total(float a) { return double(a); }
+};
+
+FASTTAX_HD float kl_exp2(float v) {  // relative error 2^-22; 0 below 2^-126
 #if defined(__CUDA_ARCH__)
   float e;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v));
@@ -189,23 +207,17 @@ struct KlStaged {  // entries [first, ...) of the rows in this block's shared me
 
 // --- frames
 
-// How raw logits become ax and d (math/kl.h): fast() for rows that share one scale and lie in like
-// frames, careful() for all.
-struct KlFrame {
-  const KlParams& k;
-  KlRow r;
-  float s2, cs;     // fast: ax log2 e = (x - mx) s2, d = (x - y) row_scale - cs
-  float ox, oy, c;  // careful: d = ((x - ox) - (y - oy) - c) row_scale - shift
+// How raw logits become ax and d: fast, for rows that share one scale and lie in like frames, as
+// ax log2 e = (x - mx) s2 and d = (x - y) row_scale - cs; careful() for all.
+struct KlDeviceFrame : KlFrame<DeviceMath> {
+  float s2, cs;
   bool fast;
 
-  __device__ __forceinline__ KlFrame(const KlParams& params, const KlRow& row) : k(params), r(row) {
-    const bool alike = fabsf(row.mx - row.my) <= 4.0f;
-    fast = params.plain && alike && row.shift == 0;
+  __device__ __forceinline__ KlDeviceFrame(const KlParams& params, const KlRow& row)
+      : KlFrame(params, row) {
+    fast = params.plain && alike(row) && row.shift == 0;
     s2 = params.row_scale * kLog2e;
     cs = (row.mx - row.my) * params.row_scale;
-    ox = alike ? 0.0f : row.mx;
-    oy = alike ? 0.0f : row.my;
-    c = alike ? row.mx - row.my : 0.0f;
   }
 
   __device__ __forceinline__ float gap(float x, float y) const {
@@ -216,19 +228,16 @@ struct KlFrame {
   __device__ __forceinline__ float ay2(float y) const { return (y - r.my) * s2; }
   __device__ __forceinline__ float ax(float x) const { return (x - r.mx) * k.row_scale; }
 
-  __device__ __forceinline__ void raw(float& x, float& y) const {
-    const bool gone = k.inf_mask && (x == -kl_infinity() || y == -kl_infinity());
-    if (k.cap > 0) x = tanhf(x * (k.scale / k.cap)) * k.cap;
-    if (k.ref_cap > 0) y = tanhf(y * (k.ref_scale / k.ref_cap)) * k.ref_cap;
-    if (gone) x = y = -kl_infinity();
-  }
-
-  __device__ __forceinline__ void careful(float x, float y, float& ax_out, float& ay_out,
+  // x and y become the capped logits
+  __device__ __forceinline__ void careful(float& x, float& y, float& ax_out, float& ay_out,
                                           float& d) const {
-    if (!k.plain) raw(x, y);
-    ax_out = ax(x);
-    ay_out = (y - r.my) * k.ref_row_scale + r.shift;
-    d = k.plain ? (((x - ox) - (y - oy)) - c) * k.row_scale - r.shift : ax_out - ay_out;
+    if (k.plain) {
+      place<FrameMode::kShared>(x, y, ax_out, d);
+    } else {
+      cap(x, y);
+      place<FrameMode::kGeneral>(x, y, ax_out, d);
+    }
+    ay_out = ay<FrameMode::kGeneral>(y);
   }
 };
 

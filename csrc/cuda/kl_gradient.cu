@@ -8,7 +8,7 @@ const char* kl_gradient(const KlLaunch& x) {
     using T = decltype(entry);
     return kl_with_op(x.op, [&](auto op) {
       constexpr KlOp kOp = decltype(op)::value;
-      if constexpr (kOp != KlOp::kAlone)
+      if constexpr (kl_has_ref(kOp))
         if (x.args.dy.base) return kl_start(kl_gradient_kernel<T, kOp, true>, blocks, 0, x);
       return kl_start(kl_gradient_kernel<T, kOp, false>, blocks, 0, x);
     });

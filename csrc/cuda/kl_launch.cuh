@@ -42,15 +42,12 @@ template <KlOp op>
 using KlOpIs = std::integral_constant<KlOp, op>;
 
 template <class Start>
-const char* kl_with_divergence(KlOp op, Start&& start) {
-  if (op == KlOp::kPolicyRef) return start(KlOpIs<KlOp::kPolicyRef>());
-  return op == KlOp::kRefPolicy ? start(KlOpIs<KlOp::kRefPolicy>()) : start(KlOpIs<KlOp::kJsd>());
-}
-
-template <class Start>
 const char* kl_with_op(KlOp op, Start&& start) {
   if (op == KlOp::kStats) return start(KlOpIs<KlOp::kStats>());
-  return op == KlOp::kAlone ? start(KlOpIs<KlOp::kAlone>()) : kl_with_divergence(op, start);
+  if (op == KlOp::kAlone) return start(KlOpIs<KlOp::kAlone>());
+  return with_kind(kl_kind(op), [&](auto kind) -> const char* {
+    return start(KlOpIs<kl_op(decltype(kind)::value)>());
+  });
 }
 
 // Starts kernel(args) in `blocks`; cluster > 1: in clusters of so many.

@@ -73,11 +73,11 @@ __device__ __forceinline__ void kl_team_sync() {
 template <KlOp op, class Source>
 __device__ void kl_block_maxima(const Source& row, const KlParams& k, int64_t begin, int64_t end,
                                 KlShared& sh) {
-  const KlFrame frame(k, KlRow{});
+  const KlDeviceFrame frame(k, KlRow{});
   float mx = -kl_infinity(), my = -kl_infinity();
   for (int64_t i = begin + threadIdx.x; i < end; i += kKlThreads) {
-    float x = row.x_one(i), y = op == KlOp::kAlone ? x : row.y_one(i);
-    if (!k.plain) frame.raw(x, y);
+    float x = row.x_one(i), y = kl_has_ref(op) ? row.y_one(i) : x;
+    if (!k.plain) frame.cap(x, y);
     mx = fmaxf(mx, x);
     my = fmaxf(my, y);
   }
@@ -126,8 +126,8 @@ __device__ KlNext kl_decide(const KlParams& k, const KlSums& t, KlState& state) 
     state.recentred = false;
     return KlNext::kMaxima;
   }
-  constexpr bool is_stats = op == KlOp::kStats || op == KlOp::kAlone;
-  if constexpr (is_stats) {
+  constexpr bool two_sweeps = kl_op_two_sweeps(op);
+  if constexpr (!kl_is_kind(op)) {
     Divergence f, b;
     if (op == KlOp::kStats) f = divergence(t, true), b = divergence(t, false);
     if (!state.recentred) {
@@ -162,22 +162,22 @@ __device__ KlNext kl_decide(const KlParams& k, const KlSums& t, KlState& state) 
     r.inv_s_ref = op == KlOp::kStats ? float(1 / state.y) : 0.0f;
     return KlNext::kDone;
   } else {
-    const Divergence v = divergence(t, op != KlOp::kRefPolicy);
+    const Divergence v = divergence(t, kl_op_wants(op) != kWantRefPolicy);
     state.value = v.value;
     r.log_ratio = float(v.log_ratio);
     r.mean_gap = float(v.gap);
-    if (!state.careful && (op == KlOp::kJsd ? !(t.s > 0 && t.y > 0) : !t.trusted(v.value))) {
+    if (!state.careful && (two_sweeps ? !(t.s > 0 && t.y > 0) : !t.trusted(v.value))) {
       state.careful = true;
       return KlNext::kAgain;
     }
-    if (op != KlOp::kJsd && !state.recentred && v.recentre()) {
+    if (!two_sweeps && !state.recentred && v.recentre()) {
       r.shift = float(v.gap);
       state.recentred = state.careful = true;
       return KlNext::kAgain;
     }
     r.inv_s = float(1 / t.s);
     r.inv_s_ref = float(1 / t.y);
-    if (op == KlOp::kJsd) state.value = (t.s + t.y) * 0;  // 0 or NaN; what beta 0 and 1 give
+    if (two_sweeps) state.value = (t.s + t.y) * 0;  // 0 or NaN; what is_zero() leaves at that
     return KlNext::kDone;
   }
 }
@@ -227,7 +227,7 @@ __device__ bool kl_row_sums(const Prime& prime, const Source& row, const KlArgs&
   if (threadIdx.x == 0) kl_new_frame(sh, sh.own_max[0], sh.own_max[1]);
   for (bool shared = ticket != nullptr;;) {
     __syncthreads();
-    const KlFrame frame(a.k, sh.state.r);
+    const KlDeviceFrame frame(a.k, sh.state.r);
     const bool careful = sh.state.careful || (KlParts<op>::kPair ? !frame.fast : a.k.cap > 0);
     for (int i = team.begin + warp; i < team.end; i += kKlWarps)
       kl_span_sums<op>(row, frame, careful, i * span, entries_to(i + 1),

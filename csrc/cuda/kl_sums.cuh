@@ -29,19 +29,42 @@ __host__ __device__ inline int kl_spans(int64_t v) {
   return int((v + kl_span(v) - 1) / kl_span(v));
 }
 
-// How many floats a span leaves, the next power of two, and where pivot and peaks lie among them.
+// How many floats a span leaves.
+FASTTAX_HD constexpr int kl_parts_count(KlOp op) {
+  const int want = kl_op_wants(op),
+            ways = ((want & kWantPolicyRef) != 0) + ((want & kWantRefPolicy) != 0);
+  return (kl_has_ref(op) ? 4 + 2 * ways : 0) + ((want & kWantEntropy) != 0 ? 4 : 0);
+}
+
+// That, the next power of two, and where its SpanEntropy lies among them.
 template <KlOp op>
 struct KlParts {
-  static constexpr bool kPair = op != KlOp::kAlone;
-  static constexpr bool kForwards = op == KlOp::kPolicyRef || op == KlOp::kStats;
-  static constexpr bool kBackwards = op == KlOp::kRefPolicy || op == KlOp::kStats;
-  static constexpr bool kEntropy = op == KlOp::kStats || op == KlOp::kAlone;
-  // then moment, pivot, peaks
-  static constexpr int kMass = kPair ? 4 + 2 * kForwards + 2 * kBackwards : 0;
-  static constexpr int kCount = kMass + 4 * kEntropy;
+  static constexpr int kWant = kl_op_wants(op);
+  static constexpr bool kPair = kl_has_ref(op);
+  static constexpr bool kForwards = (kWant & kWantPolicyRef) != 0;
+  static constexpr bool kBackwards = (kWant & kWantRefPolicy) != 0;
+  static constexpr bool kEntropy = (kWant & kWantEntropy) != 0;
+  static constexpr int kCount = kl_parts_count(op);
+  static constexpr int kMass = kCount - 4 * kEntropy;
   static constexpr int kPadded = kCount <= 4 ? 4 : kCount <= 8 ? 8 : 16;
 };
-constexpr int kMixParts = 4;  // of jsd's second sweep: gap, KL(p||m), KL(q||m)
+constexpr int kSecondParts = 4;  // of a second sweep: three sums
+
+// sum e^ax and sum e^ax ax log2 e of a span; where the highest entry dominates them
+// (kl_around_peak), around that one, the pivot, of which there are `peaks`.
+struct SpanEntropy {
+  float mass, moment, pivot, peaks;
+
+  __device__ __forceinline__ static SpanEntropy read(const volatile float* part) {
+    return {part[0], part[1], part[2], part[3]};
+  }
+  __device__ __forceinline__ void write(float* part) const {
+    part[0] = mass;
+    part[1] = moment;
+    part[2] = pivot;
+    part[3] = peaks;
+  }
+};
 
 // v[i] summed over the warp, in lane i * 32 / K and the ones after it: K + log2(32 / K) shuffles
 // for K sums.
@@ -69,37 +92,20 @@ __device__ __forceinline__ float kl_warp_sums(float (&v)[K]) {
 template <KlOp op>
 struct KlLanes {
   using P = KlParts<op>;
-  // entries with |d| <= 1/4: e^ax, e^ay - e^ax, B, C
-  float s = 0, g = 0, b = 0, c = 0;
-  float far_x = 0, far_y = 0, far_a = 0, far_c = 0;  // the others: e^ax, e^ay, e^ax d, -e^ay d
-  float mass = 0, moment = 0;                        // e^ax and e^ax ax log2 e of all
+  KlNear<DeviceMath, P::kWant> near;
+  KlFar<DeviceMath, P::kWant> far;
+  float mass = 0, moment = 0;  // e^ax and e^ax ax log2 e of all
 
   __device__ __forceinline__ void entropy(float ex, float ax2) {
     mass += ex;
     moment = fmaf(ex, ax2, moment);
   }
-  __device__ __forceinline__ void near(float ex, float d) {
-    float f, back = 0;
-    if (P::kBackwards) kl_bregman_small(d, f, back);
-    else f = kl_bregman_small(d);
-    const float change = ex * (f - d);
-    s += ex;
-    g += change;
-    if (P::kForwards) b = fmaf(ex, f, b);
-    if (P::kBackwards) c = fmaf(ex + change, back, c);
-  }
-  __device__ __forceinline__ void far(float ex, float ey, float x_pull, float y_pull) {
-    far_x += ex;
-    far_y += ey;
-    if (P::kForwards) far_a += x_pull;
-    if (P::kBackwards) far_c -= y_pull;
-  }
 
   __device__ __forceinline__ void pack(float (&v)[P::kPadded]) const {
     int i = 0;
-    if (P::kPair) v[i++] = s, v[i++] = g, v[i++] = far_x, v[i++] = far_y;
-    if (P::kForwards) v[i++] = b, v[i++] = far_a;
-    if (P::kBackwards) v[i++] = c, v[i++] = far_c;
+    if (P::kPair) v[i++] = near.s, v[i++] = near.g, v[i++] = far.x, v[i++] = far.y;
+    if (P::kForwards) v[i++] = near.b, v[i++] = far.a;
+    if (P::kBackwards) v[i++] = near.c, v[i++] = far.c;
     if (P::kEntropy) v[i++] = mass, v[i++] = moment;
 #pragma unroll
     for (; i < P::kPadded; ++i) v[i] = 0;
@@ -107,25 +113,22 @@ struct KlLanes {
 };
 
 template <KlOp op>
-__device__ __forceinline__ void kl_careful_entry(const KlFrame& frame, float x, float y,
+__device__ __forceinline__ void kl_careful_entry(const KlDeviceFrame& frame, float x, float y,
                                                  KlLanes<op>& lanes) {
   float ax, ay, d;
   frame.careful(x, y, ax, ay, d);
   const float ex = kl_exp2(ax * kLog2e);
   if (KlParts<op>::kPair) {
-    if (fabsf(d) <= kSmallGap) {
-      lanes.near(ex, d);
-    } else {
-      const float ey = kl_exp2(ay * kLog2e);
-      lanes.far(ex, ey, ex == 0 ? 0.0f : ex * d, ey == 0 ? 0.0f : ey * d);
-    }
+    if (fabsf(d) <= kSmallGap) lanes.near.add(ex, d);
+    else lanes.far.add_careful(ex, kl_exp2(ay * kLog2e), d);
   }
   if (KlParts<op>::kEntropy && ex != 0) lanes.entropy(ex, ax * kLog2e);  // NaN != 0
 }
 
 template <KlOp op, class T>
-__device__ __forceinline__ void kl_fast_vector(const KlFrame& frame, const KlVector<T>& x_bits,
-                                               const KlVector<T>& y_bits, KlLanes<op>& lanes) {
+__device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
+                                               const KlVector<T>& x_bits, const KlVector<T>& y_bits,
+                                               KlLanes<op>& lanes) {
   constexpr int n = KlVector<T>::kEntries;
   float x[n], y[n];
   kl_widen(x_bits, x);
@@ -154,17 +157,16 @@ __device__ __forceinline__ void kl_fast_vector(const KlFrame& frame, const KlVec
     };
     // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
     const auto plain = [&](float ex, float raw_y, float gap) {
-      const float ey = kl_exp2(frame.ay2(raw_y));
-      lanes.far(ex, ey, ex * gap, ey * gap);
+      lanes.far.add(ex, kl_exp2(frame.ay2(raw_y)), gap);
     };
     const unsigned wide = __ballot_sync(kWholeWarp, !(widest <= kSmallGap));
     if (wide == 0) {
-      each([&](float ex, float, float gap) { lanes.near(ex, gap); });
+      each([&](float ex, float, float gap) { lanes.near.add(ex, gap); });
     } else if (__popc(wide) > kFewLanes) {
       each(plain);
     } else {
       each([&](float ex, float raw_y, float gap) {
-        if (fabsf(gap) <= kSmallGap) lanes.near(ex, gap);
+        if (fabsf(gap) <= kSmallGap) lanes.near.add(ex, gap);
         else plain(ex, raw_y, gap);
       });
     }
@@ -175,8 +177,8 @@ __device__ __forceinline__ void kl_fast_vector(const KlFrame& frame, const KlVec
 // holds nearly all of the mass or stands above the frame, its ax in every term, or its 1 in every
 // sum, would cost the digits that the entropy lives on (KlSums).
 template <KlOp op, class Source>
-__device__ void kl_around_peak(const Source& row, const KlFrame& frame, int64_t begin, int64_t end,
-                               float* part) {
+__device__ void kl_around_peak(const Source& row, const KlDeviceFrame& frame, int64_t begin,
+                               int64_t end, float* part) {
   const int lane = int(threadIdx.x) % 32;
   const auto ax_at = [&](int64_t i) {
     float x = row.x_one(i), y = KlParts<op>::kPair ? row.y_one(i) : x, ay, d, ax;
@@ -187,23 +189,28 @@ __device__ void kl_around_peak(const Source& row, const KlFrame& frame, int64_t 
   for (int64_t i = begin + lane; i < end; i += 32) peak = fmaxf(peak, ax_at(i));
 #pragma unroll
   for (int bit = 16; bit > 0; bit /= 2) peak = fmaxf(peak, __shfl_xor_sync(kWholeWarp, peak, bit));
-  float v[4] = {0, 0, 0, 0};
+  SpanEntropy own{0, 0, peak, 0};
   for (int64_t i = begin + lane; i < end; i += 32) {
     const float off = (ax_at(i) - peak) * kLog2e, e = kl_exp2(off);
     if (off == 0) {
-      v[3] += 1;
+      own.peaks += 1;
     } else if (e != 0) {
-      v[0] += e;
-      v[1] = fmaf(e, off, v[1]);
+      own.mass += e;
+      own.moment = fmaf(e, off, own.moment);
     }
   }
-  const float sum = kl_warp_sums<4>(v);
-  if (lane % 8 == 0) part[lane / 8] = lane == 16 ? peak : sum;  // mass, moment, pivot, peaks
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) {
+    own.mass += __shfl_xor_sync(kWholeWarp, own.mass, bit);
+    own.moment += __shfl_xor_sync(kWholeWarp, own.moment, bit);
+    own.peaks += __shfl_xor_sync(kWholeWarp, own.peaks, bit);
+  }
+  if (lane == 0) own.write(part);
 }
 
 template <KlOp op, class Source>
-__device__ void kl_span_sums(const Source& row, const KlFrame& frame, bool careful, int64_t begin,
-                             int64_t end, float* part) {
+__device__ void kl_span_sums(const Source& row, const KlDeviceFrame& frame, bool careful,
+                             int64_t begin, int64_t end, float* part) {
   using T = typename Source::Entry;
   using P = KlParts<op>;
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
@@ -262,28 +269,19 @@ __device__ __forceinline__ double kl_warp_total(double v) {
 template <KlOp op>
 __device__ __forceinline__ void kl_add_part(const volatile float* part, KlSums& t) {
   using P = KlParts<op>;
-  if (P::kPair) {
-    const double s = part[0], g = part[1], far_x = part[2], far_y = part[3], change = far_y - far_x;
-    t.s += s + far_x;
-    t.y += (s + g) + far_y;
-    t.g += g + change;
-    t.far += far_x + far_y;
-    if (P::kForwards) {
-      const double b = part[4], pull = part[5];
-      t.b += b + (pull + change);
-      t.a += (b - g) + pull;
-    }
-    if (P::kBackwards) {
-      const double c = part[4 + 2 * P::kForwards], pull = part[5 + 2 * P::kForwards];
-      t.c += c + (pull - change);
-      t.back += (c + g) + pull;
-    }
+  if constexpr (P::kPair) {
+    KlNear<DeviceMath, P::kWant> near;
+    KlFar<DeviceMath, P::kWant> far;
+    near.s = part[0], near.g = part[1], far.x = part[2], far.y = part[3];
+    if (P::kForwards) near.b = part[4], far.a = part[5];
+    if (P::kBackwards) near.c = part[4 + 2 * P::kForwards], far.c = part[5 + 2 * P::kForwards];
+    t += near;
+    t += far;
   }
-  if (P::kEntropy) {
-    const double pivot = part[P::kMass + 2],
-                 around = double(part[P::kMass + 3]) + double(part[P::kMass]);
-    const double off = double(part[P::kMass + 1]) * double(kLn2),
-                 scale = pivot == 0 ? 1.0 : exp(pivot);
+  if constexpr (P::kEntropy) {
+    const SpanEntropy span = SpanEntropy::read(part + P::kMass);
+    const double pivot = span.pivot, around = double(span.peaks) + double(span.mass);
+    const double off = double(span.moment) * double(kLn2), scale = pivot == 0 ? 1.0 : exp(pivot);
     t.mass += scale * around;
     t.moment += scale * (off + pivot * around);
   }

@@ -1,7 +1,8 @@
 // token_kl and token_stats on CUDA tensors, torch's side: check, allocate, find the stream, call
 // the launchers. float64, which is there for gradcheck, goes to the reference.
 #include "../call/kl_call.h"
-#include "../math/kl.h"
+#include "../math/kl_frame.h"
+#include "../math/kl_stats.h"
 #include "kl.h"
 #include "launch_torch.h"
 
@@ -72,7 +73,7 @@ struct Work {
     x = with_layout(policy, a.x);
     y = with_layout(ref, a.y);
     a.mask = c.mask;
-    a.k = c.k;
+    a.k = kl_params<float>(c.options);
     a.n = c.N, a.v = c.V, a.splits = a.cluster = 1;
   }
 
@@ -133,16 +134,11 @@ bool is_double(const Tensor& logits) { return logits.scalar_type() == ScalarType
 
 // --- token_kl
 
-#define FASTTAX_KL_OPTIONS                                                                       \
-  int64_t kind, double beta, double scale, double ref_scale, double softcap, double ref_softcap, \
-      double inv_temperature, double ref_inv_temperature, bool inf_mask
-#define FASTTAX_KL_VALUES \
-  kind, beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature, inf_mask
-#define FASTTAX_KL_WORK(op)                                                                   \
-  Work work(op, KlOp(kind), prepare(op, logits, ref_logits, mask, FASTTAX_KL_VALUES), logits, \
-            ref_logits, mask)
-
-constexpr int64_t kKlKept = sizeof(KlRow) / sizeof(float);
+Work kl_work(const char* op, const Tensor& logits, const Tensor& ref_logits,
+             const std::optional<Tensor>& mask, const KlOptions& options) {
+  const Call call = checked_call(op, logits, ref_logits, mask, options);
+  return Work(op, kl_op(KlKind(options.kind)), call, logits, ref_logits, mask);
+}
 
 std::tuple<Tensor, Tensor> token_kl(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
                                     FASTTAX_KL_OPTIONS) {
@@ -150,49 +146,49 @@ std::tuple<Tensor, Tensor> token_kl(Tensor logits, Tensor ref_logits, std::optio
     const auto out = reference<2>("token_kl", logits, ref_logits, mask, FASTTAX_KL_VALUES);
     return {out[0], out[1]};
   }
-  FASTTAX_KL_WORK("token_kl");
+  Work work = kl_work("token_kl", logits, ref_logits, mask, {FASTTAX_KL_VALUES});
   std::vector<int64_t> sizes = sizes_of(logits, logits.dim() - 1);
   Tensor kl = work.fresh(sizes);
-  sizes.push_back(kKlKept);
-  Tensor kept = work.fresh(sizes);
+  sizes.push_back(kKlSaved);
+  Tensor saved = work.fresh(sizes);
   work.launch.args.values = static_cast<float*>(kl.mutable_data_ptr());
-  work.launch.args.kept = static_cast<float*>(kept.mutable_data_ptr());
+  work.launch.args.saved = static_cast<float*>(saved.mutable_data_ptr());
   work.forward();
-  return {kl, kept};
+  return {kl, saved};
 }
 
-void kl_backward(Work& work, const Tensor& grad, const Tensor& stats) {
+void kl_backward(Work& work, const Tensor& grad, const Tensor& saved) {
   KlArgs& a = work.launch.args;
   a.upstream = checked(work.op, "grad", grad, a.n, work.logits);
-  a.kept = const_cast<float*>(checked(work.op, "stats", stats, a.n * kKlKept, work.logits));
+  a.saved = const_cast<float*>(checked(work.op, "saved", saved, a.n * kKlSaved, work.logits));
   if (a.dx.base || a.dy.base) work.then(kl_gradient);
 }
 
 std::tuple<Tensor, Tensor> token_kl_backward(Tensor grad, Tensor logits, Tensor ref_logits,
-                                             std::optional<Tensor> mask, Tensor stats,
+                                             std::optional<Tensor> mask, Tensor saved,
                                              FASTTAX_KL_OPTIONS, bool need_policy, bool need_ref) {
   if (is_double(logits)) {
-    const auto out = reference<2>("token_kl_backward", grad, logits, ref_logits, mask, stats,
+    const auto out = reference<2>("token_kl_backward", grad, logits, ref_logits, mask, saved,
                                   FASTTAX_KL_VALUES, need_policy, need_ref);
     return {out[0], out[1]};
   }
-  FASTTAX_KL_WORK("token_kl_backward");
+  Work work = kl_work("token_kl_backward", logits, ref_logits, mask, {FASTTAX_KL_VALUES});
   const Tensor d_logits = work.target(need_policy, work.launch.args.dx),
                d_ref = work.target(need_ref, work.launch.args.dy);
-  kl_backward(work, grad, stats);
+  kl_backward(work, grad, saved);
   return {d_logits, d_ref};
 }
 
 Tensor token_kl_backward_(Tensor grad, Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
-                          Tensor stats, FASTTAX_KL_OPTIONS, bool need_ref) {
+                          Tensor saved, FASTTAX_KL_OPTIONS, bool need_ref) {
   if (is_double(logits))
-    return reference<1>("token_kl_backward_", grad, logits, ref_logits, mask, stats,
+    return reference<1>("token_kl_backward_", grad, logits, ref_logits, mask, saved,
                         FASTTAX_KL_VALUES, need_ref)[0];
-  FASTTAX_KL_WORK("token_kl_backward_");
+  Work work = kl_work("token_kl_backward_", logits, ref_logits, mask, {FASTTAX_KL_VALUES});
   FASTTAX_CHECK(layout_of(logits, work.launch.args.dx), work.op, "logits: more than ", kKlDims,
                 " dimensions with strides of their own; pass inplace_backward=False");
   const Tensor d_ref = work.target(need_ref, work.launch.args.dy);
-  kl_backward(work, grad, stats);
+  kl_backward(work, grad, saved);
   return d_ref;
 }
 
@@ -208,12 +204,12 @@ std::tuple<Tensor, Tensor, Tensor> token_kl_grad(Tensor token_weight, Tensor log
   // two launches where one has no kernel: the reference's gradient, and float16, which a scaler's
   // users ask for in backward
   if (need_ref || !need_policy || logits.scalar_type() == ScalarType::Half) {
-    const auto [kl, stats] = token_kl(logits, ref_logits, mask, FASTTAX_KL_VALUES);
-    const auto [d_logits, d_ref] = token_kl_backward(token_weight, logits, ref_logits, mask, stats,
+    const auto [kl, saved] = token_kl(logits, ref_logits, mask, FASTTAX_KL_VALUES);
+    const auto [d_logits, d_ref] = token_kl_backward(token_weight, logits, ref_logits, mask, saved,
                                                      FASTTAX_KL_VALUES, need_policy, need_ref);
     return {kl, d_logits, d_ref};
   }
-  FASTTAX_KL_WORK("token_kl_grad");
+  Work work = kl_work("token_kl_grad", logits, ref_logits, mask, {FASTTAX_KL_VALUES});
   KlArgs& a = work.launch.args;
   Tensor kl = work.fresh(sizes_of(logits, logits.dim() - 1));
   const Tensor d_logits = work.target(true, a.dx), d_ref = work.target(false, a.dy);
@@ -225,23 +221,13 @@ std::tuple<Tensor, Tensor, Tensor> token_kl_grad(Tensor token_weight, Tensor log
 
 // --- token_stats
 
-#define FASTTAX_STATS_OPTIONS                                                                 \
-  double scale, double ref_scale, double softcap, double ref_softcap, double inv_temperature, \
-      double ref_inv_temperature
-#define FASTTAX_STATS_VALUES \
-  scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature
-
-constexpr int64_t kStatsKept = sizeof(StatsRow) / sizeof(float);
-
-// Without a reference its parameters are the policy's: one row stands for both.
 Work stats_work(const char* op, const Tensor& logits, const std::optional<Tensor>& ref_logits,
                 const std::optional<Tensor>& ids, const std::optional<Tensor>& mask,
                 FASTTAX_STATS_OPTIONS) {
   const bool pair = ref_logits.has_value();
-  if (!pair) ref_scale = scale, ref_softcap = softcap, ref_inv_temperature = inv_temperature;
   const Tensor& ref = pair ? *ref_logits : logits;
-  Work work(op, pair ? KlOp::kStats : KlOp::kAlone,
-            prepare(op, logits, ref, mask, 0, 0, FASTTAX_STATS_VALUES, false), logits, ref, mask);
+  const Call call = checked_call(op, logits, ref, mask, stats_options(pair, FASTTAX_STATS_VALUES));
+  Work work(op, pair ? KlOp::kStats : KlOp::kAlone, call, logits, ref, mask);
   if (ids.has_value()) {
     FASTTAX_CHECK(ids->scalar_type() == ScalarType::Long && ids->is_contiguous() &&
                       ids->numel() == work.launch.args.n,
@@ -264,23 +250,23 @@ std::tuple<Tensor, Tensor> token_stats(Tensor logits, std::optional<Tensor> ref_
   Work work = stats_work("token_stats", logits, ref_logits, ids, mask, FASTTAX_STATS_VALUES);
   std::vector<int64_t> sizes = sizes_of(logits, logits.dim() - 1), values_sizes = sizes;
   values_sizes.insert(values_sizes.begin(), kTokenStats);
-  sizes.push_back(kStatsKept);
-  Tensor values = work.fresh(values_sizes), kept = work.fresh(sizes);
+  sizes.push_back(kStatsSaved);
+  Tensor values = work.fresh(values_sizes), saved = work.fresh(sizes);
   work.launch.args.values = static_cast<float*>(values.mutable_data_ptr());
-  work.launch.args.kept = static_cast<float*>(kept.mutable_data_ptr());
+  work.launch.args.saved = static_cast<float*>(saved.mutable_data_ptr());
   work.forward();
-  return {values, kept};
+  return {values, saved};
 }
 
 std::tuple<Tensor, Tensor> token_stats_backward(Tensor grads, Tensor logits,
                                                 std::optional<Tensor> ref_logits,
                                                 std::optional<Tensor> ids,
-                                                std::optional<Tensor> mask, Tensor stats,
+                                                std::optional<Tensor> mask, Tensor saved,
                                                 FASTTAX_STATS_OPTIONS, bool need_policy,
                                                 bool need_ref) {
   if (is_double(logits)) {
     const auto out = reference<2>("token_stats_backward", grads, logits, ref_logits, ids, mask,
-                                  stats, FASTTAX_STATS_VALUES, need_policy, need_ref);
+                                  saved, FASTTAX_STATS_VALUES, need_policy, need_ref);
     return {out[0], out[1]};
   }
   const char* op = "token_stats_backward";
@@ -288,7 +274,7 @@ std::tuple<Tensor, Tensor> token_stats_backward(Tensor grads, Tensor logits,
   Work work = stats_work(op, logits, ref_logits, ids, mask, FASTTAX_STATS_VALUES);
   KlArgs& a = work.launch.args;
   a.upstream = checked(op, "grads", grads, a.n * kTokenStats, logits);
-  a.kept = const_cast<float*>(checked(op, "stats", stats, a.n * kStatsKept, logits));
+  a.saved = const_cast<float*>(checked(op, "saved", saved, a.n * kStatsSaved, logits));
   const Tensor d_logits = work.target(need_policy, a.dx), d_ref = work.target(need_ref, a.dy);
   if (need_policy || need_ref) work.then(kl_gradient);
   return {d_logits, d_ref};

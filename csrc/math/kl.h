@@ -5,12 +5,10 @@
 #include "macros.h"
 
 // Token-level KL in one frame. With ax = x - mx, ay = y - my (tempered logits in frames near their
-// maxima) and d = ax - ay, the sums
-//   S = sum e^ax      G = sum (e^ay - e^ax)      B = sum e^ax f(d)      C = sum e^ay f(-d),   f(d)
-//   = e^-d - 1 + d >= 0
+// maxima), d = ax - ay and f(d) = e^-d - 1 + d >= 0, the sums
+//   S = sum e^ax     G = sum (e^ay - e^ax)     B = sum e^ax f(d)     C = sum e^ay f(-d)
 // give, with tau = G/S and h(t) = t - log1p(t) >= 0,
-//   KL(p||q) = B/S - h(tau)        KL(q||p) = C/(S+G) - h(-tau/(1+tau))        log(S/(S+G)) =
-//   -log1p(tau).
+//   KL(p||q) = B/S - h(tau)     KL(q||p) = C/(S+G) - h(-tau/(1+tau))     log(S/(S+G)) = -log1p(tau)
 // Every term of B and C is a Bregman divergence: no difference of large numbers is taken, a small
 // KL keeps its digits, and equal rows give exactly 0. S is a scalar or a SIMD vector.
 namespace fasttax {
@@ -45,6 +43,25 @@ FASTTAX_HD double kl_bregman(double d) {
   return fabs(d) < 1e-2 ? kl_bregman_small(d) : expm1(-d) + d;
 }
 
+// Up to which |d| an entry is summed by its f(d), and f and q/p - 1 = e^-u - 1 there.
+template <class S>
+FASTTAX_HD constexpr auto kl_near() {
+  if constexpr (std::is_same<S, double>::value) return 1.0;
+  else return kSmallGap;
+}
+
+template <class S>
+FASTTAX_HD S kl_excess(S d) {
+  if constexpr (std::is_same<S, double>::value) return kl_bregman(d);
+  else return kl_bregman_small(d);
+}
+
+template <class S>
+FASTTAX_HD S kl_rest(S u) {
+  if constexpr (std::is_same<S, double>::value) return expm1(-u);
+  else return kl_bregman_small(u) - u;
+}
+
 FASTTAX_HD double kl_defect(double t) {  // h(t) = t - log1p(t)
   if (fabs(t) > 0.1) return t - log1p(t);
   double p = 0, power = t * t;
@@ -52,10 +69,9 @@ FASTTAX_HD double kl_defect(double t) {  // h(t) = t - log1p(t)
   return p;
 }
 
-// Generalised Jensen-Shannon, m = beta q + (1 - beta) p, as a sum of non-negative terms: with eps =
-// q/p - 1,
-//   beta KL(q||m) + (1 - beta) KL(p||m) = sum p [beta g(eps) - g(beta eps)],   g(t) = (1+t)
-//   log1p(t) - t.
+// Generalised Jensen-Shannon, m = beta q + (1 - beta) p, as a sum of non-negative terms: with
+// eps = q/p - 1 and g(t) = (1+t) log1p(t) - t,
+//   beta KL(q||m) + (1 - beta) KL(p||m) = sum p [beta g(eps) - g(beta eps)]
 template <class S>
 FASTTAX_HD S jsd_g_small(S t) {  // g(t) for |t| <= 1/4: sum_{k>=2} (-t)^k / (k (k-1))
   S p = constant<S>(1.0 / 132);
@@ -77,24 +93,17 @@ FASTTAX_HD double jsd_g(double t) {
   return t <= -1 ? 1.0 : (1 + t) * log1p(t) - t;
 }
 
-struct KlRow {      // what forward keeps of a row for backward; floats 0..7 of the op's `stats`
-  float mx, my;     // frames, in the units of the raw logits (softcap: of the capped ones)
-  float shift;      // added to ay when the row was recentred
-  float inv_s;      // 1 / S
-  float log_ratio;  // L = log(S_x / S_y); u_j = log p_j - log q_j = d_j - L
-  // policy_ref: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m).  token_stats: E_p[d]
-  float mean_gap;
-  float ref_center;  // jsd: KL(q||m).  token_stats: E_q[d]
-  float inv_s_ref;   // 1 / (S + G)
-};
+// Up to which |u| an entry of jsd is summed by g(eps), and g there.
+template <class S>
+FASTTAX_HD constexpr auto jsd_near() {
+  if constexpr (std::is_same<S, double>::value) return 1.0;
+  else return 0.2f;
+}
 
-// What the op token_stats gives for a token, in this order.
-enum TokenStat { kLogp, kRefLogp, kEntropy, kLse, kKlPolicyRef, kKlRefPolicy, kTokenStats };
-
-struct StatsRow {  // what its forward keeps
-  KlRow kl;
-  float mean;            // E_p[ax]
-  float logp, ref_logp;  // of the id
-};
+template <class S>
+FASTTAX_HD S jsd_g_near(S t) {
+  if constexpr (std::is_same<S, double>::value) return jsd_g(t);
+  else return jsd_g_small(t);
+}
 
 }  // namespace fasttax

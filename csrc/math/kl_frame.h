@@ -1,19 +1,144 @@
 #pragma once
 
-#include "kl_kinds.h"
+#include <cmath>
 
+#include "kl_kinds.h"
+#include "macros.h"
+
+// From raw logits to ax and d, which kl.h sums: temperature, scale, softcap and frame. M is a
+// backend's functions (macros.h), M::S what they work on, M::R a lane of it.
 namespace fasttax {
 
-// The numbers of a call of an op over logits, as its kernels read them.
-struct KlParams {
+// An op's options, as it takes them.
+struct KlOptions {
+  int64_t kind;
+  double beta, scale, ref_scale, softcap, ref_softcap, inv_temperature, ref_inv_temperature;
+  bool inf_mask;
+};
+
+// The numbers of a call, as the kernels read them.
+template <class R>
+struct KlParamsOf {
   KlKind kind;
   bool plain;     // same scale on both rows, no softcap, no inf mask: the fast frame
   bool inf_mask;  // drop entries where either row is -inf
-  float beta;
-  float scale, ref_scale;          // inside the softcap
-  float cap, ref_cap;              // 0: none
-  float row_scale, ref_row_scale;  // from frame units to tempered logits
-  float row_slope, ref_row_slope;  // d tempered / d raw (times 1 - tanh^2 under a softcap)
+  R beta;
+  R scale, ref_scale;          // inside the softcap
+  R cap, ref_cap;              // 0: none
+  R row_scale, ref_row_scale;  // from frame units to tempered logits
+  R row_slope, ref_row_slope;  // d tempered / d raw (times 1 - tanh^2 under a softcap)
+};
+using KlParams = KlParamsOf<float>;
+
+template <class R>
+KlParamsOf<R> kl_params(const KlOptions& x) {
+  KlParamsOf<R> k;
+  k.kind = KlKind(x.kind);
+  k.inf_mask = x.inf_mask;
+  k.beta = R(x.beta);
+  k.scale = R(x.scale);
+  k.ref_scale = R(x.ref_scale);
+  k.cap = R(x.softcap);
+  k.ref_cap = R(x.ref_softcap);
+  k.row_slope = R(x.scale * x.inv_temperature);
+  k.ref_row_slope = R(x.ref_scale * x.ref_inv_temperature);
+  k.row_scale = x.softcap > 0 ? R(x.inv_temperature) : k.row_slope;
+  k.ref_row_scale = x.ref_softcap > 0 ? R(x.ref_inv_temperature) : k.ref_row_slope;
+  k.plain = !k.inf_mask && k.cap == 0 && k.ref_cap == 0 && k.row_scale == k.ref_row_scale;
+  return k;
+}
+
+// What a forward leaves of a row for its backward: the op's second output, 8 numbers a token.
+template <class R>
+struct KlRowOf {
+  R mx, my;      // frames, in the units of the raw logits (softcap: of the capped ones)
+  R shift;       // added to ay when the row was recentred
+  R inv_s;       // 1 / S
+  R log_ratio;   // L = log(S_x / S_y); u_j = log p_j - log q_j = d_j - L
+  R mean_gap;    // policy_ref: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m).  token_stats: E_p[d]
+  R ref_center;  // jsd: KL(q||m).  token_stats: E_q[d]
+  R inv_s_ref;   // 1 / (S + G)
+};
+using KlRow = KlRowOf<float>;
+constexpr int kKlSaved = 8;
+
+template <class M>
+FASTTAX_HD typename M::S kl_capped(typename M::S raw, typename M::R scale, typename M::R cap) {
+  return M::tanh(raw * (scale / cap)) * cap;
+}
+
+// d capped / d raw, over the scale: 1 - tanh^2, from the capped logits, which may be -inf.
+template <class M>
+FASTTAX_HD typename M::S kl_bend(typename M::S capped, typename M::R cap) {
+  using R = typename M::R;
+  const typename M::S t = capped * (R(1) / cap), bend = R(1) - t * t;
+  return bend > 0 ? bend : constant<typename M::S>(0);
+}
+
+// How a row pair's logits become ax and d. kUnit: one scale of 1 on both rows, no recentring, the
+// common case in 3 operations; kShared: one scale on both; kGeneral: scales of their own, softcaps,
+// the inf mask.
+enum class FrameMode { kUnit, kShared, kGeneral };
+
+// Held: whether a call's numbers are copied (where a kernel's stores would else make it read them
+// again) or referred to.
+template <class M, class Held = const KlParamsOf<typename M::R>&>
+struct KlFrame {
+  using S = typename M::S;
+  using R = typename M::R;
+
+  Held k;
+  KlRowOf<R> r;
+  R ox, oy, c;  // d = ((x - ox) - (y - oy)) - c
+
+  // Logits of like size: their difference is exact, so it comes first. Rows offset by hundreds:
+  // centre each first.
+  FASTTAX_HD KlFrame(const KlParamsOf<R>& params, const KlRowOf<R>& row) : k(params), r(row) {
+    ox = alike(row) ? R(0) : row.mx;
+    oy = alike(row) ? R(0) : row.my;
+    c = alike(row) ? row.mx - row.my : R(0);
+  }
+
+  FASTTAX_HD static bool alike(const KlRowOf<R>& row) {
+    const R apart = row.mx - row.my;
+    return apart <= R(4) && apart >= R(-4);
+  }
+  FASTTAX_HD static bool is_unit(const KlParamsOf<R>& k, const KlRowOf<R>& row) {
+    return k.plain && k.row_scale == 1 && row.shift == 0 && alike(row);
+  }
+
+  // What the softcaps and the inf mask make of raw logits.
+  FASTTAX_HD void cap(S& x, S& y) const {
+    const S none = constant<S>(-HUGE_VAL);
+    const auto gone = (x == none) | (y == none);
+    if (k.cap > 0) x = kl_capped<M>(x, k.scale, k.cap);
+    if (k.ref_cap > 0) y = kl_capped<M>(y, k.ref_scale, k.ref_cap);
+    if (!k.inf_mask) return;
+    x = gone ? none : x;
+    y = gone ? none : y;
+  }
+
+  // ax and d of logits that have been through cap() where the mode is general.
+  template <FrameMode mode>
+  FASTTAX_HD void place(S x, S y, S& ax, S& d) const {
+    ax = x - r.mx;
+    if constexpr (mode == FrameMode::kUnit) {
+      d = (x - y) - c;
+      return;
+    }
+    ax *= k.row_scale;
+    if constexpr (mode == FrameMode::kShared)
+      d = (((x - ox) - (y - oy)) - c) * k.row_scale - r.shift;
+    else d = ax - ay<mode>(y);
+  }
+
+  // ax - d, also where one of the rows is -inf and d is no number.
+  template <FrameMode mode>
+  FASTTAX_HD S ay(S y) const {
+    const S centred = y - r.my;
+    if constexpr (mode == FrameMode::kUnit) return centred;
+    return centred * (mode == FrameMode::kShared ? k.row_scale : k.ref_row_scale) + r.shift;
+  }
 };
 
 }  // namespace fasttax

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <cmath>
+
 #include "kl.h"
+#include "kl_kinds.h"
 
 // From a row pair's sums to its divergences: what every native forward does once a row.
 namespace fasttax {
@@ -8,10 +11,73 @@ namespace fasttax {
 // How far above its frame an entry may stand: e^20 V is far below float's range, and exp is exact
 // enough.
 constexpr float kFrameSlack = 20.0f;
-// a plain sum is good to about 1e-7 of its mass: 1e-5 of a KL this large
+// A plain sum is good to about 1e-7 of its mass: 1e-5 of a KL this large.
 constexpr double kTrusted = 1e-2;
-// mean of ax over some entries, above which the highest of them dominates them
+// The mean of ax over some entries, above which the highest of them dominates them.
 constexpr double kDominated = -0.05;
+
+// The sums of a sweep, of the entries that are alike: |d| <= kl_near, one exponential and a series.
+template <class M, int want>
+struct KlNear {
+  using S = typename M::S;
+  S s{}, g{}, b{}, c{};  // e^ax, e^ay - e^ax, e^ax f(d), e^ay f(-d)
+
+  FASTTAX_HD void add(S ex, S d) {
+    S f, back;
+    if constexpr ((want & kWantRefPolicy) != 0) kl_bregman_small(d, f, back);
+    else f = kl_bregman_small(d);
+    const S change = ex * (f - d);
+    s += ex;
+    g += change;
+    if constexpr ((want & kWantPolicyRef) != 0) b = M::fma(ex, f, b);
+    if constexpr ((want & kWantRefPolicy) != 0) c = M::fma(ex + change, back, c);
+  }
+};
+
+// Of entries that are not, plainly: good to about 1e-7 of x + y (kTrusted).
+template <class M, int want>
+struct KlFar {
+  using S = typename M::S;
+  S x{}, y{}, a{}, c{};  // e^ax, e^ay, e^ax d, -e^ay d
+
+  FASTTAX_HD void add(S ex, S ey, S d) {
+    x += ex;
+    y += ey;
+    if constexpr ((want & kWantPolicyRef) != 0) a = M::fma(ex, d, a);
+    if constexpr ((want & kWantRefPolicy) != 0) c = M::fma(ey, -d, c);
+  }
+  FASTTAX_HD void add_careful(S ex, S ey, S d) {  // 0 * inf is 0
+    x += ex;
+    y += ey;
+    if constexpr ((want & kWantPolicyRef) != 0) a += times(ex, d);
+    if constexpr ((want & kWantRefPolicy) != 0) c -= times(ey, d);
+  }
+};
+
+// Of entries of any size, each summed by its own, with 0 * inf = 0.
+template <class M, int want>
+struct KlMixed {
+  using S = typename M::S;
+  S x{}, y{}, g{}, b{}, a{}, c{}, back{};  // as KlSums has them, x for s
+
+  FASTTAX_HD void add(S ex, S ey, S d) {
+    const auto near = M::abs(d) <= kl_near<S>();
+    const S change = near ? ex * kl_rest(d) : ey - ex;
+    x += ex;
+    y += ey;
+    g += change;
+    if constexpr ((want & kWantPolicyRef) != 0) {
+      const S pull = times(ex, d);
+      a += pull;
+      b += near ? ex * kl_excess(d) : change + pull;
+    }
+    if constexpr ((want & kWantRefPolicy) != 0) {
+      const S pull = times(ey, d);
+      back -= pull;
+      c += near ? ey * kl_excess(S(-d)) : -change - pull;
+    }
+  }
+};
 
 struct KlSums {
   double s = 0, y = 0, g = 0;  // sum e^ax, sum e^ay, their difference
@@ -20,6 +86,56 @@ struct KlSums {
   // entropy: sum e^ax again, in an order that the reference does not change, and sum e^ax ax
   double mass = 0, moment = 0;
   double far = 0;  // the part of s + y that was summed plainly
+
+  template <class M, int want>
+  FASTTAX_HD void operator+=(const KlNear<M, want>& part) {
+    const double near_s = M::total(part.s), near_g = M::total(part.g);
+    s += near_s;
+    y += near_s + near_g;
+    g += near_g;
+    if constexpr ((want & kWantPolicyRef) != 0) {
+      const double bregman = M::total(part.b);
+      b += bregman;
+      a += bregman - near_g;
+    }
+    if constexpr ((want & kWantRefPolicy) != 0) {
+      const double bregman = M::total(part.c);
+      c += bregman;
+      back += bregman + near_g;
+    }
+  }
+  template <class M, int want>
+  FASTTAX_HD void operator+=(const KlFar<M, want>& part) {
+    const double far_x = M::total(part.x), far_y = M::total(part.y), change = far_y - far_x;
+    s += far_x;
+    y += far_y;
+    g += change;
+    far += far_x + far_y;
+    if constexpr ((want & kWantPolicyRef) != 0) {
+      const double pull = M::total(part.a);
+      b += pull + change;
+      a += pull;
+    }
+    if constexpr ((want & kWantRefPolicy) != 0) {
+      const double pull = M::total(part.c);
+      c += pull - change;
+      back += pull;
+    }
+  }
+  template <class M, int want>
+  FASTTAX_HD void operator+=(const KlMixed<M, want>& part) {
+    s += M::total(part.x);
+    y += M::total(part.y);
+    g += M::total(part.g);
+    if constexpr ((want & kWantPolicyRef) != 0) {
+      b += M::total(part.b);
+      a += M::total(part.a);
+    }
+    if constexpr ((want & kWantRefPolicy) != 0) {
+      c += M::total(part.c);
+      back += M::total(part.back);
+    }
+  }
 
   // false for NaN
   FASTTAX_HD bool trusted(double kl) const { return kl * (s + y) >= kTrusted * far; }

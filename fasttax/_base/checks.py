@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasttax._base.modes import compiling, transforming
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def describe(value: Any) -> str:
+    """What came, in a few words: a tensor's dtype, shape and device; 80 characters of a repr."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -27,14 +31,18 @@ def fail(
     way_out: str = "",
     error: type[Exception] = ValueError,
 ) -> Exception:
-    """The exception to raise; a str in `got` is taken as a description, anything else is described."""
+    """The exception to raise; a str in `got` is a description, anything else is described."""
     came = got if isinstance(got, str) else describe(got)
-    return error(
-        f"{op}: {argument}: expected {expected}, got {came}" + (f"; {way_out}" if way_out else "")
-    )
+    message = f"{op}: {argument}: expected {expected}, got {came}"
+    return error("; ".join(part for part in (message, way_out) if part))
 
 
 def tensor(op: str, argument: str, value: Any, dtypes: Iterable[torch.dtype] = FLOATS) -> Tensor:
+    """`value`, which must be a tensor of one of the dtypes.
+
+    Raises:
+        TypeError: it is not.
+    """
     if not isinstance(value, Tensor):
         raise fail(op, argument, "a torch.Tensor", value, error=TypeError)
     if value.dtype not in tuple(dtypes):
@@ -50,7 +58,12 @@ def tensor(op: str, argument: str, value: Any, dtypes: Iterable[torch.dtype] = F
     return value
 
 
-def choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> str:
+def choice(op: str, argument: str, value: Any, choices: Collection[str]) -> str:
+    """`value`, which must be one of the choices.
+
+    Raises:
+        ValueError: it is not; names all of them.
+    """
     if value not in choices:
         raise fail(op, argument, "one of " + ", ".join(repr(c) for c in choices), repr(value))
     return str(value)
@@ -65,46 +78,54 @@ def number(
     high: float = math.inf,
     open_low: bool = False,
 ) -> float:
-    bounds = (
-        f"a finite number {'>' if open_low else '>='} {low:g}"
-        if low > -math.inf
-        else "a finite number"
-    )
+    """`value` as a finite Python float within the bounds; `open_low` leaves `low` itself out.
+
+    Raises:
+        TypeError: it is no number; a tensor would be a host sync.
+        ValueError: it is out of bounds.
+    """
+    bounds = "a finite number"
+    if low > -math.inf:
+        bounds += f" {'>' if open_low else '>='} {low:g}"
     if high < math.inf:
         bounds += f" and <= {high:g}"
     if isinstance(value, Tensor):
-        raise fail(
-            op,
-            argument,
-            bounds,
-            value,
-            "pass a Python float (.item() once, outside the training step)",
-            TypeError,
-        )
+        way_out = "pass a Python float (.item() once, outside the training step)"
+        raise fail(op, argument, bounds, value, way_out, TypeError)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         try:
             value = float(value)  # numpy scalars
         except (TypeError, ValueError):
             raise fail(op, argument, bounds, value, error=TypeError) from None
     value = float(value)
-    if (
-        value != value
-        or abs(value) == math.inf
-        or value < low
-        or value > high
-        or (open_low and value == low)
-    ):
+    inside = low < value <= high if open_low else low <= value <= high
+    if not inside or abs(value) == math.inf:  # NaN is never inside
         raise fail(op, argument, bounds, repr(value))
     return value
 
 
+def positive(op: str, argument: str, value: Any) -> float:
+    """`value` as a finite Python float > 0."""
+    return number(op, argument, value, low=0, open_low=True)
+
+
 def count(op: str, argument: str, value: Any) -> int:
+    """`value`, which must be an integer >= 1.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise fail(op, argument, "an integer >= 1", value)
     return value
 
 
 def same_device(op: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
+    """`value` must be where `like`, the argument `other`, is.
+
+    Raises:
+        ValueError: it is not.
+    """
     if value.device != like.device:
         raise fail(
             op,
@@ -118,7 +139,12 @@ def same_device(op: str, argument: str, value: Tensor, other: str, like: Tensor)
 def per_token(
     op: str, argument: str, value: Any, shape: torch.Size, device: torch.device
 ) -> Tensor:
-    """A mask or weight broadcast to the tokens' shape."""
+    """A mask or weight broadcast to the tokens' shape.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is on another device, or does not broadcast.
+    """
     if not isinstance(value, Tensor):
         raise fail(op, argument, "a torch.Tensor", value, error=TypeError)
     if value.device != device:
@@ -138,13 +164,16 @@ def per_token(
 
 
 def ids_in_range(op: str, name: str, ids: Tensor, V: int) -> None:
-    """On the CPU alone: on a GPU the look would be a host sync, and the gather checks there."""
-    looks = (
-        ids.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
-    if looks and ids.numel() and not bool(((ids >= 0) & (ids < V)).all()):
+    """Token ids on a CPU must be of the vocabulary.
+
+    On a GPU the look would be a host sync, and the gather checks there; under torch.compile and
+    torch.func there are no values to look at.
+
+    Raises:
+        IndexError: one is not.
+    """
+    has_values = ids.device.type == "cpu" and not compiling() and not transforming()
+    if has_values and ids.numel() and not bool(((ids >= 0) & (ids < V)).all()):
         raise fail(
             op,
             name,
@@ -156,11 +185,15 @@ def ids_in_range(op: str, name: str, ids: Tensor, V: int) -> None:
 
 
 def lists(op: str, per: str, **values: Sequence[Tensor]) -> None:
-    """Lists of tensors as long as the first of them, which has one `per` each."""
-    first: int | None = None
+    """Lists of tensors as long as the first of them, which has one `per` each.
+
+    Raises:
+        TypeError: one is not a list.
+        ValueError: one is of another length.
+    """
     for name, value in values.items():
         if isinstance(value, Tensor) or not isinstance(value, Sequence):
             raise fail(op, name, "a list of tensors", value, f"pass [{name}]", TypeError)
-        first = len(value) if first is None else first
+        first = len(next(iter(values.values())))
         if len(value) != first:
             raise fail(op, name, f"{first} tensors, one per {per}", f"{len(value)}")

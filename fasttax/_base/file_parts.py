@@ -1,5 +1,6 @@
-"""A folder of safetensors files under one index, for estimates that no file or rank should hold
-whole.
+"""A folder of safetensors files under one index.
+
+For estimates that no file or rank should hold whole.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def write(
     metadata: Mapping[str, Any],
     max_bytes: int,
 ) -> None:
-    """Part files of about `max_bytes` each under names of their own, then an index that names them,
-    then the parts of an older index go: a crash leaves the old folder as it was.
+    """Writes part files of about `max_bytes` each, then the index that names them.
 
-    groups: name -> tensors that stay in one file. Under torch.distributed rank 0 writes; the others
-        help to gather.
+    The parts have names of their own, and those of an older index go last: a crash leaves the old
+    folder as it was. `groups` maps a name to tensors that stay in one file. Under torch.distributed
+    rank 0 writes; the others help to gather.
     """
     together = dist.is_available() and dist.is_initialized()
     target, writes = Path(folder), not together or dist.get_rank() == 0

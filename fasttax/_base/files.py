@@ -27,10 +27,7 @@ def write(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Writes to a temporary name in the same folder and renames.
-
-    a crash leaves the old file, or none.
-    """
+    """Writes to a temporary name in the same folder and renames: a crash leaves the old file."""
     target = _in_a_folder("fasttax", path)
     header = {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata))}
     with renamed(target) as temporary:
@@ -61,8 +58,12 @@ def _in_a_folder(op: str, path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def renamed(target: Path) -> Iterator[str]:
-    """A temporary name beside `target`, which takes its place if the block ends well and vanishes
-    if not.
+    """A temporary name beside `target`, whose place it takes if the block ends well.
+
+    It vanishes if not.
+
+    Yields:
+        The temporary name.
     """
     handle, temporary = tempfile.mkstemp(
         prefix=f".{target.name}.", suffix=".partial", dir=target.parent
@@ -112,8 +113,7 @@ def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, dict
 
 
 def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A short hash of names, shapes and up to 256 evenly spaced values a tensor, rounded to
-    bfloat16.
+    """A short hash of names, shapes and values: up to 256 a tensor, evenly spaced, as bfloat16.
 
     Equal for a checkpoint loaded in float32 and in bfloat16; 1 ms per hundred tensors whatever
     their size.

@@ -4,13 +4,14 @@ One kernel per (op, device). Every op has its PyTorch reference registered for a
 `fasttax._C` (C++) puts its kernels over it on the CPU, `fasttax._C_cuda` (CUDA C++) on GPUs, and
 `fasttax.triton` on GPUs what CUDA C++ leaves open. FASTTAX_BACKEND forces another choice:
 
-    auto (default)   native kernels where they are built, else Triton's on GPUs, the reference
-    elsewhere reference        the reference everywhere
-    cpp              as auto, and an error at import where the C++ CPU library is not built
-    cuda             as auto, and an error at import where the CUDA C++ library is not built
-    triton           Triton's kernels on GPUs, CUDA C++ nowhere, and an error at import without
-    triton; with TRITON_INTERPRET=1
-                     on the CPU too, in Triton's interpreter (slow; for tests and debugging)
+    auto (default)  native kernels where they are built, else Triton's on GPUs, the reference
+                    elsewhere
+    reference       the reference everywhere
+    cpp             as auto, and an error at import where the C++ CPU library is not built
+    cuda            as auto, and an error at import where the CUDA C++ library is not built
+    triton          Triton's kernels on GPUs, CUDA C++ nowhere, and an error at import without
+                    triton; with TRITON_INTERPRET=1 on the CPU too, in Triton's interpreter
+                    (slow; for tests and debugging)
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ on_triton: dict[tuple[str, str], str] = {}  # (op, dispatch key) that Triton ser
 
 
 def chosen_backend() -> str:
+    """FASTTAX_BACKEND, or "auto".
+
+    Raises:
+        ImportError: it is none of BACKENDS.
+    """
     choice = os.environ.get("FASTTAX_BACKEND", "auto").lower()
     if choice not in BACKENDS:
         raise ImportError(
@@ -64,7 +70,11 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
 
 def second_derivative_message(forward: str, name: str) -> str:
-    return f"{forward}: second derivatives are not available (create_graph=True reached {name}); use fasttax.reference with autograd for them"
+    """What to say where the graph of `name`, the backward of `forward`, is used."""
+    return (
+        f"{forward}: second derivatives are not available (create_graph=True reached {name}); "
+        "use fasttax.reference with autograd for them"
+    )
 
 
 def no_double_backward(name: str, forward: str) -> None:
@@ -97,70 +107,82 @@ def prefer_huge_pages(t: Tensor) -> Tensor:
     return t
 
 
+def _has_kernel(op: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttax::{op}", key))
+
+
 def _register_triton(key: str, why: str) -> None:
     for name in triton.MODULES:
-        if name in OPS and not torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"fasttax::{name}", key
-        ):
+        if name in OPS and not _has_kernel(name, key):
             lib.impl(name, triton.implementation(name), key)
             on_triton[name, key] = why
 
 
-def load_native() -> None:
-    """Imports the native libraries, whose static initialisers register the kernels, and registers
-    Triton's.
-    """
-    choice = chosen_backend()
-    # implemented by _C alone: 0 portable, 1 AVX2, 2 AVX-512
+def _define_helpers() -> None:
+    """The ops that `_C` alone implements; their callers ask `problems` whether it is there."""
+    # 0 portable, 1 AVX2, 2 AVX-512
     lib.define("_simd_level(int level) -> int")
     lib.define("_prefer_huge_pages(Tensor t) -> ()")
     lib.impl("_prefer_huge_pages", lambda t: None, "CompositeExplicitAutograd")
-    # by _C alone too; project() in _base/gemm.py
+    # project() and gemm() in _base/gemm.py
     lib.define("_project_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()")
-    # the same; gemm() there
     lib.define("_gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
+
+
+def _left_out(choice: str, interpreted: bool) -> dict[str, str]:
+    """The native libraries that are not to be loaded, and why."""
     if choice == "reference":
-        problems["_C"] = problems["_C_cuda"] = "FASTTAX_BACKEND=reference"
-        return
-    interpreted = choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        return dict.fromkeys(("_C", "_C_cuda"), "FASTTAX_BACKEND=reference")
+    why = {}
+    if interpreted:
+        why["_C"] = "FASTTAX_BACKEND=triton with TRITON_INTERPRET=1"
+    if choice == "triton":
+        why["_C_cuda"] = "FASTTAX_BACKEND=triton"
+    elif not torch.version.cuda:
+        why["_C_cuda"] = "this torch is built without CUDA"
+    return why
+
+
+def load_native() -> None:
+    """Imports the native libraries, which register their kernels, and registers Triton's.
+
+    Raises:
+        ImportError: FASTTAX_BACKEND names a backend that is not there.
+    """
+    choice = chosen_backend()
+    _define_helpers()
     if choice == "triton" and not triton.available():
         raise ImportError(
             "fasttax: FASTTAX_BACKEND=triton, but triton is not installed; `pip install triton` "
             "(torch for GPUs brings it on Linux)"
         )
-    left_out = {
-        "_C": "FASTTAX_BACKEND=triton with TRITON_INTERPRET=1" if interpreted else "",
-        "_C_cuda": "FASTTAX_BACKEND=triton"
-        if choice == "triton"
-        else ""
-        if torch.version.cuda
-        else "this torch is built without CUDA",
-    }
-    problems.update((library, why) for library, why in left_out.items() if why)
-    libraries = [library for library, why in left_out.items() if not why]
-    for library in libraries:
-        _load(library)
+    interpreted = choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    problems.update(_left_out(choice, interpreted))
+    for library in ("_C", "_C_cuda"):
+        if library not in problems:
+            _load(library)
+    if choice == "reference":
+        return
     if triton.available() and (choice == "triton" or torch.version.cuda or torch.version.hip):
-        _register_triton(
-            "CUDA",
-            "FASTTAX_BACKEND=triton"
-            if choice == "triton"
-            else f"CUDA C++: {problems.get('_C_cuda', 'no kernel for this op yet')}",
-        )
+        why = f"CUDA C++: {problems.get('_C_cuda', 'no kernel for this op yet')}"
+        _register_triton("CUDA", "FASTTAX_BACKEND=triton" if choice == "triton" else why)
     if interpreted:
         _register_triton("CPU", "TRITON_INTERPRET=1")
         return
+    _tell_what_is_missing(choice)
+
+
+def _tell_what_is_missing(choice: str) -> None:
     if "_C" in problems:
         advice = unbuilt.advice(PACKAGE, problems["_C"])
         if choice == "cpp":
             raise ImportError(advice)
-        warnings.warn(advice, RuntimeWarning, stacklevel=3)
+        warnings.warn(advice, RuntimeWarning, stacklevel=4)
     if choice == "cuda" and "_C_cuda" in problems:
         raise ImportError(
             "fasttax: FASTTAX_BACKEND=cuda, but the CUDA C++ kernels are not available "
-            f"({problems['_C_cuda']}); "
-            "install nvcc and a torch with CUDA, then `FASTTAX_CUDA=1 pip install "
-            "--no-build-isolation .`"
+            f"({problems['_C_cuda']}); install nvcc and a torch with CUDA, then "
+            "`FASTTAX_CUDA=1 pip install --no-build-isolation .`"
         )
 
 
@@ -169,9 +191,7 @@ def active(name: str, device: str) -> tuple[str, str]:
     key = device.upper()
     if (name, key) in on_triton:
         return "Triton", on_triton[name, key]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttax::{name}", key):
-        return ("C++" if device == "cpu" else "CUDA C++"), "built and registered"
-    library = "_C" if device == "cpu" else "_C_cuda"
-    return "reference", problems.get(
-        library, f"no {'C++' if device == 'cpu' else 'CUDA C++'} kernel for this op yet"
-    )
+    library, language = {"CPU": ("_C", "C++"), "CUDA": ("_C_cuda", "CUDA C++")}[key]
+    if _has_kernel(name, key):
+        return language, "built and registered"
+    return "reference", problems.get(library, f"no {language} kernel for this op yet")

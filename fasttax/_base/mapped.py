@@ -28,6 +28,7 @@ CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def write_streamed(
@@ -41,14 +42,16 @@ def write_streamed(
     """As `write`, with one tensor in memory at a time; `specs` says beforehand what each will be.
 
     `more`: header entries of other readers.
+
+    Raises:
+        AssertionError: a tensor is not what `specs` said.
     """
     header: dict[str, Any] = {
         "__metadata__": {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata)), **(more or {})}
     }
     end = 0
-    for name in sorted(
-        specs, key=lambda n: -specs[n][0].itemsize
-    ):  # so that every tensor is aligned, and without holes, which readers refuse
+    # wide dtypes first, so that every tensor is aligned with no holes, which readers refuse
+    for name in sorted(specs, key=lambda n: -specs[n][0].itemsize):
         dtype, shape = specs[name]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
@@ -86,8 +89,9 @@ class Mapped:
         return name in self._header
 
     def tensor(self, name: str) -> Tensor:
+        """A view of the mapping."""
         entry = self._header[name]
-        dtype = next(d for d, code in CODES.items() if code == entry["dtype"])
+        dtype = DTYPES[entry["dtype"]]
         begin, end = entry["data_offsets"]
         if begin == end:
             return torch.empty(entry["shape"], dtype=dtype)
@@ -111,6 +115,7 @@ class Mapped:
                     self._memory.madvise(option, begin, end - begin)
 
     def prefetch(self, names: Iterable[str]) -> None:
+        """Has the system read these from the disk while others are worked on."""
         self._advise(names, "MADV_WILLNEED")
 
     def release(self, names: Iterable[str]) -> None:

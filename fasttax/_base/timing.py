@@ -1,6 +1,4 @@
-"""The only timing code of benchmarks.
-
-Contenders in turns within one run, medians, and the machine's bandwidth measured beside them.
+"""The only timing code of benchmarks: contenders in turns, medians, the machine's bandwidth.
 
 A shared machine drifts by tens of percent within a minute, so times of different runs do not
 compare. Contenders take turns, round after round; a ratio is the median of the rounds' ratios; the
@@ -26,8 +24,9 @@ import torch
 
 @dataclass
 class Case:
-    """One row: named contenders (the last is fasttax's), and the least bytes and flops that the
-    task needs.
+    """One row of a table: named contenders, of which the last is fasttax's.
+
+    The floors are the least bytes and flops that the task needs.
     """
 
     name: str
@@ -42,6 +41,8 @@ class Case:
 
 @dataclass
 class Result:
+    """What was measured of a case: medians over its rounds."""
+
     name: str
     shape: str
     milliseconds: dict[str, float]
@@ -96,40 +97,53 @@ def peak_extra_bytes(call: Callable[[], Any]) -> int:
 
 
 def run(case: Case, bytes_per_second: float) -> Result:
+    """Times a case's contenders in turns.
+
+    Args:
+        case: every contender is called twice before the first round.
+        bytes_per_second: what a large copy reached in this run.
+    """
     names = list(case.contenders)
     for call in case.contenders.values():  # warm-up: compilation, caches, page tables
         call()
         call()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    gc.collect()
-    gc.disable()
-    try:
-        for round in range(case.rounds):
-            for name in (
-                names if round % 2 == 0 else reversed(names)
-            ):  # what one leaves in caches and heap meets another each time
-                begin = now()
-                call_result = case.contenders[name]()
-                times[name].append(now() - begin)
-                del call_result
-    finally:
-        gc.enable()
+    times = _times(case)
     ours = times[names[-1]]
     ratios = {
         name: median(t / o for t, o in zip(times[name], ours, strict=True)) for name in names[:-1]
     }
-    floor = case.floor_bytes / bytes_per_second
+    peaks = {}
+    if case.memory:
+        peaks = {name: peak_extra_bytes(call) / 1e6 for name, call in case.contenders.items()}
     return Result(
-        case.name,
-        case.shape,
-        {n: 1e3 * median(t) for n, t in times.items()},
-        ratios,
-        case.floor_bytes,
-        case.floor_flops,
-        floor / median(ours),
-        case.rounds,
+        name=case.name,
+        shape=case.shape,
+        milliseconds={name: 1e3 * median(values) for name, values in times.items()},
+        ratios=ratios,
+        floor_bytes=case.floor_bytes,
+        floor_flops=case.floor_flops,
+        share_of_bandwidth_floor=case.floor_bytes / bytes_per_second / median(ours),
+        rounds=case.rounds,
         headline=case.headline,
-        peak_extra_MB={n: peak_extra_bytes(c) / 1e6 for n, c in case.contenders.items()}
-        if case.memory
-        else {},
+        peak_extra_MB=peaks,
     )
+
+
+def _times(case: Case) -> dict[str, list[float]]:
+    """Seconds by contender, a number a round; the garbage collector waits."""
+    times: dict[str, list[float]] = {name: [] for name in case.contenders}
+    order = list(case.contenders)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(case.rounds):
+            for name in order:
+                begin = now()
+                result = case.contenders[name]()
+                times[name].append(now() - begin)
+                del result
+            # what one leaves in caches and heap meets another in the next round
+            order.reverse()
+    finally:
+        gc.enable()
+    return times

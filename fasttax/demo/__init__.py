@@ -1,6 +1,4 @@
-"""`fasttax demo`: align a small real model four ways on one command, and report what each way
-costs.
-"""
+"""`fasttax demo`: align a small real model four ways, and report what each way costs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Text to tokens and back to characters.
-
-One small interface over a Hub tokenizer and over plain bytes.
-"""
+"""Text to tokens and back to characters, by a Hub tokenizer or as plain bytes."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ Span = tuple[int, int]
 
 
 class Codec(Protocol):
+    """What the demo asks of a tokenizer."""
+
     pad_id: int
 
     def encode(self, text: str) -> tuple[list[int], list[Span]]:
@@ -24,9 +23,9 @@ class Codec(Protocol):
 
 
 class HubCodec:
-    """A transformers tokenizer with its chat template (or, where it has none, "Question: ...
+    """A transformers tokenizer with its chat template.
 
-    Answer: ").
+    Where it has none a prompt is "Question: ..." and "Answer: " on the next line.
     """
 
     def __init__(self, tokenizer: Any, system: str | None = None) -> None:
@@ -36,6 +35,7 @@ class HubCodec:
         self.pad_id = self.end_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
     def encode(self, text: str) -> tuple[list[int], list[Span]]:
+        """As `Codec.encode`."""
         # verbose=False: whole topics are longer than the model's context, and are cut into passages
         # afterwards
         encoded = self.tokenizer(
@@ -44,6 +44,7 @@ class HubCodec:
         return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
 
     def prompt(self, text: str) -> list[int]:
+        """As `Codec.prompt`."""
         if self.tokenizer.chat_template is None:
             return self.encode(f"Question: {text}\nAnswer: ")[0]
         turns = [{"role": "user", "content": text}]
@@ -54,6 +55,7 @@ class HubCodec:
         )[0]
 
     def answer(self, text: str) -> list[int]:
+        """As `Codec.answer`."""
         return [*self.encode(text)[0], self.end_id]
 
 
@@ -63,6 +65,7 @@ class ByteCodec:
     pad_id, answer_id, end_id, vocabulary = 256, 257, 258, 259
 
     def encode(self, text: str) -> tuple[list[int], list[Span]]:
+        """As `Codec.encode`."""
         ids: list[int] = []
         spans: list[Span] = []
         for i, character in enumerate(text):
@@ -72,7 +75,9 @@ class ByteCodec:
         return ids, spans
 
     def prompt(self, text: str) -> list[int]:
+        """As `Codec.prompt`."""
         return [*self.encode(text)[0], self.answer_id]
 
     def answer(self, text: str) -> list[int]:
+        """As `Codec.answer`."""
         return [*self.encode(text)[0], self.end_id]

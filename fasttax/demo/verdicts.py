@@ -16,6 +16,7 @@ NAMES = {"plain": "Plain fine-tuning", "kl": "KL", "ewc": "EWC", "both": "KL and
 
 
 def rule(keep: float) -> str:
+    """How a strength is chosen, for the report; `keep` is a share of plain fine-tuning's gain."""
     return (
         "Every candidate strength is trained with the full budget. On the validation split, among "
         f"the candidates that keep at least {keep:.0%} of plain "
@@ -40,9 +41,8 @@ def choose(
     needed = base["answer_nll"] - keep * (base["answer_nll"] - plain["answer_nll"])
     good = [i for i, c in enumerate(candidates) if mean(c, "answer_nll") <= needed]
     if good:
-        return min(
-            good, key=lambda i: mean(candidates[i], "general_nll")
-        ), f"lowest general NLL of the {len(good)} with answer NLL up to {needed:.3f}"
+        best = min(good, key=lambda i: mean(candidates[i], "general_nll"))
+        return best, f"lowest general NLL of the {len(good)} with answer NLL up to {needed:.3f}"
     best = min(range(len(candidates)), key=lambda i: mean(candidates[i], "answer_nll"))
     return best, f"none reached answer NLL {needed:.3f}; this one comes nearest"
 
@@ -79,64 +79,77 @@ def _plain(base: dict[str, Any], plain: dict[str, Any]) -> str:
         f"{p['preference']['mean']:.0%}). "
     )
     general = d["general_nll"]
-    numbers = f"perplexity on general text {b['perplexity']['mean']:.2f} to {p['perplexity']['mean']:.2f}, paired change in NLL {_change(general)}"
+    numbers = (
+        f"perplexity on general text {b['perplexity']['mean']:.2f} to "
+        f"{p['perplexity']['mean']:.2f}, paired change in NLL {_change(general)}"
+    )
     if general["verdict"] == "worse":
-        return (
-            text
-            + f"It paid an alignment tax: {numbers}, that is {math.expm1(general['mean']):+.1%} perplexity."
-        )
+        more = math.expm1(general["mean"])
+        return f"{text}It paid an alignment tax: {numbers}, that is {more:+.1%} perplexity."
     if general["verdict"] == "better":
         return (
-            text
-            + f"It paid no tax on general text, which it even models better: {numbers}. There is nothing for a regulariser to win back here."
+            f"{text}It paid no tax on general text, which it even models better: {numbers}. There "
+            "is nothing for a regulariser to win back here."
         )
     return (
-        text
-        + f"No tax beyond noise was measured ({numbers}), so there is little for a regulariser to win back here."
+        f"{text}No tax beyond noise was measured ({numbers}), so there is little for a regulariser "
+        "to win back here."
     )
 
 
 def _against_plain(
     name: str, base: dict[str, Any], plain: dict[str, Any], run: dict[str, Any]
 ) -> str:
-    d, tax = run["against_plain"], plain["against_base"]["general_nll"]
-    general, answers = d["general_nll"], d["answer_nll"]
-    here, there = run["metrics"]["perplexity"]["mean"], plain["metrics"]["perplexity"]["mean"]
-    numbers = f"perplexity {here:.2f} against plain's {there:.2f}, paired change in NLL {_change(general)}"
-    text = f"{NAMES[name]} ({run['label']}) "
-    if general["verdict"] == "better":
-        text += f"kept more capability than plain fine-tuning ({numbers})"
-        if tax["verdict"] == "worse":
-            back = -general["mean"] / tax["mean"]
-            text += (
-                f", winning back {back:.0%} of the tax"
-                if back < 1
-                else ", winning back all of the tax"
-            )
-    elif general["verdict"] == "worse":
-        text += f"did not help at this strength: it kept less capability than plain fine-tuning ({numbers})"
-    else:
-        text += f"did not measurably help capability at this strength ({numbers})"
-    gain = base["metrics"]["answer_nll"]["mean"] - plain["metrics"]["answer_nll"]["mean"]
-    kept = base["metrics"]["answer_nll"]["mean"] - run["metrics"]["answer_nll"]["mean"]
-    share = (
-        f", {kept / gain:.0%} of plain's gain"
-        if plain["against_base"]["answer_nll"]["verdict"] == "better"
-        else ""
+    text = (
+        f"{NAMES[name]} ({run['label']}) {_capability(plain, run)}. {_alignment(base, plain, run)}."
     )
+    for metric, label in (
+        ("preference", "Preference accuracy"),
+        ("last_word", "Last-word accuracy"),
+    ):
+        change = run["against_plain"][metric]
+        if change["verdict"] != "same":
+            points = f"{abs(change['mean']) * 100:.1f} ± {change['se'] * 100:.1f} points"
+            text += f" {label} was {change['verdict']} than plain's by {points}."
+    return text
+
+
+def _capability(plain: dict[str, Any], run: dict[str, Any]) -> str:
+    """What a run did to general text, and how much of the tax it won back."""
+    general, tax = run["against_plain"]["general_nll"], plain["against_base"]["general_nll"]
+    here, there = run["metrics"]["perplexity"]["mean"], plain["metrics"]["perplexity"]["mean"]
+    numbers = (
+        f"perplexity {here:.2f} against plain's {there:.2f}, paired change in NLL "
+        f"{_change(general)}"
+    )
+    if general["verdict"] == "worse":
+        return (
+            "did not help at this strength: it kept less capability than plain fine-tuning "
+            f"({numbers})"
+        )
+    if general["verdict"] != "better":
+        return f"did not measurably help capability at this strength ({numbers})"
+    text = f"kept more capability than plain fine-tuning ({numbers})"
+    if tax["verdict"] != "worse":
+        return text
+    back = -general["mean"] / tax["mean"]
+    share = f"{back:.0%}" if back < 1 else "all"
+    return f"{text}, winning back {share} of the tax"
+
+
+def _alignment(base: dict[str, Any], plain: dict[str, Any], run: dict[str, Any]) -> str:
+    """What a run did to the answers, and how much of plain fine-tuning's gain it has."""
+    answers = run["against_plain"]["answer_nll"]
+    start, there, here = (row["metrics"]["answer_nll"]["mean"] for row in (base, plain, run))
+    numbers = f"answer NLL {here:.3f}, paired change {_change(answers)}"
+    if plain["against_base"]["answer_nll"]["verdict"] == "better":
+        numbers += f", {(start - here) / (start - there):.0%} of plain's gain"
     aligned = {
         "better": "aligned better",
         "worse": "aligned less well",
         "same": "aligned as well as plain within noise",
     }[answers["verdict"]]
-    text += f". It {aligned} (answer NLL {run['metrics']['answer_nll']['mean']:.3f}, paired change {_change(answers)}{share})."
-    for metric, label in (
-        ("preference", "Preference accuracy"),
-        ("last_word", "Last-word accuracy"),
-    ):
-        if d[metric]["verdict"] != "same":
-            text += f" {label} was {d[metric]['verdict']} than plain's by {abs(d[metric]['mean']) * 100:.1f} ± {d[metric]['se'] * 100:.1f} points."
-    return text
+    return f"It {aligned} ({numbers})"
 
 
 def _timing(timing: dict[str, Any]) -> str:

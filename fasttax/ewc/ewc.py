@@ -278,11 +278,7 @@ class EWC:
             TypeError, ValueError: no list of EWC, or of others than the same parameters, or of LoRA
                 updates whose anchors are not 0.
         """
-        if isinstance(ewcs, EWC) or not ewcs or not all(isinstance(e, EWC) for e in ewcs):
-            raise checks.fail(
-                "EWC.combine", "ewcs", "a non-empty list of EWC", ewcs, error=TypeError
-            )
-        return cls._of(tasks.combine([e.hold for e in ewcs]))
+        return cls._of(tasks.combine(_holds("EWC.combine", ewcs)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes Fisher, anchor and strength to a safetensors file; a crash leaves the old file.
@@ -317,3 +313,9 @@ class EWC:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave, on the same model; names and shapes must fit."""
         files.load_state_dict(self.hold, state)
+
+
+def _holds(op: str, ewcs: Sequence[EWC]) -> list[Hold]:
+    if isinstance(ewcs, EWC) or not ewcs or not all(isinstance(e, EWC) for e in ewcs):
+        raise checks.fail(op, "ewcs", "a non-empty list of EWC", ewcs, error=TypeError)
+    return [e.hold for e in ewcs]

@@ -84,11 +84,7 @@ def refuse_layout(op: str, model: nn.Module) -> None:
 def _renamer(
     op: str, rename: Mapping[str, str] | None, names: Iterable[str]
 ) -> Callable[[str], str]:
-    """Old name -> new name.
-
-    A key is a parameter's whole name, or a module's, which stands for all names below it; the
-    longest that fits counts.
-    """
+    """Old name -> new name, by the longest key that is the name or a module above it."""
     renames = {} if rename is None else rename
     if not isinstance(renames, Mapping):
         raise checks.fail(
@@ -162,8 +158,6 @@ def match(
 
     `shapes` maps its names to tensors.
     """
-    if not shapes:
-        raise checks.fail(op, "fisher", "at least one parameter", "an empty mapping")
     model = inner_model(model)
     refuse_layout(op, model)
     every = _named(model)
@@ -185,18 +179,27 @@ def match(
             wrong.append(f"{given}: shape {found}, the model has {target.shape}")
             continue
         _refuse_unholdable(op, name, target)
-        if id(theta) in names:
-            raise checks.fail(
-                op,
-                "fisher",
-                "tied weights once",
-                f"{names[id(theta)]} and {name}, one parameter",
-                "drop one of the two",
-            )
-        names[id(theta)] = name
+        _refuse_twice(op, names.setdefault(id(theta), name), name)
         targets.append(target)
     differences(op, "fisher", wrong)
+    _refuse_nothing(op, targets)
     return targets
+
+
+def _refuse_nothing(op: str, targets: list[Target]) -> None:
+    if not targets:
+        raise checks.fail(op, "fisher", "at least one parameter", "an empty mapping")
+
+
+def _refuse_twice(op: str, first: str, name: str) -> None:
+    if first != name:
+        raise checks.fail(
+            op,
+            "fisher",
+            "tied weights once",
+            f"{first} and {name}, one parameter",
+            "drop one of the two",
+        )
 
 
 def _refuse_trainable_base(op: str, name: str, target: Target) -> None:

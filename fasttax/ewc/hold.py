@@ -128,11 +128,12 @@ class Hold:
             if p.grad is None:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
         grads = [dtensor.local(p.grad) for p in x.owners]
-        params = [p.detach() for p in x.params]
+        params = [p.detach().contiguous() for p in x.params]
         if not isinstance(scale, Tensor):
-            return ops.add_grad_(
-                params, grads, x.anchors, x.fishers, x.scales, self.strength, scale
-            )
+            with ops.contiguous({"grads": grads}) as flat:
+                return ops.add_grad_(
+                    params, flat["grads"], x.anchors, x.fishers, x.scales, self.strength, scale
+                )
         pulls = torch.ops.fasttax.ewc_penalty_backward(
             scale.reshape(()).float(), params, x.anchors, x.fishers, x.scales, self.strength
         )
@@ -146,8 +147,8 @@ class Hold:
         lr = checks.number(op, "lr", lr, low=0)
         self.refuse_prox_of_lora(op)
         for x in self.store.stream(self.store.blocks(only)):
-            params = [p.detach() for p in x.params]
-            ops.prox_(params, x.anchors, x.fishers, x.scales, lr * self.strength)
+            with ops.contiguous({"params": [p.detach() for p in x.params]}) as flat:
+                ops.prox_(flat["params"], x.anchors, x.fishers, x.scales, lr * self.strength)
 
     def refuse_prox_of_lora(self, op: str) -> None:
         """An error where LoRA updates are held."""

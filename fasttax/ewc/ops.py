@@ -39,20 +39,25 @@ def _check(op: str, params: Sequence[Tensor], packed: bool, **others: Sequence[T
                 checks.tensor(op, where, value, dtypes)
                 _check_like(op, where, value, f"params[{i}]", theta)
             checks.same_device(op, where, value, f"params[{i}]", theta)
-            if (op, name) in WRITTEN and not value.is_contiguous():
-                raise checks.fail(
-                    op,
-                    where,
-                    "a contiguous tensor, since it is written in place",
-                    f"strides {value.stride()}",
-                    "call .contiguous() on it first",
-                )
+            if (op, name) in WRITTEN:
+                _check_contiguous(op, where, value)
 
 
 def _check_like(op: str, where: str, value: Tensor, other: str, theta: Tensor) -> None:
     if value.shape != theta.shape:
         raise checks.fail(op, where, f"shape {tuple(theta.shape)} as {other}", value)
     _check_wide(op, where, value, "parameter", other, theta)
+
+
+def _check_contiguous(op: str, where: str, value: Tensor) -> None:
+    if not value.is_contiguous():
+        raise checks.fail(
+            op,
+            where,
+            "a contiguous tensor, since it is written in place",
+            f"strides {value.stride()}",
+            "call .contiguous() on it first",
+        )
 
 
 def _check_wide(op: str, where: str, value: Tensor, what: str, other: str, like: Tensor) -> None:

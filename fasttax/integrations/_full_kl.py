@@ -20,7 +20,7 @@ from fasttax.integrations._models import backbone, causal_lm, head, hidden_state
 from fasttax.integrations._trainer import add_callback, check_trainer
 from fasttax.integrations.control import AdaptiveKL
 from fasttax.integrations.reference import TopKReference
-from fasttax.kl.token_kl import KINDS
+from fasttax.kl.call import KINDS
 
 OP = "FullKL"
 GENERATING = ("GRPOTrainer", "RLOOTrainer")
@@ -86,7 +86,7 @@ class FullKL(Handle):
             temperature = trainer.temperature if _is_a(trainer, *GENERATING) else 1.0
         self.options: dict[str, Any] = {
             "kind": kind,
-            "beta": checks.number(OP, "jsd_beta", jsd_beta, low=0, high=1),
+            "beta": KINDS[kind].check_beta(OP, "jsd_beta", jsd_beta),
             "temperature": checks.number(OP, "temperature", temperature, low=0, open_low=True),
         }
         self.trainer = trainer
@@ -115,7 +115,7 @@ class FullKL(Handle):
         """The coefficient, an AdaptiveKL's as it is at present."""
         return self._beta if self.control is None else self.control.beta
 
-    # --- seeing the policy's forward -------------------------------------------------------------
+    # --- seeing the policy's forward --------------------------------------------------------------
 
     def _see_backbone(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -146,7 +146,7 @@ class FullKL(Handle):
         self._sum = values[self.kind] if self._sum is None else self._sum + values[self.kind]
         self.events.record(values, tokens)
 
-    # --- adding it to the loss -------------------------------------------------------------------
+    # --- adding it to the loss --------------------------------------------------------------------
 
     def _with_kl(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         def with_kl(

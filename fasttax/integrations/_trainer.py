@@ -42,7 +42,7 @@ def refuse_deepspeed(op: str, args: Any, optimizer: Any) -> None:
         )
 
 
-# --- callbacks -----------------------------------------------------------------------------------
+# --- callbacks ------------------------------------------------------------------------------------
 
 
 def add_callback(handle: Handle, trainer: Any, callback: TrainerCallback) -> None:
@@ -87,7 +87,7 @@ def running_handler(callback: TrainerCallback) -> CallbackHandler | None:
     return None
 
 
-# --- logs and checkpoints ------------------------------------------------------------------------
+# --- logs and checkpoints -------------------------------------------------------------------------
 
 
 def publish(state: Any, logs: dict[str, Any], values: Mapping[str, Tensor | float]) -> None:

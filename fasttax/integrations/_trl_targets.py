@@ -16,7 +16,8 @@ import torch
 import trl
 from torch import Tensor
 
-from fasttax.integrations import _trl_ops as ops
+from fasttax.integrations._trl_divergence import Divergence, divergence_loss, has_jsd, jsd_loss
+from fasttax.integrations._trl_logprob import LogProb, selected_logp
 
 TESTED = "1.16"  # the TRL whose signatures these are
 LOGPROB = (
@@ -116,7 +117,7 @@ def _logprob(original: Any, calls: Counter[str], label: str) -> _Apply:
                 outputs,
             )
         calls[label] += 1
-        return ops.LogProb.apply(
+        return LogProb.apply(
             hidden, weight, bias, targets, temperature, softcap, logit_scale, tuple(outputs)
         )
 
@@ -155,7 +156,7 @@ def _divergence(original: Any, calls: Counter[str], label: str) -> _Apply:
         if student_scale <= 0 or teacher_scale <= 0:
             return original.apply(*args)
         calls[label] += 1
-        return ops.Divergence.apply(*args)
+        return Divergence.apply(*args)
 
     return _Apply(apply)
 
@@ -195,7 +196,7 @@ def _divergence_loss(original: Any, calls: Counter[str], label: str) -> Callable
                 temperature,
             )
         calls[label] += 1
-        return ops.divergence_loss(
+        return divergence_loss(
             (student_hidden_states, student_lm_head_weight, student_lm_head_bias),
             (teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias),
             completion_mask,
@@ -222,7 +223,7 @@ def _jsd(original: Any, calls: Counter[str], label: str) -> staticmethod[..., An
         num_items_in_batch: Any = None,
         **others: Any,
     ) -> Any:
-        if others.get("logits_are_probs") or not ops.has_jsd(reduction, num_items_in_batch):
+        if others.get("logits_are_probs") or not has_jsd(reduction, num_items_in_batch):
             return original.__func__(
                 student_logits,
                 teacher_logits,
@@ -234,7 +235,7 @@ def _jsd(original: Any, calls: Counter[str], label: str) -> staticmethod[..., An
                 **others,
             )
         calls[label] += 1
-        return ops.jsd_loss(
+        return jsd_loss(
             student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch
         )
 
@@ -248,7 +249,7 @@ def _selective(original: Any, calls: Counter[str], label: str) -> Callable[..., 
         if index.dim() != logits.dim() - 1:  # several indices a token
             return original(logits, index, temperature, row_mask)
         calls[label] += 1
-        return ops.selected_logp(logits, index, temperature, row_mask)
+        return selected_logp(logits, index, temperature, row_mask)
 
     return selective_log_softmax
 
@@ -272,7 +273,7 @@ def _online(original: Any, calls: Counter[str], label: str) -> Callable[..., Any
         ids = torch.cat((prompt_ids[:, cut:], completion_ids), 1)
         mask = torch.cat((prompt_mask[:, cut:], completion_mask), 1)
         logits = model(ids, attention_mask=mask).logits[:, -completion_ids.shape[1] - 1 : -1]
-        return ops.selected_logp(logits, completion_ids, 1.0, None)
+        return selected_logp(logits, completion_ids, 1.0, None)
 
     return _forward
 

@@ -110,7 +110,7 @@ class EWCCallback(Callback):
         """As `on_train_end`, which does not come after an exception."""
         self._handle.undo()
 
-    # --- checkpoints -----------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The anchor's hash, which Lightning keeps in its checkpoints."""

@@ -147,8 +147,8 @@ class TopKReference:
             raise KeyError(
                 f"TopKReference: expected one of the {len(self)} cached sequences, got "
                 f"{tokens.numel()} tokens {tokens[:8].tolist()}...; make the cache on the "
-                "sequences that the trainer trains on (TopKReference.make), with the same tokenizer and "
-                "length"
+                "sequences that the trainer trains on (TopKReference.make), with the same "
+                "tokenizer and length"
             )
         end = begin + tokens.numel() - 1
         return self.logp[begin:end], self.ids[begin:end].long()

@@ -76,7 +76,7 @@ class EWCCallback(TrainerCallback):
         self.where = checks.choice(op, "where", where, WHERE)
         self._primed = False
 
-    # --- the gradient ----------------------------------------------------------------------------
+    # --- the gradient -----------------------------------------------------------------------------
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before clipping: puts the penalty's gradient where the micro-batches' are added to.
@@ -97,7 +97,7 @@ class EWCCallback(TrainerCallback):
         if self.where == "post_clip":
             self.ewc.add_grad_()
 
-    # --- logs and checkpoints --------------------------------------------------------------------
+    # --- logs and checkpoints ---------------------------------------------------------------------
 
     def on_train_begin(
         self,

@@ -23,8 +23,8 @@ from fasttax._base.handle import Handle
 try:
     import trl
 
-    from fasttax.integrations import _trl_ops as ops
     from fasttax.integrations._full_kl import FullKL as FullKL
+    from fasttax.integrations._trl_divergence import has_jsd, jsd_loss
     from fasttax.integrations._trl_targets import TARGETS, TESTED
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -167,7 +167,7 @@ class FusedGKDMixin:
         num_items_in_batch: Any = None,
     ) -> Any:
         """TRL's loss by fasttax's op, or by TRL's where fasttax has none for these arguments."""
-        if logits_are_probs or not ops.has_jsd(reduction, num_items_in_batch):
+        if logits_are_probs or not has_jsd(reduction, num_items_in_batch):
             # GKD's own is the same but for logits_are_probs
             from trl.experimental.gold import GOLDTrainer
 
@@ -181,6 +181,6 @@ class FusedGKDMixin:
                 logits_are_probs=logits_are_probs,
                 num_items_in_batch=num_items_in_batch,
             )
-        return ops.jsd_loss(
+        return jsd_loss(
             student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch
         )

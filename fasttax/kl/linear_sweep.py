@@ -14,26 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasttax._base.gemm import gemm, mixed_gemm, narrow_gemm, pieces, project
-from fasttax.kl.token_kl import Tempering
+from fasttax.kl.call import OPTIONS, Tempering
+from fasttax.reference.numbers import wide_dtype
+from fasttax.reference.rows import KL, LINEAR, LSE, REF_LSE, SAVED_KL, SAVED_STATS, STATS
 
-# the first six as token_stats gives them
-ROWS = (
-    "logp",
-    "ref_logp",
-    "entropy",
-    "lse",
-    "kl_policy_ref",
-    "kl_ref_policy",
-    "kl",
-    "ref_lse",
-)
-LSE, KL, REF_LSE = 3, 6, 7
 # of logits at a time: 208 tokens of SmolLM2's vocabulary and 104 of the reference's
 CPU_BYTES = 60 << 20
 # 1,168 tokens of Qwen's; a GPU's GEMM wants a thousand, and its caching allocator keeps the buffer
@@ -41,62 +31,119 @@ GPU_BYTES = 1 << 30
 MIN_TOKENS = 128  # below it a GEMM no longer runs at its rate
 # tokens, of the reference; 512 of them took 1.04 of their GEMMs' time by 176 and 88, 1.05 by 128
 # and 128, 1.09 by 256 and 56
-MIN_PART = 56
+MIN_REF_TOKENS = 56
+STEP = 16  # chunks are multiples of so many tokens
+
+
+def up(n: int, to: int) -> int:
+    """`n` rounded up to a multiple of `to`."""
+    return -(-n // to) * to
+
+
+class ChunkSize(NamedTuple):
+    """How many tokens' logits exist at a time."""
+
+    policy_tokens: int
+    ref_tokens: int  # a part of them: whose reference logits, or gradient beside the logits, exist
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is asked of a chunk: `kl` by token_kl, which takes whole rows.
+class Asked:
+    """What a sweep is to give of every token, and how much of the logits may exist at a time.
 
-    `stats` by token_stats of the policy's, or with `pair` of both rows, and then the reference's
-    lse too: all that `merge_parts` wants of a tile of the vocabulary.
+    `kl` is token_kl's, which takes whole rows. `stats` are token_stats' of the policy's rows, or
+    with `pair` of both, and then the reference's lse too: all that `combine_parts` wants of a tile
+    of the vocabulary.
     """
 
-    kl: bool
-    stats: bool
-    pair: bool
-    token_chunk: int | None
-    vocab_chunk: int | None
+    kl: bool = False
+    stats: bool = False
+    pair: bool = False
+    token_chunk: int | None = None
+    vocab_chunk: int | None = None
 
     def columns(self, V: int) -> int:
-        return V if self.kl or self.vocab_chunk is None else min(self.vocab_chunk, V)
+        """Of the logits that exist at a time."""
+        return V if self.kl else self._vocab_chunk(V)
+
+    def tiles(self, V: int) -> int:
+        """Into how many tiles of columns a vocabulary falls."""
+        return -(-V // self.columns(V))
+
+    def _vocab_chunk(self, V: int) -> int:
+        return min(self.vocab_chunk or V, V)
+
+    def chunk_size(self, N: int, V: int, shared: bool, like: Tensor) -> ChunkSize:
+        """Of N tokens, with both models' logits `shared`: made by one GEMM over one head."""
+        both = self.kl or self.pair
+        rows_a_token = 1.0
+        if both:
+            rows_a_token = 2.0 if shared else 1.5
+        policy_tokens = self.token_chunk or self._even_chunk(N, V, rows_a_token, like)
+        if self.kl:  # whole rows, of so many tokens fewer
+            policy_tokens = max(1, policy_tokens * self._vocab_chunk(V) // V)
+        ref_tokens = MIN_REF_TOKENS
+        if both:
+            half = up(policy_tokens, STEP) // 2
+            ref_tokens = policy_tokens if shared else max(MIN_REF_TOKENS, half)
+        return ChunkSize(policy_tokens, min(policy_tokens, ref_tokens))
+
+    def _even_chunk(self, N: int, V: int, rows_a_token: float, like: Tensor) -> int:
+        """Tokens of chunks of one size, within the bytes that are allowed them."""
+        budget = CPU_BYTES if like.device.type == "cpu" else GPU_BYTES
+        within = int(budget / (like.element_size() * self.columns(V) * rows_a_token))
+        most = max(MIN_TOKENS, within // STEP * STEP)
+        chunks = max(1, -(-N // most))
+        return max(1, up(-(-N // chunks), STEP))
+
+
+class Tensors(NamedTuple):
+    """Both models' hidden states, heads and biases, tokens flattened, in the ops' order."""
+
+    hidden: Tensor
+    weight: Tensor
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+    bias: Tensor | None = None
+    ref_bias: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What logits and gradients are summed in: float32, or float64 where any tensor has it."""
+        return wide_dtype(*self)
+
+
+class Inputs(NamedTuple):
+    """What the linear ops take; the order is known here alone."""
+
+    tensors: Tensors
+    ids: Tensor | None
+    mask: Tensor | None
+    t: Tempering
+    asked: Asked
 
     def args(self) -> tuple[Any, ...]:
-        return self.kl, self.stats, self.pair, self.token_chunk, self.vocab_chunk
+        """As SCHEMA has them."""
+        a = self.asked
+        asked = (a.kl, a.stats, a.pair, a.token_chunk, a.vocab_chunk)
+        return (*self.tensors, self.ids, self.mask, *self.t.args(), *asked)
 
-    def tokens(self, N: int, V: int, shared: bool, like: Tensor) -> tuple[int, int]:
-        """Of a chunk, and of the part of it whose reference logits (or whose gradient beside the
-        logits) exist at a time.
-        """
-        two = self.kl or self.pair
-        columns, rows_a_token = self.columns(V), 2.0 if two and shared else 1.5 if two else 1.0
-        if self.token_chunk is not None:
-            tokens = self.token_chunk
-        else:
-            budget = CPU_BYTES if like.device.type == "cpu" else GPU_BYTES
-            most = max(
-                MIN_TOKENS, int(budget / (like.element_size() * columns * rows_a_token)) // 16 * 16
-            )
-            even = -(-N // max(1, -(-N // most)))  # chunks of one size
-            tokens = max(1, -(-even // 16) * 16)
-        if (
-            self.kl and self.vocab_chunk is not None and self.vocab_chunk < V
-        ):  # whole rows, of so many tokens fewer
-            tokens = max(1, tokens * self.vocab_chunk // V)
-        part = tokens if two and shared else -(-tokens // 16) * 8 if two else 0
-        return tokens, min(tokens, max(MIN_PART, part))
+    @classmethod
+    def of_args(cls, args: Sequence[Any]) -> Inputs:
+        """The inverse of `args`."""
+        tensors, (ids, mask), options, asked = args[:6], args[6:8], args[8:-5], args[-5:]
+        return cls(Tensors(*tensors), ids, mask, Tempering.of_args(options), Asked(*asked))
 
 
-def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """What logits and gradients are summed in: float32, or float64 where any tensor has it."""
-    return (
-        torch.float64
-        if any(t is not None and t.dtype == torch.float64 for t in tensors)
-        else torch.float32
-    )
+SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? ref_hidden, Tensor? ref_weight, Tensor? bias, "
+    f"Tensor? ref_bias, Tensor? ids, Tensor? mask, {OPTIONS}, "
+    "bool kl, bool stats, bool pair, int? token_chunk, int? vocab_chunk"
+)
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both are one memory read in one way."""
     if a is None or b is None:
         return a is b
     return (
@@ -107,11 +154,8 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     )
 
 
-class Head:
-    """One model's hidden states and head.
-
-    Logits of a chunk, and the gradients, added up chunk by chunk.
-    """
+class Projection:
+    """One model's hidden states and head: a chunk's logits, and gradients added up by chunks."""
 
     def __init__(
         self,
@@ -121,31 +165,34 @@ class Head:
         needs: tuple[bool, bool, bool],
         dtype: torch.dtype,
     ) -> None:
-        wide, halves = (
-            dtype == torch.float32,
-            hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16),
-        )
-        mixed, self.narrow = (
-            wide and mixed_gemm(weight.device),
-            wide and halves and narrow_gemm(weight.device),
-        )
+        halves = hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16)
+        wide = dtype == torch.float32
+        self.narrow = wide and halves and narrow_gemm(weight.device)
         self.given = (hidden, weight, bias)
-        self.hidden, self.weight = (
-            (hidden, weight) if mixed or self.narrow else (hidden.to(dtype), weight.to(dtype))
-        )
+        if self.narrow or (wide and mixed_gemm(weight.device)):
+            self.hidden, self.weight = hidden, weight
+        else:
+            self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        empty = torch.empty if hidden.shape[0] else torch.zeros
-        self.d_hidden = empty(hidden.shape, dtype=dtype, device=hidden.device) if needs[0] else None
-        self.d_weight = empty(weight.shape, dtype=dtype, device=hidden.device) if needs[1] else None
-        self.d_bias = (
-            torch.zeros(weight.shape[0], dtype=dtype, device=hidden.device) if needs[2] else None
-        )
         self.trains = any(needs)
+        # GEMMs write the first chunk's part over what is there; of no tokens there is none
+        empty = torch.empty if hidden.shape[0] else torch.zeros
+        self.d_hidden: Tensor | None = None
+        self.d_weight: Tensor | None = None
+        self.d_bias: Tensor | None = None
+        if needs[0]:
+            self.d_hidden = empty(hidden.shape, dtype=dtype, device=hidden.device)
+        if needs[1]:
+            self.d_weight = empty(weight.shape, dtype=dtype, device=hidden.device)
+        if needs[2]:
+            self.d_bias = torch.zeros(weight.shape[0], dtype=dtype, device=hidden.device)
 
     def project(self, hidden: Tensor, columns: slice, buffer: Tensor) -> Tensor:
+        """Logits of some hidden states at `columns`, in the buffer."""
         weight = self.weight[columns]
-        logits = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
-        return project(hidden, weight, None if self.bias is None else self.bias[columns], logits)
+        bias = None if self.bias is None else self.bias[columns]
+        tokens, width = hidden.shape[0], weight.shape[0]
+        return project(hidden, weight, bias, buffer[: tokens * width].view(tokens, width))
 
     def add(self, tokens: slice, columns: slice, d_logits: Tensor) -> None:
         """The chunk's part of every gradient; the first of a sum writes it."""
@@ -169,7 +216,7 @@ class Head:
 class Sweep:
     """All chunks of a call in turn.
 
-    `run` without `d_rows` fills `rows` and what a backward wants of them (`kept`); with `d_rows`
+    `run` without `d_rows` fills `rows` and what a backward wants of them (`saved`); with `d_rows`
     and those of an earlier run it adds up the gradients of sum(d_rows * rows); with `d_rows` on a
     fresh sweep it does both at once.
 
@@ -177,88 +224,70 @@ class Sweep:
     many there are.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[Tensor | None],
-        ids: Tensor | None,
-        mask: Tensor | None,
-        t: Tempering,
-        work: Work,
-        needs: Sequence[bool] = (False,) * 6,
-    ) -> None:
+    def __init__(self, inputs: Inputs, needs: Sequence[bool] = (False,) * 6) -> None:
+        tensors, ids, mask, self.t, self.asked = inputs
         hidden, weight, ref_hidden, ref_weight, bias, ref_bias = tensors
-        assert hidden is not None
-        assert weight is not None
-        self.t, self.work, self.dtype, self.given_N = t, work, wide_dtype(*tensors), hidden.shape[0]
-        self.live = None if mask is None or mask.device.type != "cpu" else mask.nonzero()[:, 0]
-        self.mask = mask if self.live is None else None
+        dtype = tensors.dtype
+        self.given_tokens = hidden.shape[0]
+        self.live: Tensor | None = None
+        if mask is not None and mask.device.type == "cpu":
+            self.live, mask = mask.nonzero()[:, 0], None
+        self.mask = mask
         self.ids = None if ids is None else self._take(ids, 0)
-        hidden, ref_hidden = (
-            self._take(hidden, 0),
-            None if ref_hidden is None else self._take(ref_hidden, 0),
-        )
-        self.policy = Head(hidden, weight, bias, (needs[0], needs[1], needs[4]), self.dtype)
-        self.ref = None
+        hidden = self._take(hidden, 0)
+        self.policy = Projection(hidden, weight, bias, (needs[0], needs[1], needs[4]), dtype)
+        self.ref: Projection | None = None
         if ref_hidden is not None and ref_weight is not None:
-            self.ref = Head(
-                ref_hidden, ref_weight, ref_bias, (needs[2], needs[3], needs[5]), self.dtype
-            )
+            of_ref = (needs[2], needs[3], needs[5])
+            self.ref = Projection(self._take(ref_hidden, 0), ref_weight, ref_bias, of_ref, dtype)
         self.N, self.V = hidden.shape[0], weight.shape[0]
         self.shared = same(weight, ref_weight) and same(bias, ref_bias)
-        self.columns = work.columns(self.V)
-        self.rows = hidden.new_zeros(
-            (len(ROWS), -(-self.V // self.columns), self.N), dtype=self.dtype
-        )
-        self.kept = empty_kept(self.rows, work)
+        self.columns = self.asked.columns(self.V)
+        shape = (len(LINEAR), self.asked.tiles(self.V), self.N)
+        self.rows = hidden.new_zeros(shape, dtype=dtype)
+        self.saved = empty_saved(self.rows, self.asked)
 
     def _take(self, t: Tensor, dim: int) -> Tensor:
+        """The live tokens of `t`."""
         return t if self.live is None else t.index_select(dim, self.live)
 
     def _spread(self, t: Tensor, dim: int) -> Tensor:
-        if self.live is None or not t.dim() > dim:
+        """The inverse of `_take`, 0 for the others; what has no such dimension stays as it is."""
+        if self.live is None or t.dim() <= dim:
             return t
-        shape = (*t.shape[:dim], self.given_N, *t.shape[dim + 1 :])
+        shape = (*t.shape[:dim], self.given_tokens, *t.shape[dim + 1 :])
         return t.new_zeros(shape).index_copy_(dim, self.live, t)
 
     def results(self) -> tuple[Tensor, ...]:
         """(rows, what a backward wants of them), of every token."""
-        return self._spread(self.rows, 2), *(self._spread(kept, 1) for kept in self.kept)
+        return self._spread(self.rows, 2), *(self._spread(saved, 1) for saved in self.saved)
 
-    def resume(self, kept: Sequence[Tensor]) -> Sweep:
-        """With what an earlier sweep kept."""
-        self.kept = [k if k.dim() == 1 else self._take(k, 1) for k in kept]
+    def resume(self, saved: Sequence[Tensor]) -> Sweep:
+        """With what an earlier sweep saved."""
+        self.saved = [s if s.dim() == 1 else self._take(s, 1) for s in saved]
         return self
 
     def run(self, d_rows: Tensor | None, fresh: bool = True) -> None:
-        d_rows = None if d_rows is None else self._take(d_rows, 2)
-        step, part = self.work.tokens(self.N, self.V, self.shared, self.rows)
-        step, part = min(step, self.N), min(part, self.N)
-        both = self.ref is not None and self.shared
-        buffer = self.rows.new_empty((2 if both else 1) * step * self.columns)
-        ref_buffer = self.rows.new_empty(
-            part * self.columns if self.ref is not None and not both else 0
-        )
+        """Goes over all chunks, forward where `fresh`, backward where there is a `d_rows`."""
+        if d_rows is not None:
+            d_rows = self._take(d_rows, 2)
+        size = self.asked.chunk_size(self.N, self.V, self.shared, self.rows)
+        step, ref_step = min(size.policy_tokens, self.N), min(size.ref_tokens, self.N)
+        together = 2 if self.ref is not None and self.shared else 1
+        apart = 0 if self.ref is None or self.shared else 1
+        buffer = self.rows.new_empty(together * step * self.columns)
+        ref_buffer = self.rows.new_empty(apart * ref_step * self.columns)
         for tokens in pieces(0, self.N, max(1, step)):
             for tile, columns in enumerate(pieces(0, self.V, self.columns)):
-                x, ys = self._logits(tokens, columns, buffer)
-                for part_tokens in pieces(tokens.start, tokens.stop, part):
-                    inside = slice(
-                        part_tokens.start - tokens.start, part_tokens.stop - tokens.start
-                    )
-                    y = (
-                        ys[inside]
-                        if ys is not None
-                        else None
-                        if self.ref is None
-                        else self.ref.project(self.ref.hidden[part_tokens], columns, ref_buffer)
-                    )
-                    chunk = _Chunk(self, tile, columns, part_tokens, x[inside], y)
+                x, y = self._logits(tokens, columns, buffer)
+                for part in pieces(0, x.shape[0], ref_step):
+                    at = slice(tokens.start + part.start, tokens.start + part.stop)
+                    of_ref = self._ref_logits(y, part, at, columns, ref_buffer)
+                    chunk = _Chunk(self, tile, columns, at, x[part], of_ref)
                     if fresh:
                         chunk.forward()
                     if d_rows is not None:
-                        d_y = chunk.backward(d_rows[:, tile, part_tokens])
-                        if self.ref is not None and d_y is not None:
-                            self.ref.add(part_tokens, columns, d_y)
+                        chunk.backward(d_rows[:, tile, at])
                 if d_rows is not None and self.policy.trains:
                     self.policy.add(tokens, columns, x)
 
@@ -269,17 +298,26 @@ class Sweep:
         hidden = self.policy.hidden[tokens]
         if self.ref is None or not self.shared:
             return self.policy.project(hidden, columns, buffer), None
-        x, y = self.policy.project(
-            torch.cat((hidden, self.ref.hidden[tokens])), columns, buffer
-        ).chunk(2)
+        both = torch.cat((hidden, self.ref.hidden[tokens]))
+        x, y = self.policy.project(both, columns, buffer).chunk(2)
         return x, y
 
+    def _ref_logits(
+        self, y: Tensor | None, part: slice, at: slice, columns: slice, buffer: Tensor
+    ) -> Tensor | None:
+        """Of the reference's tokens `at`: the `part` of y, or made in the buffer."""
+        if self.ref is None:
+            return None
+        if y is not None:
+            return y[part]
+        return self.ref.project(self.ref.hidden[at], columns, buffer)
+
     def gradients(self) -> list[Tensor | None]:
-        """Of hidden, weight, ref_hidden, ref_weight, bias, ref_bias."""
+        """Of `Tensors`, None for those not needed."""
         d_hidden, d_weight, d_bias = self.policy.gradients()
-        d_ref_hidden, d_ref_weight, d_ref_bias = (
-            (None, None, None) if self.ref is None else self.ref.gradients()
-        )
+        d_ref_hidden, d_ref_weight, d_ref_bias = None, None, None
+        if self.ref is not None:
+            d_ref_hidden, d_ref_weight, d_ref_bias = self.ref.gradients()
         d_hidden, d_ref_hidden = (
             d if d is None else self._spread(d, 0) for d in (d_hidden, d_ref_hidden)
         )
@@ -287,96 +325,92 @@ class Sweep:
 
 
 class _Chunk:
-    """A part's logits, and the ops over them."""
+    """The logits of some tokens at some columns, and the ops over them."""
 
     def __init__(
         self, sweep: Sweep, tile: int, columns: slice, tokens: slice, x: Tensor, y: Tensor | None
     ) -> None:
-        self.sweep, self.tile, self.tokens, self.x, self.y = sweep, tile, tokens, x, y
+        self.sweep, self.asked, self.t = sweep, sweep.asked, sweep.t
+        self.columns, self.tokens, self.x, self.y = columns, tokens, x, y
+        self.rows = sweep.rows[:, tile, tokens]
+        self.saved = [s if s.dim() == 1 else s[tile, tokens] for s in sweep.saved]
         self.mask = None if sweep.mask is None else sweep.mask[tokens]
         self.ids = None
-        if (
-            sweep.ids is not None
-        ):  # where the id is another tile's, merge_parts takes nothing from here
-            ids = sweep.ids[tokens] - columns.start
-            self.ids = (
-                ids if sweep.columns == sweep.V else ids.where((ids >= 0) & (ids < x.shape[1]), 0)
-            )
-        scale, ref_scale, cap, ref_cap, inv_t, ref_inv_t = self.options = sweep.t.args()[2:8]
-        self.of_policy, self.of_ref = (
-            (scale, scale, cap, cap, inv_t, inv_t),
-            (ref_scale, ref_scale, ref_cap, ref_cap, ref_inv_t, ref_inv_t),
-        )
-
-    def _kept(self, which: int) -> Tensor:
-        return self.sweep.kept[which][self.tile, self.tokens]
+        if sweep.ids is not None:
+            self.ids = sweep.ids[tokens] - columns.start
+        if self.ids is not None and sweep.columns < sweep.V:
+            # where the id is another tile's, combine_parts takes nothing from here
+            self.ids = self.ids.where((self.ids >= 0) & (self.ids < x.shape[1]), 0)
 
     def forward(self) -> None:
-        work, rows, ops = (
-            self.sweep.work,
-            self.sweep.rows[:, self.tile, self.tokens],
-            torch.ops.fasttax,
-        )
-        if work.kl:
-            rows[KL], self._kept(0)[:] = ops.token_kl(
-                self.x, self.y, self.mask, *self.sweep.t.args()
+        """Fills the chunk's rows and what its backward wants of them."""
+        t, ops, stats = self.t, torch.ops.fasttax, slice(0, len(STATS))
+        kl_saved, saved, ref_saved = self.saved
+        if self.asked.kl:
+            self.rows[KL], kl_saved[:] = ops.token_kl(self.x, self.y, self.mask, *t.args())
+        if self.asked.pair:
+            self.rows[stats], saved[:] = ops.token_stats(
+                self.x, self.y, self.ids, self.mask, *t.sides()
             )
-        if work.pair:
-            rows[:6], self._kept(1)[:] = ops.token_stats(
-                self.x, self.y, self.ids, self.mask, *self.options
-            )
-            of_ref, self._kept(2)[:] = ops.token_stats(self.y, None, None, self.mask, *self.of_ref)
-            rows[REF_LSE] = of_ref[LSE]
-            # as the reference's: equal rows, equal bits
-            rows[LSE] = ops.token_stats(self.x, None, None, self.mask, *self.of_policy)[0][LSE]
-        elif work.stats:
-            rows[:6], self._kept(1)[:] = ops.token_stats(
-                self.x, None, self.ids, self.mask, *self.of_policy
-            )
+            # each lse of one row alone: equal rows, equal bits
+            of_ref, ref_saved[:] = self._alone(self.y, None, t.alone(t.ref))
+            of_policy, _ = self._alone(self.x, None, t.alone(t.policy))
+            self.rows[REF_LSE], self.rows[LSE] = of_ref[LSE], of_policy[LSE]
+        elif self.asked.stats:
+            self.rows[stats], saved[:] = self._alone(self.x, self.ids, t.alone(t.policy))
 
-    def backward(self, d_rows: Tensor) -> Tensor | None:
-        """Writes the policy's gradient over its logits; returns the reference's where that trains."""
-        sweep, ops = self.sweep, torch.ops.fasttax
-        need_x, need_y = sweep.policy.trains, sweep.ref is not None and sweep.ref.trains
-        d_x, d_y = None, None
-        if sweep.work.stats:
-            d, y = d_rows[:6].contiguous(), self.y if sweep.work.pair else None
-            options = self.options if sweep.work.pair else self.of_policy
-            d_x, d_y = ops.token_stats_backward(
-                d,
-                self.x,
-                y,
-                self.ids,
-                self.mask,
-                self._kept(1),
-                *options,
-                need_x,
-                need_y and sweep.work.pair,
+    def _alone(
+        self, z: Tensor | None, ids: Tensor | None, sides: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor]:
+        values, saved = torch.ops.fasttax.token_stats(z, None, ids, self.mask, *sides)
+        return values, saved
+
+    def backward(self, d_rows: Tensor) -> None:
+        """Writes the policy's gradient over its logits, and adds the reference's up."""
+        policy, ref = self.sweep.policy, self.sweep.ref
+        needs = policy.trains, ref is not None and ref.trains
+        d_x, d_y = self._stats_backward(d_rows, *needs)
+        if self.asked.kl:
+            by_token, saved = d_rows[KL].contiguous(), self.saved[0]
+            d_y = torch.ops.fasttax.token_kl_backward_(
+                by_token, self.x, self.y, self.mask, saved, *self.t.args(), needs[1]
             )
-        if sweep.work.pair and need_y:
-            d = torch.zeros_like(d_rows[:6])
-            d[LSE] = d_rows[REF_LSE]
-            d_y += ops.token_stats_backward(
-                d, self.y, None, None, self.mask, self._kept(2), *self.of_ref, True, False
-            )[0]
-        if sweep.work.kl:
-            by_token = d_rows[KL].contiguous()
-            d_y = ops.token_kl_backward_(
-                by_token, self.x, self.y, self.mask, self._kept(0), *sweep.t.args(), need_y
-            )
-            if d_x is not None and need_x:
+        if d_x is not None and policy.trains:
+            if self.asked.kl:
                 self.x.add_(d_x)
-        elif d_x is not None and need_x:
-            self.x.copy_(d_x)
-        return d_y if need_y else None
+            else:
+                self.x.copy_(d_x)
+        if ref is not None and ref.trains and d_y is not None:
+            ref.add(self.tokens, self.columns, d_y)
+
+    def _stats_backward(
+        self, d_rows: Tensor, need_x: bool, need_y: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of token_stats' rows by both logits, None where there are none."""
+        if not self.asked.stats:
+            return None, None
+        backward, t, d = torch.ops.fasttax.token_stats_backward, self.t, d_rows[: len(STATS)]
+        _, saved, ref_saved = self.saved
+        y, sides = None, t.alone(t.policy)
+        if self.asked.pair:
+            y, sides = self.y, t.sides()
+        need_y = need_y and self.asked.pair
+        d_x, d_y = backward(
+            d.contiguous(), self.x, y, self.ids, self.mask, saved, *sides, need_x, need_y
+        )
+        if need_y:
+            of_ref = torch.zeros_like(d)
+            of_ref[LSE] = d_rows[REF_LSE]
+            d_y += backward(
+                of_ref, self.y, None, None, self.mask, ref_saved, *t.alone(t.ref), True, False
+            )[0]
+        return d_x, d_y
 
 
-def empty_kept(rows: Tensor, work: Work) -> list[Tensor]:
-    """What the ops keep of every tile and token for their backwards.
+def empty_saved(rows: Tensor, asked: Asked) -> list[Tensor]:
+    """What the ops save of every tile and token for their backwards, or nothing.
 
-    token_kl 8 numbers, token_stats 11 of each call.
+    That is token_kl's, token_stats', and with `pair` token_stats' of the reference alone.
     """
-    return [
-        rows.new_empty((*rows.shape[1:], width) if used else (0,))
-        for width, used in ((8, work.kl), (11, work.stats), (11, work.pair))
-    ]
+    widths = ((SAVED_KL, asked.kl), (SAVED_STATS, asked.stats), (SAVED_STATS, asked.pair))
+    return [rows.new_empty((*rows.shape[1:], width) if used else (0,)) for width, used in widths]

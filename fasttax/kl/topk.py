@@ -8,7 +8,9 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
-from fasttax.kl.token_kl import check_mask, tempering, token_kl
+from fasttax.kl.call import check_mask, tempering
+from fasttax.kl.token_kl import token_kl
+from fasttax.reference.numbers import hide_rows
 
 TAILS = ("ghost", "renormalize")
 
@@ -16,35 +18,33 @@ TAILS = ("ghost", "renormalize")
 def topk_logprobs(ref_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest log-probs of every token and their ids: what a cached reference is made of.
 
-    (..., k) float32 and int64.
+    Args:
+        ref_logits: (..., V).
+        k: how many of a token.
+
+    Returns:
+        (..., k) float32 (float64 for float64 logits), descending, and int64.
+
+    Raises:
+        ValueError, TypeError: k is not in 1 ... V, or the logits are no floats.
     """
     op = "topk_logprobs"
     checks.tensor(op, "ref_logits", ref_logits)
-    if (
-        ref_logits.dim() < 1
-        or not isinstance(k, int)
-        or isinstance(k, bool)
-        or not 1 <= k <= ref_logits.shape[-1]
-    ):
-        raise checks.fail(
-            op,
-            "k",
-            f"an integer from 1 to V = {ref_logits.shape[-1] if ref_logits.dim() else 0}",
-            k,
-        )
+    V = ref_logits.shape[-1] if ref_logits.dim() else 0
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= V:
+        raise checks.fail(op, "k", f"an integer from 1 to V = {V}", k)
     x = reference.wide(ref_logits)
     top, ids = x.topk(k, -1)
     largest = top[..., :1]
     rest = x.scatter(-1, ids[..., :1], -torch.inf).logsumexp(-1, keepdim=True) - largest
-    return (top - largest) - F.softplus(
-        rest
-    ), ids  # log1p keeps the digits of a mass near 1, from which the tail's mass is told
+    # log1p keeps the digits of a mass near 1, from which the tail's mass is told
+    return (top - largest) - F.softplus(rest), ids
 
 
 def _tail_logp(top: Tensor) -> Tensor:
     """Log of the mass that the top-k log-probs leave.
 
-    (1 - p_1) - (p_2 + ...), where 1 - (p_1 + p_2 + ...) would cancel.
+    It is (1 - p_1) - (p_2 + ...), where 1 - (p_1 + p_2 + ...) would cancel.
     """
     largest, others = top.double().sort(-1, descending=True).values.tensor_split([1], -1)
     mass = -torch.expm1(largest) - others.exp().sum(-1, keepdim=True)
@@ -71,11 +71,26 @@ def topk_kl(
     """KL against a reference known by its top k log-probs; at k = V the full KL.
 
     Args:
-        logits: (..., V), the policy's. ref_topk_logp, ref_topk_ids: (..., k), as `topk_logprobs`
-            gives (at the reference's own temperature).
+        logits: (..., V), the policy's.
+        ref_topk_logp: (..., k), as `topk_logprobs` gives, at the reference's own temperature.
+        ref_topk_ids: (..., k), their ids.
+        kind: as in `token_kl`.
         tail: "ghost" gathers all other tokens into one, on both sides (a lower bound of the full
             KL); "renormalize" compares the two distributions restricted to the k tokens.
-        Others as in `token_kl`; temperature, softcap and logit_scale are the policy's.
+        beta: as in `token_kl`.
+        temperature: of the policy.
+        softcap: of the policy.
+        logit_scale: of the policy.
+        mask: as in `token_kl`.
+        weight: as in `token_kl`.
+        reduction: as in `token_kl`.
+        inf: as in `token_kl`.
+
+    Returns:
+        As `token_kl`.
+
+    Raises:
+        ValueError, TypeError, IndexError: shape, dtype, device, an id or an option does not fit.
     """
     op = "topk_kl"
     checks.tensor(op, "logits", logits)
@@ -95,12 +110,6 @@ def topk_kl(
             ref_topk_logp,
         )
     checks.same_device(op, "ref_topk_logp", ref_topk_logp, "logits", logits)
-    shown = (
-        ref_topk_ids
-        if mask is None
-        else ref_topk_ids.masked_fill(~(mask != 0).broadcast_to(logits.shape[:-1])[..., None], 0)
-    )
-    checks.ids_in_range(op, "ref_topk_ids", shown, logits.shape[-1])
     t = tempering(
         op,
         kind=kind,
@@ -111,13 +120,11 @@ def topk_kl(
         inf=inf,
     )
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
-    if mask is not None:
-        logits = logits.masked_fill(~mask[..., None], 0.0)
-        ref_topk_ids = ref_topk_ids.masked_fill(~mask[..., None], 0)
-        ref_topk_logp = ref_topk_logp.masked_fill(~mask[..., None], 0.0)
-    ids, k = ref_topk_ids.long(), ref_topk_ids.shape[-1]
-    x = reference.temper(logits, t.scale, t.softcap, t.inv_temperature)
-    top, ref_top = x.gather(-1, ids), ref_topk_logp.to(x.dtype)
+    logits = hide_rows(logits, mask)
+    ids, k = hide_rows(ref_topk_ids.long(), mask), ref_topk_ids.shape[-1]
+    checks.ids_in_range(op, "ref_topk_ids", ids, logits.shape[-1])
+    x = t.policy.temper(logits)
+    top, ref_top = x.gather(-1, ids), hide_rows(ref_topk_logp, mask).to(x.dtype)
     if tail == "ghost" and k < x.shape[-1]:
         rest = x.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         top, ref_top = torch.cat((top, rest), -1), torch.cat((ref_top, _tail_logp(ref_top)), -1)

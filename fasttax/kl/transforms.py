@@ -12,47 +12,43 @@ import torch
 from torch import Tensor
 
 from fasttax._base.library import lib, second_derivative_message
+from fasttax._base.modes import transforming
 
 
 def register_vmap(
     name: str, tensors: int, first: int = 0, outputs: tuple[int, ...] | None = None
 ) -> None:
-    """Leading dimensions of the ops are free, so one more is all that vmap needs.
+    """Registers how vmap runs the op: leading dimensions are free, so one more is all it needs.
 
     The first `tensors` arguments take it in front (the first of all at `first`), the outputs give
     it at `outputs` (None: the gradients of a backward op, which may be left out).
     """
-    backward = outputs is None
-    # leading strides are free; the others must be contiguous
-    logits = (1, 2) if backward else (0, 1)
+    # leading strides of logits are free; other tensors must be contiguous
+    logits = (0, 1) if outputs is not None else (1, 2)
+
+    def batched(i: int, value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+        if value is None:
+            return None
+        value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        if i in logits:
+            return value
+        if i == 0:
+            value = value.movedim(0, first)
+        return value.contiguous()
 
     def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> Any:
-        moved = []
-        for i, (value, dim) in enumerate(zip(args[:tensors], dims[:tensors], strict=True)):
-            if value is not None:
-                value = (
-                    value.expand(info.batch_size, *value.shape)
-                    if dim is None
-                    else value.movedim(dim, 0)
-                )
-                value = (
-                    value
-                    if i in logits
-                    else (value.movedim(0, first) if i == 0 else value).contiguous()
-                )
-            moved.append(value)
+        given = enumerate(zip(args[:tensors], dims[:tensors], strict=True))
+        moved = [batched(i, value, dim, info.batch_size) for i, (value, dim) in given]
         results = getattr(torch.ops.fasttax, name)(*moved, *args[tensors:])
-        return results, tuple(
-            0 if need else None for need in args[-2:]
-        ) if outputs is None else outputs
+        if outputs is not None:
+            return results, outputs
+        return results, tuple(0 if need else None for need in args[-2:])
 
     torch.library.register_vmap(f"fasttax::{name}", rule, lib=lib)
 
 
 class _Backward(torch.autograd.Function):
-    """The op `name`_backward: torch.func always asks for a graph of it, and only using that graph
-    is an error.
-    """
+    """The op `name`_backward, whose graph is an error to use: torch.func always asks for one."""
 
     generate_vmap_rule = True
 
@@ -82,8 +78,8 @@ class _Differentiable(torch.autograd.Function):
     def forward(
         name: str, options: tuple[Any, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        values, stats = getattr(torch.ops.fasttax, name)(*tensors, *options)
-        return values, stats
+        values, saved = getattr(torch.ops.fasttax, name)(*tensors, *options)
+        return values, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -92,23 +88,18 @@ class _Differentiable(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, d_values: Tensor, d_stats: Tensor) -> Any:
+    def backward(ctx: Any, d_values: Tensor, d_saved: Tensor) -> Any:
         tensors = ctx.saved_tensors
         d_logits, d_ref = _Backward.apply(d_values.contiguous(), ctx.name, ctx.options, *tensors)
-        return (
-            None,
-            None,
-            d_logits,
-            None if tensors[1] is None else d_ref,
-            *[None] * (len(tensors) - 3),
-        )
+        if tensors[1] is None:
+            d_ref = None
+        return None, None, d_logits, d_ref, *[None] * (len(tensors) - 3)
 
 
-def differentiable(
-    name: str, options: tuple[Any, ...], *tensors: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(values, stats) of the op `name` on (logits, ref_logits, ...), for code that torch.func
-    transforms.
-    """
-    values, stats = _Differentiable.apply(name, options, *tensors)
-    return values, stats
+def run(name: str, options: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+    """The values that op `name` gives of (logits, ref_logits, ...), under torch.func too."""
+    if transforming():
+        values: Tensor = _Differentiable.apply(name, options, *tensors)[0]
+        return values
+    values = getattr(torch.ops.fasttax, name)(*tensors, *options)[0]
+    return values

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttax._base import checks
-from fasttax.merge.checkpoints import Checkpoint, Fishers, write
+from fasttax.merge.checkpoints import Fishers, Weights, shortened, write
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 Fisher = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -51,9 +51,9 @@ def linear(
     Lin et al. 2024, arXiv:2309.06256).
 
     Args:
-        base, aligned: a safetensors file, a folder of them as transformers saves it (with its
-            index, if there are several), a mapping of name to tensor, or a module. Names and shapes
-            must be the same.
+        base: a safetensors file, a folder of them as transformers saves it (with its index, if
+            there are several), a mapping of name to tensor, or a module.
+        aligned: any of these, of the same names and shapes.
         alpha: finite; 0 is base and 1 is aligned, to the bit. Values outside [0, 1] extrapolate.
         output: a new `.safetensors` file, or a new folder, which gets base's files of weights and
             aligned's other files (config, tokenizer), so that transformers loads it. Written whole
@@ -119,9 +119,9 @@ def fisher_average(
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor] | Path:
-    """sum_k w_k F_k theta_k / sum_k w_k F_k, elementwise.
+    """The mean of weights by their Fishers: sum_k w_k F_k theta_k / sum_k w_k F_k, elementwise.
 
-    Each weight mostly as the models have it for which it matters.
+    Each weight is mostly as the models have it for which it matters.
 
     The mode of the product of the models' Laplace approximations (Matena & Raffel 2022,
     arXiv:2111.09832). Where every F_k is 0 the plain weighted mean.
@@ -134,7 +134,8 @@ def fisher_average(
         weights: one for each model, finite and > 0; 1 by default.
         missing: what to do with a floating-point tensor that some Fisher lacks: "error", or its
             plain weighted "mean".
-        output, progress: as for `linear`; other files come from the first model.
+        output: as for `linear`; other files come from the first model.
+        progress: as for `linear`.
 
     Returns:
         The weights by name, or with `output` its path. Each in the first model's dtype, computed in
@@ -147,36 +148,49 @@ def fisher_average(
     """
     op = "merge.fisher_average"
     checks.choice(op, "missing", missing, MISSING)
-    if len(models) < 2:
-        raise checks.fail(op, "models", "two or more", f"{len(models)}")
-    for argument, values in (("fishers", fishers), ("weights", weights)):
-        if values is not None and len(values) != len(models):
-            raise checks.fail(
-                op, argument, f"one for each of the {len(models)} models", f"{len(values)}"
-            )
-    shares = [
-        checks.number(op, "weights", w, low=0, open_low=True)
-        for w in (weights or [1.0] * len(models))
-    ]
-    read = Fishers(op, fishers)
+    shares = _shares(op, models, fishers, weights)
+    found = Fishers(op, fishers)
 
     def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
-        shape, wide = tensors[0].shape, torch.promote_types(tensors[0].dtype, torch.float32)
-        factors = [torch.full(shape, share, dtype=wide) for share in shares]
-        if name in read:
-            found = [f.to(wide) for f in read(name, shape)]
-            largest = torch.stack(found).amax(0)  # divided by it first: nothing under- or overflows
-            factors = [
-                torch.where(largest > 0, factor * (f / largest), factor)
-                for f, factor in zip(found, factors, strict=True)
-            ]
+        wide = torch.promote_types(tensors[0].dtype, torch.float32)
+        factors = [torch.full(tensors[0].shape, share, dtype=wide) for share in shares]
+        if name in found:
+            factors = _weighed(factors, found.of(name, tensors[0].shape))
         total = sum(factor * t.to(wide) for factor, t in zip(factors, tensors, strict=True))
         return torch.as_tensor(total / sum(factors)).to(tensors[0].dtype)
 
     named = {f"models[{k}]": model for k, model in enumerate(models)}
     facts = {"merge": "fisher_average", "weights": shares, "missing": missing}
-    lacking = None if missing == "mean" else read.check
-    return _merge(op, named, combine, output, facts, others_of=0, progress=progress, check=lacking)
+    check = None if missing == "mean" else found.check
+    return _merge(op, named, combine, output, facts, others_of=0, progress=progress, check=check)
+
+
+def _shares(
+    op: str, models: Sequence[Model], fishers: Sequence[Fisher], weights: Sequence[float] | None
+) -> list[float]:
+    """The models' weights, once there is one Fisher and one weight for each model."""
+    if len(models) < 2:
+        raise checks.fail(op, "models", "two or more", f"{len(models)}")
+    shares = [1.0] * len(models) if weights is None else weights
+    for argument, values in (("fishers", fishers), ("weights", shares)):
+        if len(values) != len(models):
+            raise checks.fail(
+                op, argument, f"one for each of the {len(models)} models", f"{len(values)}"
+            )
+    return [checks.number(op, "weights", share, low=0, open_low=True) for share in shares]
+
+
+def _weighed(factors: Sequence[Tensor], fishers: Sequence[Tensor]) -> list[Tensor]:
+    """Factors times Fishers, but for where every Fisher is 0.
+
+    The largest of an element's Fishers divides them all first: nothing under- or overflows.
+    """
+    wide = [f.to(factor.dtype) for f, factor in zip(fishers, factors, strict=True)]
+    largest = torch.stack(wide).amax(0)
+    return [
+        torch.where(largest > 0, factor * (f / largest), factor)
+        for f, factor in zip(wide, factors, strict=True)
+    ]
 
 
 def _merge(
@@ -190,36 +204,46 @@ def _merge(
     progress: bool,
     check: Callable[[Sequence[str]], None] | None = None,
 ) -> dict[str, Tensor] | Path:
-    checkpoints = [Checkpoint(op, argument, model) for argument, model in models.items()]
-    (name_of_first, first), *rest = zip(models, checkpoints, strict=True)
-    differences = [
-        line
-        for argument, other in rest
-        for line in first.differences(name_of_first, argument, other)
-    ]
-    if differences:
-        raise ValueError(
-            f"{op}: {' and '.join(models)} are no weights of one architecture:\n  "
-            + "\n  ".join(differences[:20])
-            + (f"\n  and {len(differences) - 20} more" if len(differences) > 20 else "")
-        )
+    """The weights that `combine` makes, in memory or written.
+
+    `facts` go into the metadata of what is written, with the other files of the model numbered
+    `others_of`; `check` sees the names of the floating-point tensors first.
+    """
+    weights = [Weights(op, argument, model) for argument, model in models.items()]
+    first, *rest = weights
+    _refuse_differences(op, first, rest)
     if check is not None:
-        check([name for name in first if first.spec(name)[0].is_floating_point])
+        check([name for name, (dtype, _) in first.specs.items() if dtype.is_floating_point])
 
     def merged(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            tensors = [checkpoint.tensor(name) for checkpoint in checkpoints]
+            tensors = [each[name] for each in weights]
             if tensors[0].is_floating_point():
                 yield name, combine(name, tensors)
-            elif all(torch.equal(tensors[0], t) for t in tensors[1:]):
-                yield name, tensors[0].clone()
             else:
-                raise ValueError(
-                    f"{op}: {name}: expected equal values, since {tensors[0].dtype} tensors have "
-                    "no average, got different ones"
-                )
+                yield name, _the_same(op, name, tensors)
 
     with torch.no_grad():
         if output is None:
             return dict(merged([*first]))
-        return write(op, output, first, merged, checkpoints[others_of], facts, progress)
+        return write(op, output, first, merged, weights[others_of], facts, progress)
+
+
+def _refuse_differences(op: str, first: Weights, rest: Sequence[Weights]) -> None:
+    """An error that lists how the others' names, shapes and kinds of number differ."""
+    differences = [line for other in rest for line in first.differences(other)]
+    if differences:
+        arguments = " and ".join(each.argument for each in (first, *rest))
+        raise ValueError(
+            f"{op}: {arguments} are no weights of one architecture:\n  " + shortened(differences)
+        )
+
+
+def _the_same(op: str, name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Integers, which must agree."""
+    if not all(torch.equal(tensors[0], t) for t in tensors[1:]):
+        raise ValueError(
+            f"{op}: {name}: expected equal values, since {tensors[0].dtype} tensors have no "
+            "average, got different ones"
+        )
+    return tensors[0].clone()

@@ -1,5 +1,4 @@
-"""Every op in plain PyTorch: the specification, the test oracle, the fallback on any device, the
-benchmarks' baseline.
+"""Every op in plain PyTorch: specification, test oracle, fallback on any device, baseline.
 
 Computed in float32, or in float64 for float64 inputs.
 """
@@ -24,27 +23,38 @@ from fasttax.reference.fisher import label_variance_ as label_variance_
 from fasttax.reference.fisher import linear_sqgrad_ as linear_sqgrad_
 from fasttax.reference.fisher import lm_head_fisher_ as lm_head_fisher_
 from fasttax.reference.fisher import norm_sqgrad_ as norm_sqgrad_
-from fasttax.reference.kl import ENTROPY as ENTROPY
+from fasttax.reference.kl import DIVERGENCES as DIVERGENCES
 from fasttax.reference.kl import JSD as JSD
-from fasttax.reference.kl import KL_POLICY_REF as KL_POLICY_REF
-from fasttax.reference.kl import KL_REF_POLICY as KL_REF_POLICY
-from fasttax.reference.kl import LOGP as LOGP
-from fasttax.reference.kl import LSE as LSE
 from fasttax.reference.kl import POLICY_REF as POLICY_REF
-from fasttax.reference.kl import REF_LOGP as REF_LOGP
 from fasttax.reference.kl import REF_POLICY as REF_POLICY
+from fasttax.reference.kl import Divergence as Divergence
+from fasttax.reference.kl import Pair as Pair
 from fasttax.reference.kl import divergences_to_mixture as divergences_to_mixture
 from fasttax.reference.kl import gap as gap
 from fasttax.reference.kl import jensen_gap as jensen_gap
 from fasttax.reference.kl import log_mixture as log_mixture
 from fasttax.reference.kl import log_probs as log_probs
-from fasttax.reference.kl import temper as temper
-from fasttax.reference.kl import temper_slope as temper_slope
 from fasttax.reference.kl import token_kl as token_kl
 from fasttax.reference.kl import token_kl_backward as token_kl_backward
 from fasttax.reference.kl import token_kl_backward_ as token_kl_backward_
 from fasttax.reference.kl import token_kl_grad as token_kl_grad
 from fasttax.reference.kl import token_stats as token_stats
 from fasttax.reference.kl import token_stats_backward as token_stats_backward
+from fasttax.reference.numbers import empty_gradient as empty_gradient
+from fasttax.reference.numbers import hide as hide
+from fasttax.reference.numbers import hide_rows as hide_rows
 from fasttax.reference.numbers import times as times
 from fasttax.reference.numbers import wide as wide
+from fasttax.reference.numbers import wide_dtype as wide_dtype
+from fasttax.reference.rows import ENTROPY as ENTROPY
+from fasttax.reference.rows import KL as KL
+from fasttax.reference.rows import KL_POLICY_REF as KL_POLICY_REF
+from fasttax.reference.rows import KL_REF_POLICY as KL_REF_POLICY
+from fasttax.reference.rows import LOGP as LOGP
+from fasttax.reference.rows import LSE as LSE
+from fasttax.reference.rows import REF_LOGP as REF_LOGP
+from fasttax.reference.rows import REF_LSE as REF_LSE
+from fasttax.reference.rows import SAVED_KL as SAVED_KL
+from fasttax.reference.rows import SAVED_STATS as SAVED_STATS
+from fasttax.reference.tempering import Side as Side
+from fasttax.reference.tempering import Tempering as Tempering

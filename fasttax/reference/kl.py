@@ -1,66 +1,95 @@
 """The ops over logits in plain PyTorch: specification, test oracle, fallback.
 
 Symbols: p = softmax(policy logits), q = softmax(reference logits), u = log p - log q; N tokens, V
-vocabulary.
+vocabulary. Options come in the order of `Tempering.args`, and those of token_stats in that of
+`Tempering.sides`; the last ones of a backward op are the gradients that it needs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasttax.reference.numbers import times, wide
-
-POLICY_REF, REF_POLICY, JSD = 0, 1, 2
-
-
-def temper(logits: Tensor, scale: float, softcap: float, inv_temperature: float) -> Tensor:
-    """Softcap * tanh(logits * scale / softcap) / temperature; softcap 0 is none."""
-    x = wide(logits)
-    if softcap > 0:
-        return softcap * torch.tanh(x * (scale / softcap)) * inv_temperature
-    return x * (scale * inv_temperature)
-
-
-def temper_slope(
-    logits: Tensor, scale: float, softcap: float, inv_temperature: float
-) -> Tensor | float:
-    if softcap > 0:
-        return (1 - torch.tanh(wide(logits) * (scale / softcap)) ** 2) * (scale * inv_temperature)
-    return scale * inv_temperature
+from fasttax.reference.numbers import empty_gradient, hide, hide_rows, times, wide
+from fasttax.reference.rows import (
+    ENTROPY,
+    KL_POLICY_REF,
+    KL_REF_POLICY,
+    LOGP,
+    LSE,
+    REF_LOGP,
+    SAVED_KL,
+    SAVED_STATS,
+    STATS,
+)
+from fasttax.reference.tempering import Side, Tempering
 
 
-def log_probs(
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    ref_scale: float,
-    softcap: float,
-    ref_softcap: float,
-    inv_t: float,
-    ref_inv_t: float,
-    inf_mask: bool,
-) -> tuple[Tensor, Tensor]:
-    x, y = (
-        temper(logits, scale, softcap, inv_t),
-        temper(ref_logits, ref_scale, ref_softcap, ref_inv_t),
-    )
-    if mask is not None:
-        x, y = x.masked_fill(~mask[..., None], 0.0), y.masked_fill(~mask[..., None], 0.0)
-    if inf_mask:
-        gone = (logits == -math.inf) | (ref_logits == -math.inf)
-        if mask is not None:
-            gone = gone & mask[..., None]
-        x, y = x.masked_fill(gone, -math.inf), y.masked_fill(gone, -math.inf)
-    return x.log_softmax(-1), y.log_softmax(-1)
+class Pair(NamedTuple):
+    """Both rows of every token as distributions, (..., V)."""
+
+    p: Tensor
+    q: Tensor
+    u: Tensor  # log p - log q, 0 where both are 0
+
+    def apart(self) -> Tensor:
+        """The difference p - q without its rounding error."""
+        p, q, u = self
+        return torch.where(u.abs() <= 1, -p * torch.expm1(-u), p - q)
 
 
-def gap(lp: Tensor, lq: Tensor) -> Tensor:
-    """U = log p - log q, 0 where both are -inf."""
-    return torch.where((lp == -math.inf) & (lq == -math.inf), torch.zeros_like(lp), lp - lq)
+def policy_ref(pair: Pair, beta: float) -> Tensor:
+    """KL(p || q) = sum p (e^-u - 1 + u), every term >= 0."""
+    p, q, u = pair
+    return torch.where(p > 0, times(p, torch.expm1(-u) + u), q).sum(-1)
+
+
+def policy_ref_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
+    """Derivatives p (u - KL) by the policy's tempered logits, q - p by the reference's."""
+    p, _, u = pair
+    return times(p, u - times(p, u).sum(-1, keepdim=True)), -pair.apart()
+
+
+def ref_policy(pair: Pair, beta: float) -> Tensor:
+    """KL(q || p) = sum q (e^u - 1 - u), every term >= 0."""
+    p, q, u = pair
+    return torch.where(q > 0, times(q, torch.expm1(u) - u), p).sum(-1)
+
+
+def ref_policy_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
+    """Derivatives p - q by the policy's tempered logits, -q (u + KL) by the reference's."""
+    _, q, u = pair
+    return pair.apart(), times(q, -u + times(q, u).sum(-1, keepdim=True))
+
+
+def jsd(pair: Pair, beta: float) -> Tensor:
+    """JSD: beta KL(q || m) + (1 - beta) KL(p || m) of the mixture m = (1 - beta) p + beta q.
+
+    Of close rows p (beta g(e) - g(beta e)) with e = q/p - 1 and g of `jensen_gap`.
+    """
+    p, q, u = pair
+    if beta in (0.0, 1.0):
+        return (p + q).sum(-1) * 0
+    p_to_m, q_to_m = divergences_to_mixture(pair, beta)
+    eps = torch.expm1(-u)
+    close = p * (beta * jensen_gap(eps) - jensen_gap(beta * eps))
+    far = beta * times(q, q_to_m) + (1 - beta) * times(p, p_to_m)
+    return torch.where(u.abs() < 0.5, close, far).sum(-1).clamp_min(0)
+
+
+def jsd_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
+    """Derivatives (1 - beta) p (log(p/m) - KL(p || m)), and beta q (log(q/m) - KL(q || m))."""
+    p, q, _ = pair
+    if beta in (0.0, 1.0):
+        return p * 0, q * 0
+    p_to_m, q_to_m = divergences_to_mixture(pair, beta)
+    for_p = (1 - beta) * times(p, p_to_m - times(p, p_to_m).sum(-1, keepdim=True))
+    for_q = beta * times(q, q_to_m - times(q, q_to_m).sum(-1, keepdim=True))
+    return for_p, for_q
 
 
 def log_mixture(u: Tensor, beta: float) -> Tensor:
@@ -75,63 +104,62 @@ def jensen_gap(t: Tensor) -> Tensor:
     return torch.where(t.abs() < 0.1, series, times(1 + t, torch.log1p(t)) - t)
 
 
-def divergences_to_mixture(p: Tensor, q: Tensor, u: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def divergences_to_mixture(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     """log(p/m) and log(q/m); where p is 0, q/m = 1/beta."""
+    p, _, u = pair
     l = log_mixture(u, beta)
     return -l, torch.where(p == 0, torch.full_like(u, -math.log(beta)), -u - l)
 
 
-def token_kl(
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    kind: int,
-    beta: float,
-    scale: float,
-    ref_scale: float,
-    softcap: float,
-    ref_softcap: float,
-    inv_temperature: float,
-    ref_inv_temperature: float,
-    inf_mask: bool,
-) -> tuple[Tensor, Tensor]:
-    """KL(p||q) = sum p (e^-u - 1 + u), every term >= 0.
+class Divergence(NamedTuple):
+    """A kind's formulas, as functions of both rows and beta."""
 
-    (kl (...), stats (..., 8) that only native kernels fill).
-    """
-    lp, lq = log_probs(
-        logits,
-        ref_logits,
-        mask,
-        scale,
-        ref_scale,
-        softcap,
-        ref_softcap,
-        inv_temperature,
-        ref_inv_temperature,
-        inf_mask,
-    )
-    p, q, u = lp.exp(), lq.exp(), gap(lp, lq)
-    if kind == POLICY_REF:
-        kl = torch.where(p > 0, times(p, torch.expm1(-u) + u), q).sum(-1)
-    elif kind == REF_POLICY:
-        kl = torch.where(q > 0, times(q, torch.expm1(u) - u), p).sum(-1)
-    elif beta in (0.0, 1.0):
-        kl = (p + q).sum(-1) * 0
-    else:
-        p_to_m, q_to_m = divergences_to_mixture(p, q, u, beta)
-        eps = torch.expm1(-u)
-        far = beta * times(q, q_to_m) + (1 - beta) * times(p, p_to_m)
-        kl = (
-            torch.where(u.abs() < 0.5, p * (beta * jensen_gap(eps) - jensen_gap(beta * eps)), far)
-            .sum(-1)
-            .clamp_min(0)
-        )
-    # a row of NaN (or of -inf alone) is NaN, also where the comparisons above dropped it
-    kl = torch.where(torch.isnan(p.sum(-1) + q.sum(-1)), torch.full_like(kl, math.nan), kl)
-    if mask is not None:
-        kl = kl.masked_fill(~mask, 0.0)
-    return kl, kl.new_zeros((*kl.shape, 8))
+    value: Callable[[Pair, float], Tensor]
+    slopes: Callable[[Pair, float], tuple[Tensor, Tensor]]
+
+
+POLICY_REF, REF_POLICY, JSD = range(3)
+DIVERGENCES = {  # by the ops' `kind`
+    POLICY_REF: Divergence(policy_ref, policy_ref_slopes),
+    REF_POLICY: Divergence(ref_policy, ref_policy_slopes),
+    JSD: Divergence(jsd, jsd_slopes),
+}
+
+
+def log_probs(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering
+) -> tuple[Tensor, Tensor]:
+    """Both log-probs, log p and log q; uniform ones under the mask, where logits may be NaN."""
+    x = hide_rows(t.policy.temper(logits), mask)
+    y = hide_rows(t.ref.temper(ref_logits), mask)
+    if t.inf_mask:
+        gone = (logits == -math.inf) | (ref_logits == -math.inf)
+        gone = hide_rows(gone, mask)
+        x, y = x.masked_fill(gone, -math.inf), y.masked_fill(gone, -math.inf)
+    return x.log_softmax(-1), y.log_softmax(-1)
+
+
+def gap(lp: Tensor, lq: Tensor) -> Tensor:
+    """The log-ratio u = log p - log q, 0 where both are -inf."""
+    return torch.where((lp == -math.inf) & (lq == -math.inf), torch.zeros_like(lp), lp - lq)
+
+
+def _pair(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering) -> Pair:
+    lp, lq = log_probs(logits, ref_logits, mask, t)
+    return Pair(lp.exp(), lq.exp(), gap(lp, lq))
+
+
+def token_kl(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """(kl (...), what a backward wants (..., 8): only native kernels fill it)."""
+    t = Tempering.of_args(options)
+    pair = _pair(logits, ref_logits, mask, t)
+    kl = DIVERGENCES[t.kind].value(pair, t.beta)
+    # a row of NaN (or of -inf alone) is NaN, also where a divergence's comparisons dropped it
+    broken = torch.isnan(pair.p.sum(-1) + pair.q.sum(-1))
+    kl = hide(torch.where(broken, torch.full_like(kl, math.nan), kl), mask)
+    return kl, kl.new_zeros((*kl.shape, SAVED_KL))
 
 
 def token_kl_backward(
@@ -139,101 +167,34 @@ def token_kl_backward(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor | None,
-    stats: Tensor,
-    kind: int,
-    beta: float,
-    scale: float,
-    ref_scale: float,
-    softcap: float,
-    ref_softcap: float,
-    inv_temperature: float,
-    ref_inv_temperature: float,
-    inf_mask: bool,
-    need_policy: bool,
-    need_ref: bool,
+    saved: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    lp, lq = log_probs(
-        logits,
-        ref_logits,
-        mask,
-        scale,
-        ref_scale,
-        softcap,
-        ref_softcap,
-        inv_temperature,
-        ref_inv_temperature,
-        inf_mask,
-    )
-    p, q, u = lp.exp(), lq.exp(), gap(lp, lq)
-    # p - q without its rounding error
-    difference = torch.where(u.abs() <= 1, -p * torch.expm1(-u), p - q)
-    if kind == POLICY_REF:
-        for_p, for_q = times(p, u - times(p, u).sum(-1, keepdim=True)), -difference
-    elif kind == REF_POLICY:
-        for_p, for_q = difference, times(q, -u + times(q, u).sum(-1, keepdim=True))
-    elif beta in (0.0, 1.0):
-        for_p, for_q = p * 0, q * 0
-    else:
-        p_to_m, q_to_m = divergences_to_mixture(p, q, u, beta)
-        for_p = (1 - beta) * times(p, p_to_m - times(p, p_to_m).sum(-1, keepdim=True))
-        for_q = beta * times(q, q_to_m - times(q, q_to_m).sum(-1, keepdim=True))
-    out = []
-    sides = (
-        (for_p, logits, scale, softcap, inv_temperature, need_policy),
-        (for_q, ref_logits, ref_scale, ref_softcap, ref_inv_temperature, need_ref),
-    )
-    for d, raw, s, cap, inv_t, need in sides:
-        if not need:
-            out.append(raw.new_empty(0))
-            continue
-        d = d * grad[..., None] * temper_slope(raw, s, cap, inv_t)
-        if inf_mask:
+    """Gradients of sum_n grad_n kl_n by both logits; one that is not needed is empty."""
+    *args, need_policy, need_ref = options
+    t = Tempering.of_args(args)
+    slopes = DIVERGENCES[t.kind].slopes(_pair(logits, ref_logits, mask, t), t.beta)
+
+    def gradient(slope: Tensor, raw: Tensor, side: Side) -> Tensor:
+        d = slope * grad[..., None] * side.slope(raw)
+        if t.inf_mask:
             d = d.masked_fill((logits == -math.inf) | (ref_logits == -math.inf), 0.0)
-        if mask is not None:
-            d = d.masked_fill(~mask[..., None], 0.0)
-        out.append(d.to(raw.dtype).contiguous())
-    return out[0], out[1]
+        return hide_rows(d, mask).to(raw.dtype).contiguous()
+
+    d_logits, d_ref = empty_gradient(logits, False), empty_gradient(ref_logits, False)
+    if need_policy:
+        d_logits = gradient(slopes[0], logits, t.policy)
+    if need_ref:
+        d_ref = gradient(slopes[1], ref_logits, t.ref)
+    return d_logits, d_ref
 
 
 def token_kl_grad(
-    token_weight: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    kind: int,
-    beta: float,
-    scale: float,
-    ref_scale: float,
-    softcap: float,
-    ref_softcap: float,
-    inv_temperature: float,
-    ref_inv_temperature: float,
-    inf_mask: bool,
-    need_policy: bool,
-    need_ref: bool,
+    token_weight: Tensor, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(kl of every token, gradients of sum_n token_weight_n kl_n by both logits).
-
-    One not asked for is empty.
-    """
-    options = (
-        kind,
-        beta,
-        scale,
-        ref_scale,
-        softcap,
-        ref_softcap,
-        inv_temperature,
-        ref_inv_temperature,
-        inf_mask,
-    )
-    kl, stats = token_kl(logits, ref_logits, mask, *options)
-    return (
-        kl,
-        *token_kl_backward(
-            token_weight, logits, ref_logits, mask, stats, *options, need_policy, need_ref
-        ),
-    )
+    """(kl of every token, gradients of sum_n token_weight_n kl_n by both logits)."""
+    kl, saved = token_kl(logits, ref_logits, mask, *options[:-2])
+    return kl, *token_kl_backward(token_weight, logits, ref_logits, mask, saved, *options)
 
 
 def token_kl_backward_(
@@ -241,51 +202,19 @@ def token_kl_backward_(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor | None,
-    stats: Tensor,
-    kind: int,
-    beta: float,
-    scale: float,
-    ref_scale: float,
-    softcap: float,
-    ref_softcap: float,
-    inv_temperature: float,
-    ref_inv_temperature: float,
-    inf_mask: bool,
-    need_ref: bool,
+    saved: Tensor,
+    *options: Any,
 ) -> Tensor:
     """The policy's gradient written over `logits`; returns the reference's."""
+    *args, need_ref = options
     d_logits, d_ref = token_kl_backward(
-        grad,
-        logits,
-        ref_logits,
-        mask,
-        stats,
-        kind,
-        beta,
-        scale,
-        ref_scale,
-        softcap,
-        ref_softcap,
-        inv_temperature,
-        ref_inv_temperature,
-        inf_mask,
-        True,
-        need_ref,
+        grad, logits, ref_logits, mask, saved, *args, True, need_ref
     )
     logits.copy_(d_logits)
     return d_ref
 
 
-# rows of what token_stats gives
-LOGP, REF_LOGP, ENTROPY, LSE, KL_POLICY_REF, KL_REF_POLICY = range(6)
-
-
-def _tempered_logp(
-    logits: Tensor, mask: Tensor | None, scale: float, softcap: float, inv_temperature: float
-) -> tuple[Tensor, Tensor]:
-    x = temper(logits, scale, softcap, inv_temperature)
-    x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
-    return x, x.log_softmax(-1)
+KINDS_OF_ROWS = ((KL_POLICY_REF, POLICY_REF), (KL_REF_POLICY, REF_POLICY))
 
 
 def token_stats(
@@ -293,41 +222,29 @@ def token_stats(
     ref_logits: Tensor | None,
     ids: Tensor | None,
     mask: Tensor | None,
-    scale: float,
-    ref_scale: float,
-    softcap: float,
-    ref_softcap: float,
-    inv_temperature: float,
-    ref_inv_temperature: float,
+    *options: float,
 ) -> tuple[Tensor, Tensor]:
-    """(values (6, ...): logp, ref_logp, entropy, lse, KL(p||q), KL(q||p), those without ids or
-    reference 0; stats (..., 11) that only native kernels fill).
+    """(values (6, ...) in the order of STATS, what a backward wants (..., 11)).
+
+    Values without their ids or reference are 0; only native kernels fill the second.
     """
-    x, lp = _tempered_logp(logits, mask, scale, softcap, inv_temperature)
-    values = x.new_zeros((6, *x.shape[:-1]))
-    index = None if ids is None else (ids if mask is None else ids.masked_fill(~mask, 0))[..., None]
-    if index is not None:
-        values[LOGP] = lp.gather(-1, index)[..., 0]
+    t = Tempering.of_sides(options)
+    x = hide_rows(t.policy.temper(logits), mask)
+    lp = x.log_softmax(-1)
+    values = x.new_zeros((len(STATS), *x.shape[:-1]))
     values[ENTROPY] = -times(lp.exp(), lp).sum(-1)
     values[LSE] = x.logsumexp(-1)
+    if ids is not None:
+        ids = hide(ids, mask)[..., None]
+        values[LOGP] = lp.gather(-1, ids)[..., 0]
     if ref_logits is not None:
-        lq = _tempered_logp(ref_logits, mask, ref_scale, ref_softcap, ref_inv_temperature)[1]
-        if index is not None:
-            values[REF_LOGP] = lq.gather(-1, index)[..., 0]
-        options = (
-            scale,
-            ref_scale,
-            softcap,
-            ref_softcap,
-            inv_temperature,
-            ref_inv_temperature,
-            False,
-        )
-        for row, kind in ((KL_POLICY_REF, POLICY_REF), (KL_REF_POLICY, REF_POLICY)):
-            values[row] = token_kl(logits, ref_logits, mask, kind, 0.0, *options)[0]
-    if mask is not None:
-        values = values.masked_fill(~mask, 0.0)
-    return values, x.new_zeros((*x.shape[:-1], 11))
+        if ids is not None:
+            lq = hide_rows(t.ref.temper(ref_logits), mask).log_softmax(-1)
+            values[REF_LOGP] = lq.gather(-1, ids)[..., 0]
+        for row, kind in KINDS_OF_ROWS:
+            args = Tempering.of_sides(options, kind).args()
+            values[row] = token_kl(logits, ref_logits, mask, *args)[0]
+    return hide(values, mask), x.new_zeros((*x.shape[:-1], SAVED_STATS))
 
 
 def token_stats_backward(
@@ -336,62 +253,46 @@ def token_stats_backward(
     ref_logits: Tensor | None,
     ids: Tensor | None,
     mask: Tensor | None,
-    stats: Tensor,
-    scale: float,
-    ref_scale: float,
-    softcap: float,
-    ref_softcap: float,
-    inv_temperature: float,
-    ref_inv_temperature: float,
-    need_policy: bool,
-    need_ref: bool,
+    saved: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of sum_s,n grads[s, n] values[s, n].
+    """Gradients of sum_s,n grads[s, n] values[s, n] by both logits.
 
-    Logp 1[id] - p, lse p, entropy -p (log p + H), the KLs as token_kl_backward. A value whose
-    coefficient is 0 is not differentiated: its gradient may be NaN.
+    Those of logp are 1[id] - p, of lse p, of entropy -p (log p + H), of the KLs as
+    token_kl_backward's. A value whose coefficient is 0 is not differentiated: its gradient may be
+    NaN.
     """
+    *sides, need_policy, need_ref = options
+    t = Tempering.of_sides(sides)
     live = torch.ones_like(grads[0], dtype=torch.bool) if mask is None else mask
-    x, y = wide(logits), None if ref_logits is None else wide(ref_logits)
 
-    def one_row(
-        raw: Tensor, logp_row: int, policy: bool, s: float, cap: float, inv_t: float
-    ) -> Tensor:
-        rows = [logp_row, ENTROPY, LSE] if policy else [logp_row]
-        used = live & (grads[rows] != 0).any(0)
-        lp = _tempered_logp(raw, used, s, cap, inv_t)[1]
-        p, weight = lp.exp(), grads.masked_fill(~used, 0.0)[..., None]
+    def of_one_row(raw: Tensor, side: Side, logp_row: int, others: tuple[int, ...]) -> Tensor:
+        used = live & (grads[[logp_row, *others]] != 0).any(0)
+        lp = hide_rows(side.temper(raw), used).log_softmax(-1)
+        p, weight = lp.exp(), hide(grads, used)[..., None]
         d = torch.zeros_like(p)
         if ids is not None:
-            at = torch.zeros_like(p).scatter_(-1, ids.masked_fill(~used, 0)[..., None], 1.0)
-            p_at_id = torch.where(at > 0, torch.expm1(lp), p)  # p - 1 without its rounding error
-            d = d - p_at_id * weight[logp_row]
-        if policy:
+            at = torch.zeros_like(p).scatter_(-1, hide(ids, used)[..., None], 1.0)
+            # p - 1 without its rounding error
+            d = d - torch.where(at > 0, torch.expm1(lp), p) * weight[logp_row]
+        if others:
             entropy = -times(p, lp).sum(-1, keepdim=True)
             d = d + p * weight[LSE] - times(p, lp + entropy) * weight[ENTROPY]
-        return times(used[..., None].to(d.dtype), d * temper_slope(raw, s, cap, inv_t))
+        return times(used[..., None].to(d.dtype), d * side.slope(raw))
 
-    d_x = one_row(x, LOGP, True, scale, softcap, inv_temperature) if need_policy else x.new_empty(0)
-    d_y = (
-        x.new_empty(0)
-        if y is None or not need_ref
-        else one_row(y, REF_LOGP, False, ref_scale, ref_softcap, ref_inv_temperature)
-    )
-    if y is not None:
-        options = (
-            scale,
-            ref_scale,
-            softcap,
-            ref_softcap,
-            inv_temperature,
-            ref_inv_temperature,
-            False,
-            need_policy,
-            need_ref,
-        )
-        for row, kind in ((KL_POLICY_REF, POLICY_REF), (KL_REF_POLICY, REF_POLICY)):
+    x = wide(logits)
+    d_x, d_y = empty_gradient(x, False), empty_gradient(x, False)
+    if need_policy:
+        d_x = of_one_row(x, t.policy, LOGP, (ENTROPY, LSE))
+    if ref_logits is not None:
+        y = wide(ref_logits)
+        if need_ref:
+            d_y = of_one_row(y, t.ref, REF_LOGP, ())
+        for row, kind in KINDS_OF_ROWS:
+            args = Tempering.of_sides(sides, kind).args()
+            used = live & (grads[row] != 0)
             kl_x, kl_y = token_kl_backward(
-                grads[row], x, y, live & (grads[row] != 0), stats, kind, 0.0, *options
+                grads[row], x, y, used, saved, *args, need_policy, need_ref
             )
             d_x, d_y = d_x + kl_x, d_y + kl_y
     return d_x.to(logits.dtype), d_y.to(logits.dtype)

@@ -170,7 +170,7 @@ class Measurements:
         best = [c for c in self.with_base() if not any(beats(o, c) for o in self.with_base())]
         return sorted(best, key=self.gain)
 
-    # --- how the tax grows -----------------------------------------------------------------------
+    # --- how the tax grows ------------------------------------------------------------------------
 
     def tax_vs_kl(self, run: str | None = None, confidence: float = 0.95) -> PowerLaw:
         """Tax = a KL^b over the checkpoints whose KL was measured.
@@ -229,7 +229,7 @@ class Measurements:
             )
         return old / new if "capability" in self.lower_is_better else new / old
 
-    # --- in words --------------------------------------------------------------------------------
+    # --- in words ---------------------------------------------------------------------------------
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """(headings, rows): the base, then every checkpoint; * marks those on the frontier."""

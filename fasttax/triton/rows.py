@@ -1,6 +1,6 @@
-"""What the Triton kernels over logits share.
+"""What the Triton kernels over logits share: layouts, launch geometry, frames, a row's sums.
 
-Rows and their addresses, launch geometry, frames and the sums of csrc/math/kl.h.
+The formulas are those of csrc/math/kl.h.
 
 A program owns a row. Tiles are (LANES, WIDTH), WIDTH being 16 bytes of entries, so that a tile's
 loads are 128 bits wide and its sum along WIDTH stays within a thread; lanes are added up once a
@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fasttax import reference
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SMALL_GAP = tl.constexpr(0.25)  # |d| up to which the series is used, as in csrc/math/kl.h
@@ -27,15 +29,17 @@ DOMINATED = tl.constexpr(-0.05)  # csrc/math/kl_row.h
 TRUSTED = tl.constexpr(1e-2)
 INF = tl.constexpr(float("inf"))
 
-# what a forward gives; ALONE: token_stats without a reference
-POLICY_REF, REF_POLICY, JSD, STATS, ALONE = (tl.constexpr(op) for op in range(5))
+# what a forward gives: a kind of token_kl, which has its own number, or token_stats of both rows or
+# of the policy's alone, which are numbered apart
+POLICY_REF, REF_POLICY = tl.constexpr(reference.POLICY_REF), tl.constexpr(reference.REF_POLICY)
+STATS, ALONE = tl.constexpr(-1), tl.constexpr(-2)
 
 THREADS = 256
 REGISTERS = 128  # a thread: two programs on an SM
 
 
 class Params(NamedTuple):
-    """Numbers of a call, as csrc/kl_params.h has them.
+    """Numbers of a call, as csrc/math has them.
 
     `row_scale` from frame units to tempered logits, `row_slope` d tempered / d raw.
     """
@@ -51,8 +55,8 @@ class Params(NamedTuple):
     ref_row_slope: float
 
 
-class Rows(NamedTuple):
-    """Row n of a tensor (..., V) lies at (n // inner) * outer_stride + (n % inner) * stride."""
+class Layout(NamedTuple):
+    """Where rows lie: that of n at (n // inner) * outer_stride + (n % inner) * stride."""
 
     inner: int
     outer_stride: int
@@ -66,13 +70,11 @@ def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, in
     float32, one in the general frame: what the registers of two programs on an SM allow), 32 KB an
     SM. Shorter rows, shorter tiles; a V that 16 does not divide loads entry by entry.
     """
-    vectors = (
-        1
-        if general
-        else 4
-        if op in (POLICY_REF.value, REF_POLICY.value) and dtype.itemsize == 4
-        else 2
-    )
+    vectors = 2
+    if general:
+        vectors = 1
+    elif op in (POLICY_REF.value, REF_POLICY.value) and dtype.itemsize == 4:
+        vectors = 4
     width = 16 // dtype.itemsize if V % 16 == 0 else 1
     most = THREADS * vectors * (1 if width > 1 else 2)
     return {
@@ -82,43 +84,39 @@ def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, in
 
 
 def tiles(V: int, meta: dict[str, Any]) -> int:
+    """Into how many a row falls."""
     return triton.cdiv(V, meta["LANES"] * meta["WIDTH"])
 
 
 def launch_options(hip: bool = torch.version.hip is not None) -> dict[str, Any]:
-    return (
-        {"num_warps": THREADS // 64} if hip else {"num_warps": THREADS // 32, "maxnreg": REGISTERS}
-    )
+    """Of every kernel: a warp is 64 threads on AMD, where registers can't be bounded."""
+    if hip:
+        return {"num_warps": THREADS // 64}
+    return {"num_warps": THREADS // 32, "maxnreg": REGISTERS}
 
 
-def params(
-    beta: float,
-    scale: float,
-    ref_scale: float,
-    softcap: float,
-    ref_softcap: float,
-    inv_t: float,
-    ref_inv_t: float,
-) -> Params:
-    row_scale, ref_row_scale = (
-        (inv_t if softcap > 0 else scale * inv_t),
-        (ref_inv_t if ref_softcap > 0 else ref_scale * ref_inv_t),
-    )
-    over_cap, ref_over_cap = (
-        (scale / softcap if softcap > 0 else 0.0),
-        (ref_scale / ref_softcap if ref_softcap > 0 else 0.0),
-    )
+def params(t: reference.Tempering) -> Params:
+    """The numbers of a call in the kernels' terms."""
+    row_scale, over_cap = _scales(t.policy)
+    ref_row_scale, ref_over_cap = _scales(t.ref)
     return Params(
-        beta,
-        softcap,
-        ref_softcap,
-        over_cap,
-        ref_over_cap,
-        row_scale,
-        ref_row_scale,
-        scale * inv_t,
-        ref_scale * ref_inv_t,
+        beta=t.beta,
+        cap=t.policy.softcap,
+        ref_cap=t.ref.softcap,
+        over_cap=over_cap,
+        ref_over_cap=ref_over_cap,
+        row_scale=row_scale,
+        ref_row_scale=ref_row_scale,
+        row_slope=t.policy.scale * t.policy.inv_temperature,
+        ref_row_slope=t.ref.scale * t.ref.inv_temperature,
     )
+
+
+def _scales(side: reference.Side) -> tuple[float, float]:
+    """(row_scale, over_cap): the scale stands before a softcap, the temperature behind it."""
+    if side.softcap > 0:
+        return side.inv_temperature, side.scale / side.softcap
+    return side.scale * side.inv_temperature, 0.0
 
 
 def is_general(k: Params, inf_mask: bool) -> bool:
@@ -126,9 +124,10 @@ def is_general(k: Params, inf_mask: bool) -> bool:
     return inf_mask or k.cap > 0 or k.ref_cap > 0 or k.row_scale != k.ref_row_scale
 
 
-def with_rows(t: Tensor) -> tuple[Tensor, Rows]:
-    """`t`, or a contiguous copy where its leading dimensions fold into more than two, and where its
-    rows lie.
+def with_layout(t: Tensor) -> tuple[Tensor, Layout]:
+    """`t` and where its rows lie.
+
+    A contiguous copy of it, where its leading dimensions fold into more than two.
     """
     folded: list[tuple[int, int]] = []
     for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
@@ -139,22 +138,48 @@ def with_rows(t: Tensor) -> tuple[Tensor, Rows]:
         else:
             folded.append((size, stride))
     if len(folded) > 2:
-        return with_rows(t.contiguous())
+        return with_layout(t.contiguous())
     (_, outer), (inner, stride) = ([(1, 0)] * (2 - len(folded))) + folded
-    return t, Rows(inner, outer, stride)
+    return t, Layout(inner, outer, stride)
 
 
-# --- on the device -----------------------------------------------------------------------------------------------------
+def with_layouts(*tensors: Tensor) -> tuple[list[Tensor], list[Layout]]:
+    """`with_layout` of each."""
+    found = [with_layout(t) for t in tensors]
+    return [t for t, _ in found], [layout for _, layout in found]
+
+
+def with_layout_if_wanted(t: Tensor, other: Layout) -> tuple[Tensor | None, Layout]:
+    """`with_layout` of an output, which is empty where nobody wants it: None and any layout."""
+    return with_layout(t) if t.numel() else (None, other)
+
+
+# on the device
 
 
 @triton.jit
-def row_at(base, rows, n):
+def row_at(base, layout, n):
+    """Address of row n."""
     n = n.to(tl.int64)
-    return base + (n // rows.inner) * rows.outer_stride + (n % rows.inner) * rows.stride
+    return base + (n // layout.inner) * layout.outer_stride + (n % layout.inner) * layout.stride
 
 
 @triton.jit
-def bregman_pair(d):  # e^-d - 1 + d and e^d - 1 - d for |d| <= 1/4: their even and odd parts
+def store(first, step, numbers, COUNT: tl.constexpr):
+    """Writes a tuple of COUNT numbers, `step` apart."""
+    for i in tl.static_range(COUNT):
+        tl.store(first + i * step, numbers[i])
+
+
+@triton.jit
+def zero(row, at, V):
+    """Writes 0 at the entries `at` of a row."""
+    tl.store(row + at, tl.zeros(at.shape, row.dtype.element_ty), mask=at < V)
+
+
+@triton.jit
+def bregman_pair(d):
+    """e^-d - 1 + d and e^d - 1 - d for |d| <= 1/4, by their even and odd parts."""
     z = d * d
     even = (z * (1.0 / 720) + 1.0 / 24) * z + 0.5
     odd = ((z * (1.0 / 5040) + 1.0 / 120) * z + 1.0 / 6) * d
@@ -163,6 +188,7 @@ def bregman_pair(d):  # e^-d - 1 + d and e^d - 1 - d for |d| <= 1/4: their even 
 
 @triton.jit
 def bregman(d):
+    """e^-d - 1 + d for |d| <= 1/4."""
     p = tl.fma(d, -1.0 / 5040, 1.0 / 720)
     p = tl.fma(p, d, -1.0 / 120)
     p = tl.fma(p, d, 1.0 / 24)
@@ -172,7 +198,8 @@ def bregman(d):
 
 
 @triton.jit
-def jensen_gap(t):  # g(t) = (1 + t) log1p(t) - t for |t| <= 1/4
+def jensen_gap(t):
+    """g(t) = (1 + t) log1p(t) - t for |t| <= 1/4."""
     p = t * (-1.0 / 132) + 1.0 / 110
     p = p * -t + 1.0 / 90
     p = p * -t + 1.0 / 72
@@ -187,13 +214,15 @@ def jensen_gap(t):  # g(t) = (1 + t) log1p(t) - t for |t| <= 1/4
 
 
 @triton.jit
-def log1p(t):  # libdevice's is not there in the interpreter
+def log1p(t):
+    """log(1 + t); libdevice's is not there in the interpreter."""
     one_more = 1.0 + t
     return tl.where(one_more == 1.0, t, tl.log(one_more) * (t / (one_more - 1.0)))
 
 
 @triton.jit
 def tanh(v):
+    """Series where the exponential's form would cancel."""
     z = v * v
     series = v * (1.0 + z * (-1.0 / 3 + z * (2.0 / 15 + z * (-17.0 / 315 + z * (62.0 / 2835)))))
     e = tl.exp2(tl.abs(v) * (-2.0 * LOG2E))
@@ -202,14 +231,15 @@ def tanh(v):
 
 
 @triton.jit
-def bend(raw, over_cap):  # the derivative of a softcap
+def bend(raw, over_cap):
+    """The derivative of a softcap."""
     t = tanh(raw * over_cap)
     return 1.0 - t * t
 
 
 @triton.jit
 def cap_rows(x, y, live, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
-    """Raw logits through their softcaps; filler stays -inf, which a softcap would turn into -cap."""
+    """Raw logits through their softcaps; filler stays -inf, where a softcap would make it -cap."""
     if GENERAL:
         gone = live == 0
         if INF_MASK:
@@ -225,7 +255,7 @@ def cap_rows(x, y, live, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
 def framed(
     x, y, live, mx, my, shift, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, SHORT: tl.constexpr
 ):
-    """ax, ay and d = ax - ay, the first two in units of log 2.
+    """Both rows in their frames, ax and ay in units of log 2, and their gap d = ax - ay.
 
     SHORT: x - mx is exact but for entries 2^16 times smaller (bfloat16). Else, of rows alike in
     size x - y is the exact one; rows offset by hundreds are each centred first. Multiply-adds are
@@ -253,6 +283,7 @@ def framed(
 
 @triton.jit
 def load_pair(x_row, y_row, at, V, PAIR: tl.constexpr):
+    """Entries of both rows, or of one twice, and which of them are there."""
     live = at < V
     x = tl.load(x_row + at, mask=live, other=-INF).to(tl.float32)
     y = x
@@ -263,6 +294,7 @@ def load_pair(x_row, y_row, at, V, PAIR: tl.constexpr):
 
 @triton.jit
 def tile_lanes(LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The entries of a row's first tile."""
     return tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
@@ -308,6 +340,7 @@ def true_frame(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """Both rows' maxima."""
     mx, my = maxima(x_row, y_row, V, V, k, PAIR, GENERAL, INF_MASK, LANES, WIDTH)
     return frame_of(mx), frame_of(my)
 
@@ -338,6 +371,7 @@ def first_frame(
 
 @triton.jit
 def total(lanes):
+    """The lanes' sum, in float64."""
     return tl.sum(lanes.to(tl.float64), 0)
 
 
@@ -356,7 +390,7 @@ def row_sums(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """s, y, g, b, a, c, back, mass, moment, peaks: the sums of csrc/math/kl_row.h, in float64.
+    """The sums of csrc/math/kl_row.h, in float64: s, y, g, b, a, c, back, mass, moment, peaks.
 
     0 where OP does not want one. `mass` and `moment` leave out entries at the frame itself, which
     `peaks` counts: beside its 1 a collapsed row's other mass would lose its digits.
@@ -422,7 +456,8 @@ def row_sums(
 
 
 @triton.jit
-def defect(t):  # t - log(1 + t), float64
+def defect(t):
+    """The difference t - log(1 + t), in float64."""
     series = (
         t
         * t
@@ -433,9 +468,9 @@ def defect(t):  # t - log(1 + t), float64
 
 @triton.jit
 def divergence(s, y, g, bregman_sum, pull, FORWARDS: tl.constexpr):
-    """value, gap, size, log_ratio, recentre of csrc/math/kl_row.h.
+    """A KL by csrc/math/kl_row.h: value, gap, size, log_ratio, recentre.
 
-    (b, a) for KL(p||q), (c, back) for KL(q||p).
+    Of (b, a) for KL(p||q), of (c, back) for KL(q||p).
     """
     tau = g / s
     centred = tl.abs(tau) <= 0.5

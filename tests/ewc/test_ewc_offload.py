@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasttax import EWC, AdamWEWC
 from fasttax._base import files, mapped
@@ -22,7 +22,7 @@ from fasttax.ewc import store
 from tests.tools.models import TokenModel
 
 
-def pair(storage: str = "fp32") -> tuple[nn.Module, EWC, EWC]:
+def pair(storage: str = "fp32") -> tuple[Any, EWC, EWC]:
     """A model moved from its anchor, held from memory and from a file."""
     model = TokenModel()
     fisher = {n: torch.rand(p.shape) for n, p in model.named_parameters()}
@@ -128,7 +128,7 @@ def test_no_file_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def crash(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.json, "dumps", crash)
+    monkeypatch.setattr("json.dumps", crash)
     with pytest.raises(KeyboardInterrupt):
         pair()
     assert os.listdir(tmp_path) == []
@@ -166,10 +166,12 @@ import fasttax
 from torch import nn
 torch.set_num_threads(1)
 def rss():
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what was freed, now 0 MB and now 32
+    # glibc keeps 0 to 32 MB of what was freed
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None: trim(0)
     text = open("/proc/self/status").read()
-    return {k: int(text.split(k + ":")[1].split()[0]) / 1024 for k in ("RssAnon", "RssFile", "VmHWM")}
+    keys = ("RssAnon", "RssFile", "VmHWM")
+    return {k: int(text.split(k + ":")[1].split()[0]) / 1024 for k in keys}
 model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))
 for p in model.parameters(): p.grad = torch.ones_like(p)
 fisher = {n: torch.ones(()).expand(p.shape) for n, p in model.named_parameters()}

@@ -236,38 +236,38 @@ def test_sparse_gradients_are_refused() -> None:
 
 
 def test_opcheck_and_threads(threads: Callable[[int], None]) -> None:
-    def arguments(dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         torch.manual_seed(0)
         lists = [[torch.rand(n, dtype=dtype) for n in (5, 0, 70_000)] for _ in range(6)]
         theta, grad, m, v, anchor, fisher = lists
-        return (
-            theta,
-            grad,
-            m,
-            v,
-            [],
-            [torch.ones(()) for _ in theta],
-            anchor,
-            fisher,
-            [],
-            True,
-            2.0,
-            0.0,
-            torch.tensor(0.01, dtype=torch.float64),
-            0.9,
-            0.999,
-            1e-8,
-            0.01,
-            False,
-            None,
-            None,
-        )
+        return {
+            "params": theta,
+            "grads": grad,
+            "exp_avgs": m,
+            "exp_avg_sqs": v,
+            "max_exp_avg_sqs": [],
+            "steps": [torch.ones(()) for _ in theta],
+            "anchors": anchor,
+            "fishers": fisher,
+            "scales": [],
+            "prox_mode": True,
+            "strength": 2.0,
+            "second_moment": 0.0,
+            "lr": torch.tensor(0.01, dtype=torch.float64),
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "maximize": False,
+            "grad_scale": None,
+            "found_inf": None,
+        }
 
-    torch.library.opcheck(torch.ops.fasttax.ewc_adamw_.default, arguments())
+    torch.library.opcheck(torch.ops.fasttax.ewc_adamw_.default, (), arguments())
     values = []
     for count in (1, 2, 3):
         threads(count)
-        values.append(float(torch.ops.fasttax.ewc_adamw_(*arguments())))
+        values.append(float(torch.ops.fasttax.ewc_adamw_(**arguments())))
     assert len(set(values)) == 1
 
 

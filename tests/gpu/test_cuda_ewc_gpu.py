@@ -169,10 +169,12 @@ def test_graph_capture() -> None:
 def test_uses_the_current_stream() -> None:
     theta, _, anchors, fishers, scales = lists("float32")
     want = torch.ops.fasttax.ewc_penalty(theta, anchors, fishers, scales, 1.0) * 4
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]  # work on another stream would read theta before it is doubled
+        torch.cuda._sleep(
+            10_000_000
+        )  # work on another stream would read theta before it is doubled
         for t, a in zip(theta, anchors, strict=True):
             t.copy_(a + 2 * (t - a))
         value = torch.ops.fasttax.ewc_penalty(theta, anchors, fishers, scales, 1.0)
@@ -188,61 +190,65 @@ def test_refuses_lists_on_two_devices() -> None:
         )
 
 
-def adamw_arguments(mix: str, prox: bool) -> list[Any]:
+def adamw_arguments(mix: str, prox: bool) -> dict[str, Any]:
     theta, grads, anchors, fishers, scales = lists(mix)
-    moments = [
+    m, v = (
         [torch.rand_like(t, dtype=torch.float32).add(0.1).to(t.dtype) for t in theta]
         for _ in range(2)
-    ]
+    )
     steps = [torch.full((), float(i % 3), device="cuda") for i in range(len(theta))]
     # not held
     anchors = [torch.empty(0, device="cuda") if i % 5 == 4 else a for i, a in enumerate(anchors)]
     rate = torch.tensor(0.01, device="cuda")
-    return [
-        theta,
-        grads,
-        *moments,
-        [],
-        steps,
-        anchors,
-        fishers,
-        scales,
-        prox,
-        0.4,
-        0.0,
-        rate,
-        0.9,
-        0.99,
-        1e-3,
-        0.01,
-        False,
-        torch.tensor(8.0, device="cuda"),
-        torch.tensor(0.0, device="cuda"),
-    ]
+    return {
+        "params": theta,
+        "grads": grads,
+        "exp_avgs": m,
+        "exp_avg_sqs": v,
+        "max_exp_avg_sqs": [],
+        "steps": steps,
+        "anchors": anchors,
+        "fishers": fishers,
+        "scales": scales,
+        "prox_mode": prox,
+        "strength": 0.4,
+        "second_moment": 0.0,
+        "lr": rate,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-3,
+        "weight_decay": 0.01,
+        "maximize": False,
+        "grad_scale": torch.tensor(8.0, device="cuda"),
+        "found_inf": torch.tensor(0.0, device="cuda"),
+    }
+
+
+WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "steps")
 
 
 @pytest.mark.parametrize("prox", [False, True])
 @pytest.mark.parametrize("mix", [m for m in MIXES if m != "fp16"])
 def test_adamw_equals_reference(mix: str, prox: bool) -> None:
     got, want = adamw_arguments(mix, prox), adamw_arguments(mix, prox)
-    value = torch.ops.fasttax.ewc_adamw_(*got)
-    torch.testing.assert_close(value, reference.ewc_adamw_(*want), rtol=1e-4, atol=0)
-    for k in (0, 2, 3, 5):
+    value = torch.ops.fasttax.ewc_adamw_(**got)
+    torch.testing.assert_close(value, reference.ewc_adamw_(**want), rtol=1e-4, atol=0)
+    for k in WRITTEN:
         assert_close(got[k], want[k])
 
 
 def test_adamw_in_a_graph_reads_its_scalars_anew() -> None:
     captured, want = adamw_arguments("float32", True), adamw_arguments("float32", True)
-    torch.ops.fasttax.ewc_adamw_(*adamw_arguments("float32", True))
+    torch.ops.fasttax.ewc_adamw_(**adamw_arguments("float32", True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        torch.ops.fasttax.ewc_adamw_(*captured)
+        torch.ops.fasttax.ewc_adamw_(**captured)
     for rate in (0.02, 0.03):
         for arguments in (captured, want):
-            arguments[12].fill_(rate)
+            arguments["lr"].fill_(rate)
         graph.replay()
-        reference.ewc_adamw_(*want)
-    captured[19].fill_(1.0)
+        reference.ewc_adamw_(**want)
+    captured["found_inf"].fill_(1.0)
     graph.replay()  # a skipped step
-    for k in (0, 2, 3, 5):
+    for k in WRITTEN:
         assert_close(captured[k], want[k])

@@ -57,7 +57,7 @@ FAULTS = {
     ),
 }
 SOURCES = ("kl.cu", "kl_gradient.cu", "kl_both.cu")
-OPS = {"policy_ref": 0, "ref_policy": 1, "jsd": 2, "stats": 3, "alone": 4}
+OPS = {"policy_ref": 0, "ref_policy": 1, "jsd": 2, "stats": 64, "alone": 65}
 
 
 simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
@@ -65,7 +65,7 @@ simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = sim
 )
 
 
-# --- the machine code ------------------------------------------------------------------------------------------------
+# --- the machine code -----------------------------------------------------------------------------
 
 
 cubins = cubins_of(*SOURCES)

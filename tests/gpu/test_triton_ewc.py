@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base.packed import SPLIT, encode, encode_anchor
-from fasttax.triton import ewc
+from fasttax.triton import ewc, ewc_adamw, ewc_lora
 from tests.tools.cuda_tools import ROOT, steps
 from tests.tools.triton_tools import compiled
 
@@ -85,7 +85,7 @@ def check_lists() -> None:
 
 
 def check_adamw() -> None:
-    """Every mode, amsgrad, a GradScaler's tensors, the second moment, parameters that are not held."""
+    """Every mode, amsgrad, a GradScaler's tensors, the second moment, parameters not held."""
     empty = torch.empty(0)
     scale, fine, inf = torch.tensor(8.0), torch.tensor(0.0), torch.tensor([1.0])
     cases = (
@@ -105,26 +105,26 @@ def check_adamw() -> None:
                 steps = [torch.tensor(float(i)) for i in range(len(SIZES))]
                 most = clones(x["v"]) if amsgrad else []
                 value = f.ewc_adamw_(
-                    x["params"],
-                    x["grads"],
-                    x["m"],
-                    x["v"],
-                    most,
-                    steps,
-                    anchors,
-                    fishers,
-                    [] if second else x["scales"],
-                    prox,
-                    0.4,
-                    second,
-                    torch.tensor(0.01, dtype=torch.float64),
-                    0.9,
-                    0.999,
-                    1e-8,
-                    0.01,
-                    True,
-                    grad_scale,
-                    found_inf,
+                    params=x["params"],
+                    grads=x["grads"],
+                    exp_avgs=x["m"],
+                    exp_avg_sqs=x["v"],
+                    max_exp_avg_sqs=most,
+                    steps=steps,
+                    anchors=anchors,
+                    fishers=fishers,
+                    scales=[] if second else x["scales"],
+                    prox_mode=prox,
+                    strength=0.4,
+                    second_moment=second,
+                    lr=torch.tensor(0.01, dtype=torch.float64),
+                    beta1=0.9,
+                    beta2=0.999,
+                    eps=1e-8,
+                    weight_decay=0.01,
+                    maximize=True,
+                    grad_scale=grad_scale,
+                    found_inf=found_inf,
                 )
                 results.append([value, *x["params"], *x["m"], *x["v"], *most, *steps])
             close(*results)
@@ -153,8 +153,11 @@ def check_lora() -> None:
 
 def test_in_the_interpreter() -> None:
     """In one process of its own: Triton chooses the interpreter when it is imported."""
-    calls = "t.check_lists(); t.check_adamw(); t.check_lora()"
-    code = f"import test_triton_ewc as t; from fasttax._base import library; assert library.active('ewc_adamw_', 'cpu')[0] == 'Triton'; {calls}"
+    code = (
+        "import test_triton_ewc as t; from fasttax._base import library; "
+        "assert library.active('ewc_adamw_', 'cpu')[0] == 'Triton'; "
+        "t.check_lists(); t.check_adamw(); t.check_lora()"
+    )
     environment = {
         **os.environ,
         "FASTTAX_BACKEND": "triton",
@@ -234,7 +237,12 @@ def test_compiles_for_gpus_without_spills_and_with_wide_loads(target: str, tmp_p
         }
         constants = {"MODE": ewc.PROX.value, "AMSGRAD": False, "FROM_SECOND": False, **kinds}
         built["adamw"] = compiled(
-            ewc.adamw_kernel, target, types_of(ewc.adamw_kernel, mix), constants, warps, tmp_path
+            ewc_adamw.adamw_kernel,
+            target,
+            types_of(ewc_adamw.adamw_kernel, mix),
+            constants,
+            warps,
+            tmp_path,
         )
         for name, binary in built.items():
             assert binary.spills == 0, (name, mix)
@@ -243,8 +251,8 @@ def test_compiles_for_gpus_without_spills_and_with_wide_loads(target: str, tmp_p
                 assert wide >= {"add": 4, "adamw": 6}[name] * ewc.BLOCK // (128 * 4), (name, wide)
     meta = {"U8": False, "R": 16, "ROWS": 32, "COLS": 64}
     for kernel, extra in (
-        (ewc.lora_rows_kernel, {"GRADIENT": True}),
-        (ewc.lora_columns_kernel, {}),
+        (ewc_lora.lora_rows_kernel, {"GRADIENT": True}),
+        (ewc_lora.lora_columns_kernel, {}),
     ):
         types = types_of(kernel, "fp32") | {name: "*fp32" for name in ("a_ptr", "b_ptr")}
         assert compiled(kernel, target, types, {**meta, **extra}, warps, tmp_path).spills == 0

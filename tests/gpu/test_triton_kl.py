@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from fasttax.triton import kl, rows, stats
+from fasttax.kl.call import KINDS, tempering
+from fasttax.triton import kl, kl_launch, rows, stats
 from tests.tools.cuda_tools import ARITHMETIC, LOAD, STORE, basic_blocks, longest_run, steps
 from tests.tools.triton_tools import TARGETS, Binary, compiled, run_in_the_interpreter
 
@@ -87,27 +88,25 @@ INTERPRETED: dict[
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 V = 151936  # Qwen's
 OPS = {
-    "policy_ref": 0,
-    "ref_policy": 1,
-    "jsd": 2,
+    **{name: kind.number for name, kind in KINDS.items()},
     "stats": rows.STATS.value,
     "alone": rows.ALONE.value,
 }
 PAIR = {"x_ptr", "y_ptr"}
 FORWARD, GRADIENT = (
-    PAIR | {"value_ptr", "kept_ptr", "mask_ptr"},
-    PAIR | {"kept_ptr", "upstream_ptr", "dx_ptr"},
+    PAIR | {"value_ptr", "saved_ptr", "mask_ptr"},
+    PAIR | {"saved_ptr", "upstream_ptr", "dx_ptr"},
 )
 ROLES = {  # a kernel and the pointers that it is given
     "forward": (kl.forward_kernel, FORWARD),
     "both": (kl.forward_kernel, PAIR | {"value_ptr", "weight_ptr", "dx_ptr"}),
     "gradient": (kl.gradient_kernel, GRADIENT),
     "gradients": (kl.gradient_kernel, GRADIENT | {"dy_ptr"}),
-    "stats": (stats.forward_kernel, PAIR | {"ids_ptr", "values_ptr", "kept_ptr"}),
+    "stats": (stats.forward_kernel, PAIR | {"ids_ptr", "values_ptr", "saved_ptr"}),
     "stats gradient": (stats.gradient_kernel, GRADIENT | {"ids_ptr"}),
     "stats gradients": (stats.gradient_kernel, GRADIENT | {"ids_ptr", "dy_ptr"}),
 }
-KLS, STATS = ("policy_ref", "ref_policy", "jsd"), ("stats", "alone")
+KLS, STATS = tuple(KINDS), ("stats", "alone")
 CASES = [
     (role, op)
     for role in ROLES
@@ -150,7 +149,9 @@ def build(
         for name in pointers
     }
     types |= {
-        name: rows.Rows("i32", "i32", "i32") for name in kernel.arg_names if name.endswith("_rows")
+        name: rows.Layout("i32", "i32", "i32")
+        for name in kernel.arg_names
+        if name.endswith("_layout")
     }
     types |= {"k": rows.Params(*["fp32"] * len(rows.Params._fields)), "V": "i32"} | (
         {"N": "i32"} if "N" in kernel.arg_names else {}
@@ -237,7 +238,7 @@ def test_instructions_an_entry(role: str, op: str, dtype: str, most: int, folder
     assert min(sweeps) / entries <= most
 
 
-# --- results, in the interpreter -----------------------------------------------------------------------------------------
+# results, in the interpreter
 
 
 @pytest.mark.parametrize("subject", INTERPRETED)
@@ -267,6 +268,8 @@ def test_sizes_of_one_compile(role: str, folder: Path) -> None:
 class Recorder:
     """Stands for a kernel, and keeps the grid it is started with."""
 
+    grid: Any = None
+
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         self.grid = grid
         return lambda *args, **constants: None
@@ -275,18 +278,18 @@ class Recorder:
 def test_rows_lie_on_the_grid_axis_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """65535 blocks are the most on the others (Liger#1294)."""
     recorder = Recorder()
-    for module in (kl, stats):
+    for module in (kl_launch, stats):
         for name in ("forward_kernel", "gradient_kernel"):
             monkeypatch.setattr(module, name, recorder)
     x = torch.zeros(70_000, 16)
-    options = (0, 0.5, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, False)
-    _, kept = kl.token_kl(x, x, None, *options)
+    t = tempering("test")
+    _, saved = kl_launch.token_kl(x, x, None, *t.args())
     assert recorder.grid == (70_000,)
-    kl.token_kl_backward(torch.ones(70_000), x, x, None, kept, *options, True, False)
+    kl_launch.token_kl_backward(torch.ones(70_000), x, x, None, saved, *t.args(), True, False)
     assert recorder.grid == (70_000, 1)
-    _, kept = stats.token_stats(x, x, None, None, *options[2:8])
+    _, saved = stats.token_stats(x, x, None, None, *t.sides())
     assert recorder.grid == (70_000,)
     stats.token_stats_backward(
-        torch.ones(6, 70_000), x, x, None, None, kept, *options[2:8], True, True
+        torch.ones(6, 70_000), x, x, None, None, saved, *t.sides(), True, True
     )
     assert recorder.grid == (70_000, 1)

@@ -140,7 +140,7 @@ def test_is_the_kl_in_the_loss(
     assert ran == len(calls)  # and takes no forward of the policy of its own
 
 
-def count_forwards(model: nn.Module) -> list[int]:
+def count_forwards(model: Any) -> list[int]:
     calls: list[int] = []
     model.model.register_forward_hook(lambda *args: calls.append(1))
     return calls
@@ -219,7 +219,8 @@ def test_undo_and_wrong_calls(tmp_path: Path) -> None:
     full = FullKL(trainer, tiny_lm.model(1), 0.1)
     with pytest.raises(
         ValueError,
-        match=r"FullKL: trainer: expected one without a FullKL, got one that has it already; undo\(\) that one first",
+        match=r"FullKL: trainer: expected one without a FullKL, got one that has it already; "
+        r"undo\(\) that one first",
     ):
         FullKL(trainer, tiny_lm.model(1), 0.1)
     full.undo()
@@ -230,19 +231,22 @@ def test_undo_and_wrong_calls(tmp_path: Path) -> None:
         FullKL(trainer, tiny_lm.model(1), -1.0)
     with pytest.raises(
         TypeError,
-        match="FullKL: ref_model: expected a transformers causal language model with an output head, got Linear",
+        match="FullKL: ref_model: expected a transformers causal language model with an "
+        "output head, got Linear",
     ):
         FullKL(trainer, nn.Linear(2, 2), 0.1)
     cache = TopKReference.make(tiny_lm.model(), [[4, 5, 6]], k=4)
     with pytest.raises(
         ValueError,
-        match="FullKL: ref_model: expected a model: the sequences of GRPO and RLOO are new at every step",
+        match="FullKL: ref_model: expected a model: the sequences of GRPO and RLOO are new at "
+        "every step",
     ):
         FullKL(trainer, cache, 0.1)
     trainer.beta = 0.04
     with pytest.raises(
         ValueError,
-        match=r"FullKL: trainer: expected GRPO with beta=0\.0, whose k3 estimate this takes the place of, got beta=0\.04",
+        match=r"FullKL: trainer: expected GRPO with beta=0\.0, whose k3 estimate this takes "
+        r"the place of, got beta=0\.04",
     ):
         FullKL(trainer, tiny_lm.model(1), 0.1)
     odpo = make("online_dpo", tmp_path)
@@ -253,12 +257,13 @@ def test_undo_and_wrong_calls(tmp_path: Path) -> None:
         odpo.train()
 
 
-# --- the cached reference ----------------------------------------------------------------------------------------------------
+# --- the cached reference -------------------------------------------------------------------------
 
 
 def test_cache_of_the_whole_vocabulary_is_the_model(tmp_path: Path) -> None:
-    """Written by the command line on the trainer's data; the trainer appends an end-of-text token
-    that the cache has not.
+    """The command line writes the cache on the trainer's data.
+
+    The trainer appends an end-of-text token that the cache has not.
     """
     model = tiny_lm.save(tmp_path / "reference", seed=1)
     data = tmp_path / "data.jsonl"
@@ -318,7 +323,8 @@ def test_cache_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     FullKL(trainer, TopKReference.make(tiny_lm.model(1), [[4, 5, 6, 7]], k=8), BETA)
     with pytest.raises(
         KeyError,
-        match=r"expected one of the 1 cached sequences, got .* make the cache on the sequences that the trainer trains on",
+        match=r"expected one of the 1 cached sequences, got .* make the cache on the "
+        r"sequences that the trainer trains on",
     ):
         trainer.train()
     with pytest.raises(

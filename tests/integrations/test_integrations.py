@@ -13,7 +13,8 @@ BLOCKED = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("transformers", "trl", "lightning", "peft", "accelerate", "datasets"):
+        extras = ("transformers", "trl", "lightning", "peft", "accelerate", "datasets")
+        if name.split(".")[0] in extras:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
 import fasttax
@@ -41,6 +42,7 @@ def test_fasttax_needs_no_trainer() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(
         AttributeError,
-        match=r"'fasttax\.integrations' has no attribute 'deepspeed'; it offers AdaptiveKL, transformers, trl, lightning",
+        match=r"'fasttax\.integrations' has no attribute 'deepspeed'; it offers AdaptiveKL, "
+        r"transformers, trl, lightning",
     ):
         _ = fasttax.integrations.deepspeed

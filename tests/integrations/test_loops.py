@@ -1,6 +1,4 @@
-"""EWC and KL in loops that are not transformers': Lightning, Accelerate, plain PyTorch, each
-against the penalty in the loss.
-"""
+"""EWC and KL in Lightning, Accelerate and plain PyTorch, against the penalty in the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from tests.tools import tiny_lm
 LR, CLIP, STEPS, ACCUMULATION = 0.05, 1.0, 3, 2
 
 
-class Module(lightning.LightningModule):  # type: ignore[misc]
+class Module(lightning.LightningModule):
     def __init__(self, penalty: bool = False) -> None:
         super().__init__()
         self.lm = tiny_lm.model()
@@ -57,7 +55,7 @@ def fit(
         callbacks=list(callbacks),
         **{**settings, **options},
     )
-    loader = torch.utils.data.DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(batches(), batch_size=None)
     trainer.fit(module, loader, ckpt_path=None)
     return trainer
 
@@ -93,7 +91,8 @@ def test_lightning_refuses_what_would_be_lost(tmp_path: Path) -> None:
     module, other = Module(), Module()
     with pytest.raises(
         ValueError,
-        match="EWCCallback: ewc: expected parameters of the model being trained, got 21 that are not",
+        match="EWCCallback: ewc: expected parameters of the model being trained, got 21 that "
+        "are not",
     ):
         fit(module, tmp_path, [EWCCallback(other.ewc)])
     with pytest.raises(

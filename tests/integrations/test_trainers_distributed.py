@@ -1,6 +1,7 @@
-"""The trainer integrations on two gloo processes: DDP in transformers' Trainer, FSDP2 by the
-trainer's own loss (Accelerate has no FSDP without a GPU). Everything runs in one pair of processes:
-most of the time is their imports.
+"""The trainer integrations on two gloo processes.
+
+DDP is transformers' Trainer's; FSDP2 runs by the trainer's own loss, for Accelerate has no FSDP
+without a GPU. Everything runs in one pair of processes: most of the time is their imports.
 """
 
 from __future__ import annotations
@@ -138,8 +139,10 @@ def load(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 @pytest.mark.slow
 def test_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
-    """Every rank adds the penalty's gradient, which the mean leaves as it is; the KL is the mean
-    over all ranks' tokens.
+    """Ranks agree with one process that sees all rows.
+
+    Every rank adds the penalty's gradient, which the mean leaves as it is; the KL is the mean over
+    all ranks' tokens.
     """
     model = tiny_lm.model()
     alone: Any = WithKL(

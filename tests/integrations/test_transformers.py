@@ -1,5 +1,6 @@
-"""EWC and KL in transformers' Trainer, against a subclass that adds the penalty to the loss, over
-what a run can be: accumulation, clipping, fp16, bf16, PEFT, resuming, two processes.
+"""EWC and KL in transformers' Trainer, against a subclass that adds the penalty to the loss.
+
+Runs differ in accumulation, clipping, fp16 and bf16, PEFT, resuming.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ STRENGTH = 20.0
 ROUNDING = 3e-7  # parameters are below 1.5 in size: two roundings
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Rows of different lengths, so that micro-batches hold different numbers of tokens."""
 
     def __init__(self, rows: Tensor) -> None:
@@ -62,10 +63,9 @@ class WithPenalty(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        scaled = num_items_in_batch is not None
-        return loss + self.ewc.penalty() / (
-            self.current_gradient_accumulation_steps if scaled else 1
-        )  # type: ignore[attr-defined]
+        if num_items_in_batch is None:
+            return loss + self.ewc.penalty()
+        return loss + self.ewc.penalty() / self.current_gradient_accumulation_steps
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
@@ -183,7 +183,7 @@ def test_frozen_parameters_stay_and_lora_factors_are_held(tmp_path: Path) -> Non
 
 
 def test_therunning_handler_is_the_caller_of_an_event() -> None:
-    """transformers hands events no handler; what finds it rests on who calls them."""
+    """An event is handed no handler; what finds it rests on who calls the event."""
     from transformers.trainer_callback import CallbackHandler
 
     found: list[Any] = []
@@ -255,7 +255,7 @@ class FakeState:
 
 
 def test_fp16_gradient_carries_the_loss_scale() -> None:
-    """The Trainer's own order of calls on a scaler of the CPU: fp16 itself is not to be had there."""
+    """The Trainer's own order of calls on a scaler of the CPU, which has no fp16 itself."""
     from accelerate.optimizer import AcceleratedOptimizer
 
     states = []
@@ -312,12 +312,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"ewc: expected the anchor that the checkpoint was trained with .* build the EWC on the base model",
+        match=r"ewc: expected the anchor that the checkpoint was trained with .* build the "
+        r"EWC on the base model",
     ):
         other.train(resume_from_checkpoint=folder)
 
 
-# --- KL --------------------------------------------------------------------------------------------------------------------
+# --- KL -------------------------------------------------------------------------------------------
 
 
 class WithKL(Trainer):
@@ -332,7 +333,7 @@ class WithKL(Trainer):
         with torch.no_grad():
             ref = self.ref(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-            ).logits  # type: ignore[attr-defined]
+            ).logits
         logp, ref_logp = out.logits[:, :-1].log_softmax(-1), ref[:, :-1].log_softmax(-1)
         kl = (logp.exp() * (logp - ref_logp)).sum(-1)[inputs["labels"][:, 1:] != -100]
         return loss + 0.3 * kl.sum() / num_items_in_batch
@@ -399,7 +400,7 @@ def test_adaptive_kl_alone() -> None:
         AdaptiveKL(target=0.0)
 
 
-# --- what can't work says so ---------------------------------------------------------------------------------------------
+# --- what can't work says so ----------------------------------------------------------------------
 
 
 def test_wrong_calls(tmp_path: Path) -> None:
@@ -412,14 +413,15 @@ def test_wrong_calls(tmp_path: Path) -> None:
     ):
         EWCCallback(ewc, where="middle")
     with pytest.raises(TypeError, match=r"EWCCallback: ewc: expected a fasttax\.EWC"):
-        EWCCallback(model)  # type: ignore[arg-type]
+        EWCCallback(model)
     with pytest.raises(ValueError, match="attach: ewc and kl: expected at least one of the two"):
         attach(trainer)
     with pytest.raises(TypeError, match="attach: kl: expected a mapping"):
-        attach(trainer, kl=0.1)  # type: ignore[arg-type]
+        attach(trainer, kl=0.1)
     with pytest.raises(
         ValueError,
-        match="attach: kl: expected one of 'ref_model', 'beta', 'kind', 'temperature', 'jsd_beta', got 'reference'",
+        match="attach: kl: expected one of 'ref_model', 'beta', 'kind', 'temperature', "
+        "'jsd_beta', got 'reference'",
     ):
         attach(trainer, kl={"reference": model, "beta": 0.1})
     with pytest.raises(
@@ -455,10 +457,12 @@ def test_settings_that_would_lose_the_penalty_are_refused(tmp_path: Path) -> Non
         ValueError, match="ewc: expected at least one trainable parameter, got 21 frozen ones"
     ):
         callback.on_train_begin(args, FakeState(), None, model=model)
-    args.deepspeed = {"zero_optimization": {"stage": 3}}  # type: ignore[assignment]
+    deepspeed: Any = {"zero_optimization": {"stage": 3}}
+    args.deepspeed = deepspeed
     with pytest.raises(
         ValueError,
-        match="trainer: expected a run without DeepSpeed, got one under DeepSpeed; its engine clips, steps",
+        match="trainer: expected a run without DeepSpeed, got one under DeepSpeed; its engine "
+        "clips, steps",
     ):
         callback.on_train_begin(args, FakeState(), None, model=model)
     trainer = Trainer(tiny_lm.model(), arguments(tmp_path), train_dataset=Rows(tiny_lm.ids()))

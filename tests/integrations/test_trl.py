@@ -1,6 +1,4 @@
-"""patch() against TRL's own ops: op by op against float64, and every trainer run with and without
-it.
-"""
+"""`patch` against TRL's own ops: each op against float64, every trainer with and without it."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import transformers
 import trl
 from torch import Tensor, nn
 
-from fasttax.integrations import _trl_ops as ops
+from fasttax.integrations import _trl_chunks, _trl_divergence, _trl_logprob
 from fasttax.integrations._trl_targets import TARGETS
 from fasttax.integrations.trl import FusedGKDMixin, patch
 from tests.tools import tiny_lm, trl_runs
@@ -36,7 +34,7 @@ def current() -> dict[str, Any]:
     return found
 
 
-# --- the ops -----------------------------------------------------------------------------------------------------------------
+# --- the ops --------------------------------------------------------------------------------------
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -67,9 +65,11 @@ def wide(*leaves: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.detach().double().requires_grad_() for x in leaves]
 
 
-def log_softmax(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, case: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def log_softmax(leaves: list[Tensor | None], case: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Log-probs and logits of hidden states, head and bias, tempered as the case says."""
+    hidden, weight, bias = leaves
+    assert hidden is not None
+    assert weight is not None
     z = hidden @ weight.T + (0 if bias is None else bias)
     z = z * case.get("scale", 1.0)
     z = z if case.get("softcap") is None else case["softcap"] * torch.tanh(z / case["softcap"])
@@ -82,8 +82,8 @@ def test_logprob_is_trls(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     from trl.kernels import ChunkedLogProbFunction
 
     if case.get("chunks"):
-        monkeypatch.setattr(ops, "CHUNK_BYTES", {"cpu": 1})
-        monkeypatch.setattr(ops, "MIN_ROWS", 8)
+        monkeypatch.setattr(_trl_chunks, "CHUNK_BYTES", {"cpu": 1})
+        monkeypatch.setattr(_trl_chunks, "MIN_ROWS", 8)
     leaves = tensors(bool(case.get("bias")), case.get("dtype", torch.float32))
     targets = torch.randint(V, (N,))
     weights = [torch.randn(N), torch.randn(N)]
@@ -93,9 +93,9 @@ def test_logprob_is_trls(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     scalars = (case.get("temperature", 1.0), case.get("softcap"), case.get("scale", 1.0))
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(case.get("autocast"))):
         theirs = ChunkedLogProbFunction.apply(*leaves, targets, scalars[0], 32, *scalars[1:], names)
-        ours = ops.LogProb.apply(*leaves, targets, *scalars, names)
+        ours = _trl_logprob.LogProb.apply(*leaves, targets, *scalars, names)
     exact = wide(*leaves)
-    logp, z = log_softmax(*exact, case)  # type: ignore[arg-type]
+    logp, z = log_softmax(exact, case)
     truth = [
         logp.gather(-1, targets[:, None])[:, 0],
         -(logp.exp() * logp).sum(-1),
@@ -113,7 +113,7 @@ def test_logprob_is_trls(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     for name, a, b, t in zip(("hidden", "weight", "bias"), got, own, true, strict=False):
         assert a.dtype == b.dtype
         assert_within(a, b, t, name=f"gradient of {name}")
-    assert ops.LogProb.apply(*leaves, targets, *scalars, ())[1:] == (None,) * 4
+    assert _trl_logprob.LogProb.apply(*leaves, targets, *scalars, ())[1:] == (None,) * 4
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -124,8 +124,8 @@ def test_divergence_is_trls(
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     if case.get("chunks"):
-        monkeypatch.setattr(ops, "CHUNK_BYTES", {"cpu": 1})
-        monkeypatch.setattr(ops, "MIN_ROWS", 8)
+        monkeypatch.setattr(_trl_chunks, "CHUNK_BYTES", {"cpu": 1})
+        monkeypatch.setattr(_trl_chunks, "MIN_ROWS", 8)
     student, teacher = (
         tensors(bool(case.get("bias")), case.get("dtype", torch.float32)) for _ in range(2)
     )
@@ -140,10 +140,10 @@ def test_divergence_is_trls(
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(case.get("autocast"))):
         theirs = ChunkedDivergenceFunction.apply(*student, *teacher, *extra)
-        ours = ops.Divergence.apply(*student, *teacher, *extra)
+        ours = _trl_divergence.Divergence.apply(*student, *teacher, *extra)
     exact = wide(*student)
-    s = log_softmax(*exact, case)[0]  # type: ignore[arg-type]
-    t = log_softmax(*wide(*teacher), {"scale": 1.25, "temperature": extra[1]})[0].detach()  # type: ignore[arg-type]
+    s = log_softmax(exact, case)[0]
+    t = log_softmax(wide(*teacher), {"scale": 1.25, "temperature": extra[1]})[0].detach()
     if beta == 0:
         truth = (t.exp() * (t - s)).sum(-1)
     elif beta == 1:
@@ -172,8 +172,8 @@ def test_divergence_loss_is_trls(case: dict[str, Any], monkeypatch: pytest.Monke
     """Whose gradients are made in the forward, with a factor from above that it does not know."""
     from trl.trainer import distillation_trainer
 
-    monkeypatch.setattr(ops, "CHUNK_BYTES", {"cpu": 1})
-    monkeypatch.setattr(ops, "MIN_ROWS", 8)
+    monkeypatch.setattr(_trl_chunks, "CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(_trl_chunks, "MIN_ROWS", 8)
     student, teacher = tensors(True, torch.float32), tensors(True, torch.float32)
     mask = torch.zeros(1, N) if case.get("masked") else (torch.rand(1, N) < 0.6).float()
     results = []
@@ -236,13 +236,13 @@ def test_generalized_jsd_loss_is_gkds(beta: float, reduction: str) -> None:
         else {"reduction": reduction}
     )
     for given in (labels, None):
-        values = [
+        theirs, ours = (
             f(student[:, :-1], teacher[:, :-1], given, **options)
             for f in (GKDTrainer.generalized_jsd_loss, FusedGKDMixin.generalized_jsd_loss)
-        ]
-        slopes = [torch.autograd.grad(v.sum(), student)[0] for v in values]
-        assert torch.allclose(*values, rtol=2e-6, atol=1e-8)
-        assert torch.allclose(*slopes, rtol=2e-5, atol=1e-8)
+        )
+        their_slope, slope = (torch.autograd.grad(v.sum(), student)[0] for v in (theirs, ours))
+        assert torch.allclose(theirs, ours, rtol=2e-6, atol=1e-8)
+        assert torch.allclose(their_slope, slope, rtol=2e-5, atol=1e-8)
 
 
 def test_mixin_wants_a_trainer_of_its_kind() -> None:
@@ -255,7 +255,7 @@ def test_mixin_wants_a_trainer_of_its_kind() -> None:
             type("Wrong", bases, {})
 
 
-# --- the trainers --------------------------------------------------------------------------------------------------------------
+# --- the trainers ---------------------------------------------------------------------------------
 
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("sft", {}),
@@ -306,14 +306,11 @@ def trained(
     name: str, folder: Path, saved: str, changes: dict[str, Any], base: type | None = None
 ) -> Any:
     changes = dict(changes)
-    given = (
-        {"model": saved}
-        if name in ("grpo", "rloo") and changes.get("beta") and not changes.get("lora")
-        else {}
-    )
     if changes.get("beta") and name in ("grpo", "rloo"):
         changes["max_steps"] = 3  # the first has KL 0: policy and reference are still one
-    trainer = trl_runs.make(name, folder, base=base, **given, **changes)
+        if not changes.get("lora"):
+            changes["model"] = saved
+    trainer = trl_runs.make(name, folder, base=base, **changes)
     transformers.set_seed(5)
     trainer.train()
     return trainer
@@ -329,7 +326,9 @@ def log(trainer: Any) -> list[dict[str, float]]:
 
 
 def assert_same_run(ours: Any, theirs: Any, bf16: bool = False) -> None:
-    """bf16: the logits are equal to the bit; a gradient that falls on the other side of a rounding
+    """The same weights and metrics up to rounding.
+
+    In bf16 the logits are equal to the bit; a gradient that falls on the other side of a rounding
     differs by 2^-8 of itself.
     """
     difference = max(
@@ -368,7 +367,7 @@ def test_a_patched_run_is_the_unpatched_one(
 
 
 def test_clipping_is_active(folder: Path, saved: str) -> None:
-    """What the runs above rely on: the gradient is longer than max_grad_norm, and the model moves."""
+    """The runs above rely on it: the gradient is longer than max_grad_norm, the model moves."""
     trainer = trained("sft", folder, saved, {})
     assert (
         min(entry["grad_norm"] for entry in log(trainer) if "grad_norm" in entry)
@@ -386,14 +385,19 @@ def test_mixin_run_is_the_plain_one(
     name: str, folder: Path, saved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    op = ops.jsd_loss
-    monkeypatch.setattr(ops, "jsd_loss", lambda *args: (calls.append(1), op(*args))[1])
+    op = _trl_divergence.jsd_loss
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(1)
+        return op(*args)
+
+    monkeypatch.setattr("fasttax.integrations.trl.jsd_loss", counted)
     fused = type("Fused", (FusedGKDMixin, trl_runs.classes(name)[0]), {})
     assert_same_run(trained(name, folder, saved, {}, base=fused), trained(name, folder, saved, {}))
     assert len(calls) == 4
 
 
-# --- the patch itself ------------------------------------------------------------------------------------------------------------
+# --- the patch itself -----------------------------------------------------------------------------
 
 
 def test_patch_says_what_it_replaced_and_undoes_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,7 +408,8 @@ def test_patch_says_what_it_replaced_and_undoes_it(capsys: pytest.CaptureFixture
     assert all(current()[label] is not before[label] for label in before)
     with pytest.raises(
         RuntimeError,
-        match=r"patch: trl\.trainer\.utils\._ChunkedLogProbFunction is patched by fasttax already; undo\(\) that patch first",
+        match=r"patch: trl\.trainer\.utils\._ChunkedLogProbFunction is patched by fasttax "
+        r"already; undo\(\) that patch first",
     ):
         patch("sft")
     handle.undo()
@@ -432,7 +437,8 @@ def test_patch_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) ->
         m.setattr(trl, "__version__", "1.17.0")
         with pytest.raises(
             RuntimeError,
-            match=r"patch: trl: expected version 1\.16, .* got 1\.17\.0; install trl==1\.16\.\*, or pass any_version=True",
+            match=r"patch: trl: expected version 1\.16, .* got 1\.17\.0; install "
+            r"trl==1\.16\.\*, or pass any_version=True",
         ):
             patch()
         patch("sft", any_version=True, quiet=True).undo()
@@ -447,7 +453,8 @@ def test_patch_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) ->
         m.setattr(distillation_trainer, "ChunkedDivergenceFunction", Other)
         with pytest.raises(
             RuntimeError,
-            match=r"expected the signature \(ctx, student_hidden, .*\) of trl 1\.16, got \(ctx, student, teacher\)",
+            match=r"expected the signature \(ctx, student_hidden, .*\) of trl 1\.16, got "
+            r"\(ctx, student, teacher\)",
         ):
             patch()
         m.delattr(distillation_trainer, "ChunkedDivergenceFunction")

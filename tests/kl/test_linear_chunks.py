@@ -14,9 +14,10 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 import fasttax
+from fasttax._base import gemm as base_gemm
 from fasttax.kl import linear_sweep
-from fasttax.kl.linear_sweep import Work
-from fasttax.kl.token_kl import tempering
+from fasttax.kl.call import tempering
+from fasttax.kl.linear_sweep import Asked, Inputs, Tensors
 from tests.tools.linear_cases import (
     NAMES,
     OPTIONS,
@@ -33,7 +34,7 @@ from tests.tools.utils import assert_within, own_result, peak_bytes
 
 INF = math.inf
 
-# --- tiles of the vocabulary -----------------------------------------------------------------------------------------------
+# tiles of the vocabulary
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -131,14 +132,14 @@ def test_vocab_chunk_bounds_the_logits(
     option: str, inf: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No logits beyond token_chunk x vocab_chunk; where whole rows are needed, fewer tokens."""
-    sizes, real = [], linear_sweep.Head.project
+    sizes, real = [], linear_sweep.Projection.project
 
     def seen(self: Any, hidden: Tensor, columns: slice, buffer: Tensor) -> Tensor:
         logits = real(self, hidden, columns, buffer)
         sizes.append(logits.numel())
         return logits
 
-    monkeypatch.setattr(linear_sweep.Head, "project", seen)
+    monkeypatch.setattr(linear_sweep.Projection, "project", seen)
     fused(tensors(), token_chunk=6, vocab_chunk=10, inf=inf, **OPTIONS[option])
     assert max(sizes) <= 6 * 10
 
@@ -161,7 +162,7 @@ def test_memory_of_tiles() -> None:
     assert peak < 4 * n * V
 
 
-# --- gradients, compilers, transforms --------------------------------------------------------------------------------------
+# gradients, compilers, transforms
 
 CHUNKED: dict[str, dict[str, Any]] = {
     "rows": {"token_chunk": 2},
@@ -210,37 +211,33 @@ def test_gradcheck_of_logprobs(vocab_chunk: int | None, reduction: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "work",
+    "asked",
     [
-        Work(True, False, False, 2, None),
-        Work(True, True, False, None, None),
-        Work(False, True, True, 2, 3),
+        Asked(kl=True, token_chunk=2),
+        Asked(kl=True, stats=True),
+        Asked(stats=True, pair=True, token_chunk=2, vocab_chunk=3),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("n", [5, 0])
-def test_opcheck(n: int, work: Work) -> None:
+def test_opcheck(n: int, asked: Asked) -> None:
     tensors = [t.detach().float().requires_grad_(i != 2) for i, t in enumerate(small(n))]
-    rest = (
-        torch.arange(n),
-        torch.arange(n) % 2 == 0,
-        *tempering("test", temperature=0.7).args(),
-        *work.args(),
-    )
+    ids, mask, t = torch.arange(n), torch.arange(n) % 2 == 0, tempering("test", temperature=0.7)
+    rest = Inputs(Tensors(*tensors), ids, mask, t, asked).args()[len(tensors) :]
     torch.library.opcheck(torch.ops.fasttax.linear_token_rows, (*tensors, *rest))
-    rows, *kept = torch.ops.fasttax.linear_token_rows(*(t.detach() for t in tensors), *rest)
-    if not work.pair:
+    rows, *saved = torch.ops.fasttax.linear_token_rows(*(t.detach() for t in tensors), *rest)
+    if not asked.pair:
         total = (
             torch.rand(n),
             *(t.requires_grad_(i != 2) for i, t in enumerate(tensors)),
             *rest,
-            6 if work.kl else 2,
+            6 if asked.kl else 2,
             [True, True, False, True, True, True],
         )
         torch.library.opcheck(torch.ops.fasttax.linear_token_total, total)
     args = (
         torch.rand_like(rows),
-        *kept,
+        *saved,
         *(t.detach() for t in tensors),
         *rest,
         [True, True, False, True, True, False],
@@ -337,7 +334,7 @@ def test_no_token_and_one(n: int, mode: str) -> None:
         assert all(d.shape == leaf.shape and not d.any() for d, leaf in zip(grads, t, strict=True))
 
 
-# --- half-width GEMMs ------------------------------------------------------------------------------------------------------
+# half-width GEMMs
 
 
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
@@ -349,7 +346,7 @@ def test_gemms_of_half_width_operands(mode: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(linear_sweep, "narrow_gemm", lambda device: True)
     monkeypatch.setattr(linear_sweep, "mixed_gemm", lambda device: False)
     operands = set()
-    real = linear_sweep.gemm
+    real = base_gemm.gemm
 
     def seen(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         operands.add((a.dtype, b.dtype, out.dtype))

@@ -1,5 +1,6 @@
-"""`make bench-gpu` has no GPU to be tried on: its contenders, small and on the CPU, with
-torch.compile standing aside. And `fasttax bench`.
+"""`make bench-gpu`'s contenders, small and on the CPU, and `fasttax bench`.
+
+There is no GPU to try the former on; torch.compile stands aside.
 """
 
 from __future__ import annotations

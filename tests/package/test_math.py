@@ -1,5 +1,6 @@
-"""csrc/math and csrc/cpu/simd.h, compiled here as they are, against numpy float64 on wide grids
-with the bounds their comments state.
+"""csrc/math and csrc/cpu/simd.h, compiled as they are, against numpy float64 on wide grids.
+
+The bounds are those that their comments state.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import SIMD, simd_levels
+
+from tests.tools.kernels import SIMD, simd_levels
 
 pybind11 = pytest.importorskip("pybind11")
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -21,20 +23,28 @@ TINY = float(np.finfo(np.float32).tiny)  # 2^-126
 INF, NAN = np.inf, np.nan
 
 KERNELS = """
+#if defined(FASTTAX_ISA)
 namespace fasttax { namespace FASTTAX_ISA_NS {
 inline void apply(int fn, const float* a, float* out, long n) {
   for (long i = 0; i < n; i += kLanes) {
     const VF z = load(a + i, std::min<long>(kLanes, n - i), 0.0f);
-    const VF r = fn == 0 ? exp(z) : fn == 1 ? log(z) : fn == 2 ? log1p(z) : fn == 3 ? tanh(z) : exp_flushed(z);
+    const VF r = fn == 0   ? exp(z)
+                 : fn == 1 ? log(z)
+                 : fn == 2 ? log1p(z)
+                 : fn == 3 ? tanh(z)
+                           : exp_flushed(z);
     store(out + i, r, std::min<long>(kLanes, n - i));
   }
 }
 } }
+#endif
 """
 MODULE = """
 #include <pybind11/numpy.h>
 #define FASTTAX_KERNELS "kernels.h"
 #include "cpu/isa.h"
+#include "math/ewc.h"
+#include "math/kl.h"
 namespace py = pybind11;
 template <int level> void at(int fn, const float* a, float* out, long n) {
 #if defined(__x86_64__)
@@ -60,9 +70,15 @@ PYBIND11_MODULE(fasttax_math, m) {
   m.def("defect", py::vectorize([](double t) { return fasttax::kl_defect(t); }));
   m.def("jsd_g", py::vectorize([](double t) { return fasttax::jsd_g(t); }));
   m.def("jsd_g_small", py::vectorize([](double t) { return fasttax::jsd_g_small(t); }));
-  m.def("pull", py::vectorize([](double t, double a, double f) { return fasttax::ewc_pull(t, a, f); }));
-  m.def("term", py::vectorize([](double t, double a, double f) { return fasttax::ewc_term(t, a, f); }));
-  m.def("prox", py::vectorize([](double t, double a, double f, double s) { return fasttax::ewc_prox(t, a, 1.0, s * f, 1.0); }));
+  m.def("pull", py::vectorize([](double t, double a, double f) {
+    return fasttax::ewc_pull(t, a, f);
+  }));
+  m.def("term", py::vectorize([](double t, double a, double f) {
+    return fasttax::ewc_term(t, a, f);
+  }));
+  m.def("prox", py::vectorize([](double t, double a, double f, double s) {
+    return fasttax::ewc_prox(t, a, 1.0, s * f, 1.0);
+  }));
 }
 """
 

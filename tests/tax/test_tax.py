@@ -1,5 +1,6 @@
-"""fasttax.tax: the law's fit against brute force and its intervals' coverage, the report's
-arithmetic, files, page, and KL to the base.
+"""fasttax.tax: the law's fit and intervals, the report's arithmetic, files, page, KL to the base.
+
+The fit is held against brute force, the intervals to their coverage.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fasttax.tax import TaxReport, fit_power_law, kl_to_base
 from fasttax.tax.fits import t_quantile
 from tests.tools.models import causal_lm
 
-# --- laws -------------------------------------------------------------------------------------------------------------
+# --- laws -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -57,9 +58,7 @@ def test_a_law_is_found_again(a: float, b: float) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000))
 def test_least_squares_and_its_profile_against_brute_force(seed: int) -> None:
-    """No (a, b) on a fine grid is better, and whatever is nearly as good predicts what the interval
-    holds.
-    """
+    """No (a, b) on a fine grid is better, and what is nearly as good lies in the intervals."""
     rng = np.random.default_rng(seed)
     x = rng.uniform(0.1, 5, 6)
     y = rng.normal(0, 1) * x ** rng.uniform(0, 3) + rng.normal(0, 0.2, 6)
@@ -84,8 +83,9 @@ def test_least_squares_and_its_profile_against_brute_force(seed: int) -> None:
 
 
 def test_intervals_cover() -> None:
-    """95 % intervals of 7 points hold the truth in 95 of 100 sets: within four standard errors of
-    400 sets.
+    """95 % intervals of 7 points hold the truth in 95 of 100 sets.
+
+    The share is within four standard errors of 400 sets.
     """
     rng = np.random.default_rng(0)
     x = np.array([0.2, 0.5, 1, 2, 3, 5, 8])
@@ -122,7 +122,7 @@ def test_what_has_no_law(x: list[float], y: list[float], says: str) -> None:
         fit_power_law(x, y)
 
 
-# --- the report -------------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def report() -> TaxReport:
@@ -246,7 +246,7 @@ def test_refuses(case: str) -> None:
         call()
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -266,7 +266,8 @@ def test_round_trip(tmp_path: Path) -> None:
             r"base.alignment, checkpoints\[0\].capability",
         ),
         (
-            '{"base": {"capability": 1, "alignment": 1}, "checkpoints": [{"name": "a", "capability": "x", "alignment": 1}]}',
+            '{"base": {"capability": 1, "alignment": 1}, "checkpoints": [{"name": "a", '
+            '"capability": "x", "alignment": 1}]}',
             "capability: expected a",
         ),
     ],
@@ -358,7 +359,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(text in error for text in ("word.json", "capability", "got high"))
 
 
-# --- KL to the base ---------------------------------------------------------------------------------------------------
+# --- KL to the base -------------------------------------------------------------------------------
 
 
 def test_kl_to_base() -> None:

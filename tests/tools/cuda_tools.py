@@ -61,7 +61,7 @@ def run(*command: object, **environment: str) -> Done:
     )
 
 
-# --- the source, on the SIMT machine ---------------------------------------------------------------------------------
+# --- the source, on the SIMT machine --------------------------------------------------------------
 
 
 def host_headers() -> list[str]:
@@ -192,7 +192,7 @@ def simt_tests(
     return simt_runs, test_kernels, test_catches
 
 
-# --- the machine code ------------------------------------------------------------------------------------------------
+# --- the machine code -----------------------------------------------------------------------------
 
 
 def build_cubins(sources: Sequence[str], folder: Path) -> dict[str, list[tuple[str, Path]]]:

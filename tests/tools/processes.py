@@ -25,7 +25,11 @@ def _rank(rank: int, work: Work, world_size: int, folder: Path) -> None:
 
 
 def on_ranks(work: Work, folder: Path, world_size: int = 2) -> None:
-    """`work(rank, folder)`, a function of a module, on every rank of a new group; a rank's
-    exception is raised here.
+    """Runs `work(rank, folder)` on every rank of a new group; a rank's exception is raised here.
+
+    Args:
+        work: a function of a module, for every process imports it.
+        folder: where the ranks meet.
+        world_size: the number of ranks.
     """
     mp.spawn(_rank, args=(work, world_size, folder), nprocs=world_size)

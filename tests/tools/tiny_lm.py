@@ -1,6 +1,4 @@
-"""A language model that trains in milliseconds, with a tokenizer, made on the spot: nothing is
-downloaded.
-"""
+"""A language model that trains in milliseconds, with its tokenizer; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +11,6 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ "
@@ -32,19 +29,18 @@ def tokenizer() -> Any:
     core = Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate([*SPECIAL, *alphabet])}, merges=[])
     )
-    core.pre_tokenizer, core.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", chat_template=TEMPLATE
     )
 
 
-def model(seed: int = 0, scale: float = 8.0, **changes: Any) -> nn.Module:
-    """Two layers of 32; the head's scale makes the distributions differ enough for a KL that can be
-    seen.
+def model(seed: int = 0, scale: float = 8.0, **changes: Any) -> Any:
+    """A LlamaForCausalLM with two layers of 32.
+
+    The head's scale makes distributions differ enough for a KL that can be seen.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,10 +64,12 @@ def model(seed: int = 0, scale: float = 8.0, **changes: Any) -> nn.Module:
 
 
 def save(folder: Path, seed: int = 0) -> str:
+    """A folder with the model and the tokenizer, for what loads by name."""
     model(seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 def ids(rows: int = 16, length: int = 12, seed: int = 3) -> torch.Tensor:
+    """Token ids (rows, length), none of them special."""
     return torch.randint(4, 260, (rows, length), generator=torch.Generator().manual_seed(seed))

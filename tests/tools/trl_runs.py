@@ -1,5 +1,6 @@
-"""One way to make each of TRL's trainers on the tiny model: two steps, accumulation 2, clipping,
-rows of different lengths.
+"""One way to make each of TRL's trainers on the tiny model.
+
+Two steps, accumulation 2, clipping, rows of different lengths.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TEXTS = [
     "ice floats on water",
     "light is faster than sound",
 ]
-COMMON = {
+COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "max_steps": 2,
@@ -45,6 +46,7 @@ EXPERIMENTAL = ("gkd", "gold", "orpo", "cpo", "online_dpo")
 
 
 def parts(text: str) -> tuple[str, str]:
+    """Prompt and completion of a text."""
     return text[: len(text) // 2], text[len(text) // 2 :]
 
 
@@ -54,10 +56,11 @@ def reward(completions: list[Any], **others: Any) -> list[float]:
 
 
 def dataset(name: str) -> Any:
+    """TEXTS in the columns that a trainer wants."""
     from datasets import Dataset
 
     pairs = [parts(t) for t in TEXTS]
-    if name in ("sft",):
+    if name == "sft":
         rows: list[dict[str, Any]] = [{"prompt": p, "completion": c} for p, c in pairs]
     elif name in ("dpo", "orpo", "cpo"):
         rows = [
@@ -120,7 +123,7 @@ def make(
     folder: Path,
     *,
     base: type | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     lora: bool = False,
     teacher: nn.Module | None = None,
     rows: Any = None,

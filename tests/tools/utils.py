@@ -1,19 +1,19 @@
-"""Comparisons: an error is judged by PyTorch's own error at the same dtype against float64, never
-by a round number.
+"""Comparisons of results.
+
+An error is judged by PyTorch's own error at the same dtype against float64, never by a round
+number.
 """
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterable
-from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from fasttax._base.timing import peak_extra_bytes
 
 
 def assert_within(
@@ -25,11 +25,17 @@ def assert_within(
     ulps: float = 4.0,
     name: str = "",
 ) -> None:
-    """max|out - truth| <= factor * max|baseline - truth| + `ulps` roundings of out's dtype at the
-    truth's scale.
+    """Whether the error of `out` is at most `factor` times PyTorch's own, and some roundings.
 
-    `baseline` is what PyTorch's own composition gives in out's dtype; the ulps are there for a
-    baseline that is right by luck.
+    max|out - truth| <= factor max|baseline - truth| + ulps eps max|truth|, eps of out's dtype.
+
+    Args:
+        out: the result.
+        baseline: what PyTorch's own composition gives in out's dtype.
+        truth: the same in float64.
+        factor: on PyTorch's own error.
+        ulps: for a baseline that is right by luck.
+        name: of the result, in errors.
     """
     assert out.shape == truth.shape, f"shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
     truth = truth.double()
@@ -59,10 +65,14 @@ def assert_within(
 
 
 def own_result(float32: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """PyTorch's own result in `dtype`, from its float32 one. In float64: float32's error 2^29 times
-    smaller, times four, for the truth is a float64 composition with that error too.
+    """PyTorch's own result in `dtype`, from its float32 one.
+
+    In float64 it has float32's error 2^29 times smaller, times four, for the truth is a float64
+    composition with that error too.
     """
-    return truth + (float32 - truth) * 2.0**-27 if dtype == torch.float64 else float32.to(dtype)
+    if dtype == torch.float64:
+        return truth + (float32 - truth) * 2.0**-27
+    return float32.to(dtype)
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:
@@ -72,24 +82,22 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
 
 
 def peak_bytes(call: Callable[[], None]) -> int:
-    """The most that torch's allocator held at once for `call`, over what it held before, as the
-    profiler's trace has it.
-    """
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = [
-            e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"
-        ]
-    assert events, "no allocation was seen"
-    return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
+    """The most that torch's allocator held at once for `call`, over what it held before."""
+    peak = peak_extra_bytes(call)
+    assert peak, "no allocation was seen"
+    return peak
 
 
-def assert_says(call: Callable[[], Any], error: type[Exception], words: Iterable[str]) -> None:
+def named(name: object) -> Callable[[str], str]:
+    """For `msg` of assert_close: what differs, in front of how."""
+    return lambda text: f"{name}: {text}"
+
+
+def assert_says(
+    call: Callable[[], Any],
+    error: type[Exception] | tuple[type[Exception], ...],
+    words: Iterable[str],
+) -> None:
     """The call raises `error`, whose text has all of `words`."""
     with pytest.raises(error) as caught:
         call()

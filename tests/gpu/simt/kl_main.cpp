@@ -50,12 +50,12 @@ struct Matrix {
 
 template <class T, KlOp op>
 struct Run {
-  static constexpr bool kStatsOp = op == KlOp::kStats || op == KlOp::kAlone;
+  static constexpr bool kStatsOp = !kl_is_kind(op);
   static constexpr int kValues = kStatsOp ? int(kTokenStats) : 1,
-                       kKept = int((kStatsOp ? sizeof(StatsRow) : sizeof(KlRow)) / sizeof(float));
+                       kSaved = int((kStatsOp ? sizeof(StatsRow) : sizeof(KlRow)) / sizeof(float));
   const Matrix<T>&x, &y;
   Matrix<T> dx, dy;
-  std::vector<float> values, kept, parts;
+  std::vector<float> values, saved, parts;
   std::vector<uint32_t> tickets;
   KlArgs a{};
 
@@ -66,10 +66,10 @@ struct Run {
         dx(x.n, x.v, x.v + shift, shift),
         dy(x.n, x.v, x.v + shift, shift),
         values(size_t(kValues * x.n), -7),
-        kept(size_t(kKept * x.n), -7) {
+        saved(size_t(kSaved * x.n), -7) {
     a.x = x.layout(), a.y = y.layout(), a.dx = dx.layout(), a.dy = dy.layout();
     a.mask = mask, a.ids = ids, a.upstream = upstream, a.values = values.data(),
-    a.kept = kept.data();
+    a.saved = saved.data();
     a.k = options.params(op), a.n = x.n, a.v = x.v, a.splits = 1, a.cluster = 1;
   }
   void forward(int splits) {
@@ -81,8 +81,8 @@ struct Run {
     const size_t bytes = kl_shared_bytes(op, splits > 1 ? 0 : kl_spans(a.v));
     ++launches;
     simt::launch(grid, dim3(kKlThreads), bytes, [&] { kl_forward_kernel<T, op>(a); });
-    if constexpr (op == KlOp::kJsd)
-      simt::launch(grid, dim3(kKlThreads), bytes, [&] { kl_mix_kernel<T>(a); });
+    if constexpr (kl_op_two_sweeps(op))
+      simt::launch(grid, dim3(kKlThreads), bytes, [&] { kl_second_kernel<T, op>(a); });
   }
   template <bool kBoth>
   void gradient(bool policy = true) {
@@ -268,10 +268,11 @@ bool check(const Case& c) {
   return ok;
 }
 
-template <class T>
+template <class T, int kind = 0>
 bool check_ops(const Case& c) {
-  return check<T, KlOp::kPolicyRef>(c) & check<T, KlOp::kRefPolicy>(c) & check<T, KlOp::kJsd>(c) &
-         check<T, KlOp::kStats>(c) & check<T, KlOp::kAlone>(c);
+  if constexpr (kind < kKlKinds)
+    return check<T, kl_op(KlKind(kind))>(c) & check_ops<T, kind + 1>(c);
+  else return check<T, KlOp::kStats>(c) & check<T, KlOp::kAlone>(c);
 }
 
 std::function<void(int64_t, int64_t, std::mt19937&, double&, double&)> normal(double size,
@@ -390,10 +391,10 @@ int main(int arguments, char**) {
   for (const double beta : {0.0, 0.1, 1.0}) {
     Options o;
     o.beta = beta;
-    if (beta == 0.1) ok &= check<float, KlOp::kJsd>({"beta", 1500, normal(2, 0.5), o});
+    if (beta == 0.1) ok &= check<float, kl_op(KlKind::kJsd)>({"beta", 1500, normal(2, 0.5), o});
   }
-  ok &=
-      check<__nv_bfloat16, KlOp::kPolicyRef>({"long spans", (1 << 19) + 77, normal(2, 0.1), {}, 1});
+  ok &= check<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>(
+      {"long spans", (1 << 19) + 77, normal(2, 0.1), {}, 1});
   printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
   return ok ? 0 : 1;
 }

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cuda/kl.h"
-#include "math/kl.h"
 #include "math/kl_frame.h"
+#include "math/kl_stats.h"
 
 struct Options {
   double beta = 0.5, scale = 1, ref_scale = 1, cap = 0, ref_cap = 0, temperature = 1,
@@ -18,18 +18,10 @@ struct Options {
   bool inf_mask = false;
 
   fasttax::KlParams params(fasttax::KlOp op) const {
-    fasttax::KlParams k{};
-    k.kind = op == fasttax::KlOp::kRefPolicy ? fasttax::KlKind::kRefPolicy
-             : op == fasttax::KlOp::kJsd     ? fasttax::KlKind::kJsd
-                                             : fasttax::KlKind::kPolicyRef;
-    k.inf_mask = inf_mask;
-    k.beta = float(beta), k.scale = float(scale), k.ref_scale = float(ref_scale),
-    k.cap = float(cap), k.ref_cap = float(ref_cap);
-    k.row_scale = float(cap > 0 ? 1 / temperature : scale / temperature);
-    k.ref_row_scale = float(ref_cap > 0 ? 1 / ref_temperature : ref_scale / ref_temperature);
-    k.row_slope = float(scale / temperature), k.ref_row_slope = float(ref_scale / ref_temperature);
-    k.plain = !inf_mask && cap == 0 && ref_cap == 0 && k.row_scale == k.ref_row_scale;
-    return k;
+    const fasttax::KlKind kind =
+        fasttax::kl_is_kind(op) ? fasttax::kl_kind(op) : fasttax::KlKind::kPolicyRef;
+    return fasttax::kl_params<float>({int64_t(kind), beta, scale, ref_scale, cap, ref_cap,
+                                      1 / temperature, 1 / ref_temperature, inf_mask});
   }
 };
 
@@ -65,6 +57,8 @@ struct Textbook {
   Textbook(fasttax::KlOp op, std::vector<double> x, std::vector<double> y, const Options& o,
            const float* g, int64_t id)
       : dx(x.size()), dy(x.size()) {
+    using fasttax::kl_op;
+    using fasttax::KlKind;
     using fasttax::KlOp;
     if (o.inf_mask && op != KlOp::kAlone)
       for (size_t i = 0; i < x.size(); ++i)
@@ -85,7 +79,7 @@ struct Textbook {
       forwards += times(p, lp[i] - lq[i]);
       backwards += times(q, lq[i] - lp[i]);
       entropy -= times(p, lp[i]);
-      if (op == KlOp::kJsd)
+      if (op == kl_op(KlKind::kJsd))
         p_m += times(p, lp[i] - log_mix(i)), q_m += times(q, lq[i] - log_mix(i));
     }
     const bool stats = op == KlOp::kStats || op == KlOp::kAlone, pair = op != KlOp::kAlone;
@@ -98,17 +92,17 @@ struct Textbook {
                        pair ? backwards : S(0)};
       std::copy(all, all + fasttax::kTokenStats, values);
     } else {
-      values[0] = op == KlOp::kPolicyRef   ? forwards
-                  : op == KlOp::kRefPolicy ? backwards
-                                           : beta * q_m + (1 - beta) * p_m;
+      values[0] = op == kl_op(KlKind::kPolicyRef)   ? forwards
+                  : op == kl_op(KlKind::kRefPolicy) ? backwards
+                                                    : beta * q_m + (1 - beta) * p_m;
     }
     for (size_t i = 0; i < x.size(); ++i) {
       const S p = std::exp(lp[i]), q = std::exp(lq[i]);
       const S f_x = times(p, (lp[i] - lq[i]) - forwards), f_y = q - p, b_x = p - q,
               b_y = times(q, (lq[i] - lp[i]) - backwards);
-      if (op == KlOp::kPolicyRef) dx[i] = g[0] * f_x, dy[i] = g[0] * f_y;
-      if (op == KlOp::kRefPolicy) dx[i] = g[0] * b_x, dy[i] = g[0] * b_y;
-      if (op == KlOp::kJsd)
+      if (op == kl_op(KlKind::kPolicyRef)) dx[i] = g[0] * f_x, dy[i] = g[0] * f_y;
+      if (op == kl_op(KlKind::kRefPolicy)) dx[i] = g[0] * b_x, dy[i] = g[0] * b_y;
+      if (op == kl_op(KlKind::kJsd))
         dx[i] = g[0] * (1 - beta) * times(p, lp[i] - log_mix(i) - p_m),
         dy[i] = g[0] * beta * times(q, lq[i] - log_mix(i) - q_m);
       if (stats) {

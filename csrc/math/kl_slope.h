@@ -1,0 +1,167 @@
+#pragma once
+
+#include <cmath>
+
+#include "kl.h"
+#include "kl_frame.h"
+#include "kl_kinds.h"
+#include "kl_row.h"
+
+// Gradients of the divergences, entry by entry, and what a second sweep sums. With p = e^ax / S,
+// q = e^ay / Y and u = log p - log q = d - L; d/d x is by the policy's tempered logits, d/d y by
+// the reference's.
+namespace fasttax {
+
+template <class S>
+struct KlSides {
+  S x, y;
+};
+
+// Whether rows are so close that p - q would cancel.
+template <class R>
+FASTTAX_HD bool kl_close(const KlRowOf<R>& row) {
+  const R kl = row.mean_gap - row.log_ratio;
+  return !((kl < 0 ? -kl : kl) >= R(kTrusted));
+}
+
+// p - q. In rows that are close the difference of the two would cancel: where |u| is small it is
+// p (1 - e^-u) by the series, and vectors with no other lane go without q's exponential unless the
+// caller wants q as well. q_of() is called where q is needed, and q is what it gave.
+template <class M, class Q>
+FASTTAX_HD typename M::S kl_apart(typename M::S p, typename M::S u, bool close, bool want_q,
+                                  const Q& q_of, typename M::S& q) {
+  using S = typename M::S;
+  if (!close) {
+    q = q_of();
+    return p - q;
+  }
+  const S series = -(p * kl_rest(u));
+  if (M::kVector && !want_q && M::all_le(M::abs(u), constant<S>(kl_near<S>()))) return series;
+  q = q_of();
+  return M::abs(u) <= kl_near<S>() ? series : p - q;
+}
+
+// What a kind's gradient is, of the kinds that one sweep gives:
+//   slope<for_y>(p, d, close, q_of, row)      for_y: whether the reference's side is wanted too
+// and, of those with a second sweep, at beta (which is the kind's parameter, whatever it is
+// called):
+//   is_zero(beta)            no second sweep: the value is 0
+//   terms(p, q, u, beta)     an entry's part of three sums
+//   finish(sums, beta)       value, and what the row keeps as mean_gap and ref_center
+//   slope(p, q, u, row, beta)
+template <KlKind kind>
+struct KlFormula;
+
+template <>
+struct KlFormula<KlKind::kPolicyRef> {  // x: p (d - E_p[d])   y: q - p
+  template <class M, bool for_y, class Q>
+  FASTTAX_HD static KlSides<typename M::S> slope(typename M::S p, typename M::S d, bool close,
+                                                 const Q& q_of, const KlRowOf<typename M::R>& row) {
+    KlSides<typename M::S> out{times(p, d - row.mean_gap), {}};
+    typename M::S q;
+    if constexpr (for_y) out.y = -kl_apart<M>(p, d - row.log_ratio, close, false, q_of, q);
+    return out;
+  }
+};
+
+template <>
+struct KlFormula<KlKind::kRefPolicy> {  // x: p - q   y: q (E_q[d] - d)
+  template <class M, bool for_y, class Q>
+  FASTTAX_HD static KlSides<typename M::S> slope(typename M::S p, typename M::S d, bool close,
+                                                 const Q& q_of, const KlRowOf<typename M::R>& row) {
+    typename M::S q;
+    KlSides<typename M::S> out{kl_apart<M>(p, d - row.log_ratio, close, for_y, q_of, q), {}};
+    if constexpr (for_y) out.y = times(q, row.mean_gap - d);
+    return out;
+  }
+};
+
+template <class S>
+struct KlThree {  // an entry's part of a second sweep's sums; their totals; or what they finish as
+  S value, first, second;
+};
+
+// log(m/p) of the mixture m = (1 - beta) p + beta q, without overflow on either side. Where q is
+// the smaller, log1p by Kahan's correction: one logarithm for both.
+template <class M>
+FASTTAX_HD typename M::S kl_log_mix(typename M::S u, typename M::R beta) {
+  using S = typename M::S;
+  using R = typename M::R;
+  const S e = M::exp(-M::abs(u)), t = (e - R(1)) * beta;
+  const auto below = u < 0;
+  const S w = below ? beta + (R(1) - beta) * e : t + R(1);
+  const S l = M::log(w);
+  return below ? l - u : l + (t - (w - R(1))) / w;
+}
+
+// Jensen-Shannon, beta KL(q||m) + (1 - beta) KL(p||m); at beta 0 and 1 the mixture is one of the
+// two.
+//   x: (1 - beta) p (log p - log m - KL(p||m))     y: beta q (log q - log m - KL(q||m))
+template <>
+struct KlFormula<KlKind::kJsd> {
+  template <class R>
+  FASTTAX_HD static bool is_zero(R beta) {
+    return beta == 0 || beta == 1;
+  }
+
+  // log q - log m, also where p is 0 and u is -inf.
+  template <class M>
+  FASTTAX_HD static typename M::S q_over_m(typename M::S p, typename M::S u, typename M::S l,
+                                           typename M::R beta) {
+    return p == 0 ? M::splat(-std::log(beta)) : -u - l;
+  }
+
+  template <class M>
+  FASTTAX_HD static KlThree<typename M::S> terms(typename M::S p, typename M::S q, typename M::S u,
+                                                 typename M::R beta) {
+    using S = typename M::S;
+    using R = typename M::R;
+    const S l = kl_log_mix<M>(u, beta);
+    const S p_part = times(p, -l), q_part = times(q, q_over_m<M>(p, u, l, beta));
+    const S eps = kl_rest(u);
+    const S near = p * (beta * jsd_g_near(eps) - jsd_g_near(S(beta * eps)));
+    const S apart = beta * q_part + (R(1) - beta) * p_part;
+    return {M::abs(u) <= jsd_near<S>() ? near : apart, p_part, q_part};
+  }
+
+  template <class R>
+  FASTTAX_HD static KlThree<double> finish(const KlThree<double>& sums, R) {
+    return sums;  // the gap, KL(p||m), KL(q||m)
+  }
+
+  template <class M>
+  FASTTAX_HD static KlSides<typename M::S> slope(typename M::S p, typename M::S q, typename M::S u,
+                                                 const KlRowOf<typename M::R>& row,
+                                                 typename M::R beta) {
+    using R = typename M::R;
+    const typename M::S l = kl_log_mix<M>(u, beta);
+    return {times(p, (R(1) - beta) * (-l - row.mean_gap)),
+            times(q, beta * (q_over_m<M>(p, u, l, beta) - row.ref_center))};
+  }
+};
+
+// d KL / d x and d KL / d y at one entry of a row, by its tempered logits.
+template <KlKind kind, class M, bool for_y, class Q>
+FASTTAX_HD KlSides<typename M::S> kl_slope(typename M::S p, typename M::S d, bool close,
+                                           const Q& q_of, const KlRowOf<typename M::R>& row,
+                                           typename M::R beta) {
+  using F = KlFormula<kind>;
+  if constexpr (kl_two_sweeps(kind)) {
+    const typename M::S q = q_of();
+    if (F::is_zero(beta)) return {p * 0, q * 0};  // 0, or NaN in a row that has one
+    return F::template slope<M>(p, q, d - row.log_ratio, row, beta);
+  } else {
+    return F::template slope<M, for_y>(p, d, close, q_of, row);
+  }
+}
+
+// From the tempered logits' gradient to the raw ones', but for the softcaps' scales; x and y are
+// the capped logits.
+template <class M>
+FASTTAX_HD void kl_uncap(KlSides<typename M::S>& d, typename M::S x, typename M::S y,
+                         const KlParamsOf<typename M::R>& k) {
+  if (k.cap > 0) d.x *= kl_bend<M>(x, k.cap);
+  if (k.ref_cap > 0) d.y *= kl_bend<M>(y, k.ref_cap);
+}
+
+}  // namespace fasttax

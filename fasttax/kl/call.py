@@ -1,0 +1,195 @@
+"""A call as the ops over logits take it: kinds of divergence, checked options, mask, reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax import reference
+from fasttax._base import checks
+from fasttax.reference.numbers import hide
+from fasttax.reference.tempering import OPTIONS as OPTIONS
+from fasttax.reference.tempering import SIDES as SIDES
+from fasttax.reference.tempering import Side as Side
+from fasttax.reference.tempering import Tempering as Tempering
+
+REDUCTIONS = ("none", "sum", "mean")
+INF = ("propagate", "mask")
+
+
+def share(op: str, argument: str, beta: Any) -> float:
+    """`beta` as the reference's share of a mixture."""
+    return checks.number(op, argument, beta, low=0, high=1)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the callers of token_kl must know of a divergence beside its formulas.
+
+    Those are in reference/kl.py, csrc/math and triton/kl.py, by the same number.
+
+    Attributes:
+        number: what the op calls it.
+        row: the row of token_stats that holds it, if any. A divergence with a row is a sum over the
+            vocabulary that combines over shards by the chain rule; one without takes a sweep of
+            its own, over whole rows.
+        mixture: over ranks' shards it is taken as two KLs to the mixture.
+        whole_rows: why it can't be had from ranks' shards, "" where it can.
+        check_beta: (op, argument, beta) -> beta, or an error.
+    """
+
+    number: int
+    row: str = ""
+    mixture: bool = False
+    whole_rows: str = ""
+    check_beta: Callable[[str, str, Any], float] = share
+
+
+KINDS = {
+    "policy_ref": Kind(reference.POLICY_REF, row="kl_policy_ref"),
+    "ref_policy": Kind(reference.REF_POLICY, row="kl_ref_policy"),
+    "jsd": Kind(reference.JSD, mixture=True),
+}
+BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
+
+
+def kind_of(t: Tempering) -> Kind:
+    """The traits of the divergence that `t` asks for."""
+    return BY_NUMBER[t.kind]
+
+
+def tempering(
+    op: str,
+    *,
+    kind: str = "policy_ref",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+    inf: str = "propagate",
+) -> Tempering:
+    """The options of a call to `op`, checked."""
+    traits = KINDS[checks.choice(op, "kind", kind, KINDS)]
+    if ref_temperature is None:
+        ref_temperature = temperature
+    return Tempering(
+        kind=traits.number,
+        beta=traits.check_beta(op, "beta", beta),
+        policy=_side(op, "", logit_scale, softcap, temperature),
+        ref=_side(op, "ref_", ref_logit_scale, ref_softcap, ref_temperature),
+        inf_mask=checks.choice(op, "inf", inf, INF) == "mask",
+    )
+
+
+def _side(op: str, prefix: str, scale: Any, softcap: Any, temperature: Any) -> Side:
+    temperature = checks.positive(op, f"{prefix}temperature", temperature)
+    inverse = checks.number(op, f"1 / {prefix}temperature", 1 / temperature)
+    if softcap is not None:
+        softcap = checks.positive(op, f"{prefix}softcap", softcap)
+    return Side(
+        scale=checks.positive(op, f"{prefix}logit_scale", scale),
+        softcap=softcap or 0.0,
+        inv_temperature=inverse,
+    )
+
+
+def check_logits(op: str, logits: Any, ref_logits: Any) -> tuple[Tensor, Tensor]:
+    """Both logits with one dtype and a contiguous vocabulary; leading strides stay as they are.
+
+    Raises:
+        ValueError: the shapes differ, or there is no vocabulary.
+    """
+    checks.tensor(op, "logits", logits)
+    checks.tensor(op, "ref_logits", ref_logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise checks.fail(op, "logits", "shape (..., V) with V >= 1", logits)
+    if logits.shape[-1] != ref_logits.shape[-1]:
+        raise checks.fail(
+            op,
+            "ref_logits",
+            f"a vocabulary of {logits.shape[-1]} as in logits",
+            ref_logits,
+            "policy and reference must share one tokenizer; cut padded vocabularies to the common "
+            "size",
+        )
+    if logits.shape != ref_logits.shape:
+        raise checks.fail(op, "ref_logits", f"shape {tuple(logits.shape)} as logits", ref_logits)
+    checks.same_device(op, "ref_logits", ref_logits, "logits", logits)
+    if logits.dtype != ref_logits.dtype:
+        dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
+        logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
+    return _with_contiguous_rows(logits), _with_contiguous_rows(ref_logits)
+
+
+def _with_contiguous_rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def check_mask(
+    op: str, mask: Tensor | None, shape: torch.Size, device: torch.device
+) -> Tensor | None:
+    """The mask as bool of the tokens' `shape`."""
+    if mask is None:
+        return None
+    return (checks.per_token(op, "mask", mask, shape, device) != 0).contiguous()
+
+
+def check_ids(op: str, ids: Any, like: str, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """One int64 id a token of `tokens` (..., width), the argument `like`; 0 under the mask.
+
+    Raises:
+        ValueError: the shape is another.
+    """
+    checks.tensor(op, "ids", ids, (torch.int64, torch.int32))
+    if ids.shape != tokens.shape[:-1]:
+        raise checks.fail(op, "ids", f"shape {tuple(tokens.shape[:-1])}, one id a token", ids)
+    checks.same_device(op, "ids", ids, like, tokens)
+    return hide(ids.long(), mask)
+
+
+def reduce(
+    op: str, values: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str
+) -> Tensor:
+    """Weighs and reduces per-token values.
+
+    "mean" divides by the number of unmasked tokens (0 of them: 0).
+    """
+    checks.choice(op, "reduction", reduction, REDUCTIONS)
+    if weight is not None:
+        values = values * _masked_weight(op, values, mask, weight)
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    return values.sum() / _count(values, mask)
+
+
+def reduced_gradient(
+    op: str, values: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str
+) -> Tensor:
+    """The gradient of `reduce` ("sum" or "mean") by the tokens' values, which it needs not know.
+
+    `values` gives shape and dtype.
+    """
+    if weight is None:
+        by_token = torch.ones_like(values)
+    else:
+        by_token = _masked_weight(op, values, mask, weight).contiguous()
+    return by_token if reduction == "sum" else by_token / _count(values, mask)
+
+
+def _masked_weight(op: str, values: Tensor, mask: Tensor | None, weight: Tensor) -> Tensor:
+    weight = checks.per_token(op, "weight", weight, values.shape, values.device).to(values.dtype)
+    return hide(weight, mask)
+
+
+def _count(values: Tensor, mask: Tensor | None) -> int | Tensor:
+    """The number of unmasked tokens, at least 1; no host sync."""
+    return max(1, values.numel()) if mask is None else mask.sum().clamp(min=1)

@@ -1,0 +1,97 @@
+"""Gradients that a forward makes while it is at it, held until the backward only scales them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttax._base.library import second_derivative_message
+from fasttax._base.modes import compiling, transforming
+
+NO_GRAD = "nothing requires grad"
+
+
+def obstacle_to_gradients(
+    tensors: Sequence[Tensor | None], weight: Tensor | None, stateless: bool = False
+) -> str:
+    """Why a forward can't write the gradients of `tensors` while it is at it; "" where it can.
+
+    float16 gradients would underflow before a GradScaler's factor reaches them; torch.compile and
+    torch.func want ops without state (`stateless`: there is one).
+    """
+    given = [t for t in tensors if t is not None]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
+        return NO_GRAD
+    if any(t.dtype == torch.float16 for t in given):
+        return "a float16 gradient would underflow before a GradScaler's factor reaches it"
+    if weight is not None and weight.requires_grad:
+        return "the tokens' weights require grad"
+    if transforming() or (compiling() and not stateless):
+        return "torch.compile and torch.func want ops without state"
+    return ""
+
+
+def only_needed(gradients: Iterable[Any], needs: Iterable[bool]) -> list[Any]:
+    """The gradients with None for those that are not needed, as autograd wants them."""
+    return [d if need else None for d, need in zip(gradients, needs, strict=True)]
+
+
+def hold_gradients(ctx: Any, gradients: Sequence[Tensor | None], token_weight: Tensor) -> None:
+    """Keeps a forward's gradients for `held_gradients`."""
+    ctx.gradients = list(gradients)
+    # a second backward without retain_graph gets autograd's own error
+    ctx.save_for_backward(token_weight)
+
+
+def held_gradients(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
+    """The gradients that the forward left, times what came from above.
+
+    Nobody else holds them, or autograd would copy them.
+    """
+    ctx.saved_tensors  # noqa: B018  (raises on a freed graph)
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    gradients = ctx.gradients
+    if not keep:
+        ctx.gradients = None
+    scaled = [d if d is None else _scaled(d, factor.detach(), keep) for d in gradients]
+    return no_second_derivative(scaled, op)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
+    """Gradient * factor; over `gradient` unless it is to be kept.
+
+    Without a pass where a factor on the CPU is 1.
+    """
+    if factor.numel() == 1 and factor.device.type == "cpu" and factor.item() == 1.0:
+        return gradient.clone() if keep else gradient
+    return gradient * factor if keep else gradient.mul_(factor)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on a gradient that was computed without a graph.
+
+    Differentiating it further is an error, not a silent 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(second_derivative_message(ctx.op, "its backward"))
+
+
+def no_second_derivative(gradients: list[Tensor | None], op: str) -> list[Tensor | None]:
+    """Gradients made without a graph, under create_graph.
+
+    Using what autograd would take for their graph is an error.
+    """
+    if not torch.is_grad_enabled() or compiling():
+        return gradients
+    marker = torch.zeros((), requires_grad=True)
+    return [d if d is None else _NoSecondDerivative.apply(d, marker, op) for d in gradients]

@@ -1,0 +1,96 @@
+"""Monte-Carlo estimates of the KL from the sampled tokens' log-probs.
+
+k1, k2, k3 as in Schulman 2020, "Approximating KL divergence": with r = ref_logp - logp of a token
+sampled from the policy, k1 = -r, k2 = r^2/2, k3 = e^r - 1 - r; k1 and k3 are unbiased for KL(policy
+|| ref).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasttax import reference
+from fasttax._base import checks
+from fasttax.kl.call import check_mask, reduce
+
+ESTIMATORS = ("k1", "k2", "k3")
+GRADS = ("estimator", "reverse_kl")
+
+
+def kl_estimate(
+    logp: Tensor,
+    ref_logp: Tensor,
+    *,
+    kind: str = "k3",
+    old_logp: Tensor | None = None,
+    grad: str = "estimator",
+    clip: float = 20.0,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    """Monte-Carlo estimate of KL(policy || ref) from the sampled tokens' log-probs.
+
+    Args:
+        logp: (...), of the tokens that were sampled, under the policy.
+        ref_logp: (...), of the same tokens under the reference.
+        kind: "k1" = -r, "k2" = r^2/2, "k3" = e^r - 1 - r, with r = ref_logp - logp.
+        old_logp: log-probs under the policy that sampled; multiplies by the importance ratio
+            exp(logp - old_logp), differentiated.
+        grad: "estimator" differentiates what is returned (k3's gradient is that of KL(ref ||
+            policy), k1's is 0 on average); "reverse_kl" keeps the value and takes the gradient of
+            KL(policy || ref): ratio * (logp - ref_logp) * d logp.
+        clip: log-ratio above which exp goes on along its tangent.
+        mask: as in `token_kl`; what is under it may be NaN.
+        weight: as in `token_kl`.
+        reduction: as in `token_kl`.
+
+    Returns:
+        float32 (float64 for float64 log-probs), (...) or 0-d.
+
+    Raises:
+        ValueError, TypeError: shape, dtype, device or an option does not fit.
+    """
+    op = "kl_estimate"
+    given = {"logp": logp, "ref_logp": ref_logp}
+    if old_logp is not None:
+        given["old_logp"] = old_logp
+    for name, value in given.items():
+        checks.tensor(op, name, value)
+        if value.shape != logp.shape:
+            raise checks.fail(op, name, f"shape {tuple(logp.shape)} as logp", value)
+        checks.same_device(op, name, value, "logp", logp)
+    checks.choice(op, "kind", kind, ESTIMATORS)
+    checks.choice(op, "grad", grad, GRADS)
+    clip = checks.number(op, "clip", clip, low=0, high=40, open_low=True)
+    mask = check_mask(op, mask, logp.shape, logp.device)
+    wide = {name: reference.hide(reference.wide(value), mask) for name, value in given.items()}
+    logp, r = wide["logp"], wide["ref_logp"] - wide["logp"]
+    ratio = torch.ones_like(logp)
+    if old_logp is not None:
+        ratio = _exp(logp - wide["old_logp"], clip)
+    value = _estimator(kind, r, clip) * ratio
+    if grad == "reverse_kl":
+        through = (ratio * -r).detach() * logp
+        value = value.detach() + (through - through.detach())
+    return reduce(op, value, mask, weight, reduction)
+
+
+def _estimator(kind: str, r: Tensor, clip: float) -> Tensor:
+    if kind == "k1":
+        return -r
+    if kind == "k2":
+        return r * r / 2
+    small = r.abs() < 0.5
+    near = torch.expm1(torch.where(small, r, 0.0)) - r
+    return torch.where(small, near, _exp(r, clip) - 1 - r)
+
+
+def _exp(x: Tensor, clip: float) -> Tensor:
+    """e^x up to `clip`, its tangent beyond.
+
+    Large log-ratios give large finite values and gradients, never inf or 0 * inf.
+    """
+    low = x.clamp(max=clip).exp()
+    return low * (1 + (x - clip).clamp(min=0))

@@ -1,0 +1,218 @@
+"""The ways that a checked call of a linear op can go: see `LinearCall.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fasttax._base import checks
+from fasttax._base.gemm import pieces
+from fasttax.kl.call import reduce, reduced_gradient
+from fasttax.kl.gradients import NO_GRAD, held_gradients, hold_gradients, obstacle_to_gradients
+from fasttax.kl.linear_ops import linear_token_rows, linear_token_total
+from fasttax.kl.linear_sweep import Inputs, Sweep, Tensors
+from fasttax.kl.token_kl import kl_of_rows
+from fasttax.kl.token_stats import stats_of_rows
+from fasttax.kl.vocab_parallel import combine_parts, to_group
+from fasttax.reference.rows import LINEAR
+
+# at a time under tp_group, whose shards of the vocabulary are small
+CPU_TOKENS, GPU_TOKENS = 256, 1024
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """A checked call: the inputs with tokens flattened, and what becomes of the tokens' values.
+
+    `mask` has the tokens' `shape`; inputs.mask is the same, flattened.
+    """
+
+    op: str
+    inputs: Inputs
+    shape: torch.Size
+    mask: Tensor | None
+    token_weight: Tensor | None
+    reduction: str
+    grad_mode: str
+    tp_group: Any
+
+    def run(self, outputs: Mapping[str, str], several: str) -> dict[str, Tensor]:
+        """The outputs, of which each is a row of LINEAR, weighed and reduced.
+
+        Gradients are made in the forward where they can be: `several` says why those of more than
+        one output can't. Elsewhere the values come from ranks' shards, from tiles of the
+        vocabulary, or from whole rows.
+        """
+        if self._in_forward(several if len(outputs) > 1 else ""):
+            [(name, row)] = outputs.items()
+            return {name: self._made_in_forward(LINEAR.index(row))}
+        if self.tp_group is not None:
+            values = self._over_ranks(tuple(outputs.values()))
+        elif self.tiles > 1:
+            values = self._over_tiles(set(outputs.values()))
+        else:
+            values = dict(zip(LINEAR, linear_token_rows(self.inputs)[:, 0], strict=True))
+        return {name: self._reduced(values[row]) for name, row in outputs.items()}
+
+    @property
+    def tiles(self) -> int:
+        """Of the vocabulary, that are gone over one by one."""
+        return self.inputs.asked.tiles(self.inputs.tensors.weight.shape[0])
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        shaped = values.reshape(self.shape)
+        return reduce(self.op, shaped, self.mask, self.token_weight, self.reduction)
+
+    def _in_forward(self, several: str) -> bool:
+        """Whether to make the gradients in the forward; an error where they would be wrong."""
+        if self.grad_mode == "recompute":
+            return False
+        obstacle = self._obstacle(several)
+        if self.grad_mode == "forward" and obstacle not in ("", NO_GRAD):
+            raise checks.fail(
+                self.op,
+                "grad_mode",
+                "'auto' or 'recompute'",
+                "'forward'",
+                f"the forward can't make the gradients: {obstacle}",
+            )
+        return not obstacle
+
+    def _obstacle(self, several: str) -> str:
+        tensors, known = self.inputs.tensors, self.reduction != "none"
+        heads = (tensors.weight, tensors.ref_weight, tensors.bias, tensors.ref_bias)
+        if not known and any(head is not None and head.requires_grad for head in heads):
+            return (
+                "with reduction='none' the tokens' weights are not known, and a head requires grad"
+            )
+        if several:
+            return several
+        if self.tp_group is not None:
+            return "under tp_group it takes the other ranks' logits"
+        if self.tiles > 1:
+            return "with vocab_chunk < V a gradient takes the other chunks' logits"
+        return obstacle_to_gradients(tensors, self.token_weight, stateless=known)
+
+    def _made_in_forward(self, row: int) -> Tensor:
+        if torch.compiler.is_compiling():
+            hidden = self.inputs.tensors.hidden
+            like = hidden.new_zeros(hidden.shape[0], dtype=self.inputs.tensors.dtype)
+            return linear_token_total(self.gradient_by_token(like), self.inputs, row)
+        value: Tensor = _GradientInForward.apply(*self.inputs.tensors, self, row)
+        return value.reshape(self.shape) if self.reduction == "none" else value
+
+    def gradient_by_token(self, like: Tensor) -> Tensor:
+        """The gradient of the reduced value by every token's; of a sum where it is not reduced."""
+        weight = self._flat_weight()
+        reduction = "sum" if self.reduction == "none" else self.reduction
+        return reduced_gradient(self.op, like, self.inputs.mask, weight, reduction)
+
+    def reduced_in_forward(self, values: Tensor) -> Tensor:
+        """`values` of the flattened tokens, weighed and reduced."""
+        return reduce(self.op, values, self.inputs.mask, self._flat_weight(), self.reduction)
+
+    def _over_tiles(self, wanted: set[str]) -> dict[str, Tensor]:
+        """The `wanted` of every token from tiles of the vocabulary."""
+        asked, V, ids = self.inputs.asked, self.inputs.tensors.weight.shape[0], self.inputs.ids
+        needed = {*wanted, "lse"}
+        if asked.pair:
+            needed.add("ref_lse")
+        rows = dict(zip(LINEAR, linear_token_rows(self.inputs), strict=True))
+        parts = {name: rows[name] for name in needed}
+        if ids is not None:
+            tiles = pieces(0, V, asked.columns(V))
+            parts["mine"] = torch.stack([(ids >= c.start) & (ids < c.stop) for c in tiles])
+        return combine_parts(parts, wanted, self.inputs.mask)
+
+    def _over_ranks(self, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+        """Chunks of the tokens under activation checkpointing.
+
+        A chunk's ops talk to the other ranks, so autograd runs them as they are.
+        """
+        (hidden, weight, ref_hidden, ref_weight, bias, ref_bias), ids, mask, _, asked = self.inputs
+        dtype, group = self.inputs.tensors.dtype, self.tp_group
+        hidden = to_group(hidden, group)
+        weight = weight.to(dtype)  # widened once, so that the chunks' gradients meet in float32
+        if ref_hidden is not None and ref_weight is not None:
+            ref_hidden, ref_weight = to_group(ref_hidden, group), ref_weight.to(dtype)
+        # the same on every rank, whatever its shard: a collective more on one of them would hang
+        # the others
+        own = CPU_TOKENS if hidden.device.type == "cpu" else GPU_TOKENS
+        tokens = max(1, hidden.shape[0])  # of none, one empty chunk: its sums have a graph
+        chunks = []
+        for at in pieces(0, tokens, asked.token_chunk or own):
+            by_token = [None if t is None else t[at] for t in (hidden, ref_hidden, ids, mask)]
+            heads = (weight, ref_weight, bias, ref_bias)
+            chunks.append(
+                checkpoint(self._of_chunk, outputs, *by_token, *heads, use_reentrant=False)
+            )
+        whole = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        return dict(zip(outputs, whole, strict=True))
+
+    def _of_chunk(
+        self,
+        outputs: tuple[str, ...],
+        hidden: Tensor,
+        ref_hidden: Tensor | None,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        weight: Tensor,
+        ref_weight: Tensor | None,
+        bias: Tensor | None,
+        ref_bias: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        x, y = self._logits(hidden, weight, bias), None
+        if ref_hidden is not None and ref_weight is not None:
+            y = self._logits(ref_hidden, ref_weight, ref_bias)
+        t, group = self.inputs.t, self.tp_group
+        if y is not None and outputs == ("kl",):
+            return (kl_of_rows(self.op, x, y, mask, t, group),)
+        stats = stats_of_rows(self.op, x, y, ids, mask, t, outputs, group)
+        return tuple(stats[name] for name in outputs)
+
+    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = weight.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if bias is None else bias.to(dtype)
+            return torch.nn.functional.linear(hidden.to(dtype), weight, bias)
+
+    def _flat_weight(self) -> Tensor | None:
+        if self.token_weight is None:
+            return None
+        device = self.inputs.tensors.hidden.device
+        weight = checks.per_token(self.op, "token_weight", self.token_weight, self.shape, device)
+        return weight.reshape(-1)
+
+
+class _GradientInForward(torch.autograd.Function):
+    """Values whose forward makes the gradients, which its backward multiplies.
+
+    One value a token, or their sum or mean; the factor from above is one number, or with reduction
+    "none" one a token, for the hidden states alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *given, call, row = args
+        ctx.op, ctx.known = call.op, call.reduction != "none"
+        tensors = Tensors(*(t if t is None else t.detach() for t in given))  # type: ignore[arg-type]
+        with torch.autocast(tensors.hidden.device.type, enabled=False):
+            needs = ctx.needs_input_grad[: len(tensors)]
+            sweep = Sweep(call.inputs._replace(tensors=tensors), needs)
+            by_token = call.gradient_by_token(sweep.rows.new_zeros(tensors.hidden.shape[0]))
+            d_rows = by_token.new_zeros((len(LINEAR), 1, by_token.shape[0]))
+            d_rows[row, 0] = by_token
+            sweep.run(d_rows)
+            hold_gradients(ctx, sweep.gradients(), by_token)
+            return call.reduced_in_forward(sweep.results()[0][row, 0])
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        if not ctx.known:
+            factor = factor[:, None]
+        return *held_gradients(ctx, ctx.op, factor), None, None
