@@ -5,6 +5,7 @@ EWC makes one; attach, files and AdamWEWC work on it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,9 +147,10 @@ class Hold:
         op = "EWC.prox_"
         lr = checks.number(op, "lr", lr, low=0)
         self.refuse_prox_of_lora(op)
+        step = min(lr * self.strength, sys.float_info.max)  # finite: times a Fisher of 0 it is 0
         for x in self.store.stream(self.store.blocks(only)):
             with ops.contiguous({"params": [p.detach() for p in x.params]}) as flat:
-                ops.prox_(flat["params"], x.anchors, x.fishers, x.scales, lr * self.strength)
+                ops.prox_(flat["params"], x.anchors, x.fishers, x.scales, step)
 
     def refuse_prox_of_lora(self, op: str) -> None:
         """An error where LoRA updates are held."""
