@@ -138,9 +138,9 @@ def sharded_and_split(rank: int, folder: Path) -> None:
             estimator.reduce()
         fisher = estimator.finalize()
         assert all(
-            f.placements == p.placements
+            f.placements == p.placements  # type: ignore[attr-defined]
             for f, p in zip(fisher.values(), model.parameters(), strict=True)
-        )  # type: ignore[attr-defined]
+        )
         fisher.save(folder / f"{how}-{rank}.safetensors")
 
 

@@ -5,14 +5,9 @@ from __future__ import annotations
 import datetime
 import re
 from collections import Counter
+from importlib.metadata import version
 
-import torch
-import transformers
-
-from fasttax import __version__
-from tests.sweep.checks import CRASH, NONE, REFUSED, RIGHT, WRONG
-from tests.sweep.models import FAMILIES
-from tests.sweep.rows import CHECKS, Row
+from tests.sweep.result import CHECKS, CRASH, FAMILIES, NONE, REFUSED, RIGHT, WRONG, Row
 
 HEAD = """# Every architecture of transformers, tried
 
@@ -32,7 +27,7 @@ without a word) and `CRASH` (any other error) are faults, of which there must be
 
 
 def markdown(rows: list[Row], command: str) -> str:
-    """The page: how it was made, counts, a table by family, refusals, faults, what was not built."""
+    """The page: how it was made, counts, tables, faults, refusals, what was not built."""
     built = [r for r in rows if not r.unbuilt]
     parts = [HEAD, _made(built, command), _counts(built)]
     for family in FAMILIES:
@@ -49,8 +44,8 @@ def markdown(rows: list[Row], command: str) -> str:
 def _made(built: list[Row], command: str) -> str:
     day = datetime.date.today().isoformat()
     return (
-        f"{len(built)} classes, made by `{command}` on {day} with fasttax {__version__}, "
-        f"transformers {transformers.__version__}, torch {torch.__version__}.\n"
+        f"{len(built)} classes, made by `{command}` on {day} with fasttax {version('fasttax')}, "
+        f"transformers {version('transformers')}, torch {version('torch')}.\n"
     )
 
 
