@@ -38,7 +38,7 @@ $(PY):
 
 $(LINTERS): $(PY) pyproject.toml
 	@echo "[fasttax] installing torch and the tools of make lint"
-	$(PY) -m pip install -q "torch>=2.11" numpy --group lint
+	$(PY) -m pip install -q "torch>=2.11" --group lint
 	@touch $@
 
 $(INSTALLED): $(PY) pyproject.toml
