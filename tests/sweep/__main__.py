@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
             print(line(row), flush=True)
     if options.write is not None:
         command = f"python -m tests.sweep --write {options.write}"
-        options.write.write_text(table.markdown(found, command))
+        options.write.parent.mkdir(parents=True, exist_ok=True)
+        options.write.write_text(table.markdown(found, command, len(cases())))
     faults = [fault for row in found for fault in row.faults]
     print("\n".join(faults), file=sys.stderr)
     return 1 if faults else 0
