@@ -11,12 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fasttax._base import checks
 from fasttax._base.handle import Handle
+from fasttax.integrations._heads import backbones, logits_of, vocabulary
+from fasttax.integrations._kl_cached import CachedReference
 from fasttax.integrations._kl_events import KLEvents
-from fasttax.integrations._kl_sums import CachedReference, Forward, ModelReference
-from fasttax.integrations._models import backbone, causal_lm, head, hidden_states
+from fasttax.integrations._kl_forward import (
+    Forward,
+    Hook,
+    by_name,
+    counted,
+    loss_is_unshifted,
+    shared,
+)
+from fasttax.integrations._kl_sums import ModelReference, Policy, vocabularies_differ
+from fasttax.integrations._models import causal_lm
 from fasttax.integrations._trainer import add_callback, check_trainer
 from fasttax.integrations.control import AdaptiveKL
 from fasttax.integrations.reference import TopKReference
@@ -33,9 +44,15 @@ class FullKL(Handle):
 
     The KL is averaged over the tokens that the trainer's loss counts. The policy's hidden states
     (or logits, where the model makes them anyway) are those of the trainer's own forward: there is
-    no second one. The reference runs once a batch, without a graph; its hidden states are kept
-    while the trainer goes over the batch again (GRPO, RLOO: num_iterations > 1). `undo()` takes
-    everything back.
+    no second one. The reference is called once a batch, without a graph, with what the trainer
+    gave the policy (a prompt that PEFT puts in front is the policy's alone); its hidden states are
+    kept while the trainer goes over the batch again (GRPO, RLOO: num_iterations > 1). `undo()`
+    takes everything back.
+
+    Hidden states stand for logits only where the head on them has been seen to give the model's own
+    logits: at the first forward, and for the policy at each step that is logged. Where it does not
+    (layers before the last matrix, an adapter on it, columns cut off), both models' own logits are
+    taken, for which a policy that made none is called once more.
 
     Works in GRPO (where it takes the place of k3: the trainer's beta must be 0), RLOO, DPO, KTO,
     SFT and transformers' own Trainer. Under accumulation it is the mean over the window's tokens
@@ -53,7 +70,7 @@ class FullKL(Handle):
             mean over all ranks.
         kind: "policy_ref", "ref_policy" or "jsd", as in `token_kl`.
         temperature: of both distributions; None is the trainer's sampling temperature in GRPO and
-            RLOO, else 1.
+            RLOO, else 1. A TopKReference of fewer than all tokens must have been made at it.
         jsd_beta: the reference's share of the mixture in "jsd".
 
     Logs `kl/<kind>`, the mean over the tokens since the last log; `kl/policy_ref`, `kl/ref_policy`
@@ -61,8 +78,9 @@ class FullKL(Handle):
     logged; `kl/beta` under an AdaptiveKL. A TopKReference knows its `kind` alone.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; GRPO with beta != 0; DeepSpeed; a second
-            FullKL on one trainer.
+        ValueError, TypeError: an argument does not fit, as a reference of another vocabulary; GRPO
+            with beta != 0; DeepSpeed; a second FullKL on one trainer; in the first step, a loss
+            that calls the model with embeddings or a cache that the policy has computed.
         RuntimeError: in training, when the policy's forward was not seen, so that the KL would
             silently be missing.
     """
@@ -90,19 +108,18 @@ class FullKL(Handle):
             "temperature": checks.number(OP, "temperature", temperature, low=0, open_low=True),
         }
         self.trainer = trainer
-        self.policy = causal_lm(OP, "trainer.model", trainer.model)
-        self.ref = _reference_of(trainer, self.policy, ref_model)
+        if isinstance(ref_model, (str, os.PathLike)):
+            ref_model = TopKReference.load(ref_model)
+        self._ref_model = ref_model
+        self._hooks: list[RemovableHandle] = []
+        self._watch()
         self.events = KLEvents(trainer, self.control)
         self._inputs: dict[str, Any] | None = None  # the batch whose loss is being computed
-        self._call: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None  # of the backbone
+        self._states: dict[nn.Module, Any] = {}  # outputs of the policy's backbones
         self._sum: Tensor | None = None  # of the batch's KL, and its number of tokens
         self._count: Any = 0
         self.replace(trainer, "compute_loss", self._with_kl(trainer.compute_loss), "compute_loss")
-        for module, hook in (
-            (backbone(self.policy), self._see_backbone),
-            (trainer.model, self._see_model),
-        ):
-            self.on_undo(module.register_forward_hook(hook, with_kwargs=True).remove)
+        self.on_undo(self._unwatch)
         add_callback(self, trainer, self.events)
 
     def __repr__(self) -> str:
@@ -117,30 +134,108 @@ class FullKL(Handle):
 
     # --- seeing the policy's forward --------------------------------------------------------------
 
+    def _watch(self) -> None:
+        """Looks at the trainer's present model; Trainer(model_init=...) makes a new one to train."""
+        self._unwatch()
+        trainer = self.trainer
+        lm = causal_lm(OP, "trainer.model", trainer.model)
+        self.policy = Policy(lm, trainer.accelerator.autocast)
+        self.ref = _reference_of(trainer, lm, self._ref_model, self.options["temperature"])
+        self._shifted: bool | None = None  # until a loss of the model's own has told
+        for module, seen in (
+            *((module, self._see_backbone) for module in backbones(lm)),
+            (trainer.model, self._see_model),
+        ):
+            self._hooks.append(module.register_forward_hook(Hook(seen), with_kwargs=True))
+
+    def _unwatch(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
     def _see_backbone(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self._inputs is not None and torch.is_grad_enabled():
-            self._call = (args, kwargs, output)
+            self._states[module] = output
 
     def _see_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Runs as the policy's forward ends, where FSDP2's head is still whole."""
-        if self._inputs is None or self._call is None or not torch.is_grad_enabled():
+        if self._inputs is None or not torch.is_grad_enabled():
             return
-        (call_args, call_kwargs, states), self._call = self._call, None
-        forward = Forward(
-            args=call_args,
-            kwargs=call_kwargs,
-            output=states,
-            logits=getattr(output, "logits", None),
-            mask=_counted(self._inputs, kwargs, hidden_states(states).shape[1]),
-            batch=self._inputs.get("completion_ids"),
+        given = by_name(module, self.policy.model, args, kwargs)
+        batch, self._inputs = self._inputs, None  # what is called from here on is no new forward
+        states, self._states = self._states, {}
+        try:
+            self._add(self._forward(module, given, batch, states, output))
+        finally:
+            self._inputs = batch
+
+    def _forward(
+        self,
+        module: nn.Module,
+        given: dict[str, Any],
+        batch: dict[str, Any],
+        states: dict[nn.Module, Any],
+        output: Any,
+    ) -> Forward:
+        labels, logits = given.get("labels", batch.get("labels")), logits_of(output)
+        shifted = "shift_labels" not in given and self._labels_are_shifted(given, output)
+        labels = given.get("shift_labels", labels)
+        inputs = shared(given)
+        if not shifted and "labels" in given and "decoder_input_ids" not in given:
+            inputs["labels"] = labels  # of which an encoder-decoder makes the decoder's inputs
+        mask = counted(labels, shifted, list(batch), batch.get("tool_mask"))
+        if logits is not None and logits.shape[1] < mask.shape[1]:
+            logits = None  # of some positions
+        if logits is not None and logits.shape[0] != mask.shape[0]:
+            raise checks.fail(
+                OP,
+                "trainer",
+                f"logits of the {mask.shape[0]} rows of labels",
+                logits,
+                "use a model that gives one prediction for each label",
+            )
+
+        def again() -> Any:
+            everything = {k: v for k, v in given.items() if k not in ("fused_lm_head", "labels")}
+            everything.pop("logits_to_keep", None)
+            return module.forward(**everything)
+
+        return Forward(
+            inputs=inputs,
+            states=states,
+            logits=logits,
+            mask=mask,
+            batch=batch.get("completion_ids"),
+            shifted=shifted,
+            again=again,
         )
+
+    def _labels_are_shifted(self, given: dict[str, Any], output: Any) -> bool:
+        """Whether position t predicts the label t + 1, by the loss that the model returned."""
+        if self._shifted is None:
+            if getattr(self.policy.model.config, "is_encoder_decoder", False):
+                self._shifted = False
+                return False
+            logits, labels = logits_of(output), given.get("labels")
+            if logits is None or not isinstance(labels, Tensor) or labels.dim() != 2:
+                return True
+            if logits.shape[1] < labels.shape[1] or not bool((labels != -100).any()):
+                return True
+            loss = getattr(output, "loss", None)
+            self._shifted = not loss_is_unshifted(
+                logits, labels, loss, given.get("num_items_in_batch")
+            )
+        return self._shifted
+
+    def _add(self, forward: Forward) -> None:
+        """Adds a forward's KL to the batch's."""
         log = self.events.log_is_due()
         with torch.autocast(forward.mask.device.type, enabled=False):
-            values = self.ref.sums(forward, head(self.policy), self.options, log)
+            rows = self.policy.rows(forward, log)
+            values = self.ref.sums(forward, rows, self.options, log)
         tokens = forward.mask.sum()
         self._count = self._count + tokens
         self._sum = values[self.kind] if self._sum is None else self._sum + values[self.kind]
@@ -158,12 +253,16 @@ class FullKL(Handle):
             options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
             if not self.trainer.model.training or not torch.is_grad_enabled():
                 return compute_loss(model, inputs, **options)
-            self._inputs, self._call, self._sum, self._count = dict(inputs), None, None, 0
+            made = getattr(self.trainer, "model_init", None) is not None
+            if made and causal_lm(OP, "trainer.model", self.trainer.model) is not self.policy.model:
+                self._watch()
+            batch = dict(inputs)
+            self._inputs, self._states, self._sum, self._count = batch, {}, None, 0
             self.events.asked = True
             try:
                 result = compute_loss(model, inputs, **options)
             finally:
-                self._inputs = self._call = None
+                self._inputs, self._states = None, {}
             kl, self._sum = self._sum, None
             if kl is None:
                 raise RuntimeError(
@@ -172,7 +271,9 @@ class FullKL(Handle):
                     "after it is built"
                 )
             self.events.steer(kl, self._count)
-            divisor = _divisor(self.trainer, inputs, self._count.clamp(min=1), num_items_in_batch)
+            count = self._count.clamp(min=1)
+            share = _share(batch, count, self._shifted is not False)
+            divisor = _divisor(self.trainer, batch, count, num_items_in_batch, share)
             if not return_outputs:
                 return result + self.beta * kl.to(result.dtype) / divisor
             loss, *others = result
@@ -216,10 +317,10 @@ def _check(trainer: Any) -> None:
         )
 
 
-def _reference_of(trainer: Any, policy: Any, ref_model: Any) -> ModelReference | CachedReference:
+def _reference_of(
+    trainer: Any, policy: Any, ref_model: Any, temperature: float
+) -> ModelReference | CachedReference:
     """What `ref_model` stands for."""
-    if isinstance(ref_model, (str, os.PathLike)):
-        ref_model = TopKReference.load(ref_model)
     if isinstance(ref_model, TopKReference):
         if _is_a(trainer, *GENERATING):
             raise checks.fail(
@@ -228,7 +329,9 @@ def _reference_of(trainer: Any, policy: Any, ref_model: Any) -> ModelReference |
                 "a model: the sequences of GRPO and RLOO are new at every step",
                 "a cached reference",
             )
-        return CachedReference(ref_model)
+        cached = CachedReference(ref_model, policy, temperature)
+        cached.check_packing(trainer)
+        return cached
     accelerator = trainer.accelerator
     keep = getattr(trainer, "num_iterations", 1) > 1
     if ref_model is None:
@@ -254,45 +357,42 @@ def _reference_of(trainer: Any, policy: Any, ref_model: Any) -> ModelReference |
             "the policy itself, from which it would never differ",
             "pass a frozen copy",
         )
+    sizes = (vocabulary(policy), vocabulary(lm))
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise vocabularies_differ(*sizes)
     if not any(hasattr(p, "full_tensor") for p in lm.parameters()):
         lm.to(accelerator.device)
     return ModelReference(lm, accelerator.autocast, keep=keep)
 
 
-def _counted(inputs: dict[str, Any], kwargs: dict[str, Any], T: int) -> Tensor:
-    """The tokens that the trainer's loss counts, (B, T) by the position that predicts.
+def _share(batch: dict[str, Any], tokens: Tensor, shifted: bool) -> Any:
+    """Weight of a forward where a loss has several over the same tokens, each of which adds its KL.
 
-    Args:
-        inputs: the trainer's batch.
-        kwargs: of the model's forward.
-        T: positions of the backbone, which prompt-learning PEFT's virtual tokens are in front of.
+    The batch's tokens over those of all forwards, at most 1: forwards over its parts are a whole.
     """
-    labels = kwargs.get("labels", inputs.get("labels"))
-    if kwargs.get("shift_labels") is not None:
-        mask: Tensor = kwargs["shift_labels"] != -100
-    elif labels is None:
-        raise checks.fail(
-            OP,
-            "trainer",
-            "a batch with labels, by which the loss counts tokens",
-            f"keys {sorted(map(str, inputs))}",
-        )
+    labels = batch.get("labels", batch.get("completion_mask"))
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return 1.0
+    if "labels" in batch:
+        real = (labels[:, 1:] if shifted else labels) != -100
     else:
-        mask = nn.functional.pad(labels[:, 1:] != -100, (T - labels.shape[1], 1))
-    tools = inputs.get("tool_mask")
-    if tools is not None:  # GRPO: 0 for tokens that a tool wrote
-        mask = mask & nn.functional.pad(tools != 0, (T - 1 - tools.shape[1], 1), value=True)
-    return mask
+        real = labels != 0
+        if isinstance(tools := batch.get("tool_mask"), Tensor):
+            real = real & (tools != 0)
+    return (real.sum().clamp(min=1) / tokens).clamp(max=1.0)
 
 
-def _divisor(trainer: Any, inputs: dict[str, Any], tokens: Tensor, num_items: Any) -> Any:
+def _divisor(
+    trainer: Any, inputs: dict[str, Any], tokens: Tensor, num_items: Any, share: Any
+) -> Any:
     """What makes the sum over a micro-batch's tokens the trainer's kind of mean.
 
     Args:
         trainer: whose loss the KL is added to.
         inputs: its batch.
-        tokens: of the micro-batch, at least 1.
+        tokens: of the micro-batch's forwards, at least 1.
         num_items: the tokens of the accumulation window over all ranks, where Trainer counts them.
+        share: the batch's tokens in `tokens`, as `_share` has it.
     """
     scaled = trainer.loss_is_scaled_for_ga
     if scaled is None:
@@ -300,7 +400,7 @@ def _divisor(trainer: Any, inputs: dict[str, Any], tokens: Tensor, num_items: An
         takes_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         if num_items is None or not takes_items:
             return tokens
-        items = torch.as_tensor(num_items, device=tokens.device).clamp(min=1)
+        items = torch.as_tensor(num_items, device=tokens.device).clamp(min=1) / share
         if not trainer.args.average_tokens_across_devices:
             return items
         return items / (trainer.accelerator.num_processes // trainer.get_tp_size())
@@ -311,5 +411,5 @@ def _divisor(trainer: Any, inputs: dict[str, Any], tokens: Tensor, num_items: An
     if of_window and "num_items_in_batch" in inputs:
         # the generation batch's tokens, over all ranks
         items = inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes
-        return items * steps / trainer.args.steps_per_generation
+        return items * steps / trainer.args.steps_per_generation / share
     return tokens * steps

@@ -1,66 +1,132 @@
 """Sums of the KL over a batch's tokens, from what the policy's own forward computed.
 
-The reference is a model, the policy without its adapter, or a file of top-k log-probs.
+The reference is a model, or the policy without its adapter (a file of top-k log-probs is in
+_kl_cached.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fasttax._base import checks
-from fasttax.integrations._models import Head, backbone, frozen, head, hidden_states
-from fasttax.integrations.reference import TopKReference
+from fasttax.integrations._heads import (
+    ROWS,
+    Head,
+    Shortcut,
+    Way,
+    hidden_states,
+    logits_of,
+    replayed,
+    watched,
+)
+from fasttax.integrations._kl_forward import Forward, in_front
+from fasttax.integrations._models import frozen
 from fasttax.kl.linear import linear_token_kl
 from fasttax.kl.token_stats import TokenStats, token_stats
-from fasttax.kl.topk import topk_kl
 
-ROWS = 256  # tokens whose logits exist at a time, for a top-k reference and for the log
+CHUNK = 256  # tokens whose logits exist at a time, for a top-k reference and for the log
 LOGGED = ("kl_policy_ref", "kl_ref_policy", "entropy")  # outputs of token_stats
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
-class Forward:
-    """A forward of the policy: what its backbone was given and gave, and which tokens count."""
+class Rows:
+    """One model's distributions of the N tokens that count: logits, or states under a head."""
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    output: Any  # the backbone's
-    logits: Tensor | None  # where the model made them, (B, T, V)
-    mask: Tensor  # (B, T), by the position that predicts
-    batch: Tensor | None  # the same object whenever the trainer goes over this batch again
+    given: Tensor | None = None  # (N, V)
+    hidden: Tensor | None = None  # (N, H)
+    head: Head | None = None
 
-    def hidden(self) -> Tensor:
-        """Hidden states (N, H) of the tokens that count."""
-        return hidden_states(self.output)[self.mask]
+    def logits(self) -> Tensor:
+        """(N, V), under the autocast that is on."""
+        if self.given is not None:
+            return self.given
+        assert self.head is not None
+        assert self.hidden is not None
+        return self.head.logits(self.hidden)
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        if self.given is not None:
+            return self.given.shape[-1]
+        assert self.head is not None
+        return self.head.weight.shape[0]
+
+
+class Policy:
+    """The model that is trained.
+
+    Args:
+        model: a language model.
+        autocast: the context of the trainer's forward.
+    """
+
+    def __init__(self, model: Any, autocast: Autocast) -> None:
+        self.model, self.autocast = model, autocast
+        self.shortcut = Shortcut(model)
+
+    def rows(self, forward: Forward, recheck: bool) -> Rows:
+        """Of a forward: its logits, or where it made none, those of its head or of another one.
+
+        Args:
+            forward: the policy's.
+            recheck: prove the head again, for weights that are trained may have come apart from it.
+        """
+        if forward.logits is not None:
+            return Rows(given=forward.counted(forward.logits))
+        if self.shortcut.possible() and (recheck or not self.shortcut.known(forward.names)):
+            self._prove(forward)
+        way = self.shortcut.way(forward.names)
+        if way is not None and way.module in forward.states:
+            states = hidden_states(forward.states[way.module])
+            return Rows(hidden=forward.counted(states), head=self.shortcut.head(way))
+        with self.autocast():
+            logits = logits_of(forward.again())
+        if logits is None:
+            raise _no_logits("trainer.model", self.model)
+        return Rows(given=forward.counted(logits))
+
+    def _prove(self, forward: Forward) -> None:
+        """Has the model make logits of the states that it has computed already."""
+        last = _last_columns(forward.mask)
+        if last == 0:
+            return
+        inputs = {**forward.inputs, "logits_to_keep": last}
+        found = None
+        for module in self.shortcut.modules:
+            if module not in forward.states or found is not None:
+                continue
+            output = forward.states[module]
+            with frozen(self.model), self.autocast():
+                logits = logits_of(replayed(self.model, module, output, inputs))
+                if logits is not None:
+                    found = _proven(self.shortcut, module, output, logits, forward.mask)
+        self.shortcut.learn(forward.names, found)
 
 
 class ModelReference:
     """A frozen model, or the policy with its adapter switched off.
 
     Args:
-        model: a causal language model.
+        model: a language model.
         autocast: the context of the policy's own forward, without which equal weights would differ.
         adapter: the PEFT model around `model`, whose adapter is off while the reference runs.
         keep: hold a batch's hidden states as long as the batch lives, for it will come again.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        *,
-        adapter: Any = None,
-        keep: bool = False,
+        self, model: nn.Module, autocast: Autocast, *, adapter: Any = None, keep: bool = False
     ) -> None:
         self.model, self.autocast, self.adapter = model, autocast, adapter
+        self.shortcut = Shortcut(model)
         self.kept: Any = WeakIdKeyDictionary() if keep else None
 
     def __repr__(self) -> str:
@@ -68,83 +134,111 @@ class ModelReference:
         return f"reference {type(self.model).__name__}{adapter}"
 
     def sums(
-        self, forward: Forward, own: Head, options: Mapping[str, Any], log: bool
+        self, forward: Forward, policy: Rows, options: Mapping[str, Any], log: bool
     ) -> dict[str, Tensor]:
         """The KL under its kind's name; both KLs and the entropy where they cost nothing, or `log`.
 
         Args:
             forward: the policy's.
-            own: the policy's head.
+            policy: its rows.
             options: of `token_kl`: kind, beta, temperature.
             log: both KLs and the entropy are wanted, at the price of two more GEMMs.
         """
-        logits = forward.logits
-        if logits is not None and logits.shape[:-1] == forward.mask.shape:
-            return self._of_logits(forward, logits, options)
-        hidden = forward.hidden()
-        ref_hidden, ref = self._kept_rows(forward)
+        ref = self._kept_rows(forward)
+        if ref.vocabulary != policy.vocabulary:
+            raise vocabularies_differ(policy.vocabulary, ref.vocabulary)
+        if policy.hidden is None or ref.hidden is None:
+            return self._of_logits(policy, ref, options)
+        assert policy.head is not None
+        assert ref.head is not None
         kl = linear_token_kl(
-            hidden,
-            own.weight,
-            ref_hidden,
-            ref.weight,
-            bias=own.bias,
-            ref_bias=ref.bias,
-            softcap=own.softcap,
-            ref_softcap=ref.softcap,
-            logit_scale=own.logit_scale,
-            ref_logit_scale=ref.logit_scale,
+            policy.hidden,
+            policy.head.weight,
+            ref.hidden,
+            ref.head.weight,
+            bias=policy.head.bias,
+            ref_bias=ref.head.bias,
+            softcap=policy.head.softcap,
+            ref_softcap=ref.head.softcap,
+            logit_scale=policy.head.logit_scale,
+            ref_logit_scale=ref.head.logit_scale,
             reduction="sum",
             **options,
         )
-        seen = _looked_at(hidden, own, ref_hidden, ref, options) if log else {}
+        seen = _looked_at(policy, ref, options["temperature"]) if log else {}
         return {**seen, options["kind"]: kl}
 
     def _of_logits(
-        self, forward: Forward, logits: Tensor, options: Mapping[str, Any]
+        self, policy: Rows, ref: Rows, options: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        stats = token_stats(
-            logits[forward.mask],
-            self._logits(forward),
-            outputs=("kl", *LOGGED),
-            reduction="sum",
-            **options,
-        )
+        with self.autocast():
+            x = policy.logits()
+            with torch.no_grad():
+                y = ref.logits()
+        stats = token_stats(x, y, outputs=("kl", *LOGGED), reduction="sum", **options)
         assert stats.kl is not None
         return {**_by_metric(stats), options["kind"]: stats.kl}
 
-    def _logits(self, forward: Forward) -> Tensor:
-        """The reference's, of the tokens that count, scaled and capped as its forward does it."""
-        hidden, own = self._rows(forward)
-        with torch.no_grad(), self.autocast():
-            logits = nn.functional.linear(hidden, own.weight, own.bias) * own.logit_scale
-        if own.softcap is None:
-            return logits
-        return own.softcap * torch.tanh(logits / own.softcap)
-
-    def _kept_rows(self, forward: Forward) -> tuple[Tensor, Head]:
-        """As `_rows`, with the hidden states of the batch's first time where they are kept."""
-        if self.kept is None or forward.batch is None:
-            return self._rows(forward)
-        if forward.batch not in self.kept:
-            self.kept[forward.batch] = self._rows(forward)[0]
-        return self.kept[forward.batch], self._head()
-
-    def _rows(self, forward: Forward) -> tuple[Tensor, Head]:
-        """Hidden states (N, H) of the tokens that count, and the head."""
+    def _kept_rows(self, forward: Forward) -> Rows:
+        """The reference's rows, with the hidden states of the batch's first time where kept."""
+        kept = None if self.kept is None or forward.batch is None else self.kept
+        if kept is not None and forward.batch in kept:
+            hidden, way = kept[forward.batch]
+            return Rows(hidden=hidden, head=self.shortcut.head(way).detach())
         with frozen(self.model), self._without_adapter(), self.autocast():
-            output = backbone(self.model)(*forward.args, **forward.kwargs)
-            return hidden_states(output)[forward.mask], self._head()
+            rows = self._rows(forward)
+        way = self.shortcut.way(forward.names)
+        if kept is not None and rows.hidden is not None and way is not None:
+            kept[forward.batch] = (rows.hidden, way)
+        return rows
 
-    def _head(self) -> Head:
-        """Detached: the reference gets no gradient."""
-        own = head(self.model)
-        bias = None if own.bias is None else own.bias.detach()
-        return replace(own, weight=own.weight.detach(), bias=bias)
+    def _rows(self, forward: Forward) -> Rows:
+        """By the model's own call, of which the last logits alone are made where that is enough."""
+        names, way = forward.names, self.shortcut.way(forward.names)
+        known = self.shortcut.known(names)
+        last = 1 if known else _last_columns(forward.mask)
+        if last and self.shortcut.possible() and "labels" not in names and (way or not known):
+            modules = self.shortcut.modules if way is None else [way.module]
+            with watched(modules) as seen:
+                logits = self._logits(forward, last)
+            if way is None:
+                proofs = (
+                    _proven(self.shortcut, module, seen[module], logits, forward.mask)
+                    for module in modules
+                    if module in seen
+                )
+                way = next((proof for proof in proofs if proof is not None), None)
+                self.shortcut.learn(names, way)
+            if way is not None and way.module in seen:
+                states = hidden_states(seen[way.module])
+                return Rows(
+                    hidden=forward.counted(states), head=self.shortcut.head(way).detach()
+                )
+        return Rows(given=forward.counted(self._logits(forward, 0)))
 
-    def _without_adapter(self) -> AbstractContextManager[Any]:
+    def _logits(self, forward: Forward, last: int) -> Tensor:
+        """The model's own, of the last positions; 0: of all."""
+        keep = {"logits_to_keep": last} if last else {}
+        logits = logits_of(self.model(**forward.inputs, **keep))
+        if logits is None:
+            raise _no_logits("ref_model", self.model)
+        return logits
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        """With the policy's first weights; PEFT's switches make factors trainable that were not."""
         if self.adapter is None:
-            return nullcontext()
+            yield
+            return
+        flags = [(p, p.requires_grad) for p in self.adapter.parameters()]
+        try:
+            with self._switched():
+                yield
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+    def _switched(self) -> AbstractContextManager[Any]:
         if "ref" in self.adapter.peft_config:  # a loaded adapter's first state, which TRL keeps so
             from trl.trainer.utils import use_adapter
 
@@ -154,55 +248,46 @@ class ModelReference:
         return without
 
 
-class CachedReference:
-    """A `TopKReference`: no model in memory, and no metric but the KL that it was asked for."""
+def vocabularies_differ(policy: int, ref: int) -> Exception:
+    """The error of two models whose tokens are not the same."""
+    return checks.fail(
+        "FullKL",
+        "ref_model",
+        f"the policy's vocabulary of {policy} tokens",
+        f"one of {ref}",
+        "use models of one vocabulary; where the larger one is padding alone, cut it: "
+        f"model.resize_token_embeddings({min(policy, ref)})",
+    )
 
-    def __init__(self, cache: TopKReference) -> None:
-        self.cache = cache
 
-    def __repr__(self) -> str:
-        return repr(self.cache)
+def _no_logits(argument: str, model: Any) -> Exception:
+    return checks.fail(
+        "FullKL",
+        argument,
+        "a model whose output holds logits (B, T, V), a prediction for each label",
+        f"{type(model).__name__}, whose output has none",
+        "use a language model",
+    )
 
-    def sums(
-        self, forward: Forward, own: Head, options: Mapping[str, Any], log: bool
-    ) -> dict[str, Tensor]:
-        """As `ModelReference.sums`; `log` adds nothing."""
-        given = forward.args[0] if forward.args else None
-        ids = forward.kwargs.get("input_ids", given)
-        if ids is None:
-            raise checks.fail(
-                "FullKL",
-                "ref_model",
-                "a model: the trainer passes embeddings, not ids",
-                "a cached reference",
-            )
-        logp, top = self.cache.rows(ids, forward.kwargs.get("attention_mask"))
-        mask = forward.mask[:, :-1]
-        rows = (forward.hidden(), logp[mask], top[mask])
 
-        def part(
-            hidden: Tensor, logp: Tensor, top: Tensor, weight: Tensor, bias: Tensor | None
-        ) -> Tensor:
-            logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
-            return topk_kl(
-                logits,
-                logp,
-                top,
-                softcap=own.softcap,
-                logit_scale=own.logit_scale,
-                reduction="sum",
-                **options,
-            )
+def _last_columns(mask: Tensor) -> int:
+    """How many of a batch's last positions hold some that count; 0 where none does."""
+    columns = mask.any(0).nonzero().flatten()
+    return mask.shape[1] - int(columns[-ROWS:][0]) if columns.numel() else 0
 
-        # a chunk's logits are made again in the backward
-        pieces = [
-            checkpoint(part, *chunk, own.weight, own.bias, use_reentrant=False)
-            for chunk in zip(*(x.split(ROWS) for x in rows), strict=True)
-            if chunk[0].shape[0]
-        ]
-        if not pieces:  # no token counts: a zero with a graph
-            return {options["kind"]: rows[0].sum() * 0}
-        return {options["kind"]: torch.stack(pieces).sum()}
+
+def _proven(
+    shortcut: Shortcut, module: nn.Module, output: Any, logits: Tensor, mask: Tensor
+) -> Way | None:
+    """The way from a module's output to the model's own last logits."""
+    states = hidden_states(output)
+    if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[0] != mask.shape[0]:
+        return None
+    if states.shape[1] < max(mask.shape[1], logits.shape[1]) or len(logits) != len(mask):
+        return None
+    return shortcut.proven(
+        module, states, logits, in_front(mask, states.shape[1])[:, -logits.shape[1] :]
+    )
 
 
 def _by_metric(stats: TokenStats) -> dict[str, Tensor]:
@@ -218,24 +303,26 @@ def _by_metric(stats: TokenStats) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _looked_at(
-    hidden: Tensor, own: Head, ref_hidden: Tensor, ref: Head, options: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def _looked_at(policy: Rows, ref: Rows, temperature: float) -> dict[str, Tensor]:
     """Both KLs and the entropy from hidden states, for the log alone: two GEMMs, no graph."""
+    assert policy.hidden is not None
+    assert policy.head is not None
+    assert ref.hidden is not None
+    assert ref.head is not None
     sums = {
-        name: torch.zeros((), device=hidden.device)
+        name: torch.zeros((), device=policy.hidden.device)
         for name in ("policy_ref", "ref_policy", "entropy")
     }
-    for h, ref_h in zip(hidden.split(ROWS), ref_hidden.split(ROWS), strict=True):
+    for h, ref_h in zip(policy.hidden.split(CHUNK), ref.hidden.split(CHUNK), strict=True):
         stats = token_stats(
-            nn.functional.linear(h.to(own.weight.dtype), own.weight, own.bias).float(),
-            nn.functional.linear(ref_h.to(ref.weight.dtype), ref.weight, ref.bias).float(),
+            policy.head.products(h).float(),
+            ref.head.products(ref_h).float(),
             outputs=LOGGED,
-            temperature=options["temperature"],
-            softcap=own.softcap,
-            ref_softcap=ref.softcap,
-            logit_scale=own.logit_scale,
-            ref_logit_scale=ref.logit_scale,
+            temperature=temperature,
+            softcap=policy.head.softcap,
+            ref_softcap=ref.head.softcap,
+            logit_scale=policy.head.logit_scale,
+            ref_logit_scale=ref.head.logit_scale,
             reduction="sum",
         )
         for name, value in _by_metric(stats).items():

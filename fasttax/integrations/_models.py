@@ -1,14 +1,13 @@
-"""What the integrations must know of a language model: parameters, backbone, head, tempering."""
+"""What the integrations must know of a model: its parameters, its wrappers, its mode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fasttax._base import checks
@@ -69,82 +68,32 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
     return ewc
 
 
-@dataclass(frozen=True)
-class Head:
-    """The head's weight (V, H), its bias (V,), and what its logits meet before the temperature."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-
 def causal_lm(op: str, argument: str, model: Any) -> Any:
-    """The transformers model inside DDP, PEFT or nothing, with a backbone and a head."""
+    """The transformers model inside DDP, PEFT or nothing, which makes logits over a vocabulary."""
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     if hasattr(model, "peft_config") and callable(base := getattr(model, "get_base_model", None)):
         model = base()
     output = getattr(model, "get_output_embeddings", None)
-    if not isinstance(model, nn.Module) or not callable(output) or output() is None:
+    if not isinstance(model, nn.Module) or not callable(output) or not _predicts(model):
         raise checks.fail(
             op,
             argument,
             "a transformers causal language model with an output head",
             type(model).__name__,
+            "pass one of the classes that AutoModelForCausalLM, AutoModelForSeq2SeqLM or "
+            "AutoModelForImageTextToText make",
             error=TypeError,
         )
     return model
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """The module of a causal language model that makes the hidden states of its head."""
-    found = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if not isinstance(found, nn.Module):
-        raise checks.fail(
-            "FullKL",
-            "model",
-            "a model whose backbone is its base_model",
-            type(model).__name__,
-            error=TypeError,
-        )
-    return found
-
-
-def head(model: Any) -> Head:
-    """Read while the model's forward runs, where sharded heads are whole."""
-    layer = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    return Head(
-        weight=_whole(layer.weight),
-        bias=_whole(getattr(layer, "bias", None)),
-        logit_scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _whole(tensor: Any) -> Any:
-    """A tensor as it is, all of a sharded one, None for None."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _logit_scale(config: Any) -> float:
-    """What the model multiplies its logits by, under the name that its family has for it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        scale = getattr(config, name, None)
-        if scale is not None:
-            return float(scale)
-    scale = getattr(config, "logits_scaling", None)
-    if scale is None:
-        return 1.0
-    # HyperCLOVA X multiplies by it, Granite divides
-    return float(scale) if config.model_type == "hyperclovax" else 1.0 / float(scale)
-
-
-def hidden_states(output: Any) -> Tensor:
-    """A backbone's last hidden states (B, T, H), whatever form its output has."""
-    states: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-    return states
+def _predicts(model: Any) -> bool:
+    """Whether a transformers model predicts tokens: by its head, or as it can generate."""
+    if model.get_output_embeddings() is not None:
+        return True
+    generates = getattr(model, "can_generate", None)
+    return callable(generates) and bool(generates())
 
 
 @contextmanager

@@ -53,6 +53,21 @@ class TopKReference:
     def __repr__(self) -> str:
         return f"TopKReference({len(self)} sequences, {self.tokens.numel()} tokens, k={self.k})"
 
+    def __contains__(self, tokens: Any) -> bool:
+        """Whether there is such a sequence, up to its last token."""
+        return self._begin(torch.as_tensor(tokens).cpu()) is not None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens of the reference's vocabulary, where the file says so."""
+        found = self.metadata.get("vocabulary")
+        return None if found is None else int(found)
+
+    @property
+    def temperature(self) -> float:
+        """At which the log-probs were taken."""
+        return float(self.metadata.get("temperature", 1.0))
+
     @property
     def k(self) -> int:
         """Log-probs kept a token."""
@@ -65,6 +80,7 @@ class TopKReference:
         sequences: Iterable[Sequence[int] | Tensor],
         k: int = 64,
         batch_size: int = 8,
+        temperature: float = 1.0,
     ) -> TopKReference:
         """Runs the model over token sequences, the longest first, so that batches are even.
 
@@ -73,8 +89,21 @@ class TopKReference:
             sequences: token ids, each at least 2.
             k: log-probs to keep a token, at most the vocabulary; 8 bytes each.
             batch_size: sequences at a time.
+            temperature: that the logits are divided by, as FullKL's where it is not 1.
+
+        Raises:
+            ValueError: a sequence without a prediction, a temperature <= 0, an encoder-decoder.
         """
         op = "TopKReference.make"
+        temperature = checks.positive(op, "temperature", temperature)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise checks.fail(
+                op,
+                "model",
+                "a causal language model, whose predictions are found by its ids alone",
+                f"{type(model).__name__}, an encoder-decoder",
+                "pass FullKL the model itself",
+            )
         rows = [torch.as_tensor(s, dtype=torch.int64).cpu() for s in sequences]
         if not rows or min(r.numel() for r in rows) < 2:
             raise checks.fail(
@@ -101,13 +130,15 @@ class TopKReference:
                     use_cache=False,
                 ).logits
                 for i, row in zip(chosen, logits, strict=True):
-                    logp, ids = topk_logprobs(row[: rows[i].numel()], k)
+                    logp, ids = topk_logprobs(row[: rows[i].numel()] / temperature, k)
                     kept[i] = (logp.float().cpu(), ids.to(torch.int32).cpu())
         lengths = torch.tensor([0] + [r.numel() for r in rows])
         metadata = {
             "k": k,
             "sequences": len(rows),
             "tokens": int(lengths.sum()),
+            "vocabulary": logits.shape[-1],
+            "temperature": temperature,
             "model_hash": files.weights_hash(model.named_parameters()),
         }
         return TopKReference(
@@ -135,6 +166,10 @@ class TopKReference:
             tensors["tokens"], tensors["offsets"], tensors["logp"], tensors["ids"], metadata
         )
 
+    def _begin(self, tokens: Tensor) -> int | None:
+        """Where a sequence's log-probs begin; the whole sequence goes before its own prefix."""
+        return self._where.get(self._key(tokens), self._where.get(self._key(tokens[:-1])))
+
     def lookup(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, ids), each (n - 1, k), of the predictions within the sequence `tokens` (n,).
 
@@ -142,7 +177,7 @@ class TopKReference:
             KeyError: the cache has no such sequence.
         """
         tokens = tokens.cpu()
-        begin = self._where.get(self._key(tokens), self._where.get(self._key(tokens[:-1])))
+        begin = self._begin(tokens)
         if begin is None:
             raise KeyError(
                 f"TopKReference: expected one of the {len(self)} cached sequences, got "
@@ -153,21 +188,29 @@ class TopKReference:
         end = begin + tokens.numel() - 1
         return self.logp[begin:end], self.ids[begin:end].long()
 
-    def rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, T - 1, k) log-probs and ids for rows padded on either side.
+    def rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T - 1, k) log-probs and ids for rows padded on either side, or of several sequences.
 
-        They are 0 where a prediction is not within the row's real tokens.
+        They are 0 where a prediction is not within a sequence's real tokens. A sequence of a packed
+        row begins where `position_ids` (B or 1, T) do not go on by one.
         """
         B, T = input_ids.shape
         real = torch.ones(B, T, dtype=torch.bool)
         if attention_mask is not None:
             real = attention_mask.cpu() != 0
+        places = torch.arange(T).expand(B, T)
+        if position_ids is not None and position_ids.dim() <= 2:
+            places = position_ids.cpu().expand(B, T)
         logp = torch.zeros(B, T - 1, self.k)
         ids = torch.zeros(B, T - 1, self.k, dtype=torch.int64)
         for b, (row, mask) in enumerate(zip(input_ids.cpu(), real, strict=True)):
             where = mask.nonzero().flatten()
-            if where.numel() < 2:
-                continue
-            found_logp, found_ids = self.lookup(row[where])
-            logp[b, where[:-1]], ids[b, where[:-1]] = found_logp, found_ids
+            begins = (places[b, where].diff() != 1).nonzero().flatten() + 1
+            for part in where.tensor_split(begins):
+                if part.numel() < 2:
+                    continue
+                found_logp, found_ids = self.lookup(row[part])
+                logp[b, part[:-1]], ids[b, part[:-1]] = found_logp, found_ids
         return logp.to(input_ids.device), ids.to(input_ids.device)
