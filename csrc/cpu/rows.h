@@ -31,7 +31,7 @@ inline void narrow_row(const float* src, int64_t n, T* dst) {
 
 // Pairs of a row of n bfloat16, which are one word each as they lie, with a zero for the last one's
 // partner.
-inline void pairs_of(const BFloat16* src, int64_t n, float* dst) {
+inline void bf16x2_of(const BFloat16* src, int64_t n, float* dst) {
   if (n % 2 != 0) dst[n / 2] = 0;
   std::memcpy(dst, src, size_t(n) * sizeof(BFloat16));
 }
