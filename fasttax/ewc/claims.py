@@ -25,10 +25,14 @@ class Claim:
 
     def shared(self, parameters: Mapping[str, Tensor], optimizer: Any) -> list[str]:
         """Which of `parameters` would be pulled by it, too, at one step of `optimizer`."""
-        apart = optimizer is not None and self._optimizer is not None
-        if apart and self._optimizer() is not optimizer:
+        known = self._optimizer is not None and optimizer is not None
+        if known and self._steps() is not optimizer:
             return []
         return [name for name, p in parameters.items() if id(p) in self._held]
+
+    def _steps(self) -> Any:
+        """The optimizer, None where it is gone or not known."""
+        return None if self._optimizer is None else self._optimizer()
 
     def release(self) -> None:
         """Lets others hold the parameters."""
