@@ -172,8 +172,7 @@ def _is_loss_of(logits: Tensor, labels: Tensor, loss: Tensor, items: Any) -> boo
     total = -logp.double().sum()
     divisors = [logp.numel()] if items is None else [logp.numel(), items]
     return any(
-        bool((total / n - loss.double()).abs() <= SAME_LOSS * loss.double().abs())
-        for n in divisors
+        bool((total / n - loss.double()).abs() <= SAME_LOSS * loss.double().abs()) for n in divisors
     )
 
 
