@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +61,7 @@ class Forward:
 
 def in_front(mask: Tensor, T: int) -> Tensor:
     """A mask (B, L) with T - L positions in front that do not count."""
-    if T < mask.shape[1]:
+    if mask.shape[1] > T:
         raise checks.fail(
             "FullKL",
             "trainer",

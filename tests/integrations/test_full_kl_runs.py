@@ -110,8 +110,8 @@ def test_another_vocabulary_is_refused_when_full_kl_is_made() -> None:
     policy, ref = k.llama(), k.llama(1, vocab_size=70)
     with pytest.raises(
         ValueError,
-        match=r"ref_model: expected the policy's vocabulary of 61 tokens, got one of 70; use models "
-        r"of one vocabulary; .*resize_token_embeddings\(61\)",
+        match=r"ref_model: expected the policy's vocabulary of 61 tokens, got one of 70; use "
+        r"models of one vocabulary; .*resize_token_embeddings\(61\)",
     ):
         FullKL(k.trainer(policy), ref, 0.5)
     for cache in (
@@ -168,7 +168,8 @@ def test_a_cut_cache_of_another_temperature_is_refused() -> None:
 
 
 def test_a_cache_serves_packed_rows() -> None:
-    ref = k.llama(1)
+    """Documents do not see each other where transformers makes no cache (use_cache=False)."""
+    policy, ref = (k.llama(seed, use_cache=False) for seed in (0, 1))
     rows = [k.IDS[0, :4], k.IDS[1, :5], k.IDS[2]]
     cache = TopKReference.make(ref, [r.tolist() for r in rows], k=k.VOCABULARY)
     places = torch.cat([torch.arange(len(r)) for r in rows])[None]
@@ -178,8 +179,8 @@ def test_a_cache_serves_packed_rows() -> None:
         "position_ids": places,
         "labels": torch.where(places == 0, -100, ids),
     }
-    made = k.step(k.llama(), cache, "ref_policy", batch=batch)
-    other = k.step(k.llama(), ref, "ref_policy", batch=batch)
+    made = k.step(policy, cache, "ref_policy", batch=batch)
+    other = k.step(policy, ref, "ref_policy", batch=batch)
     assert made.kl == pytest.approx(other.kl, rel=CLOSE)
     assert made.tokens == other.tokens == 3 + 4 + 8
 

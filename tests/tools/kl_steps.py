@@ -76,7 +76,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 class NoLogits(transformers.Trainer):
-    """A loss of 0 that asks for the last logits alone, as trainers with fused heads ask for none."""
+    """A loss of 0 that asks for the last logits alone; trainers with fused heads ask for none."""
 
     def compute_loss(
         self,
