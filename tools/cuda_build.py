@@ -69,7 +69,7 @@ def _problem() -> str:
 
 
 def _version_problem(nvcc: Path, torch_cuda: str) -> str:
-    """torch's headers and libraries are those of one major version of CUDA."""
+    """The headers and libraries of torch are those of one major version of CUDA."""
     done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     release = re.search(r"release ([\d.]+)", done.stdout)
     if release and release[1].partition(".")[0] == torch_cuda.partition(".")[0]:

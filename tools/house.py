@@ -23,6 +23,8 @@ from house_imports import arrows_up, circles, file_graph, floors, hidden_imports
 from house_source import ROOT, Source, sources
 
 CODE = ("fasttax", "csrc", "tests", "bench")
+# A definition of a C++ function by the name of a formula of csrc/math/kl*.h.
+FORMULA = re.compile(r"\b\w+\s+\w*(?:log_mix|bend|bregman|defect|jsd_g)\w*\([^;{}]*\)\s*\{")
 FORMATTER_OFF = re.compile(r"fmt: *(skip|off)|clang-format off")
 
 
@@ -47,7 +49,7 @@ def foreign_private(package: list[Source]) -> list[str]:
     """Uses of private names that another file of the package defines, and this one does not."""
     defined = {source.name: defined_private(source) for source in package}
     everywhere = set().union(*defined.values())
-    modules = {Path(source.name).stem for source in package}
+    modules = {part for source in package for part in Path(source.name).with_suffix("").parts}
     found = []
     for source in package:
         others = everywhere - defined[source.name] - modules
@@ -138,6 +140,23 @@ def writing() -> list[Figure]:
     ]
 
 
+def formulas() -> list[Figure]:
+    """The KL's formulas stand in csrc/math, in the reference and in Triton's twin."""
+    again = {
+        s.name: len(FORMULA.findall(s.bare)) for s in sources("csrc/call", "csrc/cpu", "csrc/cuda")
+    }
+    what = "KL formulas written again in csrc/, outside math/"
+    return [Figure(what, sum(again.values()), 0, worst(again))]
+
+
+def touched(commit: str) -> list[Figure]:
+    """How many production files a commit changes, that adds a divergence, say."""
+    command = ["git", "show", "--format=", "--name-only", commit, "--", "fasttax", "csrc"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = done.stdout.split()
+    return [Figure(f"production files that {commit} touches", len(names), None, names)]
+
+
 # --- how long a change takes to compile -------------------------------------------------------
 
 
@@ -173,9 +192,14 @@ def compiling() -> list[Figure]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/house.py", description=__doc__)
     parser.add_argument("--compile", action="store_true", help="measure compiling too (minutes)")
+    parser.add_argument("--commit", metavar="REV", help="count the production files it touches")
     parser.add_argument("--where", metavar="WORDS", help="list every place of the figures so named")
     asked = parser.parse_args()
-    figures = [*plan(), *writing(), *(compiling() if asked.compile else [])]
+    figures = [*plan(), *formulas(), *writing()]
+    if asked.commit:
+        figures += touched(asked.commit)
+    if asked.compile:
+        figures += compiling()
     for figure in figures:
         goal = "" if figure.goal is None else f"<= {figure.goal:g}"
         print(f"{figure.what:60} {figure.value:8g} {goal:>7}{'  MISSED' * figure.missed}")

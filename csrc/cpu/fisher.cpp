@@ -94,14 +94,15 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
          false);
     return;
   }
-  const bool pairs = isa_bf16() && a_type == FloatType::kBFloat16 && d_type == FloatType::kBFloat16;
-  std::vector<int64_t> pair_starts;
-  if (pairs) {
-    pair_starts.assign(1, 0);
+  const bool bf16x2 =
+      isa_bf16() && a_type == FloatType::kBFloat16 && d_type == FloatType::kBFloat16;
+  std::vector<int64_t> bf16x2_starts;
+  if (bf16x2) {
+    bf16x2_starts.assign(1, 0);
     for (int64_t n = 0; n < examples; ++n)
-      pair_starts.push_back(pair_starts.back() + (starts[n + 1] - starts[n] + 1) / 2);
+      bf16x2_starts.push_back(bf16x2_starts.back() + (starts[n + 1] - starts[n] + 1) / 2);
   }
-  const int64_t* bounds = pairs ? pair_starts.data() : starts;
+  const int64_t* bounds = bf16x2 ? bf16x2_starts.data() : starts;
   // the examples at which they begin: examples whose rows of D lie in L2 together, or one
   std::vector<int64_t> batches{0};
   for (int64_t n = 1; n < examples; ++n)
@@ -126,7 +127,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
   const auto pack = [&](const Tensor& t, FloatType type, int64_t batch, int64_t from, int64_t total,
                         int64_t blocks, int64_t width, float* dst, int64_t stride) {
     const int64_t first = batches[size_t(batch)], last = batches[size_t(batch) + 1];
-    FASTTAX_DISPATCH(pack_examples, type, pairs, t.const_data_ptr(), t.stride(0), starts + first,
+    FASTTAX_DISPATCH(pack_examples, type, bf16x2, t.const_data_ptr(), t.stride(0), starts + first,
                      last - first, from, total, blocks, width, dst, stride);
   };
   const int64_t count = int64_t(batches.size()) - 1;
@@ -162,16 +163,17 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
         std::fill(panels, panels + (to - from) * blocks * rows * cols, 0.0f);
         for (int64_t k = 0; k < count; ++k) {
           pack(grad_outputs, d_type, k, first * rows, O, blocks, rows, d, d_stride);
-          const FisherBatch x{a,
-                              d,
-                              a_stride,
-                              d_stride,
-                              bounds,
-                              batches[size_t(k)],
-                              batches[size_t(k) + 1],
-                              blocks,
-                              static_cast<const float*>(weights),
-                              pairs};
+          FisherBatch x;
+          x.a = a;
+          x.d = d;
+          x.a_stride = a_stride;
+          x.d_stride = d_stride;
+          x.starts = bounds;
+          x.first = batches[size_t(k)];
+          x.last = batches[size_t(k) + 1];
+          x.blocks = blocks;
+          x.weights = static_cast<const float*>(weights);
+          x.bf16x2 = bf16x2;
           FASTTAX_DISPATCH(fisher_batch, x, from, to, panels, gathered);
         }
         FASTTAX_DISPATCH(fisher_add, panels, blocks, from, to, f + first * rows * I,

@@ -17,7 +17,7 @@ namespace FASTTAX_ISA_NS {
 // while all rows meet them. gathered: as panel, for examples longer than kFold.
 inline void fisher_column(const FisherBatch& x, const float* a, const float* next, float* panel,
                           float* gathered) {
-  const int64_t fold = x.pairs ? kFold / 2 : kFold, stop = x.starts[x.last];
+  const int64_t fold = x.bf16x2 ? kFold / 2 : kFold, stop = x.starts[x.last];
   for (int64_t n = x.first; n < x.last; ++n) {
     const int64_t begin = x.starts[n], end = x.starts[n + 1];
     const bool split = end - begin > fold;
@@ -33,9 +33,9 @@ inline void fisher_column(const FisherBatch& x, const float* a, const float* nex
         const float* mine = x.d + b * x.d_stride + (t - x.starts[x.first]) * kRows;
         const float* ahead = b < 2 ? then + b * steps * kLanes : mine + x.d_stride;
 #if FASTTAX_ISA == 512
-        if (x.pairs) {
-          run_pairs(a + t * kCols, mine, ahead, steps, how, weight, gathered + b * kTile,
-                    to + b * kTile);
+        if (x.bf16x2) {
+          run_bf16x2(a + t * kCols, mine, ahead, steps, how, weight, gathered + b * kTile,
+                     to + b * kTile);
           continue;
         }
 #endif

@@ -33,28 +33,28 @@ struct Gemm : GemmArgs {
   // Of `m`, the steps [first, last) of its other side's [begin, end).
   GemmAhead ahead(const GemmMatrix& m, int64_t first, int64_t last, int64_t begin,
                   int64_t end) const {
-    const int64_t item = m.type == FloatType::kFloat ? 4 : 2, each = pairs ? 2 : 1,
-                  from = first * each, to = std::min(K, last * each);
-    const int64_t row = m.turned ? begin : from,
-                  rows = first == last ? 0
-                         : m.turned    ? end - begin
-                                       : to - from,
-                  col = m.turned ? from : begin;
-    return {static_cast<const char*>(m.data) + (row * m.stride + col) * item, m.stride * item,
-            (m.turned ? to - from : end - begin) * item, rows};
+    if (first == last) return {};
+    const int64_t item = m.type == FloatType::kFloat ? 4 : 2, each = bf16x2 ? 2 : 1;
+    const int64_t from = first * each, to = std::min(K, last * each);
+    const auto block = [&](int64_t row, int64_t rows, int64_t col, int64_t cols) -> GemmAhead {
+      return {static_cast<const char*>(m.data) + (row * m.stride + col) * item, m.stride * item,
+              cols * item, rows};
+    };
+    if (m.turned) return block(begin, end - begin, from, to - from);
+    return block(from, to - from, begin, end - begin);
   }
 
   void pack_a(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst,
               int64_t size) const {
     if (a.turned)
-      FASTTAX_DISPATCH(turn_steps, a, pairs, K, first, last, block * rows, M, blocks, dst, size);
+      FASTTAX_DISPATCH(turn_steps, a, bf16x2, K, first, last, block * rows, M, blocks, dst, size);
     else
-      FASTTAX_DISPATCH(pack_steps, a, pairs, K, first, last, block * rows, M, blocks, rows, dst,
+      FASTTAX_DISPATCH(pack_steps, a, bf16x2, K, first, last, block * rows, M, blocks, rows, dst,
                        size);
   }
   void pack_b(int64_t first, int64_t last, int64_t block, int64_t blocks, float* dst,
               int64_t size) const {
-    FASTTAX_DISPATCH(pack_steps, b, pairs, K, first, last, block * cols, N, blocks, cols, dst,
+    FASTTAX_DISPATCH(pack_steps, b, bf16x2, K, first, last, block * cols, N, blocks, cols, dst,
                      size);
   }
 };
@@ -126,10 +126,10 @@ void fold_by_fold(const Gemm& g) {
 }  // namespace
 
 void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix& b, float* out,
-          int64_t out_stride, bool add, bool pairs) {
-  const int64_t steps = pairs ? (K + 1) / 2 : K, most = FASTTAX_DISPATCH(tile_fold),
+          int64_t out_stride, bool add, bool bf16x2) {
+  const int64_t steps = bf16x2 ? (K + 1) / 2 : K, most = FASTTAX_DISPATCH(tile_fold),
                 folds = (steps + most - 1) / most;
-  const Gemm g{{M, N, K, out, out_stride, add, pairs},
+  const Gemm g{{M, N, K, out, out_stride, add, bf16x2},
                a,
                b,
                steps,
@@ -143,8 +143,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix
 namespace {
 
 // out (M, N) float32 = or += a (M, K) b (K, N). b's rows are contiguous, and a's rows or its
-// columns. Products are exact or float32's: a float32 a is not rounded to meet a bfloat16 b (a
-// gradient's entries add up to 0 over the vocabulary, and so would its roundings not).
+// columns. Products are exact or float32's: a float32 a is not rounded to meet a bfloat16 b, for
+// a gradient's entries add up to 0 over the vocabulary, and rounded ones would not.
 void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   const char* op = "_gemm_";
   const FloatType a_type = float_type(a, op, "a"), b_type = float_type(b, op, "b");
@@ -160,10 +160,11 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
                     (by_rows || a.stride(0) == 1 || M == 1),
                 op, "rows of out and b must be contiguous, and rows or columns of a");
   if (M == 0 || N == 0) return;
-  const bool pairs = b_type == FloatType::kBFloat16 && a_type == FloatType::kBFloat16 && isa_bf16();
+  const bool bf16x2 =
+      b_type == FloatType::kBFloat16 && a_type == FloatType::kBFloat16 && isa_bf16();
   gemm(M, N, K, {a_type, a.const_data_ptr(), by_rows ? a.stride(0) : a.stride(1), by_rows},
        {b_type, b.const_data_ptr(), b.stride(0)}, static_cast<float*>(out.mutable_data_ptr()),
-       out.stride(0), add, pairs);
+       out.stride(0), add, bf16x2);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ struct GemmArgs {  // out (M, N), rows out_stride apart
   int64_t M, N, K;
   float* out;
   int64_t out_stride;
-  bool add, pairs;
+  bool add, bf16x2;
 };
 
 // What the next fold reads of a matrix, rows a page apart and more, fetched into L2 a few lines a

@@ -1,5 +1,5 @@
 // out = or += a b by tiles (tile.h). Packed: a by blocks of kRows rows [block][step][kRows], b by
-// blocks of kCols columns [block][step][kCols]; a step is one k, or with GemmArgs::pairs two of
+// blocks of kCols columns [block][step][kCols]; a step is one k, or with GemmArgs::bf16x2 two of
 // them as bfloat16.
 #include "gemm_args.h"
 #include "tile.h"
@@ -12,13 +12,13 @@ inline int64_t tile_fold() { return kFold; }
 
 // Steps [first, last) of `blocks` blocks of a matrix whose rows are k, from column `col` of
 // `total`.
-inline void pack_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first, int64_t last,
+inline void pack_steps(const GemmMatrix& x, bool bf16x2, int64_t k, int64_t first, int64_t last,
                        int64_t col, int64_t total, int64_t blocks, int64_t width, float* dst,
                        int64_t block_size) {
-  if (pairs) {
+  if (bf16x2) {
     const int64_t span[2] = {2 * first, std::min(k, 2 * last)};
-    pack_pairs(static_cast<const BFloat16*>(x.data), x.stride, span, 1, col, total, blocks, width,
-               reinterpret_cast<uint32_t*>(dst), block_size);
+    pack_bf16x2(static_cast<const BFloat16*>(x.data), x.stride, span, 1, col, total, blocks, width,
+                reinterpret_cast<uint32_t*>(dst), block_size);
     return;
   }
   const float* weight = x.weight ? x.weight + first : nullptr;
@@ -57,7 +57,7 @@ inline int64_t turn_words(const float* const (&at)[kRows], int64_t steps, float*
 }
 
 // The same of a matrix whose rows are those of the blocks: turned.
-inline void turn_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first, int64_t last,
+inline void turn_steps(const GemmMatrix& x, bool bf16x2, int64_t k, int64_t first, int64_t last,
                        int64_t row, int64_t total, int64_t blocks, float* dst, int64_t block_size) {
   const int64_t steps = last - first;
   float words[kRows][kFold];
@@ -67,9 +67,9 @@ inline void turn_steps(const GemmMatrix& x, bool pairs, int64_t k, int64_t first
       const int64_t start = (row + r) * x.stride;
       at[r] = words[r];
       if (row + r >= total) std::fill(words[r], words[r] + steps, 0.0f);
-      else if (pairs)
-        pairs_of(static_cast<const BFloat16*>(x.data) + start + 2 * first,
-                 std::min(k, 2 * last) - 2 * first, words[r]);
+      else if (bf16x2)
+        bf16x2_of(static_cast<const BFloat16*>(x.data) + start + 2 * first,
+                  std::min(k, 2 * last) - 2 * first, words[r]);
       else if (x.type == FloatType::kFloat)
         at[r] = static_cast<const float*>(x.data) + start + first;
       else typed(x.type, x.data, [&](auto* p) { widen_row(p + start + first, steps, words[r]); });
@@ -92,7 +92,7 @@ inline void gemm_tile(const GemmArgs& x, const float* a, const float* b, const f
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < cols; c += 16) __builtin_prefetch(out + r * x.out_stride + c, 1);
 #if FASTTAX_ISA == 512
-  if (x.pairs) run_pairs(b, a, ahead, steps, how, 1.0f, nullptr, to, stride);
+  if (x.bf16x2) run_bf16x2(b, a, ahead, steps, how, 1.0f, nullptr, to, stride);
   else
 #endif
     run_floats(b, a, ahead, steps, how, 1.0f, nullptr, to, stride);

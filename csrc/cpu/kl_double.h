@@ -35,17 +35,18 @@ struct DoubleFrame : KlFrame<DoubleMath> {
   using KlFrame::KlFrame;
 
   struct Entry {
+    double x, y;  // capped
     double ax, ay, d;
   };
   Entry operator()(double x, double y) const {
-    Entry z;
+    Entry z{x, y, 0, 0, 0};
     if (k.plain) {
-      place<FrameMode::kShared>(x, y, z.ax, z.d);
+      place<FrameMode::kShared>(z.x, z.y, z.ax, z.d);
     } else {
-      cap(x, y);
-      place<FrameMode::kGeneral>(x, y, z.ax, z.d);
+      cap(z.x, z.y);
+      place<FrameMode::kGeneral>(z.x, z.y, z.ax, z.d);
     }
-    z.ay = ay<FrameMode::kGeneral>(y);
+    z.ay = ay<FrameMode::kGeneral>(z.y);
     return z;
   }
 };
@@ -150,7 +151,7 @@ inline void kl_double_backward(const double* x, const double* y, int64_t V, cons
                                                                  close, q_of, row, k.beta);
       d.x *= upstream * k.row_slope;
       d.y *= upstream * k.ref_row_slope;
-      kl_to_raw<DoubleMath>(d, x[i], y[i], k);
+      kl_uncap<DoubleMath>(d, z.x, z.y, k);
       if (dx) dx[i] = d.x;
       if (dy) dy[i] = d.y;
     }

@@ -1,6 +1,6 @@
-// Walks over the rows of a token, and their frames (math/kl_frame.h). No max pass: the frame is
-// primed from the first 2048 entries, and a row is run again with its true maxima only when some
-// entry stands more than 20 above (10.3 ms against 16.9 at 512 x 49152).
+// Walks over the rows of a token, a chunk at a time, and their frames (math/kl_frame.h). No max
+// pass: the frame is primed from the first 2048 entries, and a row is run again with its true
+// maxima only when some entry stands more than 20 above (10.3 ms against 16.9 at 512 x 49152).
 #include "../math/kl_frame.h"
 #include "../math/kl_row.h"
 #include "../math/kl_slope.h"
@@ -11,72 +11,129 @@ namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
 // 2048 on AVX-512: no lane adds more than 128 terms before it is folded to double
-// 2048 on AVX-512: no lane adds more than 128 terms before it is folded to double
 constexpr int64_t kChunk = 128 * kLanes;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 template <FrameMode mode>
 struct Frame : KlFrame<VectorMath, KlParams> {
   using KlFrame::KlFrame;
+  void operator()(VF x, VF y, VF& ax, VF& d) const { KlFrame::place<mode>(x, y, ax, d); }
+  VF ay(VF y) const { return KlFrame::ay<mode>(y); }
+};
 
-  // `n` lanes hold entries; a softcap would turn the filler's -inf into -cap, so it is put back.
-  void cap(VF& x, VF& y, int64_t n) const {
-    if constexpr (mode != FrameMode::kGeneral) return;
-    KlFrame::cap(x, y);
-    for (int64_t j = n; j < kLanes; ++j) x[j] = y[j] = -kInf;
+// A token's two rows. Kernels read float32 and bfloat16 as they lie; float16, and what a softcap or
+// the inf mask changes, is staged as floats, a chunk at a time: kernels for these alone would be
+// half of all code, and a softcap costs ten times what the buffers do.
+struct RowPair {
+  FloatType type;
+  const void *x, *y;
+  bool caps;
+
+  RowPair(FloatType logits, const void* policy, const void* ref, const KlParams& k)
+      : type(logits), x(policy), y(ref), caps(k.cap > 0 || k.ref_cap > 0 || k.inf_mask) {}
+
+  bool direct() const { return type == FloatType::kFloat && !caps; }
+  template <class T>
+  const T* policy() const {
+    return static_cast<const T*>(x);
   }
-  void operator()(VF x, VF y, VF& ax, VF& d, int64_t n = kLanes) const {
-    cap(x, y, n);
-    KlFrame::place<mode>(x, y, ax, d);
-  }
-  VF ay(VF x, VF y, int64_t n = kLanes) const {
-    cap(x, y, n);
-    return KlFrame::ay<mode>(y);
+  template <class T>
+  const T* ref() const {
+    return static_cast<const T*>(y);
   }
 };
 
-// Calls f(x, y, n) for each vector of [begin, end); a partial vector is filled with -inf.
+struct Buffers {
+  alignas(64) float x[kChunk], y[kChunk];
+};
+
+__attribute__((noinline)) inline void stage_chunk(const RowPair& rows, const KlParams& k,
+                                                  int64_t start, int64_t n, Buffers& to) {
+  typed(rows.type, rows.x, [&](auto* x) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    widen_row(x + start, n, to.x);
+    widen_row(rows.ref<T>() + start, n, to.y);
+  });
+  if (!rows.caps) return;
+  const KlFrame<VectorMath, KlParams> frame(k, KlRow{});
+  for (int64_t i = 0; i < n; i += kLanes) {  // beyond n lies what nobody reads
+    VF x = load(to.x + i), y = load(to.y + i);
+    frame.cap(x, y);
+    store(to.x + i, x);
+    store(to.y + i, y);
+  }
+}
+
+// f(x, y): pointers to the n entries from `start`, as floats or (but where the frame is general)
+// bfloat16.
+template <FrameMode mode, class F>
+inline void with_chunk(const RowPair& rows, const KlParams& k, int64_t start, int64_t n,
+                       Buffers& buffers, F&& f) {
+  if constexpr (mode != FrameMode::kGeneral)
+    if (rows.type == FloatType::kBFloat16)
+      return f(rows.policy<BFloat16>() + start, rows.ref<BFloat16>() + start);
+  if (rows.direct()) return f(rows.policy<float>() + start, rows.ref<float>() + start);
+  stage_chunk(rows, k, start, n, buffers);
+  f(static_cast<const float*>(buffers.x), static_cast<const float*>(buffers.y));
+}
+
+// f(x, y, n) for each chunk of the first `end` entries, while it returns true.
+template <FrameMode mode, class F>
+inline void for_chunks(const RowPair& rows, const KlParams& k, int64_t end, F&& f) {
+  Buffers buffers;
+  bool more = true;
+  for (int64_t start = 0; more && start < end; start += kChunk) {
+    const int64_t n = std::min(kChunk, end - start);
+    with_chunk<mode>(rows, k, start, n, buffers, [&](auto* x, auto* y) { more = f(x, y, n); });
+  }
+}
+
+// f(x, y) for each vector of n entries; a partial one is filled with -inf.
 template <class T, class F>
-inline void for_vectors(const T* x, const T* y, int64_t begin, int64_t end, F&& f) {
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) f(load(x + i), load(y + i), i, kLanes);
-  if (i < end) f(load(x + i, end - i, -kInf), load(y + i, end - i, -kInf), i, end - i);
+inline void for_vectors(const T* x, const T* y, int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(load(x + i), load(y + i));
+  if (i < n) f(load(x + i, n - i, -kInf), load(y + i, n - i, -kInf));
 }
 
+// One entry of a row pair, in every lane, as a kernel of the general frame reads it.
+inline KlSides<VF> entry_of(const RowPair& rows, const KlParams& k, int64_t i) {
+  KlSides<VF> z{};
+  typed(rows.type, rows.x, [&](auto* x) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    z = {splat(to_float(x[i])), splat(to_float(rows.ref<T>()[i]))};
+  });
+  if (rows.caps) KlFrame<VectorMath, KlParams>(k, KlRow{}).cap(z.x, z.y);
+  return z;
+}
+
+// Whose gradients are written. A reference's is made with the policy's beside it, for whom p is
+// there anyway: code for it alone gains nothing.
 enum Sides : int { kPolicyOnly, kBothSides };
-
-// f(an integral_constant of the sides that gradients are asked of). A reference's gradient is made
-// with the policy's beside it, for whom p is there anyway: code for it alone gains nothing.
-template <class F>
-inline void with_sides(const void* dy, F&& f) {
-  if (dy) f(std::integral_constant<Sides, kBothSides>());
-  else f(std::integral_constant<Sides, kPolicyOnly>());
-}
 
 // f(an integral_constant of the frame that a row needs); `unit`: whether kUnit is compiled.
 template <bool unit, class F>
-inline void with_mode(bool plain, const KlParams& k, const KlRow& r, F&& f) {
+inline void with_mode(const KlParams& k, const KlRow& r, F&& f) {
   if constexpr (unit)
-    if (plain && KlFrame<VectorMath>::is_unit(k, r))
+    if (KlFrame<VectorMath>::is_unit(k, r))
       return f(std::integral_constant<FrameMode, FrameMode::kUnit>());
-  if (plain) f(std::integral_constant<FrameMode, FrameMode::kShared>());
+  if (k.plain) f(std::integral_constant<FrameMode, FrameMode::kShared>());
   else f(std::integral_constant<FrameMode, FrameMode::kGeneral>());
 }
 
-// Writes the gradients that slope(x, y, n) gives for each vector, where they are asked for: dx may
-// be null with both sides. From the end of the row to its beginning: what the sweep before has read
-// last is in L2 still, where the row pair is larger than that. slope comes by value: its numbers
-// are then none that the stores may change.
+// A chunk's gradients, which slope(x, y) gives for each vector, where they are asked for: with both
+// sides either may be null. From its end to its beginning, as write_gradients. slope comes by
+// value: its numbers are then none that the stores may change.
 template <Sides sides, class T, class F>
-inline void write_gradients(const T* x, const T* y, int64_t V, T* dx, T* dy, const F slope) {
+inline void write_chunk(const T* x, const T* y, int64_t n, T* dx, T* dy, const F slope) {
   constexpr int64_t kTwo = 2 * kLanes;
-  const bool for_x = sides == kPolicyOnly || dx;
-  const int64_t whole = V / kTwo * kTwo;
-  for (int64_t i = whole; i < V; i += kLanes) {
-    const int64_t n = std::min<int64_t>(kLanes, V - i);
-    const KlSides<VF> d = slope(load(x + i, n, -kInf), load(y + i, n, -kInf), n);
-    if (for_x) store(dx + i, d.x, n);
-    if constexpr (sides == kBothSides) store(dy + i, d.y, n);
+  const bool for_x = sides == kPolicyOnly || dx, for_y = sides == kBothSides && dy;
+  const int64_t whole = n / kTwo * kTwo;
+  for (int64_t i = whole; i < n; i += kLanes) {
+    const int64_t some = std::min<int64_t>(kLanes, n - i);
+    const KlSides<VF> d = slope(load(x + i, some, -kInf), load(y + i, some, -kInf));
+    if (for_x) store(dx + i, d.x, some);
+    if (for_y) store(dy + i, d.y, some);
   }
   for (int64_t i = whole - kTwo; i >= 0; i -= kTwo) {
     VF xv[2], yv[2];
@@ -84,20 +141,55 @@ inline void write_gradients(const T* x, const T* y, int64_t V, T* dx, T* dy, con
     fetch(y + i, kTwo * sizeof(T), kDownwards);
     load_pair(x + i, xv[0], xv[1]);
     load_pair(y + i, yv[0], yv[1]);
-    const KlSides<VF> first = slope(xv[0], yv[0], kLanes), second = slope(xv[1], yv[1], kLanes);
+    const KlSides<VF> first = slope(xv[0], yv[0]), second = slope(xv[1], yv[1]);
     if (for_x) store_pair(dx + i, first.x, second.x);
-    if constexpr (sides == kBothSides) store_pair(dy + i, first.y, second.y);
+    if (for_y) store_pair(dy + i, first.y, second.y);
   }
 }
 
 template <class T>
-inline void maxima(const T* x, const T* y, int64_t end, const KlParams& k, KlRow& r) {
+inline T* moved(void* row, int64_t start) {
+  return row ? static_cast<T*>(row) + start : nullptr;
+}
+
+// Of floats that were staged, for rows of another type.
+inline void unstage_chunk(FloatType type, const Buffers& from, int64_t start, int64_t n, void* dx,
+                          void* dy) {
+  typed(type, dx, [&](auto* unused) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(unused)>>;
+    if (dx) narrow_row(from.x, n, moved<T>(dx, start));
+    if (dy) narrow_row(from.y, n, moved<T>(dy, start));
+  });
+}
+
+// The row's gradients, from its end to its beginning: what the sweep before has read last is in L2
+// still, where the row pair is larger than that. dx may be the policy's logits themselves.
+template <FrameMode mode, Sides sides, class F>
+inline void write_gradients(const RowPair& rows, int64_t V, const KlParams& k, void* dx, void* dy,
+                            const F& slope) {
+  Buffers in, out;
+  for (int64_t start = (V - 1) / kChunk * kChunk; start >= 0; start -= kChunk) {
+    const int64_t n = std::min(kChunk, V - start);
+    with_chunk<mode>(rows, k, start, n, in, [&](auto* x, auto* y) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+      if (!std::is_same_v<T, float> || rows.type == FloatType::kFloat)
+        return write_chunk<sides>(x, y, n, moved<T>(dx, start), moved<T>(dy, start), slope);
+      if constexpr (std::is_same_v<T, float>) {
+        write_chunk<sides>(x, y, n, dx ? out.x : nullptr, dy ? out.y : nullptr, slope);
+        unstage_chunk(rows.type, out, start, n, dx, dy);
+      }
+    });
+  }
+}
+
+inline void maxima(const RowPair& rows, int64_t end, const KlParams& k, KlRow& r) {
   VF mx = splat(-kInf), my = splat(-kInf);
-  const Frame<FrameMode::kGeneral> frame(k, r);
-  for_vectors(x, y, 0, end, [&](VF xv, VF yv, int64_t, int64_t n) {
-    if (!k.plain) frame.cap(xv, yv, n);
-    mx = max_keep_nan(xv, mx);  // a NaN entry is passed over here and reaches the sums through exp
-    my = max_keep_nan(yv, my);
+  for_chunks<FrameMode::kShared>(rows, k, end, [&](auto* x, auto* y, int64_t n) {
+    for_vectors(x, y, n, [&](VF xv, VF yv) {
+      mx = max_keep_nan(xv, mx);  // a NaN is passed over here and reaches the sums through exp
+      my = max_keep_nan(yv, my);
+    });
+    return true;
   });
   r.mx = max_of(mx);
   r.my = max_of(my);
@@ -105,10 +197,9 @@ inline void maxima(const T* x, const T* y, int64_t end, const KlParams& k, KlRow
 }
 
 // Frames from the first entries; from all of them where those are -inf.
-template <class T>
-inline void primed_maxima(const T* x, const T* y, int64_t V, const KlParams& k, KlRow& r) {
-  maxima(x, y, std::min(V, kChunk), k, r);
-  if (!(r.mx > -kInf && r.my > -kInf)) maxima(x, y, V, k, r);
+inline void primed_maxima(const RowPair& rows, int64_t V, const KlParams& k, KlRow& r) {
+  maxima(rows, std::min(V, kChunk), k, r);
+  if (!(r.mx > -kInf && r.my > -kInf)) maxima(rows, V, k, r);
 }
 
 }  // namespace FASTTAX_ISA_NS

@@ -12,20 +12,20 @@ namespace FASTTAX_ISA_NS {
 struct Sums : KlSums {
   float top = -kInf;  // highest entry above the frames
 
-  // Of the entries [begin, end). Where their mean is near or above the frame, one of them has
-  // nearly all of the mass, or stands above the frame: its ax in every term, or its 1 in every sum,
-  // would cost the digits that the entropy lives on. There the sums are taken again around the
-  // highest, which is counted apart.
+  // Of a chunk. Where its entries' mean is near or above the frame, one of them has nearly all of
+  // the mass, or stands above the frame: its ax in every term, or its 1 in every sum, would cost
+  // the digits that the entropy lives on. There the sums are taken again around the highest, which
+  // is counted apart.
   template <FrameMode mode, class T>
-  void add_moments(const T* x, const T* y, int64_t begin, int64_t end, const Frame<mode>& frame,
-                   VF mass_lanes, VF moment_lanes, float highest) {
+  void add_moments(const T* x, const T* y, int64_t n, const Frame<mode>& frame, VF mass_lanes,
+                   VF moment_lanes, float highest) {
     double around = sum(mass_lanes), off_peak = sum(moment_lanes), pivot = 0;
     if (off_peak > kDominated * around && highest <= kFrameSlack) {
       VF peak = splat(-kInf), peaks{};
       const auto each = [&](auto f) {
-        for_vectors(x, y, begin, end, [&](VF xv, VF yv, int64_t, int64_t n) {
+        for_vectors(x, y, n, [&](VF xv, VF yv) {
           VF ax, d;
-          frame(xv, yv, ax, d, n);
+          frame(xv, yv, ax, d);
           f(ax);
         });
       };
@@ -48,87 +48,90 @@ struct Sums : KlSums {
 };
 
 template <FrameMode mode, int want, bool careful, class T>
-inline Sums sweep(const T* x, const T* y, int64_t V, const KlParams& k, const KlRow& r) {
+inline void sweep_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame, Sums& total) {
+  constexpr bool entropy = (want & kWantEntropy) != 0;
+  KlNear<VectorMath, want> near;
+  KlFar<VectorMath, want> far;
+  KlMixed<VectorMath, want> mixed;
+  VF moment{}, top = splat(-kInf);
+  const auto alike = [&](VF ax, VF d) {  // every |d| <= 1/4
+    const VF ex = exp_flushed(ax);
+    near.add(ex, d);
+    if (entropy) moment = fma(ex, ax, moment);
+  };
+  const auto plain = [&](VF ax, VF d) {
+    const VF ex = exp_flushed(ax);
+    far.add(ex, exp_flushed(ax - d), d);
+    if (entropy) moment = fma(ex, ax, moment);
+  };
+  const auto mix = [&](VF ax, VF ay, VF d) {
+    const VF ex = exp(ax);
+    mixed.add(ex, exp(ay), d);
+    if (entropy) moment += times(ex, ax);
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    VF ax[4], d[4];
+    VF xv[4], yv[4];
+    fetch(x + i, 4 * kLanes * sizeof(T), kUpwards);
+    fetch(y + i, 4 * kLanes * sizeof(T), kUpwards);
+    for (int j = 0; j < 4; j += 2) {
+      load_pair(x + i + j * kLanes, xv[j], xv[j + 1]);
+      load_pair(y + i + j * kLanes, yv[j], yv[j + 1]);
+    }
+    for (int j = 0; j < 4; ++j) frame(xv[j], yv[j], ax[j], d[j]);
+    top = max_keep_nan(max_keep_nan(max_keep_nan(ax[0], ax[1]), max_keep_nan(ax[2], ax[3])), top);
+    const VF widest =
+        max_keep_nan(max_keep_nan(abs(d[0]), abs(d[1])), max_keep_nan(abs(d[2]), abs(d[3])));
+    if (all_le(widest, splat(kSmallGap)) &&
+        (!careful || all_le((d[0] + d[1]) + (d[2] + d[3]), splat(kInf)))) {
+      // max may lose a NaN; ax is NaN with it, or the row comes back
+      for (int j = 0; j < 4; ++j) alike(ax[j], d[j]);
+    } else if (careful) {
+      for (int j = 0; j < 4; ++j) {
+        const VF ay = frame.ay(yv[j]);
+        top = max_keep_nan(ay, top);
+        mix(ax[j], ay, d[j]);
+      }
+    } else {
+      for (int j = 0; j < 4; ++j) plain(ax[j], d[j]);
+      const VF ay = max_keep_nan(max_keep_nan(ax[0] - d[0], ax[1] - d[1]),
+                                 max_keep_nan(ax[2] - d[2], ax[3] - d[3]));
+      top = max_keep_nan(ay, top);
+    }
+  }
+  for_vectors(x + i, y + i, n - i, [&](VF xv, VF yv) {
+    VF ax, d;
+    frame(xv, yv, ax, d);
+    const VF ay = frame.ay(yv);
+    top = max_keep_nan(max_keep_nan(ax, ay), top);
+    mix(ax, ay, d);
+  });
+  total += near;
+  total += far;
+  total += mixed;
+  if (entropy) total.add_moments(x, y, n, frame, near.s + far.x + mixed.x, moment, max_of(top));
+  total.top = std::max(total.top, max_of(top));
+}
+
+template <FrameMode mode, int want, bool careful>
+inline Sums sweep(const RowPair& rows, int64_t V, const KlParams& k, const KlRow& r) {
   const Frame<mode> frame(k, r);
   Sums total;
-  for (int64_t start = 0; start < V; start += kChunk) {
-    const int64_t end = std::min(V, start + kChunk);
-    constexpr bool entropy = (want & kWantEntropy) != 0;
-    KlNear<VectorMath, want> near;
-    KlFar<VectorMath, want> far;
-    KlMixed<VectorMath, want> mixed;
-    VF moment{}, top = splat(-kInf);
-    const auto alike = [&](VF ax, VF d) {  // every |d| <= 1/4
-      const VF ex = exp_flushed(ax);
-      near.add(ex, d);
-      if (entropy) moment = fma(ex, ax, moment);
-    };
-    const auto plain = [&](VF ax, VF d) {
-      const VF ex = exp_flushed(ax);
-      far.add(ex, exp_flushed(ax - d), d);
-      if (entropy) moment = fma(ex, ax, moment);
-    };
-    const auto mix = [&](VF ax, VF ay, VF d) {
-      const VF ex = exp(ax);
-      mixed.add(ex, exp(ay), d);
-      if (entropy) moment += times(ex, ax);
-    };
-    int64_t i = start;
-    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      VF ax[4], d[4];
-      VF xv[4], yv[4];
-      fetch(x + i, 4 * kLanes * sizeof(T), kUpwards);
-      fetch(y + i, 4 * kLanes * sizeof(T), kUpwards);
-      for (int j = 0; j < 4; j += 2) {
-        load_pair(x + i + j * kLanes, xv[j], xv[j + 1]);
-        load_pair(y + i + j * kLanes, yv[j], yv[j + 1]);
-      }
-      for (int j = 0; j < 4; ++j) frame(xv[j], yv[j], ax[j], d[j]);
-      top = max_keep_nan(max_keep_nan(max_keep_nan(ax[0], ax[1]), max_keep_nan(ax[2], ax[3])), top);
-      const VF widest =
-          max_keep_nan(max_keep_nan(abs(d[0]), abs(d[1])), max_keep_nan(abs(d[2]), abs(d[3])));
-      if (all_le(widest, splat(kSmallGap)) &&
-          (!careful || all_le((d[0] + d[1]) + (d[2] + d[3]), splat(kInf)))) {
-        // max may lose a NaN; ax is NaN with it, or the row comes back
-        for (int j = 0; j < 4; ++j) alike(ax[j], d[j]);
-      } else if (careful) {
-        for (int j = 0; j < 4; ++j) {
-          const VF ay = frame.ay(xv[j], yv[j]);
-          top = max_keep_nan(ay, top);
-          mix(ax[j], ay, d[j]);
-        }
-      } else {
-        for (int j = 0; j < 4; ++j) plain(ax[j], d[j]);
-        const VF ay = max_keep_nan(max_keep_nan(ax[0] - d[0], ax[1] - d[1]),
-                                   max_keep_nan(ax[2] - d[2], ax[3] - d[3]));
-        top = max_keep_nan(ay, top);
-      }
-    }
-    for_vectors(x, y, i, end, [&](VF xv, VF yv, int64_t, int64_t n) {
-      VF ax, d;
-      frame(xv, yv, ax, d, n);
-      const VF ay = frame.ay(xv, yv, n);
-      top = max_keep_nan(max_keep_nan(ax, ay), top);
-      mix(ax, ay, d);
-    });
-    total += near;
-    total += far;
-    total += mixed;
-    if (entropy)
-      total.add_moments(x, y, start, end, frame, near.s + far.x + mixed.x, moment, max_of(top));
-    total.top = std::max(total.top, max_of(top));
-    if (total.top > kFrameSlack) break;
-  }
+  for_chunks<mode>(rows, k, V, [&](auto* x, auto* y, int64_t n) {
+    sweep_chunk<mode, want, careful>(x, y, n, frame, total);
+    return !(total.top > kFrameSlack);
+  });
   return total;
 }
 
-template <int want, class T>
-inline Sums sweep_row(const T* x, const T* y, int64_t V, const KlParams& k, const KlRow& r,
+template <int want>
+inline Sums sweep_row(const RowPair& rows, int64_t V, const KlParams& k, const KlRow& r,
                       bool careful) {
   if (!careful && Frame<FrameMode::kUnit>::is_unit(k, r))
-    return sweep<FrameMode::kUnit, want, false>(x, y, V, k, r);
-  if (k.plain) return sweep<FrameMode::kShared, want, true>(x, y, V, k, r);
-  return sweep<FrameMode::kGeneral, want, true>(x, y, V, k, r);
+    return sweep<FrameMode::kUnit, want, false>(rows, V, k, r);
+  if (k.plain) return sweep<FrameMode::kShared, want, true>(rows, V, k, r);
+  return sweep<FrameMode::kGeneral, want, true>(rows, V, k, r);
 }
 
 }  // namespace FASTTAX_ISA_NS

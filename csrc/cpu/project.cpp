@@ -27,18 +27,18 @@ void project_(Tensor out, Tensor hidden, Tensor weight) {
   if (N == 0 || V == 0) return;
   const int64_t lanes = FASTTAX_DISPATCH(token_lanes), unit = FASTTAX_DISPATCH(word_unit),
                 units = (V + unit - 1) / unit;
-  const bool pairs =
+  const bool bf16x2 =
       hidden_type == FloatType::kBFloat16 && weight_type == FloatType::kBFloat16 && isa_bf16();
-  const int64_t steps = FASTTAX_DISPATCH(project_steps, pairs, H);
+  const int64_t steps = FASTTAX_DISPATCH(project_steps, bf16x2, H);
   std::vector<float> packed(size_t((N + lanes - 1) / lanes * lanes * steps));
-  FASTTAX_DISPATCH(pack_tokens, hidden_type, pairs, hidden.const_data_ptr(), hidden.stride(0), N, H,
-                   packed.data());
+  FASTTAX_DISPATCH(pack_tokens, hidden_type, bf16x2, hidden.const_data_ptr(), hidden.stride(0), N,
+                   H, packed.data());
   float* to = static_cast<float*>(out.mutable_data_ptr());
   const void* from = weight.const_data_ptr();
   const int64_t out_stride = out.stride(0), weight_stride = weight.stride(0);
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(size_t(unit * steps));
-    FASTTAX_DISPATCH(project_words, weight_type, pairs, from, weight_stride, packed.data(), N, H,
+    FASTTAX_DISPATCH(project_words, weight_type, bf16x2, from, weight_stride, packed.data(), N, H,
                      begin * unit, std::min(V, end * unit), to, out_stride, scratch.data());
   });
 }

@@ -22,9 +22,16 @@ inline void widen_row(const T* src, int64_t n, float* dst) {
   for (; i < n; ++i) dst[i] = to_float(src[i]);
 }
 
+template <class T>
+inline void narrow_row(const float* src, int64_t n, T* dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  if (i < n) store(dst + i, load(src + i, n - i, 0.0f), n - i);
+}
+
 // Pairs of a row of n bfloat16, which are one word each as they lie, with a zero for the last one's
 // partner.
-inline void pairs_of(const BFloat16* src, int64_t n, float* dst) {
+inline void bf16x2_of(const BFloat16* src, int64_t n, float* dst) {
   if (n % 2 != 0) dst[n / 2] = 0;
   std::memcpy(dst, src, size_t(n) * sizeof(BFloat16));
 }

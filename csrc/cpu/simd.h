@@ -250,7 +250,7 @@ inline void store(T* p, VF v, int64_t n) {
 #else
 #define FASTTAX_BF16 __attribute__((target("avx512bf16")))
 #endif
-FASTTAX_BF16 inline VF dot_pairs(VF row, VF col, VF acc) {
+FASTTAX_BF16 inline VF dot_bf16x2(VF row, VF col, VF acc) {
   return (VF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)row, (__m512bh)(__m512i)col);
 }
 #endif

@@ -55,7 +55,7 @@ inline void stats_double_backward(const double* x, const double* y, int64_t V,
         slope.at<true, true>(std::exp(z.ax) * row.inv_s, z.ax, z.d, close, q_of, true, i == id);
     d.x *= k.row_slope;
     d.y *= k.ref_row_slope;
-    kl_to_raw<DoubleMath>(d, x[i], other[i], k);
+    kl_uncap<DoubleMath>(d, z.x, z.y, k);
     if (dx) dx[i] = d.x;
     if (dy && y) dy[i] = d.y;
   }

@@ -62,9 +62,9 @@ inline void pack(const T* src, int64_t row_stride, int64_t tokens, int64_t col, 
 
 // A step is a pair of tokens, (token, next) in one 32-bit word; an example of odd length ends with
 // a zero for its partner.
-inline void pack_pairs(const BFloat16* src, int64_t row_stride, const int64_t* starts,
-                       int64_t examples, int64_t col, int64_t total, int64_t blocks, int64_t width,
-                       uint32_t* out, int64_t block_size) {
+inline void pack_bf16x2(const BFloat16* src, int64_t row_stride, const int64_t* starts,
+                        int64_t examples, int64_t col, int64_t total, int64_t blocks, int64_t width,
+                        uint32_t* out, int64_t block_size) {
   for (int64_t n = 0; n < examples; ++n)
     for (int64_t t = starts[n]; t < starts[n + 1]; t += 2, out += width) {
       const BFloat16* row = src + t * row_stride;
@@ -88,13 +88,13 @@ inline void pack_pairs(const BFloat16* src, int64_t row_stride, const int64_t* s
 }
 
 // Of the examples that begin at `starts`; tokens' rows of `type`, or pairs of bfloat16 rows.
-inline void pack_examples(FloatType type, bool pairs, const void* src, int64_t row_stride,
+inline void pack_examples(FloatType type, bool bf16x2, const void* src, int64_t row_stride,
                           const int64_t* starts, int64_t examples, int64_t col, int64_t total,
                           int64_t blocks, int64_t width, float* out, int64_t block_size) {
   const int64_t begin = starts[0], tokens = starts[examples] - begin;
-  if (pairs)
-    pack_pairs(static_cast<const BFloat16*>(src), row_stride, starts, examples, col, total, blocks,
-               width, reinterpret_cast<uint32_t*>(out), block_size);
+  if (bf16x2)
+    pack_bf16x2(static_cast<const BFloat16*>(src), row_stride, starts, examples, col, total, blocks,
+                width, reinterpret_cast<uint32_t*>(out), block_size);
   else
     typed(type, src, [&](auto* p) {
       pack(p + begin * row_stride, row_stride, tokens, col, total, blocks, width, false, nullptr,
@@ -102,9 +102,9 @@ inline void pack_examples(FloatType type, bool pairs, const void* src, int64_t r
     });
 }
 
-// acc = sum over `steps` of d[step][kRows] (x) a[step][kCols]; a step is a token, or with dot_pairs
-// a pair of bfloat16 tokens. `ahead` is fetched, a cache line a step: what comes next lies in L3,
-// and its lines are two for each step of 24 multiplications.
+// acc = sum over `steps` of d[step][kRows] (x) a[step][kCols]; a step is a token, or with
+// dot_bf16x2 a pair of bfloat16 tokens. `ahead` is fetched, a cache line a step: what comes next
+// lies in L3, and its lines are two for each step of 24 multiplications.
 #define FASTTAX_RUN(STEP)                                                          \
   _Pragma("GCC unroll 16") for (int r = 0; r < kRows; ++r)                         \
       _Pragma("GCC unroll 4") for (int v = 0; v < kVectors; ++v) acc[r][v] = VF{}; \
@@ -155,11 +155,11 @@ inline void run_floats(const float* a, const float* d, const float* ahead, int64
 }
 
 #if FASTTAX_ISA == 512
-FASTTAX_BF16 inline void run_pairs(const float* a, const float* d, const float* ahead,
-                                   int64_t steps, Leave how, float weight, const float* before,
-                                   float* sum, int64_t stride = kCols) {
+FASTTAX_BF16 inline void run_bf16x2(const float* a, const float* d, const float* ahead,
+                                    int64_t steps, Leave how, float weight, const float* before,
+                                    float* sum, int64_t stride = kCols) {
   VF acc[kRows][kVectors];
-  FASTTAX_RUN(dot_pairs)
+  FASTTAX_RUN(dot_bf16x2)
   FASTTAX_LEAVE
 }
 #endif

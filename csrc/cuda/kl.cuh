@@ -77,8 +77,8 @@ __device__ void kl_finish(const Source& rows, const KlArgs& a, int64_t row, cons
     } else {  // by the sweep's own arithmetic: what it rounds off the id's entry is in the sums too
       float ax, ay, d;
       const KlDeviceFrame frame(a.k, state.r);
-      const float x = rows.x_one(id);
-      frame.careful(x, pair ? rows.y_one(id) : x, ax, ay, d);
+      float x = rows.x_one(id), y = pair ? rows.y_one(id) : x;
+      frame.careful(x, y, ax, ay, d);
       // equal rows get equal bits
       const bool same = state.forwards.value == 0 && state.forwards.log_ratio == 0;
       out[kLogp] = at_most_zero(double(ax) - log_mass);

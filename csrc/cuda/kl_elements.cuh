@@ -228,7 +228,8 @@ struct KlDeviceFrame : KlFrame<DeviceMath> {
   __device__ __forceinline__ float ay2(float y) const { return (y - r.my) * s2; }
   __device__ __forceinline__ float ax(float x) const { return (x - r.mx) * k.row_scale; }
 
-  __device__ __forceinline__ void careful(float x, float y, float& ax_out, float& ay_out,
+  // x and y become the capped logits
+  __device__ __forceinline__ void careful(float& x, float& y, float& ax_out, float& ay_out,
                                           float& d) const {
     if (k.plain) {
       place<FrameMode::kShared>(x, y, ax_out, d);

@@ -37,7 +37,6 @@ struct KlSlope {
   template <bool kFast, bool kClose>
   __device__ __forceinline__ void at(float x, float y, float& dx, float& dy, bool at_id) const {
     float ax2, ay2, d, ax;
-    const float raw_x = x, raw_y = y;
     if (kFast) {
       ax2 = frame.ax2(x), ay2 = frame.ay2(y), d = frame.gap(x, y), ax = frame.ax(x);
     } else {
@@ -56,7 +55,7 @@ struct KlSlope {
     }
     out.x *= gx;
     out.y *= gy;
-    if (!kFast) kl_to_raw<DeviceMath>(out, raw_x, raw_y, frame.k);
+    if (!kFast) kl_uncap<DeviceMath>(out, x, y, frame.k);
     dx = out.x;
     dy = out.y;
   }

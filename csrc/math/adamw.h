@@ -80,7 +80,9 @@ template <class S>
 FASTTAX_HD AdamWStep<S> adamw_step(const AdamWOptions& x, AdamWMode mode, double lr,
                                    double inv_grad_scale, double t) {
   const double unbias2 = 1 - pow(x.beta2, t), before2 = 1 - pow(x.beta2, t - 1);
-  const double pull = mode == AdamWMode::kProx ? lr * x.strength : x.strength;
+  // finite, so that its product with a Fisher of 0 is 0
+  const double pull =
+      mode == AdamWMode::kProx ? fmin(lr * x.strength, 0x1.fffffffffffffp1023) : x.strength;
   const EwcStep product = ewc_step(pull);
   const double moment = mode == AdamWMode::kProx ? 1 / unbias2 : before2 > 0 ? 1 / before2 : 0;
   return {S((x.maximize ? -1 : 1) * inv_grad_scale),

@@ -67,10 +67,12 @@ FASTTAX_HD typename M::S kl_capped(typename M::S raw, typename M::R scale, typen
   return M::tanh(raw * (scale / cap)) * cap;
 }
 
+// d capped / d raw, over the scale: 1 - tanh^2, from the capped logits, which may be -inf.
 template <class M>
-FASTTAX_HD typename M::S kl_bend(typename M::S raw, typename M::R scale, typename M::R cap) {
-  const typename M::S t = M::tanh(raw * (scale / cap));  // d capped / d raw, over the scale
-  return typename M::R(1) - t * t;
+FASTTAX_HD typename M::S kl_bend(typename M::S capped, typename M::R cap) {
+  using R = typename M::R;
+  const typename M::S t = capped * (R(1) / cap), bend = R(1) - t * t;
+  return bend > 0 ? bend : constant<typename M::S>(0);
 }
 
 // How a row pair's logits become ax and d. kUnit: one scale of 1 on both rows, no recentring, the

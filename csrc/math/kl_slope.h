@@ -155,12 +155,13 @@ FASTTAX_HD KlSides<typename M::S> kl_slope(typename M::S p, typename M::S d, boo
   }
 }
 
-// From the tempered logits' gradient to the raw ones': gx and gy are upstream times row_slope.
+// From the tempered logits' gradient to the raw ones', but for the softcaps' scales; x and y are
+// the capped logits.
 template <class M>
-FASTTAX_HD void kl_to_raw(KlSides<typename M::S>& d, typename M::S raw_x, typename M::S raw_y,
-                          const KlParamsOf<typename M::R>& k) {
-  if (k.cap > 0) d.x *= kl_bend<M>(raw_x, k.scale, k.cap);
-  if (k.ref_cap > 0) d.y *= kl_bend<M>(raw_y, k.ref_scale, k.ref_cap);
+FASTTAX_HD void kl_uncap(KlSides<typename M::S>& d, typename M::S x, typename M::S y,
+                         const KlParamsOf<typename M::R>& k) {
+  if (k.cap > 0) d.x *= kl_bend<M>(x, k.cap);
+  if (k.ref_cap > 0) d.y *= kl_bend<M>(y, k.ref_cap);
 }
 
 }  // namespace fasttax

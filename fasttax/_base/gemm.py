@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fasttax._base.library import problems
+from fasttax._base.modes import compiling
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_BYTES = 4 << 20  # of a head at a time, on CPUs
 
 
 def pieces(begin: int, end: int, step: int) -> Iterator[slice]:
+    """Slices of `step` from begin to end, the last one shorter."""
     for start in range(begin, end, step):
         yield slice(start, min(start + step, end))
 
@@ -36,18 +38,18 @@ def narrow_gemm(device: torch.device) -> bool:
 def mixed_gemm(device: torch.device) -> bool:
     """Whether fasttax's kernels multiply operands of any two dtypes (csrc/cpu/gemm.cpp).
 
-    a library that was built, x86 vectors from AVX2 on.
+    They need a library that was built, x86 vectors from AVX2 on.
     """
     return (
         device.type == "cpu"
         and "_C" not in problems
-        and not torch.compiler.is_compiling()
+        and not compiling()
         and int(torch.ops.fasttax._simd_level(-1)) > 0
     )
 
 
 def gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """Out = a @ b, or out += a @ b, summed in out's dtype.
+    """Computes out = a @ b, or out += a @ b, summed in out's dtype.
 
     Logits rounded to bfloat16 cost 4-23 % of a JSD gradient (Liger#1432).
 
@@ -72,7 +74,7 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Out = hidden @ weight^T + bias in out's dtype, logits of a chunk of tokens; returned.
+    """Logits of a chunk of tokens, out = hidden @ weight^T + bias in out's dtype; returned.
 
     On a CPU by a kernel that reads the head as it lies, where a GEMM packs all of it for every
     chunk (csrc/cpu/project_kernels.h): 98 -> 56 ms for 176 tokens of 576 -> 49152, 233 -> 158 for
@@ -83,11 +85,9 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     if _own_kernel(out, hidden, weight) and hidden.shape[1] > 0:
         torch.ops.fasttax._project_(out, hidden, weight)
     else:
-        step = (
-            V
-            if out.device.type != "cpu"
-            else max(256, BLOCK_BYTES // max(1, H * out.element_size()) // 64 * 64)
-        )
+        step = V
+        if out.device.type == "cpu":
+            step = max(256, BLOCK_BYTES // max(1, H * out.element_size()) // 64 * 64)
         for columns in pieces(0, V, step):
             gemm(hidden, weight[columns].T, out[:, columns], add=False)
     return out if bias is None else out.add_(bias)

@@ -5,6 +5,7 @@ EWC makes one; attach, files and AdamWEWC work on it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,11 +129,12 @@ class Hold:
             if p.grad is None:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
         grads = [dtensor.local(p.grad) for p in x.owners]
-        params = [p.detach() for p in x.params]
+        params = [p.detach().contiguous() for p in x.params]
         if not isinstance(scale, Tensor):
-            return ops.add_grad_(
-                params, grads, x.anchors, x.fishers, x.scales, self.strength, scale
-            )
+            with ops.contiguous({"grads": grads}) as flat:
+                return ops.add_grad_(
+                    params, flat["grads"], x.anchors, x.fishers, x.scales, self.strength, scale
+                )
         pulls = torch.ops.fasttax.ewc_penalty_backward(
             scale.reshape(()).float(), params, x.anchors, x.fishers, x.scales, self.strength
         )
@@ -145,9 +147,10 @@ class Hold:
         op = "EWC.prox_"
         lr = checks.number(op, "lr", lr, low=0)
         self.refuse_prox_of_lora(op)
+        step = min(lr * self.strength, sys.float_info.max)  # finite: times a Fisher of 0 it is 0
         for x in self.store.stream(self.store.blocks(only)):
-            params = [p.detach() for p in x.params]
-            ops.prox_(params, x.anchors, x.fishers, x.scales, lr * self.strength)
+            with ops.contiguous({"params": [p.detach() for p in x.params]}) as flat:
+                ops.prox_(flat["params"], x.anchors, x.fishers, x.scales, step)
 
     def refuse_prox_of_lora(self, op: str) -> None:
         """An error where LoRA updates are held."""

@@ -165,7 +165,8 @@ class View:
         handles: list[Any] = []
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
-            self.model.requires_grad_(False)
+            for p, _ in flags:
+                p.requires_grad_(False)
             parts: list[Tap | RoutingBlock] = [*self.taps, *self.blocks]
             handles.extend(part.install() for part in parts)
             with self._differentiable(), _uncompiled(self.model):

@@ -172,10 +172,10 @@ def combine_kl(
     Raises:
         ValueError: the kind can't be had from shards.
     """
-    _check_group(op)
     kind = kind_of(t)
     if kind.whole_rows:
-        raise checks.fail(op, "tp_group", "None", "a group", kind.whole_rows)
+        raise checks.fail(op, "tp_group", "None with this kind", "a group", kind.whole_rows)
+    _check_group(op)
     if t.inf_mask or kind.mixture:
         logits, ref_logits = _tempered(logits, ref_logits, mask, t)
         t = Tempering.none(t.kind, t.beta)

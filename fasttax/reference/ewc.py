@@ -22,6 +22,7 @@ def decode_u8log(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 SPLIT_STEP = 2.0**-7 / 254
+MOST = torch.finfo(torch.float64).max  # a finite factor, so that its product with 0 is 0
 
 
 def decode_split(packed: Tensor, count: int) -> Tensor:
@@ -198,7 +199,7 @@ def ewc_adamw_(
         after = before * (1 - rate * weight_decay) - rate / (1 - beta1**t) * m / metric
         if held and prox_mode:
             fisher = _weight(fishers, scales, i, v, _unbiased(second_moment, beta2, t))
-            after = prox(after, anchor, metric, _times(fisher, rate * strength))
+            after = prox(after, anchor, metric, _times(fisher, (rate * strength).clamp(max=MOST)))
         if held:
             term = (fisher * (before - anchor) ** 2).sum(dtype=torch.float64)
             terms.append(torch.where(live, term, 0.0))

@@ -33,6 +33,7 @@ MODULES = {  # op -> the module that has it, by the op's own name
 
 
 def available() -> bool:
+    """Whether triton is installed; it is imported on use."""
     return importlib.util.find_spec("triton") is not None
 
 

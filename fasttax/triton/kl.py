@@ -87,8 +87,10 @@ def mix_sums(
 
 
 @triton.jit
-def slopes(p, q, d, row, k, OP: tl.constexpr):
+def slopes(ax, ay, d, row, k, OP: tl.constexpr):
     """D KL / d (tempered logits) of both models; the formulas of csrc/math/kl_slope.h."""
+    p = tl.exp2(ax) * row[3]
+    q = tl.exp2(ay) * row[7]
     log_ratio = row[4]
     gap = row[5]
     ref_center = row[6]
@@ -211,7 +213,7 @@ def write_gradients(
     SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
     x, y, live = load_pair(x_row, y_row, at, V, True)
     ax, ay, d = framed(x, y, live, row[0], row[1], row[2], k, GENERAL, INF_MASK, SHORT)
-    dx, dy = slopes(tl.exp2(ax) * row[3], tl.exp2(ay) * row[7], d, row, k, OP)
+    dx, dy = slopes(ax, ay, d, row, k, OP)
     dx = dx * (g * k.row_slope)
     dy = dy * (g * k.ref_row_slope)
     if GENERAL:

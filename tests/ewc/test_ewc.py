@@ -77,7 +77,9 @@ def test_float64_and_gradcheck() -> None:
     )
     leaves = [p[:5].clone().requires_grad_() for p in params]
     small = [[x[:5].clone() for x in xs] for xs in (anchors, fishers)]
-    assert torch.autograd.gradcheck(lambda *p: F.ewc_penalty(list(p), *small, 2.0), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *p: F.ewc_penalty(list(p), small[0], small[1], 2.0), leaves
+    )
 
 
 def test_strided_parameters_and_upstream_gradient() -> None:

@@ -24,7 +24,7 @@ def adapted(
     targets: tuple[str, ...] = ("q_proj", "down_proj"),
     adapters: int = 1,
     **options: Any,
-) -> tuple[nn.Module, nn.Module]:
+) -> tuple[Any, Any]:
     """(base, PEFT model) with random factors, all adapters active."""
     base = causal_lm(kind)
     model = peft.get_peft_model(
@@ -170,7 +170,7 @@ def test_adamw_and_attach_pull_the_factors_back() -> None:
         _, model = adapted()
         ewc = EWC(model, base_fisher(model), strength=10.0)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = (
+        optimizer: Any = (
             AdamWEWC(trained, ewc=ewc, lr=1e-2)
             if how == "AdamWEWC"
             else torch.optim.AdamW(trained, lr=1e-2)

@@ -16,7 +16,7 @@ from tests.tools.models import ewc_compose as compose
 from tests.tools.utils import assert_says, assert_within
 
 
-def model_and_fisher(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Tensor]]:
+def model_and_fisher(dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Tensor]]:
     model = TokenModel().to(dtype)
     return model, {
         n: torch.rand(p.shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -202,7 +202,7 @@ def test_hash_of_another_model_is_refused_with_a_way_out() -> None:
     assert float(EWC(model, dict(fisher), strength=1.0).penalty()) == 0
 
 
-# --- attach ----------------------------------------------------------------------------------
+# --- attach ---------------------------------------------------------------------------------------
 
 
 class Wrapper:
@@ -267,7 +267,7 @@ def test_attach_refuses_a_closure_that_would_lose_the_gradient() -> None:
         optimizer.step(lambda: torch.zeros(()))
 
 
-# --- several tasks ---------------------------------------------------------------------------
+# --- several tasks --------------------------------------------------------------------------------
 
 
 class Line(nn.Module):
@@ -373,7 +373,7 @@ def test_consolidate_refuses_a_fisher_from_elsewhere() -> None:
         ewc.consolidate(estimator.finalize())
 
 
-# --- files -----------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "u8log"])

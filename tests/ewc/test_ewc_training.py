@@ -16,7 +16,7 @@ from fasttax import EWC, AdamWEWC, DiagonalFisher, FisherEstimate
 from tests.tools.models import TokenModel, causal_lm, ids
 
 
-def held(strength: float = 2.0, **options: Any) -> tuple[nn.Module, EWC, dict[str, Tensor]]:
+def held(strength: float = 2.0, **options: Any) -> tuple[Any, EWC, dict[str, Tensor]]:
     """A model moved from its anchor, and its Fisher."""
     model = TokenModel()
     fisher = {n: torch.rand(p.shape) for n, p in model.named_parameters()}
@@ -35,7 +35,7 @@ def pulls(
     }
 
 
-# --- optimizers ------------------------------------------------------------------------------
+# --- optimizers -----------------------------------------------------------------------------------
 
 
 class ApexLike:
@@ -44,7 +44,7 @@ class ApexLike:
     """
 
     def __init__(self, params: Any, lr: float) -> None:
-        self.param_groups = [{"params": list(params), "lr": lr}]
+        self.param_groups: list[dict[str, Any]] = [{"params": list(params), "lr": lr}]
 
     def step(self, closure: Any = None) -> None:
         with torch.no_grad():
@@ -201,6 +201,61 @@ def test_a_trainers_checkpoint_resumes_bit_for_bit() -> None:
         ewc.load_state_dict(wrong)
 
 
+# --- layouts -------------------------------------------------------------------------------------
+
+
+class Laid(nn.Module):
+    """A convolution, and a matrix that lies transposed (as GPT-2's checkpoints are turned)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 4, 3)
+        self.turned = nn.Parameter(torch.randn(7, 6).T)
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("how", ["add_grad_", "scaled", "prox_", "penalty", "attach", "backward"])
+def test_parameters_and_gradients_lie_as_they_like(how: str, offload: str | None) -> None:
+    """channels_last and transposed ones get what contiguous ones get, and stay as they lie."""
+    torch.manual_seed(0)
+    laid = Laid()
+    flat = copy.deepcopy(laid)
+    flat.turned = nn.Parameter(laid.turned.detach().clone(memory_format=torch.contiguous_format))
+    laid.to(memory_format=torch.channels_last)
+    results = []
+    for model in (laid, flat):
+        model.conv.weight.data = model.conv.weight.data.contiguous(
+            memory_format=torch.channels_last if model is laid else torch.contiguous_format
+        )
+        fisher = {n: torch.full(p.shape, 0.5) for n, p in model.named_parameters()}
+        fisher["turned"] += torch.arange(42.0).view(6, 7)
+        fisher["conv.weight"] += torch.arange(180.0).view(4, 5, 3, 3)
+        anchor = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+        ewc = EWC(model, fisher, strength=2.0, anchor=anchor, offload=offload)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        if how == "add_grad_":
+            ewc.add_grad_(0.5)
+        elif how == "scaled":
+            ewc.add_grad_(torch.tensor(0.5))
+        elif how == "prox_":
+            ewc.prox_(0.1)
+        elif how == "penalty":
+            ewc.penalty().backward()
+        elif how == "attach":
+            with ewc.attach(optimizer):
+                optimizer.step()
+        else:
+            with ewc.during_backward():
+                sum(p.square().sum() for p in model.parameters()).backward()
+        results.append([t for p in model.parameters() for t in (p.detach(), p.grad)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    assert not laid.turned.is_contiguous()
+    assert laid.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 # --- fitting ---------------------------------------------------------------------------------
 
 
@@ -227,7 +282,7 @@ def test_renamed_parameters_and_modules() -> None:
     with pytest.raises(ValueError, match=r"\(renamed to upward.weight\)"):
         EWC(model, old, strength=1.0, rename={**rename, "mlp.expand": "upward"})
     with pytest.raises(TypeError, match=r"rename.*mapping"):
-        EWC(model, old, strength=1.0, rename=["up"])  # type: ignore[arg-type]
+        EWC(model, old, strength=1.0, rename=["up"])
 
 
 def test_a_hashed_fisher_fits_renamed_and_wrapped_models() -> None:
@@ -237,7 +292,7 @@ def test_a_hashed_fisher_fits_renamed_and_wrapped_models() -> None:
     fisher = estimator.finalize()
     wrapped = torch.compile(model, backend="eager")
     assert float(EWC(wrapped, fisher, strength=1.0).penalty().detach()) == 0
-    model.lift = model.up  # type: ignore[assignment]
+    model.lift = model.up
     del model.up
     with pytest.raises(ValueError, match=r"up\.weight: not a parameter"):
         EWC(model, fisher, strength=1.0)
@@ -248,7 +303,7 @@ def test_a_hashed_fisher_fits_renamed_and_wrapped_models() -> None:
 def test_parameters_added_later_are_free() -> None:
     model, ewc, _ = held()
     value = float(ewc.penalty().detach())
-    model.value_head = nn.Linear(16, 1)  # type: ignore[assignment]
+    model.value_head = nn.Linear(16, 1)
     assert float(ewc.penalty().detach()) == value
     ewc.add_grad_()
     assert model.value_head.weight.grad is None
@@ -282,7 +337,7 @@ def test_anchor_dtypes_by_name() -> None:
         EWC(model, {"up.bias": torch.ones(20)}, strength=1.0, anchor_dtype="int4")
 
 
-# --- looking ---------------------------------------------------------------------------------
+# --- looking --------------------------------------------------------------------------------------
 
 
 def test_drift_by_module_layer_and_share() -> None:

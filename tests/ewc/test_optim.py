@@ -200,6 +200,30 @@ def test_strength_1e12_prox_contracts_where_grad_does_not() -> None:
     assert distances["grad"][-1] > 1e3 * distances["prox"][-1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_prox_where_lr_times_strength_overflows(
+    dtype: torch.dtype, backend: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Fisher of 0 leaves AdamW's step, any other pulls onto the anchor; nothing is NaN."""
+    if backend == "reference":
+        monkeypatch.setattr(torch.ops.fasttax, "ewc_adamw_", reference.ewc_adamw_)
+        monkeypatch.setattr(torch.ops.fasttax, "ewc_prox_", reference.ewc_prox_)
+    model = torch.nn.Linear(8, 8, bias=False).to(dtype)
+    twin = copy.deepcopy(model)
+    fisher = torch.ones(8, 8, dtype=dtype).triu()
+    anchor = torch.full((8, 8), 0.5, dtype=dtype)
+    ewc = EWC(model, {"weight": fisher}, strength=1e300, anchor={"weight": anchor})
+    ours = AdamWEWC(model.parameters(), ewc=ewc, lr=1e10, mode="prox", weight_decay=0.0)
+    theirs = AdamWEWC(twin.parameters(), ewc=None, lr=1e10, weight_decay=0.0)
+    for m, optimizer in ((model, ours), (twin, theirs)):
+        m.weight.grad = torch.ones_like(m.weight)
+        optimizer.step()
+    wanted = torch.where(fisher > 0, anchor, twin.weight.detach())
+    torch.testing.assert_close(model.weight.detach(), wanted)
+    ewc.prox_(1e10)
+    torch.testing.assert_close(model.weight.detach(), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["grad", "prox"])
 def test_half_parameters(dtype: torch.dtype, mode: str, simd: int) -> None:

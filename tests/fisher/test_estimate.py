@@ -50,8 +50,9 @@ def test_mapping() -> None:
     assert "examples=3" in repr(f)
     with pytest.raises(KeyError, match=r"a\.wieght.*nearest names: a\.weight"):
         f["a.wieght"]
+    numbers: Any = {"x": [1.0]}
     with pytest.raises(TypeError, match=r"values\['x'\].*torch.Tensor"):
-        FisherEstimate({"x": [1.0]})
+        FisherEstimate(numbers)
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "u8log"])
@@ -183,7 +184,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_from_adam_is_the_corrected_second_moment(kind: type[torch.optim.Optimizer]) -> None:
+def test_from_adam_is_the_corrected_second_moment(kind: Any) -> None:
     """With one constant gradient the bias-corrected moment is its square, whatever beta2."""
     model = TokenModel()
     model.embed.requires_grad_(False)

@@ -297,10 +297,11 @@ def test_observe_packed() -> None:
     estimator = DiagonalFisher(model)
     with estimator.observe(cu_seqlens=cu):
         logits = model(x).logits
-        sum(
+        loss: Any = sum(
             nn.functional.cross_entropy(logits[0, a : b - 1], x[0, a + 1 : b], reduction="sum")
             for a, b in ((0, 4), (4, 9))
-        ).backward()
+        )
+        loss.backward()
     assert_exact(
         estimator.finalize("sum"),
         loop(model, [({"input_ids": x[:, a:b]}, x[:, a:b]) for a, b in ((0, 4), (4, 9))]),

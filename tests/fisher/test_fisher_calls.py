@@ -96,7 +96,8 @@ def test_estimate_fisher_is_update_and_finalize(capsys: pytest.CaptureFixture[st
 
 
 M, X = TokenModel(), ids(2, 4)
-WRONG: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+Errors = type[Exception] | tuple[type[Exception], ...]
+WRONG: dict[str, tuple[Callable[[], Any], Errors, tuple[str, ...]]] = {
     "no module": (
         lambda: DiagonalFisher("gpt2"),
         TypeError,

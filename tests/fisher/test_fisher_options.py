@@ -144,7 +144,8 @@ def test_exact_head_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("kind", ["token", "llama_tied"])
 def test_mc_samples_averages_draws(kind: str) -> None:
     """K draws of one forward are the mean of K single draws from the same generator."""
-    model, x = (TokenModel() if kind == "token" else causal_lm(kind)).double(), ids(2, 6)
+    model: Any = (TokenModel() if kind == "token" else causal_lm(kind)).double()
+    x = ids(2, 6)
     if kind == "llama_tied":
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -167,7 +168,7 @@ def test_mc_samples_averages_draws(kind: str) -> None:
         assert out.examples == 2
     for bad in (0, True, 1.5):
         with pytest.raises(ValueError, match=r"mc_samples.*integer >= 1"):
-            DiagonalFisher(model, mc_samples=bad)  # type: ignore[arg-type]
+            DiagonalFisher(model, mc_samples=bad)
     with pytest.raises(ValueError, match=r"mc_samples.*labels='true'"):
         DiagonalFisher(model, labels="true", mc_samples=2)
 
@@ -264,11 +265,15 @@ def test_hooks_of_others_are_respected() -> None:
     """Forward and pre-forward hooks that change what a layer gets and gives, and backward hooks, in
     the loop as here.
     """
+
+    def tripled(module: nn.Module, gradients: Any) -> Any:
+        return tuple(3 * g for g in gradients)
+
     model, x = TokenModel().double(), ids(3, 6)
     model.up.register_forward_hook(lambda m, a, y: 2 * y)
     model.down.register_forward_pre_hook(lambda m, a: (a[0] ** 2,))
     model.last.register_full_backward_hook(lambda m, gi, go: None)
-    model.head.register_full_backward_pre_hook(lambda m, go: tuple(3 * g for g in go))
+    model.head.register_full_backward_pre_hook(tripled)
     before = state_of(model)
     out = fisher_of(model, x)
     assert_same_state(model, before)

@@ -63,7 +63,7 @@ simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = sim
 )
 
 
-# --- the machine code ------------------------------------------------------------------------------------------------
+# --- the machine code -----------------------------------------------------------------------------
 
 
 cubins = cubins_of("ewc.cu")
@@ -94,7 +94,7 @@ def test_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> 
         assert mode == 0 or any(re.match(r"STG\.E.*\.128$", step) for step in opcodes)
 
 
-# --- the library -----------------------------------------------------------------------------------------------------
+# --- the library ----------------------------------------------------------------------------------
 
 
 def test_library_needs_torchs_stable_abi_alone() -> None:

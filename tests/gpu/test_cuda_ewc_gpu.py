@@ -169,10 +169,12 @@ def test_graph_capture() -> None:
 def test_uses_the_current_stream() -> None:
     theta, _, anchors, fishers, scales = lists("float32")
     want = torch.ops.fasttax.ewc_penalty(theta, anchors, fishers, scales, 1.0) * 4
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]  # work on another stream would read theta before it is doubled
+        torch.cuda._sleep(
+            10_000_000
+        )  # work on another stream would read theta before it is doubled
         for t, a in zip(theta, anchors, strict=True):
             t.copy_(a + 2 * (t - a))
         value = torch.ops.fasttax.ewc_penalty(theta, anchors, fishers, scales, 1.0)

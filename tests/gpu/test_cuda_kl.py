@@ -65,7 +65,7 @@ simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = sim
 )
 
 
-# --- the machine code ------------------------------------------------------------------------------------------------
+# --- the machine code -----------------------------------------------------------------------------
 
 
 cubins = cubins_of(*SOURCES)

@@ -268,6 +268,8 @@ def test_sizes_of_one_compile(role: str, folder: Path) -> None:
 class Recorder:
     """Stands for a kernel, and keeps the grid it is started with."""
 
+    grid: Any = None
+
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         self.grid = grid
         return lambda *args, **constants: None

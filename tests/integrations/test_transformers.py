@@ -29,7 +29,7 @@ STRENGTH = 20.0
 ROUNDING = 3e-7  # parameters are below 1.5 in size: two roundings
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Rows of different lengths, so that micro-batches hold different numbers of tokens."""
 
     def __init__(self, rows: Tensor) -> None:
@@ -413,11 +413,11 @@ def test_wrong_calls(tmp_path: Path) -> None:
     ):
         EWCCallback(ewc, where="middle")
     with pytest.raises(TypeError, match=r"EWCCallback: ewc: expected a fasttax\.EWC"):
-        EWCCallback(model)  # type: ignore[arg-type]
+        EWCCallback(model)
     with pytest.raises(ValueError, match="attach: ewc and kl: expected at least one of the two"):
         attach(trainer)
     with pytest.raises(TypeError, match="attach: kl: expected a mapping"):
-        attach(trainer, kl=0.1)  # type: ignore[arg-type]
+        attach(trainer, kl=0.1)
     with pytest.raises(
         ValueError,
         match="attach: kl: expected one of 'ref_model', 'beta', 'kind', 'temperature', "
@@ -457,7 +457,8 @@ def test_settings_that_would_lose_the_penalty_are_refused(tmp_path: Path) -> Non
         ValueError, match="ewc: expected at least one trainable parameter, got 21 frozen ones"
     ):
         callback.on_train_begin(args, FakeState(), None, model=model)
-    args.deepspeed = {"zero_optimization": {"stage": 3}}  # type: ignore[assignment]
+    deepspeed: Any = {"zero_optimization": {"stage": 3}}
+    args.deepspeed = deepspeed
     with pytest.raises(
         ValueError,
         match="trainer: expected a run without DeepSpeed, got one under DeepSpeed; its engine "

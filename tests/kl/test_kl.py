@@ -96,7 +96,7 @@ def test_options(option: str, dtype: torch.dtype, kind: str, backend: str | int)
             check(backend, x, y, kind=kind, **OPTIONS[option])
 
 
-# --- hard rows -----------------------------------------------------------------------------------------------------------
+# hard rows
 
 
 def peaked(height: float, who: str, where: int, V: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import fasttax
 from fasttax.kl.call import tempering
 from tests.tools.kl_cases import INF, KINDS, NAN, oracle, run_oracle
 
-# --- autograd --------------------------------------------------------------------------------------------------------------
+# autograd
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_autocast() -> None:
     assert w.grad.isfinite().all()
 
 
-# --- inplace_backward ------------------------------------------------------------------------------------------------------
+# inplace_backward
 
 Program = Callable[[Tensor, Tensor, bool], None]
 
@@ -183,7 +183,7 @@ def test_inplace_backward_saves_the_buffer_and_serves_the_reference() -> None:
     )
 
 
-# --- torch.library, torch.compile ------------------------------------------------------------------------------------------
+# torch.library, torch.compile
 
 ARGS = tempering("test", kind="jsd", temperature=0.7, softcap=9.0).args()
 SAMPLES: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor | None]]] = {
@@ -270,7 +270,7 @@ def test_compile(compiler: str) -> None:
     )
 
 
-# --- wrong calls -------------------------------------------------------------------------------------------------------------
+# wrong calls
 
 X = torch.zeros(2, 5)
 WRONG: dict[str, tuple[tuple[Any, Any], dict[str, Any], type[Exception], list[str]]] = {

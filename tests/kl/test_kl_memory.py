@@ -33,7 +33,8 @@ def step(x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
 
 COUNT_FAULTS = """
 import ctypes, resource, torch, fasttax
-ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: with 2 MB pages there would be few faults either way
+# PR_SET_THP_DISABLE: with 2 MB pages there would be few faults either way
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
 x, y = torch.randn(2, {tokens}, {vocabulary})
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -17,7 +17,7 @@ import fasttax
 from fasttax.kl.call import tempering
 from tests.tools.kl_cases import DTYPES, INF, KINDS, NAN, check, device_of, functions, oracle, run
 
-# --- -inf, NaN, masks ------------------------------------------------------------------------------------------------------
+# -inf, NaN, masks
 
 
 @pytest.mark.parametrize("inf", ["propagate", "mask"])
@@ -163,7 +163,7 @@ def test_a_bad_weight_under_the_mask_does_not_count() -> None:
     assert out.isfinite()
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------------------
+# layouts
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "0d": lambda z: z[0, 0, 0],  # one token, no leading dimension
@@ -241,7 +241,7 @@ def test_mixed_dtypes() -> None:
     assert fasttax.token_kl(x, y.half()).dtype == torch.float32
 
 
-# --- invariance ------------------------------------------------------------------------------------------------------------
+# invariance
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,15 +297,16 @@ def test_nothing_is_left_uninitialised(backend: str | int) -> None:
     x, y = torch.randn(2, 5, 2051)
     mask = torch.tensor([True, False, True, True, False])
     plain = run(backend, x, y, mask=mask)
-    before = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    before = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     try:
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        deterministic.fill_uninitialized_memory = True
         assert torch.empty(3).isnan().all(), "no poison here, nothing tested"
         poisoned = run(backend, x, y, mask=mask)
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before
+        deterministic.fill_uninitialized_memory = before
     for a, b in zip(plain, poisoned, strict=True):
         assert torch.equal(a, b)
 
@@ -318,7 +319,7 @@ def test_inputs_are_left_alone(backend: str | int) -> None:
     assert torch.equal(y, before[1])
 
 
-# --- size --------------------------------------------------------------------------------------------------------------------
+# size
 
 
 def test_more_than_2_31_cells(kernel: str | int) -> None:
@@ -346,7 +347,8 @@ def test_more_than_2_31_cells(kernel: str | int) -> None:
 MEMORY = """
 import torch, fasttax
 def status(key):
-    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(key)) / 1024
+    lines = open('/proc/self/status')
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 def step(x, y, inplace):
     logits = x if not inplace else x.requires_grad_().view_as(x)
     fasttax.token_kl(x.requires_grad_(), y, reduction='mean', kind={kind!r}).backward()

@@ -201,7 +201,7 @@ def test_reductions() -> None:
         torch.testing.assert_close(getattr(mean, name), (getattr(tokens, name) * weight).sum() / 2)
 
 
-# --- kl_estimate -----------------------------------------------------------------------------------------------------------
+# kl_estimate
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -314,7 +314,7 @@ def test_estimates_under_the_mask_may_be_anything() -> None:
             assert value.isfinite().all()
 
 
-# --- top-k -----------------------------------------------------------------------------------------------------------------
+# top-k
 
 
 def exact(x: Tensor, y: Tensor, kind: str) -> Tensor:
@@ -386,7 +386,7 @@ def test_topk_logprobs() -> None:
     assert (logp.diff() <= 0).all()
 
 
-# --- wrong calls -----------------------------------------------------------------------------------------------------------
+# wrong calls
 
 X, IDS = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
 L = torch.zeros(2)

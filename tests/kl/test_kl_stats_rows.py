@@ -163,7 +163,7 @@ def test_options(option: str, dtype: torch.dtype, alone: bool, backend: str | in
 
 @pytest.mark.parametrize("output", range(6), ids=ROWS)
 def test_each_coefficient_by_itself(output: int, backend: str | int) -> None:
-    """A mix may hide one output's error behind another's size; and each mix is a path of its own."""
+    """A mix may hide one output's error behind another's size; each mix is a path of its own."""
     coefficients = torch.zeros(6, 4)
     coefficients[output] = torch.tensor([1.0, -2.0, 0.5, 0.0])
     for x, y in rows(147, torch.float32).values():
@@ -258,7 +258,7 @@ def test_entropy_from_one_outcome_to_all(height: float, backend: str | int) -> N
     assert (values[ENTROPY] >= 0).all()
 
 
-# --- -inf, NaN, masks, layouts ---------------------------------------------------------------------------------------------
+# -inf, NaN, masks, layouts
 
 
 @pytest.mark.parametrize("V", [5, 130, 9001])
@@ -294,12 +294,12 @@ def test_most_of_the_vocabulary_suppressed(backend: str | int) -> None:
 def test_a_bad_row_is_nan_and_alone(dtype: torch.dtype, bad: float, backend: str | int) -> None:
     V = 4201
     clean, ids = torch.randn(2, 3, V).to(dtype), torch.full((3,), 7)
-    expected = run(backend, *clean, ids, torch.ones(6, 3))
+    expected = run(backend, clean[0], clean[1], ids, torch.ones(6, 3))
     for at in (0, 2047, 2111, V - 1):
         for side in (0, 1):
             z = clean.clone()
             z[side, 1, at] = bad
-            values, *d = run(backend, *z, ids, torch.ones(6, 3))
+            values, *d = run(backend, z[0], z[1], ids, torch.ones(6, 3))
             assert values[[POLICY_REF, REF_POLICY], 1].isnan().all(), (at, side)
             own = [LOGP, ENTROPY] + ([LSE] if bad != INF else []) if side == 0 else [REF_LOGP]
             assert values[own, 1].isnan().all(), (at, side, values)
@@ -370,7 +370,7 @@ def test_nothing_changes_a_row(backend: str | int, threads: Callable[[int], None
             torch.testing.assert_close(values[:, 0], whole[0][:, n])
 
 
-# --- autograd, torch.library, torch.func ------------------------------------------------------------------------------------
+# autograd, torch.library, torch.func
 
 
 @pytest.mark.parametrize(

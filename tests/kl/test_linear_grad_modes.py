@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import fasttax
+from fasttax._base import gemm as base_gemm
 from fasttax._base import library
 from fasttax.kl import linear_sweep
 from tests.tools.linear_cases import NAMES, OPTIONS, H, N, V, tensors, upstream
-from tests.tools.utils import assert_within, own_result, peak_bytes
+from tests.tools.utils import assert_within, named, own_result, peak_bytes
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -91,7 +92,7 @@ def test_frozen_heads_take_an_upstream_per_token(chunk: int | None) -> None:
 def gemms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The size of the result of every GEMM, logits' among them, as they come."""
     sizes: list[int] = []
-    gemm, project = linear_sweep.gemm, linear_sweep.project
+    gemm, project = base_gemm.gemm, base_gemm.project
 
     def counted(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         sizes.append(out.numel())
@@ -160,7 +161,7 @@ def test_gemms_of_logprobs(case: str, gemms: list[int]) -> None:
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
 def test_masked_tokens_cost_no_gemm(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    gemm, project = linear_sweep.gemm, linear_sweep.project
+    gemm, project = base_gemm.gemm, base_gemm.project
 
     def counted(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         # the tokens are what a head's gradient sums over
@@ -390,7 +391,7 @@ def test_mixed_dtypes(mode: str) -> None:
                 e.to(d.dtype),
                 rtol=2**-7 if d.dtype == torch.bfloat16 else 1e-4,
                 atol=1e-6,
-                msg=lambda m, n=name: f"{n}: {m}",
+                msg=named(name),
             )
 
 
@@ -411,7 +412,8 @@ def test_wrong_combinations_are_refused(case: str) -> None:
     options, reason = refused()[case]
     with pytest.raises(
         ValueError,
-        match=f"linear_token_kl: grad_mode: expected 'auto' or 'recompute', got 'forward'.*{reason}",
+        match=f"linear_token_kl: grad_mode: expected 'auto' or 'recompute', "
+        f"got 'forward'.*{reason}",
     ):
         fasttax.linear_token_kl(
             *(tensors()[name] for name in NAMES[:4]), grad_mode="forward", **options
@@ -432,7 +434,8 @@ def test_wrong_combinations_of_logprobs_are_refused() -> None:
     for options, reason in cases:
         with pytest.raises(
             ValueError,
-            match=f"linear_token_logprobs: grad_mode: expected 'auto' or 'recompute', got 'forward'.*{reason}",
+            match=f"linear_token_logprobs: grad_mode: expected 'auto' or 'recompute', "
+            f"got 'forward'.*{reason}",
         ):
             fasttax.linear_token_logprobs(
                 t["hidden"], t["weight"], ids, grad_mode="forward", **options

@@ -27,7 +27,7 @@ from tests.tools.linear_cases import (
     upstream,
 )
 from tests.tools.processes import on_ranks
-from tests.tools.utils import assert_within, own_result, relative_error
+from tests.tools.utils import assert_within, named, own_result, relative_error
 
 NAN = math.nan
 
@@ -167,7 +167,7 @@ def test_logprobs(dtype: torch.dtype) -> None:
     assert stats.kl is None
 
 
-# --- vocabulary over two processes -----------------------------------------------------------------------------------------
+# vocabulary over two processes
 
 CUTS = (0, 22, V)  # uneven shards
 
@@ -229,11 +229,11 @@ def test_tensor_parallel(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 g,
                 d if name in ("hidden", "ref_hidden") else d[part],
-                msg=lambda m, n=name: f"{n}: {m}",
+                msg=named(name),
             )
 
 
-# --- wrong calls -----------------------------------------------------------------------------------------------------------
+# wrong calls
 
 HID, W, IDS = torch.zeros(2, 4), torch.zeros(7, 4), torch.zeros(2, dtype=torch.long)
 WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], list[str]]] = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fasttax
 from tests.tools.processes import on_ranks
+from tests.tools.utils import named
 
 INF, NAN = math.inf, math.nan
 NAMES = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy", "k3")
@@ -91,7 +92,7 @@ def work(rank: int, folder: Path) -> None:
         sent.append(mine.numel())
         return gather(out, mine, **kwargs)
 
-    dist.all_gather = counted
+    dist.all_gather = counted  # type: ignore[assignment]
     results: dict[str, Any] = {}
     for case, option in PAIRS:
         x, y, ids, mask = rows(case)
@@ -153,9 +154,7 @@ def test_every_rank_has_the_single_process_result(
     for rank, result in enumerate(ranks):
         values, d_x, d_y, kl = result[f"{case} {option}"]
         for name in NAMES:
-            torch.testing.assert_close(
-                values[name], getattr(stats, name).detach(), msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(values[name], getattr(stats, name).detach(), msg=named(name))
             assert torch.equal(values[name], ranks[0][f"{case} {option}"][0][name]), (
                 "the ranks differ"
             )
@@ -170,7 +169,7 @@ def test_every_rank_has_the_single_process_result(
         for which, (value, *d) in zip(KLS, kl, strict=True):
             single, *d_single = with_gradients(a, b, mask, **which, **OPTIONS[option])
             torch.testing.assert_close(
-                value, single, **{**tolerance, "atol": 0.0}, msg=lambda m, w=which: f"{w}: {m}"
+                value, single, **{**tolerance, "atol": 0.0}, msg=named(which)
             )
             if single.isfinite().all():
                 for mine, whole in zip(d, d_single, strict=True):
@@ -179,7 +178,7 @@ def test_every_rank_has_the_single_process_result(
                         whole[:, part],
                         **tolerance,
                         check_stride=False,
-                        msg=lambda m, w=which: f"{w}: {m}",
+                        msg=named(which),
                     )
 
 

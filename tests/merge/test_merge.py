@@ -102,7 +102,7 @@ def test_the_average_is_where_the_penalties_are_least() -> None:
     assert float(torch.as_tensor(slope).abs().max()) <= 1e-3 * 16 * torch.finfo(torch.float32).eps
 
 
-# --- files -----------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def saved(folder: Path, name: str, seed: int, max_shard_size: str = "20KB") -> Any:
@@ -215,7 +215,7 @@ def test_one_tensor_of_each_model_in_memory(tmp_path: Path) -> None:
     assert int(run.stdout) < 40 * 2**23  # one model
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 A, B = weights(1), weights(2)
 WRONG: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {

@@ -75,7 +75,7 @@ def finite(value: Any) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
 
-# --- from end to end ------------------------------------------------------------------------------
+# --- from end to end ---
 
 
 def test_last_line_is_the_report(finished: tuple[str, Path]) -> None:
@@ -165,7 +165,7 @@ def test_ctrl_c_keeps_finished_runs(
     assert "Partial" in page.read_text(encoding="utf-8")
 
 
-# --- errors ---------------------------------------------------------------------------------------
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_bad_alignment_file(line: str, words: str, tmp_path: Path) -> None:
         texts.read_alignment(path)
 
 
-# --- data -----------------------------------------------------------------------------------------
+# --- data ---
 
 
 def test_alignment_set() -> None:
@@ -299,7 +299,7 @@ def test_pairs_score_answers_only() -> None:
     assert batch["attention_mask"].sum(1).tolist() == [9, 40]
 
 
-# --- words from numbers ---------------------------------------------------------------------------
+# --- words from numbers ---
 
 
 def vectors(**shift: float) -> measure.Vectors:

@@ -15,7 +15,7 @@ TREE = {
     "fasttax/kl/__init__.py": '"""Words."""\n\nfrom fasttax.kl.call import token_kl\n',
     "fasttax/kl/call.py": "from . import rows\n\ntoken_kl = rows\n",
     "fasttax/kl/rows.py": "from fasttax.kl import call\n\nx = 1 if call else 2\n",
-    "fasttax/base.py": "def late():\n    from fasttax.store import Store\n\n    return Store()._kept\n",
+    "fasttax/base.py": "def late():\n    from fasttax.store import Store\n    Store()._kept\n",
     "fasttax/store.py": "from fasttax import base\n\n\nclass Store:\n    _kept = base\n",
     "csrc/math/kl.h": '#include "row.h"\n// is it so? "?"\nint f(int x) { return x ? 1 : 2; }\n',
     "csrc/math/row.h": "int g();\n",

@@ -1,5 +1,6 @@
-"""csrc/math and csrc/cpu/simd.h, compiled here as they are, against numpy float64 on wide grids
-with the bounds their comments state.
+"""csrc/math and csrc/cpu/simd.h, compiled as they are, against numpy float64 on wide grids.
+
+The bounds are those that their comments state.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ TINY = float(np.finfo(np.float32).tiny)  # 2^-126
 INF, NAN = np.inf, np.nan
 
 KERNELS = """
-#include "math/ewc.h"
-#include "math/kl.h"
 #if defined(FASTTAX_ISA)
 namespace fasttax { namespace FASTTAX_ISA_NS {
 inline void apply(int fn, const float* a, float* out, long n) {
   for (long i = 0; i < n; i += kLanes) {
     const VF z = load(a + i, std::min<long>(kLanes, n - i), 0.0f);
-    const VF r = fn == 0 ? exp(z) : fn == 1 ? log(z) : fn == 2 ? log1p(z) : fn == 3 ? tanh(z) : exp_flushed(z);
+    const VF r = fn == 0   ? exp(z)
+                 : fn == 1 ? log(z)
+                 : fn == 2 ? log1p(z)
+                 : fn == 3 ? tanh(z)
+                           : exp_flushed(z);
     store(out + i, r, std::min<long>(kLanes, n - i));
   }
 }
@@ -67,9 +70,15 @@ PYBIND11_MODULE(fasttax_math, m) {
   m.def("defect", py::vectorize([](double t) { return fasttax::kl_defect(t); }));
   m.def("jsd_g", py::vectorize([](double t) { return fasttax::jsd_g(t); }));
   m.def("jsd_g_small", py::vectorize([](double t) { return fasttax::jsd_g_small(t); }));
-  m.def("pull", py::vectorize([](double t, double a, double f) { return fasttax::ewc_pull(t, a, f); }));
-  m.def("term", py::vectorize([](double t, double a, double f) { return fasttax::ewc_term(t, a, f); }));
-  m.def("prox", py::vectorize([](double t, double a, double f, double s) { return fasttax::ewc_prox(t, a, 1.0, s * f, 1.0); }));
+  m.def("pull", py::vectorize([](double t, double a, double f) {
+    return fasttax::ewc_pull(t, a, f);
+  }));
+  m.def("term", py::vectorize([](double t, double a, double f) {
+    return fasttax::ewc_term(t, a, f);
+  }));
+  m.def("prox", py::vectorize([](double t, double a, double f, double s) {
+    return fasttax::ewc_prox(t, a, 1.0, s * f, 1.0);
+  }));
 }
 """
 

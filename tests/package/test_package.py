@@ -35,7 +35,7 @@ import json, sys, torch, fasttax
 from fasttax import functional as F, reference as R
 x = torch.linspace(-3, 3, 7 * 37).reshape(7, 37)
 y, d = x.flip(0) * 0.5, (x * 1.7).sin()[:, :13].contiguous()
-theta, anchor, fisher = x.flatten().contiguous(), y.flatten().contiguous(), x.flatten().abs().contiguous()
+theta, anchor, fisher = (z.flatten().contiguous() for z in (x, y, x.abs()))
 def both(native):
     grad, out, cu = torch.ones_like(theta), torch.zeros(13, 37), torch.tensor([0, 3, 3, 7])
     if native:
@@ -46,9 +46,15 @@ def both(native):
         kl = R.token_kl(x, y, None, 0, 0.5, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, False)[0]
         value = R.ewc_add_grad_([theta], [grad], [anchor], [fisher], [], 2.0, 1.0)
         R.linear_sqgrad_(out, x, d, cu, None)
-    return {"kl": kl.tolist(), "penalty": [float(value)], "grad": grad.tolist(), "fisher": out.flatten().tolist()}
+    found = {"kl": kl, "penalty": value.reshape(1), "grad": grad, "fisher": out.flatten()}
+    return {name: tensor.tolist() for name, tensor in found.items()}
 ops = ("token_kl", "ewc_add_grad_", "linear_sqgrad_")
-print(json.dumps({"torch": torch.__version__, "active": [fasttax._base.library.active(n, "cpu")[0] for n in ops], "ops": both(True), "reference": both(False)}))
+print(json.dumps({
+    "torch": torch.__version__,
+    "active": [fasttax._base.library.active(n, "cpu")[0] for n in ops],
+    "ops": both(True),
+    "reference": both(False),
+}))
 """
 
 
@@ -175,7 +181,7 @@ def test_signatures_keep_the_contract(name: str) -> None:
     assert inspect.getdoc(function)
 
 
-# --- backends -------------------------------------------------------------------------------------
+# --- backends ---
 
 
 def test_reference_backend_gives_the_same_numbers() -> None:
@@ -261,7 +267,7 @@ def test_without_the_built_library_it_warns_once_and_works(tmp_path: Path) -> No
     assert "pip install --no-build-isolation ." in done.stderr
 
 
-# --- the built library ----------------------------------------------------------------------------
+# --- the built library ---
 
 
 @needs_library
@@ -332,7 +338,7 @@ def test_library_loads_under_another_torch(tmp_path: Path) -> None:
     assert_agree(there["ops"], here["ops"])
 
 
-# --- the repo's own rules -------------------------------------------------------------------------
+# --- the repo's own rules ---
 
 
 def tracked() -> list[Path]:

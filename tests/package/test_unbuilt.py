@@ -14,7 +14,7 @@ PACKAGE = Path(fasttax.__file__).resolve().parent
 
 
 def imported_in(folder: Path, site: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """`import fasttax` by a Python started in `folder`, with `site` in the place of site-packages."""
+    """`import fasttax` by a Python started in `folder`, with `site` as its site-packages."""
     code = (
         "import sys\n"  # an editable install's finder would offer the library of its source folder
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"

@@ -1,7 +1,7 @@
 """`python -m tests.sweep`: every class of transformers that can be built tiny offline.
 
-    python -m tests.sweep --only LlamaForCausalLM FalconForCausalLM
-    python -m tests.sweep --jobs 2 --write docs/architectures.md
+python -m tests.sweep --only LlamaForCausalLM FalconForCausalLM
+python -m tests.sweep --jobs 2 --write docs/architectures.md
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-warnings.filterwarnings("ignore")
-
 from tests.sweep import rows, table
-from tests.sweep.models import FAMILIES, cases
+from tests.sweep.children import sweep
+from tests.sweep.models import cases
+from tests.sweep.result import FAMILIES, Row
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +26,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--write", type=Path, help="the page to write")
-    parser.add_argument("--json", type=Path, help="a file for the rows, one a line")
+    parser.add_argument("--rows", type=Path, help="a file that keeps the rows, one a line")
+    parser.add_argument("--resume", action="store_true", help="take what --rows has as it is")
     options = parser.parse_args(argv)
     chosen = [
         case
@@ -36,23 +36,34 @@ def main(argv: list[str]) -> int:
     ]
     if not chosen:
         parser.error(f"no class of transformers matches {' '.join(options.only)}")
+    known = _known(options.rows) if options.resume and options.rows else {}
+    found = [known[case.name] for case in chosen if case.name in known]
+    warnings.filterwarnings("ignore")
     rows.prepare()
-    found = []
-    with (options.json or Path(os.devnull)).open("w") as out:
-        for row in rows.sweep(chosen, options.jobs):
+    with (options.rows or Path(os.devnull)).open("w") as out:
+        out.writelines(row.to_json() + "\n" for row in known.values())
+        for row in sweep(rows.row, [c for c in chosen if c.name not in known], options.jobs):
             found.append(row)
             out.write(row.to_json() + "\n")
             out.flush()
             print(line(row), flush=True)
     if options.write is not None:
         command = f"python -m tests.sweep --write {options.write}"
-        options.write.write_text(table.markdown(found, command))
+        options.write.parent.mkdir(parents=True, exist_ok=True)
+        options.write.write_text(table.markdown(found, command, len(cases())))
     faults = [fault for row in found for fault in row.faults]
     print("\n".join(faults), file=sys.stderr)
     return 1 if faults else 0
 
 
-def line(row: rows.Row) -> str:
+def _known(path: Path) -> dict[str, Row]:
+    if not path.is_file():
+        return {}
+    found = (Row.from_json(text) for text in path.read_text().splitlines())
+    return {row.name: row for row in found}
+
+
+def line(row: Row) -> str:
     """A row in the terminal."""
     if row.unbuilt:
         return f"{row.name:48s} not built: {row.unbuilt}"

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from tests.sweep.configs import FRAMES, IMAGE, MELS
 from tests.sweep.exceptions import NOT_PADDED
-from tests.sweep.models import CLASSES, Case, encodes
+from tests.sweep.images import with_images
+from tests.sweep.models import CLASSES, encodes
+from tests.sweep.result import Case
 
 EXAMPLES, TOKENS, TARGETS = 3, 7, 5
 VOCABULARY = ("causal", "masked", "image-text", "seq2seq", "speech")  # families that predict ids
@@ -23,10 +25,15 @@ def batch(case: Case, model: Any) -> dict[str, Tensor]:
     takes = inspect.signature(model.forward).parameters
     found: dict[str, Tensor] = {}
     main = getattr(model, "main_input_name", "input_ids")
-    if main == "input_ids" or (case.family == "image-text" and "input_ids" in takes):
+    if case.family == "image-text":
+        found |= with_images(model, EXAMPLES, g) or {}
+    if found:
+        pass
+    elif main == "input_ids" or (case.family == "image-text" and "input_ids" in takes):
         found |= _text(takes, g, padded=not case.name.startswith(NOT_PADDED))
     elif main == "input_features":
-        shape = (EXAMPLES, MELS, FRAMES) if _mels_first(model) else (EXAMPLES, FRAMES, MELS)
+        mels = getattr(model.config, "feature_projection_input_dim", MELS)
+        shape = (EXAMPLES, MELS, FRAMES) if _mels_first(model) else (EXAMPLES, FRAMES, mels)
         found["input_features"] = torch.randn(shape, generator=g, dtype=torch.float64)
     elif main == "input_values":
         shape = _spectrogram(model) or (EXAMPLES, SAMPLES)
@@ -40,11 +47,13 @@ def batch(case: Case, model: Any) -> dict[str, Tensor]:
 
 def labels(case: Case, model: nn.Module, found: dict[str, Tensor], g: Any) -> dict[str, Tensor]:
     """(B, T) next tokens or (B,) classes, as the family's trainers pass them."""
-    if encodes(model.config):
+    if encodes(model.config) and case.family in VOCABULARY:
         targets = torch.randint(3, 60, (EXAMPLES, TARGETS), generator=g)
         targets[2, 3:] = -100
         return {"labels": targets}
     if case.family in ("image", "audio", "sequence"):
+        if encodes(model.config):  # whose classifier reads the hidden state of the last </s>
+            found["input_ids"][:, 3] = 2
         return {"labels": torch.randint(0, CLASSES, (EXAMPLES,), generator=g)}
     if case.family == "token" and "input_ids" in found:
         targets = torch.randint(0, CLASSES, (EXAMPLES, TOKENS), generator=g)
@@ -94,8 +103,14 @@ def _pixels(case: Case, model: Any) -> tuple[int, ...]:
 
 
 def example(whole: dict[str, Any], n: int) -> dict[str, Any]:
-    """Example n of a batch as a batch of its own."""
-    return {
-        k: v[n : n + 1] if isinstance(v, Tensor) and v.shape[0] == EXAMPLES else v
-        for k, v in whole.items()
-    }
+    """Example n of a batch as a batch of its own: its rows, or its share of the patches."""
+    found = {}
+    for name, value in whole.items():
+        rows = value.shape[0] // EXAMPLES
+        found[name] = value[n * rows : (n + 1) * rows]
+    return found
+
+
+def collated(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The batch again."""
+    return {name: torch.cat([part[name] for part in examples]) for name in examples[0]}

@@ -6,7 +6,6 @@ import os
 import re
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from torch.nn import functional as F
 
 import fasttax
 from fasttax import DiagonalFisher
-from tests.sweep.batches import EXAMPLES, example
-from tests.sweep.models import Case, encodes
+from tests.sweep.batches import EXAMPLES, VOCABULARY, example
+from tests.sweep.models import encodes
+from tests.sweep.result import CRASH, NONE, REFUSED, RIGHT, WRONG, Case, Outcome
 
-RIGHT, REFUSED, WRONG, CRASH, NONE = "right", "refused", "WRONG", "CRASH", "-"
 TOLERANCE = 1e-5
 OWN = (ValueError, TypeError, NotImplementedError)
 WAY_OUT = re.compile(
@@ -27,14 +26,6 @@ WAY_OUT = re.compile(
     re.IGNORECASE,
 )
 PACKAGE = os.path.dirname(fasttax.__file__)
-
-
-@dataclass
-class Outcome:
-    """How one check of one class ended."""
-
-    kind: str
-    detail: str = ""
 
 
 class Unfit(Exception):
@@ -48,15 +39,15 @@ def loss(case: Case, model: Any, batch: dict[str, Any]) -> Tensor:
     """The SUM loss of a batch, an example's being its own rows' part of it."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     labels = batch.get("labels")
-    if encodes(model.config):
+    if encodes(model.config) and case.family in VOCABULARY:
         inputs["labels"] = labels
-    logits = getattr(model(**inputs), "logits", None)
-    if shifts(case, model) and labels is not None and logits is not None:
-        if logits.dim() == 3 and logits.shape[1] == labels.shape[1]:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-    if labels is not None and logits is not None and logits.shape[:-1] == labels.shape:
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
-    return _any_loss(model(**inputs))
+    output = model(**inputs)
+    logits = getattr(output, "logits", None)
+    if labels is None or logits is None or logits.shape[:-1] != labels.shape:
+        return _any_loss(output)
+    if labels.dim() == 2 and shifts(case, model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
 
 
 def shifts(case: Case, model: Any) -> bool:
@@ -78,6 +69,7 @@ def _any_loss(output: Any) -> Tensor:
 
 def definition(case: Case, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     """The squared gradient of each example's own SUM loss, summed over the examples."""
+    loss(case, model, batch)  # a batch that transformers itself refuses says nothing
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     total = {n: torch.zeros_like(p) for n, p in params.items()}
     for n in range(EXAMPLES):
@@ -131,10 +123,12 @@ def compare(found: Any, truth: dict[str, Tensor]) -> Outcome:
         if name not in found:
             wrong.append((float("inf"), f"{name} is missing"))
             continue
-        error, size = float((found[name].double() - t).norm()), float(t.norm())
+        got = found[name].double()
+        error, size = float((got - t).norm()), float(t.norm())
         if not error <= TOLERANCE * size + floor:
             ratio = error / max(size, 1e-300)
-            wrong.append((ratio, f"{name} off by {ratio:.1e} ({float(found[name].norm()):.2e} for {size:.2e})"))
+            norms = f"norm {float(got.norm()):.2e} for {size:.2e}"
+            wrong.append((ratio, f"{name} off by {ratio:.1e}, {norms}"))
     if not wrong:
         return Outcome(RIGHT)
     return Outcome(WRONG, f"{len(wrong)} of {len(truth)}: {max(wrong)[1]}")
@@ -142,20 +136,24 @@ def compare(found: Any, truth: dict[str, Tensor]) -> Outcome:
 
 def refusal(error: Exception, model: nn.Module, own: tuple[type, ...] = OWN) -> Outcome:
     """A refusal is an error of fasttax's own that names what it means and a way out."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{os.path.relpath(last.filename, os.path.dirname(PACKAGE))}:{last.lineno}"
-    if not last.filename.startswith(PACKAGE):
-        inside = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(PACKAGE)]
-        where = f"{last.filename.rpartition('site-packages/')[2]}:{last.lineno}"
-        if inside:
-            where += f" under {os.path.relpath(inside[-1].filename, os.path.dirname(PACKAGE))}:{inside[-1].lineno}"
     text = " ".join(str(error).split())
-    detail = f"{type(error).__name__}: {text} [{where}]"
-    names = {n for n, _ in model.named_modules() if n} | {n for n, _ in model.named_parameters()}
-    names |= {type(m).__name__ for m in model.modules()} | {"batch", "model", "labels", "params"}
-    named = any(n in text for n in names)
-    if type(error) in own and last.filename.startswith(PACKAGE):
-        if named and WAY_OUT.search(text):
-            return Outcome(REFUSED, detail)
+    detail = f"{type(error).__name__}: {text} [{_where(error)}]"
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if type(error) not in own or not raised_in.startswith(PACKAGE):
+        return Outcome(CRASH, detail)
+    names = {name for name, _ in (*model.named_modules(), *model.named_parameters()) if name}
+    names |= {type(m).__name__ for m in model.modules()} | {"batch", "labels", "params"}
+    if not WAY_OUT.search(text) or not any(name in text for name in names):
         return Outcome(CRASH, f"no way out in {detail}")
-    return Outcome(CRASH, detail)
+    return Outcome(REFUSED, detail)
+
+
+def _where(error: Exception) -> str:
+    """Where it was raised, and the last line of fasttax's on the way there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename.startswith(PACKAGE)]
+    last = f"{frames[-1].filename.rpartition('site-packages/')[2]}:{frames[-1].lineno}"
+    if not own:
+        return last
+    inside = f"fasttax/{os.path.relpath(own[-1].filename, PACKAGE)}:{own[-1].lineno}"
+    return inside if own[-1] is frames[-1] else f"{last} under {inside}"

@@ -7,7 +7,7 @@ from typing import Any
 # Masks of torch.finfo(float64).min that are made in the default dtype
 DEFAULT_DOUBLE = ("FSMT", "XGLM")
 # A fully masked row of scores is NaN in these, so no example is padded
-NOT_PADDED = ("ProphetNet", "XLMProphetNet")
+NOT_PADDED = ("ProphetNet", "LED", "Longformer", "Canine", "FSMT")
 NOT_A_MODEL: frozenset[str] = frozenset()  # names in a mapping that are no class
 
 # by class or configuration: dotted names -> values
@@ -54,6 +54,18 @@ CONFIG: dict[str, dict[str, Any]] = {
         "stage_mid_channels": [8, 8, 16, 16],
         "stage_out_channels": [16, 32, 32, 64],
     },
+    "DonutSwinConfig": {"image_size": 64},
+    "LayoutLMv3Config": {"coordinate_size": 6, "shape_size": 4},
+    "LiltConfig": {"hidden_size": 48},
+    "Mistral4Config": {"head_dim": 16},
+    "MobileBertConfig": {"intra_bottleneck_size": 32},
+    "SwinConfig": {"image_size": 64},
+    "ZambaConfig": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+    },
     "LevitConfig": {"image_size": 64, "patch_size": 16},
     "MobileViTV2Config": {"image_size": 64},
     "MobileViTConfig": {"image_size": 64},
@@ -66,5 +78,13 @@ CONFIG: dict[str, dict[str, Any]] = {
     },
     "xLSTMConfig": {"qk_dim_factor": 1.0},
     "XmodConfig": {"default_language": "en_XX"},
-    "Zamba2Config": {"mamba_ngroups": 1, "n_mamba_heads": 8, "num_mem_blocks": 1},
+    "Zamba2Config": {
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "num_mem_blocks": 1,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+    },
 }

@@ -13,8 +13,10 @@ from torch.utils.data import Dataset
 from transformers.trainer_callback import PrinterCallback
 
 from fasttax.integrations.trl import FullKL
-from tests.sweep.checks import OWN, RIGHT, WRONG, Outcome, refusal
-from tests.sweep.models import Case, encodes
+from tests.sweep.batches import EXAMPLES, collated, example
+from tests.sweep.checks import OWN, refusal
+from tests.sweep.models import encodes
+from tests.sweep.result import NONE, RIGHT, WRONG, Case, Outcome
 
 FAMILIES = ("causal", "seq2seq", "image-text", "speech")  # of models with a vocabulary
 TOLERANCE = 1e-5
@@ -27,10 +29,10 @@ class Rows(Dataset[dict[str, Tensor]]):
         self.batch = batch
 
     def __len__(self) -> int:
-        return len(self.batch["labels"])
+        return EXAMPLES
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {k: v[i] for k, v in self.batch.items()}
+        return example(self.batch, i)
 
 
 def trainer(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
@@ -41,7 +43,7 @@ def trainer(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         cls, kind = transformers.Seq2SeqTrainer, transformers.Seq2SeqTrainingArguments
     arguments = kind(
         output_dir=tempfile.gettempdir(),
-        per_device_train_batch_size=len(batch["labels"]),
+        per_device_train_batch_size=EXAMPLES,
         max_steps=1,
         learning_rate=0.0,
         optim="sgd",
@@ -56,19 +58,9 @@ def trainer(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         dataloader_pin_memory=False,
         seed=0,
     )
-    made = cls(model=model, train_dataset=Rows(batch), args=arguments)
+    made = cls(model=model, train_dataset=Rows(batch), args=arguments, data_collator=collated)
     made.remove_callback(PrinterCallback)
     return made
-
-
-def untrainable(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> str:
-    """Why the Trainer cannot train the model even without FullKL; "" where it can."""
-    try:
-        trainer(case, copy.deepcopy(model), batch).train()
-        truth(case, model, model, batch)
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return ""
 
 
 def perturbed(model: nn.Module) -> nn.Module:
@@ -96,20 +88,30 @@ def truth(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor
     return float(kl[labels != -100].mean())
 
 
-def full_kl(
-    case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor]
-) -> Outcome:
+def full_kl(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor]) -> Outcome:
     """The KL that is logged at the first step, against the models' own."""
-    wanted = truth(case, policy, ref, batch)
+    try:
+        wanted = truth(case, policy, ref, batch)
+    except Exception as error:
+        return Outcome(NONE, f"no logits by token: {error}")
     made = trainer(case, copy.deepcopy(policy), batch)
     try:
         with FullKL(made, ref, 0.5):
             made.train()
     except Exception as error:
-        return refusal(error, policy, (*OWN, RuntimeError))
+        return _untrainable(case, policy, batch) or refusal(error, policy, (*OWN, RuntimeError))
     found = [entry["kl/policy_ref"] for entry in made.state.log_history if "kl/policy_ref" in entry]
     if not found:
         return Outcome(WRONG, "nothing was logged")
     if abs(found[0] - wanted) <= TOLERANCE * abs(wanted) + 1e-7:
         return Outcome(RIGHT)
     return Outcome(WRONG, f"{found[0]:.6g} for {wanted:.6g}")
+
+
+def _untrainable(case: Case, model: nn.Module, batch: dict[str, Tensor]) -> Outcome | None:
+    """Why the Trainer cannot train the model even without FullKL; None where it can."""
+    try:
+        trainer(case, copy.deepcopy(model), batch).train()
+    except Exception as error:
+        return Outcome(NONE, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return None

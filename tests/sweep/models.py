@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,31 +11,9 @@ from transformers.models.auto import modeling_auto
 
 from tests.sweep.configs import tiny
 from tests.sweep.exceptions import DEFAULT_DOUBLE, NOT_A_MODEL
+from tests.sweep.result import FAMILIES, Case
 
 CLASSES = 3  # of a classifier
-FAMILIES = {
-    "causal": ("CAUSAL_LM",),
-    "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM",),
-    "image": ("IMAGE_CLASSIFICATION",),
-    "audio": ("AUDIO_CLASSIFICATION",),
-    "sequence": ("SEQUENCE_CLASSIFICATION",),
-    "token": ("TOKEN_CLASSIFICATION", "AUDIO_FRAME_CLASSIFICATION"),
-    "image-text": ("IMAGE_TEXT_TO_TEXT",),
-    "speech": ("SPEECH_SEQ_2_SEQ",),
-    "masked": ("MASKED_LM",),
-    "other": (
-        *("CTC", "AUDIO_XVECTOR", "VIDEO_CLASSIFICATION", "SEMANTIC_SEGMENTATION"),
-        *("QUESTION_ANSWERING", "MULTIPLE_CHOICE"),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A class of transformers under the family of the first mapping that lists it."""
-
-    name: str
-    family: str
 
 
 def cases() -> list[Case]:
@@ -62,6 +39,8 @@ def build(case: Case) -> nn.Module:
     config = tiny(cls.config_class)
     if case.family in ("image", "audio", "sequence", "token"):
         config.num_labels = CLASSES
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0
     if encodes(config) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 1
     if case.name.startswith(DEFAULT_DOUBLE):
@@ -70,6 +49,9 @@ def build(case: Case) -> nn.Module:
     model: Any = cls(config).double().eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped_mm has no float64
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train = lambda mode=True, module=module: module  # statistics stay frozen
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)

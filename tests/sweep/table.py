@@ -5,14 +5,9 @@ from __future__ import annotations
 import datetime
 import re
 from collections import Counter
+from importlib.metadata import version
 
-import torch
-import transformers
-
-from fasttax import __version__
-from tests.sweep.checks import CRASH, NONE, REFUSED, RIGHT, WRONG
-from tests.sweep.models import FAMILIES
-from tests.sweep.rows import CHECKS, Row
+from tests.sweep.result import CHECKS, CRASH, FAMILIES, NONE, REFUSED, RIGHT, WRONG, Row
 
 HEAD = """# Every architecture of transformers, tried
 
@@ -31,26 +26,28 @@ without a word) and `CRASH` (any other error) are faults, of which there must be
 """
 
 
-def markdown(rows: list[Row], command: str) -> str:
-    """The page: how it was made, counts, a table by family, refusals, faults, what was not built."""
+def markdown(rows: list[Row], command: str, listed: int) -> str:
+    """The page: how it was made, counts, tables, faults, refusals, what was not built."""
     built = [r for r in rows if not r.unbuilt]
-    parts = [HEAD, _made(built, command), _counts(built)]
+    parts = [HEAD, _made(rows, command, listed), _counts(built)]
     for family in FAMILIES:
         chosen = [r for r in built if r.family == family]
         if chosen:
             parts.append(f"## {_title(family)}\n\n{_table(chosen)}")
-    faults = [f"- {_escaped(fault, 300)}" for r in built for fault in r.faults]
-    parts += [_section("Faults", faults), _section("Refusals", _refusals(built))]
+    parts += [_section("Faults", _grouped(built, (WRONG, CRASH)))]
+    parts += [_section("Refusals", _grouped(built, (REFUSED,)))]
     unbuilt = [f"- {r.name}: {_escaped(r.unbuilt, 160)}" for r in rows if r.unbuilt]
     parts.append(_section("Not built", unbuilt))
     return "\n".join(part for part in parts if part)
 
 
-def _made(built: list[Row], command: str) -> str:
+def _made(rows: list[Row], command: str, listed: int) -> str:
+    built = sum(not row.unbuilt for row in rows)
     day = datetime.date.today().isoformat()
     return (
-        f"{len(built)} classes, made by `{command}` on {day} with fasttax {__version__}, "
-        f"transformers {transformers.__version__}, torch {torch.__version__}.\n"
+        f"{built} classes built, of {len(rows)} tried and {listed} that transformers lists in these "
+        f"mappings. Made by `{command}` on {day} with fasttax {version('fasttax')}, "
+        f"transformers {version('transformers')}, torch {version('torch')}.\n"
     )
 
 
@@ -88,13 +85,13 @@ def _kind(row: Row, check: str) -> str:
     return row.outcomes[check].kind if check in row.outcomes else NONE
 
 
-def _refusals(rows: list[Row]) -> list[str]:
+def _grouped(rows: list[Row], kinds: tuple[str, ...]) -> list[str]:
     """One line a message, numbers and names of layers aside, with the classes that it came for."""
     found: dict[str, tuple[str, list[str]]] = {}
     for r in rows:
         for check, outcome in r.outcomes.items():
-            if outcome.kind == REFUSED:
-                key = re.sub(r"[\w.]*\.[\w.]+|\d+", "#", outcome.detail)
+            if outcome.kind in kinds:
+                key = re.sub(r"[\w.]*\.[\w.]+|\d+|'\w+'", "#", outcome.detail)[:60]
                 found.setdefault(key, (outcome.detail, []))[1].append(f"{r.name} ({check})")
     return [f"- {', '.join(names)}: {_escaped(text, 400)}" for text, names in found.values()]
 

@@ -66,7 +66,7 @@ def _config(kind: str) -> Any:
 ARCHITECTURES = ("llama", "llama_tied", "qwen2", "qwen3", "gemma", "gpt2", "gpt2_untied", "neox")
 
 
-def causal_lm(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+def causal_lm(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A causal LM in eval mode whose norms and biases are random, so that no gradient is zero or
     one by luck.
     """

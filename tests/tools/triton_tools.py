@@ -105,20 +105,19 @@ def compiled(
     cubin = folder / f"{kernel.__name__}.cubin"
     cubin.write_bytes(built.asm["cubin"])
     binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
-    tool = {name: first([binaries / name]) for name in ("cuobjdump", "nvdisasm")}
-    assert all(tool.values()), (
-        f"triton ships neither or one of cuobjdump and nvdisasm in {binaries}"
-    )
+    dump, disassemble = (first([binaries / name]) for name in ("cuobjdump", "nvdisasm"))
+    assert dump, f"triton ships no cuobjdump in {binaries}"
+    assert disassemble, f"triton ships no nvdisasm in {binaries}"
     usage = subprocess.run(
-        [tool["cuobjdump"], "--dump-resource-usage", cubin],
+        [dump, "--dump-resource-usage", cubin],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    registers, stack, shared, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups()
-    )
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert used, usage
+    registers, stack, shared, local = map(int, used.groups())
     code = subprocess.run(
-        [tool["nvdisasm"], "-c", cubin], capture_output=True, text=True, check=True
+        [disassemble, "-c", cubin], capture_output=True, text=True, check=True
     ).stdout
     return Binary(registers, stack + local, shared, code)

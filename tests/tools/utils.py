@@ -88,7 +88,16 @@ def peak_bytes(call: Callable[[], None]) -> int:
     return peak
 
 
-def assert_says(call: Callable[[], Any], error: type[Exception], words: Iterable[str]) -> None:
+def named(name: object) -> Callable[[str], str]:
+    """For `msg` of assert_close: what differs, in front of how."""
+    return lambda text: f"{name}: {text}"
+
+
+def assert_says(
+    call: Callable[[], Any],
+    error: type[Exception] | tuple[type[Exception], ...],
+    words: Iterable[str],
+) -> None:
     """The call raises `error`, whose text has all of `words`."""
     with pytest.raises(error) as caught:
         call()

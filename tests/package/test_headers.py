@@ -1,6 +1,7 @@
-"""Every header of csrc compiles alone: it includes what it needs, so what it is included after does not matter.
+"""Every header of csrc compiles alone: it includes what it needs.
 
-A header of kernels for the CPU is compiled by isa.h, once for each instruction set; one of CUDA kernels on the SIMT machine.
+A header of kernels for the CPU is compiled by isa.h, once for each instruction set; one of CUDA
+kernels on the SIMT machine.
 """
 
 from __future__ import annotations
@@ -11,23 +12,40 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from cuda_tools import host_headers
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).parents[1]
+from tests.tools.cuda_tools import host_headers
+
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 HEADERS = sorted(CSRC.glob("*/*.h"))
 KERNELS = [path for path in HEADERS if "defined(FASTTAX_ISA)" in path.read_text()]
-NVCC_ONLY = {"kl_launch.cuh"}  # starts kernels in clusters, which the SIMT machine does by a call of its own
+# Starts kernels in clusters, which the SIMT machine does by a call of its own.
+NVCC_ONLY = {"kl_launch.cuh"}
 CUDA = sorted(path for path in CSRC.glob("cuda/*.cuh") if path.name not in NVCC_ONLY)
 
 
 def compiles(source: str, *options: str) -> None:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    includes = [f"-I{CSRC}", f"-I{ROOT / 'tests/simt'}", f"-I{sysconfig.get_paths()['include']}"]
-    command = ["g++", "-fsyntax-only", "-std=c++17", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", *includes, *options]
-    done = subprocess.run([*command, "-x", "c++", "-"], input=source, capture_output=True, text=True, timeout=300)
+    includes = [
+        f"-I{CSRC}",
+        f"-I{ROOT / 'tests/gpu/simt'}",
+        f"-I{sysconfig.get_paths()['include']}",
+    ]
+    command = [
+        "g++",
+        "-fsyntax-only",
+        "-std=c++17",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-unknown-pragmas",
+        *includes,
+        *options,
+    ]
+    done = subprocess.run(
+        [*command, "-x", "c++", "-"], input=source, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -44,12 +62,15 @@ def test_instruction_sets_know_no_formulas() -> None:
         assert "math/" not in (CSRC / "cpu" / name).read_text(), name
 
 
-@pytest.mark.parametrize("header", [path for path in HEADERS if path.name not in ("isa.h", "simd.h")], ids=below_csrc)
+@pytest.mark.parametrize(
+    "header", [path for path in HEADERS if path.name not in ("isa.h", "simd.h")], ids=below_csrc
+)
 def test_header_alone(header: Path) -> None:
     torch = [option for path in include_paths() for option in ("-isystem", path)]
     source = f'#include "{below_csrc(header)}"\n'
     if header in KERNELS:
-        source = f'#define FASTTAX_KERNELS "{below_csrc(header).removeprefix("cpu/")}"\n#include "cpu/isa.h"\n'
+        kernels = below_csrc(header).removeprefix("cpu/")
+        source = f'#define FASTTAX_KERNELS "{kernels}"\n#include "cpu/isa.h"\n'
     compiles(source, "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", *torch)
 
 
