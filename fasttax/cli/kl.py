@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--length must be at least 2, --batch-size and --k at least 1")
     rows = sequences(Path(args.data), _language_model.tokenizer_of(args.model), args.length)
     model = _language_model.load(args.model)
-    reference = TopKReference.make(model, rows, k=args.k, batch_size=args.batch_size)
+    reference = TopKReference.make(
+        model, rows, k=args.k, batch_size=args.batch_size, temperature=args.temperature
+    )
     reference.save(args.output)
     print(f"{reference}\n{args.output}")
     return 0
@@ -63,6 +65,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="tokens a sequence is cut to, as the trainer's max_length (default 1024)",
     )
     cache.add_argument("--batch-size", type=int, default=8)
+    cache.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="that the logits are divided by, as FullKL's (default 1)",
+    )
     return parser.parse_args(argv)
 
 

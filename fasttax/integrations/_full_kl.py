@@ -135,7 +135,7 @@ class FullKL(Handle):
     # --- seeing the policy's forward --------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Looks at the trainer's present model; Trainer(model_init=...) makes a new one to train."""
+        """Looks at the trainer's present model, of which Trainer(model_init=...) makes a new one."""
         self._unwatch()
         trainer = self.trainer
         lm = causal_lm(OP, "trainer.model", trainer.model)

@@ -100,9 +100,7 @@ class Shortcut:
         bias = getattr(layer, "bias", None)
         return Head(_whole(layer.weight), _whole(bias), way.logit_scale, way.softcap)
 
-    def proven(
-        self, module: nn.Module, states: Tensor, logits: Tensor, mask: Tensor
-    ) -> Way | None:
+    def proven(self, module: nn.Module, states: Tensor, logits: Tensor, mask: Tensor) -> Way | None:
         """The way from `states` to `logits`, or None where no head that is known gives them.
 
         Args:
@@ -127,7 +125,8 @@ class Shortcut:
 
 def backbones(model: Any) -> list[nn.Module]:
     """The modules whose output may be the hidden states of the head, the outermost first."""
-    found = [getattr(model, "base_model", None)]
+    # `model` is where classes with a head have it, though some name another as their base_model
+    found = [getattr(model, "base_model", None), getattr(model, "model", None)]
     if callable(decoder := getattr(model, "get_decoder", None)):
         found.append(decoder())
     modules = [m for m in found if isinstance(m, nn.Module) and m is not model]

@@ -125,9 +125,9 @@ class CachedReference:
         if "input_ids" not in forward.inputs:
             raise _no_cache(f"{sorted(forward.names)} without input_ids", "inputs but ids")
         for name, value in forward.inputs.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 2:
-                if not name.endswith("mask"):
-                    raise _no_cache(f"{name} beside input_ids", f"{name} but ids")
+            of_numbers = isinstance(value, Tensor) and value.is_floating_point()
+            if of_numbers and value.dim() > 2 and not name.endswith("mask"):
+                raise _no_cache(f"{name} beside input_ids", f"{name} but ids")
         if not forward.shifted and bool(forward.mask[:, -1].any()):
             raise _no_cache("labels that the model does not shift", "prediction after the last id")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +61,7 @@ class Forward:
 
 def in_front(mask: Tensor, T: int) -> Tensor:
     """A mask (B, L) with T - L positions in front that do not count."""
-    if T < mask.shape[1]:
+    if mask.shape[1] > T:
         raise checks.fail(
             "FullKL",
             "trainer",
@@ -172,8 +171,7 @@ def _is_loss_of(logits: Tensor, labels: Tensor, loss: Tensor, items: Any) -> boo
     total = -logp.double().sum()
     divisors = [logp.numel()] if items is None else [logp.numel(), items]
     return any(
-        bool((total / n - loss.double()).abs() <= SAME_LOSS * loss.double().abs())
-        for n in divisors
+        bool((total / n - loss.double()).abs() <= SAME_LOSS * loss.double().abs()) for n in divisors
     )
 
 

@@ -168,9 +168,7 @@ class ModelReference:
         seen = _looked_at(policy, ref, options["temperature"]) if log else {}
         return {**seen, options["kind"]: kl}
 
-    def _of_logits(
-        self, policy: Rows, ref: Rows, options: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
+    def _of_logits(self, policy: Rows, ref: Rows, options: Mapping[str, Any]) -> dict[str, Tensor]:
         with self.autocast():
             x = policy.logits()
             with torch.no_grad():
@@ -211,9 +209,7 @@ class ModelReference:
                 self.shortcut.learn(names, way)
             if way is not None and way.module in seen:
                 states = hidden_states(seen[way.module])
-                return Rows(
-                    hidden=forward.counted(states), head=self.shortcut.head(way).detach()
-                )
+                return Rows(hidden=forward.counted(states), head=self.shortcut.head(way).detach())
         return Rows(given=forward.counted(self._logits(forward, 0)))
 
     def _logits(self, forward: Forward, last: int) -> Tensor:
