@@ -70,7 +70,7 @@ template <FrameMode mode, class F>
 inline void with_chunk(const RowPair& rows, const KlParams& k, int64_t start, int64_t n,
                        Buffers& buffers, F&& f) {
   if constexpr (mode != FrameMode::kGeneral)
-    if (rows.type == FloatType::kBFloat16)
+    if (rows.type == FloatType::kBFloat16 && !rows.caps)
       return f(rows.policy<BFloat16>() + start, rows.ref<BFloat16>() + start);
   if (rows.direct()) return f(rows.policy<float>() + start, rows.ref<float>() + start);
   stage_chunk(rows, k, start, n, buffers);
