@@ -135,7 +135,7 @@ class FullKL(Handle):
     # --- seeing the policy's forward --------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Looks at the trainer's present model, of which Trainer(model_init=...) makes a new one."""
+        """Looks at the trainer's model of the moment; Trainer(model_init=...) makes new ones."""
         self._unwatch()
         trainer = self.trainer
         lm = causal_lm(OP, "trainer.model", trainer.model)
