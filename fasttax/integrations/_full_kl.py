@@ -357,9 +357,9 @@ def _reference_of(
             "the policy itself, from which it would never differ",
             "pass a frozen copy",
         )
-    sizes = (vocabulary(policy), vocabulary(lm))
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise vocabularies_differ(*sizes)
+    own, other = vocabulary(policy), vocabulary(lm)
+    if own is not None and other is not None and own != other:
+        raise vocabularies_differ(own, other)
     if not any(hasattr(p, "full_tensor") for p in lm.parameters()):
         lm.to(accelerator.device)
     return ModelReference(lm, accelerator.autocast, keep=keep)
