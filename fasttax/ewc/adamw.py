@@ -13,6 +13,7 @@ from fasttax import reference
 from fasttax._base import checks, dtensor
 from fasttax._base.library import define
 from fasttax.ewc.attach import check_optimizer
+from fasttax.ewc.claims import claim
 from fasttax.ewc.ewc import EWC
 from fasttax.ewc.hold import Part
 from fasttax.ewc.ops import contiguous, scalar_like
@@ -110,6 +111,7 @@ class AdamWEWC(AdamW):
             check_optimizer(op, "params", ewc.hold, self.param_groups)
             if mode == "prox":
                 ewc.hold.refuse_prox_of_lora(op)
+            self._claim = claim(op, "ewc", op, ewc.parameters(), self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fasttax._base import checks
 from fasttax._base.handle import Handle
+from fasttax.ewc.claims import claim
 from fasttax.ewc.hold import Hold, Part
 
 MODES = ("grad", "prox")
@@ -140,6 +141,8 @@ def attach(hold: Hold, optimizer: Any, mode: str, every: int) -> Attached:
     check_optimizer(op, "optimizer", hold, inner.param_groups)
     if mode == "prox":
         hold.refuse_prox_of_lora(op)
+    holder = f"EWC.attach({type(inner).__name__}, mode={mode!r})"
+    handle.on_undo(claim(op, "optimizer", holder, hold.parameters(), inner).release)
     if not hasattr(inner, "_optimizer_step_pre_hooks"):
         _wrap_step(inner, handle, mode)
     elif mode == "grad":
@@ -178,6 +181,7 @@ def during_backward(hold: Hold, scale: float) -> Attached:
             "use attach: their factors are small",
         )
     handle = Attached(hold)
+    handle.on_undo(claim(op, "ewc", op, hold.parameters()).release)
     held = [h for block in hold.store.blocks() for h in block]
     # the backward pass goes from the last to the first
     expected = {h.name: earlier.name for earlier, h in pairwise(held)}

@@ -225,8 +225,8 @@ class EWC:
         the anchor all the same.
 
         Raises:
-            ValueError: a wrong mode or `every`, or an optimizer that holds none of the parameters
-                covered here.
+            ValueError: a wrong mode or `every`, an optimizer that steps none of the parameters
+                covered here, or one at whose steps they are held already.
         """
         return attach(self.hold, optimizer, mode, every)
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from fasttax._base import checks, files
 from fasttax._base.handle import Handle
+from fasttax.ewc.attach import innermost
+from fasttax.ewc.claims import Claim, claim
 from fasttax.integrations._models import on_model
 
 try:
@@ -75,6 +77,7 @@ class EWCCallback(TrainerCallback):
         self.ewc = ewc
         self.where = checks.choice(op, "where", where, WHERE)
         self._primed = False
+        self._claim: Claim | None = None
 
     # --- the gradient -----------------------------------------------------------------------------
 
@@ -113,8 +116,21 @@ class EWCCallback(TrainerCallback):
         refuse_deepspeed("EWCCallback", args, optimizer)
         if model is not None:
             self.ewc = on_model("EWCCallback", self.ewc, model)
+        self._release()
+        if optimizer is not None:
+            holder, steps = f"EWCCallback(where={self.where!r})", innermost(optimizer)
+            self._claim = claim("EWCCallback", "ewc", holder, self.ewc.parameters(), steps)
         _check_resumed(self.ewc, checkpoint_folder(args, state) / _state_file(self.ewc, args))
         move_to_the_front(self)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Lets others hold the parameters."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+        self._claim = None
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any

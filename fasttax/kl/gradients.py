@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasttax._base.library import second_derivative_message
 from fasttax._base.modes import compiling, transforming
+from fasttax._base.optional import given
 
 NO_GRAD = "nothing requires grad"
 
@@ -56,7 +57,7 @@ def held_gradients(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
     gradients = ctx.gradients
     if not keep:
         ctx.gradients = None
-    scaled = [d if d is None else _scaled(d, factor.detach(), keep) for d in gradients]
+    scaled = [given(d, lambda d: _scaled(d, factor.detach(), keep)) for d in gradients]
     return no_second_derivative(scaled, op)
 
 
@@ -94,4 +95,4 @@ def no_second_derivative(gradients: list[Tensor | None], op: str) -> list[Tensor
     if not torch.is_grad_enabled() or compiling():
         return gradients
     marker = torch.zeros((), requires_grad=True)
-    return [d if d is None else _NoSecondDerivative.apply(d, marker, op) for d in gradients]
+    return [given(d, lambda d: _NoSecondDerivative.apply(d, marker, op)) for d in gradients]

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fasttax._base import checks
+from fasttax._base.optional import given
 from fasttax.kl.call import (
     KINDS,
     REDUCTIONS,
@@ -137,7 +138,7 @@ def linear_token_kl(
         )
     checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden)
     mask = check_mask(op, mask, shape, hidden.device)
-    flat_mask = None if mask is None else mask.reshape(-1)
+    flat_mask = given(mask, lambda mask: mask.reshape(-1))
     # NaN under the mask would reach the heads' gradients through 0 * NaN
     tokens, ref_tokens = hide_rows(tokens, flat_mask), hide_rows(ref_tokens, flat_mask)
     asked = Asked(kl=True, stats=return_entropy, token_chunk=token_chunk, vocab_chunk=vocab_chunk)
@@ -220,7 +221,7 @@ def linear_token_logprobs(
     ids = check_ids(op, ids, "hidden", hidden, mask).reshape(-1)
     if tp_group is None:
         checks.ids_in_range(op, "ids", ids, weight.shape[0])
-    flat_mask = None if mask is None else mask.reshape(-1)
+    flat_mask = given(mask, lambda mask: mask.reshape(-1))
     tensors = Tensors(hide_rows(tokens, flat_mask), weight, bias=bias)
     asked = Asked(stats=True, token_chunk=token_chunk, vocab_chunk=vocab_chunk)
     call = LinearCall(

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fasttax._base import checks
 from fasttax._base.gemm import pieces
+from fasttax._base.optional import given
 from fasttax.kl.call import reduce, reduced_gradient
 from fasttax.kl.gradients import NO_GRAD, held_gradients, hold_gradients, obstacle_to_gradients
 from fasttax.kl.linear_ops import linear_token_rows, linear_token_total
@@ -178,8 +179,8 @@ class LinearCall:
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = weight.dtype
         with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if bias is None else bias.to(dtype)
-            return torch.nn.functional.linear(hidden.to(dtype), weight, bias)
+            wide = given(bias, lambda bias: bias.to(dtype))
+            return torch.nn.functional.linear(hidden.to(dtype), weight, wide)
 
     def _flat_weight(self) -> Tensor | None:
         if self.token_weight is None:
@@ -198,9 +199,9 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *given, call, row = args
+        *leaves, call, row = args
         ctx.op, ctx.known = call.op, call.reduction != "none"
-        tensors = Tensors(*(t if t is None else t.detach() for t in given))  # type: ignore[arg-type]
+        tensors = Tensors(*[given(t, Tensor.detach) for t in leaves])  # type: ignore[arg-type]
         with torch.autocast(tensors.hidden.device.type, enabled=False):
             needs = ctx.needs_input_grad[: len(tensors)]
             sweep = Sweep(call.inputs._replace(tensors=tensors), needs)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base.gemm import gemm, mixed_gemm, narrow_gemm, pieces, project
+from fasttax._base.optional import given
 from fasttax.kl.call import OPTIONS, Tempering
 from fasttax.reference.numbers import wide_dtype
 from fasttax.reference.rows import KL, LINEAR, LSE, REF_LSE, SAVED_KL, SAVED_STATS, STATS
@@ -173,7 +174,7 @@ class Projection:
             self.hidden, self.weight = hidden, weight
         else:
             self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
+        self.bias = given(bias, lambda bias: bias.to(dtype))
         self.trains = any(needs)
         # GEMMs write the first chunk's part over what is there; of no tokens there is none
         empty = torch.empty if hidden.shape[0] else torch.zeros
@@ -190,7 +191,7 @@ class Projection:
     def project(self, hidden: Tensor, columns: slice, buffer: Tensor) -> Tensor:
         """Logits of some hidden states at `columns`, in the buffer."""
         weight = self.weight[columns]
-        bias = None if self.bias is None else self.bias[columns]
+        bias = given(self.bias, lambda bias: bias[columns])
         tokens, width = hidden.shape[0], weight.shape[0]
         return project(hidden, weight, bias, buffer[: tokens * width].view(tokens, width))
 
@@ -233,7 +234,7 @@ class Sweep:
         if mask is not None and mask.device.type == "cpu":
             self.live, mask = mask.nonzero()[:, 0], None
         self.mask = mask
-        self.ids = None if ids is None else self._take(ids, 0)
+        self.ids = given(ids, lambda ids: self._take(ids, 0))
         hidden = self._take(hidden, 0)
         self.policy = Projection(hidden, weight, bias, (needs[0], needs[1], needs[4]), dtype)
         self.ref: Projection | None = None
@@ -319,7 +320,7 @@ class Sweep:
         if self.ref is not None:
             d_ref_hidden, d_ref_weight, d_ref_bias = self.ref.gradients()
         d_hidden, d_ref_hidden = (
-            d if d is None else self._spread(d, 0) for d in (d_hidden, d_ref_hidden)
+            given(d, lambda d: self._spread(d, 0)) for d in (d_hidden, d_ref_hidden)
         )
         return [d_hidden, d_weight, d_ref_hidden, d_ref_weight, d_bias, d_ref_bias]
 
@@ -334,7 +335,7 @@ class _Chunk:
         self.columns, self.tokens, self.x, self.y = columns, tokens, x, y
         self.rows = sweep.rows[:, tile, tokens]
         self.saved = [s if s.dim() == 1 else s[tile, tokens] for s in sweep.saved]
-        self.mask = None if sweep.mask is None else sweep.mask[tokens]
+        self.mask = given(sweep.mask, lambda mask: mask[tokens])
         self.ids = None
         if sweep.ids is not None:
             self.ids = sweep.ids[tokens] - columns.start

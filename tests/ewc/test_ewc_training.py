@@ -5,6 +5,7 @@ checkpoints.
 from __future__ import annotations
 
 import copy
+import gc
 import io
 from typing import Any
 
@@ -199,6 +200,50 @@ def test_a_trainers_checkpoint_resumes_bit_for_bit() -> None:
     wrong["tensors"]["fisher.ghost"] = wrong["tensors"].pop("fisher.up.bias")
     with pytest.raises(ValueError, match=r"(?s)2 differences.*ghost: not held.*up.bias: missing"):
         ewc.load_state_dict(wrong)
+
+
+# --- one holder ----------------------------------------------------------------------------------
+
+
+def test_a_second_holder_is_refused_and_names_the_first() -> None:
+    """Whatever the two are, and whether or not they are one EWC; the parameters go free again."""
+    model, ewc, fisher = held()
+    other = EWC(model, {"up.weight": fisher["up.weight"]}, strength=1.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    adamw = AdamWEWC(model.parameters(), ewc=ewc)
+    twice = r"that {} holds, as .*count twice.*\.remove\(\).*EWC.combine"
+    first = ewc.attach(sgd)
+    for second in (ewc, other):
+        with pytest.raises(ValueError, match=twice.format(r"EWC.attach\(SGD, mode='grad'\)")):
+            second.attach(sgd, mode="prox")
+        with pytest.raises(ValueError, match=twice.format("AdamWEWC")):
+            second.attach(adamw)
+        with pytest.raises(ValueError, match=r"during_backward.*count twice"):
+            second.during_backward()
+    first.remove()
+    del adamw
+    gc.collect()
+    with (
+        ewc.during_backward(),
+        pytest.raises(ValueError, match=twice.format("EWC.during_backward")),
+    ):
+        other.attach(sgd)
+    with ewc.attach(sgd), ewc.attach(torch.optim.SGD(model.parameters(), lr=0.1)):
+        pass  # another optimizer's steps are other steps
+    ewc.attach(sgd)
+    del sgd  # and with the optimizer its holder goes
+    gc.collect()
+    ewc.during_backward().remove()
+
+
+def test_parts_of_a_model_have_holders_of_their_own() -> None:
+    model, _, fisher = held()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    up, down = (EWC(model, {n: fisher[n]}, strength=1.0) for n in ("up.weight", "down.weight"))
+    with up.attach(sgd), down.attach(sgd, mode="prox"):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        sgd.step()
 
 
 # --- layouts -------------------------------------------------------------------------------------

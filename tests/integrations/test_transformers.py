@@ -220,6 +220,21 @@ def test_metrics_reach_history_and_reporters(tmp_path: Path) -> None:
     )
 
 
+def test_a_second_ewc_in_one_run_is_refused(tmp_path: Path) -> None:
+    """The callback and `attach`, or either twice, before a step; without it training runs."""
+    trainer = Trainer(tiny_lm.model(), arguments(tmp_path), train_dataset=Rows(tiny_lm.ids()))
+    ewc = held(trainer.model)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    attach(trainer, ewc=ewc, where="post_clip")
+    second = attach(trainer, ewc=ewc)
+    with pytest.raises(ValueError, match=r"EWCCallback\(where='p.*_clip'\) holds.*count twice"):
+        trainer.train()
+    assert all(torch.equal(a, p) for a, p in zip(before, trainer.model.parameters(), strict=True))
+    second.undo()
+    trainer.train()
+    ewc.attach(torch.optim.SGD(trainer.model.parameters(), lr=0.1)).remove()
+
+
 def test_undo_takes_everything_back(tmp_path: Path) -> None:
     ref = tiny_lm.model(1)
     trainer = Trainer(tiny_lm.model(), arguments(tmp_path), train_dataset=Rows(tiny_lm.ids()))
