@@ -135,7 +135,7 @@ class FullKL(Handle):
     # --- seeing the policy's forward --------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Looks at the trainer's present model, of which Trainer(model_init=...) makes a new one."""
+        """Looks at the trainer's model of the moment; Trainer(model_init=...) makes new ones."""
         self._unwatch()
         trainer = self.trainer
         lm = causal_lm(OP, "trainer.model", trainer.model)
@@ -357,9 +357,9 @@ def _reference_of(
             "the policy itself, from which it would never differ",
             "pass a frozen copy",
         )
-    sizes = (vocabulary(policy), vocabulary(lm))
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise vocabularies_differ(*sizes)
+    own, other = vocabulary(policy), vocabulary(lm)
+    if own is not None and other is not None and own != other:
+        raise vocabularies_differ(own, other)
     if not any(hasattr(p, "full_tensor") for p in lm.parameters()):
         lm.to(accelerator.device)
     return ModelReference(lm, accelerator.autocast, keep=keep)

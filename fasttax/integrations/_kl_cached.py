@@ -60,7 +60,7 @@ class CachedReference:
         Raises:
             ValueError: a packed row has a part that the cache does not know.
         """
-        rows = getattr(trainer, "train_dataset", None)
+        rows: Any = getattr(trainer, "train_dataset", None)
         if not getattr(trainer.args, "packing", False) or not hasattr(rows, "__getitem__"):
             return
         for i in range(min(PACKED_ROWS, len(rows))):

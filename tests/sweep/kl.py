@@ -77,8 +77,8 @@ def truth(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor
     """The mean KL(policy || ref) of the models' own logits over the labelled tokens."""
     labels = batch["labels"]
     given = dict(batch)
-    shift = not encodes(policy.config)
-    if shift:
+    shift = not encodes(policy.config) and shifts_labels(policy, batch)
+    if not encodes(policy.config):
         del given["labels"]
     with torch.no_grad():
         x, y = (m(**given).logits.log_softmax(-1) for m in (policy, ref))
@@ -86,6 +86,17 @@ def truth(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor
     if shift:
         kl, labels = kl[:, :-1], labels[:, 1:]
     return float(kl[labels != -100].mean())
+
+
+def shifts_labels(model: Any, batch: dict[str, Tensor]) -> bool:
+    """Whether the model's own loss takes the next label, which Bart's decoders for one do not."""
+    labels = batch["labels"]
+    with torch.no_grad():
+        output = model(**batch)
+        if getattr(output, "loss", None) is None or output.logits.shape[:2] != labels.shape:
+            return True
+        unshifted = nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+    return not torch.allclose(unshifted, output.loss.to(unshifted))
 
 
 def full_kl(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tensor]) -> Outcome:
