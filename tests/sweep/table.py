@@ -45,8 +45,8 @@ def _made(rows: list[Row], command: str, listed: int) -> str:
     built = sum(not row.unbuilt for row in rows)
     day = datetime.date.today().isoformat()
     return (
-        f"{built} classes built, of {len(rows)} tried and {listed} that transformers lists in these "
-        f"mappings. Made by `{command}` on {day} with fasttax {version('fasttax')}, "
+        f"{built} classes built, of {len(rows)} tried and {listed} that transformers lists in "
+        f"these mappings. Made by `{command}` on {day} with fasttax {version('fasttax')}, "
         f"transformers {version('transformers')}, torch {version('torch')}.\n"
     )
 
