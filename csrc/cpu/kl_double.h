@@ -6,27 +6,12 @@
 #include <cstdint>
 #include <limits>
 
+#include "../math/double_math.h"
 #include "../math/kl_frame.h"
 #include "../math/kl_row.h"
 #include "../math/kl_slope.h"
 
 namespace fasttax {
-
-struct DoubleMath {
-  using S = double;
-  using R = double;
-  static constexpr bool kVector = false;
-  static double exp(double a) { return std::exp(a); }
-  static double log(double a) { return std::log(a); }
-  static double log1p(double a) { return std::log1p(a); }
-  static double tanh(double a) { return std::tanh(a); }
-  static double abs(double a) { return std::fabs(a); }
-  static double fma(double a, double b, double c) { return a * b + c; }
-  static double splat(double a) { return a; }
-  static double only(bool b, double a) { return b ? a : 0.0; }
-  static bool all_le(double a, double b) { return a <= b; }
-  static double total(double a) { return a; }
-};
 
 using DoubleParams = KlParamsOf<double>;
 using DoubleRow = KlRowOf<double>;
@@ -97,22 +82,19 @@ inline KlSums double_sums(const double* x, const double* y, int64_t V, const Dou
 template <KlKind kind>
 inline double double_second_sweep(const double* x, const double* y, int64_t V,
                                   const DoubleParams& k, DoubleRow& row) {
+  using F = KlFormula<kind>;
   const DoubleFrame frame(k, row);
-  KlThree<double> sums{};
+  const KlLogs<double> logs(row);
+  KlThree<double> sums = F::template none<double>();
   for_folds(V, [&](int64_t begin, int64_t end) {
-    KlThree<double> part{};
+    KlThree<double> part = F::template none<double>();
     for (int64_t i = begin; i < end; ++i) {
       const auto z = frame(x[i], y[i]);
-      const double p = std::exp(z.ax) * row.inv_s, q = std::exp(z.ay) * row.inv_s_ref;
-      const auto terms =
-          KlFormula<kind>::template terms<DoubleMath>(p, q, z.d - row.log_ratio, k.beta);
-      part.value += terms.value;
-      part.first += terms.first;
-      part.second += terms.second;
+      const KlEntry<double> entry{std::exp(z.ax) * row.inv_s, std::exp(z.ay) * row.inv_s_ref,
+                                  z.d - row.log_ratio, z.ax + logs.x, z.ay + logs.y};
+      F::template join<DoubleMath>(part, F::template terms<DoubleMath>(entry, k.beta));
     }
-    sums.value += part.value;
-    sums.first += part.first;
-    sums.second += part.second;
+    F::template join<DoubleMath>(sums, part);
   });
   const KlThree<double> out = KlFormula<kind>::finish(sums, k.beta);
   row.mean_gap = out.first;
@@ -142,13 +124,15 @@ inline double kl_double_forward(const double* x, const double* y, int64_t V, con
 inline void kl_double_backward(const double* x, const double* y, int64_t V, const DoubleParams& k,
                                const DoubleRow& row, double upstream, double* dx, double* dy) {
   const DoubleFrame frame(k, row);
+  const KlLogs<double> logs(row);
   const bool close = kl_close(row);
   with_kind(k.kind, [&](auto kind) {
     for (int64_t i = 0; i < V; ++i) {
       const auto z = frame(x[i], y[i]);
       const auto q_of = [&] { return std::exp(z.ay) * row.inv_s_ref; };
+      const auto logs_of = [&] { return KlSides<double>{z.ax + logs.x, z.ay + logs.y}; };
       auto d = kl_slope<decltype(kind)::value, DoubleMath, true>(std::exp(z.ax) * row.inv_s, z.d,
-                                                                 close, q_of, row, k.beta);
+                                                                 close, q_of, logs_of, row, k.beta);
       d.x *= upstream * k.row_slope;
       d.y *= upstream * k.ref_row_slope;
       kl_uncap<DoubleMath>(d, z.x, z.y, k);

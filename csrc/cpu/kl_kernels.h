@@ -1,5 +1,6 @@
 // token_kl over one row pair. Forward is one sweep over both rows (kinds of two: the second in L2),
 // backward another.
+#include "../math/double_math.h"
 #include "kl_sweep.h"
 
 #if defined(FASTTAX_ISA)  // isa.h: once per instruction set
@@ -10,27 +11,28 @@ namespace FASTTAX_ISA_NS {
 template <KlKind kind, FrameMode mode, class T>
 inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame,
                          KlThree<double>& total) {
+  using F = KlFormula<kind>;
   const KlRow& r = frame.r;
-  KlThree<VF> part{};
+  const KlLogs<float> logs(r);
+  KlThree<VF> part = F::template none<VF>();
   for_vectors(x, y, n, [&](VF xv, VF yv) {
     VF ax, d;
     frame(xv, yv, ax, d);
-    const VF p = exp(ax) * r.inv_s, q = exp(frame.ay(yv)) * r.inv_s_ref, u = d - r.log_ratio;
-    const KlThree<VF> terms = KlFormula<kind>::template terms<VectorMath>(p, q, u, frame.k.beta);
-    part.value += terms.value;
-    part.first += terms.first;
-    part.second += terms.second;
+    const VF ay = frame.ay(yv);
+    const KlEntry<VF> entry{exp(ax) * r.inv_s, exp(ay) * r.inv_s_ref, d - r.log_ratio, ax + logs.x,
+                            ay + logs.y};
+    F::template join<VectorMath>(part, F::template terms<VectorMath>(entry, frame.k.beta));
   });
-  total.value += sum(part.value);
-  total.first += sum(part.first);
-  total.second += sum(part.second);
+  for (int i = 0; i < kLanes; ++i)
+    F::template join<DoubleMath>(
+        total, {double(part.value[i]), double(part.first[i]), double(part.second[i])});
 }
 
 template <KlKind kind>
 inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, const Sums& t,
                            KlRow& r) {
   if (KlFormula<kind>::is_zero(k.beta)) return (t.s + t.y) * 0;  // 0, or NaN for a NaN row
-  KlThree<double> sums{};
+  KlThree<double> sums = KlFormula<kind>::template none<double>();
   with_mode<false>(k, r, [&](auto is) {
     constexpr FrameMode mode = decltype(is)::value;
     const Frame<mode> frame(k, r);
@@ -84,11 +86,13 @@ inline float kl_row_forward(const RowPair& rows, int64_t V, const KlParams& k, K
 template <FrameMode mode, KlKind kind, Sides sides>
 struct KlSlope {
   Frame<mode> frame;
+  KlLogs<float> logs;
   float gx, gy;
   bool close;
 
   KlSlope(const KlParams& k, const KlRow& row, float upstream)
       : frame(k, row),
+        logs(row),
         gx(upstream * k.row_slope),
         gy(upstream * k.ref_row_slope),
         close(kl_close(row)) {}
@@ -99,8 +103,9 @@ struct KlSlope {
     frame(xv, yv, ax, d);
     const VF p = exp_flushed(ax) * r.inv_s;
     const auto q_of = [&] { return exp_flushed(frame.ay(yv)) * r.inv_s_ref; };
-    KlSides<VF> out =
-        kl_slope<kind, VectorMath, sides == kBothSides>(p, d, close, q_of, r, frame.k.beta);
+    const auto logs_of = [&] { return KlSides<VF>{ax + logs.x, frame.ay(yv) + logs.y}; };
+    KlSides<VF> out = kl_slope<kind, VectorMath, sides == kBothSides>(p, d, close, q_of, logs_of, r,
+                                                                      frame.k.beta);
     out.x *= gx;
     out.y *= gy;
     if constexpr (mode == FrameMode::kGeneral) kl_uncap<VectorMath>(out, xv, yv, frame.k);

@@ -140,23 +140,35 @@ __global__ void __launch_bounds__(kKlThreads, 2)
 
 // --- the second sweep of kinds that need p, q and u
 
+// All lanes' parts in every lane, always in the same order.
+template <class F, class M>
+__device__ __forceinline__ void kl_warp_join(KlThree<typename M::S>& all) {
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) {
+    KlThree<typename M::S> other;
+    other.value = __shfl_xor_sync(kWholeWarp, all.value, bit);
+    other.first = __shfl_xor_sync(kWholeWarp, all.first, bit);
+    other.second = __shfl_xor_sync(kWholeWarp, all.second, bit);
+    F::template join<M>(all, other);
+  }
+}
+
 template <KlKind kind, class Source>
 __device__ void kl_span_second(const Source& rows, const KlDeviceFrame& frame, int64_t begin,
                                int64_t end, float* part) {
   using T = typename Source::Entry;
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
   const int lane = int(threadIdx.x) % 32;
-  float v[kSecondParts] = {};
+  using F = KlFormula<kind>;
+  const KlLogs<float> logs(frame.r);
+  KlThree<float> all = F::template none<float>();
   const auto add = [&](float x, float y) {
     const KlRow& r = frame.r;
     float ax, ay, d;
     frame.careful(x, y, ax, ay, d);
-    const float p = kl_exp2(ax * kLog2e) * r.inv_s, q = kl_exp2(ay * kLog2e) * r.inv_s_ref;
-    const KlThree<float> terms =
-        KlFormula<kind>::template terms<DeviceMath>(p, q, d - r.log_ratio, frame.k.beta);
-    v[0] += terms.value;
-    v[1] += terms.first;
-    v[2] += terms.second;
+    const KlEntry<float> entry{kl_exp2(ax * kLog2e) * r.inv_s, kl_exp2(ay * kLog2e) * r.inv_s_ref,
+                               d - r.log_ratio, ax + logs.x, ay + logs.y};
+    F::template join<DeviceMath>(all, F::template terms<DeviceMath>(entry, frame.k.beta));
   };
   int64_t i = begin;
 #pragma unroll 1
@@ -169,8 +181,8 @@ __device__ void kl_span_second(const Source& rows, const KlDeviceFrame& frame, i
   }
 #pragma unroll 1
   for (i += lane; i < end; i += 32) add(rows.x_one(i), rows.y_one(i));
-  const float sum = kl_warp_sums<kSecondParts>(v);
-  if (lane % 8 == 0) part[lane / 8] = sum;
+  kl_warp_join<F, DeviceMath>(all);
+  if (lane == 0) part[0] = all.value, part[1] = all.first, part[2] = all.second;
 }
 
 // From sh.state with the row's sums to its value, in one block's team or a cluster's; as
@@ -189,18 +201,15 @@ __device__ bool kl_row_second(const Source& rows, const KlArgs& a, KlTeam& team,
   if (ticket && !kl_last_to_arrive(ticket, a.splits, sh)) return false;
   kl_team_sync<kCluster>();
   if (warp == 0) {
-    KlThree<double> total{};
+    using F = KlFormula<kind>;
+    KlThree<double> total = F::template none<double>();
     for (int i = lane; i < team.spans; i += 32) {
       const volatile float* part = kl_part<kCluster>(team, i, kSecondParts);
-      total.value += double(part[0]);
-      total.first += double(part[1]);
-      total.second += double(part[2]);
+      F::template join<DoubleMath>(total, {double(part[0]), double(part[1]), double(part[2])});
     }
-    total.value = kl_warp_total(total.value);
-    total.first = kl_warp_total(total.first);
-    total.second = kl_warp_total(total.second);
+    kl_warp_join<F, DoubleMath>(total);
     if (lane == 0) {
-      const KlThree<double> out = KlFormula<kind>::finish(total, a.k.beta);
+      const KlThree<double> out = F::finish(total, a.k.beta);
       sh.state.value = out.value;
       sh.state.r.mean_gap = float(out.first);
       sh.state.r.ref_center = float(out.second);

@@ -13,6 +13,15 @@ struct KlRefOf {  // q, where a slope asks for it
   FASTTAX_HD float operator()() const { return kl_exp2(ay2) * inv_s_ref; }
 };
 
+struct KlLogsOf {  // log p and log q, where a slope asks for them
+  float ax, ay2;
+  const KlRow& row;
+  FASTTAX_HD KlSides<float> operator()() const {
+    const KlLogs<float> logs(row);
+    return {ax + logs.x, ay2 * kLn2 + logs.y};
+  }
+};
+
 // The gradient at one entry of a row; kBoth: of the reference too.
 template <KlOp op, bool kBoth>
 struct KlSlope {
@@ -48,7 +57,9 @@ struct KlSlope {
     const KlRefOf q_of{ay2, frame.r.inv_s_ref};
     KlSides<float> out;
     if constexpr (kl_is_kind(op)) {
-      out = kl_slope<kl_kind(op), DeviceMath, kBoth>(p, d, kClose, q_of, frame.r, frame.k.beta);
+      const KlLogsOf logs_of{ax, ay2, frame.r};
+      out = kl_slope<kl_kind(op), DeviceMath, kBoth>(p, d, kClose, q_of, logs_of, frame.r,
+                                                     frame.k.beta);
     } else {
       const bool backwards = kl_has_ref(op) && stats.g_backwards != 0;
       out = stats.template at<true, kBoth>(p, ax, d, kClose, q_of, backwards, at_id);

@@ -48,7 +48,7 @@ struct KlParts {
   static constexpr int kMass = kCount - 4 * kEntropy;
   static constexpr int kPadded = kCount <= 4 ? 4 : kCount <= 8 ? 8 : 16;
 };
-constexpr int kSecondParts = 4;  // of a second sweep: three sums
+constexpr int kSecondParts = 3;  // of a second sweep: KlThree
 
 // sum e^ax and sum e^ax ax log2 e of a span; where the highest entry dominates them
 // (kl_around_peak), around that one, the pivot, of which there are `peaks`.

@@ -46,11 +46,26 @@ FASTTAX_HD typename M::S kl_apart(typename M::S p, typename M::S u, bool close, 
 // and, of those with a second sweep, at beta (which is the kind's parameter, whatever it is
 // called):
 //   is_zero(beta)            no second sweep: the value is 0
-//   terms(p, q, u, beta)     an entry's part of three sums
-//   finish(sums, beta)       value, and what the row keeps as mean_gap and ref_center
-//   slope(p, q, u, row, beta)
+//   terms(entry, beta)       an entry's part of three numbers
+//   none(), join(to, part)   the parts of no entry; `part` counted in, in any order
+//   finish(three, beta)      value, and what the row keeps as mean_gap and ref_center
+//   slope(entry, row, beta)
 template <KlKind kind>
 struct KlFormula;
+
+// An entry as a second sweep sees it; the logs have their digits where p and q are 0.
+template <class S>
+struct KlEntry {
+  S p, q, u, log_p, log_q;
+};
+
+// What makes log p of ax, and log q of ay.
+template <class R>
+struct KlLogs {
+  R x, y;
+  FASTTAX_HD explicit KlLogs(const KlRowOf<R>& row)
+      : x(std::log(row.inv_s)), y(std::log(row.inv_s_ref)) {}
+};
 
 template <>
 struct KlFormula<KlKind::kPolicyRef> {  // x: p (d - E_p[d])   y: q - p
@@ -77,8 +92,22 @@ struct KlFormula<KlKind::kRefPolicy> {  // x: p - q   y: q (E_q[d] - d)
 };
 
 template <class S>
-struct KlThree {  // an entry's part of a second sweep's sums; their totals; or what they finish as
+struct KlThree {  // an entry's part of a second sweep; all entries'; or what these finish as
   S value, first, second;
+};
+
+// Three sums.
+struct KlAdded {
+  template <class S>
+  FASTTAX_HD static KlThree<S> none() {
+    return {S{}, S{}, S{}};
+  }
+  template <class M>
+  FASTTAX_HD static void join(KlThree<typename M::S>& to, const KlThree<typename M::S>& part) {
+    to.value += part.value;
+    to.first += part.first;
+    to.second += part.second;
+  }
 };
 
 // log(m/p) of the mixture m = (1 - beta) p + beta q, without overflow on either side. Where q is
@@ -98,7 +127,7 @@ FASTTAX_HD typename M::S kl_log_mix(typename M::S u, typename M::R beta) {
 // two.
 //   x: (1 - beta) p (log p - log m - KL(p||m))     y: beta q (log q - log m - KL(q||m))
 template <>
-struct KlFormula<KlKind::kJsd> {
+struct KlFormula<KlKind::kJsd> : KlAdded {
   template <class R>
   FASTTAX_HD static bool is_zero(R beta) {
     return beta == 0 || beta == 1;
@@ -112,10 +141,11 @@ struct KlFormula<KlKind::kJsd> {
   }
 
   template <class M>
-  FASTTAX_HD static KlThree<typename M::S> terms(typename M::S p, typename M::S q, typename M::S u,
+  FASTTAX_HD static KlThree<typename M::S> terms(const KlEntry<typename M::S>& entry,
                                                  typename M::R beta) {
     using S = typename M::S;
     using R = typename M::R;
+    const S p = entry.p, q = entry.q, u = entry.u;
     const S l = kl_log_mix<M>(u, beta);
     const S p_part = times(p, -l), q_part = times(q, q_over_m<M>(p, u, l, beta));
     const S eps = kl_rest(u);
@@ -130,26 +160,28 @@ struct KlFormula<KlKind::kJsd> {
   }
 
   template <class M>
-  FASTTAX_HD static KlSides<typename M::S> slope(typename M::S p, typename M::S q, typename M::S u,
+  FASTTAX_HD static KlSides<typename M::S> slope(const KlEntry<typename M::S>& entry,
                                                  const KlRowOf<typename M::R>& row,
                                                  typename M::R beta) {
     using R = typename M::R;
-    const typename M::S l = kl_log_mix<M>(u, beta);
+    const typename M::S p = entry.p, q = entry.q, u = entry.u, l = kl_log_mix<M>(u, beta);
     return {times(p, (R(1) - beta) * (-l - row.mean_gap)),
             times(q, beta * (q_over_m<M>(p, u, l, beta) - row.ref_center))};
   }
 };
 
 // d KL / d x and d KL / d y at one entry of a row, by its tempered logits.
-template <KlKind kind, class M, bool for_y, class Q>
+// logs_of() gives log p and log q.
+template <KlKind kind, class M, bool for_y, class Q, class L>
 FASTTAX_HD KlSides<typename M::S> kl_slope(typename M::S p, typename M::S d, bool close,
-                                           const Q& q_of, const KlRowOf<typename M::R>& row,
-                                           typename M::R beta) {
+                                           const Q& q_of, const L& logs_of,
+                                           const KlRowOf<typename M::R>& row, typename M::R beta) {
   using F = KlFormula<kind>;
   if constexpr (kl_two_sweeps(kind)) {
     const typename M::S q = q_of();
     if (F::is_zero(beta)) return {p * 0, q * 0};  // 0, or NaN in a row that has one
-    return F::template slope<M>(p, q, d - row.log_ratio, row, beta);
+    const KlSides<typename M::S> logs = logs_of();
+    return F::template slope<M>({p, q, d - row.log_ratio, logs.x, logs.y}, row, beta);
   } else {
     return F::template slope<M, for_y>(p, d, close, q_of, row);
   }
