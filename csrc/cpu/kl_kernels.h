@@ -53,6 +53,7 @@ inline float kl_row_forward(const RowPair& rows, int64_t V, const KlParams& k, K
   constexpr bool two_sweeps = kl_two_sweeps(kind);
   primed_maxima(rows, V, k, r);
   bool careful = false, exact_frame = false;
+  if constexpr (two_sweeps) careful = KlFormula<kind>::kCareful;
   Sums t = sweep_row<want>(rows, V, k, r, careful);
   double value = 0;
   for (;;) {
@@ -101,8 +102,11 @@ struct KlSlope {
     const KlRow& r = frame.r;
     VF ax, d;
     frame(xv, yv, ax, d);
-    const VF p = exp_flushed(ax) * r.inv_s;
-    const auto q_of = [&] { return exp_flushed(frame.ay(yv)) * r.inv_s_ref; };
+    // the cheaper exponential's error is 1.4e-8 |ax| more: a part of a gradient by one sweep, but
+    // not of one where p and q meet a third exponential
+    const auto e_to = [](VF z) { return kl_two_sweeps(kind) ? exp(z) : exp_flushed(z); };
+    const VF p = e_to(ax) * r.inv_s;
+    const auto q_of = [&] { return e_to(frame.ay(yv)) * r.inv_s_ref; };
     const auto logs_of = [&] { return KlSides<VF>{ax + logs.x, frame.ay(yv) + logs.y}; };
     KlSides<VF> out = kl_slope<kind, VectorMath, sides == kBothSides>(p, d, close, q_of, logs_of, r,
                                                                       frame.k.beta);

@@ -50,6 +50,7 @@ FASTTAX_HD typename M::S kl_apart(typename M::S p, typename M::S u, bool close, 
 //   none(), join(to, part)   the parts of no entry; `part` counted in, in any order
 //   finish(three, beta)      value, and what the row keeps as mean_gap and ref_center
 //   slope(entry, row, beta)
+//   kCareful                 whether S and Y must be to the last digits of a float
 template <KlKind kind>
 struct KlFormula;
 
@@ -96,8 +97,9 @@ struct KlThree {  // an entry's part of a second sweep; all entries'; or what th
   S value, first, second;
 };
 
-// Three sums.
+// Three sums, after a first sweep by the cheaper exponential.
 struct KlAdded {
+  static constexpr bool kCareful = false;
   template <class S>
   FASTTAX_HD static KlThree<S> none() {
     return {S{}, S{}, S{}};
