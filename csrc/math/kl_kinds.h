@@ -10,9 +10,9 @@
 // KlFormula in kl_slope.h: what sums, launches and checks goes by the functions below.
 namespace fasttax {
 
-enum class KlKind : int64_t { kPolicyRef = 0, kRefPolicy = 1, kJsd = 2 };
+enum class KlKind : int64_t { kPolicyRef = 0, kRefPolicy = 1, kJsd = 2, kRenyi = 3 };
 
-constexpr int kKlKinds = 3;
+constexpr int kKlKinds = 4;
 
 // Which sums a sweep over a row pair takes (KlSums).
 constexpr int kWantPolicyRef = 1, kWantRefPolicy = 2, kWantEntropy = 4;

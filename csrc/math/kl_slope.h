@@ -172,6 +172,105 @@ struct KlFormula<KlKind::kJsd> : KlAdded {
   }
 };
 
+// Renyi of order a = beta > 0, not 1: log(1 + M) / (a - 1) of M = sum p^a q^c - 1, c = 1 - a.
+// Where the rows are close, an entry's part of M is p [e^(-c u) - 1 - c (e^-u - 1)], all of one
+// sign; where they are apart, the weights p^a q^c are summed around the largest. The largest
+// entry's logs are the same bits in both sweeps: where it is all there is, its gradient is 0.
+//   x: a / (a - 1) (w - p)     y: q - w,     w = p^a q^c / (1 + M)
+template <>
+struct KlFormula<KlKind::kRenyi> {
+  static constexpr bool kCareful = true;
+  static constexpr float kNone = -3e38f, kMost = 3e38f;  // the log of a weight that is 0, infinite
+
+  template <class R>
+  FASTTAX_HD static bool is_zero(R) {
+    return false;
+  }
+
+  template <class M>
+  FASTTAX_HD static auto small(typename M::S t) {
+    return M::abs(t) <= kl_near<typename M::S>();
+  }
+
+  template <class M>
+  FASTTAX_HD static typename M::S log_weight(const KlEntry<typename M::S>& e, typename M::R a) {
+    using S = typename M::S;
+    using R = typename M::R;
+    const S none = constant<S>(kNone), most = constant<S>(kMost);
+    S log_w = a * e.log_p + (R(1) - a) * e.log_q;
+    log_w = e.log_p == constant<S>(-HUGE_VAL) ? none : log_w;
+    log_w = log_w < none ? none : log_w;
+    return log_w > most ? most : log_w;
+  }
+
+  // value: M's part; first: the log of the largest weight; second: the weights over it.
+  template <class M>
+  FASTTAX_HD static KlThree<typename M::S> terms(const KlEntry<typename M::S>& e, typename M::R a) {
+    using S = typename M::S;
+    using R = typename M::R;
+    const R c = R(1) - a;
+    const S cu = c * e.u, au = a * e.u, high = constant<S>(80);
+    const S to_w = -cu > high ? high : -cu;  // beyond it the rows are apart
+    // w - p and w - q by the series, which leave digits where a is near 1 or 0
+    const S from_p = (small<M>(cu) ? e.p * kl_rest(cu) : e.p * M::exp(to_w) - e.p);
+    const S by_p = from_p - c * (e.q - e.p), by_q = e.q * kl_rest(-au) - a * (e.p - e.q);
+    const S near = e.p * (kl_excess(cu) - c * kl_excess(e.u));
+    const S apart = small<M>(au) ? by_q : by_p;
+    const S both = small<M>(cu) & small<M>(e.u) ? near : apart;
+    const S value = e.p == 0 ? -c * e.q : both;
+    return {value, log_weight<M>(e, a), constant<S>(1)};
+  }
+
+  template <class S>
+  FASTTAX_HD static KlThree<S> none() {
+    return {S{}, constant<S>(kNone), S{}};
+  }
+
+  template <class M>
+  FASTTAX_HD static void join(KlThree<typename M::S>& to, const KlThree<typename M::S>& part) {
+    using S = typename M::S;
+    const auto above = to.first >= part.first;
+    const S scale = M::exp(-M::abs(to.first - part.first));
+    to.value += part.value;
+    to.second = above ? to.second + part.second * scale : to.second * scale + part.second;
+    to.first = above ? to.first : part.first;
+  }
+
+  // The row keeps log(1 + M) in two parts: the largest weight's log and the rest, or, of rows that
+  // are close, 0 and all of it.
+  template <class R>
+  FASTTAX_HD static KlThree<double> finish(const KlThree<double>& all, R a) {
+    const double order = double(a) - 1, rest = std::log(all.second), log_all = all.first + rest;
+    if (all.first >= 1e38) return {HUGE_VAL / order, 0, HUGE_VAL};
+    if (all.first <= -1e38) return {-HUGE_VAL / order, 0, -HUGE_VAL};
+    if (!(std::fabs(log_all) <= 0.4)) return {log_all / order, rest, all.first};
+    return {std::log1p(all.value) / order, std::log1p(all.value), 0};
+  }
+
+  // Where w is near p, w - p = p (e^-t - 1), t = log p - log w = c u + log(1 + M); where it is near
+  // q, q - w = -q (e^-s - 1), s = log q - log w = log(1 + M) - a u. In rows that are close u has
+  // more digits than the logs.
+  template <class M>
+  FASTTAX_HD static KlSides<typename M::S> slope(const KlEntry<typename M::S>& e,
+                                                 const KlRowOf<typename M::R>& row,
+                                                 typename M::R a) {
+    using S = typename M::S;
+    using R = typename M::R;
+    const R rest = row.mean_gap, largest = row.ref_center;
+    const S log_w = (log_weight<M>(e, a) - largest) - rest, high = constant<S>(80);
+    S t = e.log_p - log_w, s = e.log_q - log_w, w = M::exp(log_w);
+    if (largest == 0 && rest <= R(0.5) && rest >= R(-0.5)) {
+      t = (R(1) - a) * e.u + rest;
+      s = rest - a * e.u;
+      w = e.p == 0 ? e.p : e.p * M::exp(-t > high ? high : -t);
+    }
+    const S under_q = small<M>(s) ? -(e.q * kl_rest(s)) : e.q - w;
+    w = small<M>(s) ? e.q - under_q : w;
+    const S over_p = small<M>(t) ? e.p * kl_rest(t) : w - e.p;
+    return {a / (a - R(1)) * over_p, under_q};
+  }
+};
+
 // d KL / d x and d KL / d y at one entry of a row, by its tempered logits.
 // logs_of() gives log p and log q.
 template <KlKind kind, class M, bool for_y, class Q, class L>

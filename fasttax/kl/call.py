@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
+from fasttax.reference.kl import RENYI
 from fasttax.reference.numbers import hide
 from fasttax.reference.tempering import OPTIONS as OPTIONS
 from fasttax.reference.tempering import SIDES as SIDES
@@ -24,6 +25,19 @@ INF = ("propagate", "mask")
 def share(op: str, argument: str, beta: Any) -> float:
     """`beta` as the reference's share of a mixture."""
     return checks.number(op, argument, beta, low=0, high=1)
+
+
+def order(op: str, argument: str, beta: Any) -> float:
+    """`beta` as the order of a Renyi divergence.
+
+    Raises:
+        ValueError: it is not positive, or 1.
+    """
+    expected = "an order > 0 and at least 1e-6 from 1"
+    if abs(checks.positive(op, argument, beta) - 1) < 1e-6:
+        way_out = "kind='policy_ref' is the limit at order 1"
+        raise checks.fail(op, argument, expected, repr(beta), way_out)
+    return float(beta)
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,12 @@ KINDS = {
     "policy_ref": Kind(reference.POLICY_REF, row="kl_policy_ref"),
     "ref_policy": Kind(reference.REF_POLICY, row="kl_ref_policy"),
     "jsd": Kind(reference.JSD, mixture=True),
+    "renyi": Kind(
+        RENYI,
+        whole_rows="the logarithm is of a whole row's sum, whose small terms would cancel between "
+        "shards; gather the vocabulary, or take kind='policy_ref', the limit at order 1",
+        check_beta=order,
+    ),
 }
 BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
 

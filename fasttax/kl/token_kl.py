@@ -6,11 +6,13 @@ With p = softmax(policy logits), q = softmax(reference logits), u = log p - log 
     kind="ref_policy"   KL(ref || policy) = -sum_v q_v u_v
     kind="jsd"          beta KL(ref || m) + (1 - beta) KL(policy || m),
                         m = beta ref + (1 - beta) policy
+    kind="renyi"        log(sum_v p_v^beta q_v^(1 - beta)) / (beta - 1)
 
 Logits are tempered first: x = softcap * tanh(logits * logit_scale / softcap) / temperature (no
 softcap: logits * logit_scale / temperature). The sums are taken in Bregman form (every term >= 0,
 Bregman 1967), so a KL of 1e-7 keeps its digits, and equal logits give exactly 0. JSD as in Lin
-1991, generalised as in Agarwal et al. 2024 (arXiv:2306.13649).
+1991, generalised as in Agarwal et al. 2024 (arXiv:2306.13649). Rényi 1961; van Erven & Harremoës
+2014 (arXiv:1206.2459): of order beta -> 1 it is KL(policy || ref).
 """
 
 from __future__ import annotations
@@ -66,9 +68,10 @@ def token_kl(
     Args:
         logits: (..., V), the policy's: float32, bfloat16, float16 or float64; differentiable.
         ref_logits: (..., V), the reference's; differentiable too.
-        kind: "policy_ref" = KL(policy || ref), "ref_policy" = KL(ref || policy), "jsd" (see the
-            module).
-        beta: the reference's share of the mixture in "jsd", in [0, 1]; 0 and 1 give 0.
+        kind: "policy_ref" = KL(policy || ref), "ref_policy" = KL(ref || policy), "jsd" or "renyi"
+            (see the module).
+        beta: the reference's share of the mixture in "jsd", in [0, 1]; 0 and 1 give 0. The order in
+            "renyi", > 0 and not 1.
         temperature: of the policy.
         ref_temperature: of the reference; None is `temperature`.
         softcap: of the policy; None is none.
@@ -86,7 +89,7 @@ def token_kl(
             if anything else needs their values, as autograd's version check sees).
         tp_group: a torch.distributed group whose ranks hold consecutive shards of the vocabulary. A
             few floats a token cross the ranks. jsd keeps a shard of log m in float32 for its
-            backward, inf="mask" copies of the shards.
+            backward, inf="mask" copies of the shards. Not with "renyi".
 
     Returns:
         float32 (float64 for float64 logits), (...) or 0-d; never negative; NaN for an unmasked row

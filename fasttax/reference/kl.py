@@ -35,34 +35,36 @@ class Pair(NamedTuple):
     p: Tensor
     q: Tensor
     u: Tensor  # log p - log q, 0 where both are 0
+    lp: Tensor  # log p
+    lq: Tensor  # log q
 
     def apart(self) -> Tensor:
         """The difference p - q without its rounding error."""
-        p, q, u = self
+        p, q, u = self[:3]
         return torch.where(u.abs() <= 1, -p * torch.expm1(-u), p - q)
 
 
 def policy_ref(pair: Pair, beta: float) -> Tensor:
     """KL(p || q) = sum p (e^-u - 1 + u), every term >= 0."""
-    p, q, u = pair
+    p, q, u = pair[:3]
     return torch.where(p > 0, times(p, torch.expm1(-u) + u), q).sum(-1)
 
 
 def policy_ref_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     """Derivatives p (u - KL) by the policy's tempered logits, q - p by the reference's."""
-    p, _, u = pair
+    p, _, u = pair[:3]
     return times(p, u - times(p, u).sum(-1, keepdim=True)), -pair.apart()
 
 
 def ref_policy(pair: Pair, beta: float) -> Tensor:
     """KL(q || p) = sum q (e^u - 1 - u), every term >= 0."""
-    p, q, u = pair
+    p, q, u = pair[:3]
     return torch.where(q > 0, times(q, torch.expm1(u) - u), p).sum(-1)
 
 
 def ref_policy_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     """Derivatives p - q by the policy's tempered logits, -q (u + KL) by the reference's."""
-    _, q, u = pair
+    _, q, u = pair[:3]
     return pair.apart(), times(q, -u + times(q, u).sum(-1, keepdim=True))
 
 
@@ -71,7 +73,7 @@ def jsd(pair: Pair, beta: float) -> Tensor:
 
     Of close rows p (beta g(e) - g(beta e)) with e = q/p - 1 and g of `jensen_gap`.
     """
-    p, q, u = pair
+    p, q, u = pair[:3]
     if beta in (0.0, 1.0):
         return (p + q).sum(-1) * 0
     p_to_m, q_to_m = divergences_to_mixture(pair, beta)
@@ -83,7 +85,7 @@ def jsd(pair: Pair, beta: float) -> Tensor:
 
 def jsd_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     """Derivatives (1 - beta) p (log(p/m) - KL(p || m)), and beta q (log(q/m) - KL(q || m))."""
-    p, q, _ = pair
+    p, q, _ = pair[:3]
     if beta in (0.0, 1.0):
         return p * 0, q * 0
     p_to_m, q_to_m = divergences_to_mixture(pair, beta)
@@ -106,23 +108,80 @@ def jensen_gap(t: Tensor) -> Tensor:
 
 def divergences_to_mixture(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     """log(p/m) and log(q/m); where p is 0, q/m = 1/beta."""
-    p, _, u = pair
+    p, _, u = pair[:3]
     l = log_mixture(u, beta)
     return -l, torch.where(p == 0, torch.full_like(u, -math.log(beta)), -u - l)
 
 
+def renyi(pair: Pair, beta: float) -> Tensor:
+    """Renyi divergence of order a = beta: log(sum p^a q^(1-a)) / (a - 1), >= 0.
+
+    The sum is 1 + M, and every term of M = sum p [e^-cu - 1 - c (e^-u - 1)], c = 1 - a, has the
+    sign of -c.
+    """
+    return (_log_sum(pair, beta) / (beta - 1)).clamp_min(0)[..., 0]
+
+
+def renyi_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
+    """Derivatives a/(a - 1) (w - p) and q - w with w = p^a q^(1-a) / (1 + M).
+
+    As p (w/p - 1) and q (1 - w/q), of the quotients' logarithms, where those are small. In close
+    rows, where log(1 + M) is, u has more digits than log p and log q.
+    """
+    p, q, u = pair[:3]
+    log_sum = _log_sum(pair, beta)
+    log_w = _log_terms(pair, beta) - log_sum
+    close = log_sum.abs() < 0.4
+    from_p = torch.where(close, (beta - 1) * u - log_sum, log_w - pair.lp)
+    from_q = torch.where(close, beta * u - log_sum, log_w - pair.lq)
+    w = torch.exp(log_w)
+    for_p = torch.where(from_p.abs() <= 1, p * torch.expm1(from_p), w - p)
+    for_q = torch.where(from_q.abs() <= 1, -q * torch.expm1(from_q), q - w)
+    return beta / (beta - 1) * for_p, for_q
+
+
+def _log_terms(pair: Pair, beta: float) -> Tensor:
+    """The logs of p^a q^(1-a); -inf where p is 0."""
+    return torch.where(pair.lp == -math.inf, pair.lp, beta * pair.lp + (1 - beta) * pair.lq)
+
+
+def _log_sum(pair: Pair, beta: float) -> Tensor:
+    """The log of sum p^a q^(1-a) (..., 1): of M where it is small, or the sum's own logarithm."""
+    p, q, u = pair[:3]
+    c, terms = 1 - beta, _log_terms(pair, beta)
+    near = (u.abs() <= 1) & ((c * u).abs() <= 1)
+    close = p * (_bregman(c * u) - c * _bregman(u))
+    by_p = torch.where((c * u).abs() <= 1, p * torch.expm1(-c * u), torch.exp(terms) - p)
+    by_q = q * torch.expm1(beta * u) - beta * (p - q)  # keeps its digits where a is near 0
+    far = torch.where((beta * u).abs() <= 1, by_q, by_p - c * (q - p))
+    m = torch.where(near, close, far).sum(-1, keepdim=True)
+    log_sum = terms.logsumexp(-1, keepdim=True)
+    return torch.where(log_sum.abs() < 0.4, torch.log1p(m), log_sum)
+
+
+def _bregman(t: Tensor) -> Tensor:
+    """e^-t - 1 + t >= 0; the series below 0.1, where the difference would cancel."""
+    series = sum(((-t) ** k / math.factorial(k) for k in range(2, 10)), torch.zeros_like(t))
+    return torch.where(t.abs() < 0.1, series, torch.expm1(-t) + t)
+
+
 class Divergence(NamedTuple):
-    """A kind's formulas, as functions of both rows and beta."""
+    """A kind's formulas, as functions of both rows and beta.
+
+    `in_double`: the log-probs' rounding in float32 would be all of a collapsed row's gradient.
+    """
 
     value: Callable[[Pair, float], Tensor]
     slopes: Callable[[Pair, float], tuple[Tensor, Tensor]]
+    in_double: bool = False
 
 
-POLICY_REF, REF_POLICY, JSD = range(3)
+POLICY_REF, REF_POLICY, JSD, RENYI = range(4)
 DIVERGENCES = {  # by the ops' `kind`
     POLICY_REF: Divergence(policy_ref, policy_ref_slopes),
     REF_POLICY: Divergence(ref_policy, ref_policy_slopes),
     JSD: Divergence(jsd, jsd_slopes),
+    RENYI: Divergence(renyi, renyi_slopes, in_double=True),
 }
 
 
@@ -145,8 +204,10 @@ def gap(lp: Tensor, lq: Tensor) -> Tensor:
 
 
 def _pair(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering) -> Pair:
+    if DIVERGENCES[t.kind].in_double:
+        logits, ref_logits = logits.double(), ref_logits.double()
     lp, lq = log_probs(logits, ref_logits, mask, t)
-    return Pair(lp.exp(), lq.exp(), gap(lp, lq))
+    return Pair(lp.exp(), lq.exp(), gap(lp, lq), lp, lq)
 
 
 def token_kl(
@@ -158,7 +219,7 @@ def token_kl(
     kl = DIVERGENCES[t.kind].value(pair, t.beta)
     # a row of NaN (or of -inf alone) is NaN, also where a divergence's comparisons dropped it
     broken = torch.isnan(pair.p.sum(-1) + pair.q.sum(-1))
-    kl = hide(torch.where(broken, torch.full_like(kl, math.nan), kl), mask)
+    kl = hide(torch.where(broken, torch.full_like(kl, math.nan), kl), mask).to(wide(logits).dtype)
     return kl, kl.new_zeros((*kl.shape, SAVED_KL))
 
 

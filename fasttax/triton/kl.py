@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 
 from fasttax import reference
+from fasttax.reference.kl import RENYI as RENYI_KIND
 from fasttax.triton.rows import (
+    INF,
+    LN2,
     LOG2E,
     POLICY_REF,
     REF_POLICY,
@@ -35,7 +38,7 @@ from fasttax.triton.rows import (
     zero,
 )
 
-JSD = tl.constexpr(reference.JSD)
+JSD, RENYI = tl.constexpr(reference.JSD), tl.constexpr(RENYI_KIND)
 
 
 @triton.jit
@@ -87,6 +90,79 @@ def mix_sums(
 
 
 @triton.jit
+def renyi_terms(ax, u, log_inv_s, beta):
+    """The logs of p^a q^(1-a) at a tile's entries; -inf where p is 0."""
+    return tl.where(ax == -INF, -INF, ax * LN2 + log_inv_s + (beta - 1) * u)
+
+
+@triton.jit
+def renyi_pass(
+    x_row,
+    y_row,
+    V,
+    frame,
+    top,
+    k,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Of a row: M = sum p^a q^(1-a) - 1, its largest term's log, and sum e^(log - top)."""
+    mx, my, log_ratio, inv_s, inv_s_ref = frame
+    m = tl.zeros([LANES], tl.float32)
+    highest = tl.full([LANES], -INF, tl.float32)
+    above = tl.zeros([LANES], tl.float32)
+    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
+    c = 1 - k.beta
+    log_inv_s = tl.log(inv_s)
+    for start in range(0, V, LANES * WIDTH):
+        x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, True)
+        ax, ay, d = framed(x, y, live, mx, my, 0.0, k, GENERAL, INF_MASK, SHORT)
+        p = tl.exp2(ax) * inv_s
+        q = tl.exp2(ay) * inv_s_ref
+        u = d - log_ratio
+        terms = renyi_terms(ax, u, log_inv_s, k.beta)
+        cu = c * u
+        near_q = tl.abs(u) <= SMALL_GAP
+        near_w = tl.abs(cu) <= SMALL_GAP
+        # q - p and p^a q^(1-a) - p, without their rounding errors where those are close to p
+        to_q = tl.where(near_q, p * (bregman(u) - u), q - p)
+        to_w = tl.where(near_w, p * (bregman(cu) - cu), tl.exp2(terms * LOG2E) - p)
+        close = p * (bregman(cu) - c * bregman(u))
+        m += tl.sum(tl.where(near_q & near_w, close, to_w - c * to_q), 1)
+        highest = tl.maximum(highest, tl.max(terms, 1))
+        above += tl.sum(tl.exp2((terms - top) * LOG2E), 1)
+    return total(m), tl.max(highest, 0), total(above)
+
+
+@triton.jit
+def renyi_log_sum(
+    x_row,
+    y_row,
+    V,
+    frame,
+    k,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The log of sum p^a q^(1-a) of a row whose sums are known, NaN for a NaN row."""
+    m, highest, above = renyi_pass(x_row, y_row, V, frame, 0.0, k, GENERAL, INF_MASK, LANES, WIDTH)
+    log_sum = log1p(m)
+    if (m > 1e30) | (m < -0.9):
+        # too large for float32, or a rest of 1 that has lost its digits: from the largest term
+        log_sum = highest.to(tl.float64)
+        if tl.abs(highest) < INF:
+            m, highest, above = renyi_pass(
+                x_row, y_row, V, frame, highest, k, GENERAL, INF_MASK, LANES, WIDTH
+            )
+            log_sum += tl.log(above)
+    return log_sum
+
+
+@triton.jit
 def slopes(ax, ay, d, row, k, OP: tl.constexpr):
     """D KL / d (tempered logits) of both models; the formulas of csrc/math/kl_slope.h."""
     p = tl.exp2(ax) * row[3]
@@ -115,6 +191,14 @@ def slopes(ax, ay, d, row, k, OP: tl.constexpr):
         )
         dx = tl.where(one_sided, p * 0.0, for_x)  # 0, or NaN in a row that has one
         dy = tl.where(one_sided, q * 0.0, for_y)
+    if OP == RENYI:  # gap: log sum p^a q^(1-a)
+        w = tl.exp2((renyi_terms(ax, u, tl.log(row[3]), k.beta) - gap) * LOG2E)
+        from_p = (k.beta - 1) * u - gap
+        from_q = k.beta * u - gap
+        near_p = tl.abs(from_p) <= SMALL_GAP
+        near_q = tl.abs(from_q) <= SMALL_GAP
+        dx = tl.where(near_p, p * (bregman(-from_p) + from_p), w - p) * (k.beta / (k.beta - 1))
+        dy = tl.where(near_q, -q * (bregman(-from_q) + from_q), q - w)
     return dx, dy
 
 
@@ -178,6 +262,10 @@ def forward_row(
                 LANES,
                 WIDTH,
             )
+    if OP == RENYI:
+        frame = (mx, my, log_ratio.to(tl.float32), inv_s, inv_s_ref)
+        gap = renyi_log_sum(x_row, y_row, V, frame, k, GENERAL, INF_MASK, LANES, WIDTH)
+        value = gap / (k.beta - 1)
     value = tl.where(value < 0, 0.0, value)  # NaN passes through
     row = (
         mx,

@@ -45,8 +45,13 @@ def jsd(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
     return (beta * q_to_m + (1 - beta) * p_to_m).sum(-1)
 
 
+def renyi(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
+    terms = beta * _without_gaps(lp, lp) + (1 - beta) * _without_gaps(lq, lp)
+    return terms.masked_fill(lp == -INF, -INF).logsumexp(-1) / (beta - 1)
+
+
 # the textbook sum of every kind, of both log-probs and beta
-ORACLES = {"policy_ref": policy_ref, "ref_policy": ref_policy, "jsd": jsd}
+ORACLES = {"policy_ref": policy_ref, "ref_policy": ref_policy, "jsd": jsd, "renyi": renyi}
 KINDS = tuple(ORACLES)
 
 

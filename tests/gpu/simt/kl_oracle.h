@@ -96,6 +96,7 @@ struct Textbook {
                   : op == kl_op(KlKind::kRefPolicy) ? backwards
                                                     : beta * q_m + (1 - beta) * p_m;
     }
+    if (op == kl_op(KlKind::kRenyi)) renyi(lp, lq, S(o.beta), S(g[0]));
     for (size_t i = 0; i < x.size(); ++i) {
       const S p = std::exp(lp[i]), q = std::exp(lq[i]);
       const S f_x = times(p, (lp[i] - lq[i]) - forwards), f_y = q - p, b_x = p - q,
@@ -120,6 +121,24 @@ struct Textbook {
       }
       dx[i] *= p_row.slope[i];
       dy[i] *= q_row.slope[i];
+    }
+  }
+
+  // log sum p^a q^(1-a) / (a - 1), and its gradients by the log-probs' rows
+  void renyi(const std::vector<S>& lp, const std::vector<S>& lq, S a, S g) {
+    std::vector<S> weight(lp.size());
+    S most = -INFINITY, total = 0;
+    for (size_t i = 0; i < lp.size(); ++i) {
+      weight[i] = lp[i] == -INFINITY ? lp[i] : a * lp[i] + (1 - a) * lq[i];
+      most = std::max(most, weight[i]);
+    }
+    for (const S v : weight) total += std::exp(v - most);
+    const S all = most + std::log(total);
+    values[0] = all / (a - 1);
+    for (size_t i = 0; i < lp.size(); ++i) {
+      const S w = std::exp(weight[i] - all);
+      dx[i] = g * a / (a - 1) * (w - std::exp(lp[i]));
+      dy[i] = g * (std::exp(lq[i]) - w);
     }
   }
 };
