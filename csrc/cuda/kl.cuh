@@ -8,6 +8,7 @@
 // where an H100 needs about 25. Deterministic and batch invariant: see kl_sums.cuh. No host sync,
 // and no atomics but a ticket a split row.
 
+#include "../math/double_math.h"
 #include "kl_row.cuh"
 #include "kl_slope.cuh"
 
