@@ -12,7 +12,10 @@ namespace fasttax {
 
 // What a kernel computes: a divergence, by its kind's own number, or token_stats, with and without
 // a reference.
-enum class KlOp : int { kStats = 64, kAlone = 65 };
+// The kinds by their numbers. Each has a name because nvcc's host code can't spell a template's
+// argument that has none.
+enum class KlOp : int { k0, k1, k2, k3, k4, k5, k6, k7, kStats = 64, kAlone = 65 };
+static_assert(kKlKinds <= 8, "a kind without a name in KlOp");
 
 FASTTAX_HD constexpr KlOp kl_op(KlKind kind) { return KlOp(int(kind)); }
 FASTTAX_HD constexpr bool kl_is_kind(KlOp op) { return int(op) < kKlKinds; }

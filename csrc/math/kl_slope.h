@@ -241,6 +241,8 @@ struct KlFormula<KlKind::kRenyi> {
   template <class R>
   FASTTAX_HD static KlThree<double> finish(const KlThree<double>& all, R a) {
     const double order = double(a) - 1, rest = std::log(all.second), log_all = all.first + rest;
+    const double nan = all.value + all.second;  // where either is: infinities have finite sums
+    if (nan != nan) return {nan, nan, nan};
     if (all.first >= 1e38) return {HUGE_VAL / order, 0, HUGE_VAL};
     if (all.first <= -1e38) return {-HUGE_VAL / order, 0, -HUGE_VAL};
     if (!(std::fabs(log_all) <= 0.4)) return {log_all / order, rest, all.first};
