@@ -87,7 +87,14 @@ def _compile_problem(nvcc: Path) -> str:
     archs = [f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in listed]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "probe.cu").write_text("__global__ void probe() {}\n")
-        command = [nvcc, *(archs or ["-arch=native"]), "-c", "probe.cu", "-o", "probe.o"]
+        command: list[str | Path] = [
+            nvcc,
+            *(archs or ["-arch=native"]),
+            "-c",
+            "probe.cu",
+            "-o",
+            "probe.o",
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode == 0:
         return ""

@@ -71,7 +71,7 @@ class Build(BuildExtension):
 
     def initialize_options(self) -> None:
         super().initialize_options()
-        self.isa = None
+        self.isa: str | None = None
 
     def finalize_options(self) -> None:
         if self.isa == "native":

@@ -293,7 +293,7 @@ def test_parameters_and_gradients_lie_as_they_like(how: str, offload: str | None
                 optimizer.step()
         else:
             with ewc.during_backward():
-                sum(p.square().sum() for p in model.parameters()).backward()
+                torch.stack([p.square().sum() for p in model.parameters()]).sum().backward()
         results.append([t for p in model.parameters() for t in (p.detach(), p.grad)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)

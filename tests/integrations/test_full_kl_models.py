@@ -13,7 +13,7 @@ import transformers as t
 from torch import nn
 
 from fasttax.integrations.reference import TopKReference
-from fasttax.integrations.transformers import FullKL
+from fasttax.integrations.trl import FullKL
 from tests.tools import kl_steps as k
 
 CLOSE = 2e-4  # relative, float32 against float64

@@ -12,7 +12,8 @@ import torch
 import transformers as t
 
 from fasttax.integrations.reference import TopKReference
-from fasttax.integrations.transformers import FullKL, attach
+from fasttax.integrations.transformers import attach
+from fasttax.integrations.trl import FullKL
 from tests.tools import kl_steps as k
 
 CLOSE = 2e-4
@@ -190,7 +191,7 @@ class Packed(t.Trainer):
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        self.args.packing = True  # type: ignore[attr-defined]
+        self.args.packing = True
 
 
 def test_packed_rows_that_the_cache_does_not_hold_are_refused_before_training() -> None:

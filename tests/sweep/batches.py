@@ -33,7 +33,9 @@ def batch(case: Case, model: Any) -> dict[str, Tensor]:
         found |= _text(takes, g, padded=not case.name.startswith(NOT_PADDED))
     elif main == "input_features":
         mels = getattr(model.config, "feature_projection_input_dim", MELS)
-        shape = (EXAMPLES, MELS, FRAMES) if _mels_first(model) else (EXAMPLES, FRAMES, mels)
+        shape: tuple[int, ...] = (
+            (EXAMPLES, MELS, FRAMES) if _mels_first(model) else (EXAMPLES, FRAMES, mels)
+        )
         found["input_features"] = torch.randn(shape, generator=g, dtype=torch.float64)
     elif main == "input_values":
         shape = _spectrogram(model) or (EXAMPLES, SAMPLES)

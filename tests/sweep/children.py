@@ -48,12 +48,12 @@ def sweep(work: Work, cases: list[Case], jobs: int = 1) -> Iterator[Row]:
             there.close()
             running[here] = (process, case, time.monotonic() + WALL_LIMIT)
         connection.wait(list(running), timeout=0.5)
-        for here, (process, case, end) in list(running.items()):
+        for here, (child, case, end) in list(running.items()):
             if here.poll():
-                yield _received(here, process, case)
+                yield _received(here, child, case)
             elif time.monotonic() > end:
-                process.kill()
-                process.join()
+                child.kill()
+                child.join()
                 yield _dead(case, f"no end after {WALL_LIMIT:.0f} s")
             else:
                 continue

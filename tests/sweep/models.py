@@ -51,7 +51,8 @@ def build(case: Case) -> nn.Module:
         model.set_experts_implementation("eager")  # grouped_mm has no float64
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train = lambda mode=True, module=module: module  # statistics stay frozen
+            # statistics stay frozen
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)

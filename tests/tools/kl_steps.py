@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fasttax.integrations.transformers import FullKL
+from fasttax.integrations.trl import FullKL
 
 VOCABULARY, TOKENS = 61, 9
 SIZES: dict[str, Any] = {
