@@ -151,7 +151,7 @@ struct Divergence {
   // both terms large and alike: moved onto the mean gap, the difference keeps its digits.
   bool cancels = false;
 
-  FASTTAX_HD bool recentre() const { return cancels && gap != 0 && fabs(gap) < kFrameSlack; }
+  FASTTAX_HD bool recentre() const { return cancels && float(gap) != 0 && fabs(gap) < kFrameSlack; }
 };
 
 // Where one row's mass is far from the other's in this frame (|tau| > 1/2), B/S - h(tau) is a

@@ -374,3 +374,13 @@ def test_peak_memory_is_the_gradient() -> None:
     )
     extra = float(out.stdout)
     assert 60 <= extra <= 68, f"{extra} MiB"
+
+
+def test_a_gap_that_underflows_ends(backend: str | int) -> None:
+    """The mean gap is 0 in float32 and not in float64: a frame moved by it is where it was."""
+    x = torch.zeros(1, 1024)
+    x[0, 7] = -87.0
+    y = x.clone()
+    y[0, 7] = torch.nextafter(x[0, 7], torch.tensor(-1e9))
+    for kind in KINDS:
+        assert 0 <= run(backend, x, y, kind=kind)[0].item() <= 1e-12
