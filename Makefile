@@ -14,7 +14,7 @@ INSTALLED = $(VENV)/.installed
 LIBRARY   = $(VENV)/.library-cuda-$(or $(FASTTAX_CUDA),auto)
 ONE_ISA   = $(VENV)/.library-one-isa
 BUILT     = $(wildcard fasttax/_C*.so)
-# Of each CPU kernel's tests those that a wrong edit fails first: 15 s on one core.
+# Of each CPU kernel's tests those that a wrong edit fails first.
 QUICK   = $(addprefix tests/, \
   kl/test_kl.py::test_options kl/test_kl.py::test_vocabularies \
   kl/test_kl.py::test_small_kl_keeps_its_digits \

@@ -1,7 +1,7 @@
 """Whether setup.py builds the CUDA C++ kernels, and for which architectures.
 
-They take four times as long to compile as the CPU's, so they are built where something can run
-them or somebody asks: for the GPUs that torch sees, or for TORCH_CUDA_ARCH_LIST where that is set.
+They take minutes to compile, so they are built where something can run them or somebody asks:
+for the GPUs that torch sees, or for TORCH_CUDA_ARCH_LIST where that is set.
 FASTTAX_CUDA=1 builds them anywhere and fails with the reason where that is impossible;
 FASTTAX_CUDA=0 leaves them out.
 """
