@@ -39,6 +39,7 @@ from fasttax.triton.rows import (
 )
 
 JSD, RENYI = tl.constexpr(reference.JSD), tl.constexpr(RENYI_KIND)
+MOST = tl.constexpr(3e38)  # a weight's log that float32 has no larger one of
 
 
 @triton.jit
@@ -90,76 +91,107 @@ def mix_sums(
 
 
 @triton.jit
-def renyi_terms(ax, u, log_inv_s, beta):
-    """The logs of p^a q^(1-a) at a tile's entries; -inf where p is 0."""
-    return tl.where(ax == -INF, -INF, ax * LN2 + log_inv_s + (beta - 1) * u)
+def renyi_log_weight(log_p, log_q, a):
+    """The logs of p^a q^(1-a), within float32; the lowest where p is 0.
+
+    By explicit fused steps: the largest one has the same bits in both sweeps.
+    """
+    log_w = tl.fma(a, log_p, (1 - a) * log_q)
+    log_w = tl.where((log_p == -INF) | (log_w < -MOST), -MOST, log_w)
+    return tl.where(log_w > MOST, MOST, log_w)
 
 
 @triton.jit
-def renyi_pass(
+def renyi_sums(
     x_row,
     y_row,
     V,
     frame,
-    top,
     k,
     GENERAL: tl.constexpr,
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Of a row: M = sum p^a q^(1-a) - 1, its largest term's log, and sum e^(log - top)."""
+    """Of a row: M = sum p^a q^(1-a) - 1, its largest term's log, and all terms over that one."""
     mx, my, log_ratio, inv_s, inv_s_ref = frame
     m = tl.zeros([LANES], tl.float32)
-    highest = tl.full([LANES], -INF, tl.float32)
+    highest = tl.full([LANES], -MOST, tl.float32)
     above = tl.zeros([LANES], tl.float32)
     SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
     c = 1 - k.beta
     log_inv_s = tl.log(inv_s)
+    log_inv_s_ref = tl.log(inv_s_ref)
     for start in range(0, V, LANES * WIDTH):
         x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, True)
         ax, ay, d = framed(x, y, live, mx, my, 0.0, k, GENERAL, INF_MASK, SHORT)
         p = tl.exp2(ax) * inv_s
         q = tl.exp2(ay) * inv_s_ref
         u = d - log_ratio
-        terms = renyi_terms(ax, u, log_inv_s, k.beta)
+        log_p = tl.fma(ax, LN2, log_inv_s)
+        terms = renyi_log_weight(log_p, tl.fma(ay, LN2, log_inv_s_ref), k.beta)
         cu = c * u
-        near_q = tl.abs(u) <= SMALL_GAP
+        au = k.beta * u
         near_w = tl.abs(cu) <= SMALL_GAP
-        # q - p and p^a q^(1-a) - p, without their rounding errors where those are close to p
-        to_q = tl.where(near_q, p * (bregman(u) - u), q - p)
-        to_w = tl.where(near_w, p * (bregman(cu) - cu), tl.exp2(terms * LOG2E) - p)
+        to_w = tl.where(-cu > 80, 80.0, -cu)  # beyond it the rows are apart
+        # w = p^a q^(1-a): w - p and w - q by the series leave digits where a is near 1 or 0
+        from_p = tl.where(near_w, p * (bregman(cu) - cu), p * tl.exp2(to_w * LOG2E) - p)
+        by_p = from_p - c * (q - p)
+        by_q = q * (bregman(-au) + au) - k.beta * (p - q)
+        apart = tl.where(tl.abs(au) <= SMALL_GAP, by_q, by_p)
         close = p * (bregman(cu) - c * bregman(u))
-        m += tl.sum(tl.where(near_q & near_w, close, to_w - c * to_q), 1)
-        highest = tl.maximum(highest, tl.max(terms, 1))
-        above += tl.sum(tl.exp2((terms - top) * LOG2E), 1)
-    return total(m), tl.max(highest, 0), total(above)
+        part = tl.where(near_w & (tl.abs(u) <= SMALL_GAP), close, apart)
+        m += tl.sum(tl.where(p == 0, -c * q, part), 1)
+        top = tl.maximum(highest, tl.max(terms, 1))
+        terms = tl.exp2((terms - tl.expand_dims(top, 1)) * LOG2E)
+        above = above * tl.exp2((highest - top) * LOG2E) + tl.sum(terms, 1)
+        highest = top
+    top = tl.max(highest, 0)
+    return total(m), top, total(above * tl.exp2((highest - top) * LOG2E))
 
 
 @triton.jit
-def renyi_log_sum(
-    x_row,
-    y_row,
-    V,
-    frame,
-    k,
-    GENERAL: tl.constexpr,
-    INF_MASK: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The log of sum p^a q^(1-a) of a row whose sums are known, NaN for a NaN row."""
-    m, highest, above = renyi_pass(x_row, y_row, V, frame, 0.0, k, GENERAL, INF_MASK, LANES, WIDTH)
-    log_sum = log1p(m)
-    if (m > 1e30) | (m < -0.9):
-        # too large for float32, or a rest of 1 that has lost its digits: from the largest term
-        log_sum = highest.to(tl.float64)
-        if tl.abs(highest) < INF:
-            m, highest, above = renyi_pass(
-                x_row, y_row, V, frame, highest, k, GENERAL, INF_MASK, LANES, WIDTH
-            )
-            log_sum += tl.log(above)
-    return log_sum
+def renyi_finish(m, highest, above, a):
+    """A row's value, and log(1 + M) in two parts: the rest, and the largest weight's log.
+
+    Of rows that are close they are all of it, and 0.
+    """
+    rest = tl.log(above)
+    log_all = highest + rest
+    value = log_all / (a - 1)
+    largest = highest.to(tl.float64)
+    if tl.abs(log_all) <= 0.4:
+        rest = log1p(m)
+        value = rest / (a - 1)
+        largest = rest * 0.0
+    if tl.abs(highest) >= MOST:  # every weight is 0, or one is infinite
+        value = tl.where(highest > 0, INF, -INF).to(tl.float64) / (a - 1)
+        rest = rest * 0.0
+        largest = tl.where(highest > 0, INF, -INF).to(tl.float64)
+    nan = m * 0.0 + above * 0.0
+    nan = tl.where(nan == nan, 0.0, nan)
+    return value + nan, rest + nan, largest
+
+
+@triton.jit
+def renyi_slopes(ax, ay, p, q, u, row, a):
+    """As KlFormula<kRenyi>::slope in csrc/math/kl_slope.h."""
+    rest = row[5]
+    largest = row[6]
+    log_p = tl.fma(ax, LN2, tl.log(row[3]))
+    log_q = tl.fma(ay, LN2, tl.log(row[7]))
+    log_w = (renyi_log_weight(log_p, log_q, a) - largest) - rest
+    by_u = (largest == 0) & (tl.abs(rest) <= 0.5)  # close rows: u has more digits than the logs
+    from_p = tl.where(by_u, (1 - a) * u + rest, log_p - log_w)
+    from_q = tl.where(by_u, rest - a * u, log_q - log_w)
+    near_p = tl.abs(from_p) <= SMALL_GAP
+    near_q = tl.abs(from_q) <= SMALL_GAP
+    over = tl.where(-from_p > 80, 80.0, -from_p)
+    w = tl.where(by_u, tl.where(p == 0, p, p * tl.exp2(over * LOG2E)), tl.exp2(log_w * LOG2E))
+    dy = tl.where(near_q, -q * (bregman(from_q) - from_q), q - w)
+    w = tl.where(near_q, q - dy, w)
+    dx = tl.where(near_p, p * (bregman(from_p) - from_p), w - p) * (a / (a - 1))
+    return dx, dy
 
 
 @triton.jit
@@ -191,14 +223,8 @@ def slopes(ax, ay, d, row, k, OP: tl.constexpr):
         )
         dx = tl.where(one_sided, p * 0.0, for_x)  # 0, or NaN in a row that has one
         dy = tl.where(one_sided, q * 0.0, for_y)
-    if OP == RENYI:  # gap: log sum p^a q^(1-a)
-        w = tl.exp2((renyi_terms(ax, u, tl.log(row[3]), k.beta) - gap) * LOG2E)
-        from_p = (k.beta - 1) * u - gap
-        from_q = k.beta * u - gap
-        near_p = tl.abs(from_p) <= SMALL_GAP
-        near_q = tl.abs(from_q) <= SMALL_GAP
-        dx = tl.where(near_p, p * (bregman(-from_p) + from_p), w - p) * (k.beta / (k.beta - 1))
-        dy = tl.where(near_q, -q * (bregman(-from_q) + from_q), q - w)
+    if OP == RENYI:
+        dx, dy = renyi_slopes(ax, ay, p, q, u, row, k.beta)
     return dx, dy
 
 
@@ -264,8 +290,8 @@ def forward_row(
             )
     if OP == RENYI:
         frame = (mx, my, log_ratio.to(tl.float32), inv_s, inv_s_ref)
-        gap = renyi_log_sum(x_row, y_row, V, frame, k, GENERAL, INF_MASK, LANES, WIDTH)
-        value = gap / (k.beta - 1)
+        m, highest, above = renyi_sums(x_row, y_row, V, frame, k, GENERAL, INF_MASK, LANES, WIDTH)
+        value, gap, ref_center = renyi_finish(m, highest, above, k.beta)
     value = tl.where(value < 0, 0.0, value)  # NaN passes through
     row = (
         mx,
