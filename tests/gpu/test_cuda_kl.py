@@ -3,7 +3,7 @@ machine code.
 
 tests/gpu/simt/kl_main.cpp holds every kernel, dtype and op against a float64 textbook and the same
 bits from one block a row, several, and clusters; six faults injected into copies show that each of
-these checks can fail. test_cuda_kl_gpu.py is the part that needs a GPU.
+these checks can fail.
 """
 
 from __future__ import annotations
