@@ -76,7 +76,9 @@ class _Identity(torch.autograd.Function):
     ) -> Tensor:
         ctx.record = record
         ctx.save_for_backward(*saved)
-        return y.view_as(y)
+        if dtensor.is_sharded(y):
+            return y.view_as(y)
+        return y.data  # shares y's memory and is no view of it: a model may write into it
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
