@@ -280,7 +280,6 @@ def snippet(batch: Any, tokens: int) -> Any:
         rows = 1  # so that one document can be cut out of it
     part = take(whole, 0, rows)
     cu = part.pop("cu_seqlens", None)
-    part.pop("labels", None)
     width, first = ids.shape[1], 0
     mask = part.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:

@@ -27,6 +27,7 @@ from fasttax.fisher.delta_w import LORA, base_weights
 from fasttax.fisher.error import SamplingError
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.layout import Layout
+from fasttax.fisher.observation import Observation
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.plan import TIED, Filter, plan, select
 from fasttax.fisher.rules.routing import RoutingBlock
@@ -122,6 +123,7 @@ class DiagonalFisher:
         hashed = ((n, s.param) for n, s in slots.items() if s.param is not None)
         self._hash = files.weights_hash(hashed)
         self._unverified = verify and fallback is None and not self.sums.shards
+        self._unproven = self._unverified
         self._packed_unverified = verify
         self._reduced = False
 
@@ -187,9 +189,10 @@ class DiagonalFisher:
             )
             self._count(ready.examples, int(ready.counted.sum()))
             return
-        current = Pass(Layout(self.unit, ready.shape, ready.bounds))
+        current = Pass(Layout(self.unit, ready.shape, ready.bounds, ready.shape[0]))
         with self.sums.recording([current]), self.view.tapped():
-            logits = self.view.forward(ready)
+            with current.explained():
+                logits = self.view.forward(ready)
             ready = ready.settled(logits)
             for draw in range(self.mc_samples):
                 score = scores.score(logits, ready, self.drawing)
@@ -233,35 +236,14 @@ class DiagonalFisher:
             bounds, shape = cu_seqlens, (1, int(cu_seqlens[-1]))
         elif shape is not None:
             bounds = torch.arange(shape[0] + 1) * shape[1]
-        passes: list[Pass] = [Pass(Layout(self.unit, shape, bounds), observed=True)]
-
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if passes[-1].calls:
-                passes.append(Pass(Layout(self.unit, shape, bounds), observed=True))
-                self.sums.current = passes[-1]
-            values = (kwargs.get("input_ids"), *args, *kwargs.values())
-            tensors = [t for t in values if isinstance(t, Tensor) and t.dim()]
-            sharding.refuse_context_parallel(op, self.unit, *tensors)
-            if tensors and shape is None:
-                passes[-1].layout.batch = tensors[0].shape[0]
-
-        with self.view.quiet(), self.sums.recording(passes), self.view.tapped():
-            handle = self.model.register_forward_pre_hook(begin, with_kwargs=True)
-            try:
-                yield
-            finally:
-                handle.remove()
-            seen = [p for p in passes if p.seen]
-            if not seen:
-                raise RuntimeError(
-                    "DiagonalFisher.observe: no gradient reached the model's layers; run forward "
-                    "and backward of the loss inside the block"
-                )
-            for p in seen:
-                self.sums.finish(p)
-        self._count(
-            sum(p.layout.examples for p in seen), sum(int(p.layout.known()[2][-1]) for p in seen)
-        )
+        proven = not self._unproven
+        block = Observation(op, self.view, self.sums, shape, bounds, proven=proven)
+        with block.running():
+            yield
+        self._unproven = not block.proven
+        layouts = [p.layout for p in block.seen]
+        tokens = sum(int(layout.known()[2][-1]) for layout in layouts)
+        self._count(sum(layout.examples for layout in layouts), tokens)
 
     def _count(self, examples: int, tokens: int) -> None:
         self.examples += examples

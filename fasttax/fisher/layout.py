@@ -18,15 +18,19 @@ class Layout:
         shape: (B, T) of the batch; None until the first layer shows it.
         bounds: (examples + 1,) int64 on the CPU over the B * T tokens in order.
         batch: how many examples what was computed once for all of them stands for: B, or the length
-            of observe()'s first input.
+            of observe()'s first input; 0 while neither is known.
         only: the one example that runs at the moment, inside a block run example by example.
     """
 
     def __init__(
-        self, unit: str, shape: tuple[int, int] | None = None, bounds: Tensor | None = None
+        self,
+        unit: str,
+        shape: tuple[int, int] | None = None,
+        bounds: Tensor | None = None,
+        batch: int = 0,
     ) -> None:
         self.unit, self.shape, self.bounds = unit, shape, bounds
-        self.batch, self.only = 1, None  # type: int, int | None
+        self.batch, self.only = batch, None  # type: int, int | None
         if shape is not None:
             self.batch = shape[0]
         if bounds is not None:
@@ -35,11 +39,14 @@ class Layout:
     def see(self, leading: torch.Size) -> None:
         """Takes the layout from a layer's leading shape (B, T, ...) where observe() was not told.
 
-        Its first dimension counts the examples.
+        Its first dimension counts the examples, or the model's first input did.
         """
         if self.shape is None and leading:
-            self.shape = (leading[0], leading[1:2].numel())
-            self.bounds = torch.arange(leading[0] + 1) * self.shape[1]
+            B, T = leading[0], leading[1:2].numel()
+            if self.batch and self.batch != B:
+                B, T = self.batch, 1
+            self.shape = (B, T)
+            self.bounds = torch.arange(B + 1) * T
 
     def known(self) -> tuple[int, int, Tensor]:
         """(B, T, bounds), which a layer has shown."""
@@ -60,7 +67,7 @@ class Layout:
     @property
     def copies(self) -> int:
         """How many examples a tensor that was computed once stands for."""
-        return self.batch if self.only is None else 1
+        return max(1, self.batch) if self.only is None else 1
 
     def per_example(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's output and input, with one copy for each example of what was computed once.
@@ -80,6 +87,9 @@ class Layout:
     def segments(self, leading: torch.Size, where: str, only: int | None) -> Tensor:
         """The units' boundaries over a layer's `leading.numel()` vectors.
 
+        The first dimension may be the batch's rows or tokens times anything (heads, windows): the
+        vectors of one row, or token, lie side by side then. The first batch shows whether they do.
+
         Args:
             leading: the shape of the layer's input without its features.
             where: the layer, for the error.
@@ -91,6 +101,8 @@ class Layout:
         self.see(leading)
         B, T, bounds = self.known()
         count = leading.numel()
+        if not count:
+            return bounds * 0
         if self.unit == "batch":
             return torch.tensor([0, count])
         if only is not None:
@@ -100,14 +112,15 @@ class Layout:
                     f"tokens to experts; {WAY_OUT}"
                 )
             return torch.tensor([0] * (only + 1) + [count] * (self.examples - only))
-        if tuple(leading[:2]) == (B, T) or tuple(leading) == (B * T,):
-            units, each = bounds, count // (B * T)
+        by_token = tuple(leading[:2]) == (B, T) or (leading and leading[0] % (B * T) == 0)
+        if by_token:
+            units = bounds
             if self.unit == "token":
                 units = torch.arange(B * T + 1)
-            return units * each
-        if leading and leading[0] == B and not self.packed:
-            if self.unit == "token":
-                return torch.arange(count + 1)
+            return units * (count // (B * T))
+        if self.unit == "token" and leading and leading[0] == B:
+            return torch.arange(count + 1)
+        if leading and leading[0] % B == 0 and not self.packed and self.unit == "example":
             return torch.arange(B + 1) * (count // B)
         raise ValueError(
             f"DiagonalFisher: {where}: expected an input that keeps the batch's {B} rows (of {T} "
@@ -125,10 +138,17 @@ class Layout:
             return torch.arange(len(vectors) + 1), vectors
         return bounds * positions, vectors
 
-    def cut(self, x: Tensor, n: int, where: str) -> Tensor:
+    def cut(self, x: Tensor, n: int, where: str, *, folded: bool = False) -> Tensor:
         """The part of a module's tensor that belongs to example n.
 
         By row of the batch, by token, or the whole where it has neither.
+
+        Args:
+            x: any tensor that came into the module or left it.
+            n: which example.
+            where: the module, for the error.
+            folded: a first dimension that is a multiple of the batch's rows holds as many (heads,
+                windows) of each row.
 
         Raises:
             ValueError: tokens lie in another dimension than the second, so that a packed document
@@ -140,7 +160,12 @@ class Layout:
         if not self.packed:
             if x.dim() >= 1 and x.shape[0] == B:
                 return x[n : n + 1]
-            return x[begin:end] if by_token else x
+            if by_token:
+                return x[begin:end]
+            if folded and x.dim() >= 1 and x.shape[0] and x.shape[0] % B == 0:
+                each = x.shape[0] // B
+                return x[n * each : (n + 1) * each]
+            return x
         if tuple(x.shape[:2]) == (B, T):
             if T not in x.shape[2:]:
                 row, first = divmod(begin, T)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttax._base import dtensor
-from fasttax.fisher.layout import Layout
+from fasttax.fisher.layout import WAY_OUT, Layout
 from fasttax.fisher.pieces import Piece, TiedHead
 
 UnitGradients = Callable[[int], dict[str, Tensor]]  # a unit -> its gradients, by parameter
@@ -38,6 +39,18 @@ def address(t: Tensor) -> int:
     return 0 if dtensor.is_sharded(t) else t.data_ptr()
 
 
+class Met:
+    """What every tapped module met of example `n`, call by call."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.by_place: dict[str, list[Tensor]] = {}
+
+    def add(self, where: str, t: Tensor) -> None:
+        """A module at `where` met t."""
+        self.by_place.setdefault(where, []).append(t)
+
+
 class Pass:
     """A forward of the model and its backward.
 
@@ -56,9 +69,13 @@ class Pass:
         reruns: a tap -> the gradients of its calls, of a module that runs again unit by unit.
         done: the parameters that this backward has squared.
         diverted: where pieces go in place of the sums, in a backward that is to add nothing.
+        expanded: modules whose one output for all examples was copied for each of them.
+        met: where taps put what their modules meet of one example, in a run that adds nothing.
     """
 
-    def __init__(self, layout: Layout, *, observed: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, *, observed: bool = False, met: Met | None = None
+    ) -> None:
         self.layout, self.observed = layout, observed
         self.calls: Counter[Hashable] = Counter()
         self.recomputed = self.seen = False
@@ -70,6 +87,26 @@ class Pass:
         self.reruns: dict[Any, list[UnitGradients]] = {}
         self.done: set[str] = set()
         self.diverted: list[Piece] | None = None
+        self.expanded: list[str] = []
+        self.met = met
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Inside, an error of the model's own code is laid to the copies that taps made for it.
+
+        Raises:
+            ValueError: the model cannot go on with a module's output copied for each example.
+        """
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if not self.expanded or str(error).startswith("DiagonalFisher"):
+                raise
+            places = ", ".join(dict.fromkeys(self.expanded))
+            raise ValueError(
+                f"DiagonalFisher: {places}: computed once for all examples, and the model takes no "
+                f"copy for each ({type(error).__name__}: {str(error)[:200]}); {WAY_OUT}"
+            ) from error
 
     def keeps(self) -> bool:
         """Whether another backward through the same graph may follow."""

@@ -87,6 +87,24 @@ def add_squares(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) 
         ops.accumulate_sqgrad_(totals, gradients, weight)
 
 
+def gradient_of(p: Piece, shape: torch.Size) -> Tensor:
+    """What the piece adds to the parameter's gradient over all units, float32 (float64).
+
+    Args:
+        p: of any kind but "head".
+        shape: the parameter's.
+    """
+    dtype = torch.float64 if p.d.dtype == torch.float64 else torch.float32
+    d = p.d.to(dtype)
+    if p.kind == "bias":
+        return d.sum(0).view(shape)
+    if p.kind == "scale":
+        return (d * p.met().to(dtype)).sum(0).view(shape)
+    if p.kind == "embedding":
+        return d.new_zeros(shape).index_add_(0, p.met(), d)
+    return (d.T @ p.met().to(dtype)).view(shape)
+
+
 def combine(pieces: list[Piece], name: str) -> Piece:
     """Several uses of one parameter as one: outputs of the same unit side by side.
 

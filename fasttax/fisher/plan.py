@@ -170,7 +170,7 @@ def check_coverage(
     for name, every in uses.items():
         for use in every:
             problem = None
-            if use.rule is None:
+            if use.rule is None or issubclass(use.rule, ModuleTap):
                 problem = _problem(model, chosen[name], use, every)
             if problem is not None:
                 no_rule = f"no exact rule for a parameter of {use.describe()}"

@@ -14,7 +14,15 @@ from torch import Tensor
 from fasttax._base import dtensor
 from fasttax.fisher.ops import sum_dtype
 from fasttax.fisher.passes import Pass, UnitGradients
-from fasttax.fisher.pieces import Piece, TiedHead, accumulate, add_head, add_squares, tied_head
+from fasttax.fisher.pieces import (
+    Piece,
+    TiedHead,
+    accumulate,
+    add_head,
+    add_squares,
+    gradient_of,
+    tied_head,
+)
 from fasttax.fisher.sharding import ShardedSum
 from fasttax.fisher.tap import Tap
 
@@ -48,6 +56,7 @@ class Sums:
         routed: parameters of experts: they may take part in a batch or not.
         current: the pass that runs under the taps.
         damaged: a backward failed when some layers had added their squares and others had not.
+        totals: inside `trial`, the sums of the gradients themselves.
     """
 
     def __init__(self, slots: Mapping[str, Slot], tied: str, weight: float = 1.0) -> None:
@@ -62,6 +71,7 @@ class Sums:
         self.routed: set[str] = set()
         self.current: Pass | None = None
         self.damaged = False
+        self.totals: dict[str, Tensor] | None = None
 
     @property
     def data_groups(self) -> list[Any]:
@@ -121,6 +131,32 @@ class Sums:
             self.values, self.weight, self.damaged = before
 
     @contextlib.contextmanager
+    def trial(self) -> Iterator[Mapping[str, Tensor]]:
+        """Inside, sums of their own, which are added to the others at the end, unless it fails.
+
+        Yields:
+            The sums of the gradients that are squared meanwhile, by parameter.
+        """
+        before, damaged = self.values, self.damaged
+        self.values, self.totals = {}, {}
+        try:
+            yield self.totals
+        except BaseException:
+            self.values, self.damaged = before, damaged
+            raise
+        finally:
+            self.totals = None
+        found, self.values = self.values, before
+        for name, t in found.items():
+            self.values[name] = self.values[name].add_(t) if name in self.values else t
+
+    def _total(self, name: str, gradient: Tensor) -> None:
+        assert self.totals is not None
+        if name in self.totals:
+            gradient = gradient + self.totals[name]
+        self.totals[name] = gradient
+
+    @contextlib.contextmanager
     def _adding_to(self, name: str, parallel: bool = False) -> Iterator[Tensor]:
         """Inside, the tensor to add squares to.
 
@@ -164,6 +200,8 @@ class Sums:
                 "not seen together, so that its gradient would be squared in parts; sum the losses "
                 "into one backward, or use checkpointing with use_reentrant=False"
             )
+        if self.totals is not None:
+            self._total(name, gradient_of(piece, self.slots[name].shape))
         waiting = current.waiting.setdefault(name, [])
         calls = sum(current.calls[tap] for tap in self.taps[name])
         if current.keeps() or name in self.routed:
@@ -239,6 +277,9 @@ class Sums:
                     for name, g in gradients(unit).items():
                         total[name] = total[name] + g if name in total else g
                 add_squares([sums[n] for n in total], list(total.values()), self.weight)
+                if self.totals is not None:
+                    for name, g in total.items():
+                        self._total(name, g)
         current.done.update(tap.names.values())
 
     def finish(self, current: Pass) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fasttax._base import dtensor
 from fasttax.fisher import sharding
 from fasttax.fisher.layout import WAY_OUT
-from fasttax.fisher.passes import Pass, UnitGradients, in_backward
+from fasttax.fisher.passes import Met, Pass, UnitGradients, in_backward
 from fasttax.fisher.pieces import Piece
 
 
@@ -164,6 +164,10 @@ class Tap:
         current = self.sink.current
         if current is None:
             return y  # a tap's own rerun of a module
+        if current.met is not None:
+            call = Call(current, args, kwargs, y)
+            self.check(call)
+            return self.shown(call, current.met)
         if in_backward():
             current.recomputed = True
         else:
@@ -174,11 +178,28 @@ class Tap:
         self.check(call)
         return self.tapped(call)
 
+    def shown(self, call: Call, met: Met) -> Any:
+        """The module's output as the tap leaves it, and to `met` what the module met of an example.
+
+        In a block that runs example by example, what it met is that example's by construction.
+        """
+        kept, layout = self.keep(call), call.current.layout
+        if kept.output.shape != call.output.shape:
+            call.current.expanded.append(self.where)
+        if layout.only is None:
+            leading = kept.input.shape[: self.leading(kept.input)]
+            bounds = layout.segments(leading, self.where, None)
+            rows = kept.input.reshape(leading.numel(), -1)
+            met.add(self.where, rows[int(bounds[met.n]) : int(bounds[met.n + 1])].clone())
+        return kept.output
+
     def tapped(self, call: Call) -> Any:
         """The module's output behind the tap."""
         current, only = call.current, call.current.layout.only
         like = dtensor.placements_of(call.output)
         kept = self.keep(call)
+        if kept.output.shape != call.output.shape:
+            current.expanded.append(self.where)
 
         # holds no tensor of the call: a checkpoint drops what save_for_backward keeps
         def record(d: Tensor, x: Tensor, *factors: Tensor) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fasttax.fisher import batches, labels, loop
-from fasttax.fisher.layout import WAY_OUT, Layout
+from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
+from fasttax.fisher.proof import disagreement
 from fasttax.fisher.sums import Sums
-from fasttax.fisher.view import View
+from fasttax.fisher.view import View, evaluated
 
 _TOKENS = 16  # of one or two examples
 _WIDE = (torch.float32, torch.float64)
@@ -21,7 +22,8 @@ _WIDE = (torch.float32, torch.float64)
 def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) -> None:
     """The taps against autograd on a few tokens of one or two examples, parameter by parameter.
 
-    Sums and generator are as before at the end.
+    In eval mode: dropout would draw other masks for an example alone. Sums, generator and modes are
+    as before at the end.
 
     Args:
         view: the model under its taps.
@@ -38,10 +40,11 @@ def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) 
     params = {
         n: s.param for n, s in sums.slots.items() if s.param is not None and not n.startswith("_")
     }
-    with labels.unmoved(drawing), sums.scratch() as found:
-        current = Pass(Layout(view.unit, small.shape, small.bounds))
+    with labels.unmoved(drawing), sums.scratch() as found, evaluated(view.model):
+        current = Pass(Layout(view.unit, small.shape, small.bounds, small.shape[0]))
         with sums.recording([current]), view.tapped():
-            logits = view.forward(small)
+            with current.explained():
+                logits = view.forward(small)
             small = small.settled(logits)
             if not bool(small.counted.any()):
                 return
@@ -57,15 +60,7 @@ def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) 
     exact = _is_exact(logits.device, *(p.dtype for p in params.values()))
     wrong = _differences(view.unit, params, found, truth, exact)
     if wrong:
-        more = ""
-        if len(wrong) > 10:
-            more = f"\n  and {len(wrong) - 10} more"
-        raise ValueError(
-            "DiagonalFisher: the layers' taps disagree with autograd on:\n  "
-            + "\n  ".join(wrong[:10])
-            + f"{more}\nthese weights are used outside their own module's forward (or in a way it "
-            f"does not show); {WAY_OUT}"
-        )
+        raise ValueError(disagreement("DiagonalFisher", wrong))
 
 
 def _is_exact(device: torch.device, *dtypes: torch.dtype) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fasttax._base import checks
 from fasttax.fisher import batches, sharding
 from fasttax.fisher.passes import Pass, address
+from fasttax.fisher.rules.module import drops
 from fasttax.fisher.rules.routing import RoutingBlock
 from fasttax.fisher.tap import Tap
 
@@ -80,16 +81,24 @@ class View:
         """Refuses batch norms that mix the examples; warns of dropout.
 
         Raises:
-            ValueError: a batch norm is in train mode.
+            ValueError: a batch norm is in train mode, or has no running statistics.
         """
-        training = [(where, m) for where, m in self.model.named_modules() if m.training]
-        for where, m in training:
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        for where, m in self.model.named_modules():
+            if not isinstance(m, nn.modules.batchnorm._BatchNorm):
+                continue
+            if m.training:
                 raise ValueError(
-                    f"DiagonalFisher: model: expected batch norms in eval mode, got {where} in "
-                    "train mode, which mixes the examples; call model.eval()"
+                    f"DiagonalFisher: model: expected batch norms in eval mode, got {where} "
+                    f"({type(m).__name__}) in train mode, which mixes the examples; call "
+                    "model.eval()"
                 )
-        if any(_drops(m) for _, m in training):
+            if m.running_mean is None:
+                raise ValueError(
+                    "DiagonalFisher: model: expected batch norms with running statistics, got "
+                    f"{where} ({type(m).__name__}) without, which mixes the examples in eval mode "
+                    "too; build it with track_running_stats=True, or use a group norm"
+                )
+        if any(drops(m) for m in self.model.modules() if m.training):
             warnings.warn(
                 "DiagonalFisher: the model is in train mode and has dropout; the estimate is of "
                 "the dropped-out model (call model.eval())",
@@ -98,10 +107,7 @@ class View:
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """The model's logits: its output, or the output's `.logits`; None where it has neither."""
-        arguments = dict(inputs)
-        if hasattr(self.model, "config") and hasattr(self.model, "generate"):
-            arguments.setdefault("use_cache", False)
-        output = self.model(**arguments)
+        output = self.model(**inputs)
         return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
     def forward(self, batch: batches.Batch) -> Tensor:
@@ -157,25 +163,33 @@ class View:
         return sorted({p.device.index for p in self.model.parameters() if p.is_cuda})
 
     @contextlib.contextmanager
-    def tapped(self) -> Iterator[None]:
+    def tapped(self, differentiated: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Taps in place and every parameter frozen, so that autograd computes no weight gradient.
 
-        All undone at the end, the random state too.
+        All undone at the end, every p.grad and the random state too.
+
+        Args:
+            differentiated: parameters that autograd is to give a .grad inside all the same.
         """
         handles: list[Any] = []
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        wanted = {id(p) for p in (differentiated or {}).values()}
+        before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
         try:
-            for p, _ in flags:
-                p.requires_grad_(False)
+            for p, _, _ in before:
+                p.requires_grad_(id(p) in wanted)
+                if id(p) in wanted:
+                    p.grad = None
             parts: list[Tap | RoutingBlock] = [*self.taps, *self.blocks]
             handles.extend(part.install() for part in parts)
-            with self._differentiable(), _uncompiled(self.model):
+            with self._differentiable(), _uncompiled(self.model), _uncached(self.model):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-            for p, flag in flags:
+            for p, flag, grad in before:
                 p.requires_grad_(flag)
+                if id(p) in wanted:
+                    p.grad = grad
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -208,7 +222,7 @@ class View:
             for p, _, _ in before:
                 p.requires_grad_(id(p) in wanted)
                 p.grad = None
-            with self._differentiable():
+            with self._differentiable(), _uncached(self.model):
                 logits = self.forward(batch)
                 logits.backward(score(logits).to(logits.dtype))
             return {n: p.grad for n, p in params.items() if p.grad is not None}
@@ -234,9 +248,13 @@ class View:
 
 
 def _called(model: nn.Module, method: str) -> Any:
-    """What a transformers method of the model gives; None where it has none."""
+    """What a transformers method of the model gives; None where it has none, or none for it."""
     ask: Any = getattr(model, method, None)
-    return None if ask is None else ask()
+    if ask is None:
+        return None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return ask()
+    return None
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
@@ -246,10 +264,34 @@ def _takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(wrapped.forward).parameters
 
 
-def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    return getattr(module, "attention_dropout", 0) not in (0, None)
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode, every module of it; its modes are as before at the end."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextlib.contextmanager
+def _uncached(model: nn.Module) -> Iterator[None]:
+    """Inside, no config of the model asks for a cache: modules that run again would meet it filled.
+
+    Not by an argument of the forward, which the heads of a model do not pass on.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    asking = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    try:
+        for config in asking:
+            config.use_cache = False
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
 
 
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from torch import nn
 
 from fasttax.fisher.rules.conv import ConvTap
-from fasttax.fisher.rules.elementwise import ElementwiseTap
+from fasttax.fisher.rules.elementwise import ElementwiseTap, GatedNormTap
 from fasttax.fisher.rules.embedding import EmbeddingTap
 from fasttax.fisher.rules.groupnorm import GroupNormTap
 from fasttax.fisher.rules.linear import Conv1DTap, LinearTap
+from fasttax.fisher.rules.recurrent import RecurrentTap
 from fasttax.fisher.tap import Tap
 
 RULES: tuple[type[Tap], ...] = (
@@ -22,6 +23,8 @@ RULES: tuple[type[Tap], ...] = (
     Conv1DTap,
     ConvTap,
     GroupNormTap,
+    RecurrentTap,
+    GatedNormTap,
     ElementwiseTap,
 )
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fasttax.fisher.passes import Pass
-from fasttax.fisher.pieces import Piece
 from fasttax.fisher.rules.elementwise import ElementwiseTap
 
 
@@ -17,14 +15,11 @@ class GroupNormTap(ElementwiseTap):
         """Plain ones: a subclass may use its weight otherwise."""
         return type(module).forward is nn.GroupNorm.forward
 
-    def leading(self, x: Tensor) -> int:
-        """The examples, x being (B, C, positions...)."""
+    def axis(self, x: Tensor, y: Tensor) -> int:
+        """The channels', x being (B, C, positions...)."""
+        self._axes[x.dim()] = 1
         return 1
 
-    def record(self, current: Pass, d: Tensor, x: Tensor, bounds: Tensor) -> None:
-        """`d` and x (B, C, positions...)."""
-        ends, flat = current.layout.by_position(bounds, d)
-        self.give(current, "bias", Piece("bias", ends, flat))
-        if "weight" in self.names:
-            _, xhat = current.layout.by_position(bounds, self.normalised(x))
-            self.give(current, "weight", Piece("scale", ends, flat, xhat))
+    def leading(self, x: Tensor) -> int:
+        """The examples."""
+        return 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fasttax._base import dtensor
+from fasttax.fisher.layout import Layout
+from fasttax.fisher.passes import Met, Pass
+from fasttax.fisher.proof import alike
 from fasttax.fisher.tap import Call, Tap, computing_with
+
+_STATELESS = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 class ModuleTap(Tap):
@@ -18,8 +26,13 @@ class ModuleTap(Tap):
 
     At its backward it runs once more, example by example, with its own parameters alone; the
     gradient of one example exists at a time. Exact for grouped convolutions, recurrent cells, fused
-    3-D experts, bare parameters.
+    3-D experts, bare parameters. Whether an example's part of its inputs gives that example's part
+    of its outputs is tried once for each shape that it meets.
     """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._folded: dict[tuple[torch.Size, ...], bool] = {}
 
     @staticmethod
     def problem(model: nn.Module, module: nn.Module) -> str | None:
@@ -36,11 +49,12 @@ class ModuleTap(Tap):
         return None
 
     def check(self, call: Call) -> None:
-        """Refuses single tokens, tensors split over ranks, and outputs without a gradient.
+        """Refuses what a second run of the module would not repeat.
 
         Raises:
-            ValueError: unit="token".
-            TypeError: a DTensor comes in or goes out, or no tensor of floats does.
+            ValueError: unit="token", dropout, or an argument that may remember what it was given.
+            TypeError: a DTensor comes in or goes out, no tensor of floats goes out, or a parameter
+                does.
         """
         if call.current.layout.unit == "token":
             raise self.refusal("no rule for unit='token'", ValueError)
@@ -50,21 +64,45 @@ class ModuleTap(Tap):
             raise self.refusal("no rule under tensor parallelism")
         if not any(_has_gradient(t) for t in outputs):
             raise self.refusal("expected a tensor out")
+        if any(isinstance(t, nn.Parameter) for t in outputs):
+            raise self.refusal("it returns a parameter, which is used elsewhere")
+        if any(drops(m) for m in self.module.modules() if m.training):
+            reason = "its dropout would draw another mask in its second run: call model.eval()"
+            raise self.refusal(reason, ValueError)
+        states = [type(t).__name__ for t in inputs if not isinstance(t, _STATELESS)]
+        if states:
+            reason = (
+                f"its argument of type {states[0]} may be changed by the first run and is met again"
+                " by the second: run the model with use_cache=False"
+            )
+            raise self.refusal(reason, ValueError)
+
+    def part(self, layout: Layout, t: Tensor, place: int, n: int, folded: bool) -> Tensor:
+        """What example n has of a tensor, the module's argument or output number `place`."""
+        return layout.cut(t, n, self.where, folded=folded)
+
+    def parts(self, layout: Layout, leaves: Sequence[Any], n: int, folded: bool) -> list[Any]:
+        """What example n has of the module's arguments, or outputs; what is no tensor as it is."""
+        found = list(leaves)
+        for place, t in enumerate(leaves):
+            if isinstance(t, Tensor):
+                found[place] = self.part(layout, t, place, n, folded)
+        return found
 
     def tapped(self, call: Call) -> Any:
         """The module's outputs, of any structure, each behind a tap of its own."""
         current, layout = call.current, call.current.layout
         outputs, out_spec = pytree.tree_flatten(call.output)
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+        differentiable = [i for i, t in enumerate(outputs) if _has_gradient(t)]
+        folded = self._folds(layout, leaves, spec, outputs)
         places = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
         saved = [leaves[i].detach() for i in places]
         for i in places:
             leaves[i] = None  # kept by save_for_backward alone
-        differentiable = [i for i, t in enumerate(outputs) if _has_gradient(t)]
         only = layout.only
 
         def record(d: Tensor, *saved: Tensor, output: int) -> None:
-            layout.see(d.shape[:2])
             filled = list(leaves)
             for place, t in zip(places, saved, strict=True):
                 filled[place] = t
@@ -74,19 +112,98 @@ class ModuleTap(Tap):
                     return self._gradients(filled, spec, output, d) if n == only else {}
                 if layout.unit == "batch":
                     return self._gradients(filled, spec, output, d)
-                parts = [
-                    layout.cut(t, n, self.where) if isinstance(t, Tensor) else t for t in filled
-                ]
-                return self._gradients(parts, spec, output, layout.cut(d, n, self.where))
+                parts = self.parts(layout, filled, n, folded)
+                mine = self.part(layout, d, output, n, folded)
+                return self._gradients(parts, spec, output, mine)
 
             self.sink.take_gradients(current, self, gradients, last=len(differentiable) == 1)
 
         for i in differentiable:
-            t = outputs[i]
-            if layout.copies > 1 and t.dim() > 1 and t.shape[0] == 1:
-                t = t.expand(layout.copies, *t.shape[1:])
+            t = self._copied(current, outputs[i])
             outputs[i] = self.identity(t, functools.partial(record, output=i), *saved)
         return pytree.tree_unflatten(outputs, out_spec)
+
+    def shown(self, call: Call, met: Met) -> Any:
+        """See Tap; of every argument, and of every output."""
+        layout = call.current.layout
+        outputs, out_spec = pytree.tree_flatten(call.output)
+        leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+        folded = self._folds(layout, leaves, spec, outputs)
+        if layout.only is None:
+            for t in (
+                *self.parts(layout, leaves, met.n, folded),
+                *self.parts(layout, outputs, met.n, folded),
+            ):
+                if isinstance(t, Tensor):
+                    met.add(self.where, t.clone())
+        for i, t in enumerate(outputs):
+            if _has_gradient(t):
+                outputs[i] = self._copied(call.current, t)
+        return pytree.tree_unflatten(outputs, out_spec)
+
+    def _copied(self, current: Pass, t: Tensor) -> Tensor:
+        """An output, with a copy for each example of what was computed once."""
+        copies = current.layout.copies
+        if copies == 1 or t.dim() < 2 or t.shape[0] != 1:
+            return t
+        current.expanded.append(self.where)
+        return t.expand(copies, *t.shape[1:])
+
+    # --- how examples lie in its tensors ----------------------------------------------------------
+
+    def _folds(
+        self, layout: Layout, leaves: Sequence[Any], spec: pytree.TreeSpec, outputs: Sequence[Any]
+    ) -> bool:
+        """Whether a first dimension of several times the batch's rows is cut as `Layout.cut` says.
+
+        Raises:
+            ValueError: an example's part of the inputs gives another output by either way.
+        """
+        layout.see(self.leading_of(outputs))
+        if layout.only is not None or layout.unit == "batch" or layout.examples < 2:
+            return False
+        tensors = [t for t in (*leaves, *outputs) if isinstance(t, Tensor)]
+        shapes = tuple(t.shape for t in tensors)
+        if shapes not in self._folded:
+            ways = (way for way in (False, True) if self._repeats(layout, leaves, spec, outputs, way))
+            found = next(ways, None)
+            if found is None:
+                raise self.refusal(
+                    "it does not treat the batch's examples apart, in the first dimension of its "
+                    f"tensors (of shapes {', '.join(str(tuple(t.shape)) for t in tensors)})",
+                    ValueError,
+                )
+            self._folded[shapes] = found
+        return self._folded[shapes]
+
+    def leading_of(self, outputs: Sequence[Any]) -> torch.Size:
+        """The leading shape (B, T, ...) that its outputs show."""
+        return next(t for t in outputs if _has_gradient(t)).shape[:2]
+
+    @torch.no_grad()
+    def _repeats(
+        self,
+        layout: Layout,
+        leaves: Sequence[Any],
+        spec: pytree.TreeSpec,
+        outputs: Sequence[Any],
+        folded: bool,
+    ) -> bool:
+        """Whether the second example's part of the inputs gives its part of the outputs."""
+        args, kwargs = pytree.tree_unflatten(self.parts(layout, leaves, 1, folded), spec)
+        try:
+            with self._alone():
+                alone = pytree.tree_leaves(self.module.forward(*args, **kwargs))
+        except _FAILURES:
+            return False
+        expected = self.parts(layout, outputs, 1, folded)
+        return len(alone) == len(expected) and all(
+            alike(found, whole)
+            for found, whole in zip(alone, expected, strict=True)
+            if _has_gradient(whole)
+        )
+
+    # --- its second run ---------------------------------------------------------------------------
 
     def _gradients(
         self, leaves: list[Any], spec: pytree.TreeSpec, output: int, d: Tensor
@@ -95,21 +212,32 @@ class ModuleTap(Tap):
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         own = {own: self.module.get_parameter(own) for own in self.names}
         params = {name: p.detach().requires_grad_() for name, p in own.items()}
-        running, self.sink.current = self.sink.current, None
-        try:
-            with (
-                computing_with(self.module, params),
-                torch.enable_grad(),
-                torch.random.fork_rng(devices=[]),
-            ):
-                out = pytree.tree_leaves(self.module.forward(*args, **kwargs))[output]
-                grads = torch.autograd.grad(
-                    out, list(params.values()), d.expand(out.shape), allow_unused=True
-                )
-        finally:
-            self.sink.current = running
+        with self._alone(), computing_with(self.module, params), torch.enable_grad():
+            out = pytree.tree_leaves(self.module.forward(*args, **kwargs))[output]
+            grads = torch.autograd.grad(
+                out, list(params.values()), d.expand(out.shape), allow_unused=True
+            )
         found = zip(params, grads, strict=True)
         return {self.names[name]: _single(g) for name, g in found if g is not None}
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, taps see nothing; the random state is put back."""
+        running, self.sink.current = self.sink.current, None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            self.sink.current = running
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module drops out in train mode: one of torch's, or an attention that says so."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return bool(module.dropout)
+    return getattr(module, "attention_dropout", 0) not in (0, None)
 
 
 def _has_gradient(t: Any) -> bool:
