@@ -6,7 +6,7 @@ Which token belongs to which example, and which predictions count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks
+from fasttax.fisher.task import Task
 
 IGNORED = -100  # the label that transformers and torch.nn.CrossEntropyLoss leave out
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # transformers' names for what has no ids
 OTHER_INPUTS = ("pixel_values", "input_values", "input_features", "inputs_embeds")
 
@@ -27,11 +29,13 @@ class Batch:
     Attributes:
         inputs: the model's arguments.
         targets: (B, T) int64 next tokens; (B,) classes for a classifier; IGNORED where there is
-            none.
-        counted: bool, as targets: predictions in the loss.
+            none. (B, C) floats of a likelihood that has a label for each output.
+        counted: bool, (B, T) or (B,): predictions in the loss.
         bounds: (examples + 1,) int64 over the B * T tokens in order.
         shape: (B, T).
         labelled: the labels came with the batch.
+        likelihood: of the labels, as far as it is known; `settled` where the logits are.
+        classes: float labels of several columns are classes that may hold together.
     """
 
     inputs: dict[str, Any]
@@ -40,16 +44,47 @@ class Batch:
     bounds: Tensor
     shape: tuple[int, int]
     labelled: bool = False
+    likelihood: str | None = None
+    classes: bool = False
 
     def settled(self, logits: Tensor) -> Batch:
-        """With one label an example where the model turns out to be a classifier without labels."""
+        """With what the logits tell: one label an example of a classifier, and the likelihood.
+
+        Raises:
+            ValueError: the likelihood cannot be known, or does not fit the outputs.
+        """
+        likelihood = self._likelihood(logits)
         if logits.dim() != 2 or self.targets.dim() != 2 or self.labelled:
-            return self
+            return replace(self, likelihood=likelihood)
         B, T = self.shape
         targets = torch.zeros(B, dtype=torch.int64, device=logits.device)
         bounds = torch.arange(B + 1, device=self.bounds.device) * T
         everything = torch.ones_like(targets, dtype=torch.bool)
-        return Batch(self.inputs, targets, everything, bounds, self.shape)
+        return replace(
+            self, targets=targets, counted=everything, bounds=bounds, likelihood=likelihood
+        )
+
+    def _likelihood(self, logits: Tensor) -> str:
+        floats = self.labelled and self.targets.is_floating_point()
+        columns = logits.shape[-1]
+        if self.likelihood == "softmax" and (columns == 1 or floats):
+            got = "float labels" if floats else "one output, which a softmax makes 1 always"
+            raise checks.fail(
+                "DiagonalFisher", "likelihood", "'bernoulli' or 'gaussian'", f"'softmax' for {got}"
+            )
+        if self.likelihood is not None:
+            return self.likelihood
+        if floats and self.classes and columns > 1 and self.targets.shape == logits.shape:
+            return "bernoulli"
+        if floats or columns == 1:
+            raise checks.fail(
+                "DiagonalFisher",
+                "likelihood",
+                "'bernoulli' or 'gaussian' for a model with one output, or with float labels",
+                "'auto', which the model's config says nothing of",
+                "pass likelihood='gaussian' for a squared error, 'bernoulli' for a sigmoid's",
+            )
+        return "softmax"
 
     @property
     def examples(self) -> int:
@@ -69,41 +104,43 @@ def read(
     op: str,
     batch: Any,
     device: torch.device,
+    task: Task,
     vocab: int | None = None,
     *,
     positions: bool = False,
-    shift: bool = True,
 ) -> Batch:
     """Checks a batch and lays out its examples and labels.
 
     Args:
         op: for errors.
-        batch: input_ids alone, or a mapping.
+        batch: as `named` takes it.
         device: where its tensors go.
+        task: what the model says of its labels.
         vocab: how many ids the model knows.
         positions: the model takes position_ids, which then tell it where packed documents begin.
-        shift: labels are next tokens.
 
     Raises:
         ValueError, TypeError: the batch does not fit.
     """
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping):
-        expected = "a dict or BatchEncoding with input_ids, or a tensor of ids"
+    given = named(batch, task.first)
+    if not isinstance(given, Mapping):
+        expected = "a dict or BatchEncoding with input_ids, a tensor, or (inputs, labels)"
         raise checks.fail(op, "batch", expected, batch, error=TypeError)
-    inputs = {k: (v.to(device) if isinstance(v, Tensor) else v) for k, v in batch.items()}
+    inputs = {k: (v.to(device) if isinstance(v, Tensor) else v) for k, v in given.items()}
     labels = inputs.pop("labels", None)
-    if "input_ids" not in inputs:
-        main = next((k for k in OTHER_INPUTS if isinstance(inputs.get(k), Tensor)), None)
-        if main is None:
-            raise checks.fail(op, "batch", "a key 'input_ids'", f"keys {sorted(map(str, batch))}")
-        return _classifier(op, inputs, labels, inputs[main].shape[0], 1)
-    ids = _ids(op, inputs, vocab)
+    main = main_input(inputs)
+    if main is None:
+        expected = "a key 'input_ids', or any tensor that the model takes"
+        raise checks.fail(op, "batch", expected, f"keys {sorted(map(str, given))}")
+    if not _holds_ids(main, inputs[main]):
+        return _classifier(op, inputs, labels, inputs[main].shape[0], 1, task)
+    ids = _ids(op, main, inputs[main], vocab)
     B, T = ids.shape
+    if task.encoder_decoder and (labels is None or labels.dim() == 2):
+        return _sequences(op, inputs, labels, B)
     real = _real(op, inputs, ids)
-    if labels is not None and (labels.dim() == 1 or labels.shape == (B, 1) != ids.shape):
-        return _classifier(op, inputs, labels.flatten(), B, T)
+    if labels is not None and _of_examples(labels, ids, task):
+        return _classifier(op, inputs, labels, B, T, task)
     starts = _starts(op, inputs, ids, real)
     inputs.pop("cu_seqlens", None)
     if positions and bool(starts[:, 1:].any()):
@@ -112,18 +149,79 @@ def read(
     bounds = torch.cat((starts.flatten().nonzero().flatten(), end))
     targets = _targets(op, labels, ids, real, vocab)
     counted = real & (targets != IGNORED)
-    if shift:
+    if task.shift:
         # the next token must exist, be real, and belong to the same document
         next_counts = counted[:, 1:] & ~starts[:, 1:] & real[:, :-1]
         nothing = torch.full((B, 1), IGNORED, device=device)
         targets = torch.cat((targets[:, 1:], nothing), 1)
         counted = torch.cat((next_counts, torch.zeros_like(next_counts[:, :1])), 1)
-    return Batch(inputs, targets, counted, bounds, (B, T), labels is not None)
+    return Batch(inputs, targets, counted, bounds, (B, T), labels is not None, task.likelihood)
 
 
-def _ids(op: str, inputs: Mapping[str, Any], vocab: int | None) -> Tensor:
-    name = "batch['input_ids']"
-    ids = checks.tensor(op, name, inputs["input_ids"], (torch.int64, torch.int32))
+def named(batch: Any, first: str | None = None) -> Any:
+    """A batch as a mapping from the model's argument names, and "labels".
+
+    Args:
+        batch: a mapping; a tensor; or (inputs, labels), as data loaders of classifiers give.
+        first: the name of the model's first argument, of a model that takes no input_ids.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
+        return {first or "input_ids": batch[0], "labels": batch[1]}
+    if isinstance(batch, Tensor):
+        return {first or "input_ids": batch}
+    return batch
+
+
+def main_input(inputs: Mapping[str, Any]) -> str | None:
+    """The name of the tensor whose first dimension counts the rows; None without any."""
+    known = ("input_ids", *OTHER_INPUTS)
+    order = [*known, *(k for k in inputs if k not in known and k != "labels")]
+    found = (k for k in order if isinstance(inputs.get(k), Tensor) and inputs[k].dim())
+    return next(found, None)
+
+
+def _holds_ids(name: str, x: Tensor) -> bool:
+    """Whether an input is of tokens: by its name, or integers (B, T)."""
+    if name == "input_ids":
+        return True
+    return name not in OTHER_INPUTS and x.dim() == 2 and x.dtype in (torch.int64, torch.int32)
+
+
+def _of_examples(labels: Tensor, ids: Tensor, task: Task) -> bool:
+    """Whether labels belong to examples, not to their tokens."""
+    B = ids.shape[0]
+    if labels.dim() == 1 or labels.shape == (B, 1) != ids.shape:
+        return True
+    return labels.is_floating_point() or task.likelihood in ("bernoulli", "gaussian")
+
+
+def _sequences(op: str, inputs: dict[str, Any], labels: Tensor | None, B: int) -> Batch:
+    """Of an encoder-decoder: labels are those of the decoder's positions."""
+    name = "batch['labels']"
+    decoder = inputs.get("decoder_input_ids")
+    if labels is None:
+        if not isinstance(decoder, Tensor):
+            expected = "labels (B, T of the decoder), or decoder_input_ids, for an encoder-decoder"
+            raise checks.fail(op, "batch", expected, f"keys {sorted(map(str, inputs))}")
+        mask = inputs.get("decoder_attention_mask", torch.ones_like(decoder))
+        targets = torch.full_like(decoder, IGNORED, dtype=torch.int64)
+        counted = mask != 0
+    else:
+        checks.tensor(op, name, labels, (torch.int64, torch.int32))
+        targets = labels.long()
+        counted = targets != IGNORED
+        if decoder is None and "decoder_inputs_embeds" not in inputs:
+            inputs["labels"] = labels  # the model makes its decoder's input of them
+    if targets.shape[0] != B:
+        raise checks.fail(op, name, f"{B} rows as input_ids", targets)
+    T = targets.shape[1]
+    bounds = torch.arange(B + 1, device=targets.device) * T
+    return Batch(inputs, targets, counted, bounds, (B, T), labels is not None, "softmax")
+
+
+def _ids(op: str, key: str, x: Any, vocab: int | None) -> Tensor:
+    name = f"batch[{key!r}]"
+    ids = checks.tensor(op, name, x, (torch.int64, torch.int32))
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 1:
         raise checks.fail(op, name, "shape (examples, tokens), at least (1, 1)", ids)
     if vocab is not None and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
@@ -193,36 +291,41 @@ def _targets(
     return labels.long()
 
 
-def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int) -> Batch:
+def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int, task: Task) -> Batch:
     device = next(v.device for v in inputs.values() if isinstance(v, Tensor))
     bounds = torch.arange(B + 1, device=device) * T
+    likelihood, classes = task.likelihood, task.classes
+    every = torch.ones(B, dtype=torch.bool, device=device)
     if labels is None:
         targets = torch.full((B,), IGNORED, dtype=torch.int64, device=device)
-        return Batch(inputs, targets, torch.ones_like(targets, dtype=torch.bool), bounds, (B, T))
+        return Batch(inputs, targets, every, bounds, (B, T), False, likelihood, classes)
     name, expected = "batch['labels']", f"shape ({B},) for a classifier"
-    checks.tensor(op, name, labels, (torch.int64, torch.int32))
+    checks.tensor(op, name, labels, (torch.int64, torch.int32, *FLOATS))
+    if labels.is_floating_point() or task.likelihood in ("bernoulli", "gaussian"):
+        if labels.dim() not in (1, 2) or labels.shape[0] != B:
+            raise checks.fail(op, name, f"{expected}, or ({B}, outputs)", labels)
+        targets = labels.reshape(B, -1).double()
+        if not bool(targets.isfinite().all()):
+            raise checks.fail(op, name, "finite labels", "NaN or infinity")
+        return Batch(inputs, targets, every, bounds, (B, T), True, likelihood, classes)
+    labels = labels.flatten() if labels.shape == (B, 1) else labels
     if labels.shape != (B,):
         if T > 1:
             expected += f" or ({B}, {T}) for a language model"
         raise checks.fail(op, name, expected, labels)
-    return Batch(inputs, labels.long(), labels != IGNORED, bounds, (B, T), True)
+    return Batch(
+        inputs, labels.long(), labels != IGNORED, bounds, (B, T), True, likelihood, classes
+    )
 
 
 # --- parts of a batch -----------------------------------------------------------------------------
 
 
-def _named(batch: Any) -> Mapping[str, Any]:
-    if isinstance(batch, Mapping):
-        return batch
-    return {"input_ids": batch}
-
-
-def ids_of(batch: Any) -> Tensor | None:
-    """A batch's input_ids; None where it has none."""
-    ids = batch
-    if isinstance(batch, Mapping):
-        ids = batch.get("input_ids")
-    return ids if isinstance(ids, Tensor) else None
+def rows_of(batch: Any) -> int | None:
+    """How many rows a batch has; None where no tensor of it says."""
+    given = named(batch)
+    main = main_input(given) if isinstance(given, Mapping) else None
+    return None if main is None else given[main].shape[0]
 
 
 def take(batch: Any, start: int, stop: int) -> Any:
@@ -232,7 +335,9 @@ def take(batch: Any, start: int, stop: int) -> Any:
     """
     if isinstance(batch, Tensor):
         return batch[start:stop]
-    size = next(batch[k] for k in ("input_ids", *OTHER_INPUTS) if k in batch).shape[0]
+    if not isinstance(batch, Mapping):
+        return tuple(t[start:stop] for t in batch)
+    size = rows_of(batch)
     part = dict(batch)
     for k, v in part.items():
         if isinstance(v, Tensor) and v.dim() and v.shape[0] == size:
@@ -257,7 +362,7 @@ def example(batch: Any, ready: Batch, n: int) -> Any:
         return take(batch, n, n + 1)
     row, begin = divmod(int(ready.bounds[n]), ready.shape[1])
     end = begin + int(ready.bounds[n + 1] - ready.bounds[n])
-    whole = dict(_named(batch))
+    whole = dict(named(batch))
     if "position_ids" in ready.inputs:
         whole["position_ids"] = ready.inputs["position_ids"]
     if "attention_mask" not in ready.inputs:
@@ -266,14 +371,16 @@ def example(batch: Any, ready: Batch, n: int) -> Any:
     return _span(whole, ready.shape, row, begin, end)
 
 
-def snippet(batch: Any, tokens: int) -> Any:
+def snippet(batch: Any, tokens: int, task: Task) -> Any:
     """A small batch of the same kind, for a check of the method.
 
     One or two rows, cut to `tokens` of their real tokens in all.
     """
-    whole = _named(batch)
+    whole = named(batch, task.first)
     ids, labels, positions = (whole.get(k) for k in ("input_ids", "labels", "position_ids"))
-    if not isinstance(ids, Tensor) or (isinstance(labels, Tensor) and labels.dim() == 1):
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or task.encoder_decoder:
+        return take(whole, 0, 2)
+    if isinstance(labels, Tensor) and _of_examples(labels, ids, task):
         return take(whole, 0, 2)
     rows = 2
     if isinstance(positions, Tensor):

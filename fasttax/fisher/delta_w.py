@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax._base import checks
+from fasttax._base import checks, dtensor
 from fasttax.fisher.ops import sum_dtype
 from fasttax.fisher.plan import Use
 from fasttax.fisher.rules import rule_of
@@ -101,7 +101,9 @@ def _slot(model: nn.Module, base: Any, shape: torch.Size, device: torch.device) 
     if not isinstance(weight, Tensor):
         return Slot(shape, torch.float32, device)
     users = sum(p is weight for m in model.modules() for p in m.parameters(recurse=False))
+    # subclasses (torchao's) know few ops
+    plain = type(weight) in (Tensor, nn.Parameter) or dtensor.is_sharded(weight)
     itself = None
-    if weight.is_floating_point() and weight.shape == shape and users == 1:
+    if plain and weight.is_floating_point() and weight.shape == shape and users == 1:
         itself = weight
     return Slot(shape, sum_dtype(weight.dtype), device, itself)

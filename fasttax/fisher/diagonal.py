@@ -27,12 +27,13 @@ from fasttax.fisher.delta_w import LORA, base_weights
 from fasttax.fisher.error import SamplingError
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.layout import Layout
-from fasttax.fisher.observation import Observation
+from fasttax.fisher.observation import Loss, Observation
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.plan import TIED, Filter, plan, select
 from fasttax.fisher.rules.routing import RoutingBlock
 from fasttax.fisher.sums import Slot, Sums
 from fasttax.fisher.tap import Tap
+from fasttax.fisher.task import LIKELIHOODS, Task
 from fasttax.fisher.verify import check_isolation, verify
 from fasttax.fisher.view import View, bare
 
@@ -64,8 +65,14 @@ class DiagonalFisher:
             quantised base has too.
         generator: for label sampling; None is a generator of its own, seeded with 0.
         mc_samples: label draws a batch, averaged; each costs a backward.
-        shift: labels of (B, T) are next tokens; False for models that predict each token in place
-            (masked language models).
+        likelihood: what the labels are drawn from, and their loss: "softmax" over classes or
+            tokens, "bernoulli" for a sigmoid at each output, "gaussian" of variance 1 around each
+            output (squared error). "auto" is what the model's config says (problem_type; one label
+            of transformers is a regression's), else softmax.
+        shift: labels of (B, T) are next tokens; False for models that predict each token in place.
+            None: in place for transformers' masked language models and token classifiers, whose
+            class says so, next tokens for all others. An encoder-decoder's labels are its
+            decoder's, in place.
         fallback: "loop" differentiates one example at a time where a parameter has no rule: exact
             for any model, slow.
         verify: on the first batch, checks the method against autograd on 16 tokens, parameter by
@@ -88,7 +95,8 @@ class DiagonalFisher:
         lora: str = "factors",
         generator: torch.Generator | None = None,
         mc_samples: int = 1,
-        shift: bool = True,
+        likelihood: str = "auto",
+        shift: bool | None = None,
         fallback: str | None = None,
         verify: bool = True,
     ) -> None:
@@ -103,6 +111,8 @@ class DiagonalFisher:
         self.fallback = fallback
         self._check_options(op)
         self.model = bare(model)
+        checks.choice(op, "likelihood", likelihood, LIKELIHOODS)
+        self.task = Task.of(self.model, likelihood, shift)
         self.params = select(op, self.model, params)
         slots = {n: Slot.of(p) for n, p in self.params.items()}
         dense = {}
@@ -115,7 +125,7 @@ class DiagonalFisher:
             taps, blocks = plan(op, self.model, self.params, dense, self.sums)
         self.device = next(iter(slots.values())).device
         self.view = View(
-            self.model, model, self.device, taps, blocks, self.unit, self.labels, shift
+            self.model, model, self.device, taps, blocks, self.unit, self.labels, self.task
         )
         self.generator = generator or torch.Generator(self.device).manual_seed(0)
         self.examples = self.tokens = self.batches = 0
@@ -204,7 +214,11 @@ class DiagonalFisher:
 
     @contextlib.contextmanager
     def observe(
-        self, *, cu_seqlens: Tensor | None = None, shape: tuple[int, int] | None = None
+        self,
+        *,
+        cu_seqlens: Tensor | None = None,
+        shape: tuple[int, int] | None = None,
+        loss: Loss | None = None,
     ) -> Iterator[None]:
         """Inside, the user's own forward and backward add to the estimate; p.grad is untouched.
 
@@ -216,18 +230,28 @@ class DiagonalFisher:
             cu_seqlens: boundaries of the examples in one packed row. Without it, rows of the batch
                 are the examples.
             shape: (B, T) of the batch, where the model's input does not show it.
+            loss: n -> the loss of the batch's example n alone, by a forward of its own, as
+                `lambda n: F.cross_entropy(model(x[n : n + 1]), y[n : n + 1], reduction="sum")`.
+                The first batch is held against it; with fallback="loop" every batch is estimated
+                by it, and what runs inside says only how many examples there are.
+
+        The first batch counts when it is proven (unless verify=False): the taps' gradients summed
+        over the examples are those that autograd gives for the whole, of every parameter; and the
+        batch's second example, run alone or by `loss`, gives the same as in the batch.
 
         Raises:
-            ValueError: the estimator's options allow update() alone.
+            ValueError: the estimator's options allow update() alone, or the first batch shows that
+                the squares would not be those of the examples.
             RuntimeError: no gradient was seen.
         """
         op = "DiagonalFisher.observe"
         self._check_whole("observe")
-        use_update = "use update()"
-        if self.fallback is not None:
-            raise checks.fail(op, "fallback", "None", repr(self.fallback), use_update)
+        if self.fallback is not None and loss is None:
+            way_out = "give the loss of one example, or use update()"
+            raise checks.fail(op, "loss", "a function with fallback='loop'", "None", way_out)
         if self.labels == "exact_head":
-            raise checks.fail(op, "labels", "'sample' or 'true'", repr(self.labels), use_update)
+            got, way_out = repr(self.labels), "use update()"
+            raise checks.fail(op, "labels", "'sample' or 'true'", got, way_out)
         sharding.refuse_context_parallel(op, self.unit)
         self.view.check_mode()
         bounds = None
@@ -237,8 +261,8 @@ class DiagonalFisher:
         elif shape is not None:
             bounds = torch.arange(shape[0] + 1) * shape[1]
         proven = not self._unproven
-        block = Observation(op, self.view, self.sums, shape, bounds, proven=proven)
-        with block.running():
+        block = Observation(op, self.view, self.sums, shape, bounds, proven=proven, loss=loss)
+        with block.running() if self.fallback is None else block.looping():
             yield
         self._unproven = not block.proven
         layouts = [p.layout for p in block.seen]

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from fasttax._base import checks
 from fasttax._base.packed import STORAGES
-from fasttax.fisher.batches import ids_of, take
+from fasttax.fisher.batches import rows_of, take
 from fasttax.fisher.diagonal import NORMALIZE, DiagonalFisher
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.plan import Filter
@@ -34,8 +34,10 @@ def estimate_fisher(
     lora: str = "factors",
     generator: torch.Generator | None = None,
     mc_samples: int = 1,
-    shift: bool = True,
+    likelihood: str = "auto",
+    shift: bool | None = None,
     fallback: str | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
     normalize: str = "mean",
     storage: str = "fp32",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -57,8 +59,13 @@ def estimate_fisher(
         lora: "factors", or "delta_w" for the base weights behind adapters.
         generator: for label sampling; None is one of its own, seeded with 0.
         mc_samples: label draws a batch.
-        shift: labels of (B, T) are next tokens.
+        likelihood: of the labels: "auto" as the model's config says, "softmax", "bernoulli" or
+            "gaussian".
+        shift: labels of (B, T) are next tokens; None as the model's class says.
         fallback: "loop" runs example by example where a parameter has no rule.
+        loss: (model, batch) -> the sum of the batch's losses, in place of a likelihood, with
+            labels="true": any loss of any model, whose Fisher is then the empirical one of it. It
+            is also called with one example, which `take` cuts out of the batch.
         normalize: "mean" per example (per token for unit="token"), or the "sum".
         storage: "fp32", "bf16" or "u8log".
         checkpoint: a file that is written every `checkpoint_every` batches and removed at the end.
@@ -89,9 +96,12 @@ def estimate_fisher(
         lora=lora,
         generator=generator,
         mc_samples=mc_samples,
+        likelihood=likelihood,
         shift=shift,
         fallback=fallback,
     )
+    if loss is not None and labels != "true":
+        raise checks.fail(op, "labels", "'true' with loss=, which draws no labels", repr(labels))
     checks.choice(op, "normalize", normalize, NORMALIZE)
     checks.choice(op, "storage", storage, STORAGES)
     if checkpoint is not None and os.path.exists(checkpoint):
@@ -102,7 +112,10 @@ def estimate_fisher(
     ) as bar:
         for batch in _left(batches, estimator, max_examples):
             before = estimator.examples
-            estimator.update(batch)
+            if loss is None:
+                estimator.update(batch)
+            else:
+                _observe(estimator, loss, batch)
             error = estimator.relative_error()
             if not math.isnan(error):
                 bar.set_postfix_str(f"error {100 * error:.0f} %", refresh=False)
@@ -116,6 +129,15 @@ def estimate_fisher(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(checkpoint)
     return estimate
+
+
+def _observe(
+    estimator: DiagonalFisher, loss: Callable[[nn.Module, Any], Tensor], batch: Any
+) -> None:
+    """A batch of the user's own loss."""
+    model = estimator.model
+    with estimator.observe(loss=lambda n: loss(model, take(batch, n, n + 1))):
+        loss(model, batch).backward()
 
 
 def _left(
@@ -140,8 +162,8 @@ def _left(
 
 def _cut(batch: Any, room: int) -> Any:
     """At most `room` rows of a batch of unpacked rows."""
-    ids = ids_of(batch)
-    if ids is None or ids.shape[0] <= room:
+    rows = rows_of(batch)
+    if rows is None or rows <= room:
         return batch
     return take(batch, 0, room)
 
@@ -158,5 +180,5 @@ def _examples_in(batches: Any) -> int | None:
             return None
     if not isinstance(batches, (list, tuple)):
         return None
-    ids = [t for t in map(ids_of, batches) if t is not None]
-    return sum(t.shape[0] for t in ids) if len(ids) == len(batches) else None
+    rows = [n for n in map(rows_of, batches) if n is not None]
+    return sum(rows) if len(rows) == len(batches) else None

@@ -32,16 +32,22 @@ def unmoved(generator: torch.Generator | None) -> Iterator[None]:
 def score(logits: Tensor, batch: batches.Batch, generator: torch.Generator | None) -> Tensor:
     """The gradient of -sum log p(label) at the logits, float32 (float64).
 
-    Softmax - onehot at the predictions that count, else 0.
+    At the predictions that count, else 0:
+
+    - softmax: softmax(logits) - onehot(label);
+    - bernoulli: sigmoid(logits) - label, a label of 0 or 1 for each output;
+    - gaussian: logits - label, of variance 1 around each output.
 
     Args:
         logits: (B, T, V), or a classifier's (B, V).
-        batch: its labels and the predictions that count.
+        batch: its labels and the predictions that count, settled.
         generator: draws labels from the logits' own distribution; None takes the batch's.
 
     Raises:
-        ValueError: a label is no column of the logits.
+        ValueError: a label is no column of the logits, or has another shape.
     """
+    if batch.likelihood in ("bernoulli", "gaussian"):
+        return _output_scores(logits, batch, generator)
     p = torch.softmax(logits.detach(), -1, dtype=sum_dtype(logits.dtype))
     if generator is not None:
         labels = sample(p, generator)
@@ -52,6 +58,30 @@ def score(logits: Tensor, batch: batches.Batch, generator: torch.Generator | Non
             raise checks.fail("DiagonalFisher.update", "batch['labels']", expected, got)
     p.scatter_add_(-1, labels[..., None], torch.full_like(labels[..., None], -1, dtype=p.dtype))
     return p.masked_fill_(~batch.counted[..., None], 0.0)
+
+
+def _output_scores(
+    logits: Tensor, batch: batches.Batch, generator: torch.Generator | None
+) -> Tensor:
+    """Of the likelihoods with a label for each output."""
+    op, dtype = "DiagonalFisher.update", sum_dtype(logits.dtype)
+    means = logits.detach().to(dtype)
+    if batch.likelihood == "bernoulli":
+        means = means.sigmoid()
+    if generator is None:
+        labels = batch.targets.to(dtype)
+        if labels.shape != logits.shape:
+            expected = f"shape {tuple(logits.shape)} as the outputs"
+            raise checks.fail(op, "batch['labels']", expected, batch.targets)
+        if batch.likelihood == "bernoulli" and bool(((labels < 0) | (labels > 1)).any()):
+            raise checks.fail(op, "batch['labels']", "labels in [0, 1]", "others")
+        return means - labels
+    device = generator.device
+    if batch.likelihood == "gaussian":
+        noise = torch.randn(means.shape, dtype=dtype, device=device, generator=generator)
+        return noise.to(means.device)
+    drawn = torch.rand(means.shape, dtype=dtype, device=device, generator=generator)
+    return means - (drawn.to(means.device) < means).to(dtype)
 
 
 def sample(p: Tensor, generator: torch.Generator) -> Tensor:

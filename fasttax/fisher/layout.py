@@ -156,16 +156,13 @@ class Layout:
         """
         B, T, bounds = self.known()
         begin, end = int(bounds[n]), int(bounds[n + 1])
-        by_token = x.dim() >= 1 and x.shape[0] == B * T
+        rows = x.shape[:1].numel() if x.dim() else 0
+        by_token = rows == B * T
         if not self.packed:
-            if x.dim() >= 1 and x.shape[0] == B:
-                return x[n : n + 1]
-            if by_token:
-                return x[begin:end]
-            if folded and x.dim() >= 1 and x.shape[0] and x.shape[0] % B == 0:
-                each = x.shape[0] // B
-                return x[n * each : (n + 1) * each]
-            return x
+            each = 0
+            if rows in (B, B * T) or (folded and rows % B == 0):
+                each = rows // B
+            return x[n * each : (n + 1) * each] if each else x
         if tuple(x.shape[:2]) == (B, T):
             if T not in x.shape[2:]:
                 row, first = divmod(begin, T)

@@ -46,16 +46,17 @@ def update(
 
 def squares(
     view: View, params: Mapping[str, Tensor], batch: Any, ready: batches.Batch, score: Tensor
-) -> dict[str, Tensor]:
-    """Float64 sums of squares of a batch's examples, for a given gradient at the logits.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Float64 sums, and sums of squares, of the gradients of a batch's examples.
 
     Args:
         view: the model.
         params: name -> parameter.
         batch: as `view.read` takes it; `ready` as it gave it.
         ready: see batch.
-        score: (B, T, V), or a classifier's (B, V).
+        score: the gradient at the logits, (B, T, V), or a classifier's (B, V).
     """
+    sums: dict[str, Tensor] = {}
     total: dict[str, Tensor] = {}
     for n, part in enumerate(examples(view, batch, ready)):
         mine = score[n : n + 1]
@@ -66,6 +67,7 @@ def squares(
             return mine
 
         for name, g in view.gradients(params, part, given).items():
-            square = g.double() ** 2
-            total[name] = total[name] + square if name in total else square
-    return total
+            wide = g.double()
+            sums[name] = sums.get(name, 0) + wide
+            total[name] = total.get(name, 0) + wide**2
+    return sums, total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from fasttax.fisher import sharding
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
-from fasttax.fisher.proof import disagreement, slack_of
+from fasttax.fisher.pieces import add_squares
+from fasttax.fisher.proof import differences, disagreement, is_exact, roots
 from fasttax.fisher.replay import replay
 from fasttax.fisher.sums import Sums
 from fasttax.fisher.view import View
+
+Loss = Callable[[int], Tensor]  # an example of the block -> its loss, by a forward of its own
 
 
 class Observation:
@@ -25,7 +28,8 @@ class Observation:
 
     - the sum of the gradients that the taps squared is, for every parameter, the one that autograd
       gives for the whole block: every use of a parameter was seen, with what it met;
-    - the second example, run alone, meets in every module what the taps took for it in the batch.
+    - the second example, run alone, meets in every module what the taps took for it in the batch;
+      or, of a block with a loss by example, the squares are those of the examples' own gradients.
 
     Attributes:
         passes: one a forward of the model.
@@ -41,12 +45,11 @@ class Observation:
         bounds: Tensor | None,
         *,
         proven: bool,
-        replays: bool = True,
+        loss: Loss | None,
     ) -> None:
         self.op, self.view, self.sums = op, view, sums
-        self._shape, self._bounds = shape, bounds
-        self.proving, self.replays = not proven, replays
-        self.proven, self._replaying = proven, False
+        self._shape, self._bounds, self._loss = shape, bounds, loss
+        self.proving, self.proven, self._replaying = not proven, proven, False
         self.passes: list[Pass] = [self._pass()]
 
     def _pass(self, batch: int = 0) -> Pass:
@@ -71,23 +74,61 @@ class Observation:
             if self.proving:
                 params = _provable(self.sums)
                 totals = stack.enter_context(self.sums.trial())
-            stack.enter_context(self.view.quiet())
-            stack.enter_context(self.sums.recording(self.passes))
-            stack.enter_context(self.view.tapped(params))
-            handle = self.view.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            try:
+            with (
+                self.view.quiet(),
+                self.sums.recording(self.passes),
+                self.view.tapped(params),
+                self._watching(),
+            ):
                 yield
-            finally:
-                handle.remove()
-            if not self.seen:
-                raise RuntimeError(
-                    f"{self.op}: no gradient reached the model's layers; run forward and backward "
-                    "of the loss inside the block"
-                )
-            for p in self.seen:
-                self.sums.finish(p)
-            if self.proving:
-                self._prove(params, totals)
+                if not self.seen:
+                    raise RuntimeError(
+                        f"{self.op}: no gradient reached the model's layers; run forward and "
+                        "backward of the loss inside the block"
+                    )
+                for p in self.seen:
+                    self.sums.finish(p)
+                if self.proving:
+                    self._prove(params, totals)
+            if self.proving and self._loss is not None:
+                self._prove_examples(params, self._loss)
+                self.proven = True
+
+    @contextlib.contextmanager
+    def looping(self) -> Iterator[None]:
+        """Around the user's forward, which says how many examples there are for the loss.
+
+        Raises:
+            RuntimeError: the model did not run, so that nobody knows how many.
+        """
+        loss = self._loss
+        assert loss is not None
+        before = [(p, p.grad) for p in self.view.model.parameters()]
+        try:
+            for p, _ in before:
+                p.grad = None
+            with self._watching():
+                yield
+        finally:
+            for p, grad in before:
+                p.grad = grad
+        (current,) = self.passes  # no tap counts calls
+        if not (current.layout.batch or current.layout.examples):
+            raise RuntimeError(f"{self.op}: run the model inside the block, or pass shape=")
+        current.layout.see(torch.Size((current.layout.batch, 1)))
+        current.seen = True
+        params = _provable(self.sums)
+        for n in range(current.layout.examples):
+            found = self._alone(params, loss, n)
+            add_squares([self.sums.value(k) for k in found], [*found.values()], self.sums.weight)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        handle = self.view.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the model begins a batch."""
@@ -102,10 +143,8 @@ class Observation:
             self.sums.current = self.passes[-1]
         elif batch and self._shape is None:
             self.passes[-1].layout.batch = batch
-        if not self.proving or self.proven or not torch.is_grad_enabled():
-            return
-        if not self.replays:
-            self.proven = True
+        proves = self.proving and not self.proven and self._loss is None
+        if not proves or not torch.is_grad_enabled():
             return
         self._replaying = True
         try:
@@ -121,30 +160,46 @@ class Observation:
 
     def _prove(self, params: Mapping[str, Tensor], totals: Mapping[str, Tensor]) -> None:
         """The taps' gradients against autograd's, both of all examples together."""
-        expected = {
-            n: torch.zeros_like(p) if p.grad is None else p.grad.detach()
-            for n, p in params.items()
-        }
-        largest = max((float(g.norm()) for g in expected.values()), default=0.0)
-        wrong = []
-        for name, g in expected.items():
-            slack = slack_of(g)
-            found = totals.get(name, torch.zeros_like(g)).double()
-            error, size = float((found - g.double()).norm()), float(g.norm())
-            # a gradient that is 0 on paper (a key's bias) is rounding noise, in both
-            if not error <= slack * size + 1e-2 * slack * largest:
-                off = error / max(size, 1e-30)
-                wrong.append(f"{name}: off by {off:.1e} of its gradient's norm")
+        expected = {n: p.grad.detach() for n, p in params.items() if p.grad is not None}
+        wrong = differences(params, totals, expected, self._exact(params))
         if wrong:
             raise ValueError(disagreement(self.op, wrong))
         several = any(p.layout.examples > 1 for p in self.seen)
-        if several and not self.proven:
+        if several and not self.proven and self._loss is None:
             raise ValueError(
                 f"{self.op}: expected a call of the model itself inside the block, got calls of "
                 "its parts, so that its examples cannot be run apart; call the model, pass "
                 "loss=, or verify=False where you know that the first dimension of every layer's "
                 "input counts the examples"
             )
+
+    def _exact(self, params: Mapping[str, Tensor]) -> bool:
+        return is_exact(self.view.device, *(p.dtype for p in params.values()))
+
+    def _alone(self, params: Mapping[str, Tensor], loss: Loss, n: int) -> dict[str, Tensor]:
+        """Autograd's gradients of example n."""
+
+        def backward() -> None:
+            loss(n).backward()
+
+        return self.view.gradients_of(params, backward)
+
+    def _prove_examples(self, params: Mapping[str, Tensor], loss: Loss) -> None:
+        """The squares against those of each example's own gradient, for unit="example"."""
+        if self.view.unit != "example":
+            return
+        examples = sum(p.layout.examples for p in self.seen)
+        truth: dict[str, Tensor] = {}
+        for n in range(examples):
+            found = self._alone(params, loss, n)
+            for name, g in found.items():
+                square = g.double() ** 2
+                truth[name] = truth[name] + square if name in truth else square
+        squared = {n: p for n, p in params.items() if not self.sums.approximates(n)}
+        squares = {n: self.sums.value(n) / self.sums.weight for n in squared}
+        wrong = differences(squared, roots(squares), roots(truth), self._exact(params))
+        if wrong:
+            raise ValueError(disagreement(self.op, wrong))
 
 
 def _provable(sums: Sums) -> dict[str, Tensor]:

@@ -73,9 +73,7 @@ class Pass:
         met: where taps put what their modules meet of one example, in a run that adds nothing.
     """
 
-    def __init__(
-        self, layout: Layout, *, observed: bool = False, met: Met | None = None
-    ) -> None:
+    def __init__(self, layout: Layout, *, observed: bool = False, met: Met | None = None) -> None:
         self.layout, self.observed = layout, observed
         self.calls: Counter[Hashable] = Counter()
         self.recomputed = self.seen = False

@@ -91,12 +91,12 @@ def gradient_of(p: Piece, shape: torch.Size) -> Tensor:
     """What the piece adds to the parameter's gradient over all units, float32 (float64).
 
     Args:
-        p: of any kind but "head".
+        p: of any kind; of "head" for the label that was drawn.
         shape: the parameter's.
     """
     dtype = torch.float64 if p.d.dtype == torch.float64 else torch.float32
     d = p.d.to(dtype)
-    if p.kind == "bias":
+    if p.kind == "bias" or p.x is None:
         return d.sum(0).view(shape)
     if p.kind == "scale":
         return (d * p.met().to(dtype)).sum(0).view(shape)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from fasttax.fisher.layout import WAY_OUT
 
-# of a norm: what batches of another size change in a matrix product's rounding, and more
-_SLACK = {torch.float64: 1e-8, torch.float32: 1e-3}
+# of a norm: what batches of another size change in a matrix product's rounding, and more; many
+# norms of float64 models compute in float32
+_SLACK = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF = 0.1
+WIDE = (torch.float32, torch.float64)
 
 
 def slack_of(*tensors: Tensor) -> float:
@@ -31,6 +35,47 @@ def alike(found: Tensor, expected: Tensor) -> bool:
         return False
     a, b = (torch.where(finite, t.double(), 0.0) for t in (found, expected))
     return float((a - b).norm()) <= slack_of(found, expected) * float(b.norm()) + 1e-30
+
+
+def is_exact(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether a model of these dtypes computes in float32 or float64."""
+    return all(d in WIDE for d in dtypes) and not torch.is_autocast_enabled(device.type)
+
+
+def differences(
+    params: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    exact: bool,
+) -> list[str]:
+    """A line for each of `params` whose gradients, or roots of squares, are not autograd's.
+
+    Args:
+        params: the parameters.
+        found: the taps', by name; none is 0.
+        truth: autograd's.
+        exact: see is_exact.
+    """
+    slack, smallest = 0.1, 1e-2
+    if exact:
+        slack, smallest = 1e-3, 1e-6
+    # a gradient that is 0 on paper (a key's bias) is rounding noise, in both
+    noise = smallest * max((float(t.norm()) for t in truth.values()), default=0.0)
+    wrong = []
+    for name, p in params.items():
+        nothing = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
+        expected = truth.get(name, nothing).double()
+        error = float((found.get(name, nothing).double() - expected).norm())
+        size = float(expected.norm())
+        if not error <= slack * size + noise:
+            off = error / max(size, 1e-30)
+            wrong.append(f"{name}: off by {off:.1e} of its gradient's norm")
+    return wrong
+
+
+def roots(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of sums of squares, what compares as gradients do."""
+    return {name: t.double().clamp_min(0).sqrt() for name, t in squares.items()}
 
 
 def disagreement(op: str, wrong: list[str]) -> str:

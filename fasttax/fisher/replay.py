@@ -1,5 +1,6 @@
-"""One example of a batch run alone: what every tapped module meets of it must be what it met of it
-in the batch, so that squares are of examples and of nothing else.
+"""One example of a batch run alone, which every tapped module must meet as it did in the batch.
+
+Squares are of examples then, and of nothing else.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def _mixes(view: View, layout: Layout, outputs: Any, found: Any) -> str:
 
 def _candidates(layout: Layout, whole: Tensor, alone: Tensor) -> Iterator[Tensor]:
     """What may be the second example's part of a model's output."""
-    B, T, bounds = layout.known()
+    B, _, bounds = layout.known()
     begin, end = int(bounds[1]), int(bounds[2])
     yield whole  # of no example
     if layout.packed:

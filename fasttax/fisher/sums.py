@@ -56,7 +56,7 @@ class Sums:
         routed: parameters of experts: they may take part in a batch or not.
         current: the pass that runs under the taps.
         damaged: a backward failed when some layers had added their squares and others had not.
-        totals: inside `trial`, the sums of the gradients themselves.
+        totals: inside `trial` and `scratch`, the sums of the gradients themselves.
     """
 
     def __init__(self, slots: Mapping[str, Slot], tied: str, weight: float = 1.0) -> None:
@@ -83,6 +83,10 @@ class Sums:
             if shard.data_dims:
                 return [shard.mesh.get_group(d) for d in shard.data_dims]
         return []
+
+    def approximates(self, name: str) -> bool:
+        """Whether `name` is squared use by use, which is not the square of its gradient."""
+        return self.tied == "sum_of_squares" and len(self.taps.get(name, ())) > 1
 
     def value(self, name: str) -> Tensor:
         """The sum of `name`: this rank's part for a DTensor parameter."""
@@ -122,13 +126,17 @@ class Sums:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Mapping[str, Tensor]]:
-        """Inside, sums of their own, from nothing and of weight 1; the others are back after it."""
+        """Inside, sums of their own, from nothing and of weight 1; the others are back after it.
+
+        The sums of the gradients that are squared meanwhile are in `totals`.
+        """
         before = self.values, self.weight, self.damaged
-        self.values, self.weight = {}, 1.0
+        self.values, self.weight, self.totals = {}, 1.0, {}
         try:
             yield self.values
         finally:
             self.values, self.weight, self.damaged = before
+            self.totals = None
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[Mapping[str, Tensor]]:

@@ -186,9 +186,9 @@ class Tap:
         kept, layout = self.keep(call), call.current.layout
         if kept.output.shape != call.output.shape:
             call.current.expanded.append(self.where)
-        if layout.only is None:
-            leading = kept.input.shape[: self.leading(kept.input)]
-            bounds = layout.segments(leading, self.where, None)
+        leading = kept.input.shape[: self.leading(kept.input)]
+        bounds = layout.segments(leading, self.where, layout.only)
+        if layout.only is None and met.n < layout.examples:
             rows = kept.input.reshape(leading.numel(), -1)
             met.add(self.where, rows[int(bounds[met.n]) : int(bounds[met.n + 1])].clone())
         return kept.output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,16 +10,18 @@ from torch import Tensor
 from fasttax.fisher import batches, labels, loop
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
-from fasttax.fisher.proof import disagreement
+from fasttax.fisher.proof import WIDE, differences, disagreement, is_exact, roots
 from fasttax.fisher.sums import Sums
 from fasttax.fisher.view import View, evaluated
 
 _TOKENS = 16  # of one or two examples
-_WIDE = (torch.float32, torch.float64)
 
 
 def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) -> None:
     """The taps against autograd on a few tokens of one or two examples, parameter by parameter.
+
+    By the squares of each example's gradient; where the estimate is of others (unit="token" or
+    "batch", or a tied weight squared use by use), by the gradient that the taps saw in all.
 
     In eval mode: dropout would draw other masks for an example alone. Sums, generator and modes are
     as before at the end.
@@ -35,7 +36,7 @@ def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) 
         ValueError: a parameter's square is not that of its gradient, or the head's closed form
             does not apply.
     """
-    part = batches.snippet(batch, _TOKENS)
+    part = batches.snippet(batch, _TOKENS, view.task)
     small = view.read(part)
     params = {
         n: s.param for n, s in sums.slots.items() if s.param is not None and not n.startswith("_")
@@ -52,53 +53,21 @@ def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) 
             exact_head = view.labels == "exact_head"
             logits.backward(score.to(logits.dtype), retain_graph=exact_head)
             sums.finish(current)
+            totals = dict(sums.totals or {})
             if exact_head:
                 _check_head(view, current, logits, small, drawing)
-        truth: dict[str, Tensor] = {}
-        if params:
-            truth = loop.squares(view, params, part, small, score)
-    exact = _is_exact(logits.device, *(p.dtype for p in params.values()))
-    wrong = _differences(view.unit, params, found, truth, exact)
+        if not params:
+            return
+        gradients, squares = loop.squares(view, params, part, small, score)
+    exact = is_exact(logits.device, *(p.dtype for p in params.values()))
+    squared = {}
+    if view.unit == "example":
+        squared = {n: p for n, p in params.items() if not sums.approximates(n)}
+    others = {n: p for n, p in params.items() if n not in squared}
+    wrong = differences(squared, roots(found), roots(squares), exact)
+    wrong += differences(others, totals, gradients, exact)
     if wrong:
         raise ValueError(disagreement("DiagonalFisher", wrong))
-
-
-def _is_exact(device: torch.device, *dtypes: torch.dtype) -> bool:
-    """Whether a model of these dtypes computes in float32 or float64."""
-    return all(d in _WIDE for d in dtypes) and not torch.is_autocast_enabled(device.type)
-
-
-def _differences(
-    unit: str,
-    params: Mapping[str, Tensor],
-    squares: Mapping[str, Tensor],
-    truth: Mapping[str, Tensor],
-    exact: bool,
-) -> list[str]:
-    """A line for each parameter whose squares are not those of autograd's gradients.
-
-    By the norm of their roots for unit="example"; the other units' squares are not the truth's, and
-    both must be something or nothing.
-    """
-    slack, smallest = 0.1, 1e-2
-    if exact:
-        slack, smallest = 1e-3, 1e-6
-    # a gradient that is 0 on paper (a key's bias) is rounding noise, in both
-    noise = smallest * max((float(t.sum()) ** 0.5 for t in truth.values()), default=0.0)
-    wrong = []
-    for name, p in params.items():
-        nothing = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
-        expected = truth.get(name, nothing).sqrt()
-        found = squares.get(name, nothing).double().clamp_min(0).sqrt()
-        error, size = float((found - expected).norm()), float(expected.norm())
-        if unit == "example":
-            if error > slack * size + noise:
-                off = error / max(size, 1e-30)
-                wrong.append(f"{name}: off by {off:.1e} of its gradient's norm")
-        elif max(size, float(found.norm())) > noise and (size > 0) != bool(found.any()):
-            seen, true = ("no", "one") if size > 0 else ("a", "none")
-            wrong.append(f"{name}: {seen} gradient seen where autograd has {true}")
-    return wrong
 
 
 def _check_head(
@@ -135,7 +104,7 @@ def _check_head(
         slopes.append(torch.where(s.abs() > 1e-6, d.to(s.dtype) / s, 0.0))
     first, second = slopes
     both = (first != 0) & (second != 0)
-    slack = 1e-3 if logits.dtype in _WIDE else 0.1
+    slack = 1e-3 if logits.dtype in WIDE else 0.1
     if bool(((first - second).abs() > slack * first.abs().max())[both].any()):
         raise ValueError(
             f"{needs} logits that are the output of the head ({tap.where}) entry by entry (softcap "
@@ -158,7 +127,7 @@ def check_isolation(view: View, ready: batches.Batch) -> None:
         joint, single = (view.run(inputs) for inputs in (meeting.both, meeting.alone))
     error = float((joint[:, meeting.start :].float() - single.float()).norm())
     size = float(single.float().norm())
-    slack = 1e-3 if _is_exact(single.device, single.dtype) else 0.1
+    slack = 1e-3 if is_exact(single.device, single.dtype) else 0.1
     if error > slack * size:
         raise ValueError(
             "DiagonalFisher.update: batch: expected a model whose packed documents do not see "

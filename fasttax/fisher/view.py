@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fasttax.fisher.passes import Pass, address
 from fasttax.fisher.rules.module import drops
 from fasttax.fisher.rules.routing import RoutingBlock
 from fasttax.fisher.tap import Tap
+from fasttax.fisher.task import Task, takes
 
 OP = "DiagonalFisher.update"
 _WAY_OUT = (
@@ -42,7 +42,8 @@ class View:
         device: where batches go.
         taps: one behind each module that owns a parameter of the estimate.
         blocks: what runs example by example.
-        unit: see DiagonalFisher; `labels` and `shift` too.
+        unit: see DiagonalFisher; `labels` too.
+        task: what the model says of its labels.
     """
 
     model: nn.Module
@@ -52,7 +53,7 @@ class View:
     blocks: Sequence[RoutingBlock]
     unit: str
     labels: str
-    shift: bool
+    task: Task
 
     # --- what goes in and what comes out ----------------------------------------------------------
 
@@ -72,9 +73,9 @@ class View:
             OP,
             batch,
             self.device,
+            self.task,
             getattr(embedding, "num_embeddings", None),
-            positions=_takes(self.model, "position_ids"),
-            shift=self.shift,
+            positions=takes(self.model, "position_ids"),
         )
 
     def check_mode(self) -> None:
@@ -107,7 +108,8 @@ class View:
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """The model's logits: its output, or the output's `.logits`; None where it has neither."""
-        output = self.model(**inputs)
+        with _uncached(self.model):
+            output = self.model(**inputs)
         return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
     def forward(self, batch: batches.Batch) -> Tensor:
@@ -120,8 +122,10 @@ class View:
         expected = f"an output with logits of shape {(*batch.targets.shape, 'V')}"
         if not isinstance(logits, Tensor):
             raise checks.fail(OP, "model", expected, type(logits).__name__, _WAY_OUT)
-        classifies = logits.dim() == 2 and logits.shape[0] == batch.shape[0] and not batch.labelled
-        if classifies and self.labels == "true":
+        whole = logits.dim() == 2 and logits.shape[0] == batch.shape[0]
+        outputs = batch.labelled and batch.targets.is_floating_point()
+        classifies = whole and (not batch.labelled or outputs)
+        if classifies and self.labels == "true" and not batch.labelled:
             raise checks.fail(
                 OP,
                 "batch",
@@ -208,13 +212,25 @@ class View:
     ) -> dict[str, Tensor]:
         """Autograd's gradients of `params` alone, of those that have one.
 
-        By .backward(), since reentrant checkpointing refuses torch.autograd.grad. Flags, every
-        p.grad and the random state are as before at the end.
-
         Args:
             params: name -> parameter of the model.
             batch: one example.
             score: the gradient at its logits, from the logits.
+        """
+
+        def backward() -> None:
+            logits = self.forward(batch)
+            logits.backward(score(logits).to(logits.dtype))
+
+        return self.gradients_of(params, backward)
+
+    def gradients_of(
+        self, params: Mapping[str, Tensor], backward: Callable[[], None]
+    ) -> dict[str, Tensor]:
+        """What backward() leaves in the .grad of `params`, of those that get one.
+
+        By .backward(), since reentrant checkpointing refuses torch.autograd.grad. Flags, every
+        p.grad and the random state are as before at the end.
         """
         before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
         wanted = {id(p) for p in params.values()}
@@ -222,9 +238,8 @@ class View:
             for p, _, _ in before:
                 p.requires_grad_(id(p) in wanted)
                 p.grad = None
-            with self._differentiable(), _uncached(self.model):
-                logits = self.forward(batch)
-                logits.backward(score(logits).to(logits.dtype))
+            with self._differentiable():
+                backward()
             return {n: p.grad for n, p in params.items() if p.grad is not None}
         finally:
             for p, flag, grad in before:
@@ -257,13 +272,6 @@ def _called(model: nn.Module, method: str) -> Any:
     return None
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
-    wrapped: Any = model
-    while hasattr(wrapped, "get_base_model"):  # PEFT's forward takes anything
-        wrapped = wrapped.get_base_model()
-    return argument in inspect.signature(wrapped.forward).parameters
-
-
 @contextlib.contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode, every module of it; its modes are as before at the end."""
@@ -283,7 +291,9 @@ def _uncached(model: nn.Module) -> Iterator[None]:
 
     Not by an argument of the forward, which the heads of a model do not pass on.
     """
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
+    }
     asking = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
     try:
         for config in asking:

@@ -62,7 +62,7 @@ MODULES: dict[str, tuple[nn.Module, str | None]] = {
     "block called a norm": (NormedBlock(), None),
     "group norm": (nn.GroupNorm(2, 4), "GroupNormTap"),
     "batch norm": (nn.BatchNorm1d(4), None),
-    "GRU": (nn.GRU(4, 4), None),
+    "GRU": (nn.GRU(4, 4), "RecurrentTap"),
 }
 
 

@@ -129,7 +129,7 @@ class ModuleTap(Tap):
         outputs, out_spec = pytree.tree_flatten(call.output)
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
         folded = self._folds(layout, leaves, spec, outputs)
-        if layout.only is None:
+        if layout.only is None and met.n < layout.examples:
             for t in (
                 *self.parts(layout, leaves, met.n, folded),
                 *self.parts(layout, outputs, met.n, folded),
@@ -165,15 +165,16 @@ class ModuleTap(Tap):
         tensors = [t for t in (*leaves, *outputs) if isinstance(t, Tensor)]
         shapes = tuple(t.shape for t in tensors)
         if shapes not in self._folded:
-            ways = (way for way in (False, True) if self._repeats(layout, leaves, spec, outputs, way))
-            found = next(ways, None)
-            if found is None:
+            for folded in (False, True):
+                if self._repeats(layout, leaves, spec, outputs, folded):
+                    self._folded[shapes] = folded
+                    break
+            else:
                 raise self.refusal(
                     "it does not treat the batch's examples apart, in the first dimension of its "
                     f"tensors (of shapes {', '.join(str(tuple(t.shape)) for t in tensors)})",
                     ValueError,
                 )
-            self._folded[shapes] = found
         return self._folded[shapes]
 
     def leading_of(self, outputs: Sequence[Any]) -> torch.Size:

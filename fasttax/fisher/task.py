@@ -1,0 +1,85 @@
+"""What a model says of its own labels: their likelihood, and which prediction each belongs to."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+LIKELIHOODS = ("auto", "softmax", "bernoulli", "gaussian")
+# config.problem_type of transformers' classifiers
+_PROBLEMS = {
+    "regression": "gaussian",
+    "multi_label_classification": "bernoulli",
+    "single_label_classification": "softmax",
+}
+# the losses of transformers (PreTrainedModel.loss_type) whose labels are of the whole example
+_OF_EXAMPLES = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
+_IN_PLACE = ("ForMaskedLM", "ForTokenClassification")  # a label belongs to its own token
+_SEQUENCES = ("ForConditionalGeneration", "ForCausalLM", None)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is known of a model's labels before it has seen a batch.
+
+    Attributes:
+        likelihood: "softmax", "bernoulli" or "gaussian"; None where the model does not say.
+        shift: labels of (B, T) are next tokens.
+        encoder_decoder: labels are those of the decoder's positions, in place.
+        classes: the model is one of transformers', which takes float labels of several columns as
+            classes that may hold together.
+        first: the name of the forward's first argument, of a model that takes no input_ids.
+    """
+
+    likelihood: str | None
+    shift: bool
+    encoder_decoder: bool
+    classes: bool
+    first: str | None
+
+    @staticmethod
+    def of(model: nn.Module, likelihood: str, shift: bool | None) -> Task:
+        """Of a model, where the user's own options say nothing else.
+
+        Args:
+            model: the model.
+            likelihood: one of LIKELIHOODS; "auto" asks the model.
+            shift: None asks the model.
+        """
+        bare = unwrapped(model)
+        config = getattr(bare, "config", None)
+        loss = getattr(bare, "loss_type", None)
+        known = likelihood
+        if likelihood == "auto":
+            known = _PROBLEMS.get(getattr(config, "problem_type", None) or "", "")
+            if not known and loss in _OF_EXAMPLES and getattr(config, "num_labels", 0) == 1:
+                known = "gaussian"  # transformers takes one label as a regression's
+        if shift is None:
+            shift = loss not in _IN_PLACE
+        sequences = bool(getattr(config, "is_encoder_decoder", False)) and loss in _SEQUENCES
+        return Task(known or None, shift, sequences, config is not None, _first(bare))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrappers, whose forward takes anything."""
+    inner: Any = model
+    while hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    wrapped: nn.Module = inner
+    return wrapped
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return argument in inspect.signature(unwrapped(model).forward).parameters
+
+
+def _first(model: nn.Module) -> str | None:
+    arguments = inspect.signature(model.forward).parameters.values()
+    names = [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    if "input_ids" in names or not names:
+        return None
+    return names[0]
