@@ -129,8 +129,8 @@ def read(
     inputs = {k: (v.to(device) if isinstance(v, Tensor) else v) for k, v in given.items()}
     labels = inputs.pop("labels", None)
     main = main_input(inputs)
-    if main is None:
-        expected = "a key 'input_ids', or any tensor that the model takes"
+    if main is None or (task.arguments and main not in task.arguments):
+        expected = f"a key {task.first or 'input_ids'!r}, or any tensor that the model takes"
         raise checks.fail(op, "batch", expected, f"keys {sorted(map(str, given))}")
     if not _holds_ids(main, inputs[main]):
         return _classifier(op, inputs, labels, inputs[main].shape[0], 1, task)
@@ -149,7 +149,7 @@ def read(
     bounds = torch.cat((starts.flatten().nonzero().flatten(), end))
     targets = _targets(op, labels, ids, real, vocab)
     counted = real & (targets != IGNORED)
-    if task.shift:
+    if task.shifts(labels is not None):
         # the next token must exist, be real, and belong to the same document
         next_counts = counted[:, 1:] & ~starts[:, 1:] & real[:, :-1]
         nothing = torch.full((B, 1), IGNORED, device=device)
@@ -313,9 +313,8 @@ def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int, ta
         if T > 1:
             expected += f" or ({B}, {T}) for a language model"
         raise checks.fail(op, name, expected, labels)
-    return Batch(
-        inputs, labels.long(), labels != IGNORED, bounds, (B, T), True, likelihood, classes
-    )
+    counted = labels != IGNORED
+    return Batch(inputs, labels.long(), counted, bounds, (B, T), True, likelihood, classes)
 
 
 # --- parts of a batch -----------------------------------------------------------------------------

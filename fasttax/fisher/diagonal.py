@@ -70,9 +70,9 @@ class DiagonalFisher:
             output (squared error). "auto" is what the model's config says (problem_type; one label
             of transformers is a regression's), else softmax.
         shift: labels of (B, T) are next tokens; False for models that predict each token in place.
-            None: in place for transformers' masked language models and token classifiers, whose
-            class says so, next tokens for all others. An encoder-decoder's labels are its
-            decoder's, in place.
+            None: the labels that a batch of transformers' masked language models or token
+            classifiers has are in place, all others are next tokens. An encoder-decoder's labels
+            are its decoder's, in place.
         fallback: "loop" differentiates one example at a time where a parameter has no rule: exact
             for any model, slow.
         verify: on the first batch, checks the method against autograd on 16 tokens, parameter by

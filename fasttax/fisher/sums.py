@@ -129,6 +129,9 @@ class Sums:
         """Inside, sums of their own, from nothing and of weight 1; the others are back after it.
 
         The sums of the gradients that are squared meanwhile are in `totals`.
+
+        Yields:
+            The sums.
         """
         before = self.values, self.weight, self.damaged
         self.values, self.weight, self.totals = {}, 1.0, {}

@@ -27,18 +27,23 @@ class Task:
 
     Attributes:
         likelihood: "softmax", "bernoulli" or "gaussian"; None where the model does not say.
-        shift: labels of (B, T) are next tokens.
+        shift: labels of (B, T) are next tokens; None: those that come with a batch are so unless
+            `in_place`, and ids without labels are.
+        in_place: the model's class says that a label belongs to its own token.
         encoder_decoder: labels are those of the decoder's positions, in place.
         classes: the model is one of transformers', which takes float labels of several columns as
             classes that may hold together.
         first: the name of the forward's first argument, of a model that takes no input_ids.
+        arguments: the forward's arguments by name; empty where it takes any.
     """
 
     likelihood: str | None
-    shift: bool
+    shift: bool | None
+    in_place: bool
     encoder_decoder: bool
     classes: bool
     first: str | None
+    arguments: frozenset[str]
 
     @staticmethod
     def of(model: nn.Module, likelihood: str, shift: bool | None) -> Task:
@@ -57,10 +62,15 @@ class Task:
             known = _PROBLEMS.get(getattr(config, "problem_type", None) or "", "")
             if not known and loss in _OF_EXAMPLES and getattr(config, "num_labels", 0) == 1:
                 known = "gaussian"  # transformers takes one label as a regression's
-        if shift is None:
-            shift = loss not in _IN_PLACE
         sequences = bool(getattr(config, "is_encoder_decoder", False)) and loss in _SEQUENCES
-        return Task(known or None, shift, sequences, config is not None, _first(bare))
+        in_place, first, arguments = loss in _IN_PLACE, *_arguments(bare)
+        return Task(known or None, shift, in_place, sequences, config is not None, first, arguments)
+
+    def shifts(self, labelled: bool) -> bool:
+        """Whether the labels of a batch are next tokens; `labelled`: they came with it."""
+        if self.shift is not None:
+            return self.shift
+        return not (labelled and self.in_place)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -77,9 +87,14 @@ def takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(unwrapped(model).forward).parameters
 
 
-def _first(model: nn.Module) -> str | None:
+def _arguments(model: nn.Module) -> tuple[str | None, frozenset[str]]:
+    """The first argument's name where there is no input_ids, and all names."""
     arguments = inspect.signature(model.forward).parameters.values()
     names = [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
-    if "input_ids" in names or not names:
-        return None
-    return names[0]
+    if any(a.kind == a.VAR_KEYWORD for a in arguments):
+        return _first(names), frozenset()
+    return _first(names), frozenset(names)
+
+
+def _first(names: list[str]) -> str | None:
+    return names[0] if names and "input_ids" not in names else None
