@@ -56,13 +56,15 @@ def differences(
         truth: autograd's.
         exact: see is_exact.
     """
-    slack, smallest = 0.1, 1e-2
-    if exact:
-        slack, smallest = 1e-3, 1e-6
-    # a gradient that is 0 on paper (a key's bias) is rounding noise, in both
-    noise = smallest * max((float(t.norm()) for t in truth.values()), default=0.0)
+    largest = max((float(t.norm()) for t in truth.values()), default=0.0)
     wrong = []
     for name, p in params.items():
+        slack, smallest = 0.1, 1e-2
+        if exact and p.dtype == torch.float64:
+            slack, smallest = 1e-5, 1e-7
+        elif exact:
+            slack, smallest = 1e-3, 1e-6
+        noise = smallest * largest  # in a gradient that is 0 on paper, as a key's bias
         nothing = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
         expected = truth.get(name, nothing).double()
         error = float((found.get(name, nothing).double() - expected).norm())

@@ -198,6 +198,7 @@ class Tap:
         current, only = call.current, call.current.layout.only
         like = dtensor.placements_of(call.output)
         kept = self.keep(call)
+        current.layout.see(kept.input.shape[: self.leading(kept.input)])
         if kept.output.shape != call.output.shape:
             current.expanded.append(self.where)
 

@@ -119,7 +119,7 @@ class ModuleTap(Tap):
             self.sink.take_gradients(current, self, gradients, last=len(differentiable) == 1)
 
         for i in differentiable:
-            t = self._copied(current, outputs[i])
+            t = self.copied(current, outputs[i])
             outputs[i] = self.identity(t, functools.partial(record, output=i), *saved)
         return pytree.tree_unflatten(outputs, out_spec)
 
@@ -138,10 +138,10 @@ class ModuleTap(Tap):
                     met.add(self.where, t.clone())
         for i, t in enumerate(outputs):
             if _has_gradient(t):
-                outputs[i] = self._copied(call.current, t)
+                outputs[i] = self.copied(call.current, t)
         return pytree.tree_unflatten(outputs, out_spec)
 
-    def _copied(self, current: Pass, t: Tensor) -> Tensor:
+    def copied(self, current: Pass, t: Tensor) -> Tensor:
         """An output, with a copy for each example of what was computed once."""
         copies = current.layout.copies
         if copies == 1 or t.dim() < 2 or t.shape[0] != 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttax.fisher.layout import Layout
+from fasttax.fisher.passes import Pass
 from fasttax.fisher.rules.module import ModuleTap
 from fasttax.fisher.tap import Call
 
@@ -50,6 +51,10 @@ class RecurrentTap(ModuleTap):
     def part(self, layout: Layout, t: Tensor, place: int, n: int, folded: bool) -> Tensor:
         """See ModuleTap."""
         return t.narrow(self._dimension(place), n, 1)
+
+    def copied(self, current: Pass, t: Tensor) -> Tensor:
+        """An output: a state's first dimension counts layers, 1 of them too."""
+        return t
 
     def leading_of(self, outputs: Sequence[Any]) -> torch.Size:
         """See ModuleTap."""
