@@ -18,7 +18,7 @@ _PROBLEMS = {
 # the losses of transformers (PreTrainedModel.loss_type) whose labels are of the whole example
 _OF_EXAMPLES = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
 _IN_PLACE = ("ForMaskedLM", "ForTokenClassification")  # a label belongs to its own token
-_SEQUENCES = ("ForConditionalGeneration", "ForCausalLM", None)
+_OF_INPUTS = (*_OF_EXAMPLES, "ForTokenClassification", "ForQuestionAnswering")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Task:
             known = _PROBLEMS.get(getattr(config, "problem_type", None) or "", "")
             if not known and loss in _OF_EXAMPLES and getattr(config, "num_labels", 0) == 1:
                 known = "gaussian"  # transformers takes one label as a regression's
-        sequences = bool(getattr(config, "is_encoder_decoder", False)) and loss in _SEQUENCES
+        sequences = bool(getattr(config, "is_encoder_decoder", False)) and loss not in _OF_INPUTS
         in_place, first, arguments = loss in _IN_PLACE, *_arguments(bare)
         return Task(known or None, shift, in_place, sequences, config is not None, first, arguments)
 

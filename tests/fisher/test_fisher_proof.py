@@ -1,4 +1,4 @@
-"""observe() counts what it has proved: right numbers or a refusal, whatever the model is made of."""
+"""observe() counts what it has proved: right numbers or a refusal, of whatever model."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ class Against(nn.Module):
 
 def test_examples_that_meet_in_the_model_are_refused() -> None:
     model, x = built(Against), torch.randn(B, H).double()
-    with pytest.raises(ValueError, match="Against: its output 0, of shape .4, 4."):
+    with pytest.raises(ValueError, match=r"Against: its output 0, of shape .4, 4."):
         observed(model, x, torch.arange(B))
 
 

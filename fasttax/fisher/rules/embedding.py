@@ -25,9 +25,11 @@ class EmbeddingTap(Tap):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         """Not those whose gradient is no plain sum: max_norm, scale_grad_by_freq, sparse."""
-        return isinstance(module, nn.Embedding) and not (
-            module.max_norm is not None or module.scale_grad_by_freq or module.sparse
-        )
+        if not isinstance(module, nn.Embedding):
+            return False
+        own = {name for name, _ in module.named_parameters(recurse=False)}
+        plain_sum = not (module.max_norm is not None or module.scale_grad_by_freq or module.sparse)
+        return plain_sum and own == {"weight"}
 
     @property
     def plain(self) -> bool:
@@ -85,10 +87,14 @@ class EmbeddingTap(Tap):
         module: Any = self.module
         rows = torch.arange(module.num_embeddings, dtype=torch.float64, device=module.weight.device)
         ones = torch.ones(len(rows), 1, dtype=module.weight.dtype, device=rows.device)
-        with computing_with(module, {"weight": torch.stack((torch.ones_like(rows), rows), -1)}):
-            out = module.forward(*call.args, **call.kwargs)
-        with computing_with(module, {"weight": ones}):
-            factor = module.forward(*call.args, **call.kwargs)
+        try:
+            with computing_with(module, {"weight": torch.stack((torch.ones_like(rows), rows), -1)}):
+                out = module.forward(*call.args, **call.kwargs)
+            with computing_with(module, {"weight": ones}):
+                factor = module.forward(*call.args, **call.kwargs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = f"its own forward takes no table of another width ({str(error)[:100]})"
+            raise self.refusal(reason) from error
         if out.shape[-1:] != (2,) or factor.shape != (*out.shape[:-1], 1):
             raise self.refusal("what it makes of its table is no row times a number")
         ids = torch.where(out[..., 0] != 0, out[..., 1] / out[..., 0], 0.0).round().long()

@@ -41,7 +41,9 @@ class ModuleTap(Tap):
             return "batch statistics mix the examples (call model.eval())"
         if module is model:
             return "it belongs to the model itself"
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and (
+            module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+        ):
             return "max_norm, scale_grad_by_freq or sparse"
         own, every = (sum(p.numel() for p in m.parameters()) for m in (module, model))
         if 2 * own > every and any(True for _ in module.children()):
