@@ -170,17 +170,19 @@ class DiagonalFisher:
 
     # --- one batch --------------------------------------------------------------------------------
 
-    def update(self, batch: Mapping[str, Any] | Tensor) -> None:
+    def update(self, batch: Mapping[str, Any] | Tensor | tuple[Tensor, Tensor]) -> None:
         """Forward, labels, backward, accumulate.
 
         p.grad, RNG state, training flag and hooks are afterwards as they were.
 
         Args:
             batch: input_ids (B, T), or a dict or BatchEncoding with input_ids and, as they apply,
-                attention_mask, labels (-100 leaves a token out; (B,) for a classifier),
-                position_ids or cu_seqlens of packed rows (each document is an example). A token's
-                label is the next token of its own document. pixel_values in place of ids are right
-                too.
+                attention_mask, labels (-100 leaves a token out; (B,) for a classifier, (B,
+                outputs) floats of a likelihood that has a label for each), position_ids or
+                cu_seqlens of packed rows (each document is an example). A token's label is the
+                next token of its own document. What has no ids: pixel_values and its like, a dict
+                by the names of the model's own arguments, its first argument alone, or (inputs,
+                labels).
 
         Raises:
             ValueError, TypeError, IndexError: the batch does not fit; nothing is accumulated.
@@ -207,7 +209,7 @@ class DiagonalFisher:
             for draw in range(self.mc_samples):
                 score = scores.score(logits, ready, self.drawing)
                 if self.labels == "exact_head":
-                    current.head, current.score = self.view.head(current, logits), score
+                    current.head, current.score = self.view.head(current, logits, ready), score
                 logits.backward(score.to(logits.dtype), retain_graph=draw + 1 < self.mc_samples)
                 self.sums.finish(current)
         self._count(ready.examples, int(ready.counted.sum()))

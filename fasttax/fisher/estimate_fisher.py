@@ -23,7 +23,7 @@ from fasttax.fisher.plan import Filter
 
 def estimate_fisher(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any] | Tensor],
+    batches: Iterable[Mapping[str, Any] | Tensor | tuple[Tensor, Tensor]],
     *,
     labels: str = "sample",
     unit: str = "example",

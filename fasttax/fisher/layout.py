@@ -79,8 +79,10 @@ class Layout:
             return y, x
         if y.dim() > 1 and y.shape[0] == 1:
             return y.expand(copies, *y.shape[1:]), x.expand(copies, *x.shape[1:])
-        by_position = x.dim() == 1 and y.dim() == 2
-        if by_position and self.shape is not None and x.shape[0] == self.shape[1] != self.shape[0]:
+        if x.dim() != 1 or y.dim() != 2 or self.shape is None:
+            return y, x
+        B, T = self.shape
+        if x.shape[0] % B or x.shape[0] == T != B:
             return y.expand(copies, *y.shape), x.expand(copies, *x.shape)
         return y, x
 

@@ -84,7 +84,7 @@ def _check_head(
     Raises:
         ValueError: they do not.
     """
-    tap = view.head(current, logits)
+    tap = view.head(current, logits, small)
     needs = "DiagonalFisher: labels: 'exact_head' needs"
     slopes: list[Tensor] = []
     current.diverted = []

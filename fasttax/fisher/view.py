@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttax._base import checks
+from fasttax._base.interrupts import deferred
 from fasttax.fisher import batches, sharding
 from fasttax.fisher.passes import Pass, address
 from fasttax.fisher.rules.module import drops
@@ -20,6 +22,7 @@ from fasttax.fisher.tap import Tap
 from fasttax.fisher.task import Task, takes
 
 OP = "DiagonalFisher.update"
+_TAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules under an estimator's taps
 _WAY_OUT = (
     "for a classifier pass labels of shape (B,); for anything else use observe() with your own loss"
 )
@@ -136,14 +139,17 @@ class View:
             raise checks.fail(OP, "model", expected, logits, _WAY_OUT)
         return logits
 
-    def head(self, current: Pass, logits: Tensor) -> Tap:
+    def head(self, current: Pass, logits: Tensor, batch: batches.Batch) -> Tap:
         """The tap of the head.
 
         The model's output embedding, or the linear layer whose output the logits are.
 
         Raises:
-            ValueError: neither has a tap.
+            ValueError: neither has a tap, or the batch's labels are no softmax's.
         """
+        if batch.likelihood != "softmax":
+            expected = f"'sample' or 'true' with likelihood={batch.likelihood!r}"
+            raise checks.fail(OP, "labels", expected, "'exact_head'")
         head = _called(self.model, "get_output_embeddings")
         for tap in self.taps:
             if tap.role == "head" and tap.module is head:
@@ -174,26 +180,65 @@ class View:
 
         Args:
             differentiated: parameters that autograd is to give a .grad inside all the same.
+
+        Raises:
+            RuntimeError: the model is under another estimator's taps.
         """
+        self._refuse_taps()
+        parts: list[Tap | RoutingBlock] = [*self.taps, *self.blocks]
         handles: list[Any] = []
-        wanted = {id(p) for p in (differentiated or {}).values()}
+
+        def install() -> None:
+            _TAPPED.update(tap.module for tap in self.taps)
+            handles.extend(part.install() for part in parts)
+
+        def remove() -> None:
+            while handles:
+                handles.pop().remove()
+            _TAPPED.difference_update(tap.module for tap in self.taps)
+
+        wanted = (differentiated or {}).values()
+        with (
+            self._requiring_grad(wanted),
+            _whole(install, remove),
+            self._differentiable(),
+            _uncompiled(self.model),
+            _uncached(self.model),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def _requiring_grad(self, params: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, `params` alone require grad and have none; at the end all are as before."""
+        wanted = {id(p) for p in params}
         before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        try:
+
+        def change() -> None:
             for p, _, _ in before:
                 p.requires_grad_(id(p) in wanted)
                 if id(p) in wanted:
                     p.grad = None
-            parts: list[Tap | RoutingBlock] = [*self.taps, *self.blocks]
-            handles.extend(part.install() for part in parts)
-            with self._differentiable(), _uncompiled(self.model), _uncached(self.model):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+        def restore() -> None:
             for p, flag, grad in before:
                 p.requires_grad_(flag)
                 if id(p) in wanted:
                     p.grad = grad
+
+        with _whole(change, restore):
+            yield
+
+    def _refuse_taps(self) -> None:
+        """Two estimators would both count what runs under the taps of one.
+
+        Raises:
+            RuntimeError: the model is under taps.
+        """
+        if any(tap in _TAPPED for tap in self.model.modules()):
+            raise RuntimeError(
+                "DiagonalFisher: the model is under the taps of an estimator's observe() block, "
+                "which would count this batch too; call update() or observe() after that block"
+            )
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -232,19 +277,10 @@ class View:
         By .backward(), since reentrant checkpointing refuses torch.autograd.grad. Flags, every
         p.grad and the random state are as before at the end.
         """
-        before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        wanted = {id(p) for p in params.values()}
-        try:
-            for p, _, _ in before:
-                p.requires_grad_(id(p) in wanted)
-                p.grad = None
-            with self._differentiable():
-                backward()
+        self._refuse_taps()
+        with self._requiring_grad(params.values()), self._differentiable():
+            backward()
             return {n: p.grad for n, p in params.items() if p.grad is not None}
-        finally:
-            for p, flag, grad in before:
-                p.requires_grad_(flag)
-                p.grad = grad
 
     @contextlib.contextmanager
     def _differentiable(self) -> Iterator[None]:
@@ -260,6 +296,22 @@ class View:
         finally:
             if handle is not None:
                 handle.remove()
+
+
+@contextlib.contextmanager
+def _whole(change: Callable[[], None], restore: Callable[[], None]) -> Iterator[None]:
+    """change() before and restore() after, each as a whole also under Ctrl-C."""
+    try:
+        with deferred():
+            change()
+        yield
+    finally:
+        try:
+            with deferred():
+                restore()
+        except KeyboardInterrupt:
+            restore()
+            raise
 
 
 def _called(model: nn.Module, method: str) -> Any:

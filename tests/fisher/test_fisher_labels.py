@@ -129,8 +129,8 @@ def test_sampled_labels_approach_the_exact_fisher() -> None:
         for c in range(2):
             out = model(x[n : n + 1])[0, c]
             p = out.detach().sigmoid()
-            found = torch.autograd.grad(out, list(params.values()))
-            for name, g in zip(params, found, strict=True):
+            slopes = torch.autograd.grad(out, list(params.values()))
+            for name, g in zip(params, slopes, strict=True):
                 exact["gaussian"][name] += g**2
                 exact["bernoulli"][name] += p * (1 - p) * g**2
     for likelihood, truth in exact.items():

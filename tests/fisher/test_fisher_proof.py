@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -13,67 +14,19 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from fasttax import DiagonalFisher
 from tests.tools.models import assert_exact, assert_same_state, state_of
-
-B, T, V, H, CLASSES = 4, 6, 61, 16, 3
-Y = torch.tensor([0, 2, 1, 1])
-Model = Callable[[], nn.Module]
-
-
-def built(make: Model) -> nn.Module:
-    """In float64 and eval mode, every weight unlike its neighbours."""
-    torch.manual_seed(0)
-    model = make().double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model
-
-
-def class_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y, reduction="sum")
-
-
-def truth_of(model: nn.Module, x: Tensor, y: Tensor = Y, loss: Any = class_loss) -> dict[str, Any]:
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    total = {n: torch.zeros_like(p) for n, p in params.items()}
-    for n in range(len(x)):
-        value = loss(model, x[n : n + 1], y[n : n + 1])
-        found = torch.autograd.grad(value, list(params.values()), allow_unused=True)
-        for name, g in zip(params, found, strict=True):
-            if g is not None:
-                total[name] += g**2
-    return total
-
-
-def observed(
-    model: nn.Module, x: Tensor, y: Tensor = Y, loss: Any = class_loss, **options: Any
-) -> Any:
-    alone = options.pop("alone", None)
-    estimator = DiagonalFisher(model, labels="true", **options)
-    with estimator.observe(loss=alone):
-        loss(model, x, y).backward()
-    return estimator.finalize("sum")
-
-
-def right_or_refused(model: nn.Module, x: Tensor, *names: str, loss: Any = class_loss) -> bool:
-    """Whether the numbers are right; a refusal names one of `names`, and changes nothing."""
-    estimator = DiagonalFisher(model, labels="true")
-    before = state_of(model)
-    try:
-        with estimator.observe():
-            loss(model, x, Y).backward()
-    except (ValueError, TypeError) as error:
-        text = str(error)
-        assert text.startswith("DiagonalFisher"), text
-        assert any(name in text for name in names), text
-        assert "params=" in text or "loss=" in text, text
-        assert estimator.examples == 0
-        assert not any(bool(t.any()) for t in estimator.sums.values.values())
-        assert_same_state(model, before)
-        return False
-    assert_exact(estimator.finalize("sum"), truth_of(model, x, loss=loss), 1e-9)
-    return True
-
+from tests.tools.observed import (
+    CLASSES,
+    B,
+    H,
+    T,
+    V,
+    Y,
+    built,
+    class_loss,
+    observed,
+    right_or_refused,
+    truth_of,
+)
 
 # --- every use of a parameter is seen -------------------------------------------------------------
 
@@ -141,77 +94,6 @@ def test_a_head_by_the_embeddings_weight() -> None:
 
 
 # --- rows are the batch's -------------------------------------------------------------------------
-
-
-class Recurrent(nn.Module):
-    """A text classifier from every step's output, or from the last state of a layer."""
-
-    def __init__(self, kind: Any, state: bool, given: bool = False, **options: Any) -> None:
-        super().__init__()
-        self.emb, self.wide = nn.Embedding(V, H), nn.Linear(H, 200)
-        self.rnn = kind(H, 5, **options)
-        self.state, self.given, self.first = state, given, options.get("batch_first", False)
-        sides = 2 if options.get("bidirectional") else 1
-        width = options.get("proj_size") or 5
-        self.fc = nn.Linear(width if state else width * sides, CLASSES)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.emb(ids)
-        x = x + self.wide(x).mean(-1, keepdim=True)
-        if not self.first:
-            x = x.transpose(0, 1)
-        states: Any = None
-        if self.given:
-            layers = self.rnn.num_layers * (2 if self.rnn.bidirectional else 1)
-            states = x.new_full((layers, len(ids), 5), 0.3)
-            if isinstance(self.rnn, nn.LSTM):
-                states = (states, states)
-        steps, last = self.rnn(x, states)
-        if isinstance(last, tuple):
-            last = last[0]
-        if self.state:
-            return self.fc(last[-1])
-        return self.fc(steps.mean(1 if self.first else 0))
-
-
-@pytest.mark.parametrize("tokens", [T, B])
-@pytest.mark.parametrize("first", [False, True], ids=["batch second", "batch first"])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda first: Recurrent(nn.LSTM, False, batch_first=first),
-        lambda first: Recurrent(nn.LSTM, True, num_layers=2, batch_first=first),
-        lambda first: Recurrent(nn.GRU, True, bidirectional=True, batch_first=first),
-        lambda first: Recurrent(nn.RNN, False, True, num_layers=2, batch_first=first),
-        lambda first: Recurrent(nn.LSTM, False, True, bidirectional=True, batch_first=first),
-        lambda first: Recurrent(nn.LSTM, True, proj_size=3, batch_first=first),
-    ],
-)
-def test_recurrent_layers(make: Any, first: bool, tokens: int) -> None:
-    model, x = built(lambda: make(first)), torch.randint(0, V, (B, tokens))
-    truth = truth_of(model, x)
-    assert_exact(observed(model, x), truth, 1e-10)
-    estimator = DiagonalFisher(model, labels="true")
-    estimator.update({"ids": x, "labels": Y})
-    assert_exact(estimator.finalize("sum"), truth, 1e-10)
-
-
-def test_a_cell_step_by_step() -> None:
-    class Steps(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.emb, self.cell, self.fc = nn.Embedding(V, H), nn.GRUCell(H, 5), nn.Linear(5, 3)
-            self.wide = nn.Linear(H, 200)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.emb(ids)
-            x = x + self.wide(x).mean(-1, keepdim=True)
-            h = x.new_zeros(len(ids), 5)
-            for t in range(ids.shape[1]):
-                h = self.cell(x[:, t], h)
-            return self.fc(h)
-
-    assert right_or_refused(built(Steps), torch.randint(0, V, (B, T)))
 
 
 class SequenceFirst(nn.Module):
@@ -321,7 +203,8 @@ def test_a_loss_shows_squares_that_are_not_the_examples() -> None:
 
 def test_fallback_loop_takes_the_loss() -> None:
     model, x = built(SequenceFirst), torch.randint(0, V, (B, B))
-    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    weight = model.get_parameter("fc.weight")
+    weight.grad = torch.ones_like(weight)
     before = state_of(model)
 
     def alone(n: int) -> Tensor:
@@ -350,41 +233,56 @@ def test_a_proven_estimator_freezes_the_parameters_again() -> None:
     estimator, flags = DiagonalFisher(model, labels="true"), []
     for _ in range(2):
         with estimator.observe():
-            flags.append(model.head.weight.requires_grad)
+            flags.append(model.get_parameter("head.weight").requires_grad)
             class_loss(model, x, Y).backward()
     assert flags == [True, False]
     truth = truth_of(model, x)
     assert_exact(estimator.finalize("sum"), {n: 2 * t for n, t in truth.items()}, 1e-10)
 
 
-# --- models that write into what they are given ---------------------------------------------------
+# --- the model afterwards -------------------------------------------------------------------------
 
 
-class Writes(nn.Module):
-    """Every layer's output is written into."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.pos = nn.Embedding(V, H), nn.Embedding(T, H)
-        self.norm, self.one, self.two = nn.LayerNorm(H), nn.Linear(H, H), nn.Linear(H, H)
-        self.conv, self.group = nn.Conv1d(H, H, 3, padding=1), nn.GroupNorm(4, H)
-        self.grouped, self.fc = nn.Conv1d(H, H, 3, groups=2), nn.Linear(H, CLASSES)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.emb(ids)
-        x += self.pos(torch.arange(ids.shape[1]))
-        h = self.norm(x).mul_(2.0)
-        h = self.one(h).relu_()
-        y = self.two(h)
-        y.add_(x)
-        y = self.conv(y.transpose(1, 2)).clamp_(-3, 3)
-        y = F.silu(self.group(y), inplace=True)
-        z = self.grouped(y)
-        z.mul_(0.5)
-        logits = self.fc(z.mean(-1))
-        logits -= logits.detach().mean(-1, keepdim=True)
-        return logits
+@pytest.mark.parametrize("fallback", [None, "loop"])
+def test_an_estimator_inside_anothers_block_is_refused(fallback: str | None) -> None:
+    model, x = built(Parts), torch.randn(B, H).double()
+    outer, inner = (DiagonalFisher(model, labels="true", fallback=f) for f in (None, fallback))
+    with outer.observe():
+        with pytest.raises(RuntimeError, match=r"under the taps .* after that block"):
+            inner.update((x, Y))
+        class_loss(model, x, Y).backward()
+    inner.update((x, Y))
+    assert_exact(outer.finalize("sum"), truth_of(model, x), 1e-10)
+    assert_exact(inner.finalize("sum"), truth_of(model, x), 1e-10)
 
 
-def test_outputs_that_the_model_writes_into() -> None:
-    assert right_or_refused(built(Writes), torch.randint(0, V, (B, T)))
+@pytest.mark.parametrize("when", ["installs", "removes", "runs"])
+def test_an_interrupt_leaves_the_model_as_it_was(when: str, monkeypatch: Any) -> None:
+    """SIGINT while hooks come and go waits until they are all there, or all gone."""
+    model, x = built(Parts), torch.randn(B, H).double()
+    estimator = DiagonalFisher(model, labels="true")
+    before = state_of(model)
+    tap = estimator.view.taps[0]
+    own = tap.install
+
+    class Handle:
+        def __init__(self) -> None:
+            if when == "installs":
+                signal.raise_signal(signal.SIGINT)
+            self.handle = own()
+
+        def remove(self) -> None:
+            if when == "removes":
+                signal.raise_signal(signal.SIGINT)
+            self.handle.remove()
+
+    monkeypatch.setattr(tap, "install", Handle)
+    if when == "runs":
+        model.get_submodule("head").register_forward_pre_hook(
+            lambda *_: signal.raise_signal(signal.SIGINT)
+        )
+        before = state_of(model)
+    with pytest.raises(KeyboardInterrupt), estimator.observe():
+        class_loss(model, x, Y).backward()
+    assert_same_state(model, before)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -441,7 +441,8 @@ def test_wrong_calls(tmp_path: Path) -> None:
         attach(trainer, kl={"reference": model, "beta": 0.1})
     with pytest.raises(
         ValueError,
-        match="FullKL: kind: expected one of 'policy_ref', 'ref_policy', 'jsd', 'renyi', got 'forward'",
+        match="FullKL: kind: expected one of 'policy_ref', 'ref_policy', 'jsd', 'renyi', "
+        "got 'forward'",
     ):
         attach(trainer, kl={"ref_model": tiny_lm.model(1), "beta": 0.1, "kind": "forward"})
     with pytest.raises(

@@ -55,8 +55,7 @@ class ModuleTap(Tap):
 
         Raises:
             ValueError: unit="token", dropout, or an argument that may remember what it was given.
-            TypeError: a DTensor comes in or goes out, no tensor of floats goes out, or a parameter
-                does.
+            TypeError: a DTensor comes in or goes out, or a parameter does.
         """
         if call.current.layout.unit == "token":
             raise self.refusal("no rule for unit='token'", ValueError)
@@ -64,8 +63,6 @@ class ModuleTap(Tap):
         inputs = pytree.tree_leaves((call.args, call.kwargs))
         if any(dtensor.is_sharded(t) for t in (*outputs, *inputs)):
             raise self.refusal("no rule under tensor parallelism")
-        if not any(_has_gradient(t) for t in outputs):
-            raise self.refusal("expected a tensor out")
         if any(isinstance(t, nn.Parameter) for t in outputs):
             raise self.refusal("it returns a parameter, which is used elsewhere")
         if any(drops(m) for m in self.module.modules() if m.training):
@@ -97,6 +94,8 @@ class ModuleTap(Tap):
         outputs, out_spec = pytree.tree_flatten(call.output)
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
         differentiable = [i for i, t in enumerate(outputs) if _has_gradient(t)]
+        if not differentiable:
+            return call.output  # choices alone, which have no gradient
         folded = self._folds(layout, leaves, spec, outputs)
         places = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
         saved = [leaves[i].detach() for i in places]
@@ -130,6 +129,8 @@ class ModuleTap(Tap):
         layout = call.current.layout
         outputs, out_spec = pytree.tree_flatten(call.output)
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+        if not any(_has_gradient(t) for t in outputs):
+            return call.output
         folded = self._folds(layout, leaves, spec, outputs)
         if layout.only is None and met.n < layout.examples:
             for t in (
@@ -217,6 +218,8 @@ class ModuleTap(Tap):
         params = {name: p.detach().requires_grad_() for name, p in own.items()}
         with self._alone(), computing_with(self.module, params), torch.enable_grad():
             out = pytree.tree_leaves(self.module.forward(*args, **kwargs))[output]
+            if not out.requires_grad:
+                return {}  # of none of its parameters
             grads = torch.autograd.grad(
                 out, list(params.values()), d.expand(out.shape), allow_unused=True
             )
