@@ -132,12 +132,15 @@ def read(
     if main is None or (task.arguments and main not in task.arguments):
         expected = f"a key {task.first or 'input_ids'!r}, or any tensor that the model takes"
         raise checks.fail(op, "batch", expected, f"keys {sorted(map(str, given))}")
+    of_decoder = isinstance(labels, Tensor) and labels.dim() == 2
+    if task.encoder_decoder and (of_decoder or labels is None):
+        if _holds_ids(main, inputs[main]):
+            _ids(op, main, inputs[main], vocab)
+        return _sequences(op, inputs, labels, inputs[main].shape[0])
     if not _holds_ids(main, inputs[main]):
         return _classifier(op, inputs, labels, inputs[main].shape[0], 1, task)
     ids = _ids(op, main, inputs[main], vocab)
     B, T = ids.shape
-    if task.encoder_decoder and (labels is None or labels.dim() == 2):
-        return _sequences(op, inputs, labels, B)
     real = _real(op, inputs, ids)
     if labels is not None and _of_examples(labels, ids, task):
         return _classifier(op, inputs, labels, B, T, task)
@@ -312,7 +315,7 @@ def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int, ta
     if labels.shape != (B,):
         if T > 1:
             expected += f" or ({B}, {T}) for a language model"
-        raise checks.fail(op, name, expected, labels)
+        raise checks.fail(op, name, expected, labels, "for anything else use observe()")
     counted = labels != IGNORED
     return Batch(inputs, labels.long(), counted, bounds, (B, T), True, likelihood, classes)
 
