@@ -192,9 +192,10 @@ class DiagonalFisher:
         if self._packed_unverified and ready.packed:
             check_isolation(self.view, ready)
             self._packed_unverified = False
-        if self._unverified:
+        several = ready.shape[0] > 1  # one row proves nothing of how rows lie
+        if self._unverified and (several or self.batches == 0):
             verify(self.view, self.sums, self.drawing, batch)
-            self._unverified = False
+            self._unverified = not several
         if self.fallback == "loop":
             loop.update(
                 self.view, self.sums, batch, ready, draws=self.mc_samples, drawing=self.drawing

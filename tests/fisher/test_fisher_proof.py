@@ -286,3 +286,12 @@ def test_an_interrupt_leaves_the_model_as_it_was(when: str, monkeypatch: Any) ->
         class_loss(model, x, Y).backward()
     assert_same_state(model, before)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_update_of_one_row_proves_nothing_for_the_next() -> None:
+    model, x = built(Mixes), torch.randn(B, H).double()
+    estimator = DiagonalFisher(model, labels="true")
+    estimator.update((x[:1], Y[:1]))
+    with pytest.raises(ValueError, match="disagree with autograd"):
+        estimator.update((x, Y))
+    assert estimator.examples == 1
