@@ -433,7 +433,6 @@ class DiagonalFisher:
         self.generator.set_state(tensors["generator"])
         self.examples, self.tokens = metadata["examples"], metadata["tokens"]
         self.batches = metadata["batches"]
-        self._unverified = False
 
     def _differences(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[str]:
         """A line for each fact and each sum that differs in a file; versions may."""
