@@ -17,6 +17,7 @@ from fasttax._base import checks
 from fasttax.fisher.task import Task
 
 IGNORED = -100  # the label that transformers and torch.nn.CrossEntropyLoss leave out
+_OF_IMAGES = ("pixel", "image", "video", "patch")  # how arguments that hold images begin
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # transformers' names for what has no ids
 OTHER_INPUTS = ("pixel_values", "input_values", "input_features", "inputs_embeds")
@@ -333,7 +334,8 @@ def rows_of(batch: Any) -> int | None:
 def take(batch: Any, start: int, stop: int) -> Any:
     """The examples start..stop of an unpacked batch.
 
-    Tensors with the batch's leading size are cut, the rest is kept.
+    Tensors with the batch's leading size are cut, and those of images with a multiple of it, of
+    which each row has as many (images, patches); the rest is kept.
     """
     if isinstance(batch, Tensor):
         return batch[start:stop]
@@ -342,8 +344,11 @@ def take(batch: Any, start: int, stop: int) -> Any:
     size = rows_of(batch)
     part = dict(batch)
     for k, v in part.items():
-        if isinstance(v, Tensor) and v.dim() and v.shape[0] == size:
-            part[k] = v[start:stop]
+        if not isinstance(v, Tensor) or not v.dim() or not size or v.shape[0] % size:
+            continue
+        each = v.shape[0] // size
+        if each == 1 or (each and k.startswith(_OF_IMAGES)):
+            part[k] = v[start * each : stop * each]
     return part
 
 

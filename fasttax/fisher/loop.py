@@ -5,6 +5,7 @@ The fallback for any model, and what the first batch is checked against.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,29 @@ def examples(view: View, batch: Any, ready: batches.Batch) -> Iterator[batches.B
     """The examples of `batch`, which was read as `ready`, as batches of their own."""
     for n in range(ready.examples):
         yield view.read(batches.example(batch, ready, n))
+
+
+@contextlib.contextmanager
+def explained(view: View, part: batches.Batch) -> Iterator[None]:
+    """Inside, an error of a model that was given a part of a batch says so.
+
+    Raises:
+        ValueError: the model cannot run on the part.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        if str(error).startswith("DiagonalFisher"):
+            raise
+        shapes = ", ".join(
+            f"{k} {tuple(v.shape)}" for k, v in part.inputs.items() if isinstance(v, Tensor)
+        )
+        raise ValueError(
+            f"DiagonalFisher.update: batch: {type(view.model).__name__} does not run on a part of "
+            f"the batch ({shapes}): {type(error).__name__}: {str(error)[:200]}; give batches whose "
+            "tensors all have the examples in their first dimension (as many images for each), or "
+            "use observe() with a loss= of one example"
+        ) from error
 
 
 def update(
@@ -40,7 +64,8 @@ def update(
             return labels.score(logits, part.settled(logits), drawing)
 
         for _ in range(draws):
-            found = view.gradients(params, part, score)
+            with explained(view, part):
+                found = view.gradients(params, part, score)
             add_squares([sums.value(n) for n in found], list(found.values()), sums.weight)
 
 
@@ -66,7 +91,9 @@ def squares(
         def given(logits: Tensor, mine: Tensor = mine) -> Tensor:
             return mine
 
-        for name, g in view.gradients(params, part, given).items():
+        with explained(view, part):
+            found = view.gradients(params, part, given)
+        for name, g in found.items():
             wide = g.double()
             sums[name] = sums.get(name, 0) + wide
             total[name] = total.get(name, 0) + wide**2

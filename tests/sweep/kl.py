@@ -103,8 +103,12 @@ def full_kl(case: Case, policy: nn.Module, ref: nn.Module, batch: dict[str, Tens
     """The KL that is logged at the first step, against the models' own."""
     try:
         wanted = truth(case, policy, ref, batch)
+        order = collated([example(batch, n) for n in reversed(range(EXAMPLES))])
+        other = truth(case, policy, ref, order)
     except Exception as error:
         return Outcome(NONE, f"no logits by token: {error}")
+    if abs(other - wanted) > TOLERANCE * abs(wanted) + 1e-7:
+        return Outcome(NONE, "its logits depend on the order of the batch, which the Trainer draws")
     made = trainer(case, copy.deepcopy(policy), batch)
     try:
         with FullKL(made, ref, 0.5):
