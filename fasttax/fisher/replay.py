@@ -141,19 +141,23 @@ def _difference(view: View, whole: Pass, alone: Pass) -> str:
 
 def _mixes(view: View, layout: Layout, outputs: Any, found: Any) -> str:
     """Which of the model's outputs of an example depends on the others; empty where none does."""
-    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(found), strict=False)
-    for n, (whole, alone) in enumerate(pairs):
-        if not isinstance(whole, Tensor) or not isinstance(alone, Tensor) or not whole.dim():
-            continue
-        if whole.is_floating_point() and not any(
-            alike(alone, part) for part in _candidates(layout, whole, alone)
-        ):
+    whole, alone = (_floats(tree) for tree in (outputs, found))
+    for n, mine in enumerate(alone):
+        # lists with an item for each example are longer in the batch
+        among = whole[n : n + 1] if len(whole) == len(alone) else whole
+        if not any(alike(mine, part) for t in among for part in _candidates(layout, t, mine)):
             return (
                 f"DiagonalFisher.observe: {type(view.model).__name__}: its output {n}, of shape "
-                f"{tuple(whole.shape)} for the batch and {tuple(alone.shape)} for one example "
+                f"{tuple(whole[n].shape)} for the batch and {tuple(mine.shape)} for one example "
                 f"alone, does not keep the examples apart; {WAYS_OUT}"
             )
     return ""
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    """The outputs that examples may have a part of: no sums over all."""
+    leaves = pytree.tree_leaves(outputs)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
 
 
 def _candidates(layout: Layout, whole: Tensor, alone: Tensor) -> Iterator[Tensor]:
