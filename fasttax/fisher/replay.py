@@ -148,8 +148,8 @@ def _mixes(view: View, layout: Layout, outputs: Any, found: Any) -> str:
         if not any(alike(mine, part) for t in among for part in _candidates(layout, t, mine)):
             return (
                 f"DiagonalFisher.observe: {type(view.model).__name__}: its output {n}, of shape "
-                f"{tuple(whole[n].shape)} for the batch and {tuple(mine.shape)} for one example "
-                f"alone, does not keep the examples apart; {WAYS_OUT}"
+                f"{[tuple(t.shape) for t in among]} for the batch and {tuple(mine.shape)} for one "
+                f"example alone, does not keep the examples apart; {WAYS_OUT}"
             )
     return ""
 
