@@ -262,7 +262,7 @@ class DiagonalFisher:
             checks.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
             bounds, shape = cu_seqlens, (1, int(cu_seqlens[-1]))
         elif shape is not None:
-            bounds = torch.arange(shape[0] + 1) * shape[1]
+            bounds = torch.arange(shape[0] + 1, device="cpu") * shape[1]
         proven = not self._unproven
         block = Observation(op, self.view, self.sums, shape, bounds, proven=proven, loss=loss)
         with block.running() if self.fallback is None else block.looping():

@@ -22,19 +22,19 @@ class SamplingError:
     def __init__(self, numels: Mapping[str, int]) -> None:
         draw = torch.Generator().manual_seed(0)
         self.places = {
-            n: torch.randint(0, m, (COORDINATES,), generator=draw).unique()
+            n: torch.randint(0, m, (COORDINATES,), generator=draw, device="cpu").unique()
             for n, m in numels.items()
             if m
         }
         width = sum(p.numel() for p in self.places.values())
         self.total, self.squares, self.crossed = (
-            torch.zeros(width, dtype=torch.float64) for _ in range(3)
+            torch.zeros(width, dtype=torch.float64, device="cpu") for _ in range(3)
         )
-        self.counts = torch.zeros(3, dtype=torch.float64)  # batches, units, units^2
+        self.counts = torch.zeros(3, dtype=torch.float64, device="cpu")  # batches, units, units^2
 
     def batch(self, value: Callable[[str], Tensor], units: int) -> None:
         """After a batch of `units` examples: `value(name)` is the running sum of squares."""
-        picked = [torch.zeros(0, dtype=torch.float64)]
+        picked = [torch.zeros(0, dtype=torch.float64, device="cpu")]
         for name, places in self.places.items():
             flat = value(name).reshape(-1)
             picked.append(flat[places.to(flat.device)].double().cpu())
@@ -42,7 +42,7 @@ class SamplingError:
         x, self.total = now - self.total, now
         self.squares += x * x
         self.crossed += units * x
-        self.counts += torch.tensor([1.0, units, units**2], dtype=torch.float64)
+        self.counts += torch.tensor([1.0, units, units**2], dtype=torch.float64, device="cpu")
 
     def relative(self) -> float:
         """The relative error so far; NaN before the second batch."""

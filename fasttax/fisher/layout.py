@@ -46,7 +46,7 @@ class Layout:
             if self.batch and self.batch != B:
                 B, T = self.batch, 1
             self.shape = (B, T)
-            self.bounds = torch.arange(B + 1) * T
+            self.bounds = torch.arange(B + 1, device="cpu") * T
 
     def known(self) -> tuple[int, int, Tensor]:
         """(B, T, bounds), which a layer has shown."""
@@ -106,24 +106,24 @@ class Layout:
         if not count:
             return bounds * 0
         if self.unit == "batch":
-            return torch.tensor([0, count])
+            return torch.tensor([0, count], device="cpu")
         if only is not None:
             if self.unit == "token":
                 raise ValueError(
                     f"DiagonalFisher: {where}: unit='token' has no rule inside a block that routes "
                     f"tokens to experts; {WAY_OUT}"
                 )
-            return torch.tensor([0] * (only + 1) + [count] * (self.examples - only))
+            return torch.tensor([0] * (only + 1) + [count] * (self.examples - only), device="cpu")
         by_token = tuple(leading[:2]) == (B, T) or (leading and leading[0] % (B * T) == 0)
         if by_token:
             units = bounds
             if self.unit == "token":
-                units = torch.arange(B * T + 1)
+                units = torch.arange(B * T + 1, device="cpu")
             return units * (count // (B * T))
         if self.unit == "token" and leading and leading[0] == B:
-            return torch.arange(count + 1)
+            return torch.arange(count + 1, device="cpu")
         if leading and leading[0] % B == 0 and not self.packed and self.unit == "example":
-            return torch.arange(B + 1) * (count // B)
+            return torch.arange(B + 1, device="cpu") * (count // B)
         raise ValueError(
             f"DiagonalFisher: {where}: expected an input that keeps the batch's {B} rows (of {T} "
             f"tokens) apart, got leading shape {tuple(leading)}; {WAY_OUT}"
@@ -137,7 +137,7 @@ class Layout:
         vectors = x.flatten(2).transpose(1, 2).flatten(0, 1) if x.dim() > 2 else x
         positions = vectors.shape[0] // x.shape[0]
         if self.unit == "token":
-            return torch.arange(len(vectors) + 1), vectors
+            return torch.arange(len(vectors) + 1, device="cpu"), vectors
         return bounds * positions, vectors
 
     def cut(self, x: Tensor, n: int, where: str, *, folded: bool = False) -> Tensor:

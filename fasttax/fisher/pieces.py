@@ -49,7 +49,9 @@ class Piece:
 
     def units(self) -> Tensor:
         """(R,) on the CPU: the unit of each output."""
-        return torch.repeat_interleave(torch.arange(self.bounds.numel() - 1), self.bounds.diff())
+        return torch.arange(self.bounds.numel() - 1, device="cpu").repeat_interleave(
+            self.bounds.diff()
+        )
 
 
 @dataclass

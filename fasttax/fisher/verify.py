@@ -94,7 +94,7 @@ def _check_head(
         logits.backward(score.to(logits.dtype), retain_graph=not last)
         s = score.reshape(-1, score.shape[-1])
         heads = [p.d for p in current.diverted if p.kind == "head"]
-        d = heads[-1] if heads else torch.empty(0)
+        d = heads[-1] if heads else score.new_empty(0)
         if d.shape != s.shape:
             raise ValueError(
                 f"{needs} one output of the head ({tap.where}) for each row of logits, got "

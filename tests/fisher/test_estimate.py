@@ -4,6 +4,7 @@ second moment as a stand-in.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -201,3 +202,19 @@ def test_from_adam_is_the_corrected_second_moment(kind: Any) -> None:
     assert f.metadata["estimator"] == "adam_second_moment"
     with pytest.raises(ValueError, match="from_adam: optimizer"):
         FisherEstimate.from_adam(kind(model.parameters()), model)
+
+
+@pytest.mark.parametrize("default", ["meta", "float64", "bfloat16"])
+def test_other_defaults_change_nothing(default: str) -> None:
+    """torch.set_default_device, torch.set_default_dtype: of tensors that say neither."""
+    model, x = TokenModel(), ids(3, 6)
+    wanted = fasttax.estimate_fisher(model, [x], progress=False)
+    with contextlib.ExitStack() as stack:
+        if default == "meta":
+            stack.enter_context(torch.device("meta"))
+        else:
+            before = torch.get_default_dtype()
+            stack.callback(torch.set_default_dtype, before)
+            torch.set_default_dtype(getattr(torch, default))
+        found = fasttax.estimate_fisher(model, [x], progress=False)
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
