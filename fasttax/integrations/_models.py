@@ -46,9 +46,7 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
         and any(hasattr(p, "full_tensor") for p in model.parameters())
         and not any(hasattr(p, "full_tensor") for p in held.values())
     ):
-        return type(ewc)(
-            model, dict(ewc.fisher), strength=ewc.strength, anchor=ewc.anchor, storage=ewc.storage
-        )
+        return ewc.on(model)
     if strangers:
         raise checks.fail(
             op,
