@@ -122,10 +122,13 @@ class AdamWEWC(AdamW):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in STATE}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As torch's; what is held is claimed for this optimizer's own steps."""
+        """As torch's; a copy claims what it holds for its own steps.
+
+        load_state_dict comes here, too, with torch's part alone.
+        """
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
-        if self.ewc is not None:
+        if state.get("ewc") is not None and self.ewc is not None:
             self._claim = claim("AdamWEWC", "ewc", "AdamWEWC", self.ewc.parameters(), self)
 
     @torch.no_grad()

@@ -138,7 +138,7 @@ def prove(op: str, held: Sequence[LoraHeld]) -> None:
             error = _error(h)
         except Exception as problem:
             raise _unproven(op, h, f"one that could not be run alone ({problem})") from problem
-        bound = TOLERANCE if h.base.is_floating_point() else PACKED_TOLERANCE
+        bound = PACKED_TOLERANCE if is_packed(h.base) else TOLERANCE
         if not error <= bound:
             raise _unproven(op, h, f"another, {error:.2g} of the update away from it")
 
@@ -153,18 +153,30 @@ def _unproven(op: str, h: LoraHeld, came: str) -> Exception:
     )
 
 
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight lies in fewer than 16 bits a value, so that only its own layer reads it."""
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2
+
+
 def _proof_kind(layer: Any) -> Any:
     """What layers have in common that compute alike; one with a forward of its own is its own."""
     patched = id(layer) if "forward" in vars(layer) else None
     flag = getattr(layer, "fan_in_fan_out", False)
     several = len(LoraHeld.adapters_of(layer)) > 1
-    return type(layer), type(layer.base_layer), layer.base_layer.weight.dtype, flag, several, patched
+    return (
+        type(layer),
+        type(layer.base_layer),
+        layer.base_layer.weight.dtype,
+        flag,
+        several,
+        patched,
+    )
 
 
 def _error(h: LoraHeld) -> float:
     """The relative error of a layer's output, where 1 is what the update contributes."""
     generator = torch.Generator().manual_seed(0)
-    packed = not h.base.is_floating_point()
+    packed = is_packed(h.base)
     device = h.base.device if packed else torch.device("cpu")
     dtype = torch.float32 if packed else torch.float64
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fasttax._base import checks, dtensor, files, mapped
 from fasttax._base.hashes import same_weights, weights_hash
-from fasttax._base.packed import SPLIT, STORAGES, Stored, decode_anchor, encode_anchor
+from fasttax._base.packed import SPLIT, STORAGES, decode_anchor, encode_anchor
 from fasttax.ewc.adapters import prove
 from fasttax.ewc.fit import Target, differences, match, unlike, watch_over
 from fasttax.ewc.hold import Hold

@@ -201,7 +201,7 @@ def pick_anchor(
 def check_hash(
     op: str, fisher: Mapping[str, Tensor], targets: Sequence[Target], anchor: Mapping[str, Tensor]
 ) -> None:
-    """Compares the Fisher's hash with the anchor's, in bfloat16 or float16; packed weights have none.
+    """Compares the Fisher's hash with the anchor's; packed weights have none.
 
     Raises:
         ValueError: the Fisher was estimated at other weights.

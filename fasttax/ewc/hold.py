@@ -140,7 +140,7 @@ class Hold:
     def penalty(self) -> Tensor:
         """The value, 0-d, differentiable by the trainable parameters."""
         self.check("EWC.penalty")
-        parts: list[Part] = [(None, h.penalty(self.strength)) for h in self.lora if h.parameters()]
+        parts: list[Part] = [(None, h.penalty(self.strength)) for h in self.lora]
         blocks = self.store.blocks()
         if self.store.offload is not None and torch.is_grad_enabled():
             for block in blocks:

@@ -225,9 +225,7 @@ class LoraHeld(Entry):
         """(b, a, scale) of each active adapter, with b @ a of the weight's shape."""
         values = list(factors.values())
         out: list[Factors] = []
-        for adapter, first, second in zip(
-            self.adapters(), values[::2], values[1::2], strict=True
-        ):
+        for adapter, first, second in zip(self.adapters(), values[::2], values[1::2], strict=True):
             # FSDP2 shards the factors too; they are small
             a, b = dtensor.whole(first), dtensor.whole(second)
             scale = float(self.module.scaling[adapter])
@@ -324,7 +322,7 @@ class LoraHeld(Entry):
         Raises:
             ValueError: it is neither; another one has no low rank.
         """
-        if not self.base.is_floating_point():
+        if not self.base.is_floating_point() or self.base.dtype.itemsize < 2:
             raise checks.fail(
                 op,
                 "anchor",
@@ -334,8 +332,9 @@ class LoraHeld(Entry):
             )
         base = dtensor.whole(self.base.detach())
         start = dtensor.whole(weight.detach()).to(base.device)
-        # one unit in the last place of each; what the product's own rounding adds is below 1e-6
-        bound = torch.finfo(base.dtype).eps * base.double().abs()
+        # one unit in the last place of each; factors are rounded to the base's dtype as it is
+        eps = torch.finfo(base.dtype).eps
+        bound = eps * base.double().abs()
         bound += torch.finfo(start.dtype).eps * start.double().abs()
         distance = start.double() - base.double()
         if bool((distance.abs() <= bound).all()):
@@ -344,7 +343,8 @@ class LoraHeld(Entry):
         now = self.present()
         if now is not None:
             b, a = (t.double() for t in now)
-            if bool(((distance - b @ a).abs() <= bound + 1e-6 * (b.abs() @ a.abs())).all()):
+            bound += max(eps, 1e-6) * (b.abs() @ a.abs())
+            if bool(((distance - b @ a).abs() <= bound).all()):
                 self.anchor = now
                 return
         raise checks.fail(

@@ -1,4 +1,4 @@
-"""The tensors of an EWC's file or state, by what they are, and whether they can be what they say."""
+"""The tensors of an EWC's file or state by what they are, and whether they can be that."""
 
 from __future__ import annotations
 

@@ -79,7 +79,9 @@ class Watch:
                     "make the EWC after the adapter is put around the model",
                 )
         edges = [edge for name in self.held for edge in self._path(names, name)]
-        self._edges = list({(id(owner), name): (owner, name, was) for owner, name, was in edges}.values())
+        self._edges = list(
+            {(id(owner), name): (owner, name, was) for owner, name, was in edges}.values()
+        )
         self._copies = [(m, active_adapters(m)) for m in saved_modules(self.model).values()]
 
     def _is_as_it_was(self, edges: list[tuple[Any, str, Any]]) -> bool:
