@@ -35,6 +35,7 @@ class Watch:
         """`held`: the parameters by their whole names in `model`; of LoRA the base weights."""
         self.model = model
         self.held = dict(held)
+        self._shapes = {name: theta.shape for name, theta in held.items()}
         self._edges: list[tuple[Any, str, Any]] | None = None  # owner, attribute, what it was
         self._copies: list[tuple[Any, list[str]]] = []  # PEFT's saved modules, and which is used
         self._layers = self._moving(Names(model))
@@ -42,7 +43,7 @@ class Watch:
     def on(self, model: nn.Module, held: Mapping[str, Tensor]) -> Watch:
         """The same over a copy of the model, which may be under construction."""
         other = Watch.__new__(Watch)
-        other.model, other.held = model, dict(held)
+        other.model, other.held, other._shapes = model, dict(held), self._shapes
         other._edges, other._copies = None, []
         other._layers = self._layers
         return other
@@ -57,14 +58,15 @@ class Watch:
             return
         names = Names(self.model)
         lost = [name for name, theta in self.held.items() if not self._has(names, name, theta)]
+        lost += [name for name in self._grown() if name not in lost]
         if lost:
             more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
             raise checks.fail(
                 op,
                 "ewc",
                 "parameters that are the model's",
-                f"{', '.join(lost[:SHOWN])}{more}, in whose place the model has another one (a "
-                "module was replaced, or the parameter assigned)",
+                f"{', '.join(lost[:SHOWN])}{more}, in whose place the model has another one, or one "
+                "of another shape (a module was replaced or resized, or the parameter assigned)",
                 WAY_OUT,
             )
         layers = self._moving(names)
@@ -85,10 +87,25 @@ class Watch:
         self._copies = [(m, active_adapters(m)) for m in saved_modules(self.model).values()]
 
     def _is_as_it_was(self, edges: list[tuple[Any, str, Any]]) -> bool:
-        return all(
-            getattr(owner, name, None) is was or _lent(getattr(owner, name, None), was)
-            for owner, name, was in edges
-        ) and all(active_adapters(m) == used for m, used in self._copies)
+        return (
+            all(
+                getattr(owner, name, None) is was or _lent(getattr(owner, name, None), was)
+                for owner, name, was in edges
+            )
+            and all(active_adapters(m) == used for m, used in self._copies)
+            and not self._grown()
+        )
+
+    def _grown(self) -> list[str]:
+        """Those whose shape has changed: transformers resizes embeddings in place.
+
+        Weights that were packed since, as bitsandbytes does on the way to a GPU, are left out.
+        """
+        return [
+            name
+            for name, theta in self.held.items()
+            if theta.shape != self._shapes[name] and theta.is_floating_point()
+        ]
 
     def _has(self, names: Names, name: str, theta: Tensor) -> bool:
         found = names.find(name)
