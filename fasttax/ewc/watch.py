@@ -65,8 +65,8 @@ class Watch:
                 op,
                 "ewc",
                 "parameters that are the model's",
-                f"{', '.join(lost[:SHOWN])}{more}, in whose place the model has another one, or one "
-                "of another shape (a module was replaced or resized, or the parameter assigned)",
+                f"{', '.join(lost[:SHOWN])}{more}, in whose place the model has another one, or "
+                "one of another shape (a module was replaced or resized, a parameter assigned)",
                 WAY_OUT,
             )
         layers = self._moving(names)

@@ -44,7 +44,9 @@ def step(model: nn.Module, size: float = 0.05) -> None:
 def truth(
     fisher: dict[str, Tensor], now: dict[str, Tensor], anchor: dict[str, Tensor], strength: float
 ) -> float:
-    terms = [(f.double() * (now[plain(n)] - anchor[plain(n)]) ** 2).sum() for n, f in fisher.items()]
+    terms = [
+        (f.double() * (now[plain(n)] - anchor[plain(n)]) ** 2).sum() for n, f in fisher.items()
+    ]
     return strength / 2 * float(sum(terms))
 
 

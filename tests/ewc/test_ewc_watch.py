@@ -137,13 +137,13 @@ def test_what_keeps_the_parameters_is_accepted() -> None:
     """Moves, wrappers and wrapped layers."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    model = net()
+    model: Any = net()
     ewc = EWC(model, ones(model), strength=2.0)
     ewc.penalty()
     model.load_state_dict(model.state_dict())
     model.double().float()
     model[0] = torch.compile(model[0])
-    model[2] = checkpoint_wrapper(model[2])  # type: ignore[no-untyped-call]
+    model[2] = checkpoint_wrapper(model[2])
     nn.DataParallel(model)
     move(model)
     assert float(ewc.penalty()) == pytest.approx(38)
@@ -289,7 +289,7 @@ def test_wrappers_in_the_middle(pattern: str) -> None:
     ewc = EWC(model, fisher, strength=2.0)
     move(model)
     assert float(ewc.penalty()) == pytest.approx(38)
-    wrapped = Outer(torch.compile(net()))  # type: ignore[arg-type]
+    wrapped = Outer(torch.compile(net()))
     assert len(EWC(wrapped, ones(Outer(net())), strength=1.0).parameters()) == 4
 
 
@@ -335,7 +335,7 @@ def test_a_modules_own_name_is_no_wrapper() -> None:
     assert float(ewc.penalty()) == pytest.approx(43)
     again = EWC(model, dict(ewc.fisher), strength=2.0)
     assert set(again.parameters()) == {"weight", "module.weight"}
-    with pytest.raises(ValueError, match="may be weight or module.weight"):
+    with pytest.raises(ValueError, match=r"may be weight or module\.weight"):
         EWC(model, {"_orig_mod.weight": torch.ones(3)}, strength=1.0)
 
 
