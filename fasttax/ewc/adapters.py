@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fasttax._base import checks
-from fasttax.ewc.lora import LoraHeld, is_embedding, refuse_unsupported
+from fasttax.ewc.lora import LoraHeld, is_embedding, is_packed, refuse_unsupported
 from fasttax.ewc.names import Names
 
 ROWS = 3  # of the random input
@@ -151,11 +151,6 @@ def _unproven(op: str, h: LoraHeld, came: str) -> Exception:
         f"{_kind(h.module)}: {came}",
         OTHERWISE,
     )
-
-
-def is_packed(weight: Tensor) -> bool:
-    """Whether a weight lies in fewer than 16 bits a value, so that only its own layer reads it."""
-    return not weight.is_floating_point() or weight.dtype.itemsize < 2
 
 
 def _proof_kind(layer: Any) -> Any:

@@ -17,7 +17,7 @@ from fasttax._base.packed import SPLIT, STORAGES, decode_anchor, encode_anchor
 from fasttax.ewc.adapters import prove
 from fasttax.ewc.fit import Target, differences, match, unlike, watch_over
 from fasttax.ewc.hold import Hold
-from fasttax.ewc.lora import LoraHeld
+from fasttax.ewc.lora import LoraHeld, is_packed
 from fasttax.ewc.parts import Parts, check_parts
 from fasttax.ewc.store import Held, Store, checked_anchor_dtype, encode_for
 
@@ -43,7 +43,28 @@ def _facts(hold: Hold) -> dict[str, Any]:
         "storage": hold.storage,
         "offload": hold.store.offload,
         "anchor_dtype": str(dtype) if isinstance(dtype, torch.dtype) else dtype,
+        "base_hash": _base_hash(hold.lora),
     }
+
+
+def _base_hash(updates: Sequence[LoraHeld]) -> str | None:
+    """Of the weights that LoRA updates are added to, as they were made; None of packed ones."""
+    if not updates or any(is_packed(h.base) for h in updates):
+        return None
+    return weights_hash((h.name, h.base_sample) for h in updates)
+
+
+def _check_base(op: str, argument: str, saved: str | None, updates: Sequence[LoraHeld]) -> None:
+    """An error where updates are added to others than the weights that an anchor is relative to."""
+    now = _base_hash(updates)
+    if saved is not None and now is not None and not same_weights(saved, now):
+        raise checks.fail(
+            op,
+            argument,
+            f"an EWC whose LoRA updates are added to these base weights (hash {now})",
+            f"one of others (hash {saved})",
+            "put the adapter around the base model that it was made on, with the same init",
+        )
 
 
 def _dtype_of(text: str | None) -> torch.dtype | str | None:
@@ -132,6 +153,7 @@ def load(
     check_parts(op, "path", {t.given: t.shape for t in targets}, parts)
     _refuse_other_precision(op, "path", {t.given: t.theta for t in plain}, parts)
     _hold_updates(op, hold, targets, parts)
+    _check_base(op, "path", facts.get("base_hash"), hold.lora)
     if offload == "cpu" and all(_lies_in_file(t) for t in plain):
         del tensors, parts
         hold.store.adopt(mapped.Mapped(path), {t.name: t.theta for t in plain})
@@ -155,6 +177,7 @@ def moved(hold: Hold, model: nn.Module) -> Hold:
         metadata=dict(hold.metadata),
     )
     _hold_updates(op, twin, targets, parts)
+    _check_base(op, "model", _base_hash(hold.lora), twin.lora)
     twin.store.put([_held(twin, t, parts) for t in targets if t.lora is None])
     return twin
 
@@ -164,7 +187,10 @@ def _hold_updates(op: str, hold: Hold, targets: Sequence[Target], parts: Parts) 
     for t in targets:
         if t.lora is not None:
             update = parts.updates.get(t.given)
-            hold.lora.append(_lora_held(LoraHeld(t.name, parts.fishers[t.given], t.lora, update)))
+            held = _lora_held(LoraHeld(t.name, parts.fishers[t.given], t.lora, update))
+            if t.given in parts.anchors:  # made on the model before the adapter
+                held.start_at(op, decode_anchor(parts.anchors[t.given], torch.Size(t.shape)))
+            hold.lora.append(held)
     prove(op, hold.lora)
 
 
@@ -227,6 +253,7 @@ def load_state_dict(hold: Hold, state: Mapping[str, Any]) -> None:
     check_parts(op, "state", shapes, parts)
     missing = [name for name in hold.store.held if name not in parts.anchors]
     differences(op, "state", [f"anchor.{name}: missing" for name in missing])
+    _check_base(op, "state", state.get("base_hash"), hold.lora)
     thetas = {name: h.theta for name, h in hold.store.held.items()}
     _refuse_other_precision(op, "state", thetas, parts)
     store = Store(hold.store.offload)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks, dtensor
+from fasttax._base.modes import compiling
 from fasttax.ewc import ops
 from fasttax.ewc.adapters import prove
 from fasttax.ewc.drift import Drift
@@ -99,6 +100,8 @@ class Hold:
         Raises:
             ValueError: a parameter was replaced, or an adapter is on that can't be held.
         """
+        if compiling():  # the trace would guard on every module
+            return
         self.watch.check(op)
         changed = [h for h in self.lora if h.changed()]
         for h in changed:

@@ -36,6 +36,11 @@ def is_embedding(module: Any) -> bool:
     return isinstance(module.base_layer, nn.Embedding)
 
 
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight lies in fewer than 16 bits a value, so that only its own layer reads it."""
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2
+
+
 def _is_turned(module: Any) -> bool:
     """Whether the weight lies as (in, out), the transpose of B A.
 
@@ -322,7 +327,7 @@ class LoraHeld(Entry):
         Raises:
             ValueError: it is neither; another one has no low rank.
         """
-        if not self.base.is_floating_point() or self.base.dtype.itemsize < 2:
+        if is_packed(self.base):
             raise checks.fail(
                 op,
                 "anchor",

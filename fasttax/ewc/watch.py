@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from fasttax._base import checks, dtensor
-from fasttax._base.modes import compiling
 from fasttax.ewc.adapters import moving
 from fasttax.ewc.names import Names, active_adapters, saved_modules
 
@@ -54,7 +53,7 @@ class Watch:
         Raises:
             ValueError: it names up to five.
         """
-        if compiling() or (self._edges is not None and self._is_as_it_was(self._edges)):
+        if self._edges is not None and self._is_as_it_was(self._edges):
             return
         names = Names(self.model)
         lost = [name for name, theta in self.held.items() if not self._has(names, name, theta)]

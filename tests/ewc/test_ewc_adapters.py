@@ -177,6 +177,49 @@ def test_a_pissa_ewc_is_saved_loaded_and_restored(tmp_path: Any) -> None:
         assert float(one.penalty().detach()) == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_file_of_the_plain_model_is_held_from_its_own_anchor(tmp_path: Any) -> None:
+    """Its anchors are those of the base weights, wherever an init has put a part of them."""
+    base = causal_lm("llama").eval()
+    before = weights(base)
+    fisher = some_fisher(base)
+    EWC(base, fisher, strength=2.0).save(tmp_path / "base.safetensors")
+    for init in (True, "pissa"):
+        config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init)
+        model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+        ewc = EWC.load(tmp_path / "base.safetensors", model)
+        assert float(ewc.penalty().detach()) < 1e-9
+        step(model)
+        expected = truth(fisher, merged(model), before, 2.0)
+        assert float(ewc.penalty().detach()) == pytest.approx(expected, rel=1e-3)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.mul_(1.1)
+    with pytest.raises(ValueError, match=r"EWC\.load: anchor: .*low rank"):
+        EWC.load(tmp_path / "base.safetensors", peft.get_peft_model(base, config))
+
+
+def test_a_state_is_refused_over_another_base(tmp_path: Any) -> None:
+    """B A is relative to the weight that it is added to."""
+    before, model = made(True)
+    fisher = {n: torch.rand_like(p).float() for n, p in before.items() if "_proj" in n}
+    ewc = EWC(model, fisher, strength=2.0)
+    ewc.save(tmp_path / "e.safetensors")
+    for other in (made("pissa")[1], model_of_another_base()):
+        with pytest.raises(ValueError, match=r"EWC\.load: path: .*base weights.*same init"):
+            EWC.load(tmp_path / "e.safetensors", other)
+        with pytest.raises(ValueError, match=r"EWC\.load_state_dict: state: .*base weights"):
+            EWC(other, fisher, strength=2.0).load_state_dict(ewc.state_dict())
+
+
+def model_of_another_base() -> Any:
+    _, model = made(True)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "base_layer" in name:
+                p.mul_(1.1)
+    return model
+
+
 # --- several adapters --------------------------------------------------------------------------
 
 
