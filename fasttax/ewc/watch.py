@@ -77,7 +77,7 @@ class Watch:
                     "weights under the adapters that they had",
                     f"{name} under {count} adapter layers, {self._layers.get(name)} when the EWC "
                     "was made",
-                    "make the EWC after the adapter is put around the model",
+                    "make the EWC anew, on the model with the adapters that it is trained with",
                 )
         edges = [edge for name in self.held for edge in self._path(names, name)]
         self._edges = list(
