@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fasttax._base import dtensor
+from fasttax._base.hashes import weights_hash as weights_hash
 
 FORMAT_KEY = "fasttax"
 
@@ -110,25 +108,3 @@ def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, dict
             f"fasttax: {target} is truncated or no safetensors file ({error}); write it anew with "
             ".save()"
         ) from error
-
-
-def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A short hash of names, shapes and values: up to 256 a tensor, evenly spaced, as bfloat16.
-
-    Equal for a checkpoint loaded in float32 and in bfloat16; 1 ms per hundred tensors whatever
-    their size.
-    """
-    digest = hashlib.sha256()
-    for name, t in sorted(tensors, key=lambda item: item[0]):
-        flat = dtensor.whole(t.detach()).reshape(-1)
-        index = torch.linspace(
-            0,
-            max(0, flat.numel() - 1),
-            min(256, flat.numel()),
-            dtype=torch.float64,
-            device=flat.device,
-        ).long()
-        sample = flat[index].to(torch.bfloat16).cpu().contiguous().view(torch.int16)
-        digest.update(f"{name} {tuple(t.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]

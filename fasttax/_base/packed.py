@@ -112,6 +112,6 @@ def _blocks(count: int) -> int:
 def _in_blocks(values: Tensor) -> Tensor:
     """(blocks, 256) in float32, filled up with zeros."""
     flat = values.detach().float().flatten()
-    out = torch.zeros(_blocks(flat.numel()) * BLOCK, device=flat.device)
+    out = torch.zeros(_blocks(flat.numel()) * BLOCK, dtype=torch.float32, device=flat.device)
     out[: flat.numel()] = flat
     return out.view(-1, BLOCK)

@@ -19,7 +19,9 @@ from fasttax.ewc.hold import Part
 from fasttax.ewc.ops import contiguous, scalar_like
 from fasttax.ewc.store import Lists
 
-MODES = ("grad", "prox")
+MODES = ("grad", "prox_adam", "prox")
+PROX = "prox_adam"  # "prox" is its short name here
+STATE = ("mode", "fisher", "fisher_scale", "every", "ewc", "penalty")  # beside torch's own
 FISHERS = ("ewc", "second_moment")
 
 
@@ -34,9 +36,9 @@ class AdamWEWC(AdamW):
         D = sqrt(v / (1 - beta2^t)) + eps
         u = theta (1 - lr weight_decay) - lr / (1 - beta1^t) m / D
         mode "grad":  theta <- u
-        mode "prox":  theta <- a + (u - a) D / (D + lr strength F)
+        mode "prox_adam":  theta <- a + (u - a) D / (D + lr strength F)
 
-    "prox" is the closed form of the penalised step in AdamW's own metric. AdamW's step is u =
+    "prox_adam" is the closed form of the penalised step in AdamW's own metric. AdamW's step is u =
     argmin_t of its quadratic model 1/(2 lr) sum D (t - theta (1 - lr weight_decay))^2 + m t / (1 -
     beta1^t); completing the square, that model is 1/(2 lr) sum D (t - u)^2 but for a constant.
     Adding the penalty, argmin_t 1/(2 lr) sum D (t - u)^2 + strength/2 sum F (t - a)^2 sets D/lr (t
@@ -55,13 +57,14 @@ class AdamWEWC(AdamW):
             gradient (mode "grad" alone).
         lr: as torch.optim.AdamW's, as are betas, eps, weight_decay, amsgrad and maximize; it may be
             a 0-d tensor.
-        mode: "grad" or "prox".
+        mode: "grad" or "prox_adam" (or "prox"); the "prox_euclidean" of EWC.attach is another step,
+            a + (u - a) / (1 + lr strength F).
         fisher: "ewc" for that of `ewc`, or "second_moment" for `fisher_scale` times Adam's own
             bias-corrected second moment. That is no Fisher of what is to be kept: it is the mean
             squared batch gradient of the present training (Li, Dangel, Tam, Raffel 2025,
             arXiv:2507.18807), which holds most where the loss pulls most. It reads nothing that
             AdamW does not; anchors and strength come from `ewc`. Mode "grad" uses the moment before
-            the step (0 at the first), "prox" the one after.
+            the step (0 at the first), "prox_adam" the one after.
         fisher_scale: for "second_moment"; the batch size makes it an estimate of the sum over
             examples.
         every: hold at every k-th step, with k times the strength.
@@ -98,7 +101,7 @@ class AdamWEWC(AdamW):
             raise checks.fail(
                 op, "ewc", "a fasttax.EWC, or None for plain AdamW", ewc, error=TypeError
             )
-        self.mode = checks.choice(op, "mode", mode, MODES)
+        self.mode = checked_mode(op, mode)
         self.fisher = checks.choice(op, "fisher", fisher, FISHERS)
         self.fisher_scale = checks.number(op, "fisher_scale", fisher_scale, low=0, open_low=True)
         self.every = checks.count(op, "every", every)
@@ -108,10 +111,25 @@ class AdamWEWC(AdamW):
         # GradScaler hands over grad_scale and found_inf instead of reading them
         self._step_supports_amp_scaling = True
         if ewc is not None:
+            ewc.hold.check(op)
             check_optimizer(op, "params", ewc.hold, self.param_groups)
-            if mode == "prox":
+            if self.mode == PROX:
                 ewc.hold.refuse_prox_of_lora(op)
             self._claim = claim(op, "ewc", op, ewc.parameters(), self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's, with the options: a deepcopy of (model, optimizer) holds the copied model."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in STATE}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's; a copy claims what it holds for its own steps.
+
+        load_state_dict comes here, too, with torch's part alone.
+        """
+        super().__setstate__(state)
+        self._step_supports_amp_scaling = True
+        if state.get("ewc") is not None and self.ewc is not None:
+            self._claim = claim("AdamWEWC", "ewc", "AdamWEWC", self.ewc.parameters(), self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -137,6 +155,7 @@ class AdamWEWC(AdamW):
                 self._update_free(group, _with_grad(group))
             return loss
         hold, parts = self.ewc.hold, list[Part]()
+        hold.check("AdamWEWC")
         for group in self.param_groups:
             params = _with_grad(group)
             parts += hold.add_lora_grad_parts_(self._lora_scale(group), params)
@@ -172,7 +191,8 @@ class AdamWEWC(AdamW):
         written = {"params": [dtensor.local(p).detach() for p in params]}
         for argument, key in moments.items():
             written[argument] = [dtensor.local(state[key]) for state in states]
-        anchors = fishers = [torch.empty(0)] * len(params)
+        none = torch.empty(0, dtype=torch.float32, device=params[0].device)
+        anchors = fishers = [none] * len(params)
         scales: list[Tensor] = []
         second_moment = 0.0
         if held is not None:
@@ -191,10 +211,10 @@ class AdamWEWC(AdamW):
                 anchors=anchors,
                 fishers=fishers,
                 scales=scales,
-                prox_mode=self.mode == "prox",
+                prox_mode=self.mode == PROX,
                 strength=0.0 if self.ewc is None else self.ewc.strength * self.every,
                 second_moment=second_moment,
-                lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+                lr=as_scalar(lr),
                 beta1=beta1,
                 beta2=beta2,
                 eps=group["eps"],
@@ -216,6 +236,27 @@ class AdamWEWC(AdamW):
         # a checkpoint of torch's unfused AdamW counts on the CPU
         state["step"] = state["step"].to(p.device)
         return state
+
+
+def checked_mode(op: str, mode: str) -> str:
+    """The mode by its full name; the proximal step of `EWC.attach` is another one."""
+    if mode == "prox_euclidean":
+        raise checks.fail(
+            op,
+            "mode",
+            "'grad' or 'prox_adam', the proximal step in Adam's metric",
+            "'prox_euclidean', the step in theta's own metric",
+            "use ewc.attach(torch.optim.AdamW(params), mode='prox_euclidean')",
+        )
+    checks.choice(op, "mode", mode, MODES)
+    return PROX if mode == "prox" else mode
+
+
+def as_scalar(lr: float | Tensor) -> Tensor:
+    """A learning rate as the op takes it: a number as float64 on the CPU."""
+    if isinstance(lr, Tensor):
+        return lr
+    return torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
 def _with_grad(group: dict[str, Any]) -> list[Tensor]:

@@ -17,10 +17,11 @@ from fasttax._base.handle import Handle
 from fasttax.ewc.claims import claim
 from fasttax.ewc.hold import Hold, Part
 
-MODES = ("grad", "prox")
+MODES = ("grad", "prox_euclidean", "prox")
+PROX = "prox_euclidean"  # "prox" is its short name here
 CLOSURE = (
     "EWC.attach: step(closure) computes the gradients anew inside the step, so a penalty added "
-    "before would be lost; add ewc.penalty() to the closure's loss, or use mode='prox'"
+    "before would be lost; add ewc.penalty() to the closure's loss, or use mode='prox_euclidean'"
 )
 
 
@@ -86,7 +87,7 @@ class Attached(Handle):
         self.parts = {"": self.hold.total(parts)}
 
     def after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Mode "prox": moves the weights, unless a GradScaler left the step out."""
+        """Mode "prox_euclidean": moves the weights, unless a GradScaler left the step out."""
         found_inf = getattr(optimizer, "found_inf", None)
         if not self._acts() or (found_inf is not None and bool(found_inf)):
             return
@@ -132,14 +133,29 @@ def check_optimizer(op: str, argument: str, hold: Hold, param_groups: list[dict[
         )
 
 
+def checked_mode(op: str, mode: str) -> str:
+    """The mode by its full name; AdamWEWC's proximal step is another one."""
+    if mode == "prox_adam":
+        raise checks.fail(
+            op,
+            "mode",
+            "'grad' or 'prox_euclidean', the proximal step at the group's lr in theta's own metric",
+            "'prox_adam', the step in Adam's metric",
+            "use AdamWEWC(params, ewc=ewc, mode='prox_adam')",
+        )
+    checks.choice(op, "mode", mode, MODES)
+    return PROX if mode == "prox" else mode
+
+
 def attach(hold: Hold, optimizer: Any, mode: str, every: int) -> Attached:
     """Applies `hold` at every step of `optimizer`, until the handle undoes it."""
     op = "EWC.attach"
-    checks.choice(op, "mode", mode, MODES)
+    mode = checked_mode(op, mode)
     handle = Attached(hold, checks.count(op, "every", every))
     inner = innermost(optimizer)
+    hold.check(op)
     check_optimizer(op, "optimizer", hold, inner.param_groups)
-    if mode == "prox":
+    if mode == PROX:
         hold.refuse_prox_of_lora(op)
     holder = f"EWC.attach({type(inner).__name__}, mode={mode!r})"
     handle.on_undo(claim(op, "optimizer", holder, hold.parameters(), inner).release)
@@ -161,7 +177,7 @@ def _wrap_step(optimizer: Any, handle: Attached, mode: str) -> None:
         if mode == "grad":
             handle.before_step(*call)
         out = step(*args, **kwargs)
-        if mode == "prox":
+        if mode == PROX:
             handle.after_step(*call)
         return out
 
@@ -180,6 +196,7 @@ def during_backward(hold: Hold, scale: float) -> Attached:
             "one with LoRA updates",
             "use attach: their factors are small",
         )
+    hold.check(op)
     handle = Attached(hold)
     handle.on_undo(claim(op, "ewc", op, hold.parameters()).release)
     held = [h for block in hold.store.blocks() for h in block]

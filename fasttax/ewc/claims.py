@@ -34,6 +34,9 @@ class Claim:
         """The optimizer, None where it is gone or not known."""
         return None if self._optimizer is None else self._optimizer()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy holds other parameters, for which it claims them itself."""
+
     def release(self) -> None:
         """Lets others hold the parameters."""
         _live.discard(self)

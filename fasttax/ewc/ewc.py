@@ -19,11 +19,20 @@ from torch import Tensor, nn
 from fasttax._base import checks
 from fasttax._base.packed import STORAGES
 from fasttax.ewc import files, tasks
+from fasttax.ewc.adapters import prove
 from fasttax.ewc.attach import Attached, attach, during_backward
 from fasttax.ewc.drift import Drift
-from fasttax.ewc.fit import Target, check_hash, match, pick_anchor, shapes_of, survey
+from fasttax.ewc.fit import (
+    Target,
+    check_hash,
+    match,
+    pick_anchor,
+    shapes_of,
+    survey,
+    watch_over,
+)
 from fasttax.ewc.hold import Hold
-from fasttax.ewc.lora import LoraHeld
+from fasttax.ewc.lora import LoraHeld, moved_bases
 from fasttax.ewc.store import Item, Store, checked_anchor_dtype, encode_for
 from fasttax.fisher.estimate import FisherEstimate
 
@@ -35,17 +44,22 @@ class EWC:
 
     Args:
         model: the model to hold. Its parameters are read live; tied weights count once; frozen ones
-            cost nothing. Names are matched without what DDP, torch.compile, activation
-            checkpointing and PEFT insert. FSDP2 (DTensor) parameters are held by their local
-            shards. A frozen weight under a PEFT LoRA layer is held by its update: the penalty is on
-            delta W = scale B A summed over the active adapters, weighed by the base weight's
-            Fisher, with gradients to A and B.
+            cost nothing. Names are matched without what DataParallel, DDP, torch.compile,
+            activation checkpointing and PEFT insert. FSDP2 (DTensor) parameters are held by their
+            local shards. A frozen weight under a PEFT LoRA layer is held by its update: the penalty
+            is that of the merged weight W + delta W, delta W = scale B A summed over the adapters
+            that are active at the time, weighed by the base weight's Fisher, with gradients to A
+            and B. One layer of each kind is seen to compute with that weight; whatever else moves a
+            held weight is refused.
         fisher: a FisherEstimate, the path of one, or a mapping of parameter names to tensors >= 0.
             Parameters that it does not name (new heads, say) are left free; a name that the model
             lacks is an error.
         strength: finite, >= 0.
         anchor: mapping of names to tensors (a state_dict); None copies the present weights. Always
-            a copy. A LoRA update's anchor is 0.
+            a copy. A LoRA update's anchor is 0, the base weight alone, but the present update where
+            the Fisher is the adapted model's (lora="delta_w": names with base_layer) or where the
+            adapter's init took its start out of the base weight (pissa, olora, corda, ...). A base
+            weight given here must be one of the two.
         storage: of the Fisher: "fp32", "bf16" or "u8log" (4, 2, 1 bytes a parameter).
         anchor_dtype: of the anchor: None keeps each parameter's dtype; a torch.dtype; "bf16+8", for
             float32 weights, is bfloat16 with 8 more bits (3 bytes, relative error < 1.6e-5).
@@ -63,8 +77,13 @@ class EWC:
 
     Raises:
         ValueError, TypeError: names, shapes, values or options do not fit; name and shape
-            differences come in one list. DoRA, FSDP1 and DeepSpeed ZeRO-3 are refused with the
-            reason. (ZeRO-1 and 2: `loss + ewc.penalty()`.)
+            differences come in one list. DoRA, AdaLoRA, IA3, LoHa, LoKr, VeRA, OFT, LoRA on fused
+            experts and other adapters over a held weight, FSDP1 and DeepSpeed ZeRO-3 are refused
+            with the reason. (ZeRO-1 and 2: `loss + ewc.penalty()`.)
+
+    It is bound to the model's own parameters: where one was replaced since (a new head, a resized
+    embedding, load_state_dict(assign=True)) every use is a ValueError that names it.
+    copy.deepcopy((model, ewc)) copies both, in this order; alone it can't be copied or pickled.
     """
 
     def __init__(
@@ -111,12 +130,19 @@ class EWC:
             return recipe(fisher[t.given]), start.detach().clone()
 
         #: what applies the penalty; optimizers and files work on it
-        self.hold = Hold(strength, storage, dtype, Store(offload))
+        self.hold = Hold(strength, storage, dtype, Store(offload), watch_over(model, targets))
         self.hold.metadata = dict(getattr(fisher, "metadata", {}))
+        moved = moved_bases(model)
         for t in targets:
             if t.lora is not None:
                 stored = encode_for(t.theta, recipe(fisher[t.given]), storage)
-                self.hold.lora.append(LoraHeld(t.name, stored, t.lora))
+                update = LoraHeld(t.name, stored, t.lora)
+                self.hold.lora.append(update)
+                if t.name in anchors:
+                    update.start_at(op, anchors[t.name])
+                else:
+                    update.start_here(None if t.of_the_adapted else moved)
+        prove(op, self.hold.lora)
         plain = [t for t in targets if t.lora is None]
         self.hold.fill([Item(t.name, t.theta, partial(values, t)) for t in plain])
 
@@ -218,7 +244,8 @@ class EWC:
         Returns a handle with .remove() (also a context manager).
 
         mode "grad" adds the gradient before each step (it is not part of a clipping done earlier),
-        "prox" runs `prox_` with each group's lr after it. `every=k` acts on every k-th step with k
+        "prox_euclidean" (or "prox") runs `prox_` with each group's lr after it; AdamWEWC's
+        "prox_adam" is another step, in Adam's metric. `every=k` acts on every k-th step with k
         times the weight. Wrapped optimizers (with an `.optimizer` inside, as Accelerate's) are
         unwrapped; one that is no torch.optim.Optimizer but has param_groups and step() is wrapped
         itself, until .remove(). Under `maximize` the gradient is subtracted, so that it pulls to
@@ -239,6 +266,18 @@ class EWC:
         `handle.penalty` is the last pass's value (of this rank's shards).
         """
         return during_backward(self.hold, scale)
+
+    def on(self, model: nn.Module) -> EWC:
+        """The same on `model`, whose parameters have these names and shapes.
+
+        For a copy of the model, parameters that were assigned anew, or shards that FSDP2 put in
+        their place. Fisher, anchor, strength and all options are kept; anchors of LoRA updates are
+        those of the layers here.
+
+        Raises:
+            ValueError: names or shapes differ.
+        """
+        return self._of(files.moved(self.hold, model))
 
     # --- looking and keeping -----------------------------------------------------------------
 

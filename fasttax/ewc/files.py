@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,39 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttax._base import checks, dtensor, files, mapped
-from fasttax._base.packed import SPLIT, STORAGES, Stored, decode_anchor, encode_anchor
-from fasttax.ewc.fit import Target, differences, match, survey, unlike
+from fasttax._base.hashes import same_weights, weights_hash
+from fasttax._base.packed import SPLIT, STORAGES, decode_anchor, encode_anchor
+from fasttax.ewc.adapters import prove
+from fasttax.ewc.fit import Target, differences, match, unlike, watch_over
 from fasttax.ewc.hold import Hold
-from fasttax.ewc.lora import LoraHeld
-from fasttax.ewc.store import Held, Store, encode_for
-from fasttax.fisher.estimate import FisherEstimate
+from fasttax.ewc.lora import LoraHeld, is_packed
+from fasttax.ewc.parts import Parts, check_parts
+from fasttax.ewc.store import Held, Store, checked_anchor_dtype, encode_for
 
 OFFLOAD = (None, "cpu")
 STATE = ("strength", "storage", "metadata", "tensors")  # what a state must have
-
-
-@dataclass
-class Parts:
-    """The tensors of a file or state by what they are, each by its parameter's name."""
-
-    fishers: dict[str, Stored]
-    anchors: dict[str, Tensor]
-    updates: dict[str, tuple[Tensor, Tensor]]  # the anchors (b, a) of LoRA updates
-
-    @staticmethod
-    def of(tensors: Mapping[str, Tensor]) -> Parts:
-        """From the names that `_tensors` gives."""
-
-        def named(kind: str) -> dict[str, Tensor]:
-            start = kind + "."
-            return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-
-        scales, left, right = named("scales"), named("lora_b"), named("lora_a")
-        return Parts(
-            {n: Stored(t, scales.get(n)) for n, t in named("fisher").items()},
-            named("anchor"),
-            {n: (b, right[n]) for n, b in left.items() if n in right},
-        )
 
 
 def _tensors(held: Mapping[str, Held], lora: list[LoraHeld]) -> dict[str, Tensor]:
@@ -65,7 +43,28 @@ def _facts(hold: Hold) -> dict[str, Any]:
         "storage": hold.storage,
         "offload": hold.store.offload,
         "anchor_dtype": str(dtype) if isinstance(dtype, torch.dtype) else dtype,
+        "base_hash": _base_hash(hold.lora),
     }
+
+
+def _base_hash(updates: Sequence[LoraHeld]) -> str | None:
+    """Of the weights that LoRA updates are added to, as they were made; None of packed ones."""
+    if not updates or any(is_packed(h.base) for h in updates):
+        return None
+    return weights_hash((h.name, h.base_sample) for h in updates)
+
+
+def _check_base(op: str, argument: str, saved: str | None, updates: Sequence[LoraHeld]) -> None:
+    """An error where updates are added to others than the weights that an anchor is relative to."""
+    now = _base_hash(updates)
+    if saved is not None and now is not None and not same_weights(saved, now):
+        raise checks.fail(
+            op,
+            argument,
+            f"an EWC whose LoRA updates are added to these base weights (hash {now})",
+            f"one of others (hash {saved})",
+            "put the adapter around the base model that it was made on, with the same init",
+        )
 
 
 def _dtype_of(text: str | None) -> torch.dtype | str | None:
@@ -82,7 +81,7 @@ def anchor_hash(hold: Hold) -> str:
         for h in hold.store.held.values()
     )
     bases = ((h.name, dtensor.whole(h.base)) for h in hold.lora)
-    return files.weights_hash((*anchors, *bases))
+    return weights_hash((*anchors, *bases))
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -93,7 +92,7 @@ def save(hold: Hold, path: str | os.PathLike[str]) -> None:
     sharded = any(key is not None for key in hold.store.meshes())
     held = {name: _gathered(hold, h) for name, h in hold.store.held.items()}
     if not sharded or dist.get_rank() == 0:
-        anchor = files.weights_hash((name, h.anchor) for name, h in held.items())
+        anchor = weights_hash((name, h.anchor) for name, h in held.items())
         metadata = {**hold.metadata, "ewc": {**_facts(hold), "anchor_hash": anchor}}
         tensors = _tensors(held, hold.lora)
         specs = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
@@ -129,7 +128,7 @@ def load(
     tensors, metadata = files.read(path, "EWC")
     facts = metadata.pop("ewc")
     parts = Parts.of(tensors)
-    if files.weights_hash(parts.anchors.items()) != facts["anchor_hash"]:
+    if not same_weights(weights_hash(parts.anchors.items()), facts["anchor_hash"]):
         raise _damaged(op, path, "the anchor does not match its hash")
     missing = [n for n in parts.anchors if n not in parts.fishers]
     if missing:
@@ -138,29 +137,61 @@ def load(
         offload = facts["offload"]
     if offload not in OFFLOAD:
         raise checks.fail(op, "offload", "None, 'cpu', or 'as saved'", repr(offload))
-    survey(op, FisherEstimate(parts.fishers), parts.fishers, None, None)  # decodes one at a time
     targets = match(op, model, {n: s.values for n, s in parts.fishers.items()}, rename)
     hold = Hold(
-        facts["strength"],
+        checks.number(op, "strength", facts["strength"], low=0),
         checks.choice(op, "storage", facts["storage"], STORAGES),
         _dtype_of(facts.get("anchor_dtype")),
         Store(offload),
+        watch_over(model, targets),
         metadata=metadata,
     )
-    for t in targets:
-        if t.lora is not None:
-            update = parts.updates.get(t.given)
-            hold.lora.append(_lora_held(LoraHeld(t.name, parts.fishers[t.given], t.lora, update)))
     plain = [t for t in targets if t.lora is None]
     missing = [t.given for t in plain if t.given not in parts.anchors]
     if missing:
         raise _damaged(op, path, f"no anchor for {', '.join(missing[:5])}")
+    check_parts(op, "path", {t.given: t.shape for t in targets}, parts)
+    _refuse_other_precision(op, "path", {t.given: t.theta for t in plain}, parts)
+    _hold_updates(op, hold, targets, parts)
+    _check_base(op, "path", facts.get("base_hash"), hold.lora)
     if offload == "cpu" and all(_lies_in_file(t) for t in plain):
         del tensors, parts
         hold.store.adopt(mapped.Mapped(path), {t.name: t.theta for t in plain})
     else:
         hold.store.put([_held(hold, t, parts) for t in plain])
     return hold
+
+
+def moved(hold: Hold, model: nn.Module) -> Hold:
+    """The same Fishers and anchors on `model`, whose names and shapes must be those held."""
+    op = "EWC.on"
+    held = {name: _gathered(hold, h) for name, h in hold.store.held.items()}
+    parts = Parts.of(_tensors(held, hold.lora))
+    targets = match(op, model, {n: s.values for n, s in parts.fishers.items()}, None)
+    twin = Hold(
+        hold.strength,
+        hold.storage,
+        hold.anchor_dtype,
+        Store(hold.store.offload),
+        watch_over(model, targets),
+        metadata=dict(hold.metadata),
+    )
+    _hold_updates(op, twin, targets, parts)
+    _check_base(op, "model", _base_hash(hold.lora), twin.lora)
+    twin.store.put([_held(twin, t, parts) for t in targets if t.lora is None])
+    return twin
+
+
+def _hold_updates(op: str, hold: Hold, targets: Sequence[Target], parts: Parts) -> None:
+    """Holds the LoRA updates among the targets."""
+    for t in targets:
+        if t.lora is not None:
+            update = parts.updates.get(t.given)
+            held = _lora_held(LoraHeld(t.name, parts.fishers[t.given], t.lora, update))
+            if t.given in parts.anchors:  # made on the model before the adapter
+                held.start_at(op, decode_anchor(parts.anchors[t.given], torch.Size(t.shape)))
+            hold.lora.append(held)
+    prove(op, hold.lora)
 
 
 def _damaged(op: str, path: str | os.PathLike[str], what: str) -> ValueError:
@@ -196,23 +227,35 @@ def _lora_held(h: LoraHeld) -> LoraHeld:
 
 
 def state_dict(hold: Hold) -> dict[str, Any]:
-    """Copies of everything; this rank's shards."""
+    """Copies of everything; this rank's shards. No types but those that torch.load reads."""
     tensors = _tensors(hold.store.held, hold.lora)
     copies = {n: t.detach().clone() for n, t in tensors.items()}
-    return {**_facts(hold), "metadata": dict(hold.metadata), "tensors": copies}
+    return {**_facts(hold), "metadata": json.loads(json.dumps(hold.metadata)), "tensors": copies}
 
 
 def load_state_dict(hold: Hold, state: Mapping[str, Any]) -> None:
     """Takes over what `state_dict` gave; a state that does not fit changes nothing."""
     op = "EWC.load_state_dict"
     if not isinstance(state, Mapping) or not all(key in state for key in STATE):
-        got = f"keys {sorted(state)[:10]}" if isinstance(state, Mapping) else state
+        got = f"keys {sorted(map(str, state))[:10]}" if isinstance(state, Mapping) else state
         raise checks.fail(op, "state", "what EWC.state_dict() gave", got)
-    parts = Parts.of(state["tensors"])
+    tensors, metadata = (_mapping(op, state, key) for key in ("tensors", "metadata"))
+    for name, t in tensors.items():
+        checks.tensor(op, f"state['tensors'][{name!r}]", t, (*checks.FLOATS, torch.uint8))
+    parts = Parts.of(tensors)
     held = {h.name: h.fisher.values for h in hold.entries()}
     given = {name: stored.values for name, stored in parts.fishers.items()}
     differences(op, "state", unlike(held, given, "held with"))
+    strength = checks.number(op, "strength", state["strength"], low=0)
     storage = checks.choice(op, "storage", state["storage"], STORAGES)
+    dtype = checked_anchor_dtype(op, _dtype_of(state.get("anchor_dtype")))
+    shapes = {name: tuple(values.shape) for name, values in held.items()}
+    check_parts(op, "state", shapes, parts)
+    missing = [name for name in hold.store.held if name not in parts.anchors]
+    differences(op, "state", [f"anchor.{name}: missing" for name in missing])
+    _check_base(op, "state", state.get("base_hash"), hold.lora)
+    thetas = {name: h.theta for name, h in hold.store.held.items()}
+    _refuse_other_precision(op, "state", thetas, parts)
     store = Store(hold.store.offload)
     store.put(
         [
@@ -220,10 +263,31 @@ def load_state_dict(hold: Hold, state: Mapping[str, Any]) -> None:
             for name, h in hold.store.held.items()
         ]
     )
-    hold.strength, hold.storage = float(state["strength"]), storage
-    hold.metadata = dict(state["metadata"])
-    hold.anchor_dtype = _dtype_of(state.get("anchor_dtype"))
-    hold.store = store
+    hold.strength, hold.storage, hold.anchor_dtype = strength, storage, dtype
+    hold.metadata, hold.store = dict(metadata), store
     for h in hold.lora:
         h.fisher, h.anchor = parts.fishers[h.name], parts.updates.get(h.name)
         _lora_held(h)
+
+
+def _mapping(op: str, state: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = state[key]
+    if not isinstance(value, Mapping):
+        raise checks.fail(op, f"state[{key!r}]", "a mapping", value, error=TypeError)
+    return value
+
+
+def _refuse_other_precision(
+    op: str, argument: str, thetas: Mapping[str, Tensor], parts: Parts
+) -> None:
+    """Refuses tensors of float64 for a parameter of less, and the other way round."""
+    for name, theta in thetas.items():
+        for what, t in (("fisher", parts.fishers[name].values), ("anchor", parts.anchors[name])):
+            if (t.dtype == torch.float64) != (theta.dtype == torch.float64):
+                raise checks.fail(
+                    op,
+                    argument,
+                    f"{what}.{name} in the precision of a {theta.dtype} parameter",
+                    t,
+                    "make it of an EWC on a model in this dtype",
+                )

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasttax._base import checks, dtensor, files
-from fasttax.ewc import lora
+from fasttax._base import checks, dtensor
+from fasttax._base.hashes import same_weights, weights_hash
+from fasttax.ewc import adapters, lora
+from fasttax.ewc.names import Names, renamer
+from fasttax.ewc.watch import Watch
 from fasttax.fisher.estimate import FisherEstimate
 
-# What wrappers put into parameters' names.
-_INSERTED = re.compile(
-    r"^base_model\.model\."  # PEFT, in front
-    r"|(?<![^.])(?:base_layer|_orig_mod|_checkpoint_wrapped_module)\."  # and torch
-    r"|\.modules_to_save\.[^.]+(?=\.)"  # PEFT, of modules that it trains whole
-)
 SHOWN = 20  # differences that an error lists
 
 
@@ -32,29 +28,19 @@ class Target:
 
     given: str  # the Fisher's name
     name: str  # the model's, without what wrappers insert
+    whole: str  # the model's
     theta: Tensor
     lora: nn.Module | None
+
+    @property
+    def of_the_adapted(self) -> bool:
+        """Whether the Fisher is that of a model under adapters, as its names tell."""
+        return "base_layer" in self.given.split(".")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight, as floats where it lies packed in 4 bits."""
         return tuple(self.theta.shape) if self.lora is None else lora.weight_shape(self.lora)
-
-
-def canonical(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    return _INSERTED.sub("", name)
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def refuse_layout(op: str, model: nn.Module) -> None:
@@ -79,37 +65,6 @@ def refuse_layout(op: str, model: nn.Module) -> None:
             "FSDP1's flattened ones",
             "use FSDP2 (torch.distributed.fsdp.fully_shard)",
         )
-
-
-def _renamer(
-    op: str, rename: Mapping[str, str] | None, names: Iterable[str]
-) -> Callable[[str], str]:
-    """Old name -> new name, by the longest key that is the name or a module above it."""
-    renames = {} if rename is None else rename
-    if not isinstance(renames, Mapping):
-        raise checks.fail(
-            op, "rename", "a mapping of the Fisher's names to the model's", rename, error=TypeError
-        )
-
-    def key_of(name: str) -> str | None:
-        fits = [key for key in renames if name == key or name.startswith(key + ".")]
-        return max(fits, key=len, default=None)
-
-    unused = sorted(set(renames) - {key_of(name) for name in names})
-    if unused:
-        raise checks.fail(
-            op,
-            "rename",
-            "names that the Fisher has",
-            ", ".join(map(repr, unused[:5])) + " without one",
-            "drop or correct them",
-        )
-
-    def new(name: str) -> str:
-        key = key_of(name)
-        return name if key is None else renames[key] + name.removeprefix(key)
-
-    return new
 
 
 def differences(op: str, what: str, found: Sequence[str]) -> None:
@@ -141,16 +96,6 @@ def unlike(held: Mapping[str, Any], given: Mapping[str, Any], has: str) -> list[
     ]
 
 
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by their whole names and by those without what wrappers insert."""
-    every: dict[str, Tensor] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        # PEFT keeps a frozen original beside a module that it trains whole
-        if ".original_module." not in name or ".modules_to_save." in name:
-            every[name] = every[canonical(name)] = p
-    return every
-
-
 def match(
     op: str, model: nn.Module, shapes: Mapping[str, Any], rename: Mapping[str, str] | None
 ) -> list[Target]:
@@ -158,32 +103,38 @@ def match(
 
     `shapes` maps its names to tensors.
     """
-    model = inner_model(model)
     refuse_layout(op, model)
-    every = _named(model)
-    adapted = {canonical(name): module for name, module in lora.layers(model).items()}
-    new = _renamer(op, rename, shapes)
-    names: dict[int, str] = {}  # of what is a target already
-    targets, wrong = [], []
+    names = Names(model)
+    new = renamer(op, rename, shapes)
+    targets: list[Target] = []
+    wrong: list[str] = []
+    first: dict[int, str] = {}
     for given in shapes:
         name = new(given)
-        if name not in every:
+        whole = names.find(name)
+        if whole is None:
             renamed = f" (renamed to {name})" if name != given else ""
-            wrong.append(f"{given}: not a parameter of the model{renamed}")
+            wrong.append(f"{given}: {names.why_not(name)}{renamed}")
             continue
-        theta, plain = every[name], canonical(name)
-        target = Target(given, plain, theta, adapted.get(plain))
-        _refuse_trainable_base(op, name, target)
+        theta = names.parameters[whole]
+        layer = adapters.lora_layer(op, model, names, whole)
+        target = Target(given, names.short(whole), whole, theta, layer)
+        _refuse_trainable_base(op, whole, target)
         found = tuple(shapes[given].shape)
         if found != target.shape:
             wrong.append(f"{given}: shape {found}, the model has {target.shape}")
             continue
-        _refuse_unholdable(op, name, target)
-        _refuse_twice(op, names.setdefault(id(theta), name), name)
+        _refuse_unholdable(op, whole, target)
+        _refuse_twice(op, first.setdefault(id(theta), whole), whole)
         targets.append(target)
     differences(op, "fisher", wrong)
     _refuse_nothing(op, targets)
     return targets
+
+
+def watch_over(model: nn.Module, targets: Sequence[Target]) -> Watch:
+    """What sees whether the targets stay the model's."""
+    return Watch(model, {t.whole: t.theta for t in targets})
 
 
 def _refuse_nothing(op: str, targets: list[Target]) -> None:
@@ -250,7 +201,7 @@ def pick_anchor(
 def check_hash(
     op: str, fisher: Mapping[str, Tensor], targets: Sequence[Target], anchor: Mapping[str, Tensor]
 ) -> None:
-    """Compares the Fisher's hash with the anchor's; quantised weights have none.
+    """Compares the Fisher's hash with the anchor's; packed weights have none.
 
     Raises:
         ValueError: the Fisher was estimated at other weights.
@@ -258,10 +209,8 @@ def check_hash(
     expected = getattr(fisher, "metadata", {}).get("model_hash")
     if expected is None or not all(t.theta.is_floating_point() for t in targets):
         return
-    found = files.weights_hash(
-        (t.given, dtensor.whole(anchor.get(t.name, t.theta))) for t in targets
-    )
-    if expected != found:
+    found = weights_hash((t.given, dtensor.whole(anchor.get(t.name, t.theta))) for t in targets)
+    if not same_weights(expected, found):
         raise ValueError(
             f"{op}: fisher: expected one estimated at the anchor's weights (hash {found}), got one "
             f"estimated at others (hash {expected}); "

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks, dtensor
+from fasttax._base.modes import compiling
 from fasttax.ewc import ops
+from fasttax.ewc.adapters import prove
 from fasttax.ewc.drift import Drift
 from fasttax.ewc.lora import LoraHeld
 from fasttax.ewc.store import Entry, Held, Item, Lists, Store
+from fasttax.ewc.watch import Watch
 
 Part = tuple[dtensor.Key, Tensor]  # of a sum: what it is summed over, and this rank's share
 
@@ -27,13 +30,14 @@ class Hold:
     """strength/2 * sum fisher * (theta - anchor)^2 over the parameters of `store` and `lora`.
 
     `storage` and `anchor_dtype` say how new Fishers and anchors are encoded; `metadata` is where
-    the Fisher comes from.
+    the Fisher comes from; `watch` sees whether the parameters are still the model's.
     """
 
     strength: float
     storage: str
     anchor_dtype: torch.dtype | str | None
     store: Store
+    watch: Watch
     lora: list[LoraHeld] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -45,7 +49,64 @@ class Hold:
             f"strength={self.strength:g}, storage={self.storage})"
         )
 
+    # --- copies ------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hold:
+        """The same over a copy of the model that is being made in the same call.
+
+        Fisher and anchor are never written in place, so that both share them.
+
+        Raises:
+            TypeError: the model is not copied before it: a copy would act on parameters that no
+                model has.
+        """
+        held = self.watch.held.values()
+        modules = [h.module for h in self.lora]
+        if any(id(x) not in memo for x in (self.watch.model, *held, *modules)):
+            raise TypeError(
+                "EWC: copy.deepcopy: expected the model in the same copy and before it, got the "
+                "EWC alone; use copy.deepcopy((model, ewc)), or ewc.on(copied_model)"
+            )
+        copied = {name: memo[id(theta)] for name, theta in self.watch.held.items()}
+        twin = Hold(
+            self.strength,
+            self.storage,
+            self.anchor_dtype,
+            self.store.over({id(theta): memo[id(theta)] for theta in held}),
+            self.watch.on(memo[id(self.watch.model)], copied),
+            [h.over(memo[id(h.module)]) for h in self.lora],
+            dict(self.metadata),
+        )
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses pickling, which would act on copies of the parameters when it is read.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "EWC: pickle: expected state_dict() or save(path), got the EWC itself, which is bound "
+            "to the live parameters of its model; read them with EWC.load(path, model), or with "
+            "load_state_dict on an EWC of the model"
+        )
+
     # --- what it holds -----------------------------------------------------------------------
+
+    def check(self, op: str) -> None:
+        """An error where what is held is not what the model computes with.
+
+        Raises:
+            ValueError: a parameter was replaced, or an adapter is on that can't be held.
+        """
+        if compiling():  # the trace would guard on every module
+            return
+        self.watch.check(op)
+        changed = [h for h in self.lora if h.changed()]
+        for h in changed:
+            h.look_again(op)
+        prove(op, changed)
 
     def fill(self, items: Sequence[Item]) -> None:
         """Holds these parameters, and no others, in a store of their own.
@@ -81,7 +142,8 @@ class Hold:
 
     def penalty(self) -> Tensor:
         """The value, 0-d, differentiable by the trainable parameters."""
-        parts: list[Part] = [(None, h.penalty(self.strength)) for h in self.lora if h.parameters()]
+        self.check("EWC.penalty")
+        parts: list[Part] = [(None, h.penalty(self.strength)) for h in self.lora]
         blocks = self.store.blocks()
         if self.store.offload is not None and torch.is_grad_enabled():
             for block in blocks:
@@ -107,6 +169,7 @@ class Hold:
         self, scale: float | Tensor, only: Sequence[Tensor] | None = None
     ) -> list[Part]:
         """`add_grad_` without the sum: this rank's parts of the penalty, for `total`."""
+        self.check("EWC.add_grad_")
         parts = self.add_lora_grad_parts_(scale, only)
         with torch.no_grad():
             for x in self.store.stream(self.store.blocks(only)):
@@ -147,6 +210,7 @@ class Hold:
         op = "EWC.prox_"
         lr = checks.number(op, "lr", lr, low=0)
         self.refuse_prox_of_lora(op)
+        self.check(op)
         step = min(lr * self.strength, sys.float_info.max)  # finite: times a Fisher of 0 it is 0
         for x in self.store.stream(self.store.blocks(only)):
             with ops.contiguous({"params": [p.detach() for p in x.params]}) as flat:
@@ -168,6 +232,7 @@ class Hold:
     @torch.no_grad()
     def drift(self) -> Drift:
         """Sum fisher * (theta - anchor)^2 by parameter; over sharded ones a collective."""
+        self.check("EWC.distance")
         found = {h.name: h.penalty(2.0) for h in self.lora}
         shares: dict[dtensor.Key, dict[str, Tensor]] = {}
         blocks = self.store.blocks(frozen=True)

@@ -1,13 +1,15 @@
 """EWC on LoRA: the penalty on the update of a frozen base weight.
 
-The update is delta W = sum of scale B A over the active adapters. Its layers are recognised by what
-PEFT's have (lora_A, lora_B, scaling, active_adapters), without importing PEFT.
+The update is delta W = sum of scale B A over the active adapters. Its layers have what PEFT's have
+(lora_A, lora_B, scaling, active_adapters); `adapters` finds and proves them, without importing
+PEFT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,26 +19,26 @@ from fasttax import reference
 from fasttax._base import checks, dtensor
 from fasttax._base.packed import Stored
 from fasttax.ewc import ops
+from fasttax.ewc.names import active_adapters
 from fasttax.ewc.store import Entry
 
-MARKS = ("lora_A", "lora_B", "scaling", "base_layer")
+# LoraConfig's init_lora_weights that leave the base weight as it is and start from B = 0, or from
+# any B and A: the base weight is then the anchor. Others (pissa, olora, corda, loftq, lora_ga, ...)
+# take scale B A out of it, so that the anchor is the sum.
+BASE_KEPT = (True, False, None, "gaussian", "eva", "mica")
+SAMPLES = 256  # of a base weight, to see that it is the same
+
+Factors = tuple[Tensor, Tensor, float]  # b, a, scale
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """LoRA layers by the name of the base weight they move."""
-    return {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if all(hasattr(module, mark) for mark in MARKS)
-    }
+def is_embedding(module: Any) -> bool:
+    """Whether a layer's weight is looked up."""
+    return isinstance(module.base_layer, nn.Embedding)
 
 
-def _base(module: Any) -> nn.Module:
-    return module.base_layer
-
-
-def _is_embedding(module: Any) -> bool:
-    return isinstance(_base(module), nn.Embedding)
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight lies in fewer than 16 bits a value, so that only its own layer reads it."""
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2
 
 
 def _is_turned(module: Any) -> bool:
@@ -44,22 +46,26 @@ def _is_turned(module: Any) -> bool:
 
     transformers' Conv1D, and embeddings.
     """
-    return _is_embedding(module) or type(_base(module)).__name__ == "Conv1D"
+    return is_embedding(module) or type(module.base_layer).__name__ == "Conv1D"
 
 
 def weight_shape(module: Any) -> tuple[int, ...]:
     """Of the weight as a float tensor, also where it lies packed in 4 bits."""
-    base: Any = _base(module)
+    base: Any = module.base_layer
     if base.weight.is_floating_point() or not hasattr(base, "in_features"):
         return tuple(base.weight.shape)
     return base.out_features, base.in_features
 
 
-def _adapters(module: Any) -> list[str]:
-    if getattr(module, "disable_adapters", False):
-        return []
-    names = module.lora_embedding_A if _is_embedding(module) else module.lora_A
-    return [a for a in module.active_adapters if a in names]
+def moved_bases(model: nn.Module) -> set[str]:
+    """The adapters whose initialisation took their update out of the base weights."""
+    found: set[str] = set()
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, Mapping):
+            inits = {a: getattr(c, "init_lora_weights", True) for a, c in configs.items()}
+            found |= {a for a, init in inits.items() if init not in BASE_KEPT}
+    return found
 
 
 def _is_dora(module: Any, adapter: str) -> bool:
@@ -70,7 +76,7 @@ def _is_dora(module: Any, adapter: str) -> bool:
 
 def refuse_unsupported(op: str, name: str, module: Any) -> None:
     """An error where the weight's change is not scale B A, or B A is not of the weight's shape."""
-    base = _base(module)
+    base = module.base_layer
     linear = hasattr(base, "in_features") and hasattr(base, "out_features")
     known = isinstance(base, (nn.Linear, nn.Embedding)) or type(base).__name__ == "Conv1D"
     if not (known or linear):
@@ -89,25 +95,38 @@ def refuse_unsupported(op: str, name: str, module: Any) -> None:
             f"a merged {name}",
             "call unmerge_adapter() first",
         )
-    for adapter in _adapters(module):
-        if _is_dora(module, adapter):
-            raise checks.fail(
-                op,
-                "model",
-                "plain LoRA",
-                f"DoRA in {name} (adapter {adapter!r}): it rescales each row of the base weight by "
-                "a learned magnitude, so that scale B A is not the weight's change and its penalty "
-                "would be of another quantity",
-                "train with use_dora=False, or leave it out of the Fisher",
-            )
-        if not _is_embedding(module) and getattr(module.lora_B[adapter], "bias", None) is not None:
-            raise checks.fail(
-                op,
-                "model",
-                "LoRA without a bias of its own",
-                f"lora_bias in {name}",
-                "train with lora_bias=False",
-            )
+    for adapter in LoraHeld.adapters_of(module):
+        _refuse_variant(op, name, module, adapter)
+
+
+def _refuse_variant(op: str, name: str, module: Any, adapter: str) -> None:
+    if _is_dora(module, adapter):
+        raise checks.fail(
+            op,
+            "model",
+            "plain LoRA",
+            f"DoRA in {name} (adapter {adapter!r}): it rescales each row of the base weight by "
+            "a learned magnitude, so that scale B A is not the weight's change and its penalty "
+            "would be of another quantity",
+            "train with use_dora=False, or leave it out of the Fisher",
+        )
+    variant = (getattr(module, "lora_variant", None) or {}).get(adapter)
+    if variant is not None:
+        raise checks.fail(
+            op,
+            "model",
+            "plain LoRA, whose update is scale B A",
+            f"{type(variant).__name__} in {name} (adapter {adapter!r})",
+            "train with plain LoRA, or leave it out of the Fisher",
+        )
+    if not is_embedding(module) and getattr(module.lora_B[adapter], "bias", None) is not None:
+        raise checks.fail(
+            op,
+            "model",
+            "LoRA without a bias of its own",
+            f"lora_bias in {name}",
+            "train with lora_bias=False",
+        )
 
 
 @dataclass
@@ -119,6 +138,30 @@ class LoraHeld(Entry):
 
     module: Any
     anchor: tuple[Tensor, Tensor] | None = None
+    proven: set[tuple[str, ...]] = field(init=False)  # adapters, together, that were looked at
+    base_sample: Tensor = field(init=False)  # of the base weight as it was made
+
+    def __post_init__(self) -> None:
+        self.proven = {tuple(self.adapters())}
+        self.base_sample = self._sample()
+
+    def over(self, module: Any) -> LoraHeld:
+        """The same over a copy of the layer, which may be under construction."""
+        twin = copy.copy(self)
+        twin.module, twin.proven = module, set(self.proven)
+        return twin
+
+    # --- the layer -------------------------------------------------------------------------------
+
+    @staticmethod
+    def adapters_of(module: Any) -> list[str]:
+        """The adapters that a layer's forward adds."""
+        names = module.lora_embedding_A if is_embedding(module) else module.lora_A
+        return [a for a in active_adapters(module) if a in names]
+
+    def adapters(self) -> list[str]:
+        """The active ones."""
+        return self.adapters_of(self.module)
 
     @property
     def base(self) -> Tensor:
@@ -127,43 +170,124 @@ class LoraHeld(Entry):
 
     def parameters(self) -> list[Tensor]:
         """The trainable factors."""
-        return [
-            p for adapter in _adapters(self.module) for p in self._own(adapter) if p.requires_grad
-        ]
+        return [p for p in self.named_factors().values() if p.requires_grad]
 
-    def _own(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """An adapter's A and B, the model's own tensors."""
-        m = self.module
-        if _is_embedding(m):
-            return m.lora_embedding_A[adapter], m.lora_embedding_B[adapter]
-        return m.lora_A[adapter].weight, m.lora_B[adapter].weight
+    def named_factors(self) -> dict[str, Tensor]:
+        """The active adapters' factors by their names in the layer, A and B in turn."""
+        if is_embedding(self.module):
+            kinds, leaf = ("lora_embedding_A", "lora_embedding_B"), ""
+        else:
+            kinds, leaf = ("lora_A", "lora_B"), ".weight"
+        out: dict[str, Tensor] = {}
+        for adapter in self.adapters():
+            for kind in kinds:
+                part = getattr(self.module, kind)[adapter]
+                out[f"{kind}.{adapter}{leaf}"] = part.weight if leaf else part
+        return out
 
-    def _update(self, adapter: str) -> tuple[Tensor, Tensor, float]:
-        """(b, a, scale) with the adapter's update = scale * b @ a, of the weight's shape."""
-        # FSDP2 shards the factors too; they are small
-        a, b = (dtensor.whole(p) for p in self._own(adapter))
-        scale = float(self.module.scaling[adapter])
-        return (a.T, b.T, scale) if _is_turned(self.module) else (b, a, scale)
+    def changed(self) -> bool:
+        """Whether the layer's adapters are others than those looked at, or merged."""
+        merged = getattr(self.module, "merged", False)
+        return bool(merged) or tuple(self.adapters()) not in self.proven
 
-    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+    def base_moved(self) -> bool:
+        """Whether the base weight is another one than when this was made.
+
+        An adapter that is added later may take its update out of it. Merging and unmerging round.
+        """
+        now, then = self._sample(), self.base_sample
+        if not now.is_floating_point():
+            return not torch.equal(now, then)
+        bound = 1e-2 * float(then.abs().max()) if then.numel() else 0.0
+        return bool(((now - then).abs() > bound).any())
+
+    def _sample(self) -> Tensor:
+        values = dtensor.whole(self.base.detach()).reshape(-1)
+        step = max(1, values.numel() // SAMPLES)
+        return values[::step].clone()
+
+    def look_again(self, op: str) -> None:
+        """Checks adapters that were not active before; `adapters.prove` is to follow.
+
+        Raises:
+            ValueError: the layer is merged, another adapter is no plain LoRA, or has moved the base
+                weight.
+        """
+        refuse_unsupported(op, self.name, self.module)
+        if self.base_moved():
+            raise checks.fail(
+                op,
+                "ewc",
+                f"the base weight that {self.name} had when the EWC was made",
+                "another one: an adapter that was added later has taken its update out of it",
+                "add the adapter first, and make the EWC then",
+            )
+        self.proven.add(tuple(self.adapters()))
+
+    # --- the update ------------------------------------------------------------------------------
+
+    def _updates(self, factors: Mapping[str, Tensor]) -> list[Factors]:
+        """(b, a, scale) of each active adapter, with b @ a of the weight's shape."""
+        values = list(factors.values())
+        out: list[Factors] = []
+        for adapter, first, second in zip(self.adapters(), values[::2], values[1::2], strict=True):
+            # FSDP2 shards the factors too; they are small
+            a, b = dtensor.whole(first), dtensor.whole(second)
+            scale = float(self.module.scaling[adapter])
+            out.append((a.T, b.T, scale) if _is_turned(self.module) else (b, a, scale))
+        return out
+
+    def delta(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """The dense update of these factors, in the weight's layout."""
+        return torch.stack([scale * (b @ a) for b, a, scale in self._updates(factors)]).sum(0)
+
+    def inputs(self, delta: Tensor) -> int:
+        """How many features the layer takes."""
+        return delta.shape[0] if _is_turned(self.module) else delta.shape[1]
+
+    def present(self, only: set[str] | None = None) -> tuple[Tensor, Tensor] | None:
+        """The update as it is, (b, a) with b @ a, one adapter beside the other; None for none.
+
+        Args:
+            only: the adapters that count; the rest is 0.
+        """
+        updates = self._updates(self.named_factors())
+        if not updates:
+            return None
+        counts = [1.0 if only is None or a in only else 0.0 for a in self.adapters()]
+        pairs = zip(updates, counts, strict=True)
+        left = [reference.wide(b) * (scale * count) for (b, _, scale), count in pairs]
+        right = [reference.wide(a) for _, a, _ in updates]
+        return torch.cat(left, 1).detach().clone(), torch.cat(right, 0).detach().clone()
+
+    def factors(self) -> Factors | None:
         """(b, a, scale) with the update minus the anchor = scale * b @ a, of the weight's shape.
 
-        Several adapters and the anchor stand side by side. None where there is nothing.
+        None where there is nothing. With B A - B0 A0 = (B - B0) A + B0 (A - A0) the difference is
+        exactly 0 at an anchor of the same rank, and has no cancellation near it.
         """
-        updates = [self._update(adapter) for adapter in _adapters(self.module)]
-        if self.anchor is not None:
-            b, a = self.anchor
-            updates.append((-b, a, 1.0))
-        if len(updates) <= 1:
+        updates = self._updates(self.named_factors())
+        if self.anchor is None and len(updates) <= 1:
             return next(iter(updates), None)
-        left = torch.cat([b * scale for b, _, scale in updates], 1)
-        return left, torch.cat([a for _, a, _ in updates], 0), 1.0
+        left = [reference.wide(b) * scale for b, _, scale in updates]
+        right = [reference.wide(a) for _, a, _ in updates]
+        if self.anchor is None:
+            return torch.cat(left, 1), torch.cat(right, 0), 1.0
+        b0, a0 = self.anchor
+        if not updates:
+            return -b0, a0, 1.0
+        b, a = torch.cat(left, 1), torch.cat(right, 0)
+        if b.shape != b0.shape:
+            return torch.cat((b, -b0), 1), torch.cat((a, a0), 0), 1.0
+        return torch.cat((b - b0, b0), 1), torch.cat((a, a - a0), 0), 1.0
+
+    # --- the penalty -----------------------------------------------------------------------------
 
     def penalty(self, strength: float) -> Tensor:
         """strength/2 * sum fisher * (update - anchor)^2, differentiable by the factors."""
         factors, device = self.factors(), self.base.device
         if factors is None:
-            return torch.zeros((), device=device)
+            return torch.zeros((), dtype=torch.float32, device=device)
         b, a, scale = factors
         gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
         fisher = self.fisher.to(device)
@@ -187,11 +311,52 @@ class LoraHeld(Entry):
 
     def consolidate(self, fisher: Stored) -> None:
         """Stay at the present update, weighed by `fisher`."""
-        self.fisher, self.anchor = fisher, None
-        now = self.factors()
-        if now is not None:
-            b, a, scale = now
-            self.anchor = (
-                reference.wide((b * scale).detach()).clone(),
-                reference.wide(a.detach()).clone(),
+        self.fisher, self.anchor = fisher, self.present()
+
+    # --- the anchor ------------------------------------------------------------------------------
+
+    def start_here(self, only: set[str] | None) -> None:
+        """Stay at the present update; of adapters other than `only`, where given, at 0."""
+        present = self.present(only)
+        moved = present is not None and bool(present[0].any()) and bool(present[1].any())
+        self.anchor = present if moved else None
+
+    def start_at(self, op: str, weight: Tensor) -> None:
+        """Stay at the update that brings the base weight to `weight`: none, or the present one.
+
+        Raises:
+            ValueError: it is neither; another one has no low rank.
+        """
+        if is_packed(self.base):
+            raise checks.fail(
+                op,
+                "anchor",
+                f"none for {self.name}, whose base weight is packed and can't be compared with it",
+                weight,
+                "leave that name out of anchor=: the update is then held at 0",
             )
+        base = dtensor.whole(self.base.detach())
+        start = dtensor.whole(weight.detach()).to(base.device)
+        # one unit in the last place of each; factors are rounded to the base's dtype as it is
+        eps = torch.finfo(base.dtype).eps
+        bound = eps * base.double().abs()
+        bound += torch.finfo(start.dtype).eps * start.double().abs()
+        distance = start.double() - base.double()
+        if bool((distance.abs() <= bound).all()):
+            self.anchor = None
+            return
+        now = self.present()
+        if now is not None:
+            b, a = (t.double() for t in now)
+            bound += max(eps, 1e-6) * (b.abs() @ a.abs())
+            if bool(((distance - b @ a).abs() <= bound).all()):
+                self.anchor = now
+                return
+        raise checks.fail(
+            op,
+            "anchor",
+            f"{self.name} as its base weight is, or as the adapter makes it at present",
+            f"one up to {float(distance.abs().max()):.3g} away from the base weight",
+            "the update that leads to it has no low rank: make the EWC before the first step, or "
+            "leave that name out of anchor= to hold the weight where it is",
+        )

@@ -289,7 +289,9 @@ def _empty_like(t: Tensor, shape: Sequence[int]) -> Tensor:
 
 def scalar_like(params: Sequence[Tensor]) -> Tensor:
     """The shape of an op's penalty."""
-    return _empty_like(params[0], ()) if params else torch.empty(())
+    if not params:
+        return torch.empty((), dtype=torch.float32)
+    return _empty_like(params[0], ())
 
 
 def _lora_like(lora_A: Tensor, lora_B: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:

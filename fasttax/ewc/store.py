@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +172,14 @@ class Store:
             stored = Stored(file.tensor(f"fisher.{name}"), scales)
             self.held[name] = Held(name, stored, theta, file.tensor(f"anchor.{name}"))
 
+    def over(self, copies: Mapping[int, Tensor]) -> Store:
+        """The same Fishers and anchors over other parameters, by the ids of those held here."""
+        twin = Store(self.offload)
+        twin.file = self.file
+        for name, h in self.held.items():
+            twin.held[name] = Held(name, h.fisher, copies[id(h.theta)], h.anchor)
+        return twin
+
     def _goes_to_file(self, theta: Tensor) -> bool:
         return self.offload is not None and theta.device.type == "cpu"
 
@@ -283,7 +291,7 @@ def _lists(block: list[Held]) -> Lists:
         return [t.to(device, non_blocking=True) for t in tensors]
 
     scales = [h.fisher.scales for h in block]
-    empty = torch.empty(0)
+    empty = torch.empty(0, dtype=torch.float32, device=device)
     some = any(s is not None for s in scales)
     return Lists(
         key=dtensor.key_of(block[0].theta),

@@ -13,6 +13,7 @@ from fasttax.ewc.files import anchor_hash
 from fasttax.ewc.fit import Target, check_hash, differences, shapes_of, survey, unlike
 from fasttax.ewc.hold import Hold
 from fasttax.ewc.lora import LoraHeld
+from fasttax.ewc.names import Names
 from fasttax.ewc.store import Item, Store, encode_for
 from fasttax.fisher.estimate import FisherEstimate
 
@@ -21,21 +22,28 @@ def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay
     """Anchor <- the present weights, F <- decay * F + fisher (online EWC)."""
     op = "EWC.consolidate"
     decay = checks.number(op, "decay", decay, low=0)
-    plain = [Target(h.name, h.name, h.theta, None) for h in hold.store.held.values()]
-    targets = plain + [Target(h.name, h.name, h.base, h.module) for h in hold.lora]
-    differences(
-        op, "fisher", unlike({t.name: t for t in targets}, shapes_of(fisher), "the model has")
-    )
+    hold.check(op)
+    names = _by_short_name(hold, fisher)
+    plain = [
+        Target(names.get(h.name, h.name), h.name, h.name, h.theta, None)
+        for h in hold.store.held.values()
+    ]
+    targets = plain + [
+        Target(names.get(h.name, h.name), h.name, h.name, h.base, h.module) for h in hold.lora
+    ]
+    shapes = shapes_of(fisher)
+    given = {name: shapes[theirs] for name, theirs in names.items()}
+    differences(op, "fisher", unlike({t.name: t for t in targets}, given, "the model has"))
     check_hash(op, fisher, targets, {})
-    survey(op, fisher, [t.name for t in targets], None, None)
+    survey(op, fisher, names.values(), None, None)
 
     def summed(t: Target) -> tuple[Tensor, Tensor]:
         old = hold.store.held[t.name].fisher
-        new = dtensor.part_of(fisher[t.name].detach().to(old.values.device), t.theta)
+        new = dtensor.part_of(fisher[t.given].detach().to(old.values.device), t.theta)
         return dtensor.as_theta(decay * old.decode() + new, t.theta), t.theta.detach().clone()
 
     for h in hold.lora:
-        new = fisher[h.name].detach().to(h.fisher.values.device)
+        new = fisher[names[h.name]].detach().to(h.fisher.values.device)
         h.consolidate(encode_for(h.base, decay * h.fisher.decode() + new, hold.storage))
     hold.fill([Item(t.name, t.theta, partial(summed, t)) for t in plain])
     found = getattr(fisher, "metadata", {})
@@ -44,6 +52,13 @@ def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay
             hold.metadata[count] += found[count]
     hold.metadata["consolidated"] = hold.metadata.get("consolidated", 1) + 1
     hold.metadata["model_hash"] = anchor_hash(hold)
+
+
+def _by_short_name(hold: Hold, fisher: Mapping[str, Tensor]) -> dict[str, str]:
+    """The Fisher's names by those that the hold has, without what wrappers insert."""
+    names = Names(hold.watch.model)
+    found = {given: names.find(given) for given in fisher}
+    return {given if whole is None else names.short(whole): given for given, whole in found.items()}
 
 
 def combine(holds: Sequence[Hold]) -> Hold:
@@ -63,12 +78,12 @@ def combine(holds: Sequence[Hold]) -> Hold:
             op,
             "ewcs",
             "LoRA updates whose anchors are 0",
-            "consolidated ones",
+            "consolidated ones, or of an init that starts from others (pissa, olora, corda, ...)",
             "their Fisher-weighted mean has no low rank: merge the adapter",
         )
     # a mean of bfloat16 anchors is no bfloat16 number
     dtype = first.anchor_dtype if isinstance(first.anchor_dtype, str) else torch.float32
-    result = Hold(1.0, first.storage, dtype, Store(first.store.offload))
+    result = Hold(1.0, first.storage, dtype, Store(first.store.offload), first.watch)
     result.fill(
         [
             Item(name, h.theta, partial(_quadratic, holds, name))
@@ -92,11 +107,12 @@ def _owners(hold: Hold) -> tuple[dict[str, int], list[int]]:
 def _quadratic(holds: Sequence[Hold], name: str) -> tuple[Tensor, Tensor]:
     """The Fisher and the anchor of one parameter's sum; the first anchor where every F_k is 0."""
     first = holds[0].store.held[name]
-    total, moment = torch.zeros(()), torch.zeros(())
+    start = first.decoded_anchor().double()
+    total, moment = torch.zeros_like(start), torch.zeros_like(start)
     for hold in holds:
         h = hold.store.held[name]
         f = hold.strength * h.fisher.decode().double()
-        total = total + f
-        moment = moment + f * h.decoded_anchor().double().to(f.device)
-    anchor = torch.where(total > 0, moment / total, first.decoded_anchor().double())
+        total = total.to(f.device) + f
+        moment = moment.to(f.device) + f * h.decoded_anchor().double().to(f.device)
+    anchor = torch.where(total > 0, moment / total, start.to(total.device))
     return dtensor.as_theta(total, first.theta), dtensor.as_theta(anchor, first.theta)

@@ -40,22 +40,22 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
             "use FSDP2 (fsdp_version=2)",
         )
     live = {id(p) for p in model.parameters()}
-    strangers = [name for name, p in held.items() if id(p) not in live]
+    watched = ewc.hold.watch.held  # base weights under LoRA, too
+    strangers = [name for name, p in watched.items() if id(p) not in live]
     if (
         strangers
         and any(hasattr(p, "full_tensor") for p in model.parameters())
-        and not any(hasattr(p, "full_tensor") for p in held.values())
+        and not any(hasattr(watched[name], "full_tensor") for name in strangers)
     ):
-        return type(ewc)(
-            model, dict(ewc.fisher), strength=ewc.strength, anchor=ewc.anchor, storage=ewc.storage
-        )
+        return ewc.on(model)
     if strangers:
         raise checks.fail(
             op,
             "ewc",
             "parameters of the model being trained",
             f"{len(strangers)} that are not, as {strangers[0]}",
-            "build the EWC on the model that the trainer trains",
+            "build the EWC on the model that the trainer trains (ewc.on(model) where names and "
+            "shapes fit)",
         )
     if not any(p.requires_grad for p in held.values()):
         raise checks.fail(

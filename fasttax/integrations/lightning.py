@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fasttax._base import checks, files
+from fasttax._base import checks
 from fasttax._base.handle import Handle
+from fasttax._base.hashes import same_weights, weights_hash
+from fasttax.ewc.attach import innermost
+from fasttax.ewc.claims import claim
 from fasttax.integrations._models import on_model
 
 try:
@@ -37,7 +40,8 @@ class EWCCallback(Callback):
 
     Raises:
         TypeError, ValueError: when made; or as fitting begins: DeepSpeed, FSDP1, parameters that
-            are not the module's or all frozen, a checkpoint made with another anchor.
+            are not the module's or all frozen, or that something else applies EWC to in this run, a
+            checkpoint made with another anchor.
     """
 
     def __init__(self, ewc: EWC, where: str = "pre_clip") -> None:
@@ -62,6 +66,7 @@ class EWCCallback(Callback):
                 "(ModelParallelStrategy)",
             )
         self.ewc = on_model("EWCCallback", self.ewc, pl_module)
+        self._claim(trainer.optimizers)
         if self.where == "post_clip":
             if not pl_module.automatic_optimization:
                 raise checks.fail(
@@ -76,6 +81,13 @@ class EWCCallback(Callback):
                 self._then_add(pl_module.configure_gradient_clipping),
                 "configure_gradient_clipping",
             )
+
+    def _claim(self, optimizers: Sequence[Any]) -> None:
+        """The parameters for this callback, at the steps of each of the run's optimizers."""
+        held, holder = self.ewc.parameters(), f"EWCCallback(where={self.where!r})"
+        for optimizer in optimizers:
+            own = claim("EWCCallback", "ewc", holder, held, innermost(optimizer))
+            self._handle.on_undo(own.release)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -101,7 +113,7 @@ class EWCCallback(Callback):
         return configure_gradient_clipping
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the module its own clipping back."""
+        """Gives the module its own clipping back, and lets others hold the parameters."""
         self._handle.undo()
 
     def on_exception(
@@ -114,12 +126,12 @@ class EWCCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The anchor's hash, which Lightning keeps in its checkpoints."""
-        return {"anchor_hash": files.weights_hash(self.ewc.anchor.items())}
+        return {"anchor_hash": weights_hash(self.ewc.anchor.items())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses another anchor than the one that the checkpoint was trained with."""
         now = self.state_dict()["anchor_hash"]
-        if state_dict.get("anchor_hash") != now:
+        if not same_weights(state_dict.get("anchor_hash"), now):
             raise checks.fail(
                 "EWCCallback",
                 "ewc",

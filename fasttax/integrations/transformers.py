@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttax._base import checks, files
+from fasttax._base import checks
 from fasttax._base.handle import Handle
+from fasttax._base.hashes import same_weights, weights_hash
 from fasttax.ewc.attach import innermost
 from fasttax.ewc.claims import Claim, claim
 from fasttax.integrations._models import on_model
@@ -226,15 +227,15 @@ def _state_file(ewc: EWC, args: Any) -> str:
 
 
 def _anchor_hash(ewc: EWC) -> str:
-    return files.weights_hash(ewc.anchor.items())
+    return weights_hash(ewc.anchor.items())
 
 
 def _check_resumed(ewc: EWC, path: Path) -> None:
     """Refuses another anchor than the one that the checkpoint was trained with."""
     if not path.is_file():
         return
-    saved = json.loads(path.read_text())["anchor_hash"]
-    if saved != (now := _anchor_hash(ewc)):
+    saved, now = json.loads(path.read_text())["anchor_hash"], _anchor_hash(ewc)
+    if not same_weights(saved, now):
         raise checks.fail(
             "EWCCallback",
             "ewc",

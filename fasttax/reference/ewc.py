@@ -61,7 +61,7 @@ def _floats(
 def _penalty(params: Sequence[Tensor], terms: Iterable[Tensor], strength: float) -> Tensor:
     """strength/2 times the sum of float64 `terms`, float64 for float64 parameters."""
     if not params:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=params[0].device)
     for term in terms:
         total = total + term

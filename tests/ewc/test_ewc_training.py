@@ -246,6 +246,37 @@ def test_parts_of_a_model_have_holders_of_their_own() -> None:
         sgd.step()
 
 
+def test_the_two_proximal_steps_have_names_of_their_own() -> None:
+    """Each is known by its name and by "prox" where it is at home; the other's says where to go."""
+    model, ewc, _ = held()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = r"'grad' or 'prox_euclidean'.*AdamWEWC\(params, ewc=ewc, mode='prox_adam'\)"
+    with pytest.raises(ValueError, match=names):
+        ewc.attach(sgd, mode="prox_adam")
+    names = r"'grad' or 'prox_adam'.*ewc\.attach\(.*mode='prox_euclidean'\)"
+    with pytest.raises(ValueError, match=names):
+        AdamWEWC(model.parameters(), ewc=ewc, mode="prox_euclidean")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    ends: list[list[Tensor]] = []
+    for mode in ("prox", "prox_euclidean"):
+        twin, own = copy.deepcopy((model, ewc))
+        step = torch.optim.SGD(twin.parameters(), lr=0.1)
+        with own.attach(step, mode=mode):
+            step.step()
+        ends.append([p.detach() for p in twin.parameters()])
+    for mode in ("prox", "prox_adam"):
+        twin, own = copy.deepcopy((model, ewc))
+        for p in twin.parameters():
+            p.grad = torch.zeros_like(p)
+        AdamWEWC(twin.parameters(), ewc=own, lr=0.1, mode=mode).step()
+        ends.append([p.detach() for p in twin.parameters()])
+    assert all(map(torch.equal, ends[0], ends[1]))
+    assert all(map(torch.equal, ends[2], ends[3]))
+    assert not any(map(torch.equal, ends[0], ends[2]))
+
+
 # --- layouts -------------------------------------------------------------------------------------
 
 

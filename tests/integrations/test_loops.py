@@ -122,6 +122,34 @@ def test_lightning_refuses_what_would_be_lost(tmp_path: Path) -> None:
         callback.on_train_start(Trainer(), module)
 
 
+def test_lightning_holds_the_parameters_alone(tmp_path: Path) -> None:
+    """Beside another holder it is refused, whichever comes first; afterwards they go free."""
+
+    class Attached(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            self.optimizer = super().configure_optimizers()
+            self.handle = self.ewc.attach(self.optimizer)
+            return self.optimizer
+
+    module = Attached()
+    with pytest.raises(ValueError, match=r"EWCCallback: ewc: .*EWC.attach\(SGD.*count twice"):
+        fit(module, tmp_path, [EWCCallback(module.ewc)])
+    module.handle.remove()
+
+    class Second(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            trainer.lightning_module.ewc.attach(trainer.optimizers[0])
+
+    plain = Module()
+    callback = EWCCallback(plain.ewc)
+    with pytest.raises(ValueError, match=r"EWCCallback\(where='pre_clip'\) holds.*count twice"):
+        fit(plain, tmp_path, [callback, Second()])
+    trainer = fit(plain, tmp_path, [callback])
+    for optimizer in trainer.optimizers:
+        plain.ewc.attach(optimizer).remove()
+    fit(plain, tmp_path, [callback])
+
+
 def test_accelerate_and_plain_loops_are_one() -> None:
     """add_grad_ between the last backward and clipping, as the examples have it."""
     from accelerate import Accelerator

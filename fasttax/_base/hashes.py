@@ -1,0 +1,55 @@
+"""A short hash of a model's weights, to tell whether two estimates are of the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fasttax._base import dtensor
+
+SAMPLES = 256  # of each tensor, evenly spaced
+HALF = 8  # hex digits of the hash in float16
+
+
+def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, shapes and up to 256 values a tensor, evenly spaced: in bfloat16, "-", fp16.
+
+    A float32 checkpoint has the first part in common with its load in bfloat16, and the second with
+    its load in float16 (which rounds otherwise: of values in both, 1 in 16 differs as bfloat16).
+    `same_weights` compares. 1 ms per hundred tensors whatever their size.
+    """
+    wide, half = hashlib.sha256(), hashlib.sha256()
+    for name, t in sorted(tensors, key=lambda item: item[0]):
+        values = _sample(t)
+        for digest, dtype in ((wide, torch.bfloat16), (half, torch.float16)):
+            digest.update(f"{name} {tuple(t.shape)}".encode())
+            digest.update(values.to(dtype).view(torch.int16).numpy().tobytes())
+    return f"{wide.hexdigest()[:16]}-{half.hexdigest()[:HALF]}"
+
+
+def same_weights(one: str | None, other: str | None) -> bool:
+    """Whether two hashes are of the same weights, whatever of the three dtypes they lay in.
+
+    One of 16 digits alone, as files of fasttax 0.1 have, is compared in bfloat16.
+    """
+    if one is None or other is None:
+        return one == other
+    wide, _, half = one.partition("-")
+    other_wide, _, other_half = other.partition("-")
+    return wide == other_wide or (half != "" and half == other_half)
+
+
+def _sample(t: Tensor) -> Tensor:
+    """The values that are hashed, on the CPU."""
+    flat = dtensor.whole(t.detach()).reshape(-1)
+    index = torch.linspace(
+        0,
+        max(0, flat.numel() - 1),
+        min(SAMPLES, flat.numel()),
+        dtype=torch.float64,
+        device=flat.device,
+    ).long()
+    return flat[index].cpu().contiguous()

@@ -1,0 +1,111 @@
+"""The tensors of an EWC's file or state by what they are, and whether they can be that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fasttax._base import checks, packed
+from fasttax._base.packed import SPLIT, Stored
+from fasttax.ewc.fit import survey
+from fasttax.fisher.estimate import FisherEstimate
+
+
+@dataclass
+class Parts:
+    """Each by its parameter's name."""
+
+    fishers: dict[str, Stored]
+    anchors: dict[str, Tensor]
+    updates: dict[str, tuple[Tensor, Tensor]]  # the anchors (b, a) of LoRA updates
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Parts:
+        """From names that begin with what a tensor is: fisher, scales, anchor, lora_b, lora_a."""
+
+        def named(kind: str) -> dict[str, Tensor]:
+            start = kind + "."
+            return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+        scales, left, right = named("scales"), named("lora_b"), named("lora_a")
+        return Parts(
+            {n: Stored(t, scales.get(n)) for n, t in named("fisher").items()},
+            named("anchor"),
+            {n: (b, right[n]) for n, b in left.items() if n in right},
+        )
+
+
+def check_parts(
+    op: str, argument: str, shapes: Mapping[str, tuple[int, ...]], parts: Parts
+) -> None:
+    """Every part must have its parameter's shape, a dtype of its kind and finite values.
+
+    Fishers also values >= 0, in float32, bfloat16 or u8log with its scales.
+
+    Raises:
+        ValueError: it names the first that has not.
+    """
+    for name, shape in shapes.items():
+        for what, wrong in _wrong(parts, name, torch.Size(shape)):
+            raise checks.fail(
+                op,
+                argument,
+                f"what EWC wrote for {name}",
+                f"{what}: {wrong}",
+                "write it anew with .state_dict() or .save()",
+            )
+    survey(op, FisherEstimate(parts.fishers), shapes, None, None)  # decodes one at a time
+
+
+def _wrong(parts: Parts, name: str, shape: torch.Size) -> list[tuple[str, str]]:
+    """(tensor, what is wrong with it) of one parameter."""
+    fisher = parts.fishers[name]
+    found = [("fisher", _wrong_fisher(fisher, shape))]
+    if name in parts.anchors:
+        found.append(("anchor", _wrong_anchor(parts.anchors[name], shape)))
+    if name in parts.updates:
+        found.append(("LoRA anchor", _wrong_update(parts.updates[name], shape)))
+    return [(f"{what}.{name}", wrong) for what, wrong in found if wrong]
+
+
+def _wrong_fisher(fisher: Stored, shape: torch.Size) -> str:
+    coded = fisher.values.dtype == torch.uint8
+    if tuple(fisher.values.shape) != tuple(shape):
+        return f"shape {tuple(fisher.values.shape)} for {tuple(shape)}"
+    if coded != (fisher.scales is not None):
+        return "u8log without its scales" if coded else "scales beside floats"
+    if fisher.scales is not None:
+        dtype, expected = packed.fisher_specs("", shape, torch.uint8)["scales."]
+        if fisher.scales.dtype != dtype or tuple(fisher.scales.shape) != expected:
+            return f"scales of {fisher.scales.dtype} {tuple(fisher.scales.shape)} for {expected}"
+        if not bool(torch.isfinite(fisher.scales).all()):
+            return "scales that are not finite"
+    elif fisher.values.dtype not in checks.FLOATS:
+        return f"dtype {fisher.values.dtype}"
+    return ""
+
+
+def _wrong_anchor(anchor: Tensor, shape: torch.Size) -> str:
+    split = anchor.dtype == torch.uint8
+    if not split and anchor.dtype not in checks.FLOATS:
+        return f"dtype {anchor.dtype}"
+    expected = packed.anchor_spec(shape, SPLIT if split else anchor.dtype)[1]
+    if tuple(anchor.shape) != expected:
+        return f"shape {tuple(anchor.shape)} for {expected}"
+    return _wrong_values(packed.decode_anchor(anchor, shape))
+
+
+def _wrong_update(update: tuple[Tensor, Tensor], shape: torch.Size) -> str:
+    b, a = update
+    if b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0]:
+        return f"shapes {tuple(b.shape)} and {tuple(a.shape)}, which do not multiply"
+    if (b.shape[0], a.shape[1]) != tuple(shape):
+        return f"shapes {tuple(b.shape)} and {tuple(a.shape)} for {tuple(shape)}"
+    return _wrong_values(b) or _wrong_values(a)
+
+
+def _wrong_values(values: Tensor) -> str:
+    return "" if bool(torch.isfinite(values).all()) else "values that are not finite"
