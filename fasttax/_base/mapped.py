@@ -171,7 +171,7 @@ class TensorFile(Mapping[str, Tensor]):
         dtype, shape = self.spec(name)
         begin, end = self._entries[name]["data_offsets"]
         flat = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
-        data = memoryview(flat.numpy())
+        data = _bytes_of(flat)
         self._file.seek(self._start + begin)
         done = 0
         while done < len(data):

@@ -1,4 +1,4 @@
-"""Files and folders that take their place whole or not at all, and stay there after a power loss."""
+"""Files and folders that take their place whole or not at all, power losses included."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def linear(
         aligned: any of these, of the same names and shapes.
         alpha: finite; 0 is base and 1 is aligned, to the bit. Values outside [0, 1] extrapolate.
         output: a new `.safetensors` file, or a new folder, which gets base's files of weights and
-            aligned's other files (config, tokenizer), so that transformers loads it. Written whole
-            or not at all.
+            aligned's other files (config, tokenizer; base's where aligned is no folder), so that
+            transformers loads it. Written whole or not at all.
         progress: a bar on a terminal.
 
     Names may differ by what wrappers put into them (DDP's `module.`, torch.compile's `_orig_mod.`,
@@ -228,7 +228,10 @@ def _merge(
     with torch.no_grad():
         if output is None:
             return dict(merged([*models.first]))
+        folders = [each for each in models.weights if each.folder is not None]
         others = models.weights[others_of]
+        if others.folder is None and folders:
+            others = folders[0]
         return write(models.op, output, models.first, merged, others, facts, progress)
 
 

@@ -140,13 +140,14 @@ class Fishers:
         if self.models.architecture is None:
             return used
         by_bare = {bare(name): name for name in source}
+        mine = {bare(name): name for name in self.models.first.specs}
         for pair in self.models.architecture.tied():
-            for mine, theirs in (pair, pair[::-1]):
-                name = _named(self.models.first.specs, mine)
-                on_disk = _named(self.models.first.specs, theirs)
-                if name and name not in found and on_disk is None and theirs in by_bare:
-                    found[name] = Renamed(source, {name: by_bare[theirs]})
-                    used.add(by_bare[theirs])
+            for here, there in (pair, pair[::-1]):
+                name, other = mine.get(here), by_bare.get(there)
+                # a file has one name of a tied weight, the Fisher may have another
+                if name and other and name not in found and there not in mine:
+                    found[name] = Renamed(source, {name: other})
+                    used.add(other)
         return used
 
     def _refuse_two_of_one(self) -> None:
@@ -177,13 +178,6 @@ class Fishers:
                 + shortened(lacking)
                 + "\nestimate them with params=, or average these plainly with missing='mean'"
             )
-
-
-def _named(names: Mapping[str, Any], short: str) -> str | None:
-    """The name that is `short` without wrappers."""
-    if short in names:
-        return short
-    return next((name for name in names if bare(name) == short), None)
 
 
 class _Joined(Mapping[str, Tensor]):

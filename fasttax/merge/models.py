@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,44 +116,58 @@ class Models:
     # --- names that differ -----------------------------------------------------------------------
 
     def _aligned(self, other: Weights) -> Aligned:
-        first = self.first
-        names = paired(first.specs, other.specs)
-        lacking, extra = self._left(names, other)
-        if len(lacking) + len(extra) <= FEW:
-            for name in lacking:
-                twin = _first(n for n in names if first.one(name, n))
-                if twin is not None:
-                    names[name] = names[twin]
-            used = set(names.values())
-            extra = [n for n in extra if not any(other.one(n, theirs) for theirs in used)]
-            lacking = self._left(names, other)[0]
+        names = paired(self.first.specs, other.specs)
+        self._add_twins(names)
+        extra = self._extra(names, other)
         specs = {name: other.specs[theirs] for name, theirs in names.items()}
-        if not lacking and not extra:
-            return Aligned(other.argument, Renamed(other, names), specs, [])
-        view, _ = self.converted(other, {n: shape for n, (_, shape) in other.specs.items()})
-        if self.layout is None or any(name not in view for name in first.specs):
-            return Aligned(other.argument, Renamed(other, names), specs, extra)
-        known = set(self.layout.memory)
-        theirs = Layout(
-            self.layout.architecture, {bare(n): shape for n, (_, shape) in other.specs.items()}
-        )
-        extra = [n for n in other.specs if not self._is_known(bare(n), theirs, known)]
-        return Aligned(other.argument, view, dict(first.specs), extra)
+        as_named = Aligned(other.argument, Renamed(other, names), specs, extra)
+        if not extra and len(names) == len(self.first.specs):
+            return as_named
+        shapes = {n: shape for n, (_, shape) in other.specs.items()}
+        view, _ = self.converted(other, shapes)
+        names = {name: name for name in view}
+        self._add_twins(names)
+        if self.layout is None or len(names) < len(self.first.specs):
+            return as_named
+        theirs = Layout(self.layout.architecture, {bare(n): shape for n, shape in shapes.items()})
+        extra = [n for n in shapes if not self._is_known(bare(n), theirs)]
+        return Aligned(other.argument, Renamed(view, names), dict(self.first.specs), extra)
 
-    def _is_known(self, name: str, layout: Layout, known: Collection[str]) -> bool:
-        """Whether what a name becomes in memory is, or is tied to, something of `known`."""
-        group = layout.of.get(name)
-        if group is None:
-            return False
-        tied = layout.architecture.tied()
-        twins = {b: a for a, b in tied} | {a: b for a, b in tied}
-        return all(n in known or twins.get(n) in known for n in group.memory)
+    def _add_twins(self, names: dict[str, str]) -> None:
+        """Names of the first model that the other one lacks, where they are a weight's second.
 
-    def _left(self, names: Mapping[str, str], other: Weights) -> tuple[list[str], list[str]]:
-        """The names that the other model lacks, and those that it alone has."""
-        used = set(names.values())
+        Those of one memory first, of which a model that shares layers has many.
+        """
+        original = {name: first for first, name in self.first.shared()}
+        by_original = {original.get(name, name): theirs for name, theirs in names.items()}
+        for name in self.first.specs:
+            theirs = by_original.get(original.get(name, name))
+            if name not in names and theirs is not None:
+                names[name] = theirs
         lacking = [name for name in self.first.specs if name not in names]
-        return lacking, [name for name in other.specs if name not in used]
+        for name in lacking[:FEW]:
+            twin = _first(n for n in [*names] if self.first.one(name, n))
+            if twin is not None:
+                names[name] = names[twin]
+
+    def _is_known(self, name: str, theirs: Layout) -> bool:
+        """Whether what a name becomes in memory is, or is tied to, something of the first model."""
+        if self.layout is None or name not in theirs.of:
+            return False
+        tied = theirs.architecture.tied()
+        twins = {b: a for a, b in tied} | {a: b for a, b in tied}
+        known = self.layout.memory
+        return all(n in known or twins.get(n) in known for n in theirs.of[name].memory)
+
+    def _extra(self, names: Mapping[str, str], other: Weights) -> list[str]:
+        """The names that the other model alone has, but for second names of what both have."""
+        used = set(names.values())
+        original = {name: first for first, name in other.shared()}
+        known = {original.get(name, name) for name in used}
+        extra = [n for n in other.specs if n not in used and original.get(n, n) not in known]
+        if len(extra) > FEW:
+            return extra
+        return [n for n in extra if not any(other.one(n, theirs) for theirs in used)]
 
     def _refuse_differences(self) -> None:
         """An error that lists how the others' names, shapes and kinds of number differ."""

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-# What wrappers put into a name: torch.compile, DDP and DataParallel, FSDP, activation checkpointing,
-# and PEFT around a layer that has an adapter.
+# what torch.compile, DDP and DataParallel, FSDP and activation checkpointing put into a name
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-BASE_LAYER = "base_layer"
-PEFT = "base_model.model."
+PEFT, BASE_LAYER = "base_model.model.", "base_layer"  # PEFT's, the latter where an adapter is
 
 
 def bare(name: str) -> str:

@@ -130,9 +130,7 @@ class Weights(Mapping[str, Tensor]):
         try:
             yield
         except mapped.BadFileError as error:
-            raise ValueError(
-                f"{self.op}: {self.argument}: {error}; save or copy it anew"
-            ) from None
+            raise ValueError(f"{self.op}: {self.argument}: {error}; save or copy it anew") from None
         except ValueError as error:
             raise ValueError(f"{self.op}: {self.argument}: {error}") from None
 
