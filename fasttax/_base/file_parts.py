@@ -160,6 +160,7 @@ class Parts(Mapping[str, Tensor]):
                     path = self.path / part
                     file = self._stack.enter_context(files.opened_file(path, kind))
                     self._take(file, names)
+                self._refuse_unlisted(named)
             except FileNotFoundError:
                 self.close()
                 self._file_of.clear()
@@ -167,6 +168,15 @@ class Parts(Mapping[str, Tensor]):
                     raise
             else:
                 return
+
+    def _refuse_unlisted(self, named: Mapping[str, Any]) -> None:
+        """Part files that were written with those of the index, which does not name them."""
+        for token in {part.split("-")[1] for part in named}:
+            beside = {path.name for path in self.path.glob(f"part-{token}-*.safetensors")}
+            if beside - set(named):
+                raise mapped.BadFileError(
+                    f"{self.path / INDEX} does not name {', '.join(sorted(beside - set(named)))}"
+                )
 
     def _is_index_of(self, named: Mapping[str, Any], kind: str) -> bool:
         """Whether the index is still the one that names these parts."""

@@ -153,8 +153,8 @@ class Layout:
             seen[place.flatten()] = True
         if not whole or not bool(seen.all()):
             raise ValueError(
-                f"merge: transformers computes {group.first} from {', '.join(group.patterns)}, which has "
-                "no way back; load the models and merge them in memory"
+                f"merge: transformers computes {group.first} from {', '.join(group.patterns)}, "
+                "which has no way back; load the models and merge them in memory"
             )
         return places
 
