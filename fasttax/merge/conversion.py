@@ -124,15 +124,22 @@ class Layout:
         for group in groups.values():
             if None in group.patterns.values() and len(group.patterns) > 1:
                 continue  # two names on disk for one in memory
-            meta = {n: torch.empty(shapes[n], device="meta") for n in group.patterns}
-            group.memory = {
-                n: tuple(t.shape) for n, t in architecture.converted(group, meta).items()
-            }
+            group.memory = self._made_of(group)
             known = architecture.shapes
-            if any(n in known and known[n] != shape for n, shape in group.memory.items()):
+            wrong = any(n in known and known[n] != shape for n, shape in group.memory.items())
+            if wrong or not group.memory:
                 continue  # a part of the experts alone
             self.of |= dict.fromkeys(group.patterns, group)
             self.memory |= dict.fromkeys(group.memory, group)
+
+    def _made_of(self, group: Group) -> dict[str, Shape]:
+        """The shapes in memory, by tensors without values; none where transformers makes none."""
+        meta = {n: torch.empty(self.shapes[n], device="meta") for n in group.patterns}
+        try:
+            made = self.architecture.converted(group, meta)
+        except (RuntimeError, ValueError, LookupError):  # torch's, of lists without a tensor
+            return {}
+        return {n: tuple(t.shape) for n, t in made.items()}
 
     def places(self, group: Group) -> dict[str, Tensor]:
         """For each name in memory the places of its values in the group's, end to end as on disk.

@@ -107,12 +107,10 @@ class Fishers:
         foreign = [name for name in source if name not in used]
         lacking = [name for name in self.models.floats() if name not in found]
         if not found or (missing == "mean" and foreign and lacking):
-            raise checks.fail(
-                self.op,
-                f"fishers[{k}]",
-                f"names of the models' parameters, as {next(iter(self.models.first.specs))}",
-                "others:\n  " + shortened(foreign),
-                "\nrename them, or pass a mapping without those that no model has",
+            raise ValueError(
+                f"{self.op}: fishers[{k}]: expected names of the models' parameters, as "
+                f"{next(iter(self.models.first.specs))}, got others:\n  {shortened(foreign)}\n"
+                "rename them, or pass a mapping without those that no model has"
             )
         return _Joined(found)
 

@@ -1,4 +1,4 @@
-"""What files hold: values that no Fisher, checkpoint or cache has are refused where they are read."""
+"""What files hold: what no Fisher, checkpoint or cache can have is refused where it is read."""
 
 from __future__ import annotations
 
