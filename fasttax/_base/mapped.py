@@ -56,10 +56,12 @@ def write_streamed(
     metadata: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
     more: Mapping[str, str] | None = None,
+    lasting: bool = True,
 ) -> None:
     """A file with one tensor in memory at a time; `specs` says beforehand what each will be.
 
-    `more`: header entries of other readers.
+    `more`: header entries of other readers. `lasting`: False for a file that only this process
+    reads: it need not be on the disk.
 
     Raises:
         AssertionError: a tensor is not what `specs` said.
@@ -68,7 +70,7 @@ def write_streamed(
     facts = {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata)), **(more or {})}
     entries, size = _laid_out(specs)
     text = _header(facts, sums, entries)
-    with placed.file(Path(path)) as temporary, open(temporary, "r+b") as file:
+    with placed.file(Path(path), lasting) as temporary, open(temporary, "r+b") as file:
         for name, t in tensors:
             if (t.dtype, tuple(t.shape)) != specs[name]:
                 raise AssertionError(

@@ -26,11 +26,11 @@ def in_a_folder(op: str, path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def file(target: Path) -> Iterator[Path]:
+def file(target: Path, lasting: bool = True) -> Iterator[Path]:
     """An empty file beside `target`, whose place it takes if the block ends well.
 
     It vanishes if not. Its mode is that of the file that it replaces, or what the umask leaves of
-    0666. Contents are on the disk before the name is, and the name before this returns.
+    0666. If `lasting`, contents are on the disk before the name is, and it before this returns.
 
     Yields:
         The temporary name.
@@ -41,13 +41,15 @@ def file(target: Path) -> Iterator[Path]:
         yield temporary
         with contextlib.suppress(FileNotFoundError):
             os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
-        sync(temporary)
+        if lasting:
+            sync(temporary)
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    sync(target.parent)
+    if lasting:
+        sync(target.parent)
 
 
 @contextlib.contextmanager

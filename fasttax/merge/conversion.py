@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttax.merge.names import bare
+
 Shape = tuple[int, ...]
 
 
@@ -32,7 +34,8 @@ class Architecture:
 
         self._loading = core_model_loading
         self.model = model
-        self.shapes: dict[str, Shape] = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+        state = model.state_dict()
+        self.shapes: dict[str, Shape] = {bare(n): tuple(t.shape) for n, t in state.items()}
         transforms = get_model_conversion_mapping(model)
         self.renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
         self.converters = [
@@ -46,8 +49,10 @@ class Architecture:
         None too where transformers lacks the class, as for a model of custom code.
         """
         if module is not None:
-            known = hasattr(module, "config") and hasattr(module, "base_model_prefix")
-            return Architecture(module) if known else None
+            # the model itself, under what wraps it: wrappers give out its attributes as theirs
+            known = (m for m in module.modules() if hasattr(type(m), "base_model_prefix"))
+            model = next(known, None)
+            return None if model is None else Architecture(model)
         if folder is None or not (folder / "config.json").is_file():
             return None
         model = _skeleton(folder)
@@ -215,7 +220,8 @@ class FromMemory(Mapping[str, Tensor]):
             part = self.source[name]
             if part.shape != place.shape:
                 raise ValueError(
-                    f"{name}: expected shape {tuple(place.shape)}, got {tuple(part.shape)}"
+                    f"merge: {name}: expected shape {tuple(place.shape)} as the weight, got "
+                    f"{tuple(part.shape)}; estimate it of this model"
                 )
             if not values.numel():
                 count = sum(p.numel() for p in places.values())

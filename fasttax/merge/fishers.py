@@ -118,6 +118,8 @@ class Fishers:
         self, source: Mapping[str, Tensor], found: dict[str, Mapping[str, Tensor]]
     ) -> set[str]:
         """What transformers' conversion relates; gives the names that it used."""
+        if self.models.layout is None:
+            return set()
         shapes = {name: tuple(source[name].shape) for name in source}
         view, made_of = self.models.converted(source, shapes)
         lacking = [name for name in self.models.first.specs if name not in found and name in view]
@@ -132,19 +134,19 @@ class Fishers:
         for name in self.models.floats():
             if name in found:
                 continue
-            twin = self.models.twin(name, [*found])
-            if twin is not None:
-                found[name] = Renamed(found[twin], {name: twin})
+            same = self.models.twin(name, [*found])
+            if same is not None:
+                found[name] = Renamed(found[same], {name: same})
         if self.models.architecture is None:
             return used
         by_bare = {bare(name): name for name in source}
         mine = {bare(name): name for name in self.models.first.specs}
         for pair in self.models.architecture.tied():
             for here, there in (pair, pair[::-1]):
-                name, other = mine.get(here), by_bare.get(there)
+                own, other = mine.get(here), by_bare.get(there)
                 # a file has one name of a tied weight, the Fisher may have another
-                if name and other and name not in found and there not in mine:
-                    found[name] = Renamed(source, {name: other})
+                if own and other and own not in found and there not in mine:
+                    found[own] = Renamed(source, {own: other})
                     used.add(other)
         return used
 

@@ -146,7 +146,7 @@ def test_tied_weights_in_files_that_have_both(tmp_path: Path) -> None:
         got = merge.fisher_average(paths, fishers, missing=missing)
         close(got, formula(models, fishers))
         assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
-    close(merge.linear(models[0], paths[1], 0.5), merge.linear(*models, 0.5))
+    close(merge.linear(models[0], paths[1], 0.5), merge.linear(models[0], models[1], 0.5))
 
 
 def test_fishers_under_the_other_name_of_a_tied_weight(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_fused_experts(kind: str, max_shard_size: str, tmp_path: Path) -> None:
     close(mixed, want)
     on_disk = merge.fisher_average([folders[0], models[1]], fishers)
     assert set(on_disk) >= {n for n in _names(folders[0]) if "experts.0" in n}
-    close(merge.linear(models[0], folders[1], 0.25), merge.linear(*models, 0.25))
+    close(merge.linear(models[0], folders[1], 0.25), merge.linear(models[0], models[1], 0.25))
     # a Fisher by the names on disk
     as_saved = merge.linear(folders[0], folders[0], 0)
     named_so = {n: torch.rand_like(t) for n, t in as_saved.items()}
@@ -241,7 +241,7 @@ def test_a_part_of_the_experts_is_no_fisher_of_all() -> None:
 
 
 def test_counters_are_the_first_models() -> None:
-    a = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    a: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     b = copy.deepcopy(a).train()
     b(torch.randn(5, 3))
     got = merge.linear(a, b, 0.25)
@@ -273,16 +273,18 @@ def test_factors_of_adapters(kind: str, tmp_path: Path) -> None:
     files = [tmp_path / str(k) / "adapter_model.safetensors" for k in (0, 1)]
     for sources in (files, adapted):
         with pytest.raises(ValueError, match=r"q_proj\.\w*(lora|hada|lokr|vera)_.*factor"):
-            merge.linear(*sources, 0.5)
+            merge.linear(sources[0], sources[1], 0.5)
     with pytest.raises(ValueError, match="factor"):
         merge.fisher_average(files, [load_file(files[0])] * 2)
     # the ends are exact, and so is the average of one adapter with itself
-    assert torch.equal(*(m[next(iter(m))] for m in (merge.linear(*files, 1), load_file(files[1]))))
+    assert torch.equal(
+        *(m[next(iter(m))] for m in (merge.linear(files[0], files[1], 1), load_file(files[1])))
+    )
     merge.linear(files[0], files[0], 0.5)
     # the way out
     whole = [model.merge_and_unload() for model in adapted]
     a, b = (dict(m.named_parameters()) for m in whole)
-    close(merge.linear(*whole, 0.5), {n: ((a[n] + b[n]) / 2).detach() for n in a})
+    close(merge.linear(whole[0], whole[1], 0.5), {n: ((a[n] + b[n]) / 2).detach() for n in a})
 
 
 # --- folders -----------------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def test_the_config_says_the_dtype_of_the_weights(dtypes: tuple[str, str], tmp_p
     assert config["torch_dtype"] == config["part"]["dtype"] == dtypes[0]
     loaded = type(models[0]).from_pretrained(out)
     assert str(loaded.dtype) == f"torch.{dtypes[0]}"
-    want = merge.linear(*models, 0.5)
+    want = merge.linear(models[0], models[1], 0.5)
     close(want, dict(loaded.named_parameters()))
 
 

@@ -174,7 +174,7 @@ def test_other_defaults_give_the_same_bits(default: str, tmp_path: Path) -> None
             assert torch.equal(FisherEstimate.load(tmp_path / f"s{k}")["w"], f["w"])
         got = fasttax.merge.fisher_average(models, [tmp_path / "0", tmp_path / "1"])["w"]
         assert torch.equal(got, merged)
-        half = fasttax.merge.linear(*models, 0.5, output=tmp_path / "half.safetensors")
+        half = fasttax.merge.linear(models[0], models[1], 0.5, output=tmp_path / "half.safetensors")
         assert torch.equal(load_file(half)["w"], (models[0]["w"] + models[1]["w"]) / 2)
 
     before = torch.get_default_dtype()
