@@ -210,14 +210,14 @@ class TopKReference:
         row begins where `position_ids` (B or 1, T) do not go on by one.
         """
         B, T = input_ids.shape
-        real = torch.ones(B, T, dtype=torch.bool)
+        real = torch.ones(B, T, dtype=torch.bool, device="cpu")
         if attention_mask is not None:
             real = attention_mask.cpu() != 0
-        places = torch.arange(T).expand(B, T)
+        places = torch.arange(T, device="cpu").expand(B, T)
         if position_ids is not None and position_ids.dim() <= 2:
             places = position_ids.cpu().expand(B, T)
-        logp = torch.zeros(B, T - 1, self.k)
-        ids = torch.zeros(B, T - 1, self.k, dtype=torch.int64)
+        logp = self.logp.new_zeros(B, T - 1, self.k)
+        ids = torch.zeros(B, T - 1, self.k, dtype=torch.int64, device="cpu")
         for b, (row, mask) in enumerate(zip(input_ids.cpu(), real, strict=True)):
             where = mask.nonzero().flatten()
             begins = (places[b, where].diff() != 1).nonzero().flatten() + 1

@@ -18,10 +18,12 @@ from fasttax.merge.weights import Weights
 
 FEW = 8  # names that may be a second name of another weight; more are another architecture
 SAMPLE = 64  # values of a tensor that are looked at before all are
-# Factors of an adapter's update, whose product or other function is what the model adds.
+# Parts of an adapter's update that is no linear function of them, by PEFT's, kohya's and diffusers'
+# names. IA3, FourierFT, WaveFT, SHiRA and C3A are linear.
 FACTOR = re.compile(
-    r"lora_(A|B|E|embedding_A|embedding_B|down|up|magnitude_vector)\b|\blora\.(down|up)\b"
-    r"|\b(hada_|lokr_|vera_lambda|vblora_|boft_|oft_|hra_|road_|randlora_|lora_magnitude)"
+    r"(?:^|\.)(?:\w*lora_|lora\.(?:down|up)\b|hada_[wt]|lokr_[wt]|p?vera_lambda|(?:b|ps)?oft_|hra_u"
+    r"|hira_|road_(?:theta|alpha)|poly_router|supertuning_|peanut_|osf_svd|miss_block|bone_block"
+    r"|lily_|frod_lambda|deft_[PR]|adamss_[AB])"
 )
 
 

@@ -56,6 +56,9 @@ class Weights(Mapping[str, Tensor]):
     def _take(self, source: Mapping[str, Tensor]) -> None:
         for name, value in source.items():
             t = checks.tensor(self.op, f"{self.argument}[{name!r}]", value, mapped.CODES)
+            if t.device.type == "meta":
+                way_out = "load its weights first"
+                raise checks.fail(self.op, f"{self.argument}[{name!r}]", "values", t, way_out)
             self.memory[name] = t.detach()
             self.specs[name] = (t.dtype, tuple(t.shape))
         self.files = {WEIGHTS: [*self.memory]}
@@ -151,16 +154,16 @@ class Weights(Mapping[str, Tensor]):
             return self._file_of[name][name]
 
     def one(self, name: str, other: str) -> bool:
-        """Whether two names hold one weight: the same memory, or a matrix of equal values.
+        """Whether two names hold one weight: the same memory, or equal values.
 
-        A constant matrix is no sign of that.
+        Constants, as norms begin with, are no sign of that.
         """
         if self.specs[name] != self.specs[other]:
             return False
         if name in self.memory and _place(self.memory[name]) == _place(self.memory[other]):
             return True
         a = self[name]
-        return a.dim() > 1 and bool((a != a.flatten()[:1]).any()) and torch.equal(a, self[other])
+        return bool((a != a.flatten()[:1]).any()) and torch.equal(a, self[other])
 
     def shared(self) -> list[tuple[str, str]]:
         """Pairs of names of one tensor in memory, the first of them first."""

@@ -149,6 +149,16 @@ def test_tied_weights_in_files_that_have_both(tmp_path: Path) -> None:
     close(merge.linear(models[0], paths[1], 0.5), merge.linear(models[0], models[1], 0.5))
 
 
+def test_a_tied_bias_in_files_that_have_both(tmp_path: Path) -> None:
+    models, paths = pair("Bert"), [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    fishers = fishers_of(models)
+    for m, path in zip(models, paths, strict=True):
+        save_file({n: t.clone() for n, t in m.state_dict().items()}, path)
+    got = merge.fisher_average(paths, fishers, missing="mean")
+    close(got, formula(models, fishers))
+    assert torch.equal(got["cls.predictions.decoder.bias"], got["cls.predictions.bias"])
+
+
 def test_fishers_under_the_other_name_of_a_tied_weight(tmp_path: Path) -> None:
     """The folder has the embedding, the Fisher the head."""
     models = pair("Llama")
@@ -257,6 +267,8 @@ ADAPTERS: dict[str, Any] = {
     "LoHaConfig": {"r": 2, "init_weights": False},
     "LoKrConfig": {"r": 2, "init_weights": False},
     "VeraConfig": {"r": 2, "init_weights": False},
+    "OFTConfig": {"r": 2, "oft_block_size": 0, "init_weights": False},
+    "HRAConfig": {"r": 2, "init_weights": False},
 }
 
 
@@ -272,7 +284,7 @@ def test_factors_of_adapters(kind: str, tmp_path: Path) -> None:
         adapted[-1].save_pretrained(tmp_path / str(seed))
     files = [tmp_path / str(k) / "adapter_model.safetensors" for k in (0, 1)]
     for sources in (files, adapted):
-        with pytest.raises(ValueError, match=r"q_proj\.\w*(lora|hada|lokr|vera)_.*factor"):
+        with pytest.raises(ValueError, match=r"q_proj\.\w*(lora|hada|lokr|vera|oft|hra)_.*factor"):
             merge.linear(sources[0], sources[1], 0.5)
     with pytest.raises(ValueError, match="factor"):
         merge.fisher_average(files, [load_file(files[0])] * 2)
@@ -285,6 +297,35 @@ def test_factors_of_adapters(kind: str, tmp_path: Path) -> None:
     whole = [model.merge_and_unload() for model in adapted]
     a, b = (dict(m.named_parameters()) for m in whole)
     close(merge.linear(whole[0], whole[1], 0.5), {n: ((a[n] + b[n]) / 2).detach() for n in a})
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("unet.down.0.attn.to_q.lora.down.weight", True),
+        ("lora_unet_down_blocks_0_attn.lora_up.weight", True),
+        ("base_model.model.q.lora_magnitude_vector", True),
+        ("base_model.model.q.boft_R", True),
+        ("base_model.model.q.randlora_lambda", True),
+        ("base_model.model.q.ia3_l", False),
+        ("blocks.0.w_lora.lora.0.weight", False),  # RWKV-7's own low-rank layer
+        ("model.soft_max.weight", False),
+    ],
+)
+def test_names_of_factors(name: str, refused: bool) -> None:
+    models: Any = [{name: torch.randn(3, 4)}, {name: torch.randn(3, 4)}]
+    if refused:
+        with pytest.raises(ValueError, match="factor of an adapter"):
+            merge.linear(models[0], models[1], 0.5)
+    else:
+        merge.linear(models[0], models[1], 0.5)
+
+
+def test_models_without_values() -> None:
+    with torch.device("meta"):
+        empty = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match=r"base\['weight'\]: expected values.*load its weights"):
+        merge.linear(empty, nn.Linear(3, 4), 0.5)
 
 
 # --- folders -----------------------------------------------------------------------------------

@@ -202,3 +202,16 @@ def test_the_split_anchor_under_another_default() -> None:
             torch.set_default_dtype(before)
         assert torch.equal(got, want)
         assert torch.equal(back, decode_anchor(want, anchor.shape))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_a_cache_under_another_default(default: torch.dtype) -> None:
+    cache, before = _cache(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        logp, found = cache.rows(torch.tensor([[2, 3, 4, 0]]), torch.tensor([[1, 1, 1, 0]]))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(logp[0, :2], cache.logp[2:4])
+    assert torch.equal(found[0, :2], cache.ids[2:4].long())
+    assert not bool(logp[0, 2].any())
