@@ -1,4 +1,8 @@
-"""Tensors that stay in their safetensors file: written one by one, read where they lie."""
+"""safetensors files: written one tensor at a time, read through one descriptor or where they lie.
+
+A file of fasttax's has a CRC-32 of every tensor's bytes in its header, and one of the header
+itself, so that a flipped bit is seen. Files without them are read unchecked.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,21 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from fasttax._base.files import FORMAT_KEY, renamed
+from fasttax._base import placed
+
+FORMAT_KEY = "fasttax"
+CHECKSUM, CHECKSUMS = "checksum", "checksums"  # header entries: of the header, of each tensor
+KNOWN = {FORMAT_KEY, "metadata", CHECKSUM, CHECKSUMS, "format"}
+LONGEST = 100_000_000  # bytes of a header, safetensors' own limit
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 CODES = {
@@ -31,6 +42,13 @@ CODES = {
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
+class BadFileError(ValueError):
+    """A file that is no whole safetensors file; the text names it."""
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
 def write_streamed(
     path: str | os.PathLike[str],
     kind: str,
@@ -38,36 +56,231 @@ def write_streamed(
     metadata: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
     more: Mapping[str, str] | None = None,
+    lasting: bool = True,
 ) -> None:
-    """As `write`, with one tensor in memory at a time; `specs` says beforehand what each will be.
+    """A file with one tensor in memory at a time; `specs` says beforehand what each will be.
 
-    `more`: header entries of other readers.
+    `more`: header entries of other readers. `lasting`: False for a file that only this process
+    reads: it need not be on the disk.
 
     Raises:
         AssertionError: a tensor is not what `specs` said.
     """
-    header: dict[str, Any] = {
-        "__metadata__": {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata)), **(more or {})}
-    }
-    end = 0
-    # wide dtypes first, so that every tensor is aligned with no holes, which readers refuse
-    for name in sorted(specs, key=lambda n: -specs[n][0].itemsize):
-        dtype, shape = specs[name]
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with renamed(Path(path)) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    sums = dict.fromkeys(specs, 0)
+    facts = {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata)), **(more or {})}
+    entries, size = _laid_out(specs)
+    text = _header(facts, sums, entries)
+    with placed.file(Path(path), lasting) as temporary, open(temporary, "r+b") as file:
         for name, t in tensors:
             if (t.dtype, tuple(t.shape)) != specs[name]:
                 raise AssertionError(
                     f"{name}: {t.dtype} {tuple(t.shape)}, announced as {specs[name]}"
                 )
-            file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            if t.numel():
-                file.write(t.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data)
-        file.truncate(8 + len(text) + end)
+            data = _bytes_of(t.detach().cpu().contiguous().reshape(-1))
+            sums[name] = zlib.crc32(data)
+            file.seek(8 + len(text) + entries[name]["data_offsets"][0])
+            file.write(data)
+        file.truncate(8 + len(text) + size)
+        file.seek(0)
+        file.write(len(text).to_bytes(8, "little") + _header(facts, sums, entries))
+
+
+def _laid_out(specs: Mapping[str, Spec]) -> tuple[dict[str, Any], int]:
+    """The header's entries and the bytes that they cover.
+
+    Wide dtypes first: every tensor is aligned with no holes, which readers refuse.
+    """
+    entries: dict[str, Any] = {}
+    end = 0
+    for name in sorted(specs, key=lambda n: -specs[n][0].itemsize):
+        dtype, shape = specs[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    return entries, end
+
+
+def _header(facts: Mapping[str, str], sums: Mapping[str, int], entries: Mapping[str, Any]) -> bytes:
+    """The header, of one length whatever the sums are."""
+    listed = json.dumps({name: _hex(value) for name, value in sums.items()})
+    about = {CHECKSUM: _hex(0), **facts, CHECKSUMS: listed}
+    text = json.dumps({"__metadata__": about, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    return text.replace(_hex(0).encode(), _hex(zlib.crc32(text)).encode(), 1)
+
+
+def _hex(value: int) -> str:
+    return f"{value:08x}"
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, in one dimension."""
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """An open safetensors file, read tensor by tensor through one descriptor.
+
+    A file that takes its place meanwhile changes nothing. `about` is the header's metadata.
+
+    Raises:
+        BadFileError: it is no whole safetensors file, or a tensor does not match its checksum.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+        try:
+            self.about, self._entries, self._start = _parsed(self.path, self._file)
+            self._sums = self._listed()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Gives the descriptor back."""
+        self._file.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def spec(self, name: str) -> Spec:
+        """Dtype and shape, from the header."""
+        entry = self._entries[name]
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(
+                f"{self.path}: expected tensors of {', '.join(DTYPES)}, got {name} of "
+                f"{entry['dtype']}; convert it first"
+            )
+        return DTYPES[entry["dtype"]], tuple(entry["shape"])
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape = self.spec(name)
+        begin, end = self._entries[name]["data_offsets"]
+        flat = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
+        data = _bytes_of(flat)
+        self._file.seek(self._start + begin)
+        done = 0
+        while done < len(data):
+            more = self._file.readinto(data[done:])  # type: ignore[attr-defined]
+            if not more:
+                raise _bad(self.path, f"{name} ends early")
+            done += more
+        if self._sums is not None and _hex(zlib.crc32(data)) != self._sums[name]:
+            raise BadFileError(
+                f"{self.path}: {name}: the checksum does not match the values, so the file is "
+                "damaged"
+            )
+        return flat.view(dtype).view(shape)
+
+    def mapping(self) -> mmap.mmap:
+        """The file's memory."""
+        # nothing writes to it; torch warns of read-only memory
+        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor begins and ends in the file."""
+        begin, end = self._entries[name]["data_offsets"]
+        return self._start + begin, self._start + end
+
+    def _listed(self) -> dict[str, str] | None:
+        """Each tensor's checksum; None in a file without."""
+        if CHECKSUMS not in self.about:
+            return None
+        try:
+            sums = json.loads(self.about[CHECKSUMS])
+        except (ValueError, RecursionError) as error:
+            raise _bad(self.path, f"its checksums: {error}") from None
+        if not isinstance(sums, dict) or set(sums) != set(self._entries):
+            raise _bad(self.path, "its checksums are of other tensors")
+        return sums
+
+
+def _bad(path: Path, reason: str) -> BadFileError:
+    return BadFileError(f"{path} is truncated or no safetensors file ({reason})")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys must differ."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name comes twice")
+    return found
+
+
+def _parsed(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, Any], int]:
+    """(metadata, entries, where the data begin) of a header that fits the file's length."""
+    size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(LONGEST, size - 8):
+        raise _bad(path, "it has no whole header")
+    text = file.read(length)
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"its header: {error}") from None
+    if not isinstance(header, dict):
+        raise _bad(path, "its header is no object")
+    about = header.pop("__metadata__", {})
+    strings = isinstance(about, dict) and all(isinstance(v, str) for v in about.values())
+    if not strings:
+        raise _bad(path, "its metadata are no strings")
+    _check_header(path, text, about)
+    end = 0
+    for begin, stop in sorted(_extent(path, name, entry) for name, entry in header.items()):
+        if begin != end:
+            raise _bad(path, "tensors overlap, or leave holes")
+        end = stop
+    if size != 8 + length + end:
+        raise _bad(path, f"{size} bytes of {8 + length + end}")
+    return about, header, 8 + length
+
+
+def _check_header(path: Path, text: bytes, about: Mapping[str, str]) -> None:
+    """That a file of fasttax's has the header that was written.
+
+    Raises:
+        BadFileError: it has not.
+    """
+    if FORMAT_KEY not in about:
+        return
+    if not KNOWN.issuperset(about) or (CHECKSUM in about) != (CHECKSUMS in about):
+        raise _bad(path, f"its header has {', '.join(sorted(about))}")
+    if CHECKSUM in about:
+        value = about[CHECKSUM]
+        was = text.replace(value.encode(), _hex(0).encode(), 1)
+        if not re.fullmatch("[0-9a-f]{8}", value) or _hex(zlib.crc32(was)) != value:
+            raise _bad(path, "its header does not match its checksum")
+
+
+def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where an entry's bytes begin and end, once it is one."""
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError):
+        raise _bad(path, f"{name} has no dtype, shape and place") from None
+    if not isinstance(code, str) or not isinstance(shape, list) or not whole or end < begin:
+        raise _bad(path, f"{name} has no dtype, shape and place")
+    if code in DTYPES and end - begin != math.prod(shape) * DTYPES[code].itemsize:
+        raise _bad(path, f"{name} of {code} {shape} has {end - begin} bytes")
+    return begin, end
 
 
 class Mapped:
@@ -77,39 +290,32 @@ class Mapped:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        with open(path, "rb") as file:
-            # nothing writes to it; torch warns of read-only memory
-            self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        length = int.from_bytes(self._memory[:8], "little")
-        self._start = 8 + length
-        self._header: dict[str, Any] = json.loads(self._memory[8 : self._start])
-        self._header.pop("__metadata__", None)
+        with TensorFile(path) as file:
+            self._memory = file.mapping()
+            self._places = {name: file.place(name) for name in file}
+            self._specs = {name: file.spec(name) for name in file}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._header
+        return name in self._places
 
     def tensor(self, name: str) -> Tensor:
         """A view of the mapping."""
-        entry = self._header[name]
-        dtype = DTYPES[entry["dtype"]]
-        begin, end = entry["data_offsets"]
+        dtype, shape = self._specs[name]
+        begin, end = self._places[name]
         if begin == end:
-            return torch.empty(entry["shape"], dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         flat = torch.frombuffer(
-            self._memory,
-            dtype=dtype,
-            count=(end - begin) // dtype.itemsize,
-            offset=self._start + begin,
+            self._memory, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin
         )
-        return flat.view(entry["shape"])
+        return flat.view(shape)
 
     def _advise(self, names: Iterable[str], advice: str) -> None:
         option = getattr(mmap, advice, None)
         if option is None:  # this system has no madvise: it reads and drops pages by itself
             return
         for name in names:
-            if name in self._header:
-                begin, end = (self._start + offset for offset in self._header[name]["data_offsets"])
+            if name in self._places:
+                begin, end = self._places[name]
                 begin -= begin % mmap.PAGESIZE
                 if end > begin:
                     self._memory.madvise(option, begin, end - begin)

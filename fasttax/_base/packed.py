@@ -6,12 +6,14 @@ A Fisher in bfloat16 or as u8log (1 byte a value), an anchor in bfloat16 or as b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fasttax import reference
+from fasttax._base import checks
 from fasttax._base.mapped import Spec
 
 STORAGES = ("fp32", "bf16", "u8log")
@@ -51,9 +53,20 @@ def encode(fisher: Tensor, storage: str) -> Stored:
     """A Fisher >= 0 in fp32, bf16 (relative error <= 2^-8) or u8log.
 
     u8log has 255 steps of log2 F between each block's extremes, and zeros exactly.
+
+    Raises:
+        ValueError: a value that u8log has no code for.
     """
     if storage in FLOATS:
         return Stored(fisher.to(FLOATS[storage]).contiguous())
+    if not are_squares(fisher):
+        raise checks.fail(
+            "u8log",
+            "fisher",
+            "finite values >= 0 in float32's range",
+            "others",
+            "estimate it anew, on a model whose loss and gradients are finite",
+        )
     values = _in_blocks(fisher)
     positive, logs = values > 0, values.log2()
     lo = torch.where(positive, logs, torch.inf).amin(-1)
@@ -65,6 +78,52 @@ def encode(fisher: Tensor, storage: str) -> Stored:
     codes = torch.where(positive, steps.round().clamp(0, 254) + 1, 0.0).to(torch.uint8)
     codes = codes.flatten()[: fisher.numel()].view(fisher.shape)
     return Stored(codes.contiguous(), torch.stack((lo, step), -1).contiguous())
+
+
+def are_squares(fisher: Tensor) -> bool:
+    """Whether all values are finite and >= 0, as float32."""
+    if not fisher.numel():
+        return True
+    low, high = fisher.detach().aminmax()  # NaN if one is
+    return bool((low >= 0) & torch.isfinite(high.float()))
+
+
+def check_squares(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """What a file has as a Fisher (fisher.NAME with scales.NAME) or sum of squares (sum.NAME).
+
+    Raises:
+        ValueError: one is no float tensor of finite values >= 0, nor u8log with its ranges; names
+            the file, `where`, and the tensor.
+    """
+    for key, values in tensors.items():
+        kind, _, name = key.partition(".")
+        scales = tensors.get(f"scales.{name}")
+        wrong = ""
+        if kind == "fisher" and values.dtype == torch.uint8:
+            wrong = _wrong_ranges(values, scales)
+        elif kind in ("fisher", "sum") and values.dtype not in checks.FLOATS:
+            wrong = f"expected floats, got {values.dtype}"
+        elif kind == "fisher" and scales is not None:
+            wrong = f"expected no u8log ranges beside {values.dtype}"
+        elif kind in ("fisher", "sum") and not are_squares(values):
+            wrong = "expected finite values >= 0, got others"
+        elif kind == "scales" and f"fisher.{name}" not in tensors:
+            wrong = "expected the codes of these u8log ranges, got none"
+        if wrong:
+            raise ValueError(f"fasttax: {where}: {key}: {wrong}; estimate it anew")
+
+
+def _wrong_ranges(codes: Tensor, scales: Tensor | None) -> str:
+    """What is wrong with u8log's (lo, step) of each block, "" for nothing."""
+    if scales is None:
+        return f"expected the u8log ranges scales.* beside {codes.dtype}, got none"
+    expected = (_blocks(codes.numel()), 2)
+    if scales.dtype != torch.float32 or scales.shape != expected:
+        return f"expected u8log ranges in float32 of shape {expected}, got others"
+    lo, step = scales.double().unbind(-1)
+    if bool(((step >= 0) & (lo + 254 * step < 129) & (lo > -151)).all()):
+        return ""
+    return "expected u8log ranges within float32's, got others"
 
 
 def fisher_specs(name: str, shape: torch.Size, dtype: torch.dtype) -> dict[str, Spec]:
@@ -112,6 +171,6 @@ def _blocks(count: int) -> int:
 def _in_blocks(values: Tensor) -> Tensor:
     """(blocks, 256) in float32, filled up with zeros."""
     flat = values.detach().float().flatten()
-    out = torch.zeros(_blocks(flat.numel()) * BLOCK, dtype=torch.float32, device=flat.device)
+    out = flat.new_zeros(_blocks(flat.numel()) * BLOCK)
     out[: flat.numel()] = flat
     return out.view(-1, BLOCK)

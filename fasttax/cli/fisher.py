@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from fasttax.cli import _language_model
+from fasttax.cli._options import in_options
 from fasttax.cli.commands import COMMANDS
-from fasttax.fisher import estimate_fisher
+from fasttax.fisher import FisherEstimate, estimate_fisher
 
 
 def main(argv: Sequence[str]) -> int:
     """Cuts TEXT into rows of --length tokens, and estimates the Fisher on the first --examples.
 
     Raises:
-        ValueError: a size below its least, or a text shorter than one row.
+        ValueError: a size below its least, a text shorter than one row, or a model that needs
+            another option of the command.
     """
-    args = parse(argv)
+    args = parser().parse_args(argv)
     if min(args.length - 1, args.batch_size, args.examples) < 1:
         raise ValueError(
             "fasttax fisher: --length must be at least 2, --batch-size and --examples at least 1"
@@ -36,20 +38,41 @@ def main(argv: Sequence[str]) -> int:
             f"fasttax fisher: {args.text} has {tokens} tokens; expected at least --length "
             f"{args.length}"
         )
-    estimate = estimate_fisher(
-        model,
-        rows.split(args.batch_size),
-        labels=args.labels,
-        max_examples=len(rows),
-        storage=args.storage,
-    )
+    estimate = _estimated(model, rows.split(args.batch_size), len(rows), args)
     estimate.save(args.output)
     print(f"{estimate}\n{args.output}")
     return 0
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments."""
+def _estimated(
+    model: Any, batches: Sequence[Tensor], examples: int, args: argparse.Namespace
+) -> FisherEstimate:
+    """The estimate; what the library advises is said in the command's options."""
+    try:
+        return estimate_fisher(
+            model,
+            batches,
+            labels=args.labels,
+            max_examples=examples,
+            params=args.params,
+            fallback=args.fallback,
+            storage=args.storage,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ValueError(in_options(str(error), parser())) from error
+    except RuntimeError as error:
+        if args.fallback is not None:
+            raise
+        raise ValueError(
+            f"{type(model).__name__} cannot be taken layer by layer ({error}); pass --fallback "
+            "loop, which runs one example at a time"
+        ) from error
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments."""
     parser = argparse.ArgumentParser(prog="fasttax fisher", description=COMMANDS["fisher"].summary)
     parser.add_argument("model", help="a folder or Hub id of a causal language model")
     parser.add_argument("text", help="a UTF-8 text file")
@@ -59,7 +82,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--storage", choices=("fp32", "bf16", "u8log"), default="bf16")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--params",
+        action="append",
+        metavar="PATTERN",
+        help="a parameter's name or a pattern with * of which to estimate; once for each (all)",
+    )
+    parser.add_argument(
+        "--fallback",
+        choices=("loop",),
+        help="one example at a time, exact for any model, where a parameter has no rule; with "
+        "--labels sample or true",
+    )
+    return parser
 
 
 def rows_of(text: str, tokenizer: Any, length: int) -> Tensor:

@@ -85,7 +85,8 @@ def sequences(path: Path, tokenizer: Any, length: int) -> list[list[int]]:
         ids = tokenizer(text, verbose=False)["input_ids"]
         return [row for i in range(0, len(ids), length) if len(row := ids[i : i + length]) > 1]
     found: list[list[int]] = []
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+    # JSON may hold U+2028 and U+0085 as they are, at which str.splitlines would cut
+    for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
         found += _row_sequences(f"{path}, row {number}", line, tokenizer)
     return [row[:length] for row in found]
 

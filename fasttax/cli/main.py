@@ -11,6 +11,7 @@ from fasttax.cli.commands import COMMANDS
 
 OPTIONAL = ("transformers", "gguf", "rich", "matplotlib")  # packages that an extra brings
 USER_ERROR = 2  # the exit code of what the user can put right
+INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
 
 
 def usage() -> str:
@@ -65,3 +66,6 @@ def run(name: str, argv: Sequence[str]) -> int:
         )
     except (ValueError, OSError) as error:
         return complain(f"fasttax {name}: {error}")
+    except KeyboardInterrupt:
+        complain(f"fasttax {name}: interrupted; no file was left half written")
+        return INTERRUPTED

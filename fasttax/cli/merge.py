@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from fasttax import merge
 from fasttax.cli.commands import COMMANDS
@@ -11,20 +12,26 @@ from fasttax.cli.commands import COMMANDS
 
 def main(argv: Sequence[str]) -> int:
     """Writes the average to --output and prints what was written."""
-    args = parse(argv)
-    if args.way == "linear":
-        print(merge.linear(args.base, args.aligned, args.alpha, output=args.output))
-        return 0
-    print(
-        merge.fisher_average(
-            args.models, args.fisher, weights=args.weight, missing=args.missing, output=args.output
-        )
-    )
+    args = parser().parse_args(argv)
+    try:
+        print(_merged(args))
+    except (ValueError, TypeError) as error:
+        # argparse lists a command's options by way; these are all that the library may advise
+        raise ValueError(str(error).replace("missing='mean'", "--missing mean")) from error
     return 0
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments; `way` is "linear" or "fisher"."""
+def _merged(args: argparse.Namespace) -> Path:
+    """Where the average lies."""
+    if args.way == "linear":
+        return merge.linear(args.base, args.aligned, args.alpha, output=args.output)
+    return merge.fisher_average(
+        args.models, args.fisher, weights=args.weight, missing=args.missing, output=args.output
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments; `way` is "linear" or "fisher"."""
     parser = argparse.ArgumentParser(prog="fasttax merge", description=COMMANDS["merge"].summary)
     ways = parser.add_subparsers(dest="way", required=True)
     linear = ways.add_parser("linear", help="(1 - alpha) BASE + alpha ALIGNED")
@@ -53,4 +60,4 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     for way in (linear, fisher):
         way.add_argument("--output", required=True, help="a new folder, or a new .safetensors file")
-    return parser.parse_args(argv)
+    return parser

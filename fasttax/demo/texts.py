@@ -171,7 +171,7 @@ def _words(spans: list[Span], words: list[Span], first: int) -> list[Span]:
 def read_alignment(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of an alignment file by split. Every row has the FIELDS; no prompt stands twice."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise DemoError(
             f"cannot read the alignment set {path} ({error.strerror}); expected a JSON-lines file "

@@ -390,6 +390,9 @@ class DiagonalFisher:
             "mc_samples": self.mc_samples,
             "tied": self.tied,
             "lora": self.lora,
+            "shift": self.task.shift,
+            "likelihood": self.task.likelihood,
+            "fallback": self.fallback,
             "model": type(self.model).__name__,
             "model_hash": self._hash,
             "fasttax": __version__,
@@ -435,11 +438,14 @@ class DiagonalFisher:
         self.batches = metadata["batches"]
 
     def _differences(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[str]:
-        """A line for each fact and each sum that differs in a file; versions may."""
+        """A line for each fact and each sum that differs in a file; versions may.
+
+        A fact that an earlier version did not write down is taken to be the same.
+        """
         found = [
-            f"{k}: {metadata.get(k)!r} in the file, {v!r} here"
+            f"{k}: {metadata[k]!r} in the file, {v!r} here"
             for k, v in self._facts().items()
-            if k not in ("fasttax", "torch") and metadata.get(k) != v
+            if k not in ("fasttax", "torch") and metadata.get(k, v) != v
         ]
         here = {n: tuple(self.sums.value(n).shape) for n in self.sums.slots}
         stored = {

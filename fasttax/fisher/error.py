@@ -53,7 +53,9 @@ class SamplingError:
         spread = self.squares - 2 * mean * self.crossed + mean * mean * squared
         variance = spread.clamp_min(0).sum() * batches / (batches - 1) / units**2
         size = (mean * mean).sum()
-        return float((variance / size).sqrt()) if size > 0 else 0.0
+        if size == 0:
+            return 0.0
+        return float((variance / size).sqrt())  # NaN where the estimate is
 
     def state(self) -> dict[str, Tensor]:
         """The running sums, for a file; `restore` takes them back."""

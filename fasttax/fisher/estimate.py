@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks, dtensor, file_parts, files
-from fasttax._base.packed import STORAGES, Stored, encode
+from fasttax._base.packed import STORAGES, Stored, are_squares, encode
 
 
 class FisherEstimate(Mapping[str, Tensor]):
@@ -81,10 +81,24 @@ class FisherEstimate(Mapping[str, Tensor]):
                 "'u8log'",
                 "gather with .save(path) and load it first",
             )
+        if storage == "u8log":
+            self._refuse_no_squares("FisherEstimate.to")
         return FisherEstimate(
             {name: encode(self[name], storage) for name in self},
             {**self.metadata, "storage": storage},
         )
+
+    def _refuse_no_squares(self, op: str) -> None:
+        """Values that u8log has no codes for, by name."""
+        wrong = [name for name in self if not are_squares(self[name])]
+        if wrong:
+            raise checks.fail(
+                op,
+                "storage",
+                "finite values >= 0 in float32's range for 'u8log'",
+                f"others in {', '.join(wrong[:5])}",
+                "estimate anew, on a model whose loss and gradients are finite",
+            )
 
     def __add__(self, other: FisherEstimate) -> FisherEstimate:
         """Sums two estimates (of normalize="sum" ones: the estimate over both data sets)."""
@@ -149,9 +163,15 @@ class FisherEstimate(Mapping[str, Tensor]):
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> FisherEstimate:
-        """A file, or a folder that save(sharded=True) wrote."""
-        read = file_parts.read if os.path.isdir(path) else files.read
-        tensors, metadata = read(path, "FisherEstimate")
+        """A file, or a folder that save(sharded=True) wrote.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it is damaged, no Fisher, or has values that are not finite and >= 0; names
+                the file and the tensor.
+        """
+        with file_parts.Parts(path, "FisherEstimate") as parts:
+            tensors, metadata = parts.every(), parts.metadata
         names = [n.removeprefix("fisher.") for n in tensors if n.startswith("fisher.")]
         return FisherEstimate(
             {n: Stored(tensors[f"fisher.{n}"], tensors.get(f"scales.{n}")) for n in names}, metadata

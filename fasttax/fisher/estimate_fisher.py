@@ -70,11 +70,12 @@ def estimate_fisher(
         storage: "fp32", "bf16" or "u8log".
         checkpoint: a file that is written every `checkpoint_every` batches and removed at the end.
             Where it exists, estimation continues after the batches that it holds, to the same bits;
-            `batches` must come in the same order.
+            `batches` must come in the same order, with the same options.
         checkpoint_every: batches between two checkpoints.
 
     Raises:
-        ValueError, TypeError: an option or a batch does not fit, or there is no batch.
+        ValueError, TypeError: an option or a batch does not fit, there is no batch, or the
+            checkpoint is of other options, or of more batches or examples than are asked for.
 
     Example:
         >>> fisher = fasttax.estimate_fisher(model, loader, max_examples=256)
@@ -106,11 +107,12 @@ def estimate_fisher(
     checks.choice(op, "storage", storage, STORAGES)
     if checkpoint is not None and os.path.exists(checkpoint):
         estimator.resume(checkpoint)
+        _refuse_fewer(op, checkpoint, estimator.examples, max_examples)
     total = max_examples or _examples_in(batches)
     with tqdm(
         total=total, initial=estimator.examples, unit="ex", desc="Fisher", disable=not progress
     ) as bar:
-        for batch in _left(batches, estimator, max_examples):
+        for batch in _left(op, batches, estimator, max_examples):
             before = estimator.examples
             if loss is None:
                 estimator.update(batch)
@@ -140,21 +142,47 @@ def _observe(
         loss(model, batch).backward()
 
 
+def _refuse_fewer(
+    op: str, checkpoint: str | os.PathLike[str], held: int, max_examples: int | None
+) -> None:
+    """A checkpoint cannot give back the examples that are too many."""
+    if max_examples is not None and held > max_examples:
+        raise checks.fail(
+            op,
+            "max_examples",
+            f"at least the {held} examples that {os.fspath(checkpoint)} holds",
+            f"{max_examples}",
+            "delete the file to begin anew",
+        )
+
+
 def _left(
-    batches: Iterable[Any], estimator: DiagonalFisher, max_examples: int | None
+    op: str, batches: Iterable[Any], estimator: DiagonalFisher, max_examples: int | None
 ) -> Iterator[Any]:
     """The batches that are left for the estimator, until it has seen `max_examples`.
 
     Yields:
         Batches, the last one cut to fit; the next is not asked for then.
+
+    Raises:
+        ValueError: there are fewer than the estimator has seen.
     """
-    seen = estimator.batches
-    if max_examples is None:
-        yield from itertools.islice(batches, seen, None)
+    if max_examples is not None and estimator.examples >= max_examples:
         return
-    if estimator.examples >= max_examples:
-        return
-    for batch in itertools.islice(batches, seen, None):
+    coming, seen = iter(batches), estimator.batches
+    passed = sum(1 for _ in itertools.islice(coming, seen))
+    if passed < seen:
+        raise checks.fail(
+            op,
+            "batches",
+            f"the {seen} that the checkpoint holds, and those that follow",
+            f"{passed}",
+            "delete the checkpoint to begin anew, or give the batches that it was made of",
+        )
+    for batch in coming:
+        if max_examples is None:
+            yield batch
+            continue
         yield _cut(batch, max_examples - estimator.examples)
         if estimator.examples >= max_examples:
             return

@@ -19,6 +19,8 @@ from fasttax.integrations._models import frozen
 from fasttax.kl.topk import topk_logprobs
 
 KIND = "TopKReference"
+CHECKED = 1 << 16  # rows of a file that are checked at a time
+ROUNDING = 1e-3  # that float32 log-probs of a large vocabulary may sum above 1
 
 
 class TopKReference:
@@ -160,8 +162,19 @@ class TopKReference:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> TopKReference:
-        """From a file that `save` wrote; a foreign or cut one is an error that names it."""
+        """From a file that `save` wrote; a foreign or cut one is an error that names it.
+
+        Raises:
+            ValueError: it holds what no reference's top-k can be: NaN, probabilities above 1, ids
+                outside the vocabulary, an id twice in a row.
+        """
         tensors, metadata = files.read(path, KIND)
+        wrong = _wrong(tensors, metadata.get("vocabulary"))
+        if wrong:
+            raise ValueError(
+                f"TopKReference.load: {os.fspath(path)}: {wrong}; make the cache anew with "
+                "`fasttax kl cache`"
+            )
         return TopKReference(
             tensors["tokens"], tensors["offsets"], tensors["logp"], tensors["ids"], metadata
         )
@@ -197,14 +210,14 @@ class TopKReference:
         row begins where `position_ids` (B or 1, T) do not go on by one.
         """
         B, T = input_ids.shape
-        real = torch.ones(B, T, dtype=torch.bool)
+        real = torch.ones(B, T, dtype=torch.bool, device="cpu")
         if attention_mask is not None:
             real = attention_mask.cpu() != 0
-        places = torch.arange(T).expand(B, T)
+        places = torch.arange(T, device="cpu").expand(B, T)
         if position_ids is not None and position_ids.dim() <= 2:
             places = position_ids.cpu().expand(B, T)
-        logp = torch.zeros(B, T - 1, self.k)
-        ids = torch.zeros(B, T - 1, self.k, dtype=torch.int64)
+        logp = self.logp.new_zeros(B, T - 1, self.k)
+        ids = torch.zeros(B, T - 1, self.k, dtype=torch.int64, device="cpu")
         for b, (row, mask) in enumerate(zip(input_ids.cpu(), real, strict=True)):
             where = mask.nonzero().flatten()
             begins = (places[b, where].diff() != 1).nonzero().flatten() + 1
@@ -214,3 +227,41 @@ class TopKReference:
                 found_logp, found_ids = self.lookup(row[part])
                 logp[b, part[:-1]], ids[b, part[:-1]] = found_logp, found_ids
         return logp.to(input_ids.device), ids.to(input_ids.device)
+
+
+def _wrong(tensors: Mapping[str, Tensor], vocabulary: Any) -> str:
+    """What is wrong with a cache's tensors, "" for nothing."""
+    lacking = [name for name in ("tokens", "offsets", "logp", "ids") if name not in tensors]
+    if lacking:
+        return f"expected tokens, offsets, logp and ids, got no {', '.join(lacking)}"
+    tokens, offsets = tensors["tokens"], tensors["offsets"]
+    logp, ids = tensors["logp"], tensors["ids"]
+    if not logp.is_floating_point() or any(t.is_floating_point() for t in (tokens, offsets, ids)):
+        return "expected logp as floats, and tokens, offsets and ids as integers"
+    shaped = tokens.dim() == offsets.dim() == 1 and logp.dim() == 2 and logp.shape == ids.shape
+    if not shaped or logp.shape[0] != tokens.numel() or not offsets.numel():
+        return "expected tokens (n,), offsets, and logp and ids (n, k)"
+    ends = offsets[0] == 0 and offsets[-1] == tokens.numel()
+    if not bool(ends) or bool((offsets.diff() < 1).any()):
+        return f"offsets: expected to rise from 0 to {tokens.numel()}"
+    rows = zip(logp.split(CHECKED), ids.split(CHECKED), strict=True)
+    wrong = (_wrong_rows(*some, vocabulary) for some in rows)
+    return next(filter(None, wrong), "")
+
+
+def _wrong_rows(logp: Tensor, ids: Tensor, vocabulary: Any) -> str:
+    """Of some rows; entries of log-prob -inf fill a row up and have no id."""
+    real = logp > -torch.inf
+    total = logp.double().exp().sum(-1)
+    if not bool((total <= 1 + ROUNDING).all()):  # NaN is not
+        return "logp: expected log-probs, of a row's probabilities at most 1 together, got others"
+    chosen = ids[real]
+    most = vocabulary if isinstance(vocabulary, int) else torch.iinfo(torch.int32).max
+    if bool(((chosen < 0) | (chosen >= most)).any()):
+        return f"ids: expected values in [0, {most}), got others"
+    # a filler of its own for each place, below every id
+    fillers = -1 - torch.arange(ids.shape[1], device="cpu").expand_as(ids)
+    ordered = torch.where(real, ids.long(), fillers).sort(-1).values
+    if bool((ordered.diff(dim=-1) == 0).any()):
+        return "ids: expected each once in a row, got one twice"
+    return ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fasttax._base import checks
-from fasttax.merge.checkpoints import Fishers, Weights, shortened, write
+from fasttax.merge.fishers import Fishers
+from fasttax.merge.models import Models
+from fasttax.merge.output import write
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 Fisher = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -56,17 +59,23 @@ def linear(
         aligned: any of these, of the same names and shapes.
         alpha: finite; 0 is base and 1 is aligned, to the bit. Values outside [0, 1] extrapolate.
         output: a new `.safetensors` file, or a new folder, which gets base's files of weights and
-            aligned's other files (config, tokenizer), so that transformers loads it. Written whole
-            or not at all.
+            aligned's other files (config, tokenizer; base's where aligned is no folder), so that
+            transformers loads it. Written whole or not at all.
         progress: a bar on a terminal.
 
+    Names may differ by what wrappers put into them (DDP's `module.`, torch.compile's `_orig_mod.`,
+    PEFT's `base_model.model.`), by transformers' own conversion between a checkpoint and the model
+    in memory (fused experts), or by a second name of a tied weight. Counters (0-d integers, as
+    batch norm's num_batches_tracked) are base's.
+
     Returns:
-        The weights by name, or with `output` its path. Each in base's dtype, computed in float32
-        (float64 for float64).
+        The weights by base's names, or with `output` its path. Each in base's dtype, computed in
+        float32 (float64 for float64); a folder's config.json says that dtype.
 
     Raises:
-        ValueError: names, shapes or kinds differ (all differences are listed); integer tensors have
-            different values.
+        ValueError: names, shapes or kinds differ (all differences are listed); other integer
+            tensors have different values; factors of adapters (LoRA) do, whose mean is no factor of
+            the mean update.
         FileExistsError: output is there already.
     """
     alpha = checks.number("merge.linear", "alpha", alpha)
@@ -78,16 +87,11 @@ def linear(
         wide = torch.promote_types(first.dtype, torch.float32)
         return ((1 - alpha) * first.to(wide) + alpha * second.to(wide)).to(first.dtype)
 
-    facts = {"merge": "linear", "alpha": alpha}
-    return _merge(
-        "merge.linear",
-        {"base": base, "aligned": aligned},
-        combine,
-        output,
-        facts,
-        others_of=1,
-        progress=progress,
-    )
+    op, facts = "merge.linear", {"merge": "linear", "alpha": alpha}
+    with closing(Models(op, {"base": base, "aligned": aligned})) as models:
+        if alpha not in (0, 1):
+            models.refuse_factors()
+        return _merge(models, combine, output, facts, others_of=1, progress=progress)
 
 
 @overload
@@ -130,7 +134,8 @@ def fisher_average(
         models: two or more, each as for `linear`.
         fishers: one for each model: a FisherEstimate, its file or sharded folder, or a mapping of
             name to tensor; finite and >= 0. "mean"-normalised estimates count models alike, "sum"
-            ones by their numbers of examples.
+            ones by their numbers of examples. Names may differ from the models' as for `linear`; a
+            tied weight is averaged once, under all of its names, by the Fisher of one.
         weights: one for each model, finite and > 0; 1 by default.
         missing: what to do with a floating-point tensor that some Fisher lacks: "error", or its
             plain weighted "mean".
@@ -142,27 +147,31 @@ def fisher_average(
         float32 (float64 for float64).
 
     Raises:
-        ValueError: the numbers of models, fishers and weights differ; names or shapes differ; a
-            Fisher is negative or not finite.
+        ValueError: the numbers of models, fishers and weights differ; names or shapes differ, as
+            for `linear`; a Fisher is negative or not finite, or its names are none of the models'.
         FileExistsError: output is there already.
     """
     op = "merge.fisher_average"
     checks.choice(op, "missing", missing, MISSING)
     shares = _shares(op, models, fishers, weights)
-    found = Fishers(op, fishers)
-
-    def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
-        wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        factors = [torch.full(tensors[0].shape, share, dtype=wide) for share in shares]
-        if name in found:
-            factors = _weighed(factors, found.of(name, tensors[0].shape))
-        total = sum(factor * t.to(wide) for factor, t in zip(factors, tensors, strict=True))
-        return torch.as_tensor(total / sum(factors)).to(tensors[0].dtype)
-
     named = {f"models[{k}]": model for k, model in enumerate(models)}
     facts = {"merge": "fisher_average", "weights": shares, "missing": missing}
-    check = None if missing == "mean" else found.check
-    return _merge(op, named, combine, output, facts, others_of=0, progress=progress, check=check)
+    with closing(Models(op, named)) as each:
+        each.refuse_factors()
+        with closing(Fishers(op, fishers, each, missing)) as found:
+
+            def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
+                wide = torch.promote_types(tensors[0].dtype, torch.float32)
+                shape = tensors[0].shape
+                factors = [torch.full(shape, x, dtype=wide, device="cpu") for x in shares]
+                if name in found:
+                    factors = _weighed(factors, found.of(name, shape))
+                total = torch.zeros(shape, dtype=wide, device="cpu")
+                for factor, t in zip(factors, tensors, strict=True):
+                    total += factor * t.to(wide)
+                return (total / torch.stack(factors).sum(0)).to(tensors[0].dtype)
+
+            return _merge(each, combine, output, facts, others_of=0, progress=progress)
 
 
 def _shares(
@@ -194,56 +203,44 @@ def _weighed(factors: Sequence[Tensor], fishers: Sequence[Tensor]) -> list[Tenso
 
 
 def _merge(
-    op: str,
-    models: Mapping[str, Model],
+    models: Models,
     combine: Combine,
     output: str | os.PathLike[str] | None,
     facts: Mapping[str, Any],
     *,
     others_of: int,
     progress: bool,
-    check: Callable[[Sequence[str]], None] | None = None,
 ) -> dict[str, Tensor] | Path:
     """The weights that `combine` makes, in memory or written.
 
     `facts` go into the metadata of what is written, with the other files of the model numbered
-    `others_of`; `check` sees the names of the floating-point tensors first.
+    `others_of`.
     """
-    weights = [Weights(op, argument, model) for argument, model in models.items()]
-    first, *rest = weights
-    _refuse_differences(op, first, rest)
-    if check is not None:
-        check([name for name, (dtype, _) in first.specs.items() if dtype.is_floating_point])
 
     def merged(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            tensors = [each[name] for each in weights]
+            tensors = models.tensors(name)
             if tensors[0].is_floating_point():
                 yield name, combine(name, tensors)
             else:
-                yield name, _the_same(op, name, tensors)
+                yield name, _the_same(models.op, name, tensors)
 
     with torch.no_grad():
         if output is None:
-            return dict(merged([*first]))
-        return write(op, output, first, merged, weights[others_of], facts, progress)
-
-
-def _refuse_differences(op: str, first: Weights, rest: Sequence[Weights]) -> None:
-    """An error that lists how the others' names, shapes and kinds of number differ."""
-    differences = [line for other in rest for line in first.differences(other)]
-    if differences:
-        arguments = " and ".join(each.argument for each in (first, *rest))
-        raise ValueError(
-            f"{op}: {arguments} are no weights of one architecture:\n  " + shortened(differences)
-        )
+            return dict(merged([*models.first]))
+        folders = [each for each in models.weights if each.folder is not None]
+        others = models.weights[others_of]
+        if others.folder is None and folders:
+            others = folders[0]
+        return write(models.op, output, models.first, merged, others, facts, progress)
 
 
 def _the_same(op: str, name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Integers, which must agree."""
-    if not all(torch.equal(tensors[0], t) for t in tensors[1:]):
+    """Integers, which must agree; a counter is the first model's."""
+    first = tensors[0]
+    if first.dim() and not all(torch.equal(first, t) for t in tensors[1:]):
         raise ValueError(
-            f"{op}: {name}: expected equal values, since {tensors[0].dtype} tensors have no "
-            "average, got different ones"
+            f"{op}: {name}: expected equal values, since {first.dtype} tensors have no average, "
+            "got different ones; convert them to floats, or give both models the same"
         )
-    return tensors[0].clone()
+    return first.clone()

@@ -64,7 +64,8 @@ def draw(measured: Measurements, law: PowerLaw | str, to: Any) -> None:
         xlabel="alignment gained (right is better)",
         ylabel="capability lost (reversed: up is better)",
     )
-    left.legend(frameon=False, fontsize=9)
+    for text in left.legend(frameon=False, fontsize=9).get_texts():
+        text.set_parse_math(False)  # a run's name is text, dollar signs and all
     if isinstance(law, PowerLaw):
         _plot_law(right, law)
     right.invert_yaxis()

@@ -327,6 +327,14 @@ def test_the_figure_leaves_pyplot_alone(tmp_path: Path) -> None:
     assert (plt.get_backend(), plt.get_fignums()) == (backend, open_figures)
 
 
+@pytest.mark.parametrize("run", ["$", "costs $5", "a$_{", "\\frac$", "$x^$"])
+def test_a_run_of_any_name_is_drawn_as_text(run: str, tmp_path: Path) -> None:
+    named = report()
+    named.add("more", {"mmlu": 0.6, "gsm8k": 0.38}, {"win rate": 0.4}, run=run, kl=1.0)
+    assert named.plot(tmp_path / "r.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "<img" in named.html(tmp_path / "r.html").read_text()
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"name": f"c{k}", "capability": 0.6 - 0.01 * k, "alignment": 0.1 * k, "kl": 0.3 * k}
