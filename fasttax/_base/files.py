@@ -46,9 +46,18 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         ValueError: it is damaged, of another kind, or holds squares that are none.
     """
     with opened(path, kind) as (file, metadata):
-        tensors = dict(file)
-    packed.check_squares(os.fspath(path), tensors)
-    return tensors, metadata
+        return checked(file), metadata
+
+
+def checked(file: mapped.TensorFile) -> dict[str, Tensor]:
+    """Every tensor of a file.
+
+    Raises:
+        ValueError: one is damaged, or of squares that are none.
+    """
+    tensors = dict(file)
+    packed.check_squares(os.fspath(file.path), tensors)
+    return tensors
 
 
 @contextlib.contextmanager

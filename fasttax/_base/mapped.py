@@ -289,11 +289,10 @@ class Mapped:
     Pages are read when they are touched, and the system may drop them at any time.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        with TensorFile(path) as file:
-            self._memory = file.mapping()
-            self._places = {name: file.place(name) for name in file}
-            self._specs = {name: file.spec(name) for name in file}
+    def __init__(self, file: TensorFile) -> None:
+        self._memory = file.mapping()
+        self._places = {name: file.place(name) for name in file}
+        self._specs = {name: file.spec(name) for name in file}
 
     def __contains__(self, name: str) -> bool:
         return name in self._places

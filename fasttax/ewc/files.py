@@ -125,7 +125,8 @@ def load(
 ) -> Hold:
     """The Hold of a file, on `model`; offload "as saved" takes the file's own."""
     op = "EWC.load"
-    tensors, metadata = files.read(path, "EWC")
+    with files.opened(path, "EWC") as (file, metadata):
+        tensors, in_file = files.checked(file), mapped.Mapped(file)
     facts = metadata.pop("ewc")
     parts = Parts.of(tensors)
     if not same_weights(weights_hash(parts.anchors.items()), facts["anchor_hash"]):
@@ -156,7 +157,7 @@ def load(
     _check_base(op, "path", facts.get("base_hash"), hold.lora)
     if offload == "cpu" and all(_lies_in_file(t) for t in plain):
         del tensors, parts
-        hold.store.adopt(mapped.Mapped(path), {t.name: t.theta for t in plain})
+        hold.store.adopt(in_file, {t.name: t.theta for t in plain})
     else:
         hold.store.put([_held(hold, t, parts) for t in plain])
     return hold

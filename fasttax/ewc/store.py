@@ -202,8 +202,9 @@ class Store:
         handle, path = tempfile.mkstemp(prefix="fasttax-ewc-", suffix=".safetensors")
         os.close(handle)
         try:
-            mapped.write_streamed(path, "EWC", specs, {}, tensors)
-            self.adopt(mapped.Mapped(path), params)
+            mapped.write_streamed(path, "EWC", specs, {}, tensors, lasting=False)
+            with mapped.TensorFile(path) as file:
+                self.adopt(mapped.Mapped(file), params)
         finally:
             os.unlink(path)  # the mapping keeps it
 

@@ -153,7 +153,8 @@ def test_streamed_files_are_safetensors_with_every_dtype(tmp_path: Path) -> None
         tensors.items(),
     )
     read = load_file(tmp_path / "t")
-    file = mapped.Mapped(tmp_path / "t")
+    with mapped.TensorFile(tmp_path / "t") as opened:
+        file = mapped.Mapped(opened)
     for name, t in tensors.items():
         assert torch.equal(read[name], t)
         assert torch.equal(file.tensor(name), t)
