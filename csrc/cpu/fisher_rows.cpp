@@ -1,7 +1,8 @@
 // bias_sqgrad, norm_sqgrad, embedding_sqgrad: one pass over the gradient rows, no per-example sums
 // in memory. Threads divide the columns, so that every sum has one order: deterministic, and the
 // same bits for any thread count.
-#include <numeric>
+#include <algorithm>
+#include <utility>
 
 #include "../call/float_type.h"
 
@@ -11,7 +12,8 @@
 namespace fasttax {
 namespace {
 
-// rows order[starts[r] .. starts[r + 1]) are summed, squared, and added to row to[r] of out
+// Rows order[starts[r] .. starts[r + 1]) are summed, squared, and added to row to[r] of out; the
+// runs of one row of out stand side by side.
 struct Runs {
   std::vector<int64_t> order, starts, to;
   std::vector<double> weights;
@@ -125,24 +127,31 @@ void embedding_sqgrad_(Tensor out, Tensor ids, Tensor grad_outputs, Tensor cu_se
   for (int64_t t = 0; t < R; ++t)
     FASTTAX_CHECK(id[t] >= 0 && id[t] < out.size(0), op, "ids: expected values in [0, ",
                   out.size(0), "), got ", id[t]);
+  // tokens by id, then as they come: a row of out has its examples side by side
+  std::vector<std::pair<int64_t, int64_t>> tokens;
+  tokens.reserve(size_t(R));
+  std::vector<int64_t> example(static_cast<size_t>(R));
+  for (size_t n = 0; n + 1 < bounds.size(); ++n)
+    for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t) {
+      example[size_t(t)] = int64_t(n);
+      if (id[t] != skip) tokens.emplace_back(id[t], t);
+    }
+  std::sort(tokens.begin(), tokens.end());
   Runs runs;
   runs.weighted = example_weight.has_value();
-  runs.order.resize(R);
-  std::iota(runs.order.begin(), runs.order.end(), int64_t(0));
-  for (size_t n = 0; n + 1 < bounds.size(); ++n) {
-    std::stable_sort(runs.order.begin() + bounds[n], runs.order.begin() + bounds[n + 1],
-                     [&](int64_t a, int64_t b) { return id[a] < id[b]; });
-    for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t)
-      if (t == bounds[n] || id[runs.order[t]] != id[runs.order[t - 1]]) {
-        runs.starts.push_back(t);
-        runs.to.push_back(id[runs.order[t]]);
-        runs.weights.push_back(id[runs.order[t]] == skip ? 0.0
-                               : weights.empty()         ? 1.0
-                                                         : weights[n]);
-      }
+  runs.order.reserve(tokens.size());
+  int64_t before = -1;
+  for (const auto& [word, t] : tokens) {
+    const int64_t n = example[size_t(t)];
+    if (runs.to.empty() || word != runs.to.back() || n != before) {
+      runs.starts.push_back(int64_t(runs.order.size()));
+      runs.to.push_back(word);
+      if (runs.weighted) runs.weights.push_back(weights[size_t(n)]);
+      before = n;
+    }
+    runs.order.push_back(t);
   }
-  runs.weighted = true;
-  runs.starts.push_back(R);
+  runs.starts.push_back(int64_t(runs.order.size()));
   square(op, runs, nullptr, grad_outputs, out);
 }
 

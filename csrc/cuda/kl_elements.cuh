@@ -228,7 +228,7 @@ struct KlDeviceFrame : KlFrame<DeviceMath> {
   __device__ __forceinline__ float ay2(float y) const { return (y - r.my) * s2; }
   __device__ __forceinline__ float ax(float x) const { return (x - r.mx) * k.row_scale; }
 
-  // x and y become the capped logits
+  // x and y become what cap() makes of them
   __device__ __forceinline__ void careful(float& x, float& y, float& ax_out, float& ay_out,
                                           float& d) const {
     if (k.plain) {
@@ -237,7 +237,7 @@ struct KlDeviceFrame : KlFrame<DeviceMath> {
       cap(x, y);
       place<FrameMode::kGeneral>(x, y, ax_out, d);
     }
-    ay_out = ay<FrameMode::kGeneral>(y);
+    ay_out = ay<FrameMode::kGeneral>(x, y);
   }
 };
 
