@@ -2,7 +2,6 @@
 // in memory. Threads divide the columns, so that every sum has one order: deterministic, and the
 // same bits for any thread count.
 #include <algorithm>
-#include <utility>
 
 #include "../call/float_type.h"
 
@@ -110,6 +109,20 @@ void norm_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_seql
   add_rows("norm_sqgrad_", out, &inputs, grad_outputs, cu_seqlens, example_weight);
 }
 
+// `order` by key[order[i]] in [0, keys), equal ones as they stand: 11 bits of the keys at a time.
+void sort_by(const int64_t* key, int64_t keys, std::vector<int64_t>& order) {
+  constexpr int kBits = 11;
+  std::vector<int64_t> sorted(order.size());
+  for (int shift = 0; shift < 63 && (keys - 1) >> shift > 0; shift += kBits) {
+    int64_t places[(1 << kBits) + 1] = {};
+    const auto digit = [&](int64_t t) { return (key[t] >> shift) & ((1 << kBits) - 1); };
+    for (const int64_t t : order) ++places[digit(t) + 1];
+    for (int i = 0; i < 1 << kBits; ++i) places[i + 1] += places[i];
+    for (const int64_t t : order) sorted[size_t(places[digit(t)]++)] = t;
+    order.swap(sorted);
+  }
+}
+
 // ids (R) int64; skip: an id whose row takes no gradient, or -1.
 void embedding_sqgrad_(Tensor out, Tensor ids, Tensor grad_outputs, Tensor cu_seqlens,
                        std::optional<Tensor> example_weight, int64_t skip) {
@@ -128,28 +141,22 @@ void embedding_sqgrad_(Tensor out, Tensor ids, Tensor grad_outputs, Tensor cu_se
     FASTTAX_CHECK(id[t] >= 0 && id[t] < out.size(0), op, "ids: expected values in [0, ",
                   out.size(0), "), got ", id[t]);
   // tokens by id, then as they come: a row of out has its examples side by side
-  std::vector<std::pair<int64_t, int64_t>> tokens;
-  tokens.reserve(size_t(R));
+  Runs runs;
+  runs.weighted = example_weight.has_value();
+  runs.order.reserve(size_t(R));
   std::vector<int64_t> example(static_cast<size_t>(R));
   for (size_t n = 0; n + 1 < bounds.size(); ++n)
     for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t) {
       example[size_t(t)] = int64_t(n);
-      if (id[t] != skip) tokens.emplace_back(id[t], t);
+      if (id[t] != skip) runs.order.push_back(t);
     }
-  std::sort(tokens.begin(), tokens.end());
-  Runs runs;
-  runs.weighted = example_weight.has_value();
-  runs.order.reserve(tokens.size());
-  int64_t before = -1;
-  for (const auto& [word, t] : tokens) {
-    const int64_t n = example[size_t(t)];
-    if (runs.to.empty() || word != runs.to.back() || n != before) {
-      runs.starts.push_back(int64_t(runs.order.size()));
-      runs.to.push_back(word);
-      if (runs.weighted) runs.weights.push_back(weights[size_t(n)]);
-      before = n;
-    }
-    runs.order.push_back(t);
+  sort_by(id, out.size(0), runs.order);
+  for (size_t i = 0; i < runs.order.size(); ++i) {
+    const int64_t t = runs.order[i], n = example[size_t(t)];
+    if (i > 0 && id[t] == runs.to.back() && n == example[size_t(runs.order[i - 1])]) continue;
+    runs.starts.push_back(int64_t(i));
+    runs.to.push_back(id[t]);
+    if (runs.weighted) runs.weights.push_back(weights[size_t(n)]);
   }
   runs.starts.push_back(int64_t(runs.order.size()));
   square(op, runs, nullptr, grad_outputs, out);

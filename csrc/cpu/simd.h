@@ -366,9 +366,9 @@ inline VF tanh(VF z) {
   const VF grown = fma(p * r, r, r);
   const VF power = as_float((as_int(shifted) - as_int(splat(kRound)) + 127) << 23);
   const VF e = fma(power, grown, power);
-  const VI small = e > 0.3f;
-  const VF part = (small ? fma(power, grown, power - 1.0f) : e + e) / (e + 1.0f);
-  const VF t = small ? part : part - 1.0f;
+  // each comparison where it chooses: one that is kept, GCC 12 takes apart lane by lane
+  const VF over = (e > 0.3f) ? fma(power, grown, power - 1.0f) : e + e;
+  const VF part = over / (e + 1.0f), t = (e > 0.3f) ? part : part - 1.0f;
   return as_float((as_int(t) & 0x7fffffff) | (as_int(z) & splat_i(int32_t(0x80000000))));
 }
 
@@ -385,6 +385,8 @@ struct VectorMath {
   static VF fma(VF a, VF b, VF c) { return FASTTAX_ISA_NS::fma(a, b, c); }
   static VF splat(float a) { return FASTTAX_ISA_NS::splat(a); }
   static VF only(bool b, VF v) { return as_float(as_int(v) & splat_i(b ? -1 : 0)); }
+  static VF if_lt(VF a, VF b, VF yes, VF no) { return (a < b) ? yes : no; }
+  static VF if_le(VF a, VF b, VF yes, VF no) { return (a <= b) ? yes : no; }
   static bool all_le(VF a, VF b) { return FASTTAX_ISA_NS::all_le(a, b); }
   static double total(VF a) { return sum(a); }
 };

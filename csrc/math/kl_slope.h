@@ -121,11 +121,11 @@ FASTTAX_HD KlSides<typename M::S> kl_log_mix(typename M::S u, typename M::R beta
   using R = typename M::R;
   const R other = R(1) - beta;
   const S e = M::exp(-M::abs(u));
-  const auto below = u < 0;
-  const S t = (e - R(1)) * (below ? constant<S>(other) : constant<S>(beta));
-  const S w = below ? beta + other * e : other + beta * e;
-  const S l = M::log(w) + (w > R(0.5) ? (t - (w - R(1))) / w : constant<S>(0));
-  return {below ? l - u : l, below ? l : l + u};
+  const S less = e - R(1);
+  const S zero = constant<S>(0), t = M::if_lt(u, zero, less * other, less * beta);
+  const S w = M::if_lt(u, zero, beta + other * e, other + beta * e);
+  const S l = M::log(w) + M::if_lt(constant<S>(0.5), w, (t - (w - R(1))) / w, zero);
+  return {M::if_lt(u, zero, l - u, l), M::if_lt(u, zero, l, l + u)};
 }
 
 // Jensen-Shannon, beta KL(q||m) + (1 - beta) KL(p||m); at beta 0 and 1 the mixture is one of the

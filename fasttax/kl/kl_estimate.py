@@ -72,10 +72,12 @@ def kl_estimate(
     ratio = torch.ones_like(logp)
     if old_logp is not None:
         ratio = _exp(reference.gap(logp, wide["old_logp"]), clip)
-    value = _weighed(ratio, _estimator(kind, r, clip))
+        # what has no weight counts nothing, nor does an infinite slope of it
+        r = torch.where(ratio == 0, 0.0, r)
+    value = ratio * _estimator(kind, r, clip)
     if grad == "reverse_kl":
         # finite, as is the log-prob that carries it: their product is no NaN
-        slope = _weighed(ratio, -r).detach().nan_to_num(nan=torch.nan)
+        slope = (ratio * -r).detach().nan_to_num(nan=torch.nan)
         through = torch.where(logp == -torch.inf, 0.0, logp)
         value = value.detach() + slope * (through - through.detach())
     return reduce(op, value, mask, weight, reduction)
@@ -93,11 +95,6 @@ def _estimator(kind: str, r: Tensor, clip: float) -> Tensor:
     top = math.exp(clip)
     beyond = (top - 1) * (r - clip) + (top - 1 - clip)
     return torch.where(small, near, torch.where(far, beyond, torch.exp(between) - 1 - between))
-
-
-def _weighed(ratio: Tensor, value: Tensor) -> Tensor:
-    """The product, and 0 where the ratio is, also of an infinite value and in the gradient."""
-    return ratio * torch.where(ratio == 0, 0.0, value)
 
 
 def _exp(x: Tensor, clip: float) -> Tensor:
