@@ -23,11 +23,9 @@ from fasttax.triton.rows import (
     TOO_HIGH,
     TRUSTED,
     bend,
-    bregman,
     divergence,
     first_frame,
     framed,
-    jensen_gap,
     load_pair,
     log1p,
     row_at,
@@ -38,6 +36,7 @@ from fasttax.triton.rows import (
     true_frame,
     zero,
 )
+from fasttax.triton.series import bregman, jensen_gap
 
 JSD, RENYI = tl.constexpr(reference.JSD), tl.constexpr(RENYI_KIND)
 MOST = tl.constexpr(3e38)  # a weight's log that float32 has no larger one of

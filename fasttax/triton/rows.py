@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax import reference
+from fasttax.triton.series import bregman, bregman_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -177,42 +178,6 @@ def store(first, step, numbers, COUNT: tl.constexpr):
 def zero(row, at, V):
     """Writes 0 at the entries `at` of a row."""
     tl.store(row + at, tl.zeros(at.shape, row.dtype.element_ty), mask=at < V)
-
-
-@triton.jit
-def bregman_pair(d):
-    """e^-d - 1 + d and e^d - 1 - d for |d| <= 1/4, by their even and odd parts."""
-    z = d * d
-    even = (z * (1.0 / 720) + 1.0 / 24) * z + 0.5
-    odd = ((z * (1.0 / 5040) + 1.0 / 120) * z + 1.0 / 6) * d
-    return z * (even - odd), z * (even + odd)
-
-
-@triton.jit
-def bregman(d):
-    """e^-d - 1 + d for |d| <= 1/4."""
-    p = tl.fma(d, -1.0 / 5040, 1.0 / 720)
-    p = tl.fma(p, d, -1.0 / 120)
-    p = tl.fma(p, d, 1.0 / 24)
-    p = tl.fma(p, d, -1.0 / 6)
-    p = tl.fma(p, d, 0.5)
-    return d * d * p
-
-
-@triton.jit
-def jensen_gap(t):
-    """g(t) = (1 + t) log1p(t) - t for |t| <= 1/4."""
-    p = t * (-1.0 / 132) + 1.0 / 110
-    p = p * -t + 1.0 / 90
-    p = p * -t + 1.0 / 72
-    p = p * -t + 1.0 / 56
-    p = p * -t + 1.0 / 42
-    p = p * -t + 1.0 / 30
-    p = p * -t + 1.0 / 20
-    p = p * -t + 1.0 / 12
-    p = p * -t + 1.0 / 6
-    p = p * -t + 0.5
-    return t * t * p
 
 
 @triton.jit

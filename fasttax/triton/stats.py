@@ -26,7 +26,6 @@ from fasttax.triton.rows import (
     TRUSTED,
     Params,
     bend,
-    bregman,
     divergence,
     first_frame,
     framed,
@@ -45,6 +44,7 @@ from fasttax.triton.rows import (
     with_layouts,
     zero,
 )
+from fasttax.triton.series import bregman
 
 
 @triton.jit

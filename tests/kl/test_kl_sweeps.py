@@ -52,7 +52,7 @@ ROWS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "flat": flat,
     "flat_low": lambda: flat(-102.0),
     "denormal": lambda: (torch.full((1, V), 1e-42), torch.linspace(0, 1e-40, V)[None]),
-    "random": lambda: tuple(torch.randn(2, 1, V).unbind(0)),  # type: ignore[return-value]
+    "random": lambda: (torch.randn(1, V), torch.randn(1, V)),
     "close": lambda: (torch.linspace(-4, 4, V)[None], torch.linspace(-4, 4.0001, V)[None]),
 }
 # added to the last entries of either row, beyond what the frame is primed from
