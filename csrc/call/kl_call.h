@@ -44,9 +44,10 @@ inline Call checked_call(const char* op, const Tensor& logits, const Tensor& ref
   }
   c.V = logits.size(logits.dim() - 1);
   FASTTAX_CHECK(c.V >= 1, op, "logits: the vocabulary (last dimension) is empty");
-  FASTTAX_CHECK(c.V == 1 || (logits.stride(logits.dim() - 1) == 1 &&
-                             ref_logits.stride(ref_logits.dim() - 1) == 1),
-                op, "logits and ref_logits: the last dimension must be contiguous");
+  FASTTAX_CHECK(
+      c.N == 0 || c.V == 1 ||
+          (logits.stride(logits.dim() - 1) == 1 && ref_logits.stride(ref_logits.dim() - 1) == 1),
+      op, "logits and ref_logits: the last dimension must be contiguous");
   FASTTAX_CHECK(logits.scalar_type() == ref_logits.scalar_type(), op,
                 "logits and ref_logits must have one dtype");
   FASTTAX_CHECK(options.kind >= 0 && options.kind < kKlKinds, op, "kind must be in 0..",

@@ -1,7 +1,7 @@
 // bias_sqgrad, norm_sqgrad, embedding_sqgrad: one pass over the gradient rows, no per-example sums
 // in memory. Threads divide the columns, so that every sum has one order: deterministic, and the
 // same bits for any thread count.
-#include <numeric>
+#include <algorithm>
 
 #include "../call/float_type.h"
 
@@ -11,7 +11,8 @@
 namespace fasttax {
 namespace {
 
-// rows order[starts[r] .. starts[r + 1]) are summed, squared, and added to row to[r] of out
+// Rows order[starts[r] .. starts[r + 1]) are summed, squared, and added to row to[r] of out; the
+// runs of one row of out stand side by side.
 struct Runs {
   std::vector<int64_t> order, starts, to;
   std::vector<double> weights;
@@ -108,6 +109,20 @@ void norm_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_seql
   add_rows("norm_sqgrad_", out, &inputs, grad_outputs, cu_seqlens, example_weight);
 }
 
+// `order` by key[order[i]] in [0, keys), equal ones as they stand: 11 bits of the keys at a time.
+void sort_by(const int64_t* key, int64_t keys, std::vector<int64_t>& order) {
+  constexpr int kBits = 11;
+  std::vector<int64_t> sorted(order.size());
+  for (int shift = 0; shift < 63 && (keys - 1) >> shift > 0; shift += kBits) {
+    int64_t places[(1 << kBits) + 1] = {};
+    const auto digit = [&](int64_t t) { return (key[t] >> shift) & ((1 << kBits) - 1); };
+    for (const int64_t t : order) ++places[digit(t) + 1];
+    for (int i = 0; i < 1 << kBits; ++i) places[i + 1] += places[i];
+    for (const int64_t t : order) sorted[size_t(places[digit(t)]++)] = t;
+    order.swap(sorted);
+  }
+}
+
 // ids (R) int64; skip: an id whose row takes no gradient, or -1.
 void embedding_sqgrad_(Tensor out, Tensor ids, Tensor grad_outputs, Tensor cu_seqlens,
                        std::optional<Tensor> example_weight, int64_t skip) {
@@ -125,24 +140,25 @@ void embedding_sqgrad_(Tensor out, Tensor ids, Tensor grad_outputs, Tensor cu_se
   for (int64_t t = 0; t < R; ++t)
     FASTTAX_CHECK(id[t] >= 0 && id[t] < out.size(0), op, "ids: expected values in [0, ",
                   out.size(0), "), got ", id[t]);
+  // tokens by id, then as they come: a row of out has its examples side by side
   Runs runs;
   runs.weighted = example_weight.has_value();
-  runs.order.resize(R);
-  std::iota(runs.order.begin(), runs.order.end(), int64_t(0));
-  for (size_t n = 0; n + 1 < bounds.size(); ++n) {
-    std::stable_sort(runs.order.begin() + bounds[n], runs.order.begin() + bounds[n + 1],
-                     [&](int64_t a, int64_t b) { return id[a] < id[b]; });
-    for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t)
-      if (t == bounds[n] || id[runs.order[t]] != id[runs.order[t - 1]]) {
-        runs.starts.push_back(t);
-        runs.to.push_back(id[runs.order[t]]);
-        runs.weights.push_back(id[runs.order[t]] == skip ? 0.0
-                               : weights.empty()         ? 1.0
-                                                         : weights[n]);
-      }
+  runs.order.reserve(size_t(R));
+  std::vector<int64_t> example(static_cast<size_t>(R));
+  for (size_t n = 0; n + 1 < bounds.size(); ++n)
+    for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t) {
+      example[size_t(t)] = int64_t(n);
+      if (id[t] != skip) runs.order.push_back(t);
+    }
+  sort_by(id, out.size(0), runs.order);
+  for (size_t i = 0; i < runs.order.size(); ++i) {
+    const int64_t t = runs.order[i], n = example[size_t(t)];
+    if (i > 0 && id[t] == runs.to.back() && n == example[size_t(runs.order[i - 1])]) continue;
+    runs.starts.push_back(int64_t(i));
+    runs.to.push_back(id[t]);
+    if (runs.weighted) runs.weights.push_back(weights[size_t(n)]);
   }
-  runs.weighted = true;
-  runs.starts.push_back(R);
+  runs.starts.push_back(int64_t(runs.order.size()));
   square(op, runs, nullptr, grad_outputs, out);
 }
 

@@ -31,7 +31,7 @@ struct DoubleFrame : KlFrame<DoubleMath> {
       cap(z.x, z.y);
       place<FrameMode::kGeneral>(z.x, z.y, z.ax, z.d);
     }
-    z.ay = ay<FrameMode::kGeneral>(z.y);
+    z.ay = ay<FrameMode::kGeneral>(z.x, z.y);
     return z;
   }
 };
@@ -55,7 +55,7 @@ inline DoubleRow double_frame(const double* x, const double* y, int64_t V, const
     double a = x[i], b = y[i];
     frame.cap(a, b);
     row.mx = std::max(row.mx, a);
-    row.my = std::max(row.my, b);
+    row.my = std::max(row.my, kl_capped_y(a, b, k));
   }
   return row;
 }

@@ -15,10 +15,10 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
   const KlRow& r = frame.r;
   const KlLogs<float> logs(r);
   KlThree<VF> part = F::template none<VF>();
-  for_vectors(x, y, n, [&](VF xv, VF yv) {
+  for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
     VF ax, d;
     frame(xv, yv, ax, d);
-    const VF ay = frame.ay(yv);
+    const VF ay = frame.ay(xv, yv);
     const KlEntry<VF> entry{exp(ax) * r.inv_s, exp(ay) * r.inv_s_ref, d - r.log_ratio, ax + logs.x,
                             ay + logs.y};
     F::template join<VectorMath>(part, F::template terms<VectorMath>(entry, frame.k.beta));
@@ -54,13 +54,13 @@ inline float kl_row_forward(const RowPair& rows, int64_t V, const KlParams& k, K
   primed_maxima(rows, V, k, r);
   bool careful = false, exact_frame = false;
   if constexpr (two_sweeps) careful = KlFormula<kind>::kCareful;
-  Sums t = sweep_row<want>(rows, V, k, r, careful);
+  Sums t;
   double value = 0;
-  for (;;) {
+  for (int sweeps = 0; sweeps < kMostSweeps; ++sweeps) {
+    t = sweep_row<want>(rows, V, k, r, careful);
     if (t.top > kFrameSlack && !exact_frame) {
       exact_frame = true;
       maxima(rows, V, k, r);
-      t = sweep_row<want>(rows, V, k, r, careful);
       continue;
     }
     const Divergence v = divergence(t, want != kWantRefPolicy);
@@ -69,12 +69,10 @@ inline float kl_row_forward(const RowPair& rows, int64_t V, const KlParams& k, K
     r.mean_gap = float(v.gap);
     if (!careful && (two_sweeps ? !(t.s > 0 && t.y > 0) : !t.trusted(value))) {
       careful = true;
-      t = sweep_row<want>(rows, V, k, r, careful);
       continue;
     }
     if (two_sweeps || r.shift != 0 || !v.recentre()) break;
     r.shift = float(v.gap);
-    t = sweep_row<want>(rows, V, k, r, careful);
   }
   r.inv_s = float(1 / t.s);
   r.inv_s_ref = float(1 / t.y);
@@ -106,8 +104,8 @@ struct KlSlope {
     // not of one where p and q meet a third exponential
     const auto e_to = [](VF z) { return kl_two_sweeps(kind) ? exp(z) : exp_flushed(z); };
     const VF p = e_to(ax) * r.inv_s;
-    const auto q_of = [&] { return e_to(frame.ay(yv)) * r.inv_s_ref; };
-    const auto logs_of = [&] { return KlSides<VF>{ax + logs.x, frame.ay(yv) + logs.y}; };
+    const auto q_of = [&] { return e_to(frame.ay(xv, yv)) * r.inv_s_ref; };
+    const auto logs_of = [&] { return KlSides<VF>{ax + logs.x, frame.ay(xv, yv) + logs.y}; };
     KlSides<VF> out = kl_slope<kind, VectorMath, sides == kBothSides>(p, d, close, q_of, logs_of, r,
                                                                       frame.k.beta);
     out.x *= gx;

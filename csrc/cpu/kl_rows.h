@@ -18,7 +18,7 @@ template <FrameMode mode>
 struct Frame : KlFrame<VectorMath, KlParams> {
   using KlFrame::KlFrame;
   void operator()(VF x, VF y, VF& ax, VF& d) const { KlFrame::place<mode>(x, y, ax, d); }
-  VF ay(VF y) const { return KlFrame::ay<mode>(y); }
+  VF ay(VF x, VF y) const { return KlFrame::ay<mode>(x, y); }
 };
 
 // A token's two rows. Kernels read float32 and bfloat16 as they lie; float16, and what a softcap or
@@ -88,12 +88,13 @@ inline void for_chunks(const RowPair& rows, const KlParams& k, int64_t end, F&& 
   }
 }
 
-// f(x, y) for each vector of n entries; a partial one is filled with -inf.
+// f(x, y) for each vector of n entries; a partial one is filled with no entries: -inf, and for y
+// what its frame says.
 template <class T, class F>
-inline void for_vectors(const T* x, const T* y, int64_t n, F&& f) {
+inline void for_vectors(const T* x, const T* y, int64_t n, float y_filler, F&& f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) f(load(x + i), load(y + i));
-  if (i < n) f(load(x + i, n - i, -kInf), load(y + i, n - i, -kInf));
+  if (i < n) f(load(x + i, n - i, -kInf), load(y + i, n - i, y_filler));
 }
 
 // One entry of a row pair, in every lane, as a kernel of the general frame reads it.
@@ -183,11 +184,12 @@ inline void write_gradients(const RowPair& rows, int64_t V, const KlParams& k, v
 }
 
 inline void maxima(const RowPair& rows, int64_t end, const KlParams& k, KlRow& r) {
+  const float filler = KlFrame<VectorMath>(k, KlRow{}).y_filler();
   VF mx = splat(-kInf), my = splat(-kInf);
   for_chunks<FrameMode::kShared>(rows, k, end, [&](auto* x, auto* y, int64_t n) {
-    for_vectors(x, y, n, [&](VF xv, VF yv) {
+    for_vectors(x, y, n, filler, [&](VF xv, VF yv) {
       mx = max_keep_nan(xv, mx);  // a NaN is passed over here and reaches the sums through exp
-      my = max_keep_nan(yv, my);
+      my = max_keep_nan(kl_capped_y(xv, yv, k), my);
     });
     return true;
   });

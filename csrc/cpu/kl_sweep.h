@@ -23,7 +23,7 @@ struct Sums : KlSums {
     if (off_peak > kDominated * around && highest <= kFrameSlack) {
       VF peak = splat(-kInf), peaks{};
       const auto each = [&](auto f) {
-        for_vectors(x, y, n, [&](VF xv, VF yv) {
+        for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
           VF ax, d;
           frame(xv, yv, ax, d);
           f(ax);
@@ -59,9 +59,10 @@ inline void sweep_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& fr
     near.add(ex, d);
     if (entropy) moment = fma(ex, ax, moment);
   };
-  const auto plain = [&](VF ax, VF d) {
+  // ay by itself: from ax and d it has the rounding of ax, large where y peaks
+  const auto plain = [&](VF ax, VF ay, VF d) {
     const VF ex = exp_flushed(ax);
-    far.add(ex, exp_flushed(ax - d), d);
+    far.add(ex, exp_flushed(ay), d);
     if (entropy) moment = fma(ex, ax, moment);
   };
   const auto mix = [&](VF ax, VF ay, VF d) {
@@ -89,21 +90,22 @@ inline void sweep_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& fr
       for (int j = 0; j < 4; ++j) alike(ax[j], d[j]);
     } else if (careful) {
       for (int j = 0; j < 4; ++j) {
-        const VF ay = frame.ay(yv[j]);
+        const VF ay = frame.ay(xv[j], yv[j]);
         top = max_keep_nan(ay, top);
         mix(ax[j], ay, d[j]);
       }
     } else {
-      for (int j = 0; j < 4; ++j) plain(ax[j], d[j]);
-      const VF ay = max_keep_nan(max_keep_nan(ax[0] - d[0], ax[1] - d[1]),
-                                 max_keep_nan(ax[2] - d[2], ax[3] - d[3]));
-      top = max_keep_nan(ay, top);
+      VF ay[4];
+      for (int j = 0; j < 4; ++j) ay[j] = frame.ay(xv[j], yv[j]);
+      for (int j = 0; j < 4; ++j) plain(ax[j], ay[j], d[j]);
+      const VF high = max_keep_nan(max_keep_nan(ay[0], ay[1]), max_keep_nan(ay[2], ay[3]));
+      top = max_keep_nan(high, top);
     }
   }
-  for_vectors(x + i, y + i, n - i, [&](VF xv, VF yv) {
+  for_vectors(x + i, y + i, n - i, frame.y_filler(), [&](VF xv, VF yv) {
     VF ax, d;
     frame(xv, yv, ax, d);
-    const VF ay = frame.ay(yv);
+    const VF ay = frame.ay(xv, yv);
     top = max_keep_nan(max_keep_nan(ax, ay), top);
     mix(ax, ay, d);
   });

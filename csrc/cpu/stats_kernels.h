@@ -58,13 +58,13 @@ inline void stats_forward(FloatType type, const void* x, const void* y, int64_t 
   const RowPair rows(type, x, y ? y : x, k);
   primed_maxima(rows, V, k, r);
   bool careful = false, exact_frame = false;
-  Sums t = stats_sweep(rows, y != nullptr, V, k, r, careful);
+  Sums t;
   Divergence forwards, backwards;
-  for (;;) {
+  for (int sweeps = 0; sweeps < kMostSweeps; ++sweeps) {
+    t = stats_sweep(rows, y != nullptr, V, k, r, careful);
     if (t.top > kFrameSlack && !exact_frame) {
       exact_frame = true;
       maxima(rows, V, k, r);
-      t = stats_sweep(rows, y != nullptr, V, k, r, careful);
       continue;
     }
     if (y) {
@@ -75,7 +75,6 @@ inline void stats_forward(FloatType type, const void* x, const void* y, int64_t 
         t.moment == t.moment && (!y || (t.trusted(forwards.value) && t.trusted(backwards.value)));
     if (careful || trusted) break;
     careful = true;
-    t = stats_sweep(rows, y != nullptr, V, k, r, careful);
   }
   const double mass = t.mass, mean = t.moment / t.mass,
                entropy = std::max(0.0, std::log(mass) - mean);
@@ -101,7 +100,7 @@ inline void stats_forward(FloatType type, const void* x, const void* y, int64_t 
     VF framed, d;
     frame(z.x, z.y, framed, d);
     ax = double(framed[0]);
-    ay = double(frame.ay(z.y)[0]);
+    ay = double(frame.ay(z.x, z.y)[0]);
   }
   const bool same = forwards.value == 0 && forwards.log_ratio == 0;  // equal rows get equal bits
   const double logp = ax - std::log(mass), ref_logp = ay - std::log(same ? mass : t.y);
@@ -137,7 +136,7 @@ struct StatsVector {
                                                                bool at_id = false) const {
     VF ax, d;
     frame(xv, yv, ax, d);
-    const auto q_of = [&] { return exp_flushed(frame.ay(yv)) * frame.r.inv_s_ref; };
+    const auto q_of = [&] { return exp_flushed(frame.ay(xv, yv)) * frame.r.inv_s_ref; };
     const VF p = exp_flushed(ax) * frame.r.inv_s;
     KlSides<VF> out =
         slope.template at<true, sides == kBothSides>(p, ax, d, close, q_of, kBackwards, at_id);

@@ -39,6 +39,8 @@ struct DeviceMath {
   FASTTAX_HD static float fma(float a, float b, float c) { return fmaf(a, b, c); }
   FASTTAX_HD static float splat(float a) { return a; }
   FASTTAX_HD static float only(bool b, float a) { return b ? a : 0.0f; }
+  FASTTAX_HD static float if_lt(float a, float b, float yes, float no) { return a < b ? yes : no; }
+  FASTTAX_HD static float if_le(float a, float b, float yes, float no) { return a <= b ? yes : no; }
   FASTTAX_HD static bool all_le(float a, float b) { return a <= b; }
   FASTTAX_HD static double total(float a) { return double(a); }
 };
@@ -228,7 +230,7 @@ struct KlDeviceFrame : KlFrame<DeviceMath> {
   __device__ __forceinline__ float ay2(float y) const { return (y - r.my) * s2; }
   __device__ __forceinline__ float ax(float x) const { return (x - r.mx) * k.row_scale; }
 
-  // x and y become the capped logits
+  // x and y become what cap() makes of them
   __device__ __forceinline__ void careful(float& x, float& y, float& ax_out, float& ay_out,
                                           float& d) const {
     if (k.plain) {
@@ -237,7 +239,7 @@ struct KlDeviceFrame : KlFrame<DeviceMath> {
       cap(x, y);
       place<FrameMode::kGeneral>(x, y, ax_out, d);
     }
-    ay_out = ay<FrameMode::kGeneral>(y);
+    ay_out = ay<FrameMode::kGeneral>(x, y);
   }
 };
 

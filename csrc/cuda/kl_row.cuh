@@ -79,7 +79,7 @@ __device__ void kl_block_maxima(const Source& row, const KlParams& k, int64_t be
     float x = row.x_one(i), y = kl_has_ref(op) ? row.y_one(i) : x;
     if (!k.plain) frame.cap(x, y);
     mx = fmaxf(mx, x);
-    my = fmaxf(my, y);
+    my = fmaxf(my, kl_capped_y(x, y, k));
   }
 #pragma unroll
   for (int bit = 16; bit > 0; bit /= 2) {
@@ -225,7 +225,8 @@ __device__ bool kl_row_sums(const Prime& prime, const Source& row, const KlArgs&
     if (threadIdx.x == 0) sh.state.exact = true;
   }
   if (threadIdx.x == 0) kl_new_frame(sh, sh.own_max[0], sh.own_max[1]);
-  for (bool shared = ticket != nullptr;;) {
+  bool shared = ticket != nullptr;
+  for (int sweeps = 0; sweeps < kMostSweeps; ++sweeps) {
     __syncthreads();
     const KlDeviceFrame frame(a.k, sh.state.r);
     const bool careful = sh.state.careful || (KlParts<op>::kPair ? !frame.fast : a.k.cap > 0);
@@ -253,6 +254,7 @@ __device__ bool kl_row_sums(const Prime& prime, const Source& row, const KlArgs&
       kl_exact_frame<kCluster>(team, sh);
     }
   }
+  return true;
 }
 
 }  // namespace fasttax

@@ -19,6 +19,12 @@ struct DoubleMath {
   FASTTAX_HD static double fma(double a, double b, double c) { return a * b + c; }
   FASTTAX_HD static double splat(double a) { return a; }
   FASTTAX_HD static double only(bool b, double a) { return b ? a : 0.0; }
+  FASTTAX_HD static double if_lt(double a, double b, double yes, double no) {
+    return a < b ? yes : no;
+  }
+  FASTTAX_HD static double if_le(double a, double b, double yes, double no) {
+    return a <= b ? yes : no;
+  }
   FASTTAX_HD static bool all_le(double a, double b) { return a <= b; }
   FASTTAX_HD static double total(double a) { return a; }
 };

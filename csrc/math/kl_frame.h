@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "kl_kinds.h"
 #include "macros.h"
@@ -22,6 +23,8 @@ struct KlParamsOf {
   KlKind kind;
   bool plain;     // same scale on both rows, no softcap, no inf mask: the fast frame
   bool inf_mask;  // drop entries where either row is -inf
+  // one scale, softcap and temperature on both rows: their capped difference keeps digits (cap())
+  bool joint_cap;
   R beta;
   R scale, ref_scale;          // inside the softcap
   R cap, ref_cap;              // 0: none
@@ -44,6 +47,8 @@ KlParamsOf<R> kl_params(const KlOptions& x) {
   k.ref_row_slope = R(x.ref_scale * x.ref_inv_temperature);
   k.row_scale = x.softcap > 0 ? R(x.inv_temperature) : k.row_slope;
   k.ref_row_scale = x.ref_softcap > 0 ? R(x.ref_inv_temperature) : k.ref_row_slope;
+  k.joint_cap = !std::is_same<R, double>::value && k.cap > 0 && k.cap == k.ref_cap &&
+                k.scale == k.ref_scale && k.row_scale == k.ref_row_scale;
   k.plain = !k.inf_mask && k.cap == 0 && k.ref_cap == 0 && k.row_scale == k.ref_row_scale;
   return k;
 }
@@ -67,12 +72,29 @@ FASTTAX_HD typename M::S kl_capped(typename M::S raw, typename M::R scale, typen
   return M::tanh(raw * (scale / cap)) * cap;
 }
 
+// Up to which gap of the tanhs' arguments their difference is by the series: 0.1^6 * 17/315 < 6e-8.
+constexpr float kCapGap = 0.1f;
+
+// tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b), of `delta` = a - b within kCapGap.
+template <class S>
+FASTTAX_HD S kl_tanh_gap(S delta, S tanh_a, S tanh_b) {
+  const S z = delta * delta;
+  const S series = (z * constant<S>(2.0 / 15) + constant<S>(-1.0 / 3)) * z * delta + delta;
+  return series * (constant<S>(1) - tanh_a * tanh_b);
+}
+
 // d capped / d raw, over the scale: 1 - tanh^2, from the capped logits, which may be -inf.
 template <class M>
 FASTTAX_HD typename M::S kl_bend(typename M::S capped, typename M::R cap) {
   using R = typename M::R;
   const typename M::S t = capped * (R(1) / cap), bend = R(1) - t * t;
   return bend > 0 ? bend : constant<typename M::S>(0);
+}
+
+// The reference's capped logits, of what cap() left of both rows.
+template <class S, class R>
+FASTTAX_HD S kl_capped_y(S x, S y, const KlParamsOf<R>& k) {
+  return k.joint_cap ? x - y : y;
 }
 
 // How a row pair's logits become ax and d. kUnit: one scale of 1 on both rows, no recentring, the
@@ -107,16 +129,27 @@ struct KlFrame {
     return k.plain && k.row_scale == 1 && row.shift == 0 && alike(row);
   }
 
-  // What the softcaps and the inf mask make of raw logits.
+  // What the softcaps and the inf mask make of raw logits. Under a joint cap y becomes the capped
+  // rows' difference: rounded at 30 each, two capped logits leave 1e-3 of one that is 1e-3.
   FASTTAX_HD void cap(S& x, S& y) const {
-    const S none = constant<S>(-HUGE_VAL);
-    const auto gone = (x == none) | (y == none);
-    if (k.cap > 0) x = kl_capped<M>(x, k.scale, k.cap);
-    if (k.ref_cap > 0) y = kl_capped<M>(y, k.ref_scale, k.ref_cap);
+    const S none = M::splat(-R(HUGE_VAL)), raw_x = x, raw_y = y;
+    if (k.joint_cap) {
+      const R inside = k.scale / k.cap;
+      const S delta = (x - y) * inside, a = M::tanh(x * inside), b = M::tanh(y * inside);
+      x = a * k.cap;
+      y = M::if_le(M::abs(delta), constant<S>(kCapGap), kl_tanh_gap(delta, a, b) * k.cap,
+                   x - b * k.cap);
+    } else {
+      if (k.cap > 0) x = kl_capped<M>(x, k.scale, k.cap);
+      if (k.ref_cap > 0) y = kl_capped<M>(y, k.ref_scale, k.ref_cap);
+    }
     if (!k.inf_mask) return;
-    x = gone ? none : x;
-    y = gone ? none : y;
+    const S filler = M::splat(y_filler());
+    x = M::if_le(raw_x, none, none, M::if_le(raw_y, none, none, x));
+    y = M::if_le(raw_x, none, filler, M::if_le(raw_y, none, filler, y));
   }
+  // With an x of -inf: no entry on either side.
+  FASTTAX_HD R y_filler() const { return k.joint_cap ? R(0) : -R(HUGE_VAL); }
 
   // ax and d of logits that have been through cap() where the mode is general.
   template <FrameMode mode>
@@ -129,12 +162,14 @@ struct KlFrame {
     ax *= k.row_scale;
     if constexpr (mode == FrameMode::kShared)
       d = (((x - ox) - (y - oy)) - c) * k.row_scale - r.shift;
-    else d = ax - ay<mode>(y);
+    else if (k.joint_cap && alike(r)) d = (y - c) * k.row_scale - r.shift;
+    else d = ax - ay<mode>(x, y);
   }
 
   // ax - d, also where one of the rows is -inf and d is no number.
   template <FrameMode mode>
-  FASTTAX_HD S ay(S y) const {
+  FASTTAX_HD S ay(S x, S y) const {
+    if constexpr (mode == FrameMode::kGeneral) y = kl_capped_y(x, y, k);
     const S centred = y - r.my;
     if constexpr (mode == FrameMode::kUnit) return centred;
     return centred * (mode == FrameMode::kShared ? k.row_scale : k.ref_row_scale) + r.shift;

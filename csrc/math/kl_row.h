@@ -11,6 +11,10 @@ namespace fasttax {
 // How far above its frame an entry may stand: e^20 V is far below float's range, and exp is exact
 // enough.
 constexpr float kFrameSlack = 20.0f;
+// How often a row's sums are taken at most: again carefully, again around its true maxima, and
+// moved onto the mean gap before and after that. Every loop over sweeps ends with this count,
+// whatever the row holds.
+constexpr int kMostSweeps = 5;
 // A plain sum is good to about 1e-7 of its mass: 1e-5 of a KL this large.
 constexpr double kTrusted = 1e-2;
 // The mean of ax over some entries, above which the highest of them dominates them.

@@ -112,17 +112,20 @@ struct KlAdded {
   }
 };
 
-// log(m/p) of the mixture m = (1 - beta) p + beta q, without overflow on either side. Where q is
-// the smaller, log1p by Kahan's correction: one logarithm for both.
+// log(m/p) and log(m/q) of the mixture m = (1 - beta) p + beta q, each from log w = log(m / the
+// larger of p and q) in (log(1/2), 0] or below, so that no large u cancels. Near 1 by Kahan's
+// correction of log1p: one logarithm for all.
 template <class M>
-FASTTAX_HD typename M::S kl_log_mix(typename M::S u, typename M::R beta) {
+FASTTAX_HD KlSides<typename M::S> kl_log_mix(typename M::S u, typename M::R beta) {
   using S = typename M::S;
   using R = typename M::R;
-  const S e = M::exp(-M::abs(u)), t = (e - R(1)) * beta;
-  const auto below = u < 0;
-  const S w = below ? beta + (R(1) - beta) * e : t + R(1);
-  const S l = M::log(w);
-  return below ? l - u : l + (t - (w - R(1))) / w;
+  const R other = R(1) - beta;
+  const S e = M::exp(-M::abs(u));
+  const S less = e - R(1);
+  const S zero = constant<S>(0), t = M::if_lt(u, zero, less * other, less * beta);
+  const S w = M::if_lt(u, zero, beta + other * e, other + beta * e);
+  const S l = M::log(w) + M::if_lt(constant<S>(0.5), w, (t - (w - R(1))) / w, zero);
+  return {M::if_lt(u, zero, l - u, l), M::if_lt(u, zero, l, l + u)};
 }
 
 // Jensen-Shannon, beta KL(q||m) + (1 - beta) KL(p||m); at beta 0 and 1 the mixture is one of the
@@ -135,21 +138,14 @@ struct KlFormula<KlKind::kJsd> : KlAdded {
     return beta == 0 || beta == 1;
   }
 
-  // log q - log m, also where p is 0 and u is -inf.
-  template <class M>
-  FASTTAX_HD static typename M::S q_over_m(typename M::S p, typename M::S u, typename M::S l,
-                                           typename M::R beta) {
-    return p == 0 ? M::splat(-std::log(beta)) : -u - l;
-  }
-
   template <class M>
   FASTTAX_HD static KlThree<typename M::S> terms(const KlEntry<typename M::S>& entry,
                                                  typename M::R beta) {
     using S = typename M::S;
     using R = typename M::R;
     const S p = entry.p, q = entry.q, u = entry.u;
-    const S l = kl_log_mix<M>(u, beta);
-    const S p_part = times(p, -l), q_part = times(q, q_over_m<M>(p, u, l, beta));
+    const KlSides<S> mix = kl_log_mix<M>(u, beta);
+    const S p_part = -times(p, mix.x), q_part = -times(q, mix.y);
     const S eps = kl_rest(u);
     const S near = p * (beta * jsd_g_near(eps) - jsd_g_near(S(beta * eps)));
     const S apart = beta * q_part + (R(1) - beta) * p_part;
@@ -166,9 +162,9 @@ struct KlFormula<KlKind::kJsd> : KlAdded {
                                                  const KlRowOf<typename M::R>& row,
                                                  typename M::R beta) {
     using R = typename M::R;
-    const typename M::S p = entry.p, q = entry.q, u = entry.u, l = kl_log_mix<M>(u, beta);
-    return {times(p, (R(1) - beta) * (-l - row.mean_gap)),
-            times(q, beta * (q_over_m<M>(p, u, l, beta) - row.ref_center))};
+    const KlSides<typename M::S> mix = kl_log_mix<M>(entry.u, beta);
+    return {times(entry.p, (beta - R(1)) * (mix.x + row.mean_gap)),
+            times(entry.q, -beta * (mix.y + row.ref_center))};
   }
 };
 
@@ -291,12 +287,12 @@ FASTTAX_HD KlSides<typename M::S> kl_slope(typename M::S p, typename M::S d, boo
 }
 
 // From the tempered logits' gradient to the raw ones', but for the softcaps' scales; x and y are
-// the capped logits.
+// what KlFrame::cap() left.
 template <class M>
 FASTTAX_HD void kl_uncap(KlSides<typename M::S>& d, typename M::S x, typename M::S y,
                          const KlParamsOf<typename M::R>& k) {
   if (k.cap > 0) d.x *= kl_bend<M>(x, k.cap);
-  if (k.ref_cap > 0) d.y *= kl_bend<M>(y, k.ref_cap);
+  if (k.ref_cap > 0) d.y *= kl_bend<M>(kl_capped_y(x, y, k), k.ref_cap);
 }
 
 }  // namespace fasttax

@@ -16,6 +16,9 @@
 //   exp log log1p tanh abs fma
 //   splat(r)        a number in every lane
 //   only(bool, a)   a or 0, without a branch
+//   if_lt(a, b, yes, no), if_le    a choice by each lane's a < b, a <= b. Written out here, outside
+//   an
+//                   instruction set's own code, GCC 12 would take it apart lane by lane
 //   all_le(a, b)    whether a <= b in every lane
 //   total(a)        the lanes' sum, in double
 namespace fasttax {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttax._base.modes import compiling, transforming
+from fasttax._base.modes import compiling, has_tangent, transforming
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -37,11 +38,21 @@ def fail(
     return error("; ".join(part for part in (message, way_out) if part))
 
 
-def tensor(op: str, argument: str, value: Any, dtypes: Iterable[torch.dtype] = FLOATS) -> Tensor:
-    """`value`, which must be a tensor of one of the dtypes.
+def tensor(
+    op: str,
+    argument: str,
+    value: Any,
+    dtypes: Iterable[torch.dtype] = FLOATS,
+    *,
+    forward_mode: bool = False,
+) -> Tensor:
+    """`value`, which must be a tensor of one of the dtypes that lies in memory by strides.
+
+    `forward_mode`: the op is made of torch's own, which carry a forward-mode derivative along.
 
     Raises:
-        TypeError: it is not.
+        TypeError: it is not (a sparse tensor, one in MKL-DNN's layout).
+        NotImplementedError: it has a forward-mode derivative, which the op's kernels would drop.
     """
     if not isinstance(value, Tensor):
         raise fail(op, argument, "a torch.Tensor", value, error=TypeError)
@@ -52,10 +63,55 @@ def tensor(op: str, argument: str, value: Any, dtypes: Iterable[torch.dtype] = F
             argument,
             f"a tensor of dtype {names}",
             value,
-            f"convert it with {argument}.to(...)",
+            _to_convert(argument, value),
             TypeError,
         )
+    dense(op, argument, value)
+    if not forward_mode:
+        no_tangent(op, argument, value)
     return value
+
+
+def dense(op: str, argument: str, value: Tensor) -> None:
+    """`value` must lie in memory by strides, as kernels read it.
+
+    Raises:
+        TypeError: it is sparse, or in MKL-DNN's layout.
+    """
+    if value.layout != torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
+        raise fail(
+            op,
+            argument,
+            "a dense tensor",
+            f"one of layout {layout}",
+            f"convert it with {argument}.to_dense()",
+            TypeError,
+        )
+
+
+def _to_convert(argument: str, value: Tensor) -> str:
+    if value.is_quantized:
+        return f"convert it with {argument}.dequantize()"
+    return f"convert it with {argument}.to(...)"
+
+
+def no_tangent(op: str, argument: str, value: Tensor) -> None:
+    """`value` must have no forward-mode derivative, which the op's kernels would drop.
+
+    Raises:
+        NotImplementedError: it has one (torch.func.jvp, torch.autograd.forward_ad).
+    """
+    if has_tangent(value):
+        raise fail(
+            op,
+            argument,
+            "a tensor without a forward-mode derivative (torch.func.jvp, forward AD)",
+            "one with a tangent",
+            "take reverse mode (torch.autograd.grad), or the op's twin in fasttax.reference, which "
+            "is plain PyTorch",
+            NotImplementedError,
+        )
 
 
 def choice(op: str, argument: str, value: Any, choices: Collection[str]) -> str:
@@ -147,6 +203,7 @@ def per_token(
     """
     if not isinstance(value, Tensor):
         raise fail(op, argument, "a torch.Tensor", value, error=TypeError)
+    dense(op, argument, value)
     if value.device != device:
         raise fail(
             op,
@@ -163,8 +220,8 @@ def per_token(
         ) from None
 
 
-def ids_in_range(op: str, name: str, ids: Tensor, V: int) -> None:
-    """Token ids on a CPU must be of the vocabulary.
+def ids_in_range(op: str, name: str, ids: Tensor, V: int, of: str = "logits") -> None:
+    """Token ids on a CPU must be of the vocabulary, which is that of the argument `of`.
 
     On a GPU the look would be a host sync, and the gather checks there; under torch.compile and
     torch.func there are no values to look at.
@@ -174,14 +231,14 @@ def ids_in_range(op: str, name: str, ids: Tensor, V: int) -> None:
     """
     has_values = ids.device.type == "cpu" and not compiling() and not transforming()
     if has_values and ids.numel() and not bool(((ids >= 0) & (ids < V)).all()):
-        raise fail(
-            op,
-            name,
-            f"values in [0, {V})",
-            f"{int(ids.min())} to {int(ids.max())}",
-            "leave tokens without a label (-100) out with mask=",
-            IndexError,
-        )
+        low, high = int(ids.min()), int(ids.max())
+        way_out = "leave tokens without a label (-100) out with mask="
+        if high >= V:
+            way_out = (
+                f"the vocabulary of {of} has {V} tokens, and {name} are of a larger one: take both "
+                "from models with one tokenizer"
+            )
+        raise fail(op, name, f"values in [0, {V})", f"{low} to {high}", way_out, IndexError)
 
 
 def lists(op: str, per: str, **values: Sequence[Tensor]) -> None:
@@ -197,3 +254,29 @@ def lists(op: str, per: str, **values: Sequence[Tensor]) -> None:
         first = len(next(iter(values.values())))
         if len(value) != first:
             raise fail(op, name, f"{first} tensors, one per {per}", f"{len(value)}")
+
+
+def distinct_memory(op: str, argument: str, written: Sequence[Tensor]) -> None:
+    """Tensors that an op writes in place must not share memory: threads would race for it.
+
+    Raises:
+        ValueError: two of them do.
+    """
+    if compiling() or transforming():  # tensors without an address
+        return
+    spans = []
+    for i, t in enumerate(written):
+        if t.numel() and t.device.type != "meta":
+            start = t.data_ptr()
+            spans.append((start, start + t.numel() * t.element_size(), i, t.device))
+    spans.sort(key=lambda span: (str(span[3]), span[0]))
+    for (_, end, i, device), (start, _, j, other) in pairwise(spans):
+        if device == other and start < end:
+            raise fail(
+                op,
+                f"{argument}[{max(i, j)}]",
+                f"memory of its own, since it is written in place, apart from {argument}"
+                f"[{min(i, j)}]",
+                "shared memory",
+                "list each tensor once, or call the op once for each",
+            )

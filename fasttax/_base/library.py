@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fasttax import triton
 from fasttax._base import unbuilt
+from fasttax._base.modes import compiling
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
@@ -87,6 +88,33 @@ def no_double_backward(name: str, forward: str) -> None:
         raise RuntimeError(second_derivative_message(forward, name))
 
     torch.library.register_autograd(f"fasttax::{name}", refuse, lib=lib)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on a gradient that was computed without a graph.
+
+    Differentiating it further is an error, not a silent 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(second_derivative_message(ctx.op, "its backward"))
+
+
+def no_second_derivative(gradients: Sequence[Tensor | None], op: str) -> list[Tensor | None]:
+    """Gradients made without a graph, under create_graph.
+
+    Using what autograd would take for their graph is an error.
+    """
+    if not torch.is_grad_enabled() or compiling():
+        return list(gradients)
+    marker = torch.zeros((), requires_grad=True)
+    return [None if d is None else _NoSecondDerivative.apply(d, marker, op) for d in gradients]
 
 
 def _load(library: str) -> None:

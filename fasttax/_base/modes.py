@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    maybe_get_level,
+)
+from torch.autograd import forward_ad
 
 
 def compiling() -> bool:
@@ -13,3 +22,21 @@ def compiling() -> bool:
 def transforming() -> bool:
     """Whether torch.func's transforms (vmap, grad, vjp, jacrev) are at work."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def has_tangent(t: Tensor) -> bool:
+    """Whether a forward-mode derivative goes along with `t`: forward_ad's, or torch.func.jvp's.
+
+    Under torch.func a tensor is wrapped once for each transform that it is part of.
+    """
+    if compiling():
+        return False
+    if not transforming():
+        return forward_ad.unpack_dual(t).tangent is not None
+    stack = get_interpreter_stack() or ()
+    jvps = {layer.level() for layer in stack if layer.key() == TransformType.Jvp}
+    while is_functorch_wrapped_tensor(t):
+        if maybe_get_level(t) in jvps:
+            return True
+        t = get_unwrapped(t)
+    return False

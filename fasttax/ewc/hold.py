@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks, dtensor
+from fasttax._base.library import no_second_derivative
 from fasttax._base.modes import compiling
 from fasttax.ewc import ops
 from fasttax.ewc.adapters import prove
@@ -262,13 +263,13 @@ class _Streamed(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        checks.no_tangent("EWC.penalty", "the gradient of its result", grad)
         params = [p.detach().contiguous() for p in ctx.saved_tensors]
         (pulls,) = [
             torch.ops.fasttax.ewc_penalty_backward(
-                grad, params, x.anchors, x.fishers, x.scales, ctx.hold.strength
+                grad.detach(), params, x.anchors, x.fishers, x.scales, ctx.hold.strength
             )
             for x in ctx.hold.store.stream([ctx.block])
         ]
-        return None, None, *pulls
+        return None, None, *no_second_derivative(pulls, "EWC.penalty")

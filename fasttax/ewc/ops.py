@@ -38,9 +38,12 @@ def _check(op: str, params: Sequence[Tensor], packed: bool, **others: Sequence[T
                 dtypes = FISHER_DTYPES if packed and name == "fishers" else checks.FLOATS
                 checks.tensor(op, where, value, dtypes)
                 _check_like(op, where, value, f"params[{i}]", theta)
+            checks.dense(op, where, value)
             checks.same_device(op, where, value, f"params[{i}]", theta)
             if (op, name) in WRITTEN:
                 _check_contiguous(op, where, value)
+        if (op, name) in WRITTEN:
+            checks.distinct_memory(op, name, values)
 
 
 def _check_like(op: str, where: str, value: Tensor, other: str, theta: Tensor) -> None:
@@ -258,6 +261,8 @@ def lora_penalty(
     for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("fisher", fisher)):
         if value.dim() != 2:
             raise checks.fail(op, name, "a matrix", value)
+        checks.dense(op, name, value)
+        checks.no_tangent(op, name, value)
         checks.same_device(op, name, value, "lora_A", lora_A)
         _check_wide(op, name, value, "lora_A", "lora_A", lora_A)
     if lora_B.shape[1] != lora_A.shape[0]:
@@ -350,6 +355,7 @@ def _penalty_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _penalty_backward(ctx: Any, grad: Tensor) -> Any:
+    checks.no_tangent("ewc_penalty", "the gradient of its result", grad)
     saved, n = ctx.saved_tensors, ctx.count
     params, anchors, fishers = (saved[i * n : (i + 1) * n] for i in range(3))
     scales = saved[3 * n :]
@@ -366,6 +372,7 @@ def _lora_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _lora_backward(ctx: Any, grad: Tensor, *others: Any) -> Any:
+    checks.no_tangent("lora_ewc_penalty", "the gradient of its result", grad)
     if not ctx.made:
         raise RuntimeError(
             "lora_ewc_penalty: expected gradient=True where lora_A or lora_B requires grad, got "

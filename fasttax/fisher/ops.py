@@ -68,6 +68,7 @@ def _weights(op: str, example_weight: Tensor | None, bounds: Tensor, like: Tenso
         return None
     if not isinstance(example_weight, Tensor):
         raise checks.fail(op, "example_weight", "a torch.Tensor", example_weight, error=TypeError)
+    checks.dense(op, "example_weight", example_weight)
     examples = bounds.numel() - 1
     if example_weight.shape != (examples,):
         expected = f"shape ({examples},), one value an example"
@@ -227,7 +228,7 @@ def embedding_sqgrad(
     op = "embedding_sqgrad"
     checks.tensor(op, "ids", ids, (torch.int64, torch.int32))
     checks.tensor(op, "grad_outputs", grad_outputs)
-    if grad_outputs.shape[:-1] != ids.shape:
+    if grad_outputs.dim() < 1 or grad_outputs.shape[:-1] != ids.shape:
         raise checks.fail(op, "grad_outputs", f"shape {tuple(ids.shape)} + (H,)", grad_outputs)
     V, H = int(num_embeddings), grad_outputs.shape[-1]
     flat, bounds = _segments(op, "ids", ids, 0, cu_seqlens)
@@ -295,6 +296,7 @@ def lm_head_fisher(
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise checks.fail(op, "bias", f"shape ({weight.shape[0]},)", bias)
+        checks.tensor(op, "bias", bias)
         _dtype_of_hidden(op, "bias", bias, hidden)
         bias = bias.detach()
     _dtype_of_hidden(op, "weight", weight, hidden)
@@ -324,7 +326,7 @@ def accumulate_sqgrad_(
     write the sum.
 
     Args:
-        sums: contiguous, float32, or float64 where the gradient is.
+        sums: contiguous, float32, or float64 where the gradient is; none in another's memory.
         grads: one for each sum, of its shape; float32, bfloat16, float16 or float64, in any mix.
         weight: finite.
 
@@ -345,6 +347,7 @@ def accumulate_sqgrad_(
         if not total.is_contiguous():
             expected = "a contiguous tensor, since it is written in place"
             raise checks.fail(op, of_sum, expected, f"strides {total.stride()}")
+    checks.distinct_memory(op, "sums", sums)
     flat = [g.detach().contiguous() for g in grads]
     torch.ops.fasttax.accumulate_sqgrad_(list(sums), flat, weight)
 

@@ -108,16 +108,29 @@ def tempering(
     )
 
 
+# what 1 / temperature and the scales may be: float32 has no more, and 0 times -inf is no number
+_LEAST, _MOST = 1.5e-45, 3.4e38
+
+
 def _side(op: str, prefix: str, scale: Any, softcap: Any, temperature: Any) -> Side:
-    temperature = checks.positive(op, f"{prefix}temperature", temperature)
-    inverse = checks.number(op, f"1 / {prefix}temperature", 1 / temperature)
-    if softcap is not None:
-        softcap = checks.positive(op, f"{prefix}softcap", softcap)
-    return Side(
+    side = Side(
         scale=checks.positive(op, f"{prefix}logit_scale", scale),
-        softcap=softcap or 0.0,
-        inv_temperature=inverse,
+        softcap=0.0 if softcap is None else checks.positive(op, f"{prefix}softcap", softcap),
+        inv_temperature=1 / checks.positive(op, f"{prefix}temperature", temperature),
     )
+    factors = {
+        f"1 / {prefix}temperature": side.inv_temperature,
+        f"{prefix}logit_scale": side.scale,
+        f"{prefix}logit_scale / {prefix}temperature": side.scale * side.inv_temperature,
+    }
+    if side.softcap:
+        factors[f"{prefix}softcap"] = side.softcap
+        factors[f"{prefix}logit_scale / {prefix}softcap"] = side.scale / side.softcap
+    for name, factor in factors.items():
+        if not _LEAST <= factor <= _MOST:
+            expected = f"a number from {_LEAST:g} to {_MOST:g}, which float32 has"
+            raise checks.fail(op, name, expected, repr(factor))
+    return side
 
 
 def check_logits(op: str, logits: Any, ref_logits: Any) -> tuple[Tensor, Tensor]:
@@ -130,6 +143,8 @@ def check_logits(op: str, logits: Any, ref_logits: Any) -> tuple[Tensor, Tensor]
     checks.tensor(op, "ref_logits", ref_logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise checks.fail(op, "logits", "shape (..., V) with V >= 1", logits)
+    if ref_logits.dim() < 1:
+        raise checks.fail(op, "ref_logits", f"shape {tuple(logits.shape)} as logits", ref_logits)
     if logits.shape[-1] != ref_logits.shape[-1]:
         raise checks.fail(
             op,

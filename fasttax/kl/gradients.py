@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax._base.library import second_derivative_message
+from fasttax._base import checks
+from fasttax._base.library import no_second_derivative
 from fasttax._base.modes import compiling, transforming
 from fasttax._base.optional import given
 
@@ -52,6 +53,7 @@ def held_gradients(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
 
     Nobody else holds them, or autograd would copy them.
     """
+    checks.no_tangent(op, "the gradient of its result", factor)
     ctx.saved_tensors  # noqa: B018  (raises on a freed graph)
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     gradients = ctx.gradients
@@ -69,30 +71,3 @@ def _scaled(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
     if factor.numel() == 1 and factor.device.type == "cpu" and factor.item() == 1.0:
         return gradient.clone() if keep else gradient
     return gradient * factor if keep else gradient.mul_(factor)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Identity on a gradient that was computed without a graph.
-
-    Differentiating it further is an error, not a silent 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor, op: str) -> Tensor:
-        ctx.op = op
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(second_derivative_message(ctx.op, "its backward"))
-
-
-def no_second_derivative(gradients: list[Tensor | None], op: str) -> list[Tensor | None]:
-    """Gradients made without a graph, under create_graph.
-
-    Using what autograd would take for their graph is an error.
-    """
-    if not torch.is_grad_enabled() or compiling():
-        return gradients
-    marker = torch.zeros((), requires_grad=True)
-    return [given(d, lambda d: _NoSecondDerivative.apply(d, marker, op)) for d in gradients]

@@ -7,6 +7,8 @@ sampled from the policy, k1 = -r, k2 = r^2/2, k3 = e^r - 1 - r; k1 and k3 are un
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def kl_estimate(
     if old_logp is not None:
         given["old_logp"] = old_logp
     for name, value in given.items():
-        checks.tensor(op, name, value)
+        checks.tensor(op, name, value, forward_mode=True)
         if value.shape != logp.shape:
             raise checks.fail(op, name, f"shape {tuple(logp.shape)} as logp", value)
         checks.same_device(op, name, value, "logp", logp)
@@ -66,14 +68,18 @@ def kl_estimate(
     clip = checks.number(op, "clip", clip, low=0, high=40, open_low=True)
     mask = check_mask(op, mask, logp.shape, logp.device)
     wide = {name: reference.hide(reference.wide(value), mask) for name, value in given.items()}
-    logp, r = wide["logp"], wide["ref_logp"] - wide["logp"]
+    logp, r = wide["logp"], reference.gap(wide["ref_logp"], wide["logp"])
     ratio = torch.ones_like(logp)
     if old_logp is not None:
-        ratio = _exp(logp - wide["old_logp"], clip)
-    value = _estimator(kind, r, clip) * ratio
+        ratio = _exp(reference.gap(logp, wide["old_logp"]), clip)
+        # what has no weight counts nothing, nor does an infinite slope of it
+        r = torch.where(ratio == 0, 0.0, r)
+    value = ratio * _estimator(kind, r, clip)
     if grad == "reverse_kl":
-        through = (ratio * -r).detach() * logp
-        value = value.detach() + (through - through.detach())
+        # finite, as is the log-prob that carries it: their product is no NaN
+        slope = (ratio * -r).detach().nan_to_num(nan=torch.nan)
+        through = torch.where(logp == -torch.inf, 0.0, logp)
+        value = value.detach() + slope * (through - through.detach())
     return reduce(op, value, mask, weight, reduction)
 
 
@@ -82,15 +88,20 @@ def _estimator(kind: str, r: Tensor, clip: float) -> Tensor:
         return -r
     if kind == "k2":
         return r * r / 2
-    small = r.abs() < 0.5
-    near = torch.expm1(torch.where(small, r, 0.0)) - r
-    return torch.where(small, near, _exp(r, clip) - 1 - r)
+    small, far = r.abs() < 0.5, r > clip
+    near = torch.expm1(torch.where(small, r, 0.0)) - torch.where(small, r, 0.0)
+    between = torch.where(small | far, 0.0, r)
+    # beyond the clip e^r goes on along its tangent, in a form that is inf at inf
+    top = math.exp(clip)
+    beyond = (top - 1) * (r - clip) + (top - 1 - clip)
+    return torch.where(small, near, torch.where(far, beyond, torch.exp(between) - 1 - between))
 
 
 def _exp(x: Tensor, clip: float) -> Tensor:
     """e^x up to `clip`, its tangent beyond.
 
-    Large log-ratios give large finite values and gradients, never inf or 0 * inf.
+    Large log-ratios give large finite values and gradients, never inf or 0 * inf. Each is chosen by
+    itself: at the clip a clamp would count both gradients.
     """
-    low = x.clamp(max=clip).exp()
-    return low * (1 + (x - clip).clamp(min=0))
+    far = x > clip
+    return torch.where(far, math.exp(clip) * (1 + (x - clip)), torch.where(far, clip, x).exp())

@@ -11,14 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax._base.library import define, lib, no_double_backward, second_derivative_message
+from fasttax._base import checks
+from fasttax._base.library import (
+    define,
+    lib,
+    no_double_backward,
+    no_second_derivative,
+    second_derivative_message,
+)
 from fasttax._base.modes import transforming
-from fasttax.kl.gradients import no_second_derivative, only_needed
+from fasttax.kl.gradients import only_needed
 from fasttax.kl.linear_sweep import SCHEMA, Inputs, Sweep, empty_saved
 from fasttax.reference.numbers import empty_gradient
 from fasttax.reference.rows import LINEAR
 
 NAMES = "linear_token_kl or linear_token_logprobs"
+OF_RESULT = "the gradient of its result"
 TENSORS = 6  # of the inputs: those with gradients
 
 
@@ -82,6 +90,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, d_rows: Tensor, *others: Any) -> Any:
+    checks.no_tangent(NAMES, OF_RESULT, d_rows)
     tensors, needs = TENSORS + 2, list(ctx.needs_input_grad[:TENSORS])
     both = ctx.saved_tensors  # read once: checkpointing unpacks each of them but once
     inputs, saved = both[:tensors], both[tensors:]
@@ -155,6 +164,7 @@ def _setup_total(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_total(ctx: Any, d_total: Tensor, *others: Any) -> Any:
+    checks.no_tangent(NAMES, OF_RESULT, d_total)
     needed = only_needed(ctx.saved_tensors, ctx.needs)
     gradients = [d if d is None else d * d_total for d in needed]
     return None, *no_second_derivative(gradients, NAMES), *[None] * ctx.others

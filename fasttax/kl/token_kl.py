@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
-from fasttax._base.library import define, lib, no_double_backward
+from fasttax._base.library import define, lib, no_double_backward, no_second_derivative
 from fasttax.kl.call import (
     OPTIONS,
     REDUCTIONS,
@@ -222,6 +222,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, d_kl: Tensor, d_saved: Tensor) -> Any:
+    checks.no_tangent("token_kl", "the gradient of its result", d_kl)
     needs = ctx.needs_input_grad[:2]
     gradients = torch.ops.fasttax.token_kl_backward(
         d_kl.contiguous(), *ctx.saved_tensors, *ctx.options, *needs
@@ -275,17 +276,18 @@ class _InplaceTokenKL(torch.autograd.Function):
         return kl
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_kl: Tensor) -> Any:
+        checks.no_tangent("token_kl", "the gradient of its result", d_kl)
         logits, ref_logits, mask, saved = ctx.saved_tensors
         need_ref = ctx.needs_input_grad[1]
         logits = logits.detach()
         d_ref = torch.ops.fasttax.token_kl_backward_(
-            d_kl.contiguous(), logits, ref_logits, mask, saved, *ctx.options, need_ref
+            d_kl.detach().contiguous(), logits, ref_logits, mask, saved, *ctx.options, need_ref
         )
         # a custom op does not; whoever else saved the logits must see it
         torch.autograd.graph.increment_version(logits)
-        return *only_needed((logits, d_ref), (True, need_ref)), None, None
+        gradients = only_needed((logits, d_ref), (True, need_ref))
+        return *no_second_derivative(gradients, "token_kl"), None, None
 
 
 def _check_inplace(logits: Tensor, ref_logits: Tensor) -> None:
@@ -293,10 +295,8 @@ def _check_inplace(logits: Tensor, ref_logits: Tensor) -> None:
     got, way_out = "", "clone them, or pass inplace_backward=False"
     if logits.untyped_storage().data_ptr() == ref_logits.untyped_storage().data_ptr():
         got = "memory shared with ref_logits"
-    elif any(
-        size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
-    ):
-        got = "expanded ones"
+    elif _overlap(logits):
+        got = f"rows that may overlap (strides {logits.stride()})"
     if got:
         expected = "logits with memory of their own"
         raise checks.fail("token_kl", "inplace_backward", expected, got, way_out)
@@ -308,6 +308,20 @@ def _check_inplace(logits: Tensor, ref_logits: Tensor) -> None:
             "leaf logits that require grad",
             "their values would be lost; pass inplace_backward=False",
         )
+
+
+def _overlap(t: Tensor) -> bool:
+    """Whether two entries of `t` may be one in memory: expanded, unfolded, or strided so.
+
+    They are none where each dimension steps over all that the finer ones reach.
+    """
+    reach = 0
+    steps = [(n, size) for size, n in zip(t.shape, t.stride(), strict=True) if size > 1]
+    for stride, size in sorted(steps):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 torch.library.register_autograd("fasttax::token_kl", _backward, setup_context=_setup, lib=lib)

@@ -268,6 +268,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, d_values: Tensor, d_saved: Tensor) -> Any:
+    checks.no_tangent("token_stats", "the gradient of its results", d_values)
     needs = ctx.needs_input_grad[:2]
     gradients = torch.ops.fasttax.token_stats_backward(
         d_values.contiguous(), *ctx.saved_tensors, *ctx.options, *needs

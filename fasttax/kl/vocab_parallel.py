@@ -123,7 +123,12 @@ def combine_parts(
 
     Lse and the wanted ones by their names, ref_lse for what is the reference's, and for log-probs
     `mine`, 1 in the shard that owns the id.
+
+    In float64: torch's vectors and the ends of its loops round otherwise, and a token's float32
+    would depend on its neighbours.
     """
+    dtype = parts["lse"].dtype
+    parts = {name: value.double() for name, value in parts.items()}
     log_share = parts["lse"].log_softmax(0)
     share, out = log_share.exp(), {}
     if "lse" in wanted:
@@ -146,7 +151,7 @@ def combine_parts(
                 between = torch.ops.fasttax.token_kl(*lses, mask, *args)[0]
                 within = torch.where(both, parts[kind.row], 0.0)
                 out[kind.row] = _over_mass(mass, within) + between
-    return {name: hide(value, mask) for name, value in out.items()}
+    return {name: hide(value.to(dtype), mask) for name, value in out.items()}
 
 
 def _owned(parts: dict[str, Tensor], name: str, log_share: Tensor) -> Tensor:
@@ -218,7 +223,7 @@ def _log_mixture(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
     step = max(1, CHUNK_BYTES // (4 * V))
     chunks = [z.detach().view(-1, V).split(step) for z in (lp, lq, m)]
     for p, q, out in zip(*chunks, strict=True):
-        of_p = p + reference.log_mixture(reference.gap(p, q), beta)
+        of_p = p + reference.log_mixture(reference.gap(p, q), beta)[0]
         torch.where(p == -torch.inf, q + math.log(beta), of_p, out=out)
     return m
 

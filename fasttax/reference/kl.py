@@ -94,10 +94,17 @@ def jsd_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
     return for_p, for_q
 
 
-def log_mixture(u: Tensor, beta: float) -> Tensor:
-    """log(m/p) of the mixture m = (1 - beta) p + beta q, exactly 0 where u = log p - log q is."""
+def log_mixture(u: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log(m/p) and log(m/q) of the mixture m = (1 - beta) p + beta q, 0 where u = log p - log q is.
+
+    Each by log(m / the larger of p and q): no large u cancels.
+    """
     e = torch.exp(-u.abs())
-    return torch.where(u < 0, torch.log(beta + (1 - beta) * e) - u, torch.log1p((e - 1) * beta))
+    below = u < 0
+    w = torch.where(below, beta + (1 - beta) * e, (1 - beta) + beta * e)
+    near = torch.log1p(torch.where(below, (e - 1) * (1 - beta), (e - 1) * beta))
+    larger = torch.where(w > 0.5, near, torch.log(w))
+    return torch.where(below, larger - u, larger), torch.where(below, larger, larger + u)
 
 
 def jensen_gap(t: Tensor) -> Tensor:
@@ -107,10 +114,9 @@ def jensen_gap(t: Tensor) -> Tensor:
 
 
 def divergences_to_mixture(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
-    """log(p/m) and log(q/m); where p is 0, q/m = 1/beta."""
-    p, _, u = pair[:3]
-    l = log_mixture(u, beta)
-    return -l, torch.where(p == 0, torch.full_like(u, -math.log(beta)), -u - l)
+    """log(p/m) and log(q/m)."""
+    over_p, over_q = log_mixture(pair.u, beta)
+    return -over_p, -over_q
 
 
 def renyi(pair: Pair, beta: float) -> Tensor:
@@ -168,7 +174,8 @@ def _bregman(t: Tensor) -> Tensor:
 class Divergence(NamedTuple):
     """A kind's formulas, as functions of both rows and beta.
 
-    `in_double`: the log-probs' rounding in float32 would be all of a collapsed row's gradient.
+    `in_double`: the log-probs' rounding in float32 would be all of a collapsed row's gradient, as
+    that of capped logits is much of a small KL.
     """
 
     value: Callable[[Pair, float], Tensor]
@@ -204,7 +211,7 @@ def gap(lp: Tensor, lq: Tensor) -> Tensor:
 
 
 def _pair(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering) -> Pair:
-    if DIVERGENCES[t.kind].in_double:
+    if DIVERGENCES[t.kind].in_double or t.policy.softcap > 0 or t.ref.softcap > 0:
         logits, ref_logits = logits.double(), ref_logits.double()
     lp, lq = log_probs(logits, ref_logits, mask, t)
     return Pair(lp.exp(), lq.exp(), gap(lp, lq), lp, lq)

@@ -20,6 +20,7 @@ from fasttax.triton import on_device
 # outputs and inputs of F, tokens at a time: two float32 tiles of 64 x 64 are 64 registers a thread
 # at 4 warps, and no spill
 TILE_O, TILE_I, TILE_T = 64, 64, 32
+FOLD = 512  # examples whose squares meet before they join the others'
 # of biases and norms
 COLUMNS, TOKENS = 128, 16
 # of an embedding's rows: a word seldom stands more than four times in an example
@@ -56,6 +57,7 @@ def linear_kernel(
     TILE_O: tl.constexpr,
     TILE_I: tl.constexpr,
     TILE_T: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """out[o, i] += sum_n w_n (sum_t d[t, o] a[t, i])^2.
 
@@ -65,32 +67,36 @@ def linear_kernel(
     at_i = tl.program_id(0) * TILE_I + tl.arange(0, TILE_I)
     live_o, live_i = at_o < outputs, at_i < inputs
     squares = tl.zeros([TILE_O, TILE_I], tl.float32)
-    if SINGLE:
-        for start in range(0, examples, TILE_T):
-            t = start + tl.arange(0, TILE_T)
-            live_t = t < examples
-            d = block_of(d_ptr, d_stride, t, live_t, at_o, live_o, True)
-            a = block_of(a_ptr, a_stride, t, live_t, at_i, live_i, True)
-            d = d * d
-            if weight_ptr is not None:
-                d *= tl.load(weight_ptr + t, mask=live_t, other=0.0)[:, None]
-            squares = tl.dot(tl.trans(d), a * a, squares, input_precision="ieee")
-    else:
-        begin = tl.load(cu_ptr)
-        for n in range(examples):
-            end = tl.load(cu_ptr + n + 1)
-            gradient = tl.zeros([TILE_O, TILE_I], tl.float32)
-            for start in range(begin, end, TILE_T):
+    begin = tl.load(cu_ptr)
+    for first in range(0, examples, FOLD):
+        beyond = tl.minimum(first + FOLD, examples)
+        part = tl.zeros([TILE_O, TILE_I], tl.float32)
+        if SINGLE:
+            for start in range(first, beyond, TILE_T):
                 t = start + tl.arange(0, TILE_T)
-                live_t = t < end
-                d = block_of(d_ptr, d_stride, t, live_t, at_o, live_o, WIDE)
-                a = block_of(a_ptr, a_stride, t, live_t, at_i, live_i, WIDE)
-                gradient = tl.dot(tl.trans(d), a, gradient, input_precision="ieee")
-            weighted = gradient
-            if weight_ptr is not None:
-                weighted = gradient * tl.load(weight_ptr + n)
-            squares += weighted * gradient
-            begin = end
+                live_t = t < beyond
+                d = block_of(d_ptr, d_stride, t, live_t, at_o, live_o, True)
+                a = block_of(a_ptr, a_stride, t, live_t, at_i, live_i, True)
+                d = d * d
+                if weight_ptr is not None:
+                    d *= tl.load(weight_ptr + t, mask=live_t, other=0.0)[:, None]
+                part = tl.dot(tl.trans(d), a * a, part, input_precision="ieee")
+        else:
+            for n in range(first, beyond):
+                end = tl.load(cu_ptr + n + 1)
+                gradient = tl.zeros([TILE_O, TILE_I], tl.float32)
+                for start in range(begin, end, TILE_T):
+                    t = start + tl.arange(0, TILE_T)
+                    live_t = t < end
+                    d = block_of(d_ptr, d_stride, t, live_t, at_o, live_o, WIDE)
+                    a = block_of(a_ptr, a_stride, t, live_t, at_i, live_i, WIDE)
+                    gradient = tl.dot(tl.trans(d), a, gradient, input_precision="ieee")
+                weighted = gradient
+                if weight_ptr is not None:
+                    weighted = gradient * tl.load(weight_ptr + n)
+                part += weighted * gradient
+                begin = end
+        squares += part
     to = out_ptr + at_o[:, None].to(tl.int64) * inputs + at_i[None, :]
     live = live_o[:, None] & live_i[None, :]
     tl.store(to, tl.load(to, mask=live, other=0.0) + squares, mask=live)
@@ -113,7 +119,8 @@ def elementwise_kernel(
     """out[j] += sum_n w_n (sum_t d[t, j] x[t, j])^2, without x_ptr of d alone."""
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     live = at < width
-    squares = tl.zeros([COLUMNS], tl.float32)
+    # one by one in float32, 1e6 examples would be 1e-2 off
+    squares = tl.zeros([COLUMNS], tl.float64)
     begin = tl.load(cu_ptr)
     for n in range(examples):
         end = tl.load(cu_ptr + n + 1)
@@ -128,9 +135,10 @@ def elementwise_kernel(
         weighted = gradient
         if weight_ptr is not None:
             weighted = gradient * tl.load(weight_ptr + n)
-        squares += weighted * gradient
+        squares += (weighted * gradient).to(tl.float64)
         begin = end
-    tl.store(out_ptr + at, tl.load(out_ptr + at, mask=live, other=0.0) + squares, mask=live)
+    squares += tl.load(out_ptr + at, mask=live, other=0.0).to(tl.float64)
+    tl.store(out_ptr + at, squares.to(tl.float32), mask=live)
 
 
 @triton.jit
@@ -161,7 +169,7 @@ def words_kernel(
     if (word != before) & (word != skip):
         at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         live = at < width
-        squares = tl.zeros([COLUMNS], tl.float32)
+        squares = tl.zeros([COLUMNS], tl.float64)  # as in elementwise_kernel
         last = tl.load(last_ptr + begin).to(tl.int32)
         while begin < last:
             end = tl.load(end_ptr + begin).to(tl.int32)
@@ -181,10 +189,11 @@ def words_kernel(
             weighted = gradient
             if weight_ptr is not None:
                 weighted = gradient * tl.load(weight_ptr + tl.load(example_ptr + begin))
-            squares += weighted * gradient
+            squares += (weighted * gradient).to(tl.float64)
             begin = end
         to = out_ptr + word.to(tl.int64) * width + at
-        tl.store(to, tl.load(to, mask=live, other=0.0) + squares, mask=live)
+        squares += tl.load(to, mask=live, other=0.0).to(tl.float64)
+        tl.store(to, squares.to(tl.float32), mask=live)
 
 
 @triton.jit
@@ -268,6 +277,7 @@ def linear_sqgrad_(
             TILE_O=TILE_O,
             TILE_I=TILE_I,
             TILE_T=TILE_T,
+            FOLD=FOLD,
             num_warps=4,
         )
 

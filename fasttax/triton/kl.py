@@ -16,17 +16,16 @@ from fasttax.triton.rows import (
     INF,
     LN2,
     LOG2E,
+    MOST_SWEEPS,
     POLICY_REF,
     REF_POLICY,
     SMALL_GAP,
     TOO_HIGH,
     TRUSTED,
     bend,
-    bregman,
     divergence,
     first_frame,
     framed,
-    jensen_gap,
     load_pair,
     log1p,
     row_at,
@@ -37,6 +36,7 @@ from fasttax.triton.rows import (
     true_frame,
     zero,
 )
+from fasttax.triton.series import bregman, jensen_gap
 
 JSD, RENYI = tl.constexpr(reference.JSD), tl.constexpr(RENYI_KIND)
 MOST = tl.constexpr(3e38)  # a weight's log that float32 has no larger one of
@@ -44,9 +44,13 @@ MOST = tl.constexpr(3e38)  # a weight's log that float32 has no larger one of
 
 @triton.jit
 def log_mix(u, beta):
-    """log(m/p) of m = (1 - beta) p + beta q, without overflow on either side."""
+    """log(m/p) and log(m/q) of m = (1 - beta) p + beta q, as csrc/math/kl_slope.h, kl_log_mix."""
     e = tl.exp2(-tl.abs(u) * LOG2E)
-    return tl.where(u < 0, tl.log(beta + (1 - beta) * e) - u, log1p((e - 1.0) * beta))
+    below = u < 0
+    t = (e - 1.0) * tl.where(below, 1 - beta, beta)
+    w = tl.where(below, beta + (1 - beta) * e, (1 - beta) + beta * e)
+    of_larger = tl.log(w) + tl.where(w > 0.5, (t - (w - 1.0)) / w, 0.0)
+    return tl.where(below, of_larger - u, of_larger), tl.where(below, of_larger, of_larger + u)
 
 
 @triton.jit
@@ -76,11 +80,10 @@ def mix_sums(
         p = tl.exp2(ax) * inv_s
         q = tl.exp2(ay) * inv_s_ref
         u = d - log_ratio
-        to_mix = log_mix(u, k.beta)
+        over_p, over_q = log_mix(u, k.beta)
         eps = bregman(u) - u  # e^-u - 1
-        # p where q is 0 (u = inf): log(1 - beta).  q where p is 0 (u = -inf): log(m/q) = log(beta)
-        p_part = tl.where(p == 0, 0.0, -p * to_mix)
-        q_part = tl.where(q == 0, 0.0, tl.where(p == 0, -q * tl.log(k.beta), q * (-u - to_mix)))
+        p_part = tl.where(p == 0, 0.0, -p * over_p)
+        q_part = tl.where(q == 0, 0.0, -q * over_q)
         series = p * (k.beta * jensen_gap(eps) - jensen_gap(k.beta * eps))
         gap += tl.sum(
             tl.where(tl.abs(u) <= 0.2, series, k.beta * q_part + (1 - k.beta) * p_part), 1
@@ -216,11 +219,9 @@ def slopes(ax, ay, d, row, k, OP: tl.constexpr):
         dy = tl.where(q == 0, 0.0, q * (gap - d))
     if OP == JSD:
         one_sided = (k.beta == 0) | (k.beta == 1)
-        to_mix = log_mix(u, k.beta)
-        for_x = tl.where(p == 0, 0.0, (1 - k.beta) * p * (-to_mix - gap))
-        for_y = tl.where(
-            q == 0, 0.0, k.beta * q * (tl.where(p == 0, -tl.log(k.beta), -u - to_mix) - ref_center)
-        )
+        over_p, over_q = log_mix(u, k.beta)
+        for_x = tl.where(p == 0, 0.0, (1 - k.beta) * p * (-over_p - gap))
+        for_y = tl.where(q == 0, 0.0, k.beta * q * (-over_q - ref_center))
         dx = tl.where(one_sided, p * 0.0, for_x)  # 0, or NaN in a row that has one
         dy = tl.where(one_sided, q * 0.0, for_y)
     if OP == RENYI:
@@ -249,7 +250,9 @@ def forward_row(
     gap = s
     log_ratio = s
     again = True
-    while again:
+    sweeps = 0
+    while again & (sweeps < MOST_SWEEPS):
+        sweeps += 1
         s, y, g, b, a, c, back, mass, moment, peaks = row_sums(
             x_row, y_row, V, mx, my, shift, k, OP, GENERAL, INF_MASK, LANES, WIDTH
         )

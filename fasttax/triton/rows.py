@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax import reference
+from fasttax.triton.series import bregman, bregman_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -25,6 +26,8 @@ SMALL_GAP = tl.constexpr(0.25)  # |d| up to which the series is used, as in csrc
 FRAME_SLACK = tl.constexpr(20.0)
 # e^20: an entry stands so far above its frame that the row is summed again in its true one
 TOO_HIGH = tl.constexpr(4.85e8)
+# how often a row's sums are taken at most, as csrc/math/kl_row.h: every loop ends with this count
+MOST_SWEEPS = tl.constexpr(5)
 DOMINATED = tl.constexpr(-0.05)  # csrc/math/kl_row.h
 TRUSTED = tl.constexpr(1e-2)
 INF = tl.constexpr(float("inf"))
@@ -178,42 +181,6 @@ def zero(row, at, V):
 
 
 @triton.jit
-def bregman_pair(d):
-    """e^-d - 1 + d and e^d - 1 - d for |d| <= 1/4, by their even and odd parts."""
-    z = d * d
-    even = (z * (1.0 / 720) + 1.0 / 24) * z + 0.5
-    odd = ((z * (1.0 / 5040) + 1.0 / 120) * z + 1.0 / 6) * d
-    return z * (even - odd), z * (even + odd)
-
-
-@triton.jit
-def bregman(d):
-    """e^-d - 1 + d for |d| <= 1/4."""
-    p = tl.fma(d, -1.0 / 5040, 1.0 / 720)
-    p = tl.fma(p, d, -1.0 / 120)
-    p = tl.fma(p, d, 1.0 / 24)
-    p = tl.fma(p, d, -1.0 / 6)
-    p = tl.fma(p, d, 0.5)
-    return d * d * p
-
-
-@triton.jit
-def jensen_gap(t):
-    """g(t) = (1 + t) log1p(t) - t for |t| <= 1/4."""
-    p = t * (-1.0 / 132) + 1.0 / 110
-    p = p * -t + 1.0 / 90
-    p = p * -t + 1.0 / 72
-    p = p * -t + 1.0 / 56
-    p = p * -t + 1.0 / 42
-    p = p * -t + 1.0 / 30
-    p = p * -t + 1.0 / 20
-    p = p * -t + 1.0 / 12
-    p = p * -t + 1.0 / 6
-    p = p * -t + 0.5
-    return t * t * p
-
-
-@triton.jit
 def log1p(t):
     """log(1 + t); libdevice's is not there in the interpreter."""
     one_more = 1.0 + t
@@ -252,6 +219,16 @@ def cap_rows(x, y, live, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
 
 
 @triton.jit
+def capped_gap(raw_x, raw_y, x, y, k):
+    """The difference of rows under one softcap, as csrc/math/kl_frame.h, KlFrame::cap."""
+    delta = (raw_x - raw_y) * k.over_cap
+    z = delta * delta
+    series = (z * (2.0 / 15) - 1.0 / 3) * z * delta + delta
+    near = series * (1.0 - (x / k.cap) * (y / k.cap)) * k.cap
+    return tl.where(tl.abs(delta) <= 0.1, near, x - y)
+
+
+@triton.jit
 def framed(
     x, y, live, mx, my, shift, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, SHORT: tl.constexpr
 ):
@@ -261,11 +238,17 @@ def framed(
     size x - y is the exact one; rows offset by hundreds are each centred first. Multiply-adds are
     spelled out, for the gradient's d has to be that of the sums to the bit.
     """
+    raw_x, raw_y = x, y
     x, y = cap_rows(x, y, live, k, GENERAL, INF_MASK)
     if GENERAL:
         ax = (x - mx) * k.row_scale
         ay = tl.fma(y - my, k.ref_row_scale, shift)
-        return ax * LOG2E, ay * LOG2E, ax - ay
+        d = ax - ay
+        joint = (k.cap > 0) & (k.cap == k.ref_cap) & (k.over_cap == k.ref_over_cap)
+        if joint & (k.row_scale == k.ref_row_scale) & (tl.abs(mx - my) <= 4.0):
+            # rounded at 30 each, two capped logits leave 1e-3 of a difference of 1e-3
+            d = tl.fma(capped_gap(raw_x, raw_y, x, y, k) - (mx - my), k.row_scale, -shift)
+        return ax * LOG2E, ay * LOG2E, d
     else:
         scale = k.row_scale * LOG2E
         ax = x - mx

@@ -19,13 +19,13 @@ from fasttax.triton.rows import (
     ALONE,
     DOMINATED,
     LN2,
+    MOST_SWEEPS,
     SMALL_GAP,
     STATS,
     TOO_HIGH,
     TRUSTED,
     Params,
     bend,
-    bregman,
     divergence,
     first_frame,
     framed,
@@ -44,6 +44,7 @@ from fasttax.triton.rows import (
     with_layouts,
     zero,
 )
+from fasttax.triton.series import bregman
 
 
 @triton.jit
@@ -97,7 +98,9 @@ def settled(
     size_b = none
     recentred = False
     again = True
-    while again:
+    sweeps = 0
+    while again & (sweeps < MOST_SWEEPS):
+        sweeps += 1
         s, y, g, b, a, c, back, beside, moment, peaks = row_sums(
             x_row, y_row, V, mx, my, shift, k, OP, GENERAL, False, LANES, WIDTH
         )
@@ -120,8 +123,7 @@ def settled(
             # with the first frame
             value_f = tl.where(recentred & (f_size > size_f), value_f, f_value)
             value_b = tl.where(recentred & (b_size > size_b), value_b, b_value)
-            size_f = f_size
-            size_b = b_size
+            size_f, size_b = f_size, b_size
             gap_f = f_gap
             gap_b = b_gap
             log_ratio = f_ratio
