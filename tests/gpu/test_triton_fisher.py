@@ -129,6 +129,7 @@ def test_the_tile_has_no_spills_and_bf16_uses_tensor_cores(
         "TILE_O": fisher.TILE_O,
         "TILE_I": fisher.TILE_I,
         "TILE_T": fisher.TILE_T,
+        "FOLD": fisher.FOLD,
     }
     binary = compiled(fisher.linear_kernel, target, types, constants, {"num_warps": 4}, tmp_path)
     assert binary.spills == 0
