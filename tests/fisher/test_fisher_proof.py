@@ -257,8 +257,11 @@ def test_an_estimator_inside_anothers_block_is_refused(fallback: str | None) -> 
 
 
 @pytest.mark.parametrize("when", ["installs", "removes", "runs"])
-def test_an_interrupt_leaves_the_model_as_it_was(when: str, monkeypatch: Any) -> None:
+def test_an_interrupt_leaves_the_model_as_it_was(when: str, monkeypatch: Any, request: Any) -> None:
     """SIGINT while hooks come and go waits until they are all there, or all gone."""
+    # a shell's background jobs are given one that ignores it
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     model, x = built(Parts), torch.randn(B, H).double()
     estimator = DiagonalFisher(model, labels="true")
     before = state_of(model)
