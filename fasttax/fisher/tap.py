@@ -183,9 +183,7 @@ class Tap:
 
         In a block that runs example by example, what it met is that example's by construction.
         """
-        kept, layout = self.keep(call), call.current.layout
-        if kept.output.shape != call.output.shape:
-            call.current.expanded.append(self.where)
+        kept, layout = self._kept(call), call.current.layout
         leading = kept.input.shape[: self.leading(kept.input)]
         bounds = layout.segments(leading, self.where, layout.only)
         if layout.only is None and met.n < layout.examples:
@@ -193,14 +191,19 @@ class Tap:
             met.add(self.where, rows[int(bounds[met.n]) : int(bounds[met.n + 1])].clone())
         return kept.output
 
+    def _kept(self, call: Call) -> Kept:
+        """What `keep` gives; the pass learns where an output was copied for each example."""
+        kept = self.keep(call)
+        if kept.output.shape != call.output.shape:
+            call.current.expanded.append(self.where)
+        return kept
+
     def tapped(self, call: Call) -> Any:
         """The module's output behind the tap."""
         current, only = call.current, call.current.layout.only
         like = dtensor.placements_of(call.output)
-        kept = self.keep(call)
+        kept = self._kept(call)
         current.layout.see(kept.input.shape[: self.leading(kept.input)])
-        if kept.output.shape != call.output.shape:
-            current.expanded.append(self.where)
 
         # holds no tensor of the call: a checkpoint drops what save_for_backward keeps
         def record(d: Tensor, x: Tensor, *factors: Tensor) -> None:
