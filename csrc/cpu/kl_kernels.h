@@ -29,7 +29,7 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
 }
 
 template <KlKind kind>
-inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, const Sums& t,
+inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, const KlSums& t,
                            KlRow& r) {
   if (KlFormula<kind>::is_zero(k.beta)) return (t.s + t.y) * 0;  // 0, or NaN for a NaN row
   KlThree<double> sums = KlFormula<kind>::template none<double>();
@@ -38,7 +38,6 @@ inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, co
     const Frame<mode> frame(k, r);
     for_chunks<mode>(rows, k, V, [&](auto* x, auto* y, int64_t n) {
       second_chunk<kind, mode>(x, y, n, frame, sums);
-      return true;
     });
   });
   const KlThree<double> out = KlFormula<kind>::finish(sums, k.beta);
@@ -50,34 +49,17 @@ inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, co
 template <KlKind kind>
 inline float kl_row_forward(const RowPair& rows, int64_t V, const KlParams& k, KlRow& r) {
   constexpr int want = kl_wants(kind);
-  constexpr bool two_sweeps = kl_two_sweeps(kind);
-  primed_maxima(rows, V, k, r);
-  bool careful = false, exact_frame = false;
-  if constexpr (two_sweeps) careful = KlFormula<kind>::kCareful;
-  Sums t;
-  double value = 0;
-  for (int sweeps = 0; sweeps < kMostSweeps; ++sweeps) {
-    t = sweep_row<want>(rows, V, k, r, careful);
-    if (t.top > kFrameSlack && !exact_frame) {
-      exact_frame = true;
-      maxima(rows, V, k, r);
-      continue;
-    }
-    const Divergence v = divergence(t, want != kWantRefPolicy);
-    value = v.value;
-    r.log_ratio = float(v.log_ratio);
-    r.mean_gap = float(v.gap);
-    if (!careful && (two_sweeps ? !(t.s > 0 && t.y > 0) : !t.trusted(value))) {
-      careful = true;
-      continue;
-    }
-    if (two_sweeps || r.shift != 0 || !v.recentre()) break;
-    r.shift = float(v.gap);
-  }
+  bool careful = false;
+  if constexpr (kl_two_sweeps(kind)) careful = KlFormula<kind>::kCareful;
+  const KlSums t = sweep_row<want>(rows, V, k, r, careful);
+  const Divergence v = divergence(t, want != kWantRefPolicy);
+  double value = v.value;
+  r.log_ratio = float(v.log_ratio);
+  r.mean_gap = float(v.gap);
   r.inv_s = float(1 / t.s);
   r.inv_s_ref = float(1 / t.y);
   r.ref_center = 0;
-  if constexpr (two_sweeps) value = second_value<kind>(rows, V, k, t, r);
+  if constexpr (kl_two_sweeps(kind)) value = second_value<kind>(rows, V, k, t, r);
   return value < 0 ? 0.0f : float(value);  // NaN passes through
 }
 

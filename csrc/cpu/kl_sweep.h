@@ -1,7 +1,13 @@
-// One sweep over a row pair: every sum that a forward wants (math/kl_row.h).
-//  - Where four vectors have |d| <= 1/4 one exp and a polynomial do. Elsewhere two exps and plain
-//    sums, good to 1e-7 of the mass summed so: a row that comes out below 1e-2 of that (or as NaN:
-//    -inf entries) is run again with the series in every lane that needs it, and with 0 * inf = 0.
+// One sweep over a row pair: every sum that a forward wants (math/kl_row.h), a chunk at a time,
+// each in the frame that fits it; the sums so far move there in closed form. No entry is read from
+// memory again: what is summed again is a chunk that lies in L1.
+//  - A frame is the maxima of the first entries. A chunk with an entry more than 20 above it is
+//    summed again in a frame of its own maxima, one that holds most of the mass so far and has a
+//    mean gap larger than its spread is summed again around that.
+//  - Where four vectors have |d| <= 1/4 one exp and a polynomial do, up to 2 an exp and the parts
+//    of another. Beyond, two exps and plain sums, good to 1e-7 of the mass summed so: where that
+//    is not enough, or a sum is NaN (-inf entries), the chunk is summed again and the row's rest
+//    then with every lane by its own size, and with 0 * inf = 0.
 //  - Lanes are folded to double every 2048 cells, so the sums do not depend on V's size.
 #include "kl_rows.h"
 
@@ -9,62 +15,19 @@
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
-struct Sums : KlSums {
-  float top = -kInf;  // highest entry above the frames
+constexpr float kMidGap = 2.0f;  // |d| up to which exp_rest is used
 
-  // Of a chunk. Where its entries' mean is near or above the frame, one of them has nearly all of
-  // the mass, or stands above the frame: its ax in every term, or its 1 in every sum, would cost
-  // the digits that the entropy lives on. There the sums are taken again around the highest, which
-  // is counted apart.
-  template <FrameMode mode, class T>
-  void add_moments(const T* x, const T* y, int64_t n, const Frame<mode>& frame, VF mass_lanes,
-                   VF moment_lanes, float highest) {
-    double around = sum(mass_lanes), off_peak = sum(moment_lanes), pivot = 0;
-    if (off_peak > kDominated * around && highest <= kFrameSlack) {
-      VF peak = splat(-kInf), peaks{};
-      const auto each = [&](auto f) {
-        for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
-          VF ax, d;
-          frame(xv, yv, ax, d);
-          f(ax);
-        });
-      };
-      each([&](VF ax) { peak = max_keep_nan(ax, peak); });
-      pivot = double(max_of(peak));
-      mass_lanes = moment_lanes = VF{};
-      each([&](VF ax) {
-        const VF off = ax - float(pivot), e = (off == 0.0f) ? splat(0.0f) : exp(off);
-        peaks += (off == 0.0f) ? splat(1.0f) : splat(0.0f);
-        mass_lanes += e;
-        moment_lanes += times(e, off);
-      });
-      around = sum(peaks) + sum(mass_lanes);
-      off_peak = sum(moment_lanes);
-    }
-    const double scale = std::exp(pivot);
-    mass += scale * around;
-    moment += scale * (off_peak + pivot * around);
-  }
+struct ChunkSums : KlSums {
+  float top = -kInf;  // highest entry above the frames
 };
 
-template <FrameMode mode, int want, bool careful, class T>
-inline void sweep_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame, Sums& total) {
+template <bool careful, FrameMode mode, int want, class T>
+inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame) {
   constexpr bool entropy = (want & kWantEntropy) != 0;
   KlNear<VectorMath, want> near;
   KlFar<VectorMath, want> far;
   KlMixed<VectorMath, want> mixed;
   VF moment{}, top = splat(-kInf);
-  const auto alike = [&](VF ax, VF d) {  // every |d| <= 1/4
-    const VF ex = exp_flushed(ax);
-    near.add(ex, d);
-    if (entropy) moment = fma(ex, ax, moment);
-  };
-  // ay by itself: from ax and d it has the rounding of ax, large where y peaks
-  const auto plain = [&](VF ax, VF ay, VF d) {
-    const VF ex = exp_flushed(ax);
-    far.add(ex, exp_flushed(ay), d);
-    if (entropy) moment = fma(ex, ax, moment);
-  };
   const auto mix = [&](VF ax, VF ay, VF d) {
     const VF ex = exp(ax);
     mixed.add(ex, exp(ay), d);
@@ -84,22 +47,37 @@ inline void sweep_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& fr
     top = max_keep_nan(max_keep_nan(max_keep_nan(ax[0], ax[1]), max_keep_nan(ax[2], ax[3])), top);
     const VF widest =
         max_keep_nan(max_keep_nan(abs(d[0]), abs(d[1])), max_keep_nan(abs(d[2]), abs(d[3])));
-    if (all_le(widest, splat(kSmallGap)) &&
-        (!careful || all_le((d[0] + d[1]) + (d[2] + d[3]), splat(kInf)))) {
-      // max may lose a NaN; ax is NaN with it, or the row comes back
-      for (int j = 0; j < 4; ++j) alike(ax[j], d[j]);
-    } else if (careful) {
+    // max may lose a NaN; ax is NaN with it, or the chunk comes back
+    const bool numbers = !careful || all_le((d[0] + d[1]) + (d[2] + d[3]), splat(kInf));
+    if (numbers && all_le(widest, splat(kSmallGap))) {
       for (int j = 0; j < 4; ++j) {
-        const VF ay = frame.ay(xv[j], yv[j]);
-        top = max_keep_nan(ay, top);
-        mix(ax[j], ay, d[j]);
+        const VF ex = exp_flushed(ax[j]);
+        near.add(ex, d[j]);
+        if (entropy) moment = fma(ex, ax[j], moment);
+      }
+    } else if (numbers && all_le(widest, splat(kMidGap))) {
+      for (int j = 0; j < 4; ++j) {
+        const VF ex = exp_flushed(ax[j]);
+        VF rest, f;
+        exp_rest(d[j], rest, f);
+        near.add(ex, d[j], rest, f);
+        if (entropy) moment = fma(ex, ax[j], moment);
       }
     } else {
+      // ay by itself: from ax and d it has the rounding of ax, large where y peaks
       VF ay[4];
       for (int j = 0; j < 4; ++j) ay[j] = frame.ay(xv[j], yv[j]);
-      for (int j = 0; j < 4; ++j) plain(ax[j], ay[j], d[j]);
       const VF high = max_keep_nan(max_keep_nan(ay[0], ay[1]), max_keep_nan(ay[2], ay[3]));
       top = max_keep_nan(high, top);
+      if (careful) {
+        for (int j = 0; j < 4; ++j) mix(ax[j], ay[j], d[j]);
+      } else {
+        for (int j = 0; j < 4; ++j) {
+          const VF ex = exp_flushed(ax[j]);
+          far.add(ex, exp_flushed(ay[j]), d[j]);
+          if (entropy) moment = fma(ex, ax[j], moment);
+        }
+      }
     }
   }
   for_vectors(x + i, y + i, n - i, frame.y_filler(), [&](VF xv, VF yv) {
@@ -109,31 +87,170 @@ inline void sweep_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& fr
     top = max_keep_nan(max_keep_nan(ax, ay), top);
     mix(ax, ay, d);
   });
-  total += near;
-  total += far;
-  total += mixed;
-  if (entropy) total.add_moments(x, y, n, frame, near.s + far.x + mixed.x, moment, max_of(top));
-  total.top = std::max(total.top, max_of(top));
+  ChunkSums part;
+  part += near;
+  part += far;
+  part += mixed;
+  if (entropy) {
+    part.mass = sum(near.s + far.x + mixed.x);
+    part.moment = sum(moment);
+  }
+  part.top = max_of(top);
+  return part;
 }
 
-template <FrameMode mode, int want, bool careful>
-inline Sums sweep(const RowPair& rows, int64_t V, const KlParams& k, const KlRow& r) {
-  const Frame<mode> frame(k, r);
-  Sums total;
-  for_chunks<mode>(rows, k, V, [&](auto* x, auto* y, int64_t n) {
-    sweep_chunk<mode, want, careful>(x, y, n, frame, total);
-    return !(total.top > kFrameSlack);
+// Of the policy alone: mass and moment.
+template <FrameMode mode, class T>
+inline ChunkSums sum_policy(const T* x, int64_t n, const Frame<mode>& frame, bool careful) {
+  VF mass{}, moment{}, top = splat(-kInf);
+  const auto add = [&](VF xv, bool guarded) {
+    VF ax, d;
+    frame(xv, xv, ax, d);
+    top = max_keep_nan(ax, top);
+    const VF ex = guarded ? exp(ax) : exp_flushed(ax);
+    mass += ex;
+    moment = guarded ? moment + times(ex, ax) : fma(ex, ax, moment);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add(load(x + i), careful);
+  if (i < n) add(load(x + i, n - i, -kInf), true);
+  ChunkSums part;
+  part.s = part.y = part.mass = sum(mass);
+  part.moment = sum(moment);
+  part.top = max_of(top);
+  return part;
+}
+
+// Where the mean of a chunk's entries is near or above the frame, one of them has nearly all of the
+// mass, or stands above the frame: its ax in every term, or its 1 in every sum, would cost the
+// digits that the entropy lives on. There mass and moment are summed around the highest, which is
+// counted apart.
+template <FrameMode mode, class T>
+inline void sum_around_peak(const T* x, int64_t n, const Frame<mode>& frame, ChunkSums& part) {
+  const auto each = [&](auto f) {
+    for_vectors(x, x, n, -kInf, [&](VF xv, VF) {
+      VF ax, d;
+      frame(xv, xv, ax, d);
+      f(ax);
+    });
+  };
+  VF peak = splat(-kInf), peaks{}, mass{}, moment{};
+  each([&](VF ax) { peak = max_keep_nan(ax, peak); });
+  const double pivot = double(max_of(peak));
+  each([&](VF ax) {
+    const VF off = ax - float(pivot), e = (off == 0.0f) ? splat(0.0f) : exp(off);
+    peaks += (off == 0.0f) ? splat(1.0f) : splat(0.0f);
+    mass += e;
+    moment += times(e, off);
   });
-  return total;
+  const double scale = std::exp(pivot), around = sum(peaks) + sum(mass);
+  part.mass = scale * around;
+  part.moment = scale * (sum(moment) + pivot * around);
 }
 
-template <int want>
-inline Sums sweep_row(const RowPair& rows, int64_t V, const KlParams& k, const KlRow& r,
-                      bool careful) {
-  if (!careful && Frame<FrameMode::kUnit>::is_unit(k, r))
-    return sweep<FrameMode::kUnit, want, false>(rows, V, k, r);
-  if (k.plain) return sweep<FrameMode::kShared, want, true>(rows, V, k, r);
-  return sweep<FrameMode::kGeneral, want, true>(rows, V, k, r);
+// f(frame) in the mode that a chunk of T needs.
+template <class T, class F>
+inline auto in_frame(const KlParams& k, const KlRow& r, F&& f) {
+  if constexpr (std::is_same_v<T, float>)
+    if (!k.plain) return f(Frame<FrameMode::kGeneral>(k, r));
+  if (KlFrame<VectorMath>::is_unit(k, r)) return f(Frame<FrameMode::kUnit>(k, r));
+  return f(Frame<FrameMode::kShared>(k, r));
+}
+
+// A row pair's sums, and the frame that they end in. `pair`: whether there is a reference; want is
+// kWantEntropy where there is none.
+template <int want, bool pair = true>
+struct RowSweep {
+  const KlParams& k;
+  KlRow& r;
+  KlSums total;
+  bool careful;
+
+  RowSweep(const KlParams& params, KlRow& row, bool from_the_start)
+      : k(params), r(row), careful(from_the_start) {
+    r = KlRow{};
+  }
+
+  // The frame becomes (mx, my).
+  void retarget(float mx, float my) {
+    total.move((double(mx) - double(r.mx)) * k.row_scale,
+               (double(my) - double(r.my)) * k.ref_row_scale);
+    r.mx = mx;
+    r.my = my;
+  }
+
+  template <class T>
+  void add(const T* x, const T* y, int64_t n) {
+    if (total.s == 0 || total.y == 0) {
+      const KlRow own = chunk_maxima(x, y, n, k);
+      retarget(total.s == 0 && own.mx > -kInf ? own.mx : r.mx,
+               total.y == 0 && own.my > -kInf ? own.my : r.my);
+    }
+    ChunkSums part;
+    bool raised = false, centred = false;
+    for (int sums = 0; sums < kMostSums; ++sums) {
+      part = in_frame<T>(k, r, [&](const auto& frame) {
+        constexpr FrameMode mode = std::remove_reference_t<decltype(frame)>::kMode;
+        if constexpr (!pair) return sum_policy(x, n, frame, careful);
+        else if (careful) return sum_chunk<true, mode, want>(x, y, n, frame);
+        else return sum_chunk<false, mode, want>(x, y, n, frame);
+      });
+      if (part.top > kFrameSlack && !raised) {
+        raised = true;
+        const KlRow own = chunk_maxima(x, y, n, k);
+        retarget(std::max(r.mx, own.mx), std::max(r.my, own.my));
+        continue;
+      }
+      if (!careful && !trusted(part)) {
+        careful = true;
+        continue;
+      }
+      if (centred || !centre(part)) break;
+      centred = true;
+    }
+    if constexpr ((want & kWantEntropy) != 0) {
+      if (part.moment > kDominated * part.mass && part.top <= kFrameSlack)
+        in_frame<T>(k, r, [&](const auto& frame) { sum_around_peak(x, n, frame, part); });
+    }
+    total += part;
+  }
+
+  bool trusted(const ChunkSums& part) const {
+    KlSums all = total;
+    all += part;
+    return all.template trusted<want>();
+  }
+
+  // Moves the frame onto the chunk's mean gap, where that hides the spread and the chunk has a good
+  // part of the mass that would suffer from it.
+  bool centre(const ChunkSums& part) {
+    constexpr bool forwards = (want & kWantPolicyRef) != 0,
+                   backwards = (want & kWantRefPolicy) != 0;
+    const bool weighs =
+        (forwards && part.s > kWeighty * total.s) || (backwards && part.y > kWeighty * total.y);
+    if (!weighs) return false;
+    Divergence best;
+    for (const bool policy_ref : {true, false}) {
+      if (!(policy_ref ? forwards : backwards)) continue;
+      const Divergence v = divergence(part, policy_ref);
+      if (v.off_centre() && (best.size == 0 || v.value < best.value)) best = v;
+    }
+    const float my = float(double(r.my) - best.gap / k.ref_row_scale);
+    if (best.size == 0 || my == r.my) return false;
+    retarget(r.mx, my);
+    return true;
+  }
+};
+
+template <int want, bool pair = true>
+inline KlSums sweep_row(const RowPair& rows, int64_t V, const KlParams& k, KlRow& r,
+                        bool careful = false) {
+  RowSweep<want, pair> sweep(k, r, careful);
+  for_chunks<FrameMode::kShared>(rows, k, V, [&](auto* x, auto* y, int64_t n) {
+    sweep.add(x, y, n);
+    return true;
+  });
+  return sweep.total;
 }
 
 }  // namespace FASTTAX_ISA_NS

@@ -313,6 +313,25 @@ inline VF exp_flushed(VF z) {
 #endif
 }
 
+// e^-d - 1, and f = e^-d - 1 + d, for |d| <= 8, each to 3e-7 of itself however small: with -d = n
+// ln 2 + r, the parts that stand without r (0 for n = 0), and h = e^r - 1 - r by its series
+// (degree-6 minimax on [-ln2/2, ln2/2]).
+inline void exp_rest(VF d, VF& rest, VF& f) {
+  const VF shifted = fma(d, splat(-1.44269504088896341f), splat(kRound));
+  const VF n = shifted - kRound;
+  const VF r = fma(n, splat(-0.693147180559945f), -d);
+  VF p = splat(1.390130945e-3f);
+  p = fma(p, r, splat(8.363200058e-3f));
+  p = fma(p, r, splat(4.166685410e-2f));
+  p = fma(p, r, splat(1.666657696e-1f));
+  p = fma(p, r, splat(0.5f));
+  const VF h = p * (r * r);
+  const VF power = as_float((as_int(shifted) << 23) + as_int(splat(1.0f)));
+  const VF grown = power - 1.0f;
+  rest = fma(power, r + h, grown);
+  f = fma(power, h, fma(grown, r, fma(n, splat(-0.693147180559945f), grown)));
+}
+
 // ln a for a > 0 (normal or subnormal), relative error <= 2e-7 away from 1; -inf at 0, inf at inf,
 // NaN below 0.
 inline VF log(VF a) {

@@ -7,91 +7,22 @@
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
-template <FrameMode mode, bool careful>
-inline Sums policy_sweep(const RowPair& rows, int64_t V, const KlParams& k, const KlRow& r) {
-  const Frame<mode> frame(k, r);
-  Sums total;
-  for_chunks<mode>(rows, k, V, [&](auto* x, auto*, int64_t n) {
-    VF mass{}, moment{}, top = splat(-kInf);
-    const auto add = [&](VF xv, bool guarded) {
-      VF ax, d;
-      frame(xv, xv, ax, d);
-      top = max_keep_nan(ax, top);
-      const VF ex = careful ? exp(ax) : exp_flushed(ax);
-      mass += ex;
-      moment = guarded ? moment + times(ex, ax) : fma(ex, ax, moment);
-    };
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) add(load(x + i), careful);
-    if (i < n) add(load(x + i, n - i, -kInf), true);
-    total.add_moments(x, x, n, frame, mass, moment, max_of(top));
-    total.top = std::max(total.top, max_of(top));
-    return !(total.top > kFrameSlack);
-  });
-  return total;
-}
-
-inline Sums stats_sweep(const RowPair& rows, bool pair, int64_t V, const KlParams& k,
-                        const KlRow& r, bool careful) {
-  constexpr int all = kWantPolicyRef | kWantRefPolicy | kWantEntropy;
-  if (pair) return sweep_row<all>(rows, V, k, r, careful);
-  if (!k.plain) return policy_sweep<FrameMode::kGeneral, true>(rows, V, k, r);
-  if (careful) return policy_sweep<FrameMode::kShared, true>(rows, V, k, r);
-  return policy_sweep<FrameMode::kShared, false>(rows, V, k, r);
-}
-
-// Whether no entry is a number's log: the row's lse is then -inf, where the sums, taken around
-// -inf, are NaN.
-inline bool all_minus_infinity(const RowPair& rows, int64_t V, const KlRow& r) {
-  if (r.mx != -kInf) return false;
-  bool all = true;
-  typed(rows.type, rows.x, [&](auto* x) {
-    for (int64_t i = 0; all && i < V; ++i) all = to_float(x[i]) == -kInf;
-  });
-  return all;
-}
-
 // `out` receives the kTokenStats values of a token; y may be nullptr (no reference), id -1 (none).
 inline void stats_forward(FloatType type, const void* x, const void* y, int64_t V,
                           const KlParams& k, int64_t id, StatsRow& row, float* out) {
   KlRow& r = row.kl;
   const RowPair rows(type, x, y ? y : x, k);
-  primed_maxima(rows, V, k, r);
-  bool careful = false, exact_frame = false;
-  Sums t;
+  KlSums t;
   Divergence forwards, backwards;
-  for (int sweeps = 0; sweeps < kMostSweeps; ++sweeps) {
-    t = stats_sweep(rows, y != nullptr, V, k, r, careful);
-    if (t.top > kFrameSlack && !exact_frame) {
-      exact_frame = true;
-      maxima(rows, V, k, r);
-      continue;
-    }
-    if (y) {
-      forwards = divergence(t, true);
-      backwards = divergence(t, false);
-    }
-    const bool trusted =
-        t.moment == t.moment && (!y || (t.trusted(forwards.value) && t.trusted(backwards.value)));
-    if (careful || trusted) break;
-    careful = true;
+  if (y) {
+    t = sweep_row<kWantPolicyRef | kWantRefPolicy | kWantEntropy>(rows, V, k, r);
+    forwards = divergence(t, true);
+    backwards = divergence(t, false);
+  } else {
+    t = sweep_row<kWantEntropy, false>(rows, V, k, r);
   }
   const double mass = t.mass, mean = t.moment / t.mass,
                entropy = std::max(0.0, std::log(mass) - mean);
-  if (y && (forwards.recentre() || backwards.recentre())) {
-    // each keeps the better of its two values; the frame is that of the smaller one, where digits
-    // are scarce
-    const bool first =
-        forwards.recentre() && !(backwards.recentre() && backwards.value < forwards.value);
-    r.shift = float(first ? forwards.gap : backwards.gap);
-    t = stats_sweep(rows, y != nullptr, V, k, r, true);
-    const Divergence f = divergence(t, true), b = divergence(t, false);
-    if (!(f.size > forwards.size)) forwards.value = f.value;
-    if (!(b.size > backwards.size)) backwards.value = b.value;
-    forwards.log_ratio = f.log_ratio;
-    forwards.gap = f.gap;
-    backwards.gap = b.gap;
-  }
   double ax = 0, ay = 0;
   // by the sweep's own arithmetic: what it rounds off the id's entry is in the sums too
   if (id >= 0) {
@@ -117,7 +48,6 @@ inline void stats_forward(FloatType type, const void* x, const void* y, int64_t 
   row.ref_logp = out[kRefLogp] = id < 0 || !y ? 0.0f : at_most_zero(ref_logp);
   out[kEntropy] = mean == mean ? float(entropy) : float(mean);
   out[kLse] = float(double(r.mx) * double(k.row_scale) + std::log(mass));
-  if (all_minus_infinity(rows, V, r)) out[kLse] = -kInf;
   out[kKlPolicyRef] = at_least_zero(forwards.value);
   out[kKlRefPolicy] = at_least_zero(backwards.value);
 }

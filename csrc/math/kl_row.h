@@ -11,11 +11,15 @@ namespace fasttax {
 // How far above its frame an entry may stand: e^20 V is far below float's range, and exp is exact
 // enough.
 constexpr float kFrameSlack = 20.0f;
-// How often a row's sums are taken at most: again carefully, again around its true maxima, and
-// moved onto the mean gap before and after that. Every loop over sweeps ends with this count,
-// whatever the row holds.
+// How often a row's sums are taken at most on GPUs: again carefully, again around its true maxima,
+// and moved onto the mean gap before and after that.
 constexpr int kMostSweeps = 5;
-// A plain sum is good to about 1e-7 of its mass: 1e-5 of a KL this large.
+// How often a chunk's entries are summed at most: again in a frame of its own maxima, again
+// carefully, and again around its mean gap. Every loop ends with this count, whatever a row holds.
+constexpr int kMostSums = 4;
+// The share of the mass so far from which a chunk's mean gap is worth a frame of its own.
+constexpr double kWeighty = 1.0 / 8;
+// A plain sum is good to about 1e-7 of its mass: 1e-5 of a divergence's sum this large.
 constexpr double kTrusted = 1e-2;
 // The mean of ax over some entries, above which the highest of them dominates them.
 constexpr double kDominated = -0.05;
@@ -35,6 +39,14 @@ struct KlNear {
     g += change;
     if constexpr ((want & kWantPolicyRef) != 0) b = M::fma(ex, f, b);
     if constexpr ((want & kWantRefPolicy) != 0) c = M::fma(ex + change, back, c);
+  }
+  // of larger |d|, by rest = e^-d - 1 and f(d): e^-d f(-d) = d^2 - f(d) (1 + d)
+  FASTTAX_HD void add(S ex, S d, S rest, S f) {
+    s += ex;
+    g = M::fma(ex, rest, g);
+    if constexpr ((want & kWantPolicyRef) != 0) b = M::fma(ex, f, b);
+    if constexpr ((want & kWantRefPolicy) != 0)
+      c = M::fma(ex, M::fma(-f, d + constant<S>(1), d * d), c);
   }
 };
 
@@ -141,8 +153,55 @@ struct KlSums {
     }
   }
 
-  // false for NaN
-  FASTTAX_HD bool trusted(double kl) const { return kl * (s + y) >= kTrusted * far; }
+  // Whether what was summed plainly left B and C their digits; false for NaN.
+  template <int want>
+  FASTTAX_HD bool trusted() const {
+    const double least = kTrusted * far;
+    bool enough = s + y >= least;
+    if constexpr ((want & kWantEntropy) != 0) enough &= moment == moment;
+    if constexpr ((want & kWantPolicyRef) != 0) enough &= b >= least;
+    if constexpr ((want & kWantRefPolicy) != 0) enough &= c >= least;
+    return enough;
+  }
+
+  // The sums in frames that are higher by `up_x` and `up_y` (ax' = ax - up_x, ay' = ay - up_y) out
+  // of those in the old ones: with sx = e^-up_x, sy = e^-up_y and delta = up_x - up_y, so that d' =
+  // d - delta,
+  //   B' = sx B + (sy - sx) G + sx S f(-delta)     C' = sy C + (sy - sx) G + sy Y f(delta)
+  FASTTAX_HD void move(double up_x, double up_y) {
+    // a side of which there is nothing yet was in no frame
+    if (s == 0 && y == 0) return;
+    if (s == 0) up_x = up_y;
+    if (y == 0) up_y = up_x;
+    const double delta = up_x - up_y, sx = exp(-up_x), sy = exp(-up_y);
+    const bool near = fabs(delta) < 1;
+    const double rise = near ? sx * expm1(delta) : sy - sx;
+    const double toward = near ? sx * kl_bregman(-delta) : rise - sx * delta;
+    const double away = near ? sy * kl_bregman(delta) : sy * delta - rise;
+    b = sx * b + rise * g + toward * s;
+    c = sy * c + rise * g + away * y;
+    a = sx * (a - delta * s);
+    back = sy * (back + delta * y);
+    g = sy * g + rise * s;
+    moment = sx * (moment - up_x * mass);
+    mass *= sx;
+    s *= sx;
+    y *= sy;
+    far *= sx > sy ? sx : sy;
+  }
+
+  FASTTAX_HD void operator+=(const KlSums& other) {
+    s += other.s;
+    y += other.y;
+    g += other.g;
+    b += other.b;
+    a += other.a;
+    c += other.c;
+    back += other.back;
+    mass += other.mass;
+    moment += other.moment;
+    far += other.far;
+  }
 };
 
 // One of the two divergences out of a sweep's sums.
@@ -155,6 +214,10 @@ struct Divergence {
   // both terms large and alike: moved onto the mean gap, the difference keeps its digits.
   bool cancels = false;
 
+  // Whether a frame moved onto the gap would make the terms four times smaller.
+  FASTTAX_HD bool off_centre() const {
+    return value < size / 4 && float(gap) != 0 && fabs(gap) < kFrameSlack;
+  }
   FASTTAX_HD bool recentre() const { return cancels && float(gap) != 0 && fabs(gap) < kFrameSlack; }
 };
 

@@ -119,15 +119,18 @@ def test_a_temperature_beyond_float32_is_refused(temperature: float) -> None:
 
 
 def test_loops_are_bounded_by_one_count() -> None:
-    """No loop over sweeps without the bound: C++, CUDA and Triton have one number."""
-    bound = re.search(r"kMostSweeps = (\d+);", (ROOT / "csrc/math/kl_row.h").read_text())
+    """No loop over sums or sweeps without a bound."""
+    math = _text("csrc/math/kl_row.h")
+    bound = re.search(r"kMostSweeps = (\d+);", math)
     twin = re.search(r"MOST_SWEEPS = tl.constexpr\((\d+)\)", _text("fasttax/triton/rows.py"))
     assert bound
     assert twin
     assert bound[1] == twin[1]
-    for path in ("cpu/kl_kernels.h", "cpu/stats_kernels.h", "cuda/kl_row.cuh"):
+    assert "sweeps < kMostSweeps" in _text("csrc/cuda/kl_row.cuh")
+    assert re.search(r"kMostSums = \d+;", math)
+    assert "sums < kMostSums" in _text("csrc/cpu/kl_sweep.h")
+    for path in ("cpu/kl_sweep.h", "cpu/kl_kernels.h", "cpu/stats_kernels.h", "cuda/kl_row.cuh"):
         text = _text(f"csrc/{path}")
-        assert "sweeps < kMostSweeps" in text
         assert "for (;;)" not in text
         assert "while (" not in text
     for path in ("kl", "stats"):
