@@ -1,7 +1,7 @@
 // token_kl over one row pair. Forward is one sweep over both rows (kinds of two: the second in L2),
 // backward another.
 #include "../math/double_math.h"
-#include "kl_sweep.h"
+#include "kl_jsd.h"
 
 #if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
@@ -14,18 +14,34 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
   using F = KlFormula<kind>;
   const KlRow& r = frame.r;
   const KlLogs<float> logs(r);
-  KlThree<VF> part = F::template none<VF>();
-  for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
-    VF ax, d;
-    frame(xv, yv, ax, d);
-    const VF ay = frame.ay(xv, yv);
-    const KlEntry<VF> entry{exp(ax) * r.inv_s, exp(ay) * r.inv_s_ref, d - r.log_ratio, ax + logs.x,
-                            ay + logs.y};
-    F::template join<VectorMath>(part, F::template terms<VectorMath>(entry, frame.k.beta));
-  });
-  for (int i = 0; i < kLanes; ++i)
-    F::template join<DoubleMath>(
-        total, {double(part.value[i]), double(part.first[i]), double(part.second[i])});
+  // A lane's roundings grow with the terms it adds: kinds that add have four lanes for each.
+  constexpr int kParts = kind == KlKind::kJsd ? 4 : 1;
+  KlThree<VF> parts[kParts];
+  for (auto& part : parts) part = F::template none<VF>();
+  if constexpr (kind == KlKind::kJsd) {
+    const JsdMath jsd(frame.k.beta);
+    int64_t turn = 0;
+    for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
+      const JsdEntry z = jsd.at(frame, xv, yv, true);
+      KlThree<VF>& part = parts[turn++ % kParts];
+      part.value += jsd.value(z);
+      part.first -= z.base * z.to_base;
+      part.second -= z.other * z.to_other;
+    });
+  } else {
+    for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
+      VF ax, d;
+      frame(xv, yv, ax, d);
+      const VF ay = frame.ay(xv, yv);
+      const KlEntry<VF> entry{exp(ax) * r.inv_s, exp(ay) * r.inv_s_ref, d - r.log_ratio,
+                              ax + logs.x, ay + logs.y};
+      F::template join<VectorMath>(parts[0], F::template terms<VectorMath>(entry, frame.k.beta));
+    });
+  }
+  for (const auto& part : parts)
+    for (int i = 0; i < kLanes; ++i)
+      F::template join<DoubleMath>(
+          total, {double(part.value[i]), double(part.first[i]), double(part.second[i])});
 }
 
 template <KlKind kind>
@@ -33,17 +49,26 @@ inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, co
                            KlRow& r) {
   if (KlFormula<kind>::is_zero(k.beta)) return (t.s + t.y) * 0;  // 0, or NaN for a NaN row
   KlThree<double> sums = KlFormula<kind>::template none<double>();
-  with_mode<false>(k, r, [&](auto is) {
+  with_mode<kind == KlKind::kJsd>(k, r, [&](auto is) {
     constexpr FrameMode mode = decltype(is)::value;
     const Frame<mode> frame(k, r);
     for_chunks<mode>(rows, k, V, [&](auto* x, auto* y, int64_t n) {
       second_chunk<kind, mode>(x, y, n, frame, sums);
     });
   });
-  const KlThree<double> out = KlFormula<kind>::finish(sums, k.beta);
-  r.mean_gap = float(out.first);
-  r.ref_center = float(out.second);
-  return out.value;
+  KlThree<double> out = KlFormula<kind>::finish(sums, k.beta);
+  // The means' weights sum to 1 but for the rounding of 1/S, which a gradient would be left with
+  // where one entry has nearly all of the mass.
+  if constexpr (kind == KlKind::kJsd) {
+    const double p = t.s * r.inv_s, q = t.y * r.inv_s_ref;
+    const bool swapped = JsdMath(k.beta).swapped;
+    out.first /= swapped ? q : p;
+    out.second /= swapped ? p : q;
+  }
+  const double nan = (t.s + t.y) * 0;  // of a row that has one, in whichever term
+  r.mean_gap = float(out.first + nan);
+  r.ref_center = float(out.second + nan);
+  return out.value + nan;
 }
 
 template <KlKind kind>
@@ -97,6 +122,31 @@ struct KlSlope {
   }
 };
 
+template <FrameMode mode, Sides sides>
+struct KlSlope<mode, KlKind::kJsd, sides> {
+  Frame<mode> frame;
+  JsdMath jsd;
+  float g_base, g_other;
+
+  // At beta 0 and 1 the divergence is 0, whatever mixture is taken.
+  KlSlope(const KlParams& k, const KlRow& row, float upstream)
+      : frame(k, row), jsd(is_zero(k) ? 0.5f : k.beta) {
+    if (is_zero(k)) upstream = 0;
+    g_base = -upstream * (1 - jsd.share) * (jsd.swapped ? k.ref_row_slope : k.row_slope);
+    g_other = -upstream * jsd.share * (jsd.swapped ? k.row_slope : k.ref_row_slope);
+  }
+  static bool is_zero(const KlParams& k) { return KlFormula<KlKind::kJsd>::is_zero(k.beta); }
+
+  __attribute__((always_inline)) inline KlSides<VF> operator()(VF xv, VF yv) const {
+    const JsdEntry z = jsd.at(frame, xv, yv, sides == kBothSides || jsd.swapped);
+    const VF base = z.base * (z.to_base + frame.r.mean_gap) * g_base;
+    const VF other = z.other * (z.to_other + frame.r.ref_center) * g_other;
+    KlSides<VF> out{jsd.swapped ? other : base, jsd.swapped ? base : other};
+    if constexpr (mode == FrameMode::kGeneral) kl_uncap<VectorMath>(out, xv, yv, frame.k);
+    return out;
+  }
+};
+
 template <KlKind kind>
 inline void kl_row_backward(const RowPair& rows, int64_t V, const KlParams& k, const KlRow& r,
                             float g, void* dx, void* dy) {
@@ -106,14 +156,12 @@ inline void kl_row_backward(const RowPair& rows, int64_t V, const KlParams& k, c
     write_gradients<mode, sides>(rows, V, k, dx, dy, KlSlope<mode, kind, sides>(k, r, g));
   };
   constexpr auto both = std::integral_constant<Sides, kBothSides>();
-  // A logarithm is what two sweeps' kinds cost: neither kUnit nor one side alone is worth its code.
-  if constexpr (kl_two_sweeps(kind)) {
-    with_mode<false>(k, r, [&](auto mode) { write(both, mode); });
-  } else {
-    if (dy) return with_mode<false>(k, r, [&](auto mode) { write(both, mode); });
-    with_mode<true>(k, r,
-                    [&](auto mode) { write(std::integral_constant<Sides, kPolicyOnly>(), mode); });
-  }
+  // Renyi's powers cost more than a side or a frame of their own would save.
+  if constexpr (kind == KlKind::kRenyi)
+    return with_mode<false>(k, r, [&](auto mode) { write(both, mode); });
+  if (dy) return with_mode<false>(k, r, [&](auto mode) { write(both, mode); });
+  with_mode<true>(k, r,
+                  [&](auto mode) { write(std::integral_constant<Sides, kPolicyOnly>(), mode); });
 }
 
 inline float kl_forward(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k,

@@ -58,9 +58,8 @@ inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>&
     } else if (numbers && all_le(widest, splat(kMidGap))) {
       for (int j = 0; j < 4; ++j) {
         const VF ex = exp_flushed(ax[j]);
-        VF rest, f;
-        exp_rest(d[j], rest, f);
-        near.add(ex, d[j], rest, f);
+        const ExpRest change = exp_rest(d[j]);
+        near.add(ex, d[j], change.rest, change.f);
         if (entropy) moment = fma(ex, ax[j], moment);
       }
     } else {

@@ -65,6 +65,17 @@ inline VF sqrt(VF a) {
 #endif
 }
 
+// 1 / a to 4e-4 of itself or better
+inline VF reciprocal(VF a) {
+#if FASTTAX_ISA == 512
+  return (VF)_mm512_rcp14_ps((__m512)a);
+#elif FASTTAX_ISA == 256
+  return (VF)_mm256_rcp_ps((__m256)a);
+#else
+  return 1.0f / a;
+#endif
+}
+
 inline VF abs(VF a) { return as_float(as_int(a) & 0x7fffffff); }
 
 // True when a <= b holds in every lane; a NaN makes it false.
@@ -313,10 +324,15 @@ inline VF exp_flushed(VF z) {
 #endif
 }
 
-// e^-d - 1, and f = e^-d - 1 + d, for |d| <= 8, each to 3e-7 of itself however small: with -d = n
-// ln 2 + r, the parts that stand without r (0 for n = 0), and h = e^r - 1 - r by its series
-// (degree-6 minimax on [-ln2/2, ln2/2]).
-inline void exp_rest(VF d, VF& rest, VF& f) {
+// e^-d, e^-d - 1, and f = e^-d - 1 + d, for |d| <= kMostGap, each to 3e-7 of itself however small
+// (below -8, to 3e-6):
+// with -d = n ln 2 + r, the parts that stand without r (0 for n = 0), and h = e^r - 1 - r by its
+// series (degree-6 minimax on [-ln2/2, ln2/2]).
+constexpr float kMostGap = 87.0f;
+struct ExpRest {
+  VF e, rest, f;
+};
+inline ExpRest exp_rest(VF d) {
   const VF shifted = fma(d, splat(-1.44269504088896341f), splat(kRound));
   const VF n = shifted - kRound;
   const VF r = fma(n, splat(-0.693147180559945f), -d);
@@ -328,8 +344,8 @@ inline void exp_rest(VF d, VF& rest, VF& f) {
   const VF h = p * (r * r);
   const VF power = as_float((as_int(shifted) << 23) + as_int(splat(1.0f)));
   const VF grown = power - 1.0f;
-  rest = fma(power, r + h, grown);
-  f = fma(power, h, fma(grown, r, fma(n, splat(-0.693147180559945f), grown)));
+  return {fma(power, r + h, power), fma(power, r + h, grown),
+          fma(power, h, fma(grown, r, fma(n, splat(-0.693147180559945f), grown)))};
 }
 
 // ln a for a > 0 (normal or subnormal), relative error <= 2e-7 away from 1; -inf at 0, inf at inf,
