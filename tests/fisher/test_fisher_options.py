@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -330,37 +329,7 @@ def test_attention_dropout_in_train_mode_warns() -> None:
         DiagonalFisher(model, verify=False).update(ids(1, 4))
 
 
-# --- resuming and its own error -------------------------------------------------------------------
-
-
-def test_resumes_after_a_crash_to_the_same_bits(tmp_path: Path) -> None:
-    model, batches, path = TokenModel(), list(ids(14, 6).split(2)), tmp_path / "state.safetensors"
-    whole = fasttax.estimate_fisher(model, batches, progress=False)
-
-    def crashing() -> Any:
-        yield from batches[:5]
-        raise KeyboardInterrupt
-
-    options: Any = {"progress": False, "checkpoint": path, "checkpoint_every": 2}
-    with pytest.raises(KeyboardInterrupt):
-        fasttax.estimate_fisher(model, crashing(), **options)
-    assert path.exists()
-    with pytest.raises(
-        ValueError, match=r"(?s)resume.*labels: 'sample' in the file, 'true' here.*delete the file"
-    ):
-        fasttax.estimate_fisher(model, batches, labels="true", **options)
-    resumed = fasttax.estimate_fisher(model, batches, **options)
-    assert all(torch.equal(resumed[n], whole[n]) for n in whole)
-    assert resumed.metadata == whole.metadata
-    assert not path.exists()
-    estimator = DiagonalFisher(model)
-    estimator.update(batches[0])
-    estimator.checkpoint(path)
-    with pytest.raises(ValueError, match="not a FisherEstimate file"):
-        fasttax.FisherEstimate.load(path)
-    model.up.weight.data.add_(1)
-    with pytest.raises(ValueError, match="model_hash"):
-        DiagonalFisher(model).resume(path)
+# --- its own error and progress -------------------------------------------------------------------
 
 
 def test_progress_shows_rate_time_left_and_error(capsys: pytest.CaptureFixture[str]) -> None:
