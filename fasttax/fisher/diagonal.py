@@ -294,8 +294,8 @@ class DiagonalFisher:
     def _check_whole(self, method: str) -> None:
         if self.sums.damaged:
             raise RuntimeError(
-                f"DiagonalFisher.{method}: an earlier batch failed halfway through its backward, "
-                "so that some layers counted it and others did not; start a new DiagonalFisher"
+                f"DiagonalFisher.{method}: an earlier batch failed halfway, so that some of its "
+                "layers or examples are counted and others are not; start a new DiagonalFisher"
             )
         if self._reduced and method != "finalize":
             raise RuntimeError(

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax.fisher import sharding
+from fasttax.fisher import loop, sharding
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
-from fasttax.fisher.pieces import add_squares
 from fasttax.fisher.proof import differences, disagreement, is_exact, roots
 from fasttax.fisher.replay import replay
 from fasttax.fisher.sums import Sums
@@ -118,9 +117,8 @@ class Observation:
         current.layout.see(torch.Size((current.layout.batch, 1)))
         current.seen = True
         params = _provable(self.sums)
-        for n in range(current.layout.examples):
-            found = self._alone(params, loss, n)
-            add_squares([self.sums.value(k) for k in found], [*found.values()], self.sums.weight)
+        examples = range(current.layout.examples)
+        self.sums.add_by_example(self._alone(params, loss, n) for n in examples)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -189,12 +187,7 @@ class Observation:
         if self.view.unit != "example":
             return
         examples = sum(p.layout.examples for p in self.seen)
-        truth: dict[str, Tensor] = {}
-        for n in range(examples):
-            found = self._alone(params, loss, n)
-            for name, g in found.items():
-                square = g.double() ** 2
-                truth[name] = truth[name] + square if name in truth else square
+        _, truth = loop.totals(self._alone(params, loss, n) for n in range(examples))
         squared = {n: p for n, p in params.items() if not self.sums.approximates(n)}
         squares = {n: self.sums.value(n) / self.sums.weight for n in squared}
         wrong = differences(squared, roots(squares), roots(truth), self._exact(params))

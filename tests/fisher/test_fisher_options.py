@@ -25,6 +25,7 @@ from tests.tools.models import (
     causal_lm,
     fisher_of,
     ids,
+    logits_of,
     loop,
     rows_of,
     state_of,
@@ -327,6 +328,39 @@ def test_attention_dropout_in_train_mode_warns() -> None:
     model = causal_lm("llama", attention_dropout=0.2).train()
     with pytest.warns(UserWarning, match=r"dropout.*model.eval\(\)"):
         DiagonalFisher(model, verify=False).update(ids(1, 4))
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_loop_that_fails_halfway_is_not_gone_on_with(observed: bool) -> None:
+    """Its sums have some examples of the batch; one that fails at its first has none."""
+    model, batch = TokenModel(), ids(4, 6)
+    estimator = DiagonalFisher(model, labels="true", fallback="loop", verify=False)
+    left = [99]  # forwards of single examples before one fails
+
+    def failing(module: nn.Module, args: Any, kwargs: Any) -> None:
+        left[0] -= len(next(iter([*args, *kwargs.values()]))) == 1
+        if left[0] < 0:
+            raise RuntimeError("of the device")
+
+    def run(before: int) -> None:
+        left[0] = before
+        if not observed:
+            estimator.update(batch)
+            return
+        with estimator.observe(loss=lambda n: logits_of(model(batch[n : n + 1])).square().sum()):
+            model(batch)
+
+    model.register_forward_pre_hook(failing, with_kwargs=True)
+    with pytest.raises((RuntimeError, ValueError), match="of the device"):
+        run(0)
+    run(99)
+    assert estimator.examples == 4
+    with pytest.raises((RuntimeError, ValueError), match="of the device"):
+        run(2)
+    with pytest.raises(RuntimeError, match=r"failed halfway.*start a new DiagonalFisher"):
+        run(99)
+    with pytest.raises(RuntimeError, match=r"failed halfway.*start a new DiagonalFisher"):
+        estimator.finalize()
 
 
 # --- its own error and progress -------------------------------------------------------------------
