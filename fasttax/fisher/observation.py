@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fasttax.fisher import loop, sharding
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
-from fasttax.fisher.proof import differences, disagreement, is_exact, roots
+from fasttax.fisher.proof import differences, disagreement, is_exact, not_the_sum, roots
 from fasttax.fisher.replay import replay
 from fasttax.fisher.sums import Sums
 from fasttax.fisher.view import View
@@ -90,7 +90,7 @@ class Observation:
                 if self.proving:
                     self._prove(params, totals)
             if self.proving and self._loss is not None:
-                self._prove_examples(params, self._loss)
+                self._prove_examples(params, totals, self._loss)
                 self.proven = True
 
     @contextlib.contextmanager
@@ -182,17 +182,24 @@ class Observation:
 
         return self.view.gradients_of(params, backward)
 
-    def _prove_examples(self, params: Mapping[str, Tensor], loss: Loss) -> None:
+    def _prove_examples(
+        self, params: Mapping[str, Tensor], totals: Mapping[str, Tensor], loss: Loss
+    ) -> None:
         """The squares against those of each example's own gradient, for unit="example"."""
         if self.view.unit != "example":
             return
         examples = sum(p.layout.examples for p in self.seen)
-        _, truth = loop.totals(self._alone(params, loss, n) for n in range(examples))
+        sums, truth = loop.totals(self._alone(params, loss, n) for n in range(examples))
+        exact = self._exact(params)
         squared = {n: p for n, p in params.items() if not self.sums.approximates(n)}
         squares = {n: self.sums.value(n) / self.sums.weight for n in squared}
-        wrong = differences(squared, roots(squares), roots(truth), self._exact(params))
-        if wrong:
-            raise ValueError(disagreement(self.op, wrong))
+        wrong = differences(squared, roots(squares), roots(truth), exact)
+        if not wrong:
+            return
+        of_the_loss = differences(params, totals, sums, exact)
+        if of_the_loss:
+            raise ValueError(not_the_sum(self.op, of_the_loss))
+        raise ValueError(disagreement(self.op, wrong))
 
 
 def _provable(sums: Sums) -> dict[str, Tensor]:
