@@ -15,7 +15,7 @@ from torch import Tensor
 from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax.ewc.claims import claim
-from fasttax.ewc.hold import Hold, Part
+from fasttax.ewc.hold import Hold, Part, refuse_sparse
 
 PROX = "prox_euclidean"  # "prox" is its short name here
 CLOSURE = (
@@ -221,6 +221,7 @@ def during_backward(hold: Hold, scale: float) -> Attached:
     under_way: dict[str, Any] = {}  # the one that is expected next
 
     def ready(name: str, parameter: Tensor) -> None:
+        refuse_sparse(op, name, parameter)
         store = hold.store
         block = [store.held[name]]
         brought = under_way.pop(name, None) or store.bring(block)

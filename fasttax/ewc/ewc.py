@@ -164,7 +164,7 @@ class EWC:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self.hold.strength = value
+        self.hold.strength = checks.number("EWC", "strength", value, low=0)
 
     @property
     def storage(self) -> str:
@@ -173,7 +173,7 @@ class EWC:
 
     @storage.setter
     def storage(self, value: str) -> None:
-        self.hold.storage = value
+        self.hold.storage = checks.choice("EWC", "storage", value, STORAGES)
 
     @property
     def offload(self) -> str | None:
