@@ -19,6 +19,13 @@ constexpr int64_t kBatchSteps = 512, kBatchFloats = 100 * 1024;  // whose rows o
 // of squares, which come and go once a batch
 constexpr int64_t kPanelFloats = 1 << 20;
 
+// A float that squares are added to one by one is off by about 1e-8 an addition where they are
+// equal: what so many added is set aside in doubles. Of examples of few tokens more of them, for
+// the panels come and go with it.
+constexpr int64_t kAsideExamples = 256, kAsideMost = 512, kAsideSteps = 4096;
+// single tokens, of which kFold are added in registers first, and rows of F whose doubles are held
+constexpr int64_t kAsideTokens = 1 << 15, kAsideRows = 256;
+
 void sqgrad_double(const double* a, int64_t a_stride, const double* d, int64_t d_stride,
                    const int64_t* starts, int64_t examples, const double* weights, int64_t I,
                    int64_t O, double* out) {
@@ -33,6 +40,34 @@ void sqgrad_double(const double* a, int64_t a_stride, const double* d, int64_t d
           out[o * I + i] += (weights ? weights[n] : 1.0) * g[i] * g[i];
       }
   });
+}
+
+// F += (d * d)^T (a * a) over R tokens, d (R, O) and a (R, I) as gemm takes them.
+void add_products(int64_t O, int64_t I, int64_t R, const GemmMatrix& d, const GemmMatrix& a,
+                  float* f) {
+  if (R <= kAsideTokens) {
+    gemm(O, I, R, d, a, f, I, true, false);
+    return;
+  }
+  const auto from = [](const GemmMatrix& x, int64_t row, int64_t col) {
+    GemmMatrix part = x;
+    const int64_t item = x.type == FloatType::kFloat ? 4 : 2;
+    part.data = static_cast<const char*>(x.data) + (row * x.stride + col) * item;
+    if (x.weight) part.weight = x.weight + row;
+    return part;
+  };
+  std::vector<float> part(size_t(kAsideRows * I));
+  std::vector<double> total(part.size());
+  for (int64_t o = 0; o < O; o += kAsideRows) {
+    const int64_t rows = std::min(kAsideRows, O - o);
+    std::copy(f + o * I, f + (o + rows) * I, total.begin());
+    for (int64_t t = 0; t < R; t += kAsideTokens) {
+      gemm(rows, I, std::min(kAsideTokens, R - t), from(d, t, o), from(a, t, 0), part.data(), I,
+           false, false);
+      for (int64_t j = 0; j < rows * I; ++j) total[size_t(j)] += double(part[size_t(j)]);
+    }
+    for (int64_t j = 0; j < rows * I; ++j) f[o * I + j] = float(total[size_t(j)]);
+  }
 }
 
 // inputs (R, I), grad_outputs (R, O), cu_seqlens (n + 1) int64 from 0 to R, out (O, I) accumulated
@@ -90,8 +125,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
     const GemmMatrix d{
         d_type, grad_outputs.const_data_ptr(),          grad_outputs.stride(0), false,
         true,   weights ? token_weight.data() : nullptr};
-    gemm(O, I, R, d, {a_type, inputs.const_data_ptr(), inputs.stride(0), false, true}, f, I, true,
-         false);
+    add_products(O, I, R, d, {a_type, inputs.const_data_ptr(), inputs.stride(0), false, true}, f);
     return;
   }
   const bool bf16x2 =
@@ -148,6 +182,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
                 groups = (row_blocks + group - 1) / group;
   const int64_t tiles = group * rows * cols,
                 chunk = std::clamp<int64_t>(kPanelFloats / tiles, 1, col_blocks);
+  const bool sets_aside = examples > kAsideExamples;
   // a block's last step may be written a vector long
   const int64_t d_stride = longest * rows + cols;
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
@@ -156,11 +191,15 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
     // whole cache lines
     float* panels = memory.get() + (16 - reinterpret_cast<uintptr_t>(memory.get()) / 4 % 16) % 16;
     float *gathered = panels + chunk * tiles, *d = gathered + tiles;
+    std::vector<double> aside;  // of the panels, from examples before those that they hold
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * group, blocks = std::min(row_blocks, first + group) - first;
       for (int64_t from = 0; from < col_blocks; from += chunk) {
-        const int64_t to = std::min(col_blocks, from + chunk);
-        std::fill(panels, panels + (to - from) * blocks * rows * cols, 0.0f);
+        const int64_t to = std::min(col_blocks, from + chunk),
+                      size = (to - from) * blocks * rows * cols;
+        std::fill(panels, panels + size, 0.0f);
+        if (sets_aside) aside.assign(size_t(size), 0.0);
+        int64_t kept_from = 0;  // the first example whose squares are in the panels
         for (int64_t k = 0; k < count; ++k) {
           pack(grad_outputs, d_type, k, first * rows, O, blocks, rows, d, d_stride);
           FisherBatch x;
@@ -175,7 +214,18 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
           x.weights = static_cast<const float*>(weights);
           x.bf16x2 = bf16x2;
           FASTTAX_DISPATCH(fisher_batch, x, from, to, panels, gathered);
+          const int64_t held = x.last - kept_from, tokens = starts[x.last] - starts[kept_from];
+          if (!sets_aside || held < kAsideExamples || (held < kAsideMost && tokens < kAsideSteps))
+            continue;
+          for (int64_t j = 0; j < size; ++j) {
+            aside[size_t(j)] += double(panels[j]);
+            panels[j] = 0.0f;
+          }
+          kept_from = x.last;
         }
+        if (sets_aside)
+          for (int64_t j = 0; j < size; ++j)
+            panels[j] = float(aside[size_t(j)] + double(panels[j]));
         FASTTAX_DISPATCH(fisher_add, panels, blocks, from, to, f + first * rows * I,
                          std::min(O - first * rows, blocks * rows), I);
       }

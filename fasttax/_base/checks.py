@@ -107,9 +107,9 @@ def no_tangent(op: str, argument: str, value: Tensor) -> None:
             op,
             argument,
             "a tensor without a forward-mode derivative (torch.func.jvp, forward AD)",
-            "one with a tangent",
+            "one with a tangent, or one in a trace inside a level of forward mode",
             "take reverse mode (torch.autograd.grad), or the op's twin in fasttax.reference, which "
-            "is plain PyTorch",
+            "is plain PyTorch; call the op outside torch.compile where it has none",
             NotImplementedError,
         )
 

@@ -27,10 +27,11 @@ def transforming() -> bool:
 def has_tangent(t: Tensor) -> bool:
     """Whether a forward-mode derivative goes along with `t`: forward_ad's, or torch.func.jvp's.
 
-    Under torch.func a tensor is wrapped once for each transform that it is part of.
+    Under torch.func a tensor is wrapped once for each transform that it is part of. The tensors of
+    torch.compile's trace show no tangent: inside a level of forward mode any may have one.
     """
     if compiling():
-        return False
+        return forward_ad._current_level >= 0
     if not transforming():
         return forward_ad.unpack_dual(t).tangent is not None
     stack = get_interpreter_stack() or ()

@@ -6,7 +6,7 @@ A Fisher in bfloat16 or as u8log (1 byte a value), an anchor in bfloat16 or as b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,22 @@ class Stored:
         if self.scales is None:
             return self.values
         return reference.decode_u8log(self.values, self.scales)
+
+    def unbind(self) -> Iterator[Stored]:
+        """Those of each index of the first dimension; u8log's as floats where blocks span two."""
+        if self.scales is None:
+            yield from map(Stored, self.values.unbind())
+            return
+        flat, size = self.values.reshape(-1), self.values[0].numel()
+        for k, values in enumerate(self.values.unbind()):
+            start, stop = k * size, (k + 1) * size
+            first, last = start // BLOCK, _blocks(stop)
+            if start % BLOCK == 0:
+                yield Stored(values, self.scales[first:last])
+                continue
+            codes, scales = flat[first * BLOCK : last * BLOCK], self.scales[first:last]
+            floats = reference.decode_u8log(codes, scales)[start - first * BLOCK :][:size]
+            yield Stored(floats.view(values.shape))
 
     def to(self, device: torch.device) -> Stored:
         """The same on `device`."""

@@ -15,6 +15,8 @@ from fasttax.cli._options import in_options
 from fasttax.cli.commands import COMMANDS
 from fasttax.fisher import FisherEstimate, estimate_fisher
 
+REFUSED = (ValueError, TypeError, NotImplementedError)  # what the library says no with
+
 
 def main(argv: Sequence[str]) -> int:
     """Cuts TEXT into rows of --length tokens, and estimates the Fisher on the first --examples.
@@ -49,26 +51,54 @@ def _estimated(
 ) -> FisherEstimate:
     """The estimate; what the library advises is said in the command's options."""
     try:
-        return estimate_fisher(
-            model,
-            batches,
-            labels=args.labels,
-            max_examples=examples,
-            params=args.params,
-            fallback=args.fallback,
-            storage=args.storage,
-        )
+        return _estimate(model, batches, examples, args, args.labels, args.fallback)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except REFUSED as error:
         raise ValueError(in_options(str(error), parser())) from error
     except RuntimeError as error:
-        if args.fallback is not None:
+        labels = args.labels
+        if labels == "exact_head":
+            labels = "sample"
+        if args.fallback is not None or not _loop_runs(model, batches, args, labels):
             raise
         raise ValueError(
             f"{type(model).__name__} cannot be taken layer by layer ({error}); pass --fallback "
-            "loop, which runs one example at a time"
+            f"loop --labels {labels}, which runs one example at a time"
         ) from error
+
+
+def _loop_runs(
+    model: Any, batches: Sequence[Tensor], args: argparse.Namespace, labels: str
+) -> bool:
+    """Whether one example alone can be estimated where the taps failed.
+
+    It can't where the model itself fails, or the device does.
+    """
+    try:
+        _estimate(model, [batches[0][:1]], 1, args, labels, "loop")
+    except (*REFUSED, RuntimeError):
+        return False
+    return True
+
+
+def _estimate(
+    model: Any,
+    batches: Sequence[Tensor],
+    examples: int,
+    args: argparse.Namespace,
+    labels: str,
+    fallback: str | None,
+) -> FisherEstimate:
+    return estimate_fisher(
+        model,
+        batches,
+        labels=labels,
+        max_examples=examples,
+        params=args.params,
+        fallback=fallback,
+        storage=args.storage,
+    )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,14 +12,13 @@ from torch.optim import AdamW
 from fasttax import reference
 from fasttax._base import checks, dtensor
 from fasttax._base.library import define
-from fasttax.ewc.attach import check_optimizer
+from fasttax.ewc.attach import check_optimizer, checked_mode
 from fasttax.ewc.claims import claim
 from fasttax.ewc.ewc import EWC
 from fasttax.ewc.hold import Part
 from fasttax.ewc.ops import contiguous, scalar_like
 from fasttax.ewc.store import Lists
 
-MODES = ("grad", "prox_adam", "prox")
 PROX = "prox_adam"  # "prox" is its short name here
 STATE = ("mode", "fisher", "fisher_scale", "every", "ewc", "penalty")  # beside torch's own
 FISHERS = ("ewc", "second_moment")
@@ -101,7 +100,7 @@ class AdamWEWC(AdamW):
             raise checks.fail(
                 op, "ewc", "a fasttax.EWC, or None for plain AdamW", ewc, error=TypeError
             )
-        self.mode = checked_mode(op, mode)
+        self.mode = checked_mode(op, mode, PROX)
         self.fisher = checks.choice(op, "fisher", fisher, FISHERS)
         self.fisher_scale = checks.number(op, "fisher_scale", fisher_scale, low=0, open_low=True)
         self.every = checks.count(op, "every", every)
@@ -236,20 +235,6 @@ class AdamWEWC(AdamW):
         # a checkpoint of torch's unfused AdamW counts on the CPU
         state["step"] = state["step"].to(p.device)
         return state
-
-
-def checked_mode(op: str, mode: str) -> str:
-    """The mode by its full name; the proximal step of `EWC.attach` is another one."""
-    if mode == "prox_euclidean":
-        raise checks.fail(
-            op,
-            "mode",
-            "'grad' or 'prox_adam', the proximal step in Adam's metric",
-            "'prox_euclidean', the step in theta's own metric",
-            "use ewc.attach(torch.optim.AdamW(params), mode='prox_euclidean')",
-        )
-    checks.choice(op, "mode", mode, MODES)
-    return PROX if mode == "prox" else mode
 
 
 def as_scalar(lr: float | Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """What moves a weight beside an optimizer that steps it: adapters around the layer that owns it.
 
-Of these EWC holds one kind, W + scale B A, and only layers that were seen to compute with that
-weight (`prove`). Any other adapter over a held weight is refused: the weight itself is frozen, so
-that its penalty would stay 0 however far the adapter moves the model.
+Of these EWC holds one kind, W + a product of factors (scale B A), and only layers that were seen to
+compute with that weight (`prove`). Any other adapter over a held weight is refused: the weight
+itself is frozen, so that its penalty would stay 0 however far the adapter moves the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fasttax._base import checks
-from fasttax.ewc.lora import LoraHeld, is_embedding, is_packed, refuse_unsupported
+from fasttax.ewc import factors
+from fasttax.ewc.factors import CONVOLUTIONS, is_packed
+from fasttax.ewc.lora import LoraHeld, refuse_unsupported
 from fasttax.ewc.names import Names
 
 ROWS = 3  # of the random input
 TOLERANCE = 1e-6  # relative error of a layer in float64, whose own rounding is near 1e-15
-PACKED_TOLERANCE = 2e-2  # of a layer over packed weights, which computes in bfloat16
+# of a layer over packed weights, which computes in bfloat16, and of a parameter in its own dtype
+COARSE_TOLERANCE = 2e-2
 OTHERWISE = (
     "train it with plain LoRA (target_modules), merge the adapter (merge_and_unload()) and make "
     "the EWC of the merged model, or leave it out of the Fisher"
@@ -61,8 +64,8 @@ def lora_layer(op: str, model: nn.Module, names: Names, whole: str) -> nn.Module
         _refuse_own_factors(op, model, names, whole)
         return None
     layer = layers[0]
-    if len(layers) == 1 and _looks_like_lora(layer):
-        if getattr(layer.base_layer, "weight", None) is theta:
+    if len(layers) == 1 and factors.has_factors(layer):
+        if factors.weight_of(layer) is theta:
             return layer
         if _is_its_bias(layer, theta):
             refuse_unsupported(op, whole, layer)
@@ -88,15 +91,43 @@ def _is_its_bias(layer: Any, theta: Tensor) -> bool:
     return getattr(layer.base_layer, "bias", None) is theta
 
 
-def _looks_like_lora(layer: Any) -> bool:
-    """Whether it has factors as PEFT's LoRA layers have them, over one layer's weight."""
-    factors = getattr(layer, "lora_embedding_A" if is_embedding(layer) else "lora_A", None)
-    kind = nn.ParameterDict if is_embedding(layer) else nn.ModuleDict
-    return (
-        isinstance(factors, kind)
-        and all(hasattr(layer, name) for name in ("lora_B", "scaling"))
-        and not hasattr(layer, "parameter_name")
-    )
+def refuse_prompts(op: str, model: nn.Module, names: Names, given: Iterable[str]) -> None:
+    """Refuses frozen weights of a model that learns what is put before or between its activations.
+
+    Prompt tuning, p-tuning, prefix tuning, CPT, Llama-Adapter: no weight moves.
+
+    Raises:
+        ValueError: a name is not of a trainable parameter.
+    """
+    kinds = {kind for module in model.modules() for kind in _learned_prompts(module)}
+    found = {name: names.find(name) for name in given}
+    still = [
+        n for n, whole in found.items() if not whole or not names.parameters[whole].requires_grad
+    ]
+    if kinds and still:
+        more = f" and {len(still) - 1} more" if len(still) > 1 else ""
+        raise checks.fail(
+            op,
+            "model",
+            "weights that training moves",
+            f"{still[0]}{more} under {', '.join(sorted(kinds))}, which leaves the weights as they "
+            "are: their penalty would stay 0 however far the prompt moves the outputs",
+            "train LoRA in place of the prompt, or leave the frozen weights out of the Fisher and "
+            "hold the prompt's own parameters",
+        )
+
+
+def _learned_prompts(module: Any) -> list[str]:
+    """The kinds of prompts that PEFT put beside a model."""
+    configs = getattr(module, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        return []
+    return [
+        type(config).__name__.removesuffix("Config")
+        for config in configs.values()
+        if getattr(config, "is_prompt_learning", False)
+        or getattr(config, "is_adaption_prompt", False)
+    ]
 
 
 def _refuse_own_factors(op: str, model: nn.Module, names: Names, whole: str) -> None:
@@ -138,7 +169,8 @@ def prove(op: str, held: Sequence[LoraHeld]) -> None:
             error = _error(h)
         except Exception as problem:
             raise _unproven(op, h, f"one that could not be run alone ({problem})") from problem
-        bound = PACKED_TOLERANCE if is_packed(h.base) else TOLERANCE
+        coarse = is_packed(h.base) or factors.is_of_parameter(h.module)
+        bound = COARSE_TOLERANCE if coarse else TOLERANCE
         if not error <= bound:
             raise _unproven(op, h, f"another, {error:.2g} of the update away from it")
 
@@ -155,50 +187,89 @@ def _unproven(op: str, h: LoraHeld, came: str) -> Exception:
 
 def _proof_kind(layer: Any) -> Any:
     """What layers have in common that compute alike; one with a forward of its own is its own."""
-    patched = id(layer) if "forward" in vars(layer) else None
-    flag = getattr(layer, "fan_in_fan_out", False)
-    several = len(LoraHeld.adapters_of(layer)) > 1
+    base = layer.base_layer
+    kernel = base.weight.shape[2:] if isinstance(base, CONVOLUTIONS) else ()
     return (
         type(layer),
-        type(layer.base_layer),
-        layer.base_layer.weight.dtype,
-        flag,
-        several,
-        patched,
+        type(base),
+        getattr(layer, "parameter_name", ""),
+        factors.weight_of(layer).dtype,
+        kernel,
+        getattr(layer, "fan_in_fan_out", False),
+        len(factors.adapters_of(layer)) > 1,
+        id(layer) if "forward" in vars(layer) else None,
     )
 
 
 def _error(h: LoraHeld) -> float:
-    """The relative error of a layer's output, where 1 is what the update contributes."""
+    """The relative error of what a layer computes, where 1 is what the update contributes."""
     generator = torch.Generator().manual_seed(0)
-    packed = is_packed(h.base)
-    device = h.base.device if packed else torch.device("cpu")
-    dtype = torch.float32 if packed else torch.float64
 
-    def draw(shape: Sequence[int]) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(
-            device, dtype
-        )
+    def draw(shape: Sequence[int], like: Tensor) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
-    factors = {name: draw(p.shape) for name, p in h.named_factors().items()}
-    base: Any = h.module.base_layer
     with torch.no_grad(), _evaluated(h.module):
-        delta = h.delta(factors)
-        if is_embedding(h.module):
-            inputs = torch.arange(min(ROWS, delta.shape[0]), device=device)
+        if factors.is_of_parameter(h.module):
+            got, moved, plain = _weights_of_parameter(h.module, draw)
         else:
-            inputs = draw((ROWS, h.inputs(delta)))
-        if packed:
-            plain = base(inputs)
-            moved = plain + inputs @ delta.T
-            own: dict[str, Tensor] = {}
-        else:
-            own = {name: draw(p.shape) for name, p in base.named_parameters()}
-            plain = functional_call(base, own, (inputs,))
-            moved = functional_call(base, {**own, "weight": own["weight"] + delta}, (inputs,))
-        replaced = {**factors, **{f"base_layer.{n}": p for n, p in own.items()}}
-        got = functional_call(h.module, replaced, (inputs,))
+            got, moved, plain = _outputs(h.module, draw)
     return float((got - moved).norm() / (moved - plain).norm())
+
+
+def _outputs(layer: Any, draw: Callable[[Sequence[int], Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Of a layer, of its base with the update added, and of the base."""
+    base = layer.base_layer
+    packed = is_packed(base.weight)
+    device = base.weight.device if packed else torch.device("cpu")
+    like = torch.empty(0, dtype=torch.float32 if packed else torch.float64, device=device)
+    drawn = {name: draw(p.shape, like) for name, p in factors.named_factors(layer).items()}
+    delta = factors.delta(layer, drawn)
+    if factors.is_embedding(layer):
+        inputs = torch.arange(min(ROWS, delta.shape[0]), device=device)
+    elif isinstance(base, CONVOLUTIONS):
+        reach = [d * (k - 1) + 1 for k, d in zip(base.kernel_size, base.dilation, strict=True)]
+        inputs = draw((ROWS, base.in_channels, *reach), like)
+    else:
+        inputs = draw((ROWS, factors.inputs(layer, delta)), like)
+    if packed:
+        plain = base(inputs)
+        moved = plain + inputs @ delta.T
+        own: dict[str, Tensor] = {}
+    else:
+        own = {name: draw(p.shape, like) for name, p in base.named_parameters()}
+        plain = functional_call(base, own, (inputs,))
+        moved = functional_call(base, {**own, "weight": own["weight"] + delta}, (inputs,))
+    replaced = {**drawn, **{f"base_layer.{n}": p for n, p in own.items()}}
+    return functional_call(layer, replaced, (inputs,)), moved, plain
+
+
+def _weights_of_parameter(
+    layer: Any, draw: Callable[[Sequence[int], Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """The parameter as its module reads it, with the update added, and without.
+
+    Stacks of experts are large: they stay where and as they are, and a few of them are compared.
+    """
+    module, weight = layer.get_base_layer(), factors.weight_of(layer)
+    drawn = {n: draw(p.shape, p.detach()) for n, p in factors.named_factors(layer).items()}
+    with _reading(module, layer.parameter_name):
+        got = functional_call(layer, drawn, (weight.new_empty(0),))[:ROWS]
+    plain = weight[:ROWS].double()
+    return got.double(), plain + factors.delta(layer, drawn)[:ROWS].double(), plain
+
+
+@contextmanager
+def _reading(module: nn.Module, parameter: str) -> Iterator[None]:
+    """A module whose forward gives one of its parameters as it reads it."""
+    own = vars(module).get("forward")
+    module.forward = lambda *_, **__: getattr(module, parameter)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,29 @@ from torch import Tensor
 from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax.ewc.claims import claim
-from fasttax.ewc.hold import Hold, Part
+from fasttax.ewc.hold import Hold, Part, refuse_sparse
 
-MODES = ("grad", "prox_euclidean", "prox")
 PROX = "prox_euclidean"  # "prox" is its short name here
 CLOSURE = (
     "EWC.attach: step(closure) computes the gradients anew inside the step, so a penalty added "
     "before would be lost; add ewc.penalty() to the closure's loss, or use mode='prox_euclidean'"
 )
+
+
+class Proximal(NamedTuple):
+    """A proximal step: in what metric it is, and how to have it."""
+
+    text: str
+    way_out: str
+
+
+PROXIMAL = {
+    "prox_euclidean": Proximal(
+        "at the group's lr in theta's own metric",
+        "ewc.attach(torch.optim.AdamW(params), mode='prox_euclidean')",
+    ),
+    "prox_adam": Proximal("in Adam's metric", "AdamWEWC(params, ewc=ewc, mode='prox_adam')"),
+}
 
 
 class Attached(Handle):
@@ -133,24 +148,25 @@ def check_optimizer(op: str, argument: str, hold: Hold, param_groups: list[dict[
         )
 
 
-def checked_mode(op: str, mode: str) -> str:
-    """The mode by its full name; AdamWEWC's proximal step is another one."""
-    if mode == "prox_adam":
+def checked_mode(op: str, mode: str, prox: str) -> str:
+    """The mode by its full name: "prox" is short for `prox`, and the other such step is another."""
+    if mode in PROXIMAL and mode != prox:
+        mine, way_out = PROXIMAL[prox].text, PROXIMAL[mode].way_out
         raise checks.fail(
             op,
             "mode",
-            "'grad' or 'prox_euclidean', the proximal step at the group's lr in theta's own metric",
-            "'prox_adam', the step in Adam's metric",
-            "use AdamWEWC(params, ewc=ewc, mode='prox_adam')",
+            f"'grad' or {prox!r}, the proximal step {mine}",
+            f"{mode!r}, the step {PROXIMAL[mode].text}",
+            f"use {way_out}",
         )
-    checks.choice(op, "mode", mode, MODES)
-    return PROX if mode == "prox" else mode
+    checks.choice(op, "mode", mode, ("grad", prox, "prox"))
+    return prox if mode == "prox" else mode
 
 
 def attach(hold: Hold, optimizer: Any, mode: str, every: int) -> Attached:
     """Applies `hold` at every step of `optimizer`, until the handle undoes it."""
     op = "EWC.attach"
-    mode = checked_mode(op, mode)
+    mode = checked_mode(op, mode, PROX)
     handle = Attached(hold, checks.count(op, "every", every))
     inner = innermost(optimizer)
     hold.check(op)
@@ -205,6 +221,7 @@ def during_backward(hold: Hold, scale: float) -> Attached:
     under_way: dict[str, Any] = {}  # the one that is expected next
 
     def ready(name: str, parameter: Tensor) -> None:
+        refuse_sparse(op, name, parameter)
         store = hold.store
         block = [store.held[name]]
         brought = under_way.pop(name, None) or store.bring(block)

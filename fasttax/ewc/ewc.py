@@ -49,8 +49,8 @@ class EWC:
             local shards. A frozen weight under a PEFT LoRA layer is held by its update: the penalty
             is that of the merged weight W + delta W, delta W = scale B A summed over the adapters
             that are active at the time, weighed by the base weight's Fisher, with gradients to A
-            and B. One layer of each kind is seen to compute with that weight; whatever else moves a
-            held weight is refused.
+            and B (AdaLoRA: also to E); of fused experts each has its own. One layer of each kind is
+            seen to compute with that weight; whatever else moves a held weight is refused.
         fisher: a FisherEstimate, the path of one, or a mapping of parameter names to tensors >= 0.
             Parameters that it does not name (new heads, say) are left free; a name that the model
             lacks is an error.
@@ -77,9 +77,9 @@ class EWC:
 
     Raises:
         ValueError, TypeError: names, shapes, values or options do not fit; name and shape
-            differences come in one list. DoRA, AdaLoRA, IA3, LoHa, LoKr, VeRA, OFT, LoRA on fused
-            experts and other adapters over a held weight, FSDP1 and DeepSpeed ZeRO-3 are refused
-            with the reason. (ZeRO-1 and 2: `loss + ewc.penalty()`.)
+            differences come in one list. DoRA, IA3, LoHa, LoKr, VeRA, OFT and other adapters over a
+            held weight, frozen weights under a learned prompt, FSDP1 and DeepSpeed ZeRO-3 are
+            refused with the reason. (ZeRO-1 and 2: `loss + ewc.penalty()`.)
 
     It is bound to the model's own parameters: where one was replaced since (a new head, a resized
     embedding, load_state_dict(assign=True)) every use is a ValueError that names it.
@@ -164,7 +164,7 @@ class EWC:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self.hold.strength = value
+        self.hold.strength = checks.number("EWC", "strength", value, low=0)
 
     @property
     def storage(self) -> str:
@@ -173,7 +173,7 @@ class EWC:
 
     @storage.setter
     def storage(self, value: str) -> None:
-        self.hold.storage = value
+        self.hold.storage = checks.choice("EWC", "storage", value, STORAGES)
 
     @property
     def offload(self) -> str | None:

@@ -15,9 +15,10 @@ from fasttax._base import checks, dtensor, files, mapped
 from fasttax._base.hashes import same_weights, weights_hash
 from fasttax._base.packed import SPLIT, STORAGES, decode_anchor, encode_anchor
 from fasttax.ewc.adapters import prove
+from fasttax.ewc.factors import is_packed
 from fasttax.ewc.fit import Target, differences, match, unlike, watch_over
 from fasttax.ewc.hold import Hold
-from fasttax.ewc.lora import LoraHeld, is_packed
+from fasttax.ewc.lora import LoraHeld
 from fasttax.ewc.parts import Parts, check_parts
 from fasttax.ewc.store import Held, Store, checked_anchor_dtype, encode_for
 

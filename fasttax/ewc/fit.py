@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fasttax._base import checks, dtensor
 from fasttax._base.hashes import same_weights, weights_hash
 from fasttax.ewc import adapters, lora
+from fasttax.ewc.factors import weight_shape
 from fasttax.ewc.names import Names, renamer
 from fasttax.ewc.watch import Watch
 from fasttax.fisher.estimate import FisherEstimate
@@ -40,7 +41,7 @@ class Target:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight, as floats where it lies packed in 4 bits."""
-        return tuple(self.theta.shape) if self.lora is None else lora.weight_shape(self.lora)
+        return tuple(self.theta.shape) if self.lora is None else weight_shape(self.lora)
 
 
 def refuse_layout(op: str, model: nn.Module) -> None:
@@ -106,6 +107,7 @@ def match(
     refuse_layout(op, model)
     names = Names(model)
     new = renamer(op, rename, shapes)
+    adapters.refuse_prompts(op, model, names, map(new, shapes))
     targets: list[Target] = []
     wrong: list[str] = []
     first: dict[int, str] = {}

@@ -171,6 +171,10 @@ class Hold:
     ) -> list[Part]:
         """`add_grad_` without the sum: this rank's parts of the penalty, for `total`."""
         self.check("EWC.add_grad_")
+        touched = None if only is None else {id(p) for p in only}
+        for name, p in self.parameters().items():
+            if touched is None or id(p) in touched:
+                refuse_sparse("EWC.add_grad_", name, p)
         parts = self.add_lora_grad_parts_(scale, only)
         with torch.no_grad():
             for x in self.store.stream(self.store.blocks(only)):
@@ -247,6 +251,18 @@ class Hold:
             summed = dtensor.over_ranks(torch.stack(list(values.values())), key)
             found |= dict(zip(values, summed.unbind(), strict=True))
         return Drift({h.name: found[h.name] for h in self.entries()})
+
+
+def refuse_sparse(op: str, name: str, p: Tensor) -> None:
+    """An error where a parameter has a sparse gradient, which the penalty's dense one fills."""
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise checks.fail(
+            op,
+            f"the gradient of {name}",
+            "a dense one",
+            p.grad,
+            "build its Embedding with sparse=False, or leave it out of the Fisher",
+        )
 
 
 class _Streamed(torch.autograd.Function):

@@ -1,14 +1,13 @@
 """EWC on LoRA: the penalty on the update of a frozen base weight.
 
-The update is delta W = sum of scale B A over the active adapters. Its layers have what PEFT's have
-(lora_A, lora_B, scaling, active_adapters); `adapters` finds and proves them, without importing
-PEFT.
+The update is delta W = sum of scale B A over the active adapters, as `factors` reads them;
+`adapters` finds the layers and proves them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from fasttax import reference
 from fasttax._base import checks, dtensor
 from fasttax._base.packed import Stored
-from fasttax.ewc import ops
-from fasttax.ewc.names import active_adapters
+from fasttax.ewc import factors, ops
+from fasttax.ewc.factors import CONVOLUTIONS, SAME_UPDATE, Factors
 from fasttax.ewc.store import Entry
 
 # LoraConfig's init_lora_weights that leave the base weight as it is and start from B = 0, or from
@@ -27,34 +26,6 @@ from fasttax.ewc.store import Entry
 # take scale B A out of it, so that the anchor is the sum.
 BASE_KEPT = (True, False, None, "gaussian", "eva", "mica")
 SAMPLES = 256  # of a base weight, to see that it is the same
-
-Factors = tuple[Tensor, Tensor, float]  # b, a, scale
-
-
-def is_embedding(module: Any) -> bool:
-    """Whether a layer's weight is looked up."""
-    return isinstance(module.base_layer, nn.Embedding)
-
-
-def is_packed(weight: Tensor) -> bool:
-    """Whether a weight lies in fewer than 16 bits a value, so that only its own layer reads it."""
-    return not weight.is_floating_point() or weight.dtype.itemsize < 2
-
-
-def _is_turned(module: Any) -> bool:
-    """Whether the weight lies as (in, out), the transpose of B A.
-
-    transformers' Conv1D, and embeddings.
-    """
-    return is_embedding(module) or type(module.base_layer).__name__ == "Conv1D"
-
-
-def weight_shape(module: Any) -> tuple[int, ...]:
-    """Of the weight as a float tensor, also where it lies packed in 4 bits."""
-    base: Any = module.base_layer
-    if base.weight.is_floating_point() or not hasattr(base, "in_features"):
-        return tuple(base.weight.shape)
-    return base.out_features, base.in_features
 
 
 def moved_bases(model: nn.Module) -> set[str]:
@@ -74,17 +45,24 @@ def _is_dora(module: Any, adapter: str) -> bool:
     return adapter in magnitudes or used.get(adapter, False)
 
 
+def _name_of(variant: Any) -> str:
+    """A LoRA variant's: PEFT keeps it as a class or as an instance."""
+    return variant.__name__ if isinstance(variant, type) else type(variant).__name__
+
+
 def refuse_unsupported(op: str, name: str, module: Any) -> None:
     """An error where the weight's change is not scale B A, or B A is not of the weight's shape."""
     base = module.base_layer
     linear = hasattr(base, "in_features") and hasattr(base, "out_features")
     known = isinstance(base, (nn.Linear, nn.Embedding)) or type(base).__name__ == "Conv1D"
-    if not (known or linear):
+    convolved = isinstance(base, CONVOLUTIONS) and base.groups == 1
+    if not (known or linear or convolved or factors.is_of_parameter(module)):
+        groups = " in groups" if isinstance(base, CONVOLUTIONS) else ""
         raise checks.fail(
             op,
             "model",
-            "LoRA on Linear, Conv1D or Embedding",
-            f"{name}, a {type(base).__name__}",
+            "LoRA on Linear, Conv1D, Embedding, convolutions without groups, or one parameter",
+            f"{name}, a {type(base).__name__}{groups}",
             "leave it out of the Fisher",
         )
     if getattr(module, "merged", False):
@@ -95,7 +73,7 @@ def refuse_unsupported(op: str, name: str, module: Any) -> None:
             f"a merged {name}",
             "call unmerge_adapter() first",
         )
-    for adapter in LoraHeld.adapters_of(module):
+    for adapter in factors.adapters_of(module):
         _refuse_variant(op, name, module, adapter)
 
 
@@ -111,15 +89,18 @@ def _refuse_variant(op: str, name: str, module: Any, adapter: str) -> None:
             "train with use_dora=False, or leave it out of the Fisher",
         )
     variant = (getattr(module, "lora_variant", None) or {}).get(adapter)
-    if variant is not None:
+    if variant is not None and _name_of(variant) not in SAME_UPDATE:
         raise checks.fail(
             op,
             "model",
             "plain LoRA, whose update is scale B A",
-            f"{type(variant).__name__} in {name} (adapter {adapter!r})",
+            f"{_name_of(variant)} in {name} (adapter {adapter!r})",
             "train with plain LoRA, or leave it out of the Fisher",
         )
-    if not is_embedding(module) and getattr(module.lora_B[adapter], "bias", None) is not None:
+    own_bias = None
+    if not factors.is_embedding(module):
+        own_bias = getattr(module.lora_B[adapter], "bias", None)
+    if own_bias is not None:
         raise checks.fail(
             op,
             "model",
@@ -153,37 +134,19 @@ class LoraHeld(Entry):
 
     # --- the layer -------------------------------------------------------------------------------
 
-    @staticmethod
-    def adapters_of(module: Any) -> list[str]:
-        """The adapters that a layer's forward adds."""
-        names = module.lora_embedding_A if is_embedding(module) else module.lora_A
-        return [a for a in active_adapters(module) if a in names]
-
     def adapters(self) -> list[str]:
         """The active ones."""
-        return self.adapters_of(self.module)
+        return factors.adapters_of(self.module)
 
     @property
     def base(self) -> Tensor:
         """The frozen weight that the update moves, as it lies (4-bit ones packed)."""
-        return self.module.base_layer.weight
+        weight: Tensor = factors.weight_of(self.module)
+        return weight
 
     def parameters(self) -> list[Tensor]:
         """The trainable factors."""
-        return [p for p in self.named_factors().values() if p.requires_grad]
-
-    def named_factors(self) -> dict[str, Tensor]:
-        """The active adapters' factors by their names in the layer, A and B in turn."""
-        if is_embedding(self.module):
-            kinds, leaf = ("lora_embedding_A", "lora_embedding_B"), ""
-        else:
-            kinds, leaf = ("lora_A", "lora_B"), ".weight"
-        out: dict[str, Tensor] = {}
-        for adapter in self.adapters():
-            for kind in kinds:
-                part = getattr(self.module, kind)[adapter]
-                out[f"{kind}.{adapter}{leaf}"] = part.weight if leaf else part
-        return out
+        return [p for p in factors.named_factors(self.module).values() if p.requires_grad]
 
     def changed(self) -> bool:
         """Whether the layer's adapters are others than those looked at, or merged."""
@@ -226,24 +189,8 @@ class LoraHeld(Entry):
 
     # --- the update ------------------------------------------------------------------------------
 
-    def _updates(self, factors: Mapping[str, Tensor]) -> list[Factors]:
-        """(b, a, scale) of each active adapter, with b @ a of the weight's shape."""
-        values = list(factors.values())
-        out: list[Factors] = []
-        for adapter, first, second in zip(self.adapters(), values[::2], values[1::2], strict=True):
-            # FSDP2 shards the factors too; they are small
-            a, b = dtensor.whole(first), dtensor.whole(second)
-            scale = float(self.module.scaling[adapter])
-            out.append((a.T, b.T, scale) if _is_turned(self.module) else (b, a, scale))
-        return out
-
-    def delta(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """The dense update of these factors, in the weight's layout."""
-        return torch.stack([scale * (b @ a) for b, a, scale in self._updates(factors)]).sum(0)
-
-    def inputs(self, delta: Tensor) -> int:
-        """How many features the layer takes."""
-        return delta.shape[0] if _is_turned(self.module) else delta.shape[1]
+    def _updates(self) -> list[Factors]:
+        return factors.updates(self.module, factors.named_factors(self.module))
 
     def present(self, only: set[str] | None = None) -> tuple[Tensor, Tensor] | None:
         """The update as it is, (b, a) with b @ a, one adapter beside the other; None for none.
@@ -251,47 +198,59 @@ class LoraHeld(Entry):
         Args:
             only: the adapters that count; the rest is 0.
         """
-        updates = self._updates(self.named_factors())
+        updates = self._updates()
         if not updates:
             return None
         counts = [1.0 if only is None or a in only else 0.0 for a in self.adapters()]
         pairs = zip(updates, counts, strict=True)
         left = [reference.wide(b) * (scale * count) for (b, _, scale), count in pairs]
         right = [reference.wide(a) for _, a, _ in updates]
-        return torch.cat(left, 1).detach().clone(), torch.cat(right, 0).detach().clone()
+        return torch.cat(left, -1).detach().clone(), torch.cat(right, -2).detach().clone()
 
-    def factors(self) -> Factors | None:
+    def moved(self) -> Factors | None:
         """(b, a, scale) with the update minus the anchor = scale * b @ a, of the weight's shape.
 
         None where there is nothing. With B A - B0 A0 = (B - B0) A + B0 (A - A0) the difference is
         exactly 0 at an anchor of the same rank, and has no cancellation near it.
         """
-        updates = self._updates(self.named_factors())
+        updates = self._updates()
         if self.anchor is None and len(updates) <= 1:
             return next(iter(updates), None)
         left = [reference.wide(b) * scale for b, _, scale in updates]
         right = [reference.wide(a) for _, a, _ in updates]
         if self.anchor is None:
-            return torch.cat(left, 1), torch.cat(right, 0), 1.0
+            return torch.cat(left, -1), torch.cat(right, -2), 1.0
         b0, a0 = self.anchor
         if not updates:
             return -b0, a0, 1.0
-        b, a = torch.cat(left, 1), torch.cat(right, 0)
+        b, a = torch.cat(left, -1), torch.cat(right, -2)
         if b.shape != b0.shape:
-            return torch.cat((b, -b0), 1), torch.cat((a, a0), 0), 1.0
-        return torch.cat((b - b0, b0), 1), torch.cat((a, a - a0), 0), 1.0
+            return torch.cat((b, -b0), -1), torch.cat((a, a0), -2), 1.0
+        return torch.cat((b - b0, b0), -1), torch.cat((a, a - a0), -2), 1.0
 
     # --- the penalty -----------------------------------------------------------------------------
 
     def penalty(self, strength: float) -> Tensor:
         """strength/2 * sum fisher * (update - anchor)^2, differentiable by the factors."""
-        factors, device = self.factors(), self.base.device
-        if factors is None:
+        moved, device = self.moved(), self.base.device
+        if moved is None:
             return torch.zeros((), dtype=torch.float32, device=device)
-        b, a, scale = factors
+        b, a, scale = moved
         gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-        fisher = self.fisher.to(device)
-        return ops.lora_penalty(a, b, fisher.values, fisher.scales, scale, strength, gradient)[0]
+        values = [
+            ops.lora_penalty(one_a, one_b, f.values, f.scales, scale, strength, gradient)[0]
+            for one_a, one_b, f in self._matrices(a, b, self.fisher.to(device))
+        ]
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+    def _matrices(
+        self, a: Tensor, b: Tensor, fisher: Stored
+    ) -> Iterator[tuple[Tensor, Tensor, Stored]]:
+        """(a, b, fisher) of each matrix that the factors multiply to."""
+        if b.dim() == 3:
+            return zip(a.unbind(), b.unbind(), fisher.unbind(), strict=True)
+        shape = factors.matrix_shape(self.module)
+        return iter([(a, b, Stored(fisher.values.reshape(shape), fisher.scales))])
 
     def add_grad_(self, strength: float, scale: float | Tensor, only: set[int] | None) -> Tensor:
         """Adds scale * d penalty to the factors' gradients; returns the penalty.
@@ -327,7 +286,7 @@ class LoraHeld(Entry):
         Raises:
             ValueError: it is neither; another one has no low rank.
         """
-        if is_packed(self.base):
+        if factors.is_packed(self.base):
             raise checks.fail(
                 op,
                 "anchor",
@@ -348,8 +307,8 @@ class LoraHeld(Entry):
         now = self.present()
         if now is not None:
             b, a = (t.double() for t in now)
-            bound += max(eps, 1e-6) * (b.abs() @ a.abs())
-            if bool(((distance - b @ a).abs() <= bound).all()):
+            bound += max(eps, 1e-6) * (b.abs() @ a.abs()).reshape(base.shape)
+            if bool(((distance - (b @ a).reshape(base.shape)).abs() <= bound).all()):
                 self.anchor = now
                 return
         raise checks.fail(

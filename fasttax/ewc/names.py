@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fasttax._base import checks
+from fasttax._base import checks, wrappers
 
 # What wrappers put into parameters' names, wherever they sit in the model.
 _INSERTED = re.compile(
     r"(?<![^.])(?:"
     r"base_model\.model"  # PEFT, around the model
     r"|base_layer|token_adapter|original_module"  # PEFT, around a layer
-    r"|module"  # DataParallel and DistributedDataParallel
-    r"|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module"  # torch
+    rf"|{'|'.join(wrappers.TORCH)}"
     r")\."
     r"|\.modules_to_save\.[^.]+(?=\.)"  # PEFT, of modules that it trains whole
 )

@@ -100,9 +100,11 @@ def _wrong_anchor(anchor: Tensor, shape: torch.Size) -> str:
 
 def _wrong_update(update: tuple[Tensor, Tensor], shape: torch.Size) -> str:
     b, a = update
-    if b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0]:
+    several = b.dim() == 3 and len(shape) == 3  # experts, or else a convolution's weight in rows
+    if b.dim() != a.dim() or b.dim() != 2 + several or b.shape[-1] != a.shape[-2]:
         return f"shapes {tuple(b.shape)} and {tuple(a.shape)}, which do not multiply"
-    if (b.shape[0], a.shape[1]) != tuple(shape):
+    matrix = tuple(shape) if several else (shape[0], shape[1:].numel())
+    if (*b.shape[:-1], a.shape[-1]) != matrix or a.shape[:-2] != b.shape[:-2]:
         return f"shapes {tuple(b.shape)} and {tuple(a.shape)} for {tuple(shape)}"
     return _wrong_values(b) or _wrong_values(a)
 

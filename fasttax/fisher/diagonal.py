@@ -129,6 +129,8 @@ class DiagonalFisher:
         )
         self.generator = generator or torch.Generator(self.device).manual_seed(0)
         self.examples = self.tokens = self.batches = 0
+        #: how many batches, and their `_base.hashes.chained`, where who calls knows them all
+        self.hashed = (0, "")
         self.error = SamplingError({n: self.sums.numel(n) for n in slots})
         hashed = ((n, s.param) for n, s in slots.items() if s.param is not None)
         self._hash = files.weights_hash(hashed)
@@ -292,8 +294,8 @@ class DiagonalFisher:
     def _check_whole(self, method: str) -> None:
         if self.sums.damaged:
             raise RuntimeError(
-                f"DiagonalFisher.{method}: an earlier batch failed halfway through its backward, "
-                "so that some layers counted it and others did not; start a new DiagonalFisher"
+                f"DiagonalFisher.{method}: an earlier batch failed halfway, so that some of its "
+                "layers or examples are counted and others are not; start a new DiagonalFisher"
             )
         if self._reduced and method != "finalize":
             raise RuntimeError(
@@ -410,7 +412,14 @@ class DiagonalFisher:
         tensors = {f"sum.{n}": self.sums.value(n) for n in self.sums.slots}
         tensors |= {f"error.{k}": t for k, t in self.error.state().items()}
         tensors["generator"] = self.generator.get_state()
-        counts = {"examples": self.examples, "tokens": self.tokens, "batches": self.batches}
+        counts: dict[str, Any] = {
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "batches": self.batches,
+        }
+        count, hashed = self.hashed
+        if count == self.batches:
+            counts["batches_hash"] = hashed
         files.write(path, "DiagonalFisher", tensors, {**self._facts(), **counts})
 
     def resume(self, path: str | os.PathLike[str]) -> None:
@@ -436,6 +445,7 @@ class DiagonalFisher:
         self.generator.set_state(tensors["generator"])
         self.examples, self.tokens = metadata["examples"], metadata["tokens"]
         self.batches = metadata["batches"]
+        self.hashed = self.batches, metadata.get("batches_hash", "")
 
     def _differences(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[str]:
         """A line for each fact and each sum that differs in a file; versions may.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fasttax._base import checks
+from fasttax._base.hashes import chained
 from fasttax._base.packed import STORAGES
 from fasttax.fisher.batches import rows_of, take
 from fasttax.fisher.diagonal import NORMALIZE, DiagonalFisher
@@ -69,13 +70,15 @@ def estimate_fisher(
         normalize: "mean" per example (per token for unit="token"), or the "sum".
         storage: "fp32", "bf16" or "u8log".
         checkpoint: a file that is written every `checkpoint_every` batches and removed at the end.
-            Where it exists, estimation continues after the batches that it holds, to the same bits;
-            `batches` must come in the same order, with the same options.
+            Where it exists, estimation continues after the batches that it holds, to the same bits
+            (with loss=, whose first batch is proven and summed apart, but for rounding);
+            `batches` must be the same in the same order (a hash of them is compared), with the same
+            options.
         checkpoint_every: batches between two checkpoints.
 
     Raises:
         ValueError, TypeError: an option or a batch does not fit, there is no batch, or the
-            checkpoint is of other options, or of more batches or examples than are asked for.
+            checkpoint is of other options or batches, or of more than are asked for.
 
     Example:
         >>> fisher = fasttax.estimate_fisher(model, loader, max_examples=256)
@@ -165,12 +168,14 @@ def _left(
         Batches, the last one cut to fit; the next is not asked for then.
 
     Raises:
-        ValueError: there are fewer than the estimator has seen.
+        ValueError: there are fewer than the estimator has seen, or others.
     """
     if max_examples is not None and estimator.examples >= max_examples:
         return
     coming, seen = iter(batches), estimator.batches
-    passed = sum(1 for _ in itertools.islice(coming, seen))
+    passed, hashed = 0, ""
+    for batch in itertools.islice(coming, seen):
+        passed, hashed = passed + 1, chained(hashed, batch)
     if passed < seen:
         raise checks.fail(
             op,
@@ -179,7 +184,19 @@ def _left(
             f"{passed}",
             "delete the checkpoint to begin anew, or give the batches that it was made of",
         )
+    expected = estimator.hashed[1]
+    if expected and hashed != expected:
+        raise checks.fail(
+            op,
+            "batches",
+            f"the {seen} that the checkpoint holds (hash {expected}), in that order",
+            f"others (hash {hashed})",
+            "delete the checkpoint to begin anew, or give the batches that it was made of (of a "
+            "DataLoader that shuffles, with a generator of the same seed)",
+        )
     for batch in coming:
+        hashed = chained(hashed, batch)
+        estimator.hashed = estimator.batches + 1, hashed
         if max_examples is None:
             yield batch
             continue

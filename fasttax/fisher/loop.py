@@ -6,14 +6,13 @@ The fallback for any model, and what the first batch is checked against.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttax.fisher import batches, labels
-from fasttax.fisher.pieces import add_squares
 from fasttax.fisher.sums import Sums
 from fasttax.fisher.view import View
 
@@ -58,15 +57,19 @@ def update(
 ) -> None:
     """Adds one batch's squares to the sums, one example and one draw of its labels at a time."""
     params = {n: s.param for n, s in sums.slots.items() if s.param is not None}
-    for part in examples(view, batch, ready):
 
-        def score(logits: Tensor, part: batches.Batch = part) -> Tensor:
-            return labels.score(logits, part.settled(logits), drawing)
+    def found() -> Iterator[dict[str, Tensor]]:
+        for part in examples(view, batch, ready):
 
-        for _ in range(draws):
-            with explained(view, part):
-                found = view.gradients(params, part, score)
-            add_squares([sums.value(n) for n in found], list(found.values()), sums.weight)
+            def score(logits: Tensor, part: batches.Batch = part) -> Tensor:
+                return labels.score(logits, part.settled(logits), drawing)
+
+            for _ in range(draws):
+                with explained(view, part):
+                    gradients = view.gradients(params, part, score)
+                yield gradients
+
+    sums.add_by_example(found())
 
 
 def squares(
@@ -81,20 +84,32 @@ def squares(
         ready: see batch.
         score: the gradient at the logits, (B, T, V), or a classifier's (B, V).
     """
+
+    def found() -> Iterator[dict[str, Tensor]]:
+        for n, part in enumerate(examples(view, batch, ready)):
+            mine = score[n : n + 1]
+            if score.dim() > 2:
+                mine = mine[:, : part.shape[1]]
+
+            def given(logits: Tensor, mine: Tensor = mine) -> Tensor:
+                return mine
+
+            with explained(view, part):
+                gradients = view.gradients(params, part, given)
+            yield gradients
+
+    return totals(found())
+
+
+def totals(
+    gradients: Iterable[Mapping[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Float64 sums, and sums of squares, of examples' gradients by name."""
     sums: dict[str, Tensor] = {}
-    total: dict[str, Tensor] = {}
-    for n, part in enumerate(examples(view, batch, ready)):
-        mine = score[n : n + 1]
-        if score.dim() > 2:
-            mine = mine[:, : part.shape[1]]
-
-        def given(logits: Tensor, mine: Tensor = mine) -> Tensor:
-            return mine
-
-        with explained(view, part):
-            found = view.gradients(params, part, given)
+    squared: dict[str, Tensor] = {}
+    for found in gradients:
         for name, g in found.items():
             wide = g.double()
             sums[name] = sums.get(name, 0) + wide
-            total[name] = total.get(name, 0) + wide**2
-    return sums, total
+            squared[name] = squared.get(name, 0) + wide**2
+    return sums, squared

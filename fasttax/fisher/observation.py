@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax.fisher import sharding
+from fasttax.fisher import loop, sharding
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
-from fasttax.fisher.pieces import add_squares
-from fasttax.fisher.proof import differences, disagreement, is_exact, roots
+from fasttax.fisher.proof import differences, disagreement, is_exact, not_the_sum, roots
 from fasttax.fisher.replay import replay
 from fasttax.fisher.sums import Sums
 from fasttax.fisher.view import View
@@ -91,7 +90,7 @@ class Observation:
                 if self.proving:
                     self._prove(params, totals)
             if self.proving and self._loss is not None:
-                self._prove_examples(params, self._loss)
+                self._prove_examples(params, totals, self._loss)
                 self.proven = True
 
     @contextlib.contextmanager
@@ -118,9 +117,8 @@ class Observation:
         current.layout.see(torch.Size((current.layout.batch, 1)))
         current.seen = True
         params = _provable(self.sums)
-        for n in range(current.layout.examples):
-            found = self._alone(params, loss, n)
-            add_squares([self.sums.value(k) for k in found], [*found.values()], self.sums.weight)
+        examples = range(current.layout.examples)
+        self.sums.add_by_example(self._alone(params, loss, n) for n in examples)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -184,22 +182,24 @@ class Observation:
 
         return self.view.gradients_of(params, backward)
 
-    def _prove_examples(self, params: Mapping[str, Tensor], loss: Loss) -> None:
+    def _prove_examples(
+        self, params: Mapping[str, Tensor], totals: Mapping[str, Tensor], loss: Loss
+    ) -> None:
         """The squares against those of each example's own gradient, for unit="example"."""
         if self.view.unit != "example":
             return
         examples = sum(p.layout.examples for p in self.seen)
-        truth: dict[str, Tensor] = {}
-        for n in range(examples):
-            found = self._alone(params, loss, n)
-            for name, g in found.items():
-                square = g.double() ** 2
-                truth[name] = truth[name] + square if name in truth else square
+        sums, truth = loop.totals(self._alone(params, loss, n) for n in range(examples))
+        exact = self._exact(params)
         squared = {n: p for n, p in params.items() if not self.sums.approximates(n)}
         squares = {n: self.sums.value(n) / self.sums.weight for n in squared}
-        wrong = differences(squared, roots(squares), roots(truth), self._exact(params))
-        if wrong:
-            raise ValueError(disagreement(self.op, wrong))
+        wrong = differences(squared, roots(squares), roots(truth), exact)
+        if not wrong:
+            return
+        of_the_loss = differences(params, totals, sums, exact)
+        if of_the_loss:
+            raise ValueError(not_the_sum(self.op, of_the_loss))
+        raise ValueError(disagreement(self.op, wrong))
 
 
 def _provable(sums: Sums) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -55,8 +56,20 @@ def differences(
         found: the taps', by name; none is 0.
         truth: autograd's.
         exact: see is_exact.
+
+    Raises:
+        ValueError: one of autograd's is NaN or infinite, so that nothing can be compared.
     """
-    largest = max((float(t.norm()) for t in truth.values()), default=0.0)
+    sizes = {name: float(t.double().norm()) for name, t in truth.items()}
+    odd = [name for name, size in sizes.items() if not math.isfinite(size)]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ValueError(
+            "DiagonalFisher: expected finite gradients, got NaN or infinite ones of "
+            f"{', '.join(odd[:3])}{more}; look at the model's weights, its inputs and its loss "
+            "(float16 overflows at 65504: take bfloat16 or float32)"
+        )
+    largest = max(sizes.values(), default=0.0)
     wrong = []
     for name, p in params.items():
         slack, smallest = 0.1, 1e-2
@@ -68,7 +81,7 @@ def differences(
         nothing = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
         expected = truth.get(name, nothing).double()
         error = float((found.get(name, nothing).double() - expected).norm())
-        size = float(expected.norm())
+        size = sizes.get(name, 0.0)
         if not error <= slack * size + noise:
             off = error / max(size, 1e-30)
             wrong.append(f"{name}: off by {off:.1e} of its gradient's norm")
@@ -82,12 +95,24 @@ def roots(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def disagreement(op: str, wrong: list[str]) -> str:
     """The error of taps that autograd does not agree with."""
-    more = ""
-    if len(wrong) > 10:
-        more = f"\n  and {len(wrong) - 10} more"
     return (
-        f"{op}: the layers' taps disagree with autograd on:\n  "
-        + "\n  ".join(wrong[:10])
-        + f"{more}\nthese weights are used outside their own module's forward (or in a way it "
-        f"does not show); {WAY_OUT}"
+        f"{op}: the layers' taps disagree with autograd on:\n  {_first(wrong)}\nthese weights are "
+        f"used outside their own module's forward (or in a way it does not show); {WAY_OUT}"
     )
+
+
+def not_the_sum(op: str, wrong: list[str]) -> str:
+    """The error of a block whose loss is not the sum of its examples' own."""
+    return (
+        f"{op}: loss: expected the losses of the examples, of which the block's own loss is the "
+        f"sum, got gradients that sum to others of:\n  {_first(wrong)}\nsum the block's loss over "
+        "its examples (a mean's gradients are smaller by their number), and give the same function "
+        "of each; examples that meet in the loss (contrastive ones) have no gradient of their own"
+    )
+
+
+def _first(wrong: list[str]) -> str:
+    lines = wrong[:10]
+    if len(wrong) > 10:
+        lines = [*lines, f"and {len(wrong) - 10} more"]
+    return "\n  ".join(lines)

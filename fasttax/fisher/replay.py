@@ -17,7 +17,7 @@ from fasttax.fisher.layout import WAY_OUT, Layout
 from fasttax.fisher.passes import Met, Pass
 from fasttax.fisher.proof import alike
 from fasttax.fisher.sums import Sums
-from fasttax.fisher.view import View, evaluated
+from fasttax.fisher.view import View, evaluated, without_gradients
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError)
@@ -31,7 +31,7 @@ def replay(
 ) -> bool:
     """Holds the taps' view of a batch's second example against that example alone.
 
-    In eval mode, without gradients; nothing is added to the sums.
+    In eval mode; nothing is added to the sums.
 
     Args:
         view: the model, its taps in place.
@@ -49,20 +49,17 @@ def replay(
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     leaves = [_own(leaf) for leaf in leaves]
-    whole = Pass(layout(), met=Met(1))
     before = sums.current
-    with evaluated(view.model), torch.random.fork_rng(devices=view.cuda_devices), torch.no_grad():
+    with evaluated(view.model), torch.random.fork_rng(devices=view.cuda_devices):
         try:
-            with whole.explained():
-                outputs = _run(view, sums, whole, leaves, spec)
+            whole, outputs = _run(view, sums, layout, 1, leaves, spec)
             known = whole.layout
             if known.shape is None or known.examples < 2:
                 return False
             problem = ""
             for part in _parts(known, leaves):
-                alone = Pass(Layout("example", batch=1), met=Met(0))
                 try:
-                    found = _run(view, sums, alone, part, spec)
+                    alone, found = _run(view, sums, _of_one, 0, part, spec)
                 except _FAILURES as error:
                     problem = problem or _fails(view, leaves, error)
                     continue
@@ -81,10 +78,22 @@ def _own(leaf: Any) -> Any:
     return leaf if isinstance(leaf, _PLAIN) else copy.deepcopy(leaf)
 
 
-def _run(view: View, sums: Sums, current: Pass, leaves: list[Any], spec: Any) -> Any:
-    args, kwargs = pytree.tree_unflatten([_own(leaf) for leaf in leaves], spec)
-    sums.current = current
-    return view.model(*args, **kwargs)
+def _of_one() -> Layout:
+    return Layout("example", batch=1)
+
+
+def _run(
+    view: View, sums: Sums, layout: Callable[[], Layout], example: int, leaves: list[Any], spec: Any
+) -> tuple[Pass, Any]:
+    """A pass in which taps note what their modules meet of an example, and the model's outputs."""
+
+    def run() -> tuple[Pass, Any]:
+        args, kwargs = pytree.tree_unflatten([_own(leaf) for leaf in leaves], spec)
+        sums.current = Pass(layout(), met=Met(example))
+        with sums.current.explained():
+            return sums.current, view.model(*args, **kwargs)
+
+    return without_gradients(run)
 
 
 def _parts(layout: Layout, leaves: list[Any]) -> Iterator[list[Any]]:
@@ -157,7 +166,8 @@ def _mixes(view: View, layout: Layout, outputs: Any, found: Any) -> str:
 def _floats(outputs: Any) -> list[Tensor]:
     """The outputs that examples may have a part of: no sums over all."""
     leaves = pytree.tree_leaves(outputs)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
+    tensors = [t.detach() for t in leaves if isinstance(t, Tensor)]
+    return [t for t in tensors if t.is_floating_point() and t.dim()]
 
 
 def _candidates(layout: Layout, whole: Tensor, alone: Tensor) -> Iterator[Tensor]:

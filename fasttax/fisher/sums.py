@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +160,20 @@ class Sums:
         found, self.values = self.values, before
         for name, t in found.items():
             self.values[name] = self.values[name].add_(t) if name in self.values else t
+
+    def add_by_example(self, gradients: Iterable[Mapping[str, Tensor]]) -> None:
+        """Adds the squares of gradients by name, as they come: an example's, or a draw's of it.
+
+        Where they end in an error with some added, the sums are damaged.
+        """
+        added = False
+        try:
+            for found in gradients:
+                added = True
+                add_squares([self.value(n) for n in found], [*found.values()], self.weight)
+        except BaseException:
+            self.damaged = self.damaged or added
+            raise
 
     def _total(self, name: str, gradient: Tensor) -> None:
         assert self.totals is not None

@@ -188,7 +188,8 @@ class Tap:
         bounds = layout.segments(leading, self.where, layout.only)
         if layout.only is None and met.n < layout.examples:
             rows = kept.input.reshape(leading.numel(), -1)
-            met.add(self.where, rows[int(bounds[met.n]) : int(bounds[met.n + 1])].clone())
+            mine = rows[int(bounds[met.n]) : int(bounds[met.n + 1])]
+            met.add(self.where, mine.detach().clone())
         return kept.output
 
     def _kept(self, call: Call) -> Kept:

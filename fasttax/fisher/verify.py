@@ -12,7 +12,7 @@ from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.proof import WIDE, differences, disagreement, is_exact, roots
 from fasttax.fisher.sums import Sums
-from fasttax.fisher.view import View, evaluated
+from fasttax.fisher.view import View, evaluated, without_gradients
 
 _TOKENS = 16  # of one or two examples
 
@@ -123,8 +123,10 @@ def check_isolation(view: View, ready: batches.Batch) -> None:
     meeting = batches.neighbours(ready, 8)
     if meeting is None or view.model.training:
         return
-    with torch.random.fork_rng(devices=view.cuda_devices), torch.no_grad():
-        joint, single = (view.run(inputs) for inputs in (meeting.both, meeting.alone))
+    with torch.random.fork_rng(devices=view.cuda_devices):
+        joint, single = without_gradients(
+            lambda: [view.run(inputs).detach() for inputs in (meeting.both, meeting.alone)]
+        )
     error = float((joint[:, meeting.start :].float() - single.float()).norm())
     size = float(single.float().norm())
     slack = 1e-3 if is_exact(single.device, single.dtype) else 0.1

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from fasttax.fisher.rules.module import drops
 from fasttax.fisher.rules.routing import RoutingBlock
 from fasttax.fisher.tap import Tap
 from fasttax.fisher.task import Task, takes
+
+Ran = TypeVar("Ran")
 
 OP = "DiagonalFisher.update"
 _TAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules under an estimator's taps
@@ -335,6 +337,19 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+def without_gradients(run: Callable[[], Ran]) -> Ran:
+    """What `run` gives without gradients, or with them where the model's forward needs them.
+
+    As it does for retain_grad() and for hooks on its activations.
+    """
+    try:
+        with torch.no_grad():
+            return run()
+    except RuntimeError:
+        with torch.enable_grad():
+            return run()
 
 
 @contextlib.contextmanager

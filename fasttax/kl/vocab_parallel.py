@@ -45,11 +45,27 @@ def _check_group(op: str) -> None:
         )
 
 
-def _widths(width: int, device: torch.device, group: Any) -> Tensor:
-    mine = torch.tensor([width], device=device)
-    widths = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(widths, mine, group=group)
-    return torch.cat(widths)
+def _widths(op: str, shard: Tensor, group: Any) -> Tensor:
+    """How wide every rank's shard is.
+
+    Raises:
+        ValueError: ranks of CPUs hold others than the same number of tokens, at which the
+            collectives to come would hang. (On GPUs a look would be a sync.)
+    """
+    tokens = shard.shape[:-1].numel()
+    mine = torch.tensor([shard.shape[-1], tokens], device=shard.device)
+    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, mine, group=group)
+    widths, counts = torch.stack(sizes).unbind(1)
+    if shard.device.type == "cpu" and bool((counts != tokens).any()):
+        raise checks.fail(
+            op,
+            "tp_group",
+            "shards of the same tokens on every rank",
+            f"{', '.join(map(str, counts.tolist()))} tokens on ranks 0 to {len(sizes) - 1}",
+            "give every rank the whole batch (ranks that share tokens out are no tp_group)",
+        )
+    return widths
 
 
 class _Gather(torch.autograd.Function):
@@ -86,7 +102,21 @@ def combine_shards(
     The tensors are checked, the logits of one dtype; `ids` are global.
     """
     _check_group(op)
-    widths = _widths(logits.shape[-1], logits.device, group)
+    widths = _widths(op, logits, group)
+    return _combined(op, logits, ref_logits, ids, mask, t, wanted, widths, group)
+
+
+def _combined(
+    op: str,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    t: Tempering,
+    wanted: set[str],
+    widths: Tensor,
+    group: Any,
+) -> dict[str, Tensor]:
     parts, local = {}, None
     if ids is not None:
         if ids.device.type == "cpu":
@@ -184,13 +214,13 @@ def combine_kl(
     if t.inf_mask or kind.mixture:
         logits, ref_logits = _tempered(logits, ref_logits, mask, t)
         t = Tempering.none(t.kind, t.beta)
-    if not kind.mixture:
-        rows = combine_shards(op, logits, ref_logits, None, mask, t, {kind.row}, group)
-        return rows[kind.row]
+    widths = _widths(op, logits, group)
 
     def row(x: Tensor, y: Tensor | None, name: str) -> Tensor:
-        return combine_shards(op, x, y, None, mask, t, {name}, group)[name]
+        return _combined(op, x, y, None, mask, t, {name}, widths, group)[name]
 
+    if not kind.mixture:
+        return row(logits, ref_logits, kind.row)
     lse, ref_lse = row(logits, None, "lse"), row(ref_logits, None, "lse")
     if t.beta in (0.0, 1.0):  # 0; NaN for a row of NaN
         return (lse + ref_lse) * 0
@@ -247,6 +277,8 @@ class _ToGroup(torch.autograd.Function):
 
 
 def to_group(x: Tensor, group: Any) -> Tensor:
-    """`x`, whose gradient is summed over the group's ranks."""
+    """`x`, (tokens, features), whose gradient is summed over the group's ranks."""
+    _check_group("linear_token_kl")
+    _widths("linear_token_kl", x, group)
     shared: Tensor = _ToGroup.apply(x, group)
     return shared

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-# what torch.compile, DDP and DataParallel, FSDP and activation checkpointing put into a name
-WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+from fasttax._base import wrappers
+
 PEFT, BASE_LAYER = "base_model.model.", "base_layer"  # PEFT's, the latter where an adapter is
 
 
 def bare(name: str) -> str:
-    """The name without what wrappers put into it."""
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    """The name without what wrappers put into it.
+
+    Copies of one module that PEFT keeps (modules_to_save, original_module) stay apart: a file has
+    all of them, and nothing says which is used.
+    """
+    parts = [part for part in name.split(".") if part not in wrappers.TORCH]
     short = ".".join(parts)
     if short.startswith(PEFT):
         parts = [part for part in short.removeprefix(PEFT).split(".") if part != BASE_LAYER]

@@ -46,26 +46,26 @@ def draw(measured: Measurements, law: PowerLaw | str, to: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#eeeeee", zorder=0)
         axes.axhline(0, color="#bbbbbb", linewidth=0.8, linestyle=":")
+    named: list[tuple[Any, str]] = []
     for k, run in enumerate(measured.runs()):
         mine, color = measured.of(run), COLORS[k % len(COLORS)]
-        label = run or "checkpoints"
-        _plot(left, measured, mine, "o-", color=color, linewidth=0.8, label=label, zorder=3)
+        line = _plot(left, measured, mine, "o-", color=color, linewidth=0.8, zorder=3)
+        named.append((line, run or "checkpoints"))
         known = [c for c in mine if c.kl is not None]
         right.plot(
             [c.kl for c in known], [measured.tax(c) for c in known], "o", color=color, zorder=3
         )
-    left.plot(0, 0, "*", color=GRAY, markersize=13, label="base", zorder=4)
+    named.append((left.plot(0, 0, "*", color=GRAY, markersize=13, zorder=4)[0], "base"))
     best = measured.pareto()
     if len(best) > 1:
         style: dict[str, Any] = {"color": "#999999", "linewidth": 1, "zorder": 2}
-        _plot(left, measured, best, "--", label="Pareto frontier", **style)
+        named.append((_plot(left, measured, best, "--", **style), "Pareto frontier"))
     left.invert_yaxis()
     left.set(
         xlabel="alignment gained (right is better)",
         ylabel="capability lost (reversed: up is better)",
     )
-    for text in left.legend(frameon=False, fontsize=9).get_texts():
-        text.set_parse_math(False)  # a run's name is text, dollar signs and all
+    _legend(left, named)
     if isinstance(law, PowerLaw):
         _plot_law(right, law)
     right.invert_yaxis()
@@ -73,11 +73,24 @@ def draw(measured: Measurements, law: PowerLaw | str, to: Any) -> None:
     figure.savefig(to, format="png")
 
 
+def _legend(axes: Any, named: Sequence[tuple[Any, str]]) -> None:
+    """The lines with their names as they are.
+
+    matplotlib reads a label that it is given: it leaves out one that begins with "_", and takes
+    dollar signs for mathematics.
+    """
+    legend = axes.legend([line for line, _ in named], ["-"] * len(named), frameon=False, fontsize=9)
+    for text, (_, name) in zip(legend.get_texts(), named, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
+
+
 def _plot(
     axes: Any, measured: Measurements, some: Sequence[Checkpoint], form: str, **style: Any
-) -> None:
-    """Tax against gain."""
-    axes.plot([measured.gain(c) for c in some], [measured.tax(c) for c in some], form, **style)
+) -> Any:
+    """Tax against gain, as a line of matplotlib's."""
+    gains, taxes = [measured.gain(c) for c in some], [measured.tax(c) for c in some]
+    return axes.plot(gains, taxes, form, **style)[0]
 
 
 def _plot_law(axes: Any, law: PowerLaw) -> None:

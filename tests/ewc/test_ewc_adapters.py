@@ -333,9 +333,6 @@ def test_a_bias_under_lora_is_a_plain_parameter(bias: str) -> None:
 # --- what is no W + scale B A ------------------------------------------------------------------
 
 OTHERS: dict[str, Any] = {
-    "AdaLoRA": lambda: peft.AdaLoraConfig(
-        init_r=4, target_r=2, total_step=10, target_modules=TARGETS
-    ),
     "IA3": lambda: peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
@@ -386,6 +383,38 @@ def test_other_adapters_are_refused_with_ways_out_that_work(kind: str) -> None:
     assert float(ewc.penalty().detach()) == pytest.approx(expected, rel=1e-4)
 
 
+PROMPTS: dict[str, Any] = {
+    "PromptTuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "PromptEncoder": lambda: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8
+    ),
+    "PrefixTuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "AdaptionPrompt": lambda: peft.AdaptionPromptConfig(
+        task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_weights_under_a_learned_prompt_are_refused_with_the_reason(kind: str) -> None:
+    base = causal_lm("llama").eval()
+    of_the_base = {n: torch.rand_like(p) for n, p in base.named_parameters()}
+    model = peft.get_peft_model(base, PROMPTS[kind]())
+    whole = {n: torch.rand_like(p) for n, p in model.named_parameters()}
+    for fisher in (of_the_base, whole):
+        with pytest.raises(
+            ValueError, match=rf"EWC: model: .*embed_tokens.* {kind}, .*stay 0.*LoRA"
+        ):
+            EWC(model, fisher, strength=1.0)
+    own = {n: whole[n] for n, p in model.named_parameters() if p.requires_grad}
+    ewc = EWC(model, own, strength=2.0)  # "hold the prompt's own parameters"
+    start = weights(model)
+    step(model)
+    now = weights(model)
+    expected = sum(float((f.double() * (now[n] - start[n]) ** 2).sum()) for n, f in own.items())
+    assert float(ewc.penalty().detach()) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_bias_of_loras_own_is_refused() -> None:
     base = causal_lm("gpt2").eval()
     fisher = some_fisher(base)
@@ -395,36 +424,6 @@ def test_a_bias_of_loras_own_is_refused() -> None:
         name = f"transformer.h.0.attn.c_attn.{part}"
         with pytest.raises(ValueError, match=r"lora_bias in .*c_attn.*lora_bias=False"):
             EWC(model, {name: fisher[name]}, strength=1.0)
-
-
-def test_lora_on_fused_experts_is_refused_and_on_other_layers_held() -> None:
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=12,
-    )
-    base = transformers.Qwen3MoeForCausalLM(config).eval()
-    before = weights(base)
-    fisher = {n: torch.rand_like(p).float() for n, p in before.items()}
-    lora = peft.LoraConfig(
-        r=3, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
-    )
-    model = peft.get_peft_model(base, lora)
-    with pytest.raises(ValueError, match=r"experts.*gate_up_proj.*target_modules"):
-        EWC(model, fisher, strength=2.0)
-    left = {n: f for n, f in fisher.items() if "gate_up_proj" not in n}
-    ewc = EWC(model, left, strength=2.0)
-    step(model)
-    expected = truth(left, merged(model), before, 2.0)
-    assert float(ewc.penalty().detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_layer_that_computes_otherwise_is_seen() -> None:

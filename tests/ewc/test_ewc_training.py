@@ -464,3 +464,35 @@ def test_consolidated_and_combined_ewcs_carry_the_hash_of_their_anchor() -> None
     torch.testing.assert_close(
         EWC(model, both.fisher, strength=1.0, anchor=both.anchor).penalty(), both.penalty()
     )
+
+
+@pytest.mark.parametrize("how", ["add_grad_", "attach", "during_backward"])
+def test_a_sparse_gradient_is_refused_by_name(how: str) -> None:
+    def of(sparse: bool) -> tuple[torch.nn.Embedding, EWC]:
+        model = torch.nn.Embedding(5, 3, sparse=sparse)
+        return model, EWC(model, {"weight": torch.ones(5, 3)}, strength=2.0)
+
+    def used(model: torch.nn.Embedding, ewc: EWC) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if how == "during_backward":
+            ewc.during_backward()
+        model(torch.tensor([1, 2])).sum().backward()
+        if how == "add_grad_":
+            ewc.add_grad_()
+        if how == "attach":
+            ewc.attach(optimizer)
+            optimizer.step()
+
+    with pytest.raises(ValueError, match=r"the gradient of weight: .*dense.*sparse=False"):
+        used(*of(sparse=True))
+    used(*of(sparse=False))
+
+
+def test_strength_and_storage_are_checked_when_they_are_set() -> None:
+    ewc = EWC(torch.nn.Linear(2, 2), {"weight": torch.ones(2, 2)}, strength=1.0)
+    for strength in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="strength: expected a finite number >= 0"):
+            ewc.strength = strength
+    with pytest.raises(ValueError, match="storage: expected one of 'fp32', 'bf16', 'u8log'"):
+        ewc.storage = "int8"
+    assert (ewc.strength, ewc.storage) == (1.0, "fp32")

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.tools.models import (
     causal_lm,
     fisher_of,
     ids,
+    logits_of,
     loop,
     rows_of,
     state_of,
@@ -330,37 +330,40 @@ def test_attention_dropout_in_train_mode_warns() -> None:
         DiagonalFisher(model, verify=False).update(ids(1, 4))
 
 
-# --- resuming and its own error -------------------------------------------------------------------
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_loop_that_fails_halfway_is_not_gone_on_with(observed: bool) -> None:
+    """Its sums have some examples of the batch; one that fails at its first has none."""
+    model, batch = TokenModel(), ids(4, 6)
+    estimator = DiagonalFisher(model, labels="true", fallback="loop", verify=False)
+    left = [99]  # forwards of single examples before one fails
+
+    def failing(module: nn.Module, args: Any, kwargs: Any) -> None:
+        left[0] -= len(next(iter([*args, *kwargs.values()]))) == 1
+        if left[0] < 0:
+            raise RuntimeError("of the device")
+
+    def run(before: int) -> None:
+        left[0] = before
+        if not observed:
+            estimator.update(batch)
+            return
+        with estimator.observe(loss=lambda n: logits_of(model(batch[n : n + 1])).square().sum()):
+            model(batch)
+
+    model.register_forward_pre_hook(failing, with_kwargs=True)
+    with pytest.raises((RuntimeError, ValueError), match="of the device"):
+        run(0)
+    run(99)
+    assert estimator.examples == 4
+    with pytest.raises((RuntimeError, ValueError), match="of the device"):
+        run(2)
+    with pytest.raises(RuntimeError, match=r"failed halfway.*start a new DiagonalFisher"):
+        run(99)
+    with pytest.raises(RuntimeError, match=r"failed halfway.*start a new DiagonalFisher"):
+        estimator.finalize()
 
 
-def test_resumes_after_a_crash_to_the_same_bits(tmp_path: Path) -> None:
-    model, batches, path = TokenModel(), list(ids(14, 6).split(2)), tmp_path / "state.safetensors"
-    whole = fasttax.estimate_fisher(model, batches, progress=False)
-
-    def crashing() -> Any:
-        yield from batches[:5]
-        raise KeyboardInterrupt
-
-    options: Any = {"progress": False, "checkpoint": path, "checkpoint_every": 2}
-    with pytest.raises(KeyboardInterrupt):
-        fasttax.estimate_fisher(model, crashing(), **options)
-    assert path.exists()
-    with pytest.raises(
-        ValueError, match=r"(?s)resume.*labels: 'sample' in the file, 'true' here.*delete the file"
-    ):
-        fasttax.estimate_fisher(model, batches, labels="true", **options)
-    resumed = fasttax.estimate_fisher(model, batches, **options)
-    assert all(torch.equal(resumed[n], whole[n]) for n in whole)
-    assert resumed.metadata == whole.metadata
-    assert not path.exists()
-    estimator = DiagonalFisher(model)
-    estimator.update(batches[0])
-    estimator.checkpoint(path)
-    with pytest.raises(ValueError, match="not a FisherEstimate file"):
-        fasttax.FisherEstimate.load(path)
-    model.up.weight.data.add_(1)
-    with pytest.raises(ValueError, match="model_hash"):
-        DiagonalFisher(model).resume(path)
+# --- its own error and progress -------------------------------------------------------------------
 
 
 def test_progress_shows_rate_time_left_and_error(capsys: pytest.CaptureFixture[str]) -> None:

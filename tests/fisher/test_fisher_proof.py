@@ -60,6 +60,49 @@ def test_a_weight_used_outside_its_module(how: str) -> None:
     assert right_or_refused(built(lambda: Uses("once")), x)
 
 
+class Watched(nn.Module):
+    """A classifier whose forward asks for its activations' gradients."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.last = nn.Linear(H, H), nn.Linear(H, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.how == "kept":
+            h.retain_grad()
+        if self.how == "turned":  # as a gradient reversal layer does
+            h.register_hook(lambda d: -0.5 * d)
+        if self.how == "refused where there are none" and not h.requires_grad:
+            raise RuntimeError("no gradients")
+        return self.last(h.tanh())
+
+
+@pytest.mark.parametrize("how", ["kept", "turned", "refused where there are none"])
+def test_a_forward_that_asks_for_gradients(how: str) -> None:
+    assert right_or_refused(built(lambda: Watched(how)), torch.randn(B, H).double())
+
+
+class Forces(nn.Module):
+    """A model that differentiates its own output, as those of energies and forces do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(H, H), nn.Linear(H, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.last(self.first(x).tanh()).sum()
+            (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return force[:, :CLASSES]
+
+
+def test_a_model_that_differentiates_itself() -> None:
+    right_or_refused(built(Forces), torch.randn(B, H).double(), "first", "last")
+
+
 REPARAMETRISED: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "weight_norm of hooks": weight_norm,
     "weight_norm of parametrizations": parametrizations.weight_norm,
@@ -199,6 +242,53 @@ def test_a_loss_shows_squares_that_are_not_the_examples() -> None:
     assert not right_or_refused(model, x, "one (Linear)")
     with pytest.raises(ValueError, match="disagree with autograd"):
         observed(model, x, alone=lambda n: class_loss(model, x[n : n + 1], Y[n : n + 1]))
+
+
+def test_a_loss_that_is_no_sum_of_its_examples_is_named() -> None:
+    """A mean, whose squares are B^2 times too small; examples that meet in the loss."""
+    model, x = built(lambda: Uses("once")), torch.randn(B, H).double()
+
+    def mean(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    def contrastive(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        z = model(x)
+        return (z @ z.T).logsumexp(-1).sum()
+
+    says = r"(?s)loss: expected .*is the sum, got .*last.weight.*mean"
+    for loss in (mean, contrastive):
+
+        def alone(n: int, loss: Any = loss) -> Tensor:
+            of_one: Tensor = loss(model, x[n : n + 1], Y[n : n + 1])
+            return of_one
+
+        with pytest.raises(ValueError, match=says):
+            observed(model, x, loss=loss, alone=alone)
+    found = observed(  # "sum the block's loss over its examples, and give the same function"
+        model, x, alone=lambda n: class_loss(model, x[n : n + 1], Y[n : n + 1])
+    )
+    assert_exact(found, truth_of(model, x), 1e-10)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_named(value: float) -> None:
+    model, x = built(lambda: Uses("once")), torch.randn(B, H).double()
+    with torch.no_grad():
+        model.get_parameter("last.bias")[0] = value
+    says = r"expected finite gradients, got NaN or infinite ones of first.weight.*model's weights"
+    with pytest.raises(ValueError, match=says):
+        observed(model, x)
+
+
+def test_large_gradients_in_float16_are_compared() -> None:
+    """Their norm is beyond 65504, an infinite slack in their own dtype."""
+    model = built(lambda: Uses("again")).half()
+    x = torch.randn(B, H).half()
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return model(x).sum() * 2000
+
+    assert not right_or_refused(model, x, "first.weight", loss=loss)
 
 
 def test_fallback_loop_takes_the_loss() -> None:

@@ -70,6 +70,42 @@ def test_forward_mode_is_refused(op: str) -> None:
         OPS[op](X.clone())
 
 
+COMPILED = [op for op in OPS if op != "ewc_add_grad_"]  # which no trace takes
+
+
+REFUSED = (NotImplementedError, torch._dynamo.exc.TorchDynamoException)
+
+
+@pytest.mark.parametrize("op", COMPILED)
+def test_forward_mode_inside_torch_compile_is_refused(op: str) -> None:
+    def along(t: Tensor, d: Tensor) -> Tensor:
+        return torch.func.jvp(lambda t: OPS[op](t).sum(), (t,), (d,))[1]
+
+    def dual(t: Tensor, d: Tensor) -> Tensor | None:
+        with fw.dual_level():
+            return fw.unpack_dual(OPS[op](fw.make_dual(t, d))).tangent
+
+    for derivative in (along, dual):
+        torch.compiler.reset()
+        with pytest.raises(NotImplementedError, match=SAYS):
+            torch.compile(derivative, backend="eager")(X.clone(), D)
+
+
+def test_inside_a_level_a_compiled_call_is_refused_whatever_its_tensors() -> None:
+    """Its trace does not show which of them has a tangent."""
+    torch.compiler.reset()
+    value = torch.compile(OPS["token_kl"], backend="eager", fullgraph=True)
+    expected = OPS["token_kl"](X)
+    torch.testing.assert_close(value(X), expected)
+    with fw.dual_level():
+        with pytest.raises(REFUSED, match=f"(?s){SAYS}.*outside torch.compile"):
+            value(X)
+        torch.testing.assert_close(OPS["token_kl"](X), expected)  # "outside torch.compile"
+    torch.testing.assert_close(value(X), expected)
+    with pytest.raises(NotImplementedError, match=SAYS):
+        torch.func.jvp(torch.compile(OPS["token_kl"], backend="eager"), (X.clone(),), (D,))
+
+
 @pytest.mark.parametrize("op", ["token_kl", "token_stats", "linear_token_kl", "ewc_penalty"])
 def test_nested_transforms_are_refused(op: str) -> None:
     def value(t: Tensor) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fasttax
 from tests.tools.kl_cases import KINDS
+from tests.tools.processes import on_ranks
 
 
 def _views() -> list[Tensor]:
@@ -40,6 +45,55 @@ def test_no_tokens(kind: str, dtype: torch.dtype) -> None:
         logp, top = fasttax.topk_logprobs(y.detach(), 3)
         if kind != "renyi":
             assert fasttax.topk_kl(x, logp, top, kind=kind).shape == view.shape[:-1]
+
+
+def _over_ranks(tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """Every op that takes a tp_group, with shards of 7 of a vocabulary of 14 on each of 2 ranks."""
+    group, x, y = (
+        dist.group.WORLD,
+        torch.randn(tokens, 7, requires_grad=True),
+        torch.randn(tokens, 7),
+    )
+    h, w, ids = x[:, :4], torch.randn(7, 4), torch.zeros(tokens, dtype=torch.int64)
+
+    def stats() -> Tensor:
+        found = fasttax.token_stats(x, y, ids, outputs=("logp", "entropy", "kl"), tp_group=group)
+        return torch.stack([t for t in (found.logp, found.entropy, found.kl) if t is not None])
+
+    def logprobs() -> Tensor:
+        found = fasttax.linear_token_logprobs(h, w, ids, tp_group=group).logp
+        assert found is not None
+        return found
+
+    ops: dict[str, Callable[[], Tensor]] = {"stats": stats, "logprobs": logprobs}
+    for kind in ("policy_ref", "ref_policy", "jsd"):
+        for reduction in ("none", "sum", "mean"):
+            options: dict[str, Any] = {"kind": kind, "reduction": reduction, "tp_group": group}
+            ops[f"token_kl {kind} {reduction}"] = partial(fasttax.token_kl, x, y, **options)
+            ops[f"linear {kind} {reduction}"] = partial(
+                fasttax.linear_token_kl, h, w, h.detach() + 0.1, w, **options
+            )
+    return ops
+
+
+def _empty_micro_batches(rank: int, folder: Path) -> None:
+    for mine in ((0, 5), (5, 0), (300, 256)):
+        for op in _over_ranks(mine[rank]).values():
+            with pytest.raises(
+                ValueError, match=rf"tp_group: .*same tokens.*got {mine[0]}, {mine[1]} tokens"
+            ):
+                op()
+    for name, op in _over_ranks(0).items():
+        value = op()
+        assert not value.numel() or float(value) == 0, name
+        value.sum().backward()
+    for name, op in _over_ranks(3).items():  # the group is as it was
+        assert bool(op().isfinite().all()), name
+
+
+def test_an_empty_micro_batch_over_ranks(tmp_path: Path) -> None:
+    """On every rank an empty result; on one alone an error of all, where collectives would hang."""
+    on_ranks(_empty_micro_batches, tmp_path)
 
 
 @pytest.mark.parametrize("entropy", [False, True])

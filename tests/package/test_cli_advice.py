@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fasttax import FisherEstimate, cli
+from fasttax import DiagonalFisher, FisherEstimate, cli
 from fasttax.cli import kl
 from fasttax.cli._options import in_options
 from tests.tools import tiny_lm
@@ -79,6 +79,38 @@ def test_fisher_of_any_model(kind: str, tmp_path: Path, capsys: pytest.CaptureFi
         assert cli.main([*command, "--fallback", "loop"]) == 0
     written = FisherEstimate.load(tmp_path / "f.safetensors")
     assert any(bool(f.any()) for f in written.values())
+
+
+@pytest.mark.parametrize("labels", ["true", "exact_head"])
+def test_the_loop_is_advised_where_it_runs(
+    labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*saved("Gpt2", tmp_path), "--labels", labels]
+    update = DiagonalFisher.update
+
+    def failing(estimator: DiagonalFisher, batch: Any) -> None:
+        if estimator.fallback is None:
+            raise RuntimeError("of a tap")
+        update(estimator, batch)
+
+    monkeypatch.setattr(DiagonalFisher, "update", failing)
+    assert cli.main(command) == 2
+    advice = re.search(r"pass (--fallback loop --labels \w+)", capsys.readouterr().err)
+    assert advice
+    assert cli.main([*command, *advice[1].split()]) == 0
+
+
+def test_the_loop_is_not_advised_where_it_fails_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = saved("Gpt2", tmp_path)
+
+    def failing(estimator: DiagonalFisher, batch: Any) -> None:
+        raise RuntimeError("of the device")
+
+    monkeypatch.setattr(DiagonalFisher, "update", failing)
+    with pytest.raises(RuntimeError, match=r"^of the device$"):
+        cli.main(command)
 
 
 def test_fisher_of_some_parameters(tmp_path: Path) -> None:

@@ -327,12 +327,30 @@ def test_the_figure_leaves_pyplot_alone(tmp_path: Path) -> None:
     assert (plt.get_backend(), plt.get_fignums()) == (backend, open_figures)
 
 
-@pytest.mark.parametrize("run", ["$", "costs $5", "a$_{", "\\frac$", "$x^$"])
-def test_a_run_of_any_name_is_drawn_as_text(run: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "run", ["$", "costs $5", "a$_{", "\\frac$", "$x^$", "_hidden", "_nolegend_", "_", " "]
+)
+def test_a_run_of_any_name_is_drawn_as_text(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[str] = []
+    save = Figure.savefig
+
+    def saved(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        save(figure, *args, **kwargs)
+        legend = figure.axes[0].get_legend()
+        assert legend is not None
+        drawn.extend(text.get_text() for text in legend.get_texts())
+
+    monkeypatch.setattr(Figure, "savefig", saved)
     named = report()
     named.add("more", {"mmlu": 0.6, "gsm8k": 0.38}, {"win rate": 0.4}, run=run, kl=1.0)
     assert named.plot(tmp_path / "r.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "<img" in named.html(tmp_path / "r.html").read_text()
+    assert drawn.count(run) == 2  # of both figures
+    assert {"base", "Pareto frontier"} < set(drawn)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
