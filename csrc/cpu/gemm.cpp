@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "../call/float_type.h"
+#include "gemm_amx.h"
 
 #define FASTTAX_KERNELS "gemm_kernels.h"
 #include "isa.h"
@@ -143,9 +144,9 @@ void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix
 namespace {
 
 // out (M, N) float32 = or += a (M, K) b (K, N). b's rows are contiguous, and a's rows or its
-// columns. Products are exact or float32's: a float32 a is not rounded to meet a bfloat16 b, for
-// a gradient's entries add up to 0 over the vocabulary, and rounded ones would not.
-void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
+// columns. Products are exact or float32's. `round` lets a float32 a be rounded to meet a bfloat16
+// b, which is done where bfloat16 is multiplied faster.
+void gemm_(Tensor out, Tensor a, Tensor b, bool add, bool round) {
   const char* op = "_gemm_";
   const FloatType a_type = float_type(a, op, "a"), b_type = float_type(b, op, "b");
   FASTTAX_CHECK(out.dim() == 2 && a.dim() == 2 && b.dim() == 2 &&
@@ -160,11 +161,13 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
                     (by_rows || a.stride(0) == 1 || M == 1),
                 op, "rows of out and b must be contiguous, and rows or columns of a");
   if (M == 0 || N == 0) return;
-  const bool bf16x2 =
-      b_type == FloatType::kBFloat16 && a_type == FloatType::kBFloat16 && isa_bf16();
-  gemm(M, N, K, {a_type, a.const_data_ptr(), by_rows ? a.stride(0) : a.stride(1), by_rows},
-       {b_type, b.const_data_ptr(), b.stride(0)}, static_cast<float*>(out.mutable_data_ptr()),
-       out.stride(0), add, bf16x2);
+  const GemmMatrix of_a{a_type, a.const_data_ptr(), by_rows ? a.stride(0) : a.stride(1), by_rows},
+      of_b{b_type, b.const_data_ptr(), b.stride(0)};
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  const bool halves = b_type == FloatType::kBFloat16 &&
+                      (a_type == FloatType::kBFloat16 || (round && a_type == FloatType::kFloat));
+  if (halves && isa_amx()) gemm_amx(M, N, K, of_a, of_b, to, out.stride(0), add);
+  else gemm(M, N, K, of_a, of_b, to, out.stride(0), add, halves && isa_bf16());
 }
 
 }  // namespace

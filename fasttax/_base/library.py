@@ -154,7 +154,7 @@ def _define_helpers() -> None:
     lib.impl("_prefer_huge_pages", lambda t: None, "CompositeExplicitAutograd")
     # project() and gemm() in _base/gemm.py
     lib.define("_project_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()")
-    lib.define("_gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
+    lib.define("_gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add, bool round=False) -> ()")
 
 
 def _left_out(choice: str, interpreted: bool) -> dict[str, str]:

@@ -25,6 +25,8 @@ SHAPES = {  # rows, products, columns
     "ragged": (101, 257, 100),  # no tile, no pair and no fold is whole
     "b_once": (2100, 131, 60),  # groups of rows, two folds
     "deep": (20, 4099, 33),  # fold by fold
+    "wide": (40, 100, 70),  # blocks of AMX's, two and a part
+    "deeper": (70, 9000, 40),  # of more products than AMX packs at once
     "deep_rows": (300, 2100, 50),  # more rows than one thread sums
     "deep_columns": (9, 3000, 1201),  # more columns
 }
@@ -69,12 +71,13 @@ def test_strided_rows(simd: int) -> None:
     assert not whole[:, 67:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_same_bits_on_any_number_of_threads(
-    shape: str, threads: Callable[[int], None], simd: int
+    shape: str, dtype: torch.dtype, threads: Callable[[int], None], simd: int
 ) -> None:
     M, K, N = SHAPES[shape]
-    a, b = torch.randn(M, K), torch.randn(K, N)
+    a, b = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
     together = product(a, b)
     for n in (1, 3, 16):
         threads(n)
@@ -100,6 +103,38 @@ def test_a_wide_gradient_is_not_rounded_to_meet_a_bfloat16_head(simd: int) -> No
     d[:, 0] -= d.double().sum(1).float()
     head = torch.full((3000, 16), 100.0, dtype=torch.bfloat16)
     assert product(d, head).abs().max() < 100 * 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_rounds_where_it_is_allowed_to(by: str, shape: str, simd: int) -> None:
+    """A float32 a before a bfloat16 b: the products of its rounding, or its own; never of another b
+    or without leave.
+    """
+    M, K, N = SHAPES[shape]
+    a = torch.randn(M, K) if by == "rows" else torch.randn(K, M).T
+    b, before = torch.randn(K, N).bfloat16(), torch.randn(M, N)
+    for out in (None, before):
+        got = torch.full((M, N), float("nan")) if out is None else out.clone()
+        torch.ops.fasttax._gemm_(got, a, b, out is not None, True)
+        assert any(torch.equal(got, product(x, b, out)) for x in (a.bfloat16(), a))
+    wide = torch.empty(M, N)
+    torch.ops.fasttax._gemm_(wide, a, b.float(), False, True)
+    assert torch.equal(wide, product(a, b.float()))
+
+
+def test_bfloat16_products_round(simd: int) -> None:
+    """Where they are the fast ones: AMX's at AVX-512's level on a CPU that has them, and those of
+    pairs.
+    """
+    a, b = torch.randn(40, 100), torch.randn(100, 50).bfloat16()
+    got = torch.empty(40, 50)
+    torch.ops.fasttax._gemm_(got, a, b, False, True)
+    rounds = not torch.equal(got, product(a, b))
+    if simd == 3 or (simd == 2 and torch.cpu._is_amx_tile_supported()):
+        assert rounds
+    elif isinstance(simd, int) and simd < 2:
+        assert not rounds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
