@@ -18,7 +18,7 @@ struct GemmMatrix {
 };
 
 // out (M, N), rows out_stride apart, from a (M, K), or (K, M) unless it is turned, and b (K, N).
-// bf16x2: b is bfloat16, a is or is rounded to it, and the CPU multiplies pairs of it (isa_bf16).
+// bf16x2: both are bfloat16 and the CPU multiplies pairs of it (isa_bf16).
 void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix& b, float* out,
           int64_t out_stride, bool add, bool bf16x2);
 

@@ -1,8 +1,7 @@
 // Products of bfloat16 by AMX. A tile register holds 16 rows of 64 bytes; one instruction adds to
 // 16 x 16 sums 32 products each. Two tiles of a times two of b are 32 x 32 sums: four loads for
-// four products, as many as the registers take. Against oneDNN's on Sapphire Rapids the result is
-// float32, its gradients are rounded while they are packed, and a sum goes on in its tile from one
-// call to the next.
+// four products, as many as the registers take. oneDNN's, which torch calls, rounds its results to
+// bfloat16 and adds none up.
 //
 // Packed, both operands are words, pairs of bfloat16 that are neighbours in the sum, in tiles of
 // 16 x 16 words: of a [row][pair], of b [pair][column]. Blocks of 32 rows or columns are
@@ -41,13 +40,11 @@ namespace {
 constexpr int64_t kStep = 32;   // products of a step
 constexpr int64_t kBlock = 32;  // rows or columns
 constexpr int64_t kTile = 256;  // words
-// an operand that is packed whole, once: 4 MB of it
-constexpr int64_t kOnce = 1 << 21;
-constexpr int64_t kDeep = 8192;      // products up to which all of a sum is packed
-constexpr int64_t kFold = 16;        // steps that are packed at a time of a longer one
-constexpr int64_t kRowBlocks = 8;    // of a at a time, and of
-constexpr int64_t kColBlocks = 4;    // b where all of a is packed, or
-constexpr int64_t kDeepBlocks = 18;  // where neither is: 576 columns
+// b is packed whole, once, of so many entries (4 MB) and products, and
+constexpr int64_t kOnce = 1 << 21, kDeep = 8192;
+constexpr int64_t kRowsOnce = 1 << 18;  // so many of a at a time;
+// else 512 products at a time, of 256 rows of a and 576 columns of b
+constexpr int64_t kFold = 16, kRowBlocks = 8, kColBlocks = 18;
 
 struct Words {  // whole cache lines
   std::unique_ptr<uint32_t[]> memory;
@@ -66,23 +63,11 @@ inline __mmask32 first32(int64_t n) {
 inline __m512i row_words(const uint16_t* p, int64_t n) {
   return _mm512_maskz_loadu_epi16(first32(n), p);
 }
-inline __m512i row_words(const float* p, int64_t n) {
-  const __m512 low = _mm512_maskz_loadu_ps(first16(n), p),
-               high = n > 16 ? _mm512_maskz_loadu_ps(first16(n - 16), p + 16) : _mm512_setzero_ps();
-  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
 
 // 16 entries of a row and below them those of the next: 16 words.
 inline __m512i column_words(const uint16_t* row, const uint16_t* next, __mmask16 mask) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row)),
                 high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next ? mask : 0, next));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-inline __m512i column_words(const float* row, const float* next, __mmask16 mask) {
-  const __m512i low =
-      _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, row)));
-  const __m512i high = _mm512_cvtepu16_epi32(
-      (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(next ? mask : 0, next)));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
@@ -137,14 +122,14 @@ struct Part {
 };
 
 // Of a matrix whose rows are a's rows, or turned, b's columns.
-template <bool turned, class T>
-inline void pack_rows(const T* src, int64_t stride, const Part& part, uint32_t* dst,
+template <bool turned>
+inline void pack_rows(const uint16_t* src, int64_t stride, const Part& part, uint32_t* dst,
                       int64_t block_size) {
   for (int64_t half = 0; half < 2 * part.blocks; ++half) {
     const int64_t row = part.block * kBlock + half * 16;
     uint32_t* to = dst + half / 2 * block_size + half % 2 * kTile;
     for (int64_t s = part.first; s < part.last; ++s, to += 2 * kTile) {
-      const T* at = src + row * stride + s * kStep;
+      const uint16_t* at = src + row * stride + s * kStep;
       for (int i = 0; i < 16; ++i) fetch_lines<kStep>(at + (16 + i) * stride);
       __m512i r[16];
 #pragma GCC unroll 16
@@ -157,20 +142,20 @@ inline void pack_rows(const T* src, int64_t stride, const Part& part, uint32_t* 
 }
 
 // Of a matrix whose rows are summed over: its columns are b's, or turned, a's rows.
-template <bool turned, class T>
-inline void pack_columns(const T* src, int64_t stride, const Part& part, uint32_t* dst,
+template <bool turned>
+inline void pack_columns(const uint16_t* src, int64_t stride, const Part& part, uint32_t* dst,
                          int64_t block_size) {
   for (int64_t s = part.first; s < part.last; ++s, dst += 2 * kTile)
     for (int64_t half = 0; half < 2 * part.blocks; ++half) {
       const int64_t col = part.block * kBlock + half * 16, rows = part.k - s * kStep;
-      const T* at = src + s * kStep * stride + col;
+      const uint16_t* at = src + s * kStep * stride + col;
       for (int i = 0; i < kStep && half % 2 == 0; ++i)
         fetch_lines<kBlock>(at + (kStep + i) * stride);
       const __mmask16 mask = first16(part.total - col);
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        const T* row = at + 2 * i * stride;
+        const uint16_t* row = at + 2 * i * stride;
         r[i] = 2 * i < rows ? column_words(row, 2 * i + 1 < rows ? row + stride : nullptr, mask)
                             : _mm512_setzero_si512();
       }
@@ -179,12 +164,9 @@ inline void pack_columns(const T* src, int64_t stride, const Part& part, uint32_
 }
 
 inline void pack_a(const GemmMatrix& a, const Part& part, uint32_t* dst, int64_t block_size) {
-  const auto pack = [&](auto* p) {
-    if (a.turned) pack_rows<false>(p, a.stride, part, dst, block_size);
-    else pack_columns<true>(p, a.stride, part, dst, block_size);
-  };
-  if (a.type == FloatType::kFloat) pack(static_cast<const float*>(a.data));
-  else pack(static_cast<const uint16_t*>(a.data));
+  const auto* p = static_cast<const uint16_t*>(a.data);
+  if (a.turned) pack_rows<false>(p, a.stride, part, dst, block_size);
+  else pack_columns<true>(p, a.stride, part, dst, block_size);
 }
 
 inline void pack_b(const GemmMatrix& b, const Part& part, uint32_t* dst, int64_t block_size) {
@@ -247,46 +229,63 @@ inline void leave(const float* sums, float* out, int64_t stride, bool add, int64
   }
 }
 
+// The same of out's transpose: rows and columns of `sums` change places.
+inline void leave_turned(const float* sums, float* out, int64_t stride, bool add, int64_t rows,
+                         int64_t cols) {
+  for (int64_t col = 0; col < cols; col += 16)
+    for (int64_t row = 0; row < rows; row += 16) {
+      const __mmask16 mask = first16(rows - row);
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + (row + i) * kBlock + col);
+      turn(r);
+      float* to = out + col * stride + row;
+      for (int64_t i = 0; i < std::min<int64_t>(16, cols - col); ++i, to += stride) {
+        __m512 sum = _mm512_castsi512_ps(r[i]);
+        if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, to));
+        _mm512_mask_storeu_ps(to, mask, sum);
+      }
+    }
+}
+
+// The same rounded, and not added to anything.
+inline void leave_rounded(const float* sums, uint16_t* out, int64_t stride, int64_t rows,
+                          int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r, out += stride, sums += kBlock)
+    _mm512_mask_storeu_epi16(
+        out, first32(cols),
+        (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + 16), _mm512_load_ps(sums)));
+}
+
 struct Product {
   int64_t M, N, K;
   const GemmMatrix &a, &b;
-  float* out;
-  int64_t out_stride;
+  GemmAmxOut out;
   bool add;
-  int64_t steps, fold, row_blocks, col_blocks, row_group, col_group;
-  const uint32_t *whole_a, *whole_b;  // or null
+  int64_t steps, row_blocks, col_blocks;
+  int64_t fold = 0, row_group = 0, col_group = 0;  // steps; blocks
+  const uint32_t* whole_b = nullptr;
 
-  int64_t groups() const { return groups_of(row_blocks, row_group) * col_groups(); }
-  int64_t col_groups() const { return groups_of(col_blocks, col_group); }
-  static int64_t groups_of(int64_t blocks, int64_t group) { return (blocks + group - 1) / group; }
-
-  Part rows(int64_t block, int64_t blocks, int64_t first, int64_t last) const {
-    return {block, blocks, M, first, last, K};
-  }
-  Part cols(int64_t block, int64_t blocks, int64_t first, int64_t last) const {
-    return {block, blocks, N, first, last, K};
-  }
+  int64_t col_groups() const { return (col_blocks + col_group - 1) / col_group; }
+  int64_t groups() const { return (row_blocks + row_group - 1) / row_group * col_groups(); }
 
   // Groups [from, to) of rows and columns, a fold of the sum at a time.
   void compute(int64_t from, int64_t to) const {
     const Tiles tiles;
-    const int64_t part = fold * 2 * kTile, whole = steps * 2 * kTile;
-    const Words some_a(whole_a ? 0 : row_group * part), some_b(whole_b ? 0 : col_group * part);
+    const int64_t size = fold * 2 * kTile;
+    const Words some_a(row_group * size), some_b(whole_b ? 0 : col_group * size);
     for (int64_t group = from; group < to; ++group) {
       const int64_t row = group / col_groups() * row_group, col = group % col_groups() * col_group,
                     n_rows = std::min(row_group, row_blocks - row),
                     n_cols = std::min(col_group, col_blocks - col);
       for (int64_t s = 0; s < steps; s += fold) {
         const int64_t last = std::min(steps, s + fold);
-        const uint32_t *mine_a = some_a.data, *mine_b = some_b.data;
-        if (whole_a) mine_a = whole_a + row * whole + s * 2 * kTile;
-        else pack_a(a, rows(row, n_rows, s, last), some_a.data, part);
-        if (whole_b) mine_b = whole_b + col * whole + s * 2 * kTile;
-        else pack_b(b, cols(col, n_cols, s, last), some_b.data, part);
-        const int64_t a_size = whole_a ? whole : part, b_size = whole_b ? whole : part;
+        pack_a(a, {row, n_rows, M, s, last, K}, some_a.data, size);
+        const uint32_t* mine_b = whole_b ? whole_b + col * size : some_b.data;
+        if (!whole_b) pack_b(b, {col, n_cols, N, s, last, K}, some_b.data, size);
         for (int64_t r = 0; r < n_rows; ++r)
           for (int64_t c = 0; c < n_cols; ++c)
-            block(mine_a + r * a_size, mine_b + c * b_size, last - s, row + r, col + c,
+            block(some_a.data + r * size, mine_b + c * size, last - s, row + r, col + c,
                   add || s > 0);
       }
     }
@@ -296,58 +295,59 @@ struct Product {
              bool adds) const {
     const int64_t n_rows = std::min(kBlock, M - row * kBlock),
                   n_cols = std::min(kBlock, N - col * kBlock);
-    float* to = out + row * kBlock * out_stride + col * kBlock;
-    for (int64_t r = 0; r < n_rows; ++r) fetch_lines<kBlock>(to + r * out_stride);
-    if (!adds && n_rows == kBlock && n_cols == kBlock) return run(pa, pb, count, to, out_stride);
     alignas(64) float sums[kBlock * kBlock];
+    const int64_t stride = out.stride;
+    if (out.rounded) {
+      auto* to = static_cast<uint16_t*>(out.data) + row * kBlock * stride + col * kBlock;
+      for (int64_t r = 0; r < n_rows; ++r) fetch_lines<kBlock>(to + r * stride);
+      run(pa, pb, count, sums, kBlock);
+      return leave_rounded(sums, to, stride, n_rows, n_cols);
+    }
+    auto* to = static_cast<float*>(out.data);
+    if (out.turned) {
+      to += col * kBlock * stride + row * kBlock;
+      for (int64_t c = 0; c < n_cols; ++c) fetch_lines<kBlock>(to + c * stride);
+      run(pa, pb, count, sums, kBlock);
+      return leave_turned(sums, to, stride, adds, n_rows, n_cols);
+    }
+    to += row * kBlock * stride + col * kBlock;
+    for (int64_t r = 0; r < n_rows; ++r) fetch_lines<kBlock>(to + r * stride);
+    if (!adds && n_rows == kBlock && n_cols == kBlock) return run(pa, pb, count, to, stride);
     run(pa, pb, count, sums, kBlock);
-    leave(sums, to, out_stride, adds, n_rows, n_cols);
+    leave(sums, to, stride, adds, n_rows, n_cols);
   }
 };
+
+bool packed_once(int64_t N, int64_t K) { return K <= kDeep && N * K <= kOnce; }
 
 int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 }  // namespace
 
-void gemm_amx(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix& b, float* out,
-              int64_t out_stride, bool add) {
+bool gemm_amx_rounds(int64_t N, int64_t K) { return K <= kFold * kStep || packed_once(N, K); }
+
+void gemm_amx(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix& b,
+              const GemmAmxOut& out, bool add) {
   const int64_t steps = (K + kStep - 1) / kStep, row_blocks = blocks_of(M),
-                col_blocks = blocks_of(N), whole = steps * 2 * kTile,
-                threads = torch::stable::get_num_threads();
-  const bool a_once = K <= kDeep && M * K <= kOnce && M <= N,
-             b_once = K <= kDeep && N * K <= kOnce && !a_once;
-  const Words all_a(a_once ? row_blocks * whole : 0), all_b(b_once ? col_blocks * whole : 0);
-  Product x{M,
-            N,
-            K,
-            a,
-            b,
-            out,
-            out_stride,
-            add,
-            steps,
-            std::min(steps, kFold),
-            row_blocks,
-            col_blocks,
-            std::min(row_blocks, kRowBlocks),
-            std::min(col_blocks, kDeepBlocks),
-            a_once ? all_a.data : nullptr,
-            b_once ? all_b.data : nullptr};
-  if (a_once || b_once) x.fold = steps;
-  if (a_once) {
-    x.row_group = row_blocks;
-    x.col_group = std::min(col_blocks, kColBlocks);
-    torch::stable::parallel_for(0, row_blocks, 8, [&](int64_t from, int64_t to) {
-      pack_a(a, x.rows(from, to - from, 0, steps), all_a.data + from * whole, whole);
-    });
-  } else if (b_once) {
-    x.col_group = col_blocks;
+                col_blocks = blocks_of(N), whole = steps * 2 * kTile;
+  Product x{M, N, K, a, b, out, add, steps, row_blocks, col_blocks};
+  const bool once = packed_once(N, K);
+  const Words all_b(once ? col_blocks * whole : 0);
+  if (once) {
     torch::stable::parallel_for(0, col_blocks, 8, [&](int64_t from, int64_t to) {
-      pack_b(b, x.cols(from, to - from, 0, steps), all_b.data + from * whole, whole);
+      pack_b(b, {from, to - from, N, 0, steps, K}, all_b.data + from * whole, whole);
     });
+    x.whole_b = all_b.data;
+    x.fold = steps;
+    x.row_group = std::clamp<int64_t>(kRowsOnce / (steps * kStep * kBlock), 1, row_blocks);
+    x.col_group = col_blocks;
   } else {
-    const int64_t row_groups = Product::groups_of(row_blocks, x.row_group);
-    const int64_t wanted = std::max(x.col_groups(), (threads + row_groups - 1) / row_groups);
+    x.fold = std::min(steps, kFold);
+    x.row_group = std::min(row_blocks, kRowBlocks);
+    const int64_t threads = torch::stable::get_num_threads(),
+                  row_groups = (row_blocks + x.row_group - 1) / x.row_group,
+                  wanted = std::max((col_blocks + kColBlocks - 1) / kColBlocks,
+                                    (threads + row_groups - 1) / row_groups);
     x.col_group = (col_blocks + wanted - 1) / wanted;
   }
   torch::stable::parallel_for(0, x.groups(), 1,
@@ -386,7 +386,8 @@ bool isa_amx() {
 namespace fasttax {
 
 bool isa_amx() { return false; }
-void gemm_amx(int64_t, int64_t, int64_t, const GemmMatrix&, const GemmMatrix&, float*, int64_t,
+bool gemm_amx_rounds(int64_t, int64_t) { return false; }
+void gemm_amx(int64_t, int64_t, int64_t, const GemmMatrix&, const GemmMatrix&, const GemmAmxOut&,
               bool) {}
 
 }  // namespace fasttax

@@ -9,10 +9,19 @@ namespace fasttax {
 // level in force is AVX-512 without vdpbf16ps.
 bool isa_amx();
 
-// As gemm(), of a bfloat16 b and a bfloat16 or float32 a, which is rounded to bfloat16. Where b is
-// turned it is (N, K). Products are exact, sums float32: 32 products to a sum of their own, those
-// in order. Subnormal operands count as 0.
-void gemm_amx(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix& b, float* out,
-              int64_t out_stride, bool add);
+struct GemmAmxOut {
+  void* data;            // float32
+  int64_t stride;        // of its rows
+  bool turned = false;   // it is (N, M)
+  bool rounded = false;  // it is bfloat16; not added to, and gemm_amx_rounds
+};
+
+// Whether each sum of a product of N columns is made at once, and so can be rounded.
+bool gemm_amx_rounds(int64_t N, int64_t K);
+
+// As gemm(), of bfloat16; b is (N, K) where it is turned. Products are exact, sums float32: of 32
+// products, of 16 such sums or more, of those in order. Subnormal operands count as 0.
+void gemm_amx(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix& b,
+              const GemmAmxOut& out, bool add);
 
 }  // namespace fasttax

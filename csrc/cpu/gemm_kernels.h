@@ -10,33 +10,11 @@ namespace FASTTAX_ISA_NS {
 
 inline int64_t tile_fold() { return kFold; }
 
-// As pack_bf16x2 (tile.h), of float32 rows [begin, end) that are rounded.
-inline void pack_rounded(const float* src, int64_t row_stride, int64_t begin, int64_t end,
-                         int64_t col, int64_t total, int64_t blocks, int64_t width, uint32_t* out,
-                         int64_t block_size) {
-  for (int64_t t = begin; t < end; t += 2, out += width) {
-    const float* row = src + t * row_stride;
-    const bool both = t + 1 < end;
-    for (int64_t at = col; at < std::min(total, col + blocks * width); at += 16) {
-      __builtin_prefetch(row + kRowsAhead * row_stride + at);
-      __builtin_prefetch(row + (kRowsAhead + 1) * row_stride + at);
-    }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = col + b * width;
-      uint32_t* dst = out + b * block_size;
-      for (int64_t j = 0; j < width; j += kLanes) {
-        const int64_t count = total - first - j;
-        const auto words = [&](const float* from) {
-          if (count >= kLanes) return round_to_bfloat16(load(from));
-          return round_to_bfloat16(load(from, std::max<int64_t>(count, 0), 0.0f));
-        };
-        VU pair = words(row + first + j) >> 16;
-        if (both) pair |= words(row + row_stride + first + j) & 0xffff0000u;
-        const int64_t here = std::min<int64_t>(kLanes, width - j);
-        std::memcpy(dst + j, &pair, size_t(here) * sizeof(uint32_t));
-      }
-    }
-  }
+// Sums (rows, n) as bfloat16 rows of `out` from `first` on.
+inline void round_rows(const float* sums, int64_t rows, int64_t n, void* out, int64_t first,
+                       int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    narrow_row(sums + r * n, n, static_cast<BFloat16*>(out) + (first + r) * stride);
 }
 
 // Steps [first, last) of `blocks` blocks of a matrix whose rows are k, from column `col` of
@@ -46,12 +24,8 @@ inline void pack_steps(const GemmMatrix& x, bool bf16x2, int64_t k, int64_t firs
                        int64_t block_size) {
   if (bf16x2) {
     const int64_t span[2] = {2 * first, std::min(k, 2 * last)};
-    auto* words = reinterpret_cast<uint32_t*>(dst);
-    if (x.type == FloatType::kFloat)
-      return pack_rounded(static_cast<const float*>(x.data), x.stride, span[0], span[1], col, total,
-                          blocks, width, words, block_size);
     pack_bf16x2(static_cast<const BFloat16*>(x.data), x.stride, span, 1, col, total, blocks, width,
-                words, block_size);
+                reinterpret_cast<uint32_t*>(dst), block_size);
     return;
   }
   const float* weight = x.weight ? x.weight + first : nullptr;
@@ -89,14 +63,6 @@ inline int64_t turn_words(const float* const (&at)[kRows], int64_t steps, float*
   return s;
 }
 
-// n entries from `start` on as pairs of bfloat16, float32 rounded.
-inline void pairs_of(const GemmMatrix& x, int64_t start, int64_t n, float* dst) {
-  if (x.type == FloatType::kBFloat16)
-    return bf16x2_of(static_cast<const BFloat16*>(x.data) + start, n, dst);
-  if (n % 2 != 0) dst[n / 2] = 0;
-  narrow_row(static_cast<const float*>(x.data) + start, n, reinterpret_cast<BFloat16*>(dst));
-}
-
 // The same of a matrix whose rows are those of the blocks: turned.
 inline void turn_steps(const GemmMatrix& x, bool bf16x2, int64_t k, int64_t first, int64_t last,
                        int64_t row, int64_t total, int64_t blocks, float* dst, int64_t block_size) {
@@ -108,7 +74,9 @@ inline void turn_steps(const GemmMatrix& x, bool bf16x2, int64_t k, int64_t firs
       const int64_t start = (row + r) * x.stride;
       at[r] = words[r];
       if (row + r >= total) std::fill(words[r], words[r] + steps, 0.0f);
-      else if (bf16x2) pairs_of(x, start + 2 * first, std::min(k, 2 * last) - 2 * first, words[r]);
+      else if (bf16x2)
+        bf16x2_of(static_cast<const BFloat16*>(x.data) + start + 2 * first,
+                  std::min(k, 2 * last) - 2 * first, words[r]);
       else if (x.type == FloatType::kFloat)
         at[r] = static_cast<const float*>(x.data) + start + first;
       else typed(x.type, x.data, [&](auto* p) { widen_row(p + start + first, steps, words[r]); });

@@ -29,10 +29,11 @@ void project_(Tensor out, Tensor hidden, Tensor weight) {
   const int64_t lanes = FASTTAX_DISPATCH(token_lanes), unit = FASTTAX_DISPATCH(word_unit),
                 units = (V + unit - 1) / unit;
   const bool halves = hidden_type == FloatType::kBFloat16 && weight_type == FloatType::kBFloat16;
+  // its rows as they lie times the tokens, which are packed once; what is left is turned
   if (halves && isa_amx())
-    return gemm_amx(N, V, H, {hidden_type, hidden.const_data_ptr(), hidden.stride(0), true},
-                    {weight_type, weight.const_data_ptr(), weight.stride(0), true},
-                    static_cast<float*>(out.mutable_data_ptr()), out.stride(0), false);
+    return gemm_amx(V, N, H, {weight_type, weight.const_data_ptr(), weight.stride(0), true},
+                    {hidden_type, hidden.const_data_ptr(), hidden.stride(0), true},
+                    {out.mutable_data_ptr(), out.stride(0), true}, false);
   const bool bf16x2 = halves && isa_bf16();
   const int64_t steps = FASTTAX_DISPATCH(project_steps, bf16x2, H);
   std::vector<float> packed(size_t((N + lanes - 1) / lanes * lanes * steps));

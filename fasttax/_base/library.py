@@ -154,7 +154,8 @@ def _define_helpers() -> None:
     lib.impl("_prefer_huge_pages", lambda t: None, "CompositeExplicitAutograd")
     # project() and gemm() in _base/gemm.py
     lib.define("_project_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()")
-    lib.define("_gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add, bool round=False) -> ()")
+    lib.define("_gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
+    lib.define("_bf16_gemm() -> bool")
 
 
 def _left_out(choice: str, interpreted: bool) -> dict[str, str]:

@@ -11,11 +11,14 @@ three and four.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttax._base import checks
+from fasttax._base.modes import autocast_dtype
 from fasttax._base.optional import given
 from fasttax.kl.call import (
     KINDS,
@@ -24,8 +27,9 @@ from fasttax.kl.call import (
     check_mask,
     tempering,
 )
+from fasttax.kl.linear_chunks import Asked
 from fasttax.kl.linear_routes import LinearCall
-from fasttax.kl.linear_sweep import Asked, Inputs, Tensors
+from fasttax.kl.linear_sweep import Inputs, Tensors
 from fasttax.kl.token_stats import TokenStats, check_outputs
 from fasttax.reference.numbers import hide_rows
 
@@ -141,14 +145,14 @@ def linear_token_kl(
     flat_mask = given(mask, lambda mask: mask.reshape(-1))
     # NaN under the mask would reach the heads' gradients through 0 * NaN
     tokens, ref_tokens = hide_rows(tokens, flat_mask), hide_rows(ref_tokens, flat_mask)
-    asked = Asked(kl=True, stats=return_entropy, token_chunk=token_chunk, vocab_chunk=vocab_chunk)
-    outputs = {"kl": "kl"}
+    tensors = Tensors(tokens, weight, ref_tokens, ref_weight, bias, ref_bias)
+    asked = _asked(tensors, token_chunk, vocab_chunk)
     if vocab_chunk is not None and vocab_chunk < V and row and not t.inf_mask:
-        asked = Asked(stats=True, pair=True, token_chunk=token_chunk, vocab_chunk=vocab_chunk)
-        outputs = {"kl": row}
+        asked, outputs = replace(asked, stats=True, pair=True), {"kl": row}
+    else:
+        asked, outputs = replace(asked, kl=True, stats=return_entropy), {"kl": "kl"}
     if return_entropy:
         outputs["entropy"] = "entropy"
-    tensors = Tensors(tokens, weight, ref_tokens, ref_weight, bias, ref_bias)
     call = LinearCall(
         op,
         inputs=Inputs(tensors, None, flat_mask, t, asked),
@@ -223,7 +227,7 @@ def linear_token_logprobs(
         checks.ids_in_range(op, "ids", ids, weight.shape[0])
     flat_mask = given(mask, lambda mask: mask.reshape(-1))
     tensors = Tensors(hide_rows(tokens, flat_mask), weight, bias=bias)
-    asked = Asked(stats=True, token_chunk=token_chunk, vocab_chunk=vocab_chunk)
+    asked = replace(_asked(tensors, token_chunk, vocab_chunk), stats=True)
     call = LinearCall(
         op,
         inputs=Inputs(tensors, ids, flat_mask, t, asked),
@@ -254,6 +258,14 @@ def _tokens(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor
         checks.same_device(op, f"{prefix}bias", bias, f"{prefix}hidden", hidden)
     tokens: Tensor = hidden.reshape(-1, H)
     return tokens
+
+
+def _asked(tensors: Tensors, token_chunk: int | None, vocab_chunk: int | None) -> Asked:
+    """Of no rows yet; GEMMs in autocast's dtype where it is on, which leaves float64 alone."""
+    gemm_dtype = None
+    if tensors.dtype == torch.float32:
+        gemm_dtype = autocast_dtype(tensors.hidden.device)
+    return Asked(token_chunk=token_chunk, vocab_chunk=vocab_chunk, gemm_dtype=gemm_dtype)
 
 
 def _check_chunks(

@@ -105,36 +105,26 @@ def test_a_wide_gradient_is_not_rounded_to_meet_a_bfloat16_head(simd: int) -> No
     assert product(d, head).abs().max() < 100 * 1e-6
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("by", ["rows", "columns"])
-def test_rounds_where_it_is_allowed_to(by: str, shape: str, simd: int) -> None:
-    """A float32 a before a bfloat16 b: the products of its rounding, or its own; never of another b
-    or without leave.
-    """
+def test_a_bfloat16_result_is_the_sums_rounded_once(
+    by: str, shape: str, dtypes: tuple[torch.dtype, torch.dtype], simd: int
+) -> None:
     M, K, N = SHAPES[shape]
-    a = torch.randn(M, K) if by == "rows" else torch.randn(K, M).T
-    b, before = torch.randn(K, N).bfloat16(), torch.randn(M, N)
-    for out in (None, before):
-        got = torch.full((M, N), float("nan")) if out is None else out.clone()
-        torch.ops.fasttax._gemm_(got, a, b, out is not None, True)
-        assert any(torch.equal(got, product(x, b, out)) for x in (a.bfloat16(), a))
-    wide = torch.empty(M, N)
-    torch.ops.fasttax._gemm_(wide, a, b.float(), False, True)
-    assert torch.equal(wide, product(a, b.float()))
+    a = torch.randn(M, K).to(dtypes[0]) if by == "rows" else torch.randn(K, M).to(dtypes[0]).T
+    b, whole = torch.randn(K, N).to(dtypes[1]), torch.zeros(M, N + 6, dtype=torch.bfloat16)
+    torch.ops.fasttax._gemm_(whole[:, 3 : N + 3], a, b, False)
+    assert torch.equal(whole[:, 3 : N + 3], product(a, b).bfloat16())
+    assert not whole[:, :3].any()
+    assert not whole[:, N + 3 :].any()
 
 
-def test_bfloat16_products_round(simd: int) -> None:
-    """Where they are the fast ones: AMX's at AVX-512's level on a CPU that has them, and those of
-    pairs.
-    """
-    a, b = torch.randn(40, 100), torch.randn(100, 50).bfloat16()
-    got = torch.empty(40, 50)
-    torch.ops.fasttax._gemm_(got, a, b, False, True)
-    rounds = not torch.equal(got, product(a, b))
-    if simd == 3 or (simd == 2 and torch.cpu._is_amx_tile_supported()):
-        assert rounds
-    elif isinstance(simd, int) and simd < 2:
-        assert not rounds
+def test_rows_of_a_bfloat16_result_are_made_some_at_a_time(simd: int) -> None:
+    for a in (torch.randn(9000, 5), torch.randn(5, 9000).T):
+        b, out = torch.randn(5, 256), torch.empty(9000, 256, dtype=torch.bfloat16)
+        torch.ops.fasttax._gemm_(out, a, b, False)
+        assert torch.equal(out, product(a, b).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -161,6 +151,10 @@ def test_gemm_in_any_way_is_the_product(dtype: torch.dtype, simd: int) -> None:
 REFUSED: dict[str, tuple[tuple[Tensor, Tensor, Tensor], str]] = {
     "float64": ((torch.empty(2, 3), torch.empty(2, 4).double(), torch.empty(4, 3)), "none float64"),
     "out's dtype": ((torch.empty(2, 3).half(), torch.empty(2, 4), torch.empty(4, 3)), "float32"),
+    "added to bfloat16": (
+        (torch.empty(2, 3).bfloat16(), torch.empty(2, 4), torch.empty(4, 3)),
+        "not added to",
+    ),
     "shapes": ((torch.empty(2, 3), torch.empty(2, 5), torch.empty(4, 3)), "shapes do not fit"),
     "b's columns": (
         (torch.empty(2, 3), torch.empty(2, 4), torch.empty(3, 4).T),
@@ -173,4 +167,4 @@ REFUSED: dict[str, tuple[tuple[Tensor, Tensor, Tensor], str]] = {
 def test_refuses(case: str) -> None:
     (out, a, b), says = REFUSED[case]
     with pytest.raises(RuntimeError, match=says):
-        torch.ops.fasttax._gemm_(out, a, b, False)
+        torch.ops.fasttax._gemm_(out, a, b, case == "added to bfloat16")

@@ -17,7 +17,8 @@ import fasttax
 from fasttax._base import gemm as base_gemm
 from fasttax.kl import linear_sweep
 from fasttax.kl.call import tempering
-from fasttax.kl.linear_sweep import Asked, Inputs, Tensors
+from fasttax.kl.linear_chunks import Asked
+from fasttax.kl.linear_sweep import Inputs, Tensors
 from tests.tools.linear_cases import (
     NAMES,
     OPTIONS,
