@@ -115,7 +115,7 @@ class Projection:
         gemm_dtype: torch.dtype | None,
         head: Projection | None,
     ) -> None:
-        self.given = (hidden, weight, bias)
+        self.given, self.gemm_dtype = (hidden, weight, bias), gemm_dtype
         wide = dtype == torch.float32
         operands = gemm_dtype if wide else None
         self.hidden, self.weight = hidden.to(operands or hidden.dtype), weight
@@ -255,20 +255,23 @@ class Sweep:
         """Goes over all chunks, forward where `fresh`, backward where there is a `d_rows`."""
         if d_rows is not None:
             d_rows = self._take(d_rows, 2)
-        room = self._room(d_rows is not None)
+        room = self._room(d_rows is not None, fresh)
         for tokens in pieces(0, self.N, room.size.tokens):
             for tile, columns in enumerate(pieces(0, self.V, self.columns)):
                 d = self._gradient(room, tile, columns, tokens, d_rows, fresh)
                 if d is not None and self.policy.trains:
                     self.policy.add(tokens, columns, d)
 
-    def _room(self, gradients: bool) -> _Room:
+    def _room(self, gradients: bool, fresh: bool) -> _Room:
         """The buffers, and those of the gradients where they are to be made."""
         dtype, d_dtype = self.logits_dtype, None
         if gradients and self.policy.trains and self.policy.d_dtype != dtype:
             d_dtype = self.policy.d_dtype
+        # half-width logits are so few bytes that one op may leave their gradient beside them
+        at_once = gradients and fresh and dtype in HALVES
         trains = gradients and self.ref is not None and self.ref.trains
-        layout = Layout(self.rows.device, dtype, self.shared, d_dtype, trains)
+        beside = dtype if at_once and self.asked.kl else d_dtype
+        layout = Layout(self.rows.device, dtype, self.shared, beside, trains)
         size = chunk_size(self.asked, layout, self.N, self.V).at_most(self.N)
         if gradients:
             all_columns = self.columns >= self.V
@@ -286,6 +289,7 @@ class Sweep:
             logits=rows(together * size.logits_tokens, dtype),
             ref_logits=rows(apart * size.ref_tokens, dtype),
             gradient=given(d_dtype, lambda d_dtype: rows(size.tokens, d_dtype)),
+            beside=at_once or d_dtype is not None,
         )
 
     def _gradient(
@@ -312,7 +316,7 @@ class Sweep:
                 if d_rows is None:
                     chunk.forward()
                     continue
-                d_x = chunk.gradient(d_rows[:, tile, at], fresh, d is not None)
+                d_x = chunk.gradient(d_rows[:, tile, at], fresh, room.beside)
                 if d is not None and d_x is not None:
                     d[at.start - tokens.start : at.stop - tokens.start] = d_x
                 elif d_x is not None:
@@ -359,7 +363,8 @@ class _Room(NamedTuple):
     size: ChunkSize
     logits: Tensor
     ref_logits: Tensor
-    gradient: Tensor | None  # of the policy's logits where it is not written over them
+    gradient: Tensor | None  # of the policy's logits, in another dtype than theirs
+    beside: bool  # a gradient need not be written over its logits
 
 
 class _Chunk:
