@@ -329,7 +329,7 @@ def _reference_of(
                 "a model: the sequences of GRPO and RLOO are new at every step",
                 "a cached reference",
             )
-        cached = CachedReference(ref_model, policy, temperature)
+        cached = CachedReference(ref_model, policy, temperature, trainer.accelerator.autocast)
         cached.check_packing(trainer)
         return cached
     accelerator = trainer.accelerator
