@@ -77,11 +77,14 @@ def linear_token_kl(
         return_entropy: also return the policy's entropy, as (kl, entropy).
         grad_mode: "forward" makes the gradients in the forward (four GEMMs), which needs reduction
             "sum" or "mean", or heads (and biases) that do not require grad; not with
-            return_entropy, vocab_chunk < V, tp_group, float16 tensors, a token_weight that requires
-            grad, torch.func, or torch.compile and reduction "none". "recompute" computes the logits
-            again in the backward (six GEMMs). "auto" takes "forward" where it can.
-        token_chunk: tokens at a time; None keeps the logits of a chunk, both models together,
-            within 60 MiB (1 GiB on a GPU), or 128 tokens if that is more.
+            return_entropy, vocab_chunk < V, tp_group, float16 tensors or autocast, a token_weight
+            that requires grad, torch.func, or torch.compile and reduction "none". "recompute"
+            computes the logits again in the backward (six GEMMs). "auto" takes "forward" where it
+            can.
+        token_chunk: tokens at a time; None keeps the logits of a chunk, both models together and
+            their gradients where those lie beside them, within 60 MiB (92 MiB of bfloat16 heads on
+            a CPU with fast products of them, a 32nd of a GPU's memory), or 128 tokens if that is
+            more.
         vocab_chunk: columns at a time: logits of token_chunk x vocab_chunk exist, and their values
             meet by the chain rule as under tp_group. For kind="jsd" and inf="mask" whole rows are
             needed: of as many tokens as keep within token_chunk x vocab_chunk logits, at least one.
@@ -101,9 +104,15 @@ def linear_token_kl(
             time (1024 on a GPU).
 
     Returns:
-        float32 (float64 where any tensor is), (...) or 0-d: logits and gradients are summed in
-        float32 for bfloat16 and float16 tensors too, also under autocast. On a CPU such heads are
-        widened once, V x H floats each; on NVIDIA GPUs GEMMs take them as they are.
+        float32 (float64 where any tensor is), (...) or 0-d, also under autocast. Gradients have
+        their tensors' dtypes: float32 sums over all chunks, rounded once.
+
+        The GEMMs take bfloat16 and float16 tensors as they are; under autocast they take float32
+        ones rounded to its dtype, as `torch.nn.functional.linear` does (biases stay as they are).
+        Reductions over the vocabulary are float32's. On NVIDIA GPUs the logits and their gradients
+        are rounded to the operands' dtype, where both models have one. On CPUs logits stay float32;
+        their gradients are rounded to meet bfloat16 where such products are faster (AMX,
+        vdpbf16ps).
 
     Raises:
         ValueError, TypeError: shape, dtype, device or an option does not fit; grad_mode="forward"
