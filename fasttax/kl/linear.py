@@ -82,7 +82,7 @@ def linear_token_kl(
             computes the logits again in the backward (six GEMMs). "auto" takes "forward" where it
             can.
         token_chunk: tokens at a time; None keeps the logits of a chunk, both models together and
-            their gradients where those lie beside them, within 60 MiB (92 MiB of bfloat16 heads on
+            their gradients where those lie beside them, within 60 MiB (104 MiB of bfloat16 heads on
             a CPU with fast products of them, a 32nd of a GPU's memory), or 128 tokens if that is
             more.
         vocab_chunk: columns at a time: logits of token_chunk x vocab_chunk exist, and their values

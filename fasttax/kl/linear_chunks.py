@@ -9,11 +9,9 @@ import torch
 
 # of logits at a time: 208 tokens of SmolLM2's vocabulary and 104 of the reference's
 CPU_BYTES = 60 << 20
-# the same where gradients lie beside the logits, rounded: 96 tokens' logits by both models, and 512
-# tokens' gradients. A product reads all of the head for few tokens or for many.
-CPU_LOGITS_BYTES, CPU_ROUNDED_BYTES = 40 << 20, 52 << 20
-# glibc maps what is larger anew for every call: a fault a page
-CPU_KEPT_BYTES = 30 << 20
+# the same where gradients lie beside the logits, rounded: 128 tokens' logits by both models, and
+# 512 tokens' gradients. A product reads all of the head for few tokens or for many.
+CPU_LOGITS_BYTES, CPU_ROUNDED_BYTES = 52 << 20, 52 << 20
 ROUNDED_ROWS = 16  # whose float32 gradients exist, 3 MB that stay in cache until they are rounded
 # of a GPU's memory: 4 400 tokens of Qwen's vocabulary on 80 GB, bfloat16 logits of both models.
 # Every chunk reads and writes the head's gradient once, for H = 3584 as many bytes as 2 000 tokens'
@@ -114,8 +112,8 @@ def chunk_size(asked: Asked, layout: Layout, N: int, V: int) -> ChunkSize:
         return ChunkSize(tokens, tokens, tokens, tokens)
     if d_dtype is not None:
         tokens = tokens_within(CPU_ROUNDED_BYTES, d_bytes)
-        most = min(CPU_LOGITS_BYTES // (1 + both), CPU_KEPT_BYTES)
-        some = even(tokens, max(MIN_REF_TOKENS, int(most / logits) // STEP * STEP))
+        most = int(CPU_LOGITS_BYTES / (1 + both) / logits) // STEP * STEP
+        some = even(tokens, max(MIN_REF_TOKENS, most))
         part = some if layout.ref_trains else max(ROUNDED_ROWS, 2 * torch.get_num_threads())
         return ChunkSize(tokens, some, some, min(some, part))
     if both and layout.shared:

@@ -19,7 +19,8 @@ take many tokens at once, and each goes over the head's gradient, the logits few
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,13 @@ from torch import Tensor
 from fasttax._base.gemm import bf16_gemm, gemm, mixed_gemm, narrow_gemm, pieces, project
 from fasttax._base.modes import HALVES
 from fasttax._base.optional import given
+from fasttax._base.workspace import Workspace
 from fasttax.kl.call import OPTIONS, Tempering
 from fasttax.kl.linear_chunks import Asked, ChunkSize, Layout, chunk_size
 from fasttax.reference.numbers import wide_dtype
 from fasttax.reference.rows import KL, LINEAR, LSE, REF_LSE, SAVED_KL, SAVED_STATS, STATS
+
+WORKSPACE = Workspace()  # for the logits of a chunk and their gradients
 
 
 class Tensors(NamedTuple):
@@ -255,14 +259,15 @@ class Sweep:
         """Goes over all chunks, forward where `fresh`, backward where there is a `d_rows`."""
         if d_rows is not None:
             d_rows = self._take(d_rows, 2)
-        room = self._room(d_rows is not None, fresh)
-        for tokens in pieces(0, self.N, room.size.tokens):
-            for tile, columns in enumerate(pieces(0, self.V, self.columns)):
-                d = self._gradient(room, tile, columns, tokens, d_rows, fresh)
-                if d is not None and self.policy.trains:
-                    self.policy.add(tokens, columns, d)
+        with self._room(d_rows is not None, fresh) as room:
+            for tokens in pieces(0, self.N, room.size.tokens):
+                for tile, columns in enumerate(pieces(0, self.V, self.columns)):
+                    d = self._gradient(room, tile, columns, tokens, d_rows, fresh)
+                    if d is not None and self.policy.trains:
+                        self.policy.add(tokens, columns, d)
 
-    def _room(self, gradients: bool, fresh: bool) -> _Room:
+    @contextmanager
+    def _room(self, gradients: bool, fresh: bool) -> Iterator[_Room]:
         """The buffers, and those of the gradients where they are to be made."""
         dtype, d_dtype = self.logits_dtype, None
         if gradients and self.policy.trains and self.policy.d_dtype != dtype:
@@ -281,16 +286,21 @@ class Sweep:
         together = 2 if self.ref is not None and self.shared else 1
         apart = 0 if self.ref is None or self.shared else 1
 
-        def rows(tokens: int, dtype: torch.dtype) -> Tensor:
-            return self.rows.new_empty(tokens * self.columns, dtype=dtype)
+        counts = (together * size.logits_tokens, apart * size.ref_tokens)
+        wanted = [(count * self.columns, dtype) for count in counts]
+        if d_dtype is not None:
+            wanted.append((size.tokens * self.columns, d_dtype))
+        with self._memory(wanted) as (logits, ref_logits, *gradient):
+            d = gradient[0] if gradient else None
+            yield _Room(size, logits, ref_logits, d, beside=at_once or d is not None)
 
-        return _Room(
-            size,
-            logits=rows(together * size.logits_tokens, dtype),
-            ref_logits=rows(apart * size.ref_tokens, dtype),
-            gradient=given(d_dtype, lambda d_dtype: rows(size.tokens, d_dtype)),
-            beside=at_once or d_dtype is not None,
-        )
+    @contextmanager
+    def _memory(self, wanted: Sequence[tuple[int, torch.dtype]]) -> Iterator[list[Tensor]]:
+        if self.rows.device.type == "cpu":
+            with WORKSPACE.lent(wanted) as memory:
+                yield memory
+        else:  # whose allocator keeps memory
+            yield [self.rows.new_empty(count, dtype=dtype) for count, dtype in wanted]
 
     def _gradient(
         self,
