@@ -46,6 +46,8 @@ constexpr int64_t kRowsOnce = 1 << 18;  // so many of a at a time;
 // else 512 products at a time, of 256 rows of a and 576 columns of b
 constexpr int64_t kFold = 16, kRowBlocks = 8, kColBlocks = 18;
 
+constexpr int64_t kPast = 1 << 20;  // results
+
 struct Words {  // whole cache lines
   std::unique_ptr<uint32_t[]> memory;
   uint32_t* data;
@@ -214,6 +216,8 @@ inline void run(const uint32_t* a, const uint32_t* b, int64_t steps, float* out,
   asm volatile("" ::: "memory");
 }
 
+inline bool whole_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
 // out = or += a block of sums, of which rows x cols are there.
 inline void leave(const float* sums, float* out, int64_t stride, bool add, int64_t rows,
                   int64_t cols) {
@@ -230,8 +234,8 @@ inline void leave(const float* sums, float* out, int64_t stride, bool add, int64
 }
 
 // The same of out's transpose: rows and columns of `sums` change places.
-inline void leave_turned(const float* sums, float* out, int64_t stride, bool add, int64_t rows,
-                         int64_t cols) {
+inline void leave_turned(const float* sums, float* out, int64_t stride, bool add, bool past,
+                         int64_t rows, int64_t cols) {
   for (int64_t col = 0; col < cols; col += 16)
     for (int64_t row = 0; row < rows; row += 16) {
       const __mmask16 mask = first16(rows - row);
@@ -243,7 +247,8 @@ inline void leave_turned(const float* sums, float* out, int64_t stride, bool add
       for (int64_t i = 0; i < std::min<int64_t>(16, cols - col); ++i, to += stride) {
         __m512 sum = _mm512_castsi512_ps(r[i]);
         if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, to));
-        _mm512_mask_storeu_ps(to, mask, sum);
+        if (past && mask == 0xffff && whole_line(to)) _mm512_stream_ps(to, sum);
+        else _mm512_mask_storeu_ps(to, mask, sum);
       }
     }
 }
@@ -265,6 +270,8 @@ struct Product {
   int64_t steps, row_blocks, col_blocks;
   int64_t fold = 0, row_group = 0, col_group = 0;  // steps; blocks
   const uint32_t* whole_b = nullptr;
+  // a turned out is too large for a cache: its lines are written past it, not read first
+  bool past = M * N >= kPast;
 
   int64_t col_groups() const { return (col_blocks + col_group - 1) / col_group; }
   int64_t groups() const { return (row_blocks + row_group - 1) / row_group * col_groups(); }
@@ -289,6 +296,7 @@ struct Product {
                   add || s > 0);
       }
     }
+    _mm_sfence();  // what was written past the caches, before another thread reads it
   }
 
   void block(const uint32_t* pa, const uint32_t* pb, int64_t count, int64_t row, int64_t col,
@@ -306,9 +314,8 @@ struct Product {
     auto* to = static_cast<float*>(out.data);
     if (out.turned) {
       to += col * kBlock * stride + row * kBlock;
-      for (int64_t c = 0; c < n_cols; ++c) fetch_lines<kBlock>(to + c * stride);
       run(pa, pb, count, sums, kBlock);
-      return leave_turned(sums, to, stride, adds, n_rows, n_cols);
+      return leave_turned(sums, to, stride, adds, past && !adds, n_rows, n_cols);
     }
     to += row * kBlock * stride + col * kBlock;
     for (int64_t r = 0; r < n_rows; ++r) fetch_lines<kBlock>(to + r * stride);

@@ -31,6 +31,9 @@ SHAPES = {  # tokens, words, depth
     ),
     "deep": (49, 40, 1031),
     "threads": (20, 4099, 33),
+    # too many logits for a cache: of rows that are whole lines, and are not
+    "many": (35, 30016, 9),
+    "many_ragged": (35, 30011, 9),
 }
 
 
