@@ -12,7 +12,8 @@ CPU_BYTES = 60 << 20
 # the same where gradients lie beside the logits, rounded: 128 tokens' logits by both models, and
 # 512 tokens' gradients. A product reads all of the head for few tokens or for many.
 CPU_LOGITS_BYTES, CPU_ROUNDED_BYTES = 52 << 20, 52 << 20
-ROUNDED_ROWS = 16  # whose float32 gradients exist, 3 MB that stay in cache until they are rounded
+# of a thread, whose float32 gradients exist: 3 MB that stay in its cache until they are rounded
+ROUNDED_ROWS = 16
 # of a GPU's memory: 4 400 tokens of Qwen's vocabulary on 80 GB, bfloat16 logits of both models.
 # Every chunk reads and writes the head's gradient once, for H = 3584 as many bytes as 2 000 tokens'
 # logits.
@@ -114,7 +115,7 @@ def chunk_size(asked: Asked, layout: Layout, N: int, V: int) -> ChunkSize:
         tokens = tokens_within(CPU_ROUNDED_BYTES, d_bytes)
         most = int(CPU_LOGITS_BYTES / (1 + both) / logits) // STEP * STEP
         some = even(tokens, max(MIN_REF_TOKENS, most))
-        part = some if layout.ref_trains else max(ROUNDED_ROWS, 2 * torch.get_num_threads())
+        part = some if layout.ref_trains else ROUNDED_ROWS * torch.get_num_threads()
         return ChunkSize(tokens, some, some, min(some, part))
     if both and layout.shared:
         tokens = tokens_within(CPU_BYTES, 2 * logits)
