@@ -143,8 +143,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix
 
 namespace {
 
-// of out, whose sums are made before they are rounded
-constexpr int64_t kRoundedAtOnce = 1 << 20;
+// of out, whose sums are made before they are rounded: 1 MB, in L2
+constexpr int64_t kRoundedAtOnce = 1 << 18;
 
 // out (M, N) = or += a (M, K) b (K, N). b's rows are contiguous, and a's rows or its columns.
 // Products are exact or float32's, sums float32; a bfloat16 out is those rounded, none added.
