@@ -44,6 +44,16 @@ def peer(name: str, call: Callable[[], None]) -> dict[str, Callable[[], None]]:
     return {name: call}
 
 
+def under_autocast(call: Callable[[], None]) -> Callable[[], None]:
+    """The call as a trainer with bf16=True makes it."""
+
+    def inside() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            call()
+
+    return inside
+
+
 def tokens(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
     """A KL for every token, which makes the logits again in the backward."""
     return fasttax.linear_token_kl(hidden, weight, ref_hidden, ref_weight).mean()
@@ -69,8 +79,9 @@ def cases() -> Iterator[Case]:
             hidden @ weight.T,
             (hidden.bfloat16(), weight.bfloat16()),
         )
-        half_refs = (refs[0].bfloat16(), refs[1].bfloat16())
+        half_refs, half_x = (refs[0].bfloat16(), refs[1].bfloat16()), x.bfloat16()
         ours = [(hidden, weight.T), (x, weight), (x.T, hidden)]
+        half_ours = [(half[0], half[1].T), (half_x, half[1]), (half_x.T, half[0])]
         flops, size = 2.0 * n * h * v, 4.0 * (v * h + n * h)
         eager, trl = baselines.eager_linear_kl, baselines.trl_linear_kl
 
@@ -103,6 +114,7 @@ def cases() -> Iterator[Case]:
             memory=True,
         )
         contenders = {
+            **gemms(*half_ours, (half_refs[0], half_refs[1].T)),
             "eager": step(eager, half, half_refs),
             **peer("TRL", step(trl, half, half_refs)),
             "fasttax": step(fused_linear_kl, half, half_refs),
@@ -112,6 +124,20 @@ def cases() -> Iterator[Case]:
             shape,
             contenders,
             1.5 * size,
+            4 * flops,
+            headline=False,
+            memory=True,
+        )
+        contenders = {
+            **gemms(*half_ours, (half_refs[0], half_refs[1].T)),
+            "eager": under_autocast(step(eager, leaves, refs)),
+            "fasttax": under_autocast(step(fused_linear_kl, leaves, refs)),
+        }
+        yield Case(
+            "linear_token_kl forward+backward, float32 under bfloat16 autocast",
+            shape,
+            contenders,
+            3 * size,
             4 * flops,
             headline=False,
             memory=True,
@@ -129,5 +155,20 @@ def cases() -> Iterator[Case]:
             contenders,
             2 * size,
             3 * flops,
+            memory=True,
+        )
+        contenders = {
+            **gemms(*half_ours),
+            "eager": step(baselines.eager_linear_logprobs, half, ids),
+            **peer("TRL", step(baselines.trl_linear_logprobs, half, ids)),
+            "fasttax": step(logprobs, half, ids),
+        }
+        yield Case(
+            "linear_token_logprobs forward+backward, bfloat16",
+            shape,
+            contenders,
+            size,
+            3 * flops,
+            headline=False,
             memory=True,
         )

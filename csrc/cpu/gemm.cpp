@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "../call/float_type.h"
+#include "gemm_amx.h"
 
 #define FASTTAX_KERNELS "gemm_kernels.h"
 #include "isa.h"
@@ -142,16 +143,23 @@ void gemm(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMatrix
 
 namespace {
 
-// out (M, N) float32 = or += a (M, K) b (K, N). b's rows are contiguous, and a's rows or its
-// columns. Products are exact or float32's: a float32 a is not rounded to meet a bfloat16 b, for
-// a gradient's entries add up to 0 over the vocabulary, and rounded ones would not.
+// of out, whose sums are made before they are rounded: 1 MB, in L2
+constexpr int64_t kRoundedAtOnce = 1 << 18;
+
+// out (M, N) = or += a (M, K) b (K, N). b's rows are contiguous, and a's rows or its columns.
+// Products are exact or float32's, sums float32; a bfloat16 out is those rounded, none added.
 void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   const char* op = "_gemm_";
-  const FloatType a_type = float_type(a, op, "a"), b_type = float_type(b, op, "b");
-  FASTTAX_CHECK(out.dim() == 2 && a.dim() == 2 && b.dim() == 2 &&
-                    out.scalar_type() == ScalarType::Float && a_type != FloatType::kDouble &&
-                    b_type != FloatType::kDouble,
-                op, "expected out (M, N) float32, a (M, K) and b (K, N), none float64");
+  const FloatType a_type = float_type(a, op, "a"), b_type = float_type(b, op, "b"),
+                  out_type = float_type(out, op, "out");
+  const bool rounded = out_type == FloatType::kBFloat16 && !add;
+  FASTTAX_CHECK(
+      out.dim() == 2 && a.dim() == 2 && b.dim() == 2 &&
+          (out_type == FloatType::kFloat || rounded) && a_type != FloatType::kDouble &&
+          b_type != FloatType::kDouble,
+      op,
+      "expected out (M, N) float32 (or, not added to, bfloat16), a (M, K) and b (K, N), none "
+      "float64");
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
   FASTTAX_CHECK(out.size(0) == M && out.size(1) == N && b.size(0) == K && K > 0, op,
                 "shapes do not fit");
@@ -160,14 +168,39 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
                     (by_rows || a.stride(0) == 1 || M == 1),
                 op, "rows of out and b must be contiguous, and rows or columns of a");
   if (M == 0 || N == 0) return;
-  const bool bf16x2 =
-      b_type == FloatType::kBFloat16 && a_type == FloatType::kBFloat16 && isa_bf16();
-  gemm(M, N, K, {a_type, a.const_data_ptr(), by_rows ? a.stride(0) : a.stride(1), by_rows},
-       {b_type, b.const_data_ptr(), b.stride(0)}, static_cast<float*>(out.mutable_data_ptr()),
-       out.stride(0), add, bf16x2);
+  const GemmMatrix of_b{b_type, b.const_data_ptr(), b.stride(0)};
+  const bool halves = b_type == FloatType::kBFloat16 && a_type == FloatType::kBFloat16;
+  const int64_t a_stride = by_rows ? a.stride(0) : a.stride(1), a_next = by_rows ? a_stride : 1;
+  const auto product = [&](int64_t row, int64_t rows, float* to, int64_t stride) {
+    const char* start = static_cast<const char*>(a.const_data_ptr());
+    const GemmMatrix of_a{a_type, start + row * a_next * (a_type == FloatType::kFloat ? 4 : 2),
+                          a_stride, by_rows};
+    if (halves && isa_amx()) gemm_amx(rows, N, K, of_a, of_b, {to, stride}, add);
+    else gemm(rows, N, K, of_a, of_b, to, stride, add, halves && isa_bf16());
+  };
+  if (rounded && halves && isa_amx() && gemm_amx_rounds(N, K))
+    return gemm_amx(M, N, K, {a_type, a.const_data_ptr(), a_stride, by_rows}, of_b,
+                    {out.mutable_data_ptr(), out.stride(0), false, true}, add);
+  if (!rounded) return product(0, M, static_cast<float*>(out.mutable_data_ptr()), out.stride(0));
+  const int64_t at_once = std::min(M, std::max<int64_t>(kDeepRows, kRoundedAtOnce / N));
+  const Floats sums(at_once * N);
+  for (int64_t row = 0; row < M; row += at_once) {
+    const int64_t rows = std::min(at_once, M - row);
+    product(row, rows, sums.data, N);
+    torch::stable::parallel_for(0, rows, 32, [&](int64_t from, int64_t to) {
+      FASTTAX_DISPATCH(round_rows, sums.data + from * N, to - from, N, out.mutable_data_ptr(),
+                       row + from, out.stride(0));
+    });
+  }
 }
+
+// Whether products of bfloat16 are faster here than float32's.
+bool bf16_gemm() { return isa_amx() || isa_bf16(); }
 
 }  // namespace
 }  // namespace fasttax
 
 STABLE_TORCH_LIBRARY_IMPL(fasttax, CPU, m) { m.impl("_gemm_", TORCH_BOX(&fasttax::gemm_)); }
+STABLE_TORCH_LIBRARY_IMPL(fasttax, CompositeExplicitAutograd, m) {
+  m.impl("_bf16_gemm", TORCH_BOX(&fasttax::bf16_gemm));
+}

@@ -10,6 +10,13 @@ namespace FASTTAX_ISA_NS {
 
 inline int64_t tile_fold() { return kFold; }
 
+// Sums (rows, n) as bfloat16 rows of `out` from `first` on.
+inline void round_rows(const float* sums, int64_t rows, int64_t n, void* out, int64_t first,
+                       int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    narrow_row(sums + r * n, n, static_cast<BFloat16*>(out) + (first + r) * stride);
+}
+
 // Steps [first, last) of `blocks` blocks of a matrix whose rows are k, from column `col` of
 // `total`.
 inline void pack_steps(const GemmMatrix& x, bool bf16x2, int64_t k, int64_t first, int64_t last,

@@ -2,6 +2,7 @@
 // what else makes logits a chunk at a time. One sum for each logit, in one order, whatever the
 // number of tokens and threads.
 #include "../call/float_type.h"
+#include "gemm_amx.h"
 
 #define FASTTAX_KERNELS "project_kernels.h"
 #include "isa.h"
@@ -27,8 +28,13 @@ void project_(Tensor out, Tensor hidden, Tensor weight) {
   if (N == 0 || V == 0) return;
   const int64_t lanes = FASTTAX_DISPATCH(token_lanes), unit = FASTTAX_DISPATCH(word_unit),
                 units = (V + unit - 1) / unit;
-  const bool bf16x2 =
-      hidden_type == FloatType::kBFloat16 && weight_type == FloatType::kBFloat16 && isa_bf16();
+  const bool halves = hidden_type == FloatType::kBFloat16 && weight_type == FloatType::kBFloat16;
+  // its rows as they lie times the tokens, which are packed once; what is left is turned
+  if (halves && isa_amx())
+    return gemm_amx(V, N, H, {weight_type, weight.const_data_ptr(), weight.stride(0), true},
+                    {hidden_type, hidden.const_data_ptr(), hidden.stride(0), true},
+                    {out.mutable_data_ptr(), out.stride(0), true}, false);
+  const bool bf16x2 = halves && isa_bf16();
   const int64_t steps = FASTTAX_DISPATCH(project_steps, bf16x2, H);
   std::vector<float> packed(size_t((N + lanes - 1) / lanes * lanes * steps));
   FASTTAX_DISPATCH(pack_tokens, hidden_type, bf16x2, hidden.const_data_ptr(), hidden.stride(0), N,

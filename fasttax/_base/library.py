@@ -155,6 +155,7 @@ def _define_helpers() -> None:
     # project() and gemm() in _base/gemm.py
     lib.define("_project_(Tensor(a!) out, Tensor hidden, Tensor weight) -> ()")
     lib.define("_gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
+    lib.define("_bf16_gemm() -> bool")
 
 
 def _left_out(choice: str, interpreted: bool) -> dict[str, str]:

@@ -13,6 +13,8 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def compiling() -> bool:
     """Whether torch.compile traces the call: its tensors have no values."""
@@ -22,6 +24,16 @@ def compiling() -> bool:
 def transforming() -> bool:
     """Whether torch.func's transforms (vmap, grad, vjp, jacrev) are at work."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast multiplies in on a device; None where it is off or leaves float32."""
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    dtype = torch.get_autocast_dtype(device.type)
+    return dtype if dtype in HALVES else None
 
 
 def has_tangent(t: Tensor) -> bool:

@@ -49,6 +49,9 @@ class FullKL(Handle):
     kept while the trainer goes over the batch again (GRPO, RLOO: num_iterations > 1). `undo()`
     takes everything back.
 
+    Heads are multiplied in the trainer's precision: under bf16=True in bfloat16, of float32 weights
+    too, whose gradients are float32.
+
     Hidden states stand for logits only where the head on them has been seen to give the model's own
     logits: at the first forward, and for the policy at each step that is logged. Where it does not
     (layers before the last matrix, an adapter on it, columns cut off), both models' own logits are
@@ -329,7 +332,7 @@ def _reference_of(
                 "a model: the sequences of GRPO and RLOO are new at every step",
                 "a cached reference",
             )
-        cached = CachedReference(ref_model, policy, temperature)
+        cached = CachedReference(ref_model, policy, temperature, trainer.accelerator.autocast)
         cached.check_packing(trainer)
         return cached
     accelerator = trainer.accelerator

@@ -9,13 +9,17 @@ does, the model's own logits are the way.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fasttax._base.gemm import project
+from fasttax._base.modes import autocast_dtype
+from fasttax._base.optional import given
 
 ROWS = 8  # tokens by which a head is proven
 # of the largest logit: several roundings of the dtype that multiplies, none of a softmax
@@ -40,6 +44,24 @@ class Head:
     def products(self, hidden: Tensor) -> Tensor:
         """(..., V) of hidden states (..., H), neither scaled nor capped."""
         return nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+    def wide_products(self) -> Callable[[Tensor], Tensor]:
+        """Gives `products` of (N, H) in float32 (float64 of a float64 head), without a graph.
+
+        Both operands are rounded to autocast's dtype where it is on.
+        """
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        autocast = autocast_dtype(self.weight.device) if wide == torch.float32 else None
+        dtype = autocast or self.weight.dtype
+        weight = self.weight.detach().to(dtype)
+        bias = given(self.bias, lambda bias: bias.detach().to(wide))
+
+        def products(hidden: Tensor) -> Tensor:
+            rows = hidden.detach().to(dtype)
+            out = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=wide)
+            return project(rows, weight, bias, out)
+
+        return products
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of hidden states (..., H), under the autocast that is on."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fasttax._base import checks
 from fasttax.integrations._heads import vocabulary
 from fasttax.integrations._kl_forward import Forward
-from fasttax.integrations._kl_sums import CHUNK, Rows, vocabularies_differ
+from fasttax.integrations._kl_sums import CHUNK, Autocast, Rows, vocabularies_differ
 from fasttax.integrations.reference import TopKReference
 from fasttax.kl.topk import topk_kl
 
@@ -28,13 +28,16 @@ class CachedReference:
         cache: the file's contents.
         policy: the language model that is trained.
         temperature: of both distributions.
+        autocast: the context of the policy's own forward.
 
     Raises:
         ValueError: the cache is of another vocabulary or temperature, or no cache can serve.
     """
 
-    def __init__(self, cache: TopKReference, policy: Any, temperature: float) -> None:
-        self.cache, self.temperature = cache, temperature
+    def __init__(
+        self, cache: TopKReference, policy: Any, temperature: float, autocast: Autocast
+    ) -> None:
+        self.cache, self.temperature, self.autocast = cache, temperature, autocast
         self.V = vocabulary(policy)
         if getattr(policy.config, "is_encoder_decoder", False):
             raise _no_cache(f"{type(policy).__name__}, an encoder-decoder", "encoder's inputs")
@@ -97,7 +100,8 @@ class CachedReference:
             logits = x
             if policy.head is not None:
                 weight, bias = head
-                logits = replace(policy.head, weight=weight, bias=bias).logits(x)
+                with self.autocast():  # the head is multiplied as the model's own is
+                    logits = replace(policy.head, weight=weight, bias=bias).logits(x)
             return topk_kl(logits, logp, top, reduction="sum", **options)
 
         x = policy.given

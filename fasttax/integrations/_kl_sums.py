@@ -151,21 +151,22 @@ class ModelReference:
             return self._of_logits(policy, ref, options)
         assert policy.head is not None
         assert ref.head is not None
-        kl = linear_token_kl(
-            policy.hidden,
-            policy.head.weight,
-            ref.hidden,
-            ref.head.weight,
-            bias=policy.head.bias,
-            ref_bias=ref.head.bias,
-            softcap=policy.head.softcap,
-            ref_softcap=ref.head.softcap,
-            logit_scale=policy.head.logit_scale,
-            ref_logit_scale=ref.head.logit_scale,
-            reduction="sum",
-            **options,
-        )
-        seen = _looked_at(policy, ref, options["temperature"]) if log else {}
+        with self.autocast():  # the heads are multiplied as the model's own are
+            kl = linear_token_kl(
+                policy.hidden,
+                policy.head.weight,
+                ref.hidden,
+                ref.head.weight,
+                bias=policy.head.bias,
+                ref_bias=ref.head.bias,
+                softcap=policy.head.softcap,
+                ref_softcap=ref.head.softcap,
+                logit_scale=policy.head.logit_scale,
+                ref_logit_scale=ref.head.logit_scale,
+                reduction="sum",
+                **options,
+            )
+            seen = _looked_at(policy, ref, options["temperature"]) if log else {}
         return {**seen, options["kind"]: kl}
 
     def _of_logits(self, policy: Rows, ref: Rows, options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -300,19 +301,23 @@ def _by_metric(stats: TokenStats) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _looked_at(policy: Rows, ref: Rows, temperature: float) -> dict[str, Tensor]:
-    """Both KLs and the entropy from hidden states, for the log alone: two GEMMs, no graph."""
+    """Both KLs and the entropy from hidden states, for the log alone: two GEMMs, no graph.
+
+    Of autocast's operands, whose products are summed and kept in float32.
+    """
     assert policy.hidden is not None
     assert policy.head is not None
     assert ref.hidden is not None
     assert ref.head is not None
+    logits, ref_logits = policy.head.wide_products(), ref.head.wide_products()
     sums = {
         name: torch.zeros((), device=policy.hidden.device)
         for name in ("policy_ref", "ref_policy", "entropy")
     }
     for h, ref_h in zip(policy.hidden.split(CHUNK), ref.hidden.split(CHUNK), strict=True):
         stats = token_stats(
-            policy.head.products(h).float(),
-            ref.head.products(ref_h).float(),
+            logits(h),
+            ref_logits(ref_h),
             outputs=LOGGED,
             temperature=temperature,
             softcap=policy.head.softcap,

@@ -14,6 +14,7 @@ from fasttax._base.modes import compiling, transforming
 from fasttax._base.optional import given
 
 NO_GRAD = "nothing requires grad"
+FLOAT16 = "a float16 gradient would underflow before a GradScaler's factor reaches it"
 
 
 def obstacle_to_gradients(
@@ -28,7 +29,7 @@ def obstacle_to_gradients(
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
         return NO_GRAD
     if any(t.dtype == torch.float16 for t in given):
-        return "a float16 gradient would underflow before a GradScaler's factor reaches it"
+        return FLOAT16
     if weight is not None and weight.requires_grad:
         return "the tokens' weights require grad"
     if transforming() or (compiling() and not stateless):

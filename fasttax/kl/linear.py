@@ -11,11 +11,14 @@ three and four.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttax._base import checks
+from fasttax._base.modes import autocast_dtype
 from fasttax._base.optional import given
 from fasttax.kl.call import (
     KINDS,
@@ -24,8 +27,9 @@ from fasttax.kl.call import (
     check_mask,
     tempering,
 )
+from fasttax.kl.linear_chunks import Asked
 from fasttax.kl.linear_routes import LinearCall
-from fasttax.kl.linear_sweep import Asked, Inputs, Tensors
+from fasttax.kl.linear_sweep import Inputs, Tensors
 from fasttax.kl.token_stats import TokenStats, check_outputs
 from fasttax.reference.numbers import hide_rows
 
@@ -73,11 +77,14 @@ def linear_token_kl(
         return_entropy: also return the policy's entropy, as (kl, entropy).
         grad_mode: "forward" makes the gradients in the forward (four GEMMs), which needs reduction
             "sum" or "mean", or heads (and biases) that do not require grad; not with
-            return_entropy, vocab_chunk < V, tp_group, float16 tensors, a token_weight that requires
-            grad, torch.func, or torch.compile and reduction "none". "recompute" computes the logits
-            again in the backward (six GEMMs). "auto" takes "forward" where it can.
-        token_chunk: tokens at a time; None keeps the logits of a chunk, both models together,
-            within 60 MiB (1 GiB on a GPU), or 128 tokens if that is more.
+            return_entropy, vocab_chunk < V, tp_group, float16 tensors or autocast, a token_weight
+            that requires grad, torch.func, or torch.compile and reduction "none". "recompute"
+            computes the logits again in the backward (six GEMMs). "auto" takes "forward" where it
+            can.
+        token_chunk: tokens at a time; None keeps the logits of a chunk, both models together and
+            their gradients where those lie beside them, within 60 MiB (104 MiB of bfloat16 heads on
+            a CPU with fast products of them, a 32nd of a GPU's memory), or 128 tokens if that is
+            more.
         vocab_chunk: columns at a time: logits of token_chunk x vocab_chunk exist, and their values
             meet by the chain rule as under tp_group. For kind="jsd" and inf="mask" whole rows are
             needed: of as many tokens as keep within token_chunk x vocab_chunk logits, at least one.
@@ -97,9 +104,15 @@ def linear_token_kl(
             time (1024 on a GPU).
 
     Returns:
-        float32 (float64 where any tensor is), (...) or 0-d: logits and gradients are summed in
-        float32 for bfloat16 and float16 tensors too, also under autocast. On a CPU such heads are
-        widened once, V x H floats each; on NVIDIA GPUs GEMMs take them as they are.
+        float32 (float64 where any tensor is), (...) or 0-d, also under autocast. Gradients have
+        their tensors' dtypes: float32 sums over all chunks, rounded once.
+
+        The GEMMs take bfloat16 and float16 tensors as they are; under autocast they take float32
+        ones rounded to its dtype, as `torch.nn.functional.linear` does (biases stay as they are).
+        Reductions over the vocabulary are float32's. On NVIDIA GPUs the logits and their gradients
+        are rounded to the operands' dtype, where both models have one. On CPUs logits stay float32;
+        their gradients are rounded to meet bfloat16 where such products are faster (AMX,
+        vdpbf16ps).
 
     Raises:
         ValueError, TypeError: shape, dtype, device or an option does not fit; grad_mode="forward"
@@ -141,14 +154,14 @@ def linear_token_kl(
     flat_mask = given(mask, lambda mask: mask.reshape(-1))
     # NaN under the mask would reach the heads' gradients through 0 * NaN
     tokens, ref_tokens = hide_rows(tokens, flat_mask), hide_rows(ref_tokens, flat_mask)
-    asked = Asked(kl=True, stats=return_entropy, token_chunk=token_chunk, vocab_chunk=vocab_chunk)
-    outputs = {"kl": "kl"}
+    tensors = Tensors(tokens, weight, ref_tokens, ref_weight, bias, ref_bias)
+    asked = _asked(tensors, token_chunk, vocab_chunk)
     if vocab_chunk is not None and vocab_chunk < V and row and not t.inf_mask:
-        asked = Asked(stats=True, pair=True, token_chunk=token_chunk, vocab_chunk=vocab_chunk)
-        outputs = {"kl": row}
+        asked, outputs = replace(asked, stats=True, pair=True), {"kl": row}
+    else:
+        asked, outputs = replace(asked, kl=True, stats=return_entropy), {"kl": "kl"}
     if return_entropy:
         outputs["entropy"] = "entropy"
-    tensors = Tensors(tokens, weight, ref_tokens, ref_weight, bias, ref_bias)
     call = LinearCall(
         op,
         inputs=Inputs(tensors, None, flat_mask, t, asked),
@@ -223,7 +236,7 @@ def linear_token_logprobs(
         checks.ids_in_range(op, "ids", ids, weight.shape[0])
     flat_mask = given(mask, lambda mask: mask.reshape(-1))
     tensors = Tensors(hide_rows(tokens, flat_mask), weight, bias=bias)
-    asked = Asked(stats=True, token_chunk=token_chunk, vocab_chunk=vocab_chunk)
+    asked = replace(_asked(tensors, token_chunk, vocab_chunk), stats=True)
     call = LinearCall(
         op,
         inputs=Inputs(tensors, ids, flat_mask, t, asked),
@@ -254,6 +267,14 @@ def _tokens(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor
         checks.same_device(op, f"{prefix}bias", bias, f"{prefix}hidden", hidden)
     tokens: Tensor = hidden.reshape(-1, H)
     return tokens
+
+
+def _asked(tensors: Tensors, token_chunk: int | None, vocab_chunk: int | None) -> Asked:
+    """Of no rows yet; GEMMs in autocast's dtype where it is on, which leaves float64 alone."""
+    gemm_dtype = None
+    if tensors.dtype == torch.float32:
+        gemm_dtype = autocast_dtype(tensors.hidden.device)
+    return Asked(token_chunk=token_chunk, vocab_chunk=vocab_chunk, gemm_dtype=gemm_dtype)
 
 
 def _check_chunks(

@@ -14,9 +14,16 @@ from fasttax._base import checks
 from fasttax._base.gemm import pieces
 from fasttax._base.optional import given
 from fasttax.kl.call import reduce, reduced_gradient
-from fasttax.kl.gradients import NO_GRAD, held_gradients, hold_gradients, obstacle_to_gradients
+from fasttax.kl.gradients import (
+    FLOAT16,
+    NO_GRAD,
+    held_gradients,
+    hold_gradients,
+    obstacle_to_gradients,
+)
 from fasttax.kl.linear_ops import linear_token_rows, linear_token_total
-from fasttax.kl.linear_sweep import Inputs, Sweep, Tensors
+from fasttax.kl.linear_product import linear_head, linear_logits
+from fasttax.kl.linear_sweep import Inputs, Projection, Sweep, Tensors
 from fasttax.kl.token_kl import kl_of_rows
 from fasttax.kl.token_stats import stats_of_rows
 from fasttax.kl.vocab_parallel import combine_parts, to_group
@@ -97,7 +104,10 @@ class LinearCall:
             return "under tp_group it takes the other ranks' logits"
         if self.tiles > 1:
             return "with vocab_chunk < V a gradient takes the other chunks' logits"
-        return obstacle_to_gradients(tensors, self.token_weight, stateless=known)
+        obstacle = obstacle_to_gradients(tensors, self.token_weight, stateless=known)
+        if not obstacle and self.inputs.asked.gemm_dtype == torch.float16:
+            return FLOAT16
+        return obstacle
 
     def _made_in_forward(self, row: int) -> Tensor:
         if torch.compiler.is_compiling():
@@ -138,9 +148,15 @@ class LinearCall:
         (hidden, weight, ref_hidden, ref_weight, bias, ref_bias), ids, mask, _, asked = self.inputs
         dtype, group = self.inputs.tensors.dtype, self.tp_group
         hidden = to_group(hidden, group)
-        weight = weight.to(dtype)  # widened once, so that the chunks' gradients meet in float32
+        operands = [linear_head(weight, bias, dtype, asked.gemm_dtype)]
         if ref_hidden is not None and ref_weight is not None:
-            ref_hidden, ref_weight = to_group(ref_hidden, group), ref_weight.to(dtype)
+            ref_hidden = to_group(ref_hidden, group)
+            operands.append(linear_head(ref_weight, ref_bias, dtype, asked.gemm_dtype))
+        # widened once, so that the chunks' gradients meet in float32
+        heads = [
+            given(head, lambda head: head.to(dtype))
+            for head in (weight, ref_weight, bias, ref_bias)
+        ]
         # the same on every rank, whatever its shard: a collective more on one of them would hang
         # the others
         own = CPU_TOKENS if hidden.device.type == "cpu" else GPU_TOKENS
@@ -148,9 +164,10 @@ class LinearCall:
         chunks = []
         for at in pieces(0, tokens, asked.token_chunk or own):
             by_token = [None if t is None else t[at] for t in (hidden, ref_hidden, ids, mask)]
-            heads = (weight, ref_weight, bias, ref_bias)
             chunks.append(
-                checkpoint(self._of_chunk, outputs, *by_token, *heads, use_reentrant=False)
+                checkpoint(
+                    self._of_chunk, outputs, operands, *by_token, *heads, use_reentrant=False
+                )
             )
         whole = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
         return dict(zip(outputs, whole, strict=True))
@@ -158,6 +175,7 @@ class LinearCall:
     def _of_chunk(
         self,
         outputs: tuple[str, ...],
+        operands: list[Projection],
         hidden: Tensor,
         ref_hidden: Tensor | None,
         ids: Tensor | None,
@@ -167,20 +185,14 @@ class LinearCall:
         bias: Tensor | None,
         ref_bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        x, y = self._logits(hidden, weight, bias), None
+        x, y = linear_logits(self.op, hidden, weight, bias, operands[0]), None
         if ref_hidden is not None and ref_weight is not None:
-            y = self._logits(ref_hidden, ref_weight, ref_bias)
+            y = linear_logits(self.op, ref_hidden, ref_weight, ref_bias, operands[1])
         t, group = self.inputs.t, self.tp_group
         if y is not None and outputs == ("kl",):
             return (kl_of_rows(self.op, x, y, mask, t, group),)
         stats = stats_of_rows(self.op, x, y, ids, mask, t, outputs, group)
         return tuple(stats[name] for name in outputs)
-
-    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = weight.dtype
-        with torch.autocast(hidden.device.type, enabled=False):
-            wide = given(bias, lambda bias: bias.to(dtype))
-            return torch.nn.functional.linear(hidden.to(dtype), weight, wide)
 
     def _flat_weight(self) -> Tensor | None:
         if self.token_weight is None:

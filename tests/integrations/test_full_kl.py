@@ -10,11 +10,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fasttax import cli
+from fasttax.integrations import _heads
 from fasttax.integrations.reference import TopKReference
 from fasttax.integrations.transformers import attach
 from fasttax.integrations.trl import FullKL
+from fasttax.kl import linear_sweep
 from tests.tools import tiny_lm, trl_runs
 
 BETA = 0.4
@@ -165,6 +168,54 @@ def test_bf16_of_equal_models_is_exactly_zero(tmp_path: Path) -> None:
     trainer = make("sft", tmp_path, bf16=True, max_steps=1)
     FullKL(trainer, tiny_lm.model(), BETA)
     assert history(train(trainer), "kl/policy_ref") == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "cached"), [("sft", False), ("sft", True), ("dpo", False), ("grpo", False)]
+)
+def test_bf16_multiplies_the_heads_in_bfloat16(
+    name: str, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 weights under bf16=True: every product with a head is autocast's, those of the log
+    too, and their gradients come back in float32; the KL is float32's up to the roundings.
+    """
+    operands, V = [], tiny_lm.model().config.vocab_size
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is nn.functional.linear and result.shape[-1] == V:
+                operands.append(result.dtype)
+            return result
+
+    def watch(where: Any, function: str) -> None:
+        real = getattr(where, function)
+
+        def watched(a: Tensor, b: Tensor, *rest: Any, **named: Any) -> Any:
+            operands.append(b.dtype)
+            return real(a, b, *rest, **named)
+
+        monkeypatch.setattr(where, function, watched)
+
+    watch(linear_sweep, "project")
+    watch(linear_sweep, "gemm")
+    watch(_heads, "project")
+    logged = []
+    for bf16 in (False, True):
+        trainer = make(name, tmp_path, bf16=bf16, max_steps=1, logging_steps=1)
+        ref: Any = tiny_lm.model(1)
+        if cached:
+            ref = TopKReference.make(ref, [row["input_ids"] for row in trainer.train_dataset], k=V)
+        FullKL(trainer, ref, BETA)
+        operands.clear()
+        with Products():
+            logged += history(train(trainer), "kl/policy_ref")
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+        assert operands
+        assert set(operands) == {torch.bfloat16 if bf16 else torch.float32}
+    assert logged[1] == pytest.approx(logged[0], rel=0.05)
 
 
 def test_evaluation_stays_the_trainers(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ SHAPES = {  # rows, products, columns
     "ragged": (101, 257, 100),  # no tile, no pair and no fold is whole
     "b_once": (2100, 131, 60),  # groups of rows, two folds
     "deep": (20, 4099, 33),  # fold by fold
+    "wide": (40, 100, 70),  # blocks of AMX's, two and a part
+    "deeper": (70, 9000, 40),  # of more products than AMX packs at once
     "deep_rows": (300, 2100, 50),  # more rows than one thread sums
     "deep_columns": (9, 3000, 1201),  # more columns
 }
@@ -69,12 +71,13 @@ def test_strided_rows(simd: int) -> None:
     assert not whole[:, 67:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_same_bits_on_any_number_of_threads(
-    shape: str, threads: Callable[[int], None], simd: int
+    shape: str, dtype: torch.dtype, threads: Callable[[int], None], simd: int
 ) -> None:
     M, K, N = SHAPES[shape]
-    a, b = torch.randn(M, K), torch.randn(K, N)
+    a, b = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
     together = product(a, b)
     for n in (1, 3, 16):
         threads(n)
@@ -102,6 +105,28 @@ def test_a_wide_gradient_is_not_rounded_to_meet_a_bfloat16_head(simd: int) -> No
     assert product(d, head).abs().max() < 100 * 1e-6
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_a_bfloat16_result_is_the_sums_rounded_once(
+    by: str, shape: str, dtypes: tuple[torch.dtype, torch.dtype], simd: int
+) -> None:
+    M, K, N = SHAPES[shape]
+    a = torch.randn(M, K).to(dtypes[0]) if by == "rows" else torch.randn(K, M).to(dtypes[0]).T
+    b, whole = torch.randn(K, N).to(dtypes[1]), torch.zeros(M, N + 6, dtype=torch.bfloat16)
+    torch.ops.fasttax._gemm_(whole[:, 3 : N + 3], a, b, False)
+    assert torch.equal(whole[:, 3 : N + 3], product(a, b).bfloat16())
+    assert not whole[:, :3].any()
+    assert not whole[:, N + 3 :].any()
+
+
+def test_rows_of_a_bfloat16_result_are_made_some_at_a_time(simd: int) -> None:
+    for a in (torch.randn(9000, 5), torch.randn(5, 9000).T):
+        b, out = torch.randn(5, 256), torch.empty(9000, 256, dtype=torch.bfloat16)
+        torch.ops.fasttax._gemm_(out, a, b, False)
+        assert torch.equal(out, product(a, b).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_gemm_in_any_way_is_the_product(dtype: torch.dtype, simd: int) -> None:
     """By the kernel, of operands in no order that it reads, into half results, of no depth."""
@@ -126,6 +151,10 @@ def test_gemm_in_any_way_is_the_product(dtype: torch.dtype, simd: int) -> None:
 REFUSED: dict[str, tuple[tuple[Tensor, Tensor, Tensor], str]] = {
     "float64": ((torch.empty(2, 3), torch.empty(2, 4).double(), torch.empty(4, 3)), "none float64"),
     "out's dtype": ((torch.empty(2, 3).half(), torch.empty(2, 4), torch.empty(4, 3)), "float32"),
+    "added to bfloat16": (
+        (torch.empty(2, 3).bfloat16(), torch.empty(2, 4), torch.empty(4, 3)),
+        "not added to",
+    ),
     "shapes": ((torch.empty(2, 3), torch.empty(2, 5), torch.empty(4, 3)), "shapes do not fit"),
     "b's columns": (
         (torch.empty(2, 3), torch.empty(2, 4), torch.empty(3, 4).T),
@@ -138,4 +167,4 @@ REFUSED: dict[str, tuple[tuple[Tensor, Tensor, Tensor], str]] = {
 def test_refuses(case: str) -> None:
     (out, a, b), says = REFUSED[case]
     with pytest.raises(RuntimeError, match=says):
-        torch.ops.fasttax._gemm_(out, a, b, False)
+        torch.ops.fasttax._gemm_(out, a, b, case == "added to bfloat16")

@@ -31,6 +31,9 @@ SHAPES = {  # tokens, words, depth
     ),
     "deep": (49, 40, 1031),
     "threads": (20, 4099, 33),
+    # too many logits for a cache: of rows that are whole lines, and are not
+    "many": (35, 30016, 9),
+    "many_ragged": (35, 30011, 9),
 }
 
 
@@ -73,10 +76,11 @@ def test_strided_rows(simd: int) -> None:
     assert not whole[:, 30:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_has_the_same_bits_alone_and_among_others(
-    threads: Callable[[int], None], simd: int
+    dtype: torch.dtype, threads: Callable[[int], None], simd: int
 ) -> None:
-    hidden, weight = torch.randn(101, 300), torch.randn(500, 300)
+    hidden, weight = torch.randn(101, 300).to(dtype), torch.randn(500, 300).to(dtype)
     together = logits(hidden, weight)
     threads(1)
     assert torch.equal(together, logits(hidden, weight))
