@@ -20,6 +20,7 @@ from bench import (
     bench_ewc,
     bench_fisher,
     bench_gpu,
+    bench_kinds,
     bench_kl,
     bench_linear_kl,
     bench_trainers,
@@ -31,6 +32,7 @@ RESULTS = ROOT / "bench" / "results"
 GPU = "gpu"
 FAMILIES: dict[str, Callable[[], Iterator[timing.Case]]] = {
     "kl": bench_kl.cases,
+    "kinds": bench_kinds.cases,
     "linear_kl": bench_linear_kl.cases,
     "ewc": bench_ewc.cases,
     "fisher": bench_fisher.cases,

@@ -1,4 +1,7 @@
-"""token_kl and token_stats: forward and backward to a fresh gradient, and forward alone."""
+"""token_kl and token_stats: forward and backward to a fresh gradient, and forward alone.
+
+On a real model's logits (bench/logits.py); bench_kinds.py has the other kinds of data.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fasttax
-from bench import baselines, workloads
+from bench import baselines, logits, workloads
 from bench.timing import Case
 from fasttax.cli.bench import fused_kl, step
 
@@ -57,8 +60,7 @@ def cases() -> Iterator[Case]:
     )
     for dtype in (torch.float32, torch.bfloat16):
         for shape, n, v in workloads.KL:
-            x = (torch.randn(n, v) * 3).to(dtype)
-            y = (x.float() + 0.3 * torch.randn(n, v)).to(dtype)
+            x, y = logits.pair(logits.TRAINED, n, v, dtype)
             ids = torch.randint(v, (n,))
             size, name = x.numel() * x.element_size(), str(dtype).removeprefix("torch.")
             eager = step(baselines.eager_kl, (x,), (y,))

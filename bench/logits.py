@@ -7,6 +7,7 @@ and itself after 5 and 12 steps of the demo's fine-tuning, on text that it has n
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ SYNTHETIC: dict[str, Callable[[int, int], Pair]] = {
     "far": _far,
 }
 REAL = {f"SmolLM2 after {steps} steps": steps for steps in STEPS}
+TRAINED = next(iter(REAL))  # what the first steps of a training look like
 KINDS = (*REAL, *SYNTHETIC)
 
 
@@ -74,7 +76,8 @@ def pair(kind: str, n: int, v: int, dtype: torch.dtype) -> Pair:
             x, y = SYNTHETIC[kind](n, v)
         return x.to(dtype), y.to(dtype)
     rows = _real()
-    return tuple(_shaped(rows[name], n, v).to(dtype) for name in (_name(REAL[kind]), BASE))  # type: ignore[return-value]
+    x, y = (_shaped(rows[name], n, v).to(dtype) for name in (_name(REAL[kind]), BASE))
+    return x, y
 
 
 def _name(steps: int) -> str:
@@ -94,6 +97,7 @@ def _file() -> Path:
     return cache_folder() / "bench" / "smollm2-logits-1.safetensors"
 
 
+@cache
 def _real() -> dict[str, Tensor]:
     file = _file()
     if not file.exists():
@@ -144,7 +148,7 @@ def _logits(model: torch.nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     halves = []
     for batch in batches:
         live = batch["attention_mask"] != 0
-        halves.append(forward(model, batch)[live][: ROWS // 2])  # type: ignore[arg-type]
+        halves.append(forward(model, batch)[live][: ROWS // 2])
     found = torch.cat(halves).float().contiguous()
     assert found.shape == (ROWS, REAL_VOCABULARY), found.shape
     return found

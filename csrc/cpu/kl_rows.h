@@ -50,6 +50,25 @@ struct Buffers {
   alignas(64) float x[kChunk], y[kChunk];
 };
 
+// tanh a and tanh a - tanh b, for every |a - b| <= kCapGap, out of one exponential: with e =
+// e^-2|a| and td = tanh(a - b),
+//   tanh |a| = (1 - e) / (1 + e)     tanh a - tanh b = td (1 - tanh^2 a) / (1 - td tanh a)
+// 1 - tanh^2 a = 4 e / (1 + e)^2 keeps its digits where tanh a is near 1; 1 / (1 - w) is its series
+// in |w| <= 0.1. Next term < 1e-7.
+__attribute__((always_inline)) inline void tanh_and_gap(VF a, VF gap, VF& tanh_a, VF& difference) {
+  const ExpRest of = exp_rest(min_keep_nan(splat(80.0f), abs(a) * 2.0f));
+  const VF whole = of.e + 1.0f, rough = reciprocal(whole);
+  const VF share = fma(rough, fma(rough, -whole, splat(1.0f)), rough);
+  const VF low = -of.rest * share, high = fma(of.e * -2.0f, share, splat(1.0f));
+  const VF size = (of.e > 0.3f) ? low : high;
+  tanh_a = as_float(as_int(size) | (as_int(a) & splat_i(int32_t(0x80000000))));
+  const VF z = gap * gap;
+  const VF td = fma(fma(z, splat(2.0f / 15), splat(-1.0f / 3)) * z, gap, gap), w = td * tanh_a;
+  VF series = w + 1.0f;
+  for (int n = 0; n < 5; ++n) series = fma(series, w, splat(1.0f));
+  difference = td * series * (of.e * 4.0f * share * share);
+}
+
 __attribute__((noinline)) inline void stage_chunk(const RowPair& rows, const KlParams& k,
                                                   int64_t start, int64_t n, Buffers& to) {
   typed(rows.type, rows.x, [&](auto* x) {
@@ -59,9 +78,17 @@ __attribute__((noinline)) inline void stage_chunk(const RowPair& rows, const KlP
   });
   if (!rows.caps) return;
   const KlFrame<VectorMath, KlParams> frame(k, KlRow{});
+  const float inside = k.joint_cap ? k.scale / k.cap : 0.0f;
   for (int64_t i = 0; i < n; i += kLanes) {  // beyond n lies what nobody reads
     VF x = load(to.x + i), y = load(to.y + i);
-    frame.cap(x, y);
+    const VF gap = (x - y) * inside;
+    if (k.joint_cap && !k.inf_mask && all_le(abs(gap), splat(kCapGap))) {
+      tanh_and_gap(x * inside, gap, x, y);
+      x *= k.cap;
+      y *= k.cap;
+    } else {
+      frame.cap(x, y);
+    }
     store(to.x + i, x);
     store(to.y + i, y);
   }

@@ -147,10 +147,10 @@ class LinearCall:
         """
         (hidden, weight, ref_hidden, ref_weight, bias, ref_bias), ids, mask, _, asked = self.inputs
         dtype, group = self.inputs.tensors.dtype, self.tp_group
-        hidden = to_group(hidden, group)
+        hidden = to_group(self.op, hidden, self.inputs.t, group)
         operands = [linear_head(weight, bias, dtype, asked.gemm_dtype)]
         if ref_hidden is not None and ref_weight is not None:
-            ref_hidden = to_group(ref_hidden, group)
+            ref_hidden = to_group(self.op, ref_hidden, self.inputs.t, group)
             operands.append(linear_head(ref_weight, ref_bias, dtype, asked.gemm_dtype))
         # widened once, so that the chunks' gradients meet in float32
         heads = [

@@ -34,6 +34,12 @@ from fasttax.reference.rows import STATS
 KL_ROWS = {kind.row for kind in KINDS.values() if kind.row}
 
 
+def _check_kind(op: str, t: Tempering) -> None:
+    reason = kind_of(t).whole_rows
+    if reason:
+        raise checks.fail(op, "tp_group", "None with this kind", "a group", reason)
+
+
 def _check_group(op: str) -> None:
     if not dist.is_available() or not dist.is_initialized():
         raise checks.fail(
@@ -208,8 +214,7 @@ def combine_kl(
         ValueError: the kind can't be had from shards.
     """
     kind = kind_of(t)
-    if kind.whole_rows:
-        raise checks.fail(op, "tp_group", "None with this kind", "a group", kind.whole_rows)
+    _check_kind(op, t)
     _check_group(op)
     if t.inf_mask or kind.mixture:
         logits, ref_logits = _tempered(logits, ref_logits, mask, t)
@@ -276,9 +281,10 @@ class _ToGroup(torch.autograd.Function):
         return grad, None
 
 
-def to_group(x: Tensor, group: Any) -> Tensor:
+def to_group(op: str, x: Tensor, t: Tempering, group: Any) -> Tensor:
     """`x`, (tokens, features), whose gradient is summed over the group's ranks."""
-    _check_group("linear_token_kl")
-    _widths("linear_token_kl", x, group)
+    _check_kind(op, t)
+    _check_group(op)
+    _widths(op, x, group)
     shared: Tensor = _ToGroup.apply(x, group)
     return shared

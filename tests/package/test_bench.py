@@ -36,6 +36,22 @@ def test_every_contender_of_the_gpu_bench_runs(monkeypatch: pytest.MonkeyPatch) 
     assert "bench.bench_gpu" in sys.modules
 
 
+def test_synthetic_kinds_of_logits_are_the_same_on_every_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    from bench import logits
+
+    for kind in logits.SYNTHETIC:
+        x, y = logits.pair(kind, 3, 70, torch.bfloat16)
+        assert x.shape == y.shape == (3, 70)
+        assert x.dtype == y.dtype == torch.bfloat16
+        again = logits.pair(kind, 3, 70, torch.bfloat16)
+        assert torch.equal(x, again[0])
+        assert torch.equal(y, again[1])
+        assert torch.equal(x, y) == (kind == "equal")
+
+
 def test_the_command_measures_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
