@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     team.end = int(int64_t(rounds) * (share + 1) / a.splits) * kKlWarps;
     team.end = team.end < team.spans ? team.end : team.spans;
   }
-  if (!kl_row_sums<op, false>(rows, rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh))
+  if (!kl_row_sums<op, false>(rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh))
     return;
   if (threadIdx.x == 0) kl_finish<op>(rows, a, row, sh.state);
 }
@@ -297,9 +297,9 @@ __global__ void __launch_bounds__(kKlThreads, 3)
 // --- forward and the policy's gradient
 
 template <KlOp op, bool kCluster, class T, class Source>
-__device__ void kl_both_row(const KlGlobal<T>& prime, const Source& rows, const KlArgs& a,
-                            int64_t row, KlTeam& team, KlShared& sh, T* dx) {
-  kl_row_sums<op, kCluster>(prime, rows, a, team, nullptr, sh);
+__device__ void kl_both_row(const Source& rows, const KlArgs& a, int64_t row, KlTeam& team,
+                            KlShared& sh, T* dx) {
+  kl_row_sums<op, kCluster>(rows, a, team, nullptr, sh);
   if constexpr (kl_op_two_sweeps(op))
     kl_row_second<kl_kind(op), kCluster>(rows, a, team, nullptr, sh);
   __syncthreads();
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   }
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
                          reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
-  kl_both_row<op, false>(rows, rows, a, row, team, *reinterpret_cast<KlShared*>(memory), dx);
+  kl_both_row<op, false>(rows, a, row, team, *reinterpret_cast<KlShared*>(memory), dx);
 }
 
 // A row pair held in the shared memory of a.cluster blocks, a slice of whole spans each: logits are
@@ -370,8 +370,9 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   }
   for (int64_t i = vectors * n + threadIdx.x; i < last - first; i += kKlThreads)
     x[i] = rows.x[first + i], y[i] = rows.y[first + i];
+  __syncthreads();
   const KlStaged<T> staged{x, y, first};
-  kl_both_row<op, true>(rows, staged, a, row, team, sh, dx);
+  kl_both_row<op, true>(staged, a, row, team, sh, dx);
   kl_cluster_sync();  // no block may leave while another reads its parts
 }
 

@@ -55,6 +55,17 @@ FASTTAX_HD float kl_exp2(float v) {  // relative error 2^-22; 0 below 2^-126
 #endif
 }
 
+// the larger, NaN where one of them is
+__device__ __forceinline__ float kl_max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return b <= a || a != a ? a : b;
+#endif
+}
+
 template <class To, class From>
 __device__ __forceinline__ To kl_bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "same bits");
@@ -116,6 +127,22 @@ __device__ __forceinline__ void kl_widen(const KlVector<T>& from,
       to[2 * w + 1] = __half2float(kl_bits<__half>(uint16_t(word >> 16)));
     }
   }
+}
+
+// Entry by entry the larger; NaN is passed over.
+template <class T>
+__device__ __forceinline__ KlVector<T> kl_highest(const KlVector<T>& a, const KlVector<T>& b) {
+  KlVector<T> to;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (std::is_same<T, float>::value) {
+      to.word(w) = kl_bits<uint32_t>(fmaxf(kl_bits<float>(a.word(w)), kl_bits<float>(b.word(w))));
+    } else {
+      using Two = std::conditional_t<std::is_same<T, __half>::value, __half2, __nv_bfloat162>;
+      to.word(w) = kl_bits<uint32_t>(__hmax2(kl_bits<Two>(a.word(w)), kl_bits<Two>(b.word(w))));
+    }
+  }
+  return to;
 }
 
 template <class T>
@@ -185,6 +212,10 @@ struct KlGlobal {  // the rows themselves
 
   __device__ __forceinline__ KlGlobal(const T* policy, const T* ref)
       : x(policy), y(ref), aligned(kl_aligned(policy) && kl_aligned(ref)) {}
+  // whether x_wide and y_wide may be asked for
+  __device__ __forceinline__ bool wide() const { return aligned; }
+  __device__ __forceinline__ KlVector<T> x_wide(int64_t i) const { return kl_load(x + i, true); }
+  __device__ __forceinline__ KlVector<T> y_wide(int64_t i) const { return kl_load(y + i, true); }
   __device__ __forceinline__ KlVector<T> x_at(int64_t i) const { return kl_load(x + i, aligned); }
   __device__ __forceinline__ KlVector<T> y_at(int64_t i) const { return kl_load(y + i, aligned); }
   __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i]); }
@@ -197,6 +228,9 @@ struct KlStaged {  // entries [first, ...) of the rows in this block's shared me
   const T *x, *y;
   int64_t first;
 
+  __device__ __forceinline__ bool wide() const { return true; }
+  __device__ __forceinline__ KlVector<T> x_wide(int64_t i) const { return x_at(i); }
+  __device__ __forceinline__ KlVector<T> y_wide(int64_t i) const { return y_at(i); }
   __device__ __forceinline__ KlVector<T> x_at(int64_t i) const {
     return {*reinterpret_cast<const uint4*>(x + (i - first))};
   }
@@ -209,6 +243,34 @@ struct KlStaged {  // entries [first, ...) of the rows in this block's shared me
 
 // --- frames
 
+// e^-up, relative error 2^-22, 0 below 2^-126
+__device__ __forceinline__ double kl_fall(double up) {
+  const double t = -up * 1.4426950408889634, whole = rint(t);
+  return double(kl_exp2(float(t - whole)) * kl_exp2(float(whole)));
+}
+
+// KlMove by single precision's exponentials: an error in sx moves a span's entries of both rows
+// alike, and so does no harm to a divergence.
+__device__ inline KlMove kl_move(double up_x, double up_y) {
+  KlMove to;
+  to.up_x = up_x;
+  to.delta = up_x - up_y;
+  to.sx = kl_fall(up_x);
+  if (fabs(to.delta) <= double(kWideGap)) {
+    const double toward = double(kl_bregman_mid(float(-to.delta)));
+    to.toward = to.sx * toward;
+    to.rise = to.sx * (toward + to.delta);
+    to.sy = to.sx + to.rise;
+    to.away = to.sy * double(kl_bregman_mid(float(to.delta)));
+  } else {
+    to.sy = kl_fall(up_y);
+    to.rise = to.sy - to.sx;
+    to.toward = to.rise - to.sx * to.delta;
+    to.away = to.sy * to.delta - to.rise;
+  }
+  return to;
+}
+
 // How raw logits become ax and d: fast, for rows that share one scale and lie in like frames, as
 // ax log2 e = (x - mx) s2 and d = (x - y) row_scale - cs; careful() for all.
 struct KlDeviceFrame : KlFrame<DeviceMath> {
@@ -217,7 +279,7 @@ struct KlDeviceFrame : KlFrame<DeviceMath> {
 
   __device__ __forceinline__ KlDeviceFrame(const KlParams& params, const KlRow& row)
       : KlFrame(params, row) {
-    fast = params.plain && alike(row) && row.shift == 0;
+    fast = params.plain && alike(row);
     s2 = params.row_scale * kLog2e;
     cs = (row.mx - row.my) * params.row_scale;
   }
