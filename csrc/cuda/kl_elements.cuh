@@ -129,20 +129,15 @@ __device__ __forceinline__ void kl_widen(const KlVector<T>& from,
   }
 }
 
-// Entry by entry the larger; NaN is passed over.
+// Of the entries in a word of T, each the larger; NaN is passed over.
 template <class T>
-__device__ __forceinline__ KlVector<T> kl_highest(const KlVector<T>& a, const KlVector<T>& b) {
-  KlVector<T> to;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    if constexpr (std::is_same<T, float>::value) {
-      to.word(w) = kl_bits<uint32_t>(fmaxf(kl_bits<float>(a.word(w)), kl_bits<float>(b.word(w))));
-    } else {
-      using Two = std::conditional_t<std::is_same<T, __half>::value, __half2, __nv_bfloat162>;
-      to.word(w) = kl_bits<uint32_t>(__hmax2(kl_bits<Two>(a.word(w)), kl_bits<Two>(b.word(w))));
-    }
+__device__ __forceinline__ uint32_t kl_higher(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same<T, float>::value) {
+    return kl_bits<uint32_t>(fmaxf(kl_bits<float>(a), kl_bits<float>(b)));
+  } else {
+    using Two = std::conditional_t<std::is_same<T, __half>::value, __half2, __nv_bfloat162>;
+    return kl_bits<uint32_t>(__hmax2(kl_bits<Two>(a), kl_bits<Two>(b)));
   }
-  return to;
 }
 
 template <class T>
@@ -256,7 +251,7 @@ __device__ inline KlMove kl_move(double up_x, double up_y) {
   to.up_x = up_x;
   to.delta = up_x - up_y;
   to.sx = kl_fall(up_x);
-  if (fabs(to.delta) <= double(kWideGap)) {
+  if (fabs(to.delta) <= double(kMidGap)) {
     const double toward = double(kl_bregman_mid(float(-to.delta)));
     to.toward = to.sx * toward;
     to.rise = to.sx * (toward + to.delta);
@@ -272,20 +267,21 @@ __device__ inline KlMove kl_move(double up_x, double up_y) {
 }
 
 // How raw logits become ax and d: fast, for rows that share one scale and lie in like frames, as
-// ax log2 e = (x - mx) s2 and d = (x - y) row_scale - cs; careful() for all.
+// ax log2 e = (x - mx) s2 and d = (x - y) row_scale + minus_cs; careful() for all.
 struct KlDeviceFrame : KlFrame<DeviceMath> {
-  float s2, cs;
+  float s2, scale, minus_cs;
   bool fast;
 
   __device__ __forceinline__ KlDeviceFrame(const KlParams& params, const KlRow& row)
       : KlFrame(params, row) {
     fast = params.plain && alike(row);
     s2 = params.row_scale * kLog2e;
-    cs = (row.mx - row.my) * params.row_scale;
+    scale = params.row_scale;
+    minus_cs = (row.my - row.mx) * params.row_scale;
   }
 
   __device__ __forceinline__ float gap(float x, float y) const {
-    return fmaf(x - y, k.row_scale, -cs);
+    return fmaf(x - y, scale, minus_cs);
   }
   // not x s2 - mx s2: rounded at 1000, that is 4e-5 off
   __device__ __forceinline__ float ax2(float x) const { return (x - r.mx) * s2; }

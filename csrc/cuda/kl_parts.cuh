@@ -23,11 +23,11 @@ __host__ __device__ inline int kl_spans(int64_t v) {
 FASTTAX_HD constexpr int kl_parts_count(KlOp op) {
   const int want = kl_op_wants(op),
             ways = ((want & kWantPolicyRef) != 0) + ((want & kWantRefPolicy) != 0);
-  return (kl_has_ref(op) ? 3 + 2 * ways : 0) + ((want & kWantEntropy) != 0 ? 4 : 0) + 2;
+  return (kl_has_ref(op) ? 2 + 2 * ways : 0) + ((want & kWantEntropy) != 0 ? 4 : 1) + 2;
 }
 
-// Where they lie: s, y, g, then b, a, then c, back, then a SpanEntropy, then the frame (-inf on a
-// side of which there is nothing).
+// Where they lie: y, g, then b, a, then c, back, then s, or a SpanEntropy, which has it, then the
+// frame (-inf on a side of which there is nothing).
 template <KlOp op>
 struct KlParts {
   static constexpr int kWant = kl_op_wants(op);
@@ -35,19 +35,19 @@ struct KlParts {
   static constexpr bool kForwards = (kWant & kWantPolicyRef) != 0;
   static constexpr bool kBackwards = (kWant & kWantRefPolicy) != 0;
   static constexpr bool kEntropy = (kWant & kWantEntropy) != 0;
-  static constexpr int kForth = kPair ? 3 : 0;
+  static constexpr int kForth = kPair ? 2 : 0;
   static constexpr int kBack = kForth + 2 * kForwards;
   static constexpr int kMass = kBack + 2 * kBackwards;
-  static constexpr int kFrame = kMass + 4 * kEntropy;
+  static constexpr int kFrame = kMass + (kEntropy ? 4 : 1);
   static constexpr int kCount = kl_parts_count(op);
   static_assert(kFrame + 2 == kCount, "a span's frame comes last");
-  static constexpr int kSums = kMass + 2 * kEntropy;  // over the lanes
+  static constexpr int kSums = kMass + 1 + kEntropy;  // over the lanes
   static constexpr int kPadded = kSums <= 2 ? 2 : kSums <= 4 ? 4 : kSums <= 8 ? 8 : 16;
 };
 constexpr int kMostParts = 16;
 constexpr int kSecondParts = 3;  // of a second sweep: KlThree
 
-// sum e^ax and sum e^ax ax log2 e of a span; where the highest entry dominates them
+// sum e^ax and sum e^ax ax log2 e of a span, added up alike whatever the reference is; where the highest entry dominates them
 // (kl_around_peak), around that one, the pivot, of which there are `peaks`.
 struct SpanEntropy {
   float mass, moment, pivot, peaks;
@@ -104,7 +104,7 @@ struct KlPart {
   __device__ __forceinline__ static KlPart read(const volatile float* part) {
     KlPart own;
     KlSums& t = own.sums;
-    if (P::kPair) t.s = part[0], t.y = part[1], t.g = part[2];
+    if (P::kPair) t.y = part[0], t.g = part[1], t.s = part[P::kMass];
     if (P::kForwards) t.b = part[P::kForth], t.a = part[P::kForth + 1];
     if (P::kBackwards) t.c = part[P::kBack], t.back = part[P::kBack + 1];
     if (P::kEntropy) {
@@ -114,13 +114,14 @@ struct KlPart {
       const double scale = pivot == 0 ? 1.0 : exp(pivot);
       t.mass = scale * around;
       t.moment = scale * (double(span.moment) * double(kLn2) + pivot * around);
+      t.s = t.mass;
     }
     own.mx = part[P::kFrame], own.my = part[P::kFrame + 1];
     return own;
   }
   __device__ __forceinline__ void write(float* part) const {
     const KlSums& t = sums;
-    if (P::kPair) part[0] = float(t.s), part[1] = float(t.y), part[2] = float(t.g);
+    if (P::kPair) part[0] = float(t.y), part[1] = float(t.g), part[P::kMass] = float(t.s);
     if (P::kForwards) part[P::kForth] = float(t.b), part[P::kForth + 1] = float(t.a);
     if (P::kBackwards) part[P::kBack] = float(t.c), part[P::kBack + 1] = float(t.back);
     if (P::kEntropy) {  // a mass of 1 and little more in two floats

@@ -10,17 +10,18 @@
 //
 // Every lane's terms are accurate by themselves, and no sum is distrusted. By the largest |d| of a
 // vector of 256 entries: up to 1/4 one exp and the series; up to 2 one exp and a polynomial; beyond,
-// and where a d is no number, each entry by the polynomial or by two exps, whose terms do not
-// cancel beyond 2: f(d) is 1.1 there or more. A span is summed twice where the offset of its frame
-// hides all but 1/16 of B: then in the frame moved onto its mean gap.
+// each entry by a polynomial up to 1 and by two exps else, where (e^ay - e^ax) + e^ax d keeps all
+// but a sixth. A span is summed again where 0 * inf made a NaN of its sums, and where the offset of
+// its frame hides all but 1/16 of B: then in the frame moved onto its mean gap.
 
 #include "kl_parts.cuh"
 
 namespace fasttax {
 
-constexpr int kMostSpanSums = 2;  // how often a span's entries are summed at most
+// How often a span's entries are summed at most: again where 0 * inf made a NaN, and again around
+// their mean gap.
+constexpr int kMostSpanSums = 3;
 constexpr float kHidden = 15.0f / 16;  // the part of B that a frame's offset may make up
-constexpr float kLargest = 3.4028234e38f;
 
 // v[i] summed over the warp, in lane i * 32 / K and the ones after it: K + log2(32 / K) shuffles
 // for K sums.
@@ -49,6 +50,43 @@ __device__ __forceinline__ float kl_warp_max(float v) {
 #pragma unroll
   for (int bit = 16; bit > 0; bit /= 2) v = fmaxf(v, __shfl_xor_sync(kWholeWarp, v, bit));
   return v;
+}
+
+template <class T, int n>
+__device__ __forceinline__ KlVector<T> kl_highest(const KlVector<T> (&of)[n]) {
+  KlVector<T> most = of[0];
+#pragma unroll
+  for (int j = 1; j < n; ++j)
+#pragma unroll
+    for (int w = 0; w < 4; ++w) most.word(w) = kl_higher<T>(most.word(w), of[j].word(w));
+  return most;
+}
+
+// Of every lane's entries the highest, of x and of y.
+template <class T>
+__device__ __forceinline__ KlSides<float> kl_warp_max(const KlVector<T>& x, const KlVector<T>& y) {
+  if constexpr (std::is_same<T, float>::value) {
+    float wide_x[4], wide_y[4];
+    kl_widen(x, wide_x);
+    kl_widen(y, wide_y);
+    return {kl_warp_max(fmaxf(fmaxf(wide_x[0], wide_x[1]), fmaxf(wide_x[2], wide_x[3]))),
+            kl_warp_max(fmaxf(fmaxf(wide_y[0], wide_y[1]), fmaxf(wide_y[2], wide_y[3])))};
+  } else {  // both in one word
+    const uint32_t of_x = kl_higher<T>(kl_higher<T>(x.word(0), x.word(1)),
+                                       kl_higher<T>(x.word(2), x.word(3))),
+                   of_y = kl_higher<T>(kl_higher<T>(y.word(0), y.word(1)),
+                                       kl_higher<T>(y.word(2), y.word(3)));
+    uint32_t most = kl_higher<T>((of_x & 0xffffu) | (of_y << 16),
+                                 (of_x >> 16) | (of_y & 0xffff0000u));
+#pragma unroll
+    for (int bit = 16; bit > 0; bit /= 2)
+      most = kl_higher<T>(most, __shfl_xor_sync(kWholeWarp, most, bit));
+    KlVector<T> both{};
+    both.word(0) = most;
+    float wide[KlVector<T>::kEntries];
+    kl_widen(both, wide);
+    return {wide[0], wide[1]};
+  }
 }
 
 // --- a span in registers
@@ -142,12 +180,13 @@ struct KlSpanEntries {
           most.y = fmaxf(most.y, wide_y[i]);
         }
       }
+      most.x = kl_warp_max(most.x);
+      most.y = kl_warp_max(most.y);
+    } else if constexpr (kPair) {
+      most = kl_warp_max(kl_highest(x), kl_highest(y));
     } else {
-      most.x = highest(x);
-      if (kPair) most.y = highest(y);
+      most.x = kl_warp_max(kl_highest(x), kl_highest(x)).x;
     }
-    most.x = kl_warp_max(most.x);
-    if (kPair) most.y = kl_warp_max(most.y);
     // the caps rise with the logits
     if (k.cap > 0 && !(k.inf_mask && most.x == -kl_infinity()))
       most.x = kl_capped<DeviceMath>(most.x, k.scale, k.cap);
@@ -155,17 +194,6 @@ struct KlSpanEntries {
       most.y = kl_capped<DeviceMath>(most.y, k.ref_scale, k.ref_cap);
     if (!kPair) most.y = most.x;
     return most;
-  }
-
-  __device__ __forceinline__ static float highest(const KlVector<T> (&of)[kVectors]) {
-    KlVector<T> most = of[0];
-#pragma unroll
-    for (int j = 1; j < kVectors; ++j) most = kl_highest(most, of[j]);
-    float wide[kEntries];
-    kl_widen(most, wide);
-#pragma unroll
-    for (int i = 1; i < kEntries; ++i) wide[0] = fmaxf(wide[0], wide[i]);
-    return wide[0];
   }
 };
 
@@ -175,45 +203,56 @@ template <KlOp op>
 struct KlLanes {
   using P = KlParts<op>;
   KlNear<DeviceMath, P::kWant> near;
-  KlFar<DeviceMath, P::kWant> far;     // |d| > 2, or infinite
+  KlMixed<DeviceMath, P::kWant> mixed;
   float mass = 0, moment = 0;  // e^ax and e^ax ax log2 e of all
 
   // the same additions whatever the reference is
+  template <bool kGuarded>
   __device__ __forceinline__ void entropy(float ex, float ax2) {
     mass += ex;
-    moment = fmaf(ex, fmaxf(ax2, -200.0f), moment);  // 0 * inf is 0
+    moment = fmaf(ex, kGuarded ? fmaxf(ax2, -200.0f) : ax2, moment);  // 0 * inf is 0
   }
   __device__ __forceinline__ void middle(float ex, float d) {
     const float f = kl_bregman_mid(d);
     near.add(ex, d, f - d, f);
   }
+  // Of any d: by the polynomial, or by terms that beyond 1 cancel to a sixth at most. kGuarded: 0 *
+  // inf is 0.
+  template <bool kGuarded>
   __device__ __forceinline__ void any(float ex, float ey, float d) {
-    const bool mid = fabsf(d) <= kWideGap;  // not NaN, which is of two -inf
-    middle(mid ? ex : 0.0f, mid ? d : 0.0f);
-    const float far_x = mid ? 0.0f : ex, far_y = mid ? 0.0f : ey;
-    far.x += far_x;
-    far.y += far_y;
-    // 0 * inf is 0; a NaN comes by far.x or far.y
-    if (P::kForwards) far.a = fmaf(far_x, fmaxf(d, -kLargest), far.a);
-    if (P::kBackwards) far.c = fmaf(far_y, fmaxf(-d, -kLargest), far.c);
+    const bool close = fabsf(d) <= kUnitGap;
+    const float f = kl_bregman_unit(d);
+    const float pull = kGuarded ? times(ex, d) : ex * d, bregman = ex * f;
+    const float change = close ? bregman - pull : ey - ex;
+    mixed.x += ex;
+    mixed.y += ey;
+    mixed.g += change;
+    if (P::kForwards) {
+      mixed.a += pull;
+      mixed.b += close ? bregman : change + pull;
+    }
+    if (P::kBackwards) {
+      const float back = kGuarded ? times(ey, d) : ey * d;
+      mixed.back -= back;
+      mixed.c += close ? ex * fmaf(-f, d + 1, d * d) : -change - back;
+    }
   }
 
   __device__ __forceinline__ void pack(float (&v)[P::kPadded]) const {
     if (P::kPair) {
-      const float change = far.y - far.x;
-      v[0] = near.s + far.x;
-      v[1] = near.s + near.g + far.y;
-      v[2] = near.g + change;
+      v[0] = near.s + near.g + mixed.y;
+      v[1] = near.g + mixed.g;
       if (P::kForwards) {
-        v[P::kForth] = near.b + (far.a + change);
-        v[P::kForth + 1] = near.b - near.g + fmaf(0.0f, far.y, far.a);
+        v[P::kForth] = near.b + mixed.b;
+        v[P::kForth + 1] = near.b - near.g + mixed.a;
       }
       if (P::kBackwards) {
-        v[P::kBack] = near.c + (far.c - change);
-        v[P::kBack + 1] = near.c + near.g + fmaf(0.0f, far.x, far.c);
+        v[P::kBack] = near.c + mixed.c;
+        v[P::kBack + 1] = near.c + near.g + mixed.back;
       }
     }
-    if (P::kEntropy) v[P::kMass] = mass, v[P::kMass + 1] = moment;
+    v[P::kMass] = P::kEntropy ? mass : near.s + mixed.x;
+    if (P::kEntropy) v[P::kMass + 1] = moment;
 #pragma unroll
     for (int i = P::kSums; i < P::kPadded; ++i) v[i] = 0;
   }
@@ -226,8 +265,8 @@ __device__ __forceinline__ void kl_general_entry(const KlDeviceFrame& frame, flo
   frame.careful(x, y, ax, ay, d);
   if (!there) ax = ay = -kl_infinity();  // which under a softcap no -inf makes of it
   const float ex = kl_exp2(ax * kLog2e);
-  if (KlParts<op>::kPair) lanes.any(ex, kl_exp2(ay * kLog2e), d);
-  if (KlParts<op>::kEntropy) lanes.entropy(ex, ax * kLog2e);
+  if (KlParts<op>::kPair) lanes.template any<true>(ex, kl_exp2(ay * kLog2e), d);
+  if (KlParts<op>::kEntropy) lanes.template entropy<true>(ex, ax * kLog2e);
 }
 
 template <KlOp op, class T>
@@ -241,7 +280,7 @@ __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       const float ax2 = frame.ax2(x[j]);
-      lanes.entropy(kl_exp2(ax2), ax2);
+      lanes.template entropy<true>(kl_exp2(ax2), ax2);
     }
   } else {
     kl_widen(y_bits, y);
@@ -257,17 +296,17 @@ __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
       for (int j = 0; j < n; ++j) {
         const float ex = kl_exp2(x[j]);
         add(ex, y[j], d[j]);
-        if (KlParts<op>::kEntropy) lanes.entropy(ex, x[j]);
+        if (KlParts<op>::kEntropy) lanes.template entropy<false>(ex, x[j]);
       }
     };
     if (__ballot_sync(kWholeWarp, !(widest <= kSmallGap)) == 0) {
       each([&](float ex, float, float gap) { lanes.near.add(ex, gap); });
-    } else if (__ballot_sync(kWholeWarp, !(widest <= kWideGap)) == 0) {
+    } else if (__ballot_sync(kWholeWarp, !(widest <= kMidGap)) == 0) {
       each([&](float ex, float, float gap) { lanes.middle(ex, gap); });
     } else {
       // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
       each([&](float ex, float raw_y, float gap) {
-        lanes.any(ex, kl_exp2(frame.ay2(raw_y)), gap);
+        lanes.template any<false>(ex, kl_exp2(frame.ay2(raw_y)), gap);
       });
     }
   }
@@ -335,16 +374,17 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
   if (top.y > -kl_infinity()) r.my = top.y;
   float sum = 0;
   const auto total = [&](int i) { return __shfl_sync(kWholeWarp, sum, i * kStride); };
+  bool guarded = false, centred = false;
 #pragma unroll 1
   for (int sums = 0; sums < kMostSpanSums; ++sums) {
     const KlDeviceFrame frame(k, r);
-    const bool fast = P::kPair ? frame.fast : !(k.cap > 0);
+    const bool fast = !guarded && count == kSpan && (P::kPair ? frame.fast : !(k.cap > 0));
     KlLanes<op> lanes;
     span.forget();
     if (fast) {
 #pragma unroll
       for (int j = 0; j < KlSpanEntries<T>::kVectors; ++j)
-        if (span.has(j)) kl_fast_vector(frame, span.x[j], span.y[j], lanes);
+        kl_fast_vector(frame, span.x[j], span.y[j], lanes);
     } else {
 span.template in_turn<P::kPair>([&](int j, const float(&x)[n], const float(&y)[n]) {
 #pragma unroll
@@ -355,12 +395,18 @@ span.template in_turn<P::kPair>([&](int j, const float(&x)[n], const float(&y)[n
     lanes.pack(v);
     sum = kl_warp_sums<P::kPadded>(v);
     if constexpr (P::kForwards || P::kBackwards) {
-      const float s = total(0), y = total(1), g = total(2);
+      const float y = total(0), g = total(1), s = total(P::kMass);
+      const float b = P::kForwards ? total(P::kForth) : 0, c = P::kBackwards ? total(P::kBack) : 0;
+      if (fast && b + c != b + c) {
+        guarded = true;
+        continue;
+      }
       float gap = 0;
-      if (P::kBackwards && kl_hidden(total(P::kBack), -g, y)) gap = -total(P::kBack + 1) / y;
-      if (P::kForwards && kl_hidden(total(P::kForth), g, s)) gap = total(P::kForth + 1) / s;
-      if (gap == 0 || !(fabsf(gap) < kFrameSlack)) break;
+      if (P::kBackwards && kl_hidden(c, -g, y)) gap = -total(P::kBack + 1) / y;
+      if (P::kForwards && kl_hidden(b, g, s)) gap = total(P::kForth + 1) / s;
+      if (centred || gap == 0 || !(fabsf(gap) < kFrameSlack)) break;
       r.my -= gap / k.ref_row_scale;
+      centred = true;
     } else {
       break;
     }
