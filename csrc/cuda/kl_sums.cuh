@@ -154,13 +154,10 @@ struct KlSpanEntries {
   // Keeps the compiler from carrying what it makes of the entries from one use to the next: twice
   // the registers.
   __device__ __forceinline__ void forget() {
-#if defined(__CUDA_ARCH__)
 #pragma unroll
     for (int j = 0; j < kVectors; ++j)
 #pragma unroll
-      for (int w = 0; w < 4; ++w)
-        asm volatile("" : "+r"(x[j].word(w)), "+r"(y[j].word(w)));
-#endif
+      for (int w = 0; w < 4; ++w) FASTTAX_OPAQUE(x[j].word(w), y[j].word(w));
   }
 
   // Their maxima, NaN passed over; -inf where there is none.
@@ -269,10 +266,11 @@ __device__ __forceinline__ void kl_general_entry(const KlDeviceFrame& frame, flo
   if (KlParts<op>::kEntropy) lanes.template entropy<true>(ex, ax * kLog2e);
 }
 
+// `wide`: whether a vector of the span had a |d| beyond 2, where the next ones are not looked at.
 template <KlOp op, class T>
 __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
                                                const KlVector<T>& x_bits, const KlVector<T>& y_bits,
-                                               KlLanes<op>& lanes) {
+                                               KlLanes<op>& lanes, bool& wide) {
   constexpr int n = KlVector<T>::kEntries;
   float x[n], y[n];
   kl_widen(x_bits, x);
@@ -284,12 +282,11 @@ __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
     }
   } else {
     kl_widen(y_bits, y);
-    float d[n], widest = 0;
+    float d[n];
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       d[j] = frame.gap(x[j], y[j]);
       x[j] = frame.ax2(x[j]);
-      widest = kl_max_or_nan(widest, fabsf(d[j]));
     }
     const auto each = [&](auto add) {
 #pragma unroll
@@ -299,16 +296,20 @@ __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
         if (KlParts<op>::kEntropy) lanes.template entropy<false>(ex, x[j]);
       }
     };
-    if (__ballot_sync(kWholeWarp, !(widest <= kSmallGap)) == 0) {
-      each([&](float ex, float, float gap) { lanes.near.add(ex, gap); });
-    } else if (__ballot_sync(kWholeWarp, !(widest <= kMidGap)) == 0) {
-      each([&](float ex, float, float gap) { lanes.middle(ex, gap); });
-    } else {
-      // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
-      each([&](float ex, float raw_y, float gap) {
-        lanes.template any<false>(ex, kl_exp2(frame.ay2(raw_y)), gap);
-      });
+    if (!wide) {
+      float widest = 0;
+#pragma unroll
+      for (int j = 0; j < n; ++j) widest = kl_max_or_nan(widest, fabsf(d[j]));
+      if (__ballot_sync(kWholeWarp, !(widest <= kSmallGap)) == 0)
+        return each([&](float ex, float, float gap) { lanes.near.add(ex, gap); });
+      if (__ballot_sync(kWholeWarp, !(widest <= kMidGap)) == 0)
+        return each([&](float ex, float, float gap) { lanes.middle(ex, gap); });
+      wide = true;
     }
+    // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
+    each([&](float ex, float raw_y, float gap) {
+      lanes.template any<false>(ex, kl_exp2(frame.ay2(raw_y)), gap);
+    });
   }
 }
 
@@ -353,9 +354,11 @@ __device__ __forceinline__ SpanEntropy kl_around_peak(KlSpanEntries<T>& span,
 
 // Whether B / S is mostly h(tau), tau = g / s: what the frame's offset adds to it.
 __device__ __forceinline__ bool kl_hidden(float b, float g, float s) {
-  if (fabsf(g) <= s / 4) return g * g > kHidden * b * (2 * s + g * (4.0f / 3));  // h within 1 %
+  const float room = kHidden * b;
+  if (!(g * g > 2 * room * fminf(s, s + g))) return false;  // h(tau) <= tau^2 / 2 min(1, 1 + tau)
+  if (fabsf(g) <= s / 4) return g * g > room * (2 * s + g * (4.0f / 3));  // h within 1 %
   const float tau = g / s;
-  return tau - log1pf(tau) > kHidden * b / s;
+  return (tau - log1pf(tau)) * s > room;
 }
 
 // Of `count` entries from `begin`, up to kSpan, to `part`.
@@ -380,11 +383,12 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
     const KlDeviceFrame frame(k, r);
     const bool fast = !guarded && count == kSpan && (P::kPair ? frame.fast : !(k.cap > 0));
     KlLanes<op> lanes;
+    bool wide = false;
     span.forget();
     if (fast) {
 #pragma unroll
       for (int j = 0; j < KlSpanEntries<T>::kVectors; ++j)
-        kl_fast_vector(frame, span.x[j], span.y[j], lanes);
+        kl_fast_vector(frame, span.x[j], span.y[j], lanes, wide);
     } else {
 span.template in_turn<P::kPair>([&](int j, const float(&x)[n], const float(&y)[n]) {
 #pragma unroll

@@ -285,6 +285,65 @@ std::function<void(int64_t, int64_t, std::mt19937&, double&, double&)> normal(do
   };
 }
 
+// Kinds of logits that people have (bench/logits.py): by how much the reference differs, and a token
+// or two 14 and 20 above the rest.
+struct Kind {
+  const char* name;
+  double size, apart;
+  bool confident;
+};
+constexpr Kind kDataKinds[] = {{"equal", 3, 0, false},     {"moved .001", 3, 1e-3, false},
+                               {"moved .01", 3, 0.01, false}, {"moved .1", 3, 0.1, false},
+                               {"moved .3", 3, 0.3, false},   {"confident", 1, 0.1, true},
+                               {"far", 3, 3, false}};
+
+// Of each kind every row is read once, no span is summed twice, and the divergences and the entropy
+// are good to 2e-6.
+template <class T, KlOp op>
+bool check_kinds() {
+  constexpr int64_t n = 4, v = 8 * kSpan;
+  bool ok = true;
+  for (const Kind& kind : kDataKinds)
+    for (const double offset : {0.0, 1000.0}) {
+      if (offset > 0 && sizeof(T) == 2) continue;  // no digits left there
+      std::mt19937 random(7);
+      std::normal_distribution<double> draw;
+      Matrix<T> x(n, v, v, 0), y(n, v, v, 0);
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t i = 0; i < v; ++i) {
+          const bool high = kind.confident && (i == 100 * r || i == 5000 + r);
+          const double a = high ? (i < 5000 ? 20 : 14) : kind.size * draw(random);
+          y.set(r, i, offset + a), x.set(r, i, offset + a + kind.apart * draw(random));
+        }
+      std::vector<int64_t> ids(size_t(n), 3);
+      Run<T, op> run(x, y, {}, nullptr, kl_is_kind(op) ? nullptr : ids.data(), nullptr);
+      simt::Machine& m = simt::machine();
+      m.streamed = m.opaque = 0;
+      run.forward(1);
+      const size_t read = size_t(2 * n * v) * sizeof(T),
+                   once = size_t(n * v) / KlVector<T>::kEntries * 4;
+      if (m.streamed != read || m.opaque != once) {
+        printf("%s, op %d: %zu bytes read of %zu, %zu vectors summed of %zu\n", kind.name, int(op),
+               m.streamed, read, m.opaque / 4, once / 4);
+        ok = false;
+      }
+      const float g[kTokenStats] = {};
+      for (int64_t r = 0; r < n; ++r) {
+        const Textbook<double> truth(op, x.row(r), y.row(r), {}, g, 3);
+        for (int s : {0, int(kEntropy), int(kKlPolicyRef), int(kKlRefPolicy)}) {
+          if (kl_is_kind(op) ? s > 0 : s == 0) continue;
+          const double want = truth.values[s], got = double(run.values[size_t(s * n + r)]);
+          const double error = kind.apart == 0 && s != kEntropy ? got : std::fabs(got / want - 1);
+          if (error <= 2e-6) continue;
+          printf("%s, op %d, value %d: relative error %.3e of %.3e\n", kind.name, int(op), s, error,
+                 want);
+          ok = false;
+        }
+      }
+    }
+  return ok;
+}
+
 }  // namespace
 
 int main(int arguments, char**) {
@@ -395,6 +454,10 @@ int main(int arguments, char**) {
   }
   ok &= check<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>(
       {"long spans", (1 << 19) + 77, normal(2, 0.1), {}, 1});
+  ok &= check_kinds<float, kl_op(KlKind::kPolicyRef)>() &
+        check_kinds<float, kl_op(KlKind::kRefPolicy)>() & check_kinds<float, KlOp::kStats>() &
+        check_kinds<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>() &
+        check_kinds<__nv_bfloat16, KlOp::kStats>();
   printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
   return ok ? 0 : 1;
 }
