@@ -219,22 +219,20 @@ struct KlGlobal {  // the rows themselves
 };
 
 template <class T>
-struct KlStaged {  // entries [first, ...) of the rows in this block's shared memory
+struct KlStaged {  // the rows' slices in this block's shared memory
   using Entry = T;
-  const T *x, *y;
-  int64_t first;
+  const T* x;  // less the first entry's index
+  int apart;   // from the policy's to the reference's, in entries
 
   __device__ __forceinline__ bool wide() const { return true; }
   __device__ __forceinline__ KlVector<T> x_wide(int64_t i) const { return x_at(i); }
   __device__ __forceinline__ KlVector<T> y_wide(int64_t i) const { return y_at(i); }
   __device__ __forceinline__ KlVector<T> x_at(int64_t i) const {
-    return {*reinterpret_cast<const uint4*>(x + (i - first))};
+    return {*reinterpret_cast<const uint4*>(x + i)};
   }
-  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const {
-    return {*reinterpret_cast<const uint4*>(y + (i - first))};
-  }
-  __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i - first]); }
-  __device__ __forceinline__ float y_one(int64_t i) const { return kl_widen(y[i - first]); }
+  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const { return x_at(i + apart); }
+  __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i]); }
+  __device__ __forceinline__ float y_one(int64_t i) const { return kl_widen(x[i + apart]); }
 };
 
 // --- frames

@@ -14,10 +14,19 @@ struct KlState {
   double mass, mean, value, y;
 };
 
+// Who sums what: this block spans [begin, end) of `spans`, into own[span - base].
+struct KlTeam {
+  float* own;
+  int spans, begin, end, base;
+  int rank, size, each;  // cluster: each block has `each` spans
+  int64_t row;
+};
+
 struct KlShared {  // at the start of a block's dynamic shared memory; its spans' parts follow
   KlState state;
   float scratch[kKlWarps][kMostParts];
   uint32_t arrived;
+  KlTeam team;  // of a cluster: here it takes no registers while sums are taken
 };
 
 __host__ __device__ inline size_t kl_header() { return (sizeof(KlShared) + 15) / 16 * 16; }
@@ -48,13 +57,6 @@ __device__ __forceinline__ T* kl_of_rank(T* shared, int rank) {
   return shared;
 #endif
 }
-
-// Who sums what: this block spans [begin, end) of `spans`, into own[span - base].
-struct KlTeam {
-  float* own;
-  int spans, begin, end, base;
-  int rank, size, each;  // cluster: each block has `each` spans
-};
 
 template <bool kCluster>
 __device__ __forceinline__ void kl_team_sync() {
@@ -165,7 +167,7 @@ __device__ bool kl_row_sums(const Source& row, const KlArgs& a, KlTeam& team, ui
   constexpr int kCount = KlParts<op>::kCount;
   const int warp = int(threadIdx.x) / 32;
   for (int i = team.begin + warp; i < team.end; i += kKlWarps)
-    kl_span_sums<op>(row, a.k, a.v, i, team.own + (i - team.base) * kCount, sh.scratch[warp]);
+    kl_span_sums<op, kCluster>(row, a.k, a.v, i, team.own + (i - team.base) * kCount, sh.scratch[warp]);
   if (ticket && !kl_last_to_arrive(ticket, a.splits, sh)) return false;
   kl_team_sync<kCluster>();
   if (warp == 0) kl_join_spans<op, kCluster>(team, a.k, sh.state);

@@ -371,10 +371,12 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
   const int lane = int(threadIdx.x) % 32;
   KlSpanEntries<T> span;
   span.template load<P::kPair>(row, begin, count);
-  KlSides<float> top = span.template maxima<P::kPair>(k);
   KlRow r{};
-  if (top.x > -kl_infinity()) r.mx = top.x;
-  if (top.y > -kl_infinity()) r.my = top.y;
+  {
+    const KlSides<float> top = span.template maxima<P::kPair>(k);
+    if (top.x > -kl_infinity()) r.mx = top.x;
+    if (top.y > -kl_infinity()) r.my = top.y;
+  }
   float sum = 0;
   const auto total = [&](int i) { return __shfl_sync(kWholeWarp, sum, i * kStride); };
   bool guarded = false, centred = false;
@@ -416,9 +418,10 @@ span.template in_turn<P::kPair>([&](int j, const float(&x)[n], const float(&y)[n
     }
   }
   if (lane % kStride == 0 && lane / kStride < P::kSums) part[lane / kStride] = sum;
+  const bool no_x = total(P::kMass) == 0, no_y = P::kPair ? total(0) == 0 : no_x;
   if (lane == 0) {
-    part[P::kFrame] = top.x;
-    part[P::kFrame + 1] = top.y > -kl_infinity() ? r.my : top.y;
+    part[P::kFrame] = no_x ? -kl_infinity() : r.mx;
+    part[P::kFrame + 1] = no_y ? -kl_infinity() : r.my;
   }
   if constexpr (P::kEntropy) {
     SpanEntropy own{total(P::kMass), total(P::kMass + 1), 0, 0};
@@ -431,11 +434,12 @@ span.template in_turn<P::kPair>([&](int j, const float(&x)[n], const float(&y)[n
   }
 }
 
-// Of span `index` of a row of v. `scratch`: kMostParts floats of this warp.
-template <KlOp op, class Source>
+// Of span `index` of a row of v. kOnChip: a span is one unit. `scratch`: kMostParts floats of this
+// warp.
+template <KlOp op, bool kOnChip, class Source>
 __device__ __forceinline__ void kl_span_sums(const Source& row, const KlParams& k, int64_t v,
                                              int index, float* part, float* scratch) {
-  const int units = int(kl_span(v) / kSpan);
+  const int units = kOnChip ? 1 : int(kl_span(v) / kSpan);
 #pragma unroll 1
   for (int i = 0; i < units; ++i) {
     const int64_t begin = (int64_t(index) * units + i) * kSpan;

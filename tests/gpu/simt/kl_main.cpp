@@ -243,6 +243,7 @@ bool check(const Case& c) {
   }
   if constexpr (!R::kStatsOp && !std::is_same<T, __half>::value) {
     for (int cluster : {0, 1, 2, 8}) {
+      if (cluster > 0 && kl_span(c.v) > kSpan) continue;  // as kl_residence has it
       if (cluster > 1 && (cluster - 1) * ((kl_spans(c.v) + cluster - 1) / cluster) >= kl_spans(c.v))
         continue;
       R other(x, y, c.options, run.a.mask, run.a.ids, upstream.data(), c.shift ? 1 : 0);
