@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     team.end = int(int64_t(rounds) * (share + 1) / a.splits) * kKlWarps;
     team.end = team.end < team.spans ? team.end : team.spans;
   }
-  if (!kl_row_sums<op, false>(rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh))
-    return;
+  if (!kl_row_sums<op, false>(rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh)) return;
   if (threadIdx.x == 0) kl_finish<op>(rows, a, row, sh.state);
 }
 

@@ -47,8 +47,9 @@ struct KlParts {
 constexpr int kMostParts = 16;
 constexpr int kSecondParts = 3;  // of a second sweep: KlThree
 
-// sum e^ax and sum e^ax ax log2 e of a span, added up alike whatever the reference is; where the highest entry dominates them
-// (kl_around_peak), around that one, the pivot, of which there are `peaks`.
+// sum e^ax and sum e^ax ax log2 e of a span, added up alike whatever the reference is; where the
+// highest entry dominates them (kl_around_peak), around that one, the pivot, of which there are
+// `peaks`.
 struct SpanEntropy {
   float mass, moment, pivot, peaks;
 
@@ -136,7 +137,8 @@ struct KlPart {
     const bool no_x = mx == -kl_infinity(), no_y = my == -kl_infinity();
     if (!(no_x && no_y)) {  // sums of 0, or NaN
       double up_x = (double(frame.x) - double(mx)) * double(k.row_scale);
-      double up_y = (double(frame.y) - double(my)) * double(P::kPair ? k.ref_row_scale : k.row_scale);
+      double up_y =
+          (double(frame.y) - double(my)) * double(P::kPair ? k.ref_row_scale : k.row_scale);
       if (no_x) up_x = up_y;  // a side of which there is nothing was in no frame
       if (no_y) up_y = up_x;
       sums.move(kl_move(up_x, up_y));

@@ -167,7 +167,8 @@ __device__ bool kl_row_sums(const Source& row, const KlArgs& a, KlTeam& team, ui
   constexpr int kCount = KlParts<op>::kCount;
   const int warp = int(threadIdx.x) / 32;
   for (int i = team.begin + warp; i < team.end; i += kKlWarps)
-    kl_span_sums<op, kCluster>(row, a.k, a.v, i, team.own + (i - team.base) * kCount, sh.scratch[warp]);
+    kl_span_sums<op, kCluster>(row, a.k, a.v, i, team.own + (i - team.base) * kCount,
+                               sh.scratch[warp]);
   if (ticket && !kl_last_to_arrive(ticket, a.splits, sh)) return false;
   kl_team_sync<kCluster>();
   if (warp == 0) kl_join_spans<op, kCluster>(team, a.k, sh.state);

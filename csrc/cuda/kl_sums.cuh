@@ -9,10 +9,10 @@
 // frame; at the row's end all are moved into one frame in closed form (KlMove).
 //
 // Every lane's terms are accurate by themselves, and no sum is distrusted. By the largest |d| of a
-// vector of 256 entries: up to 1/4 one exp and the series; up to 2 one exp and a polynomial; beyond,
-// each entry by a polynomial up to 1 and by two exps else, where (e^ay - e^ax) + e^ax d keeps all
-// but a sixth. A span is summed again where 0 * inf made a NaN of its sums, and where the offset of
-// its frame hides all but 1/16 of B: then in the frame moved onto its mean gap.
+// vector of 256 entries: up to 1/4 one exp and the series; up to 2 one exp and a polynomial;
+// beyond, each entry by a polynomial up to 1 and by two exps else, where (e^ay - e^ax) + e^ax d
+// keeps all but a sixth. A span is summed again where 0 * inf made a NaN of its sums, and where the
+// offset of its frame hides all but 1/16 of B: then in the frame moved onto its mean gap.
 
 #include "kl_parts.cuh"
 
@@ -76,8 +76,8 @@ __device__ __forceinline__ KlSides<float> kl_warp_max(const KlVector<T>& x, cons
                                        kl_higher<T>(x.word(2), x.word(3))),
                    of_y = kl_higher<T>(kl_higher<T>(y.word(0), y.word(1)),
                                        kl_higher<T>(y.word(2), y.word(3)));
-    uint32_t most = kl_higher<T>((of_x & 0xffffu) | (of_y << 16),
-                                 (of_x >> 16) | (of_y & 0xffff0000u));
+    uint32_t most =
+        kl_higher<T>((of_x & 0xffffu) | (of_y << 16), (of_x >> 16) | (of_y & 0xffff0000u));
 #pragma unroll
     for (int bit = 16; bit > 0; bit /= 2)
       most = kl_higher<T>(most, __shfl_xor_sync(kWholeWarp, most, bit));
@@ -320,7 +320,7 @@ __device__ __forceinline__ SpanEntropy kl_around_peak(KlSpanEntries<T>& span,
                                                       const KlDeviceFrame& frame, bool fast) {
   constexpr int n = KlVector<T>::kEntries;
   const auto each = [&](auto f) {
-    span.template in_turn<KlParts<op>::kPair>([&](int j, float(&x)[n], float(&y)[n]) {
+    span.template in_turn<KlParts<op>::kPair>([&](int j, float (&x)[n], float (&y)[n]) {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         float ax, ay, d;
@@ -392,7 +392,7 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
       for (int j = 0; j < KlSpanEntries<T>::kVectors; ++j)
         kl_fast_vector(frame, span.x[j], span.y[j], lanes, wide);
     } else {
-span.template in_turn<P::kPair>([&](int j, const float(&x)[n], const float(&y)[n]) {
+      span.template in_turn<P::kPair>([&](int j, const float (&x)[n], const float (&y)[n]) {
 #pragma unroll
         for (int i = 0; i < n; ++i) kl_general_entry(frame, x[i], y[i], span.has(j, i), lanes);
       });

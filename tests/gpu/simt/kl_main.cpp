@@ -286,14 +286,14 @@ std::function<void(int64_t, int64_t, std::mt19937&, double&, double&)> normal(do
   };
 }
 
-// Kinds of logits that people have (bench/logits.py): by how much the reference differs, and a token
-// or two 14 and 20 above the rest.
+// Kinds of logits that people have (bench/logits.py): by how much the reference differs, and a
+// token or two 14 and 20 above the rest.
 struct Kind {
   const char* name;
   double size, apart;
   bool confident;
 };
-constexpr Kind kDataKinds[] = {{"equal", 3, 0, false},     {"moved .001", 3, 1e-3, false},
+constexpr Kind kDataKinds[] = {{"equal", 3, 0, false},        {"moved .001", 3, 1e-3, false},
                                {"moved .01", 3, 0.01, false}, {"moved .1", 3, 0.1, false},
                                {"moved .3", 3, 0.3, false},   {"confident", 1, 0.1, true},
                                {"far", 3, 3, false}};
