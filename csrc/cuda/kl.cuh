@@ -5,8 +5,8 @@
 // gradient with the row pair on chip (2 reads, 1 write) where shared memory holds it, and in two
 // sweeps, the second backwards into what the first left in L2, where not. In flight: 128 bytes a
 // thread (float32: 256) while sums are taken, 64 in gradients; with 2 and 4 blocks of 256 on an SM
-// that is 64 KB and more, where an H100 needs about 25. Deterministic and batch invariant: see kl_sums.cuh. No host sync,
-// and no atomics but a ticket a split row.
+// that is 64 KB and more, where an H100 needs about 25. Deterministic and batch invariant: see
+// kl_sums.cuh. No host sync, and no atomics but a ticket a split row.
 
 #include "../math/double_math.h"
 #include "kl_row.cuh"

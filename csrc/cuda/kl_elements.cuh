@@ -270,10 +270,12 @@ __device__ inline KlMove kl_move(double up_x, double up_y) {
 struct KlDeviceFrame : KlFrame<DeviceMath> {
   float s2, scale, minus_cs;
   bool fast;
+  bool bare;  // ax2() of raw logits is the policy's, whatever the reference is
 
   __device__ __forceinline__ KlDeviceFrame(const KlParams& params, const KlRow& row)
       : KlFrame(params, row) {
     fast = params.plain && alike(row);
+    bare = !(params.cap > 0) && !params.inf_mask;
     s2 = params.row_scale * kLog2e;
     scale = params.row_scale;
     minus_cs = (row.my - row.mx) * params.row_scale;

@@ -258,12 +258,13 @@ struct KlLanes {
 template <KlOp op>
 __device__ __forceinline__ void kl_general_entry(const KlDeviceFrame& frame, float x, float y,
                                                  bool there, KlLanes<op>& lanes) {
-  float ax, ay, d;
+  float ax, ay, d, ax2 = frame.ax2(x);
   frame.careful(x, y, ax, ay, d);
-  if (!there) ax = ay = -kl_infinity();  // which under a softcap no -inf makes of it
-  const float ex = kl_exp2(ax * kLog2e);
+  if (!frame.bare) ax2 = ax * kLog2e;
+  if (!there) ax2 = ay = -kl_infinity();  // which under a softcap no -inf makes of it
+  const float ex = kl_exp2(ax2);
   if (KlParts<op>::kPair) lanes.template any<true>(ex, kl_exp2(ay * kLog2e), d);
-  if (KlParts<op>::kEntropy) lanes.template entropy<true>(ex, ax * kLog2e);
+  if (KlParts<op>::kEntropy) lanes.template entropy<true>(ex, ax2);
 }
 
 // `wide`: whether a vector of the span had a |d| beyond 2, where the next ones are not looked at.
@@ -317,14 +318,14 @@ __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
 // holds nearly all of the mass its 1 in every sum would cost the digits that the entropy lives on.
 template <KlOp op, class T>
 __device__ __forceinline__ SpanEntropy kl_around_peak(KlSpanEntries<T>& span,
-                                                      const KlDeviceFrame& frame, bool fast) {
+                                                      const KlDeviceFrame& frame) {
   constexpr int n = KlVector<T>::kEntries;
   const auto each = [&](auto f) {
     span.template in_turn<KlParts<op>::kPair>([&](int j, float (&x)[n], float (&y)[n]) {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         float ax, ay, d;
-        if (fast) {
+        if (frame.bare) {
           f(frame.ax2(x[i]));
         } else {
           frame.careful(x[i], y[i], ax, ay, d);
@@ -383,7 +384,7 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
 #pragma unroll 1
   for (int sums = 0; sums < kMostSpanSums; ++sums) {
     const KlDeviceFrame frame(k, r);
-    const bool fast = !guarded && count == kSpan && (P::kPair ? frame.fast : !(k.cap > 0));
+    const bool fast = !guarded && count == kSpan && (P::kPair ? frame.fast : frame.bare);
     KlLanes<op> lanes;
     bool wide = false;
     span.forget();
@@ -427,7 +428,7 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
     SpanEntropy own{total(P::kMass), total(P::kMass + 1), 0, 0};
     if (own.moment * kLn2 > float(kDominated) * own.mass) {
       const KlDeviceFrame frame(k, r);
-      own = kl_around_peak<op>(span, frame, P::kPair ? frame.fast : !(k.cap > 0));
+      own = kl_around_peak<op>(span, frame);
     }
     __syncwarp();  // the lanes that wrote these floats are not the one that does so now
     if (lane == 0) own.write(part + P::kMass);

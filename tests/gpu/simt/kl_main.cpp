@@ -345,6 +345,31 @@ bool check_kinds() {
   return ok;
 }
 
+// Entropy and lse have the same bits whatever the reference is, and where there is none.
+template <class T>
+bool check_entropy() {
+  constexpr int64_t n = 2, v = 3000;
+  std::mt19937 random(7);
+  std::normal_distribution<double> draw;
+  Matrix<T> x(n, v, v, 0), y(n, v, v, 0);
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t i = 0; i < v; ++i) x.set(r, i, 2 * draw(random) + (i == 1500 ? 20 : 0));
+  Run<T, KlOp::kAlone> alone(x, x, {}, nullptr, nullptr, nullptr);
+  alone.forward(1);
+  bool ok = true;
+  for (const double apart : {0.01, 5.0, 300.0, double(-INFINITY)}) {
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t i = 0; i < v; ++i)
+        y.set(r, i, x.get(r, i) + (apart == -INFINITY && i % 7 ? 0 : apart));
+    Run<T, KlOp::kStats> pair(x, y, {}, nullptr, nullptr, nullptr);
+    pair.forward(1);
+    for (const int s : {int(kEntropy), int(kLse)})
+      ok &= same_bits(alone.values.data() + s * n, pair.values.data() + s * n, n);
+  }
+  if (!ok) printf("entropy: other bits beside a reference\n");
+  return ok;
+}
+
 }  // namespace
 
 int main(int arguments, char**) {
@@ -464,7 +489,8 @@ int main(int arguments, char**) {
   ok &= check_kinds<float, kl_op(KlKind::kPolicyRef)>() &
         check_kinds<float, kl_op(KlKind::kRefPolicy)>() & check_kinds<float, KlOp::kStats>() &
         check_kinds<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>() &
-        check_kinds<__nv_bfloat16, KlOp::kStats>();
+        check_kinds<__nv_bfloat16, KlOp::kStats>() & check_entropy<float>() &
+        check_entropy<__nv_bfloat16>();
   printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
   return ok ? 0 : 1;
 }
