@@ -50,7 +50,7 @@ FAULTS = {
         ROW,
         TEAM + TOTAL,
         "  __syncthreads();\n" + TOTAL,
-        "barrier after some threads have exited",
+        "other bits from a cluster",
     ),
     "spans in frames of their own": Fault((), ROW, "    span.move_to(k, frame);\n", "", "FAILED"),
     "frames apart from the mean gap": Fault(
