@@ -2,8 +2,8 @@
 machine code.
 
 tests/gpu/simt/kl_main.cpp holds every kernel, dtype and op against a float64 textbook and the same
-bits from one block a row, several, and clusters, counts what is read and summed; seven faults injected into copies show that each of
-these checks can fail.
+bits from one block a row, several, and clusters, and counts what is read and summed; seven faults
+injected into copies show that each of these checks can fail.
 """
 
 from __future__ import annotations
