@@ -110,7 +110,7 @@ __device__ inline void kl_finish_masked(const KlArgs& a, int64_t row) {
 
 __device__ __forceinline__ KlTeam kl_whole_team(const KlArgs& a, float* own, int64_t row) {
   const int spans = kl_spans(a.v);
-  return {own, spans, 0, spans, 0, 0, 1, spans, row};
+  return {own, spans, 0, spans, 0, 0, 1, spans, int(row)};
 }
 
 // Grid: n rows times `splits` blocks, a row's blocks beside each other.
@@ -135,8 +135,13 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     team.end = int(int64_t(rounds) * (share + 1) / a.splits) * kKlWarps;
     team.end = team.end < team.spans ? team.end : team.spans;
   }
-  if (!kl_row_sums<op, false>(rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh)) return;
-  if (threadIdx.x == 0) kl_finish<op>(rows, a, row, sh.state);
+  // on sm_80 float32's entries leave no registers for it
+  constexpr bool kShared = sizeof(T) == 4 && !FASTTAX_CLUSTERS;
+  if (kShared && threadIdx.x == 0) sh.team = team;
+  if (kShared) __syncthreads();
+  const KlTeam& own = kShared ? sh.team : team;
+  if (!kl_row_sums<op, false>(rows, a, own, sh)) return;
+  if (threadIdx.x == 0) kl_finish<op>(rows, a, own.row, sh.state);
 }
 
 // --- the second sweep of kinds that need p, q and u
@@ -299,7 +304,7 @@ __global__ void __launch_bounds__(kKlThreads, 3)
 template <KlOp op, bool kCluster, class Source>
 __device__ void kl_both_row(const Source& rows, const KlArgs& a, KlTeam& team, KlShared& sh) {
   using T = typename Source::Entry;
-  kl_row_sums<op, kCluster>(rows, a, team, nullptr, sh);
+  kl_row_sums<op, kCluster>(rows, a, team, sh);
   if constexpr (kl_op_two_sweeps(op))
     kl_row_second<kl_kind(op), kCluster>(rows, a, team, nullptr, sh);
   __syncthreads();

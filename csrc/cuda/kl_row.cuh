@@ -19,7 +19,7 @@ struct KlTeam {
   float* own;
   int spans, begin, end, base;
   int rank, size, each;  // cluster: each block has `each` spans
-  int64_t row;
+  int row;
 };
 
 struct KlShared {  // at the start of a block's dynamic shared memory; its spans' parts follow
@@ -162,14 +162,14 @@ __device__ void kl_join_spans(const KlTeam& team, const KlParams& k, KlState& st
 // Sums the row and brings sh.state to its end; false in the blocks of a split row that are done
 // with their share.
 template <KlOp op, bool kCluster, class Source>
-__device__ bool kl_row_sums(const Source& row, const KlArgs& a, KlTeam& team, uint32_t* ticket,
-                            KlShared& sh) {
+__device__ bool kl_row_sums(const Source& row, const KlArgs& a, const KlTeam& team, KlShared& sh) {
   constexpr int kCount = KlParts<op>::kCount;
   const int warp = int(threadIdx.x) / 32;
   for (int i = team.begin + warp; i < team.end; i += kKlWarps)
     kl_span_sums<op, kCluster>(row, a.k, a.v, i, team.own + (i - team.base) * kCount,
                                sh.scratch[warp]);
-  if (ticket && !kl_last_to_arrive(ticket, a.splits, sh)) return false;
+  if (!kCluster && a.splits > 1 && !kl_last_to_arrive(a.tickets + team.row, a.splits, sh))
+    return false;
   kl_team_sync<kCluster>();
   if (warp == 0) kl_join_spans<op, kCluster>(team, a.k, sh.state);
   // none writes parts anew before all have read them
