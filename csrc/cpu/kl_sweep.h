@@ -15,8 +15,6 @@
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
-constexpr float kMidGap = 2.0f;  // |d| up to which exp_rest is used
-
 struct ChunkSums : KlSums {
   float top = -kInf;  // highest entry above the frames
 };

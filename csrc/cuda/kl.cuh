@@ -4,9 +4,9 @@
 // sweeps: twice); gradient reads them and writes one or two; kl_both does forward and the policy's
 // gradient with the row pair on chip (2 reads, 1 write) where shared memory holds it, and in two
 // sweeps, the second backwards into what the first left in L2, where not. In flight: 128 bytes a
-// thread while sums are taken, 64 in gradients; with 2 and 4 blocks of 256 on an SM that is 64 KB,
-// where an H100 needs about 25. Deterministic and batch invariant: see kl_sums.cuh. No host sync,
-// and no atomics but a ticket a split row.
+// thread (float32: 256) while sums are taken, 64 in gradients; with 2 and 4 blocks of 256 on an SM
+// that is 64 KB and more, where an H100 needs about 25. Deterministic and batch invariant: see
+// kl_sums.cuh. No host sync, and no atomics but a ticket a split row.
 
 #include "../math/double_math.h"
 #include "kl_row.cuh"
@@ -43,6 +43,7 @@ inline KlResidence kl_residence(KlOp op, int64_t v, int item, int largest_cluste
                                 size_t block_limit, size_t sm_limit) {
   const int spans = kl_spans(v);
   KlResidence found;
+  if (kl_span(v) > kSpan) return found;  // longer than any cluster's memory
   for (int cluster = 1; cluster <= largest_cluster; cluster *= 2) {
     const int each = (spans + cluster - 1) / cluster;
     const size_t bytes =
@@ -107,9 +108,9 @@ __device__ inline void kl_finish_masked(const KlArgs& a, int64_t row) {
   else reinterpret_cast<KlRow*>(a.saved)[row] = KlRow{};
 }
 
-__device__ __forceinline__ KlTeam kl_whole_team(const KlArgs& a, float* own) {
+__device__ __forceinline__ KlTeam kl_whole_team(const KlArgs& a, float* own, int64_t row) {
   const int spans = kl_spans(a.v);
-  return {own, spans, 0, spans, 0, 0, 1, spans};
+  return {own, spans, 0, spans, 0, 0, 1, spans, int(row)};
 }
 
 // Grid: n rows times `splits` blocks, a row's blocks beside each other.
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   }
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
                          reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)));
-  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
+  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.splits > 1) {  // whole rounds of the block's warps, as even as they go
     const int rounds = (team.spans + kKlWarps - 1) / kKlWarps;
     team.own = a.parts + row * team.spans * KlParts<op>::kCount;
@@ -134,9 +135,13 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     team.end = int(int64_t(rounds) * (share + 1) / a.splits) * kKlWarps;
     team.end = team.end < team.spans ? team.end : team.spans;
   }
-  if (!kl_row_sums<op, false>(rows, rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh))
-    return;
-  if (threadIdx.x == 0) kl_finish<op>(rows, a, row, sh.state);
+  // on sm_80 float32's entries leave no registers for it
+  constexpr bool kShared = sizeof(T) == 4 && !FASTTAX_CLUSTERS;
+  if (kShared && threadIdx.x == 0) sh.team = team;
+  if (kShared) __syncthreads();
+  const KlTeam& own = kShared ? sh.team : team;
+  if (!kl_row_sums<op, false>(rows, a, own, sh)) return;
+  if (threadIdx.x == 0) kl_finish<op>(rows, a, own.row, sh.state);
 }
 
 // --- the second sweep of kinds that need p, q and u
@@ -237,7 +242,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   __syncthreads();
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
                          reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
-  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
+  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.splits > 1) {
     team.own = a.parts + row * team.spans * kSecondParts;
     team.begin = int(int64_t(team.spans) * share / a.splits);
@@ -296,16 +301,18 @@ __global__ void __launch_bounds__(kKlThreads, 3)
 
 // --- forward and the policy's gradient
 
-template <KlOp op, bool kCluster, class T, class Source>
-__device__ void kl_both_row(const KlGlobal<T>& prime, const Source& rows, const KlArgs& a,
-                            int64_t row, KlTeam& team, KlShared& sh, T* dx) {
-  kl_row_sums<op, kCluster>(prime, rows, a, team, nullptr, sh);
+template <KlOp op, bool kCluster, class Source>
+__device__ void kl_both_row(const Source& rows, const KlArgs& a, KlTeam& team, KlShared& sh) {
+  using T = typename Source::Entry;
+  kl_row_sums<op, kCluster>(rows, a, team, sh);
   if constexpr (kl_op_two_sweeps(op))
     kl_row_second<kl_kind(op), kCluster>(rows, a, team, nullptr, sh);
   __syncthreads();
+  const int64_t row = team.row;
   if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(rows, a, row, sh.state);
   const int64_t span = kl_span(a.v);
   const KlSlope<op, false> slope(a.k, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
+  T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
   // backwards: what was read last is nearest
   for (int i = team.end - 1 - int(threadIdx.x / 32); i >= team.begin; i -= kKlWarps)
     kl_span_gradient(rows, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
@@ -318,9 +325,9 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     kl_two_sweeps_kernel(const __grid_constant__ KlArgs a) {
   FASTTAX_DYNAMIC_SHARED(memory);
   const int64_t row = blockIdx.x;
-  T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
-  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
+  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.mask && !a.mask[row]) {
+    T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
     if (threadIdx.x == 0) kl_finish_masked<op>(a, row);
     const int64_t span = kl_span(a.v);
     for (int i = int(threadIdx.x / 32); i < team.spans; i += kKlWarps)
@@ -330,7 +337,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   }
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
                          reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
-  kl_both_row<op, false>(rows, rows, a, row, team, *reinterpret_cast<KlShared*>(memory), dx);
+  kl_both_row<op, false>(rows, a, team, *reinterpret_cast<KlShared*>(memory));
 }
 
 // A row pair held in the shared memory of a.cluster blocks, a slice of whole spans each: logits are
@@ -342,15 +349,15 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   constexpr int n = KlVector<T>::kEntries;
   KlShared& sh = *reinterpret_cast<KlShared*>(memory);
   const int64_t row = blockIdx.x / unsigned(a.cluster), span = kl_span(a.v);
-  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()));
+  KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   team.size = a.cluster;
   team.rank = int(blockIdx.x % unsigned(a.cluster));
   team.each = (team.spans + team.size - 1) / team.size;
   team.base = team.begin = team.rank * team.each;
   team.end = team.begin + team.each < team.spans ? team.begin + team.each : team.spans;
   const int64_t first = team.begin * span, last = team.end * span < a.v ? team.end * span : a.v;
-  T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
   if (a.mask && !a.mask[row]) {
+    T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
     if (threadIdx.x == 0 && team.rank == 0) kl_finish_masked<op>(a, row);
     for (int i = team.begin + int(threadIdx.x / 32); i < team.end; i += kKlWarps)
       kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
@@ -370,8 +377,10 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   }
   for (int64_t i = vectors * n + threadIdx.x; i < last - first; i += kKlThreads)
     x[i] = rows.x[first + i], y[i] = rows.y[first + i];
-  const KlStaged<T> staged{x, y, first};
-  kl_both_row<op, true>(rows, staged, a, row, team, sh, dx);
+  if (threadIdx.x == 0) sh.team = team;
+  __syncthreads();
+  const KlStaged<T> staged{x - first, int(y - x)};
+  kl_both_row<op, true>(staged, a, sh.team, sh);
   kl_cluster_sync();  // no block may leave while another reads its parts
 }
 

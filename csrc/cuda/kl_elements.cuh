@@ -16,6 +16,7 @@
 
 #if !defined(FASTTAX_DYNAMIC_SHARED)  // the SIMT machine of the tests has its own
 #define FASTTAX_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+#define FASTTAX_OPAQUE(a, b) asm volatile("" : "+r"(a), "+r"(b))  // new values to the compiler
 #endif
 
 namespace fasttax {
@@ -52,6 +53,17 @@ FASTTAX_HD float kl_exp2(float v) {  // relative error 2^-22; 0 below 2^-126
   return e;
 #else
   return exp2f(v);
+#endif
+}
+
+// the larger, NaN where one of them is
+__device__ __forceinline__ float kl_max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return b <= a || a != a ? a : b;
 #endif
 }
 
@@ -115,6 +127,17 @@ __device__ __forceinline__ void kl_widen(const KlVector<T>& from,
       to[2 * w] = __half2float(kl_bits<__half>(uint16_t(word & 0xffff)));
       to[2 * w + 1] = __half2float(kl_bits<__half>(uint16_t(word >> 16)));
     }
+  }
+}
+
+// Of the entries in a word of T, each the larger; NaN is passed over.
+template <class T>
+__device__ __forceinline__ uint32_t kl_higher(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same<T, float>::value) {
+    return kl_bits<uint32_t>(fmaxf(kl_bits<float>(a), kl_bits<float>(b)));
+  } else {
+    using Two = std::conditional_t<std::is_same<T, __half>::value, __half2, __nv_bfloat162>;
+    return kl_bits<uint32_t>(__hmax2(kl_bits<Two>(a), kl_bits<Two>(b)));
   }
 }
 
@@ -185,6 +208,10 @@ struct KlGlobal {  // the rows themselves
 
   __device__ __forceinline__ KlGlobal(const T* policy, const T* ref)
       : x(policy), y(ref), aligned(kl_aligned(policy) && kl_aligned(ref)) {}
+  // whether x_wide and y_wide may be asked for
+  __device__ __forceinline__ bool wide() const { return aligned; }
+  __device__ __forceinline__ KlVector<T> x_wide(int64_t i) const { return kl_load(x + i, true); }
+  __device__ __forceinline__ KlVector<T> y_wide(int64_t i) const { return kl_load(y + i, true); }
   __device__ __forceinline__ KlVector<T> x_at(int64_t i) const { return kl_load(x + i, aligned); }
   __device__ __forceinline__ KlVector<T> y_at(int64_t i) const { return kl_load(y + i, aligned); }
   __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i]); }
@@ -192,38 +219,70 @@ struct KlGlobal {  // the rows themselves
 };
 
 template <class T>
-struct KlStaged {  // entries [first, ...) of the rows in this block's shared memory
+struct KlStaged {  // the rows' slices in this block's shared memory
   using Entry = T;
-  const T *x, *y;
-  int64_t first;
+  const T* x;  // less the first entry's index
+  int apart;   // from the policy's to the reference's, in entries
 
+  __device__ __forceinline__ bool wide() const { return true; }
+  __device__ __forceinline__ KlVector<T> x_wide(int64_t i) const { return x_at(i); }
+  __device__ __forceinline__ KlVector<T> y_wide(int64_t i) const { return y_at(i); }
   __device__ __forceinline__ KlVector<T> x_at(int64_t i) const {
-    return {*reinterpret_cast<const uint4*>(x + (i - first))};
+    return {*reinterpret_cast<const uint4*>(x + i)};
   }
-  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const {
-    return {*reinterpret_cast<const uint4*>(y + (i - first))};
-  }
-  __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i - first]); }
-  __device__ __forceinline__ float y_one(int64_t i) const { return kl_widen(y[i - first]); }
+  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const { return x_at(i + apart); }
+  __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i]); }
+  __device__ __forceinline__ float y_one(int64_t i) const { return kl_widen(x[i + apart]); }
 };
 
 // --- frames
 
+// e^-up, relative error 2^-22, 0 below 2^-126
+__device__ __forceinline__ double kl_fall(double up) {
+  const double t = -up * 1.4426950408889634, whole = rint(t);
+  return double(kl_exp2(float(t - whole)) * kl_exp2(float(whole)));
+}
+
+// KlMove by single precision's exponentials: an error in sx moves a span's entries of both rows
+// alike, and so does no harm to a divergence.
+__device__ inline KlMove kl_move(double up_x, double up_y) {
+  KlMove to;
+  to.up_x = up_x;
+  to.delta = up_x - up_y;
+  to.sx = kl_fall(up_x);
+  if (fabs(to.delta) <= double(kMidGap)) {
+    const double toward = double(kl_bregman_mid(float(-to.delta)));
+    to.toward = to.sx * toward;
+    to.rise = to.sx * (toward + to.delta);
+    to.sy = to.sx + to.rise;
+    to.away = to.sy * double(kl_bregman_mid(float(to.delta)));
+  } else {
+    to.sy = kl_fall(up_y);
+    to.rise = to.sy - to.sx;
+    to.toward = to.rise - to.sx * to.delta;
+    to.away = to.sy * to.delta - to.rise;
+  }
+  return to;
+}
+
 // How raw logits become ax and d: fast, for rows that share one scale and lie in like frames, as
-// ax log2 e = (x - mx) s2 and d = (x - y) row_scale - cs; careful() for all.
+// ax log2 e = (x - mx) s2 and d = (x - y) row_scale + minus_cs; careful() for all.
 struct KlDeviceFrame : KlFrame<DeviceMath> {
-  float s2, cs;
+  float s2, scale, minus_cs;
   bool fast;
+  bool bare;  // ax2() of raw logits is the policy's, whatever the reference is
 
   __device__ __forceinline__ KlDeviceFrame(const KlParams& params, const KlRow& row)
       : KlFrame(params, row) {
-    fast = params.plain && alike(row) && row.shift == 0;
+    fast = params.plain && alike(row);
+    bare = !(params.cap > 0) && !params.inf_mask;
     s2 = params.row_scale * kLog2e;
-    cs = (row.mx - row.my) * params.row_scale;
+    scale = params.row_scale;
+    minus_cs = (row.my - row.mx) * params.row_scale;
   }
 
   __device__ __forceinline__ float gap(float x, float y) const {
-    return fmaf(x - y, k.row_scale, -cs);
+    return fmaf(x - y, scale, minus_cs);
   }
   // not x s2 - mx s2: rounded at 1000, that is 4e-5 off
   __device__ __forceinline__ float ax2(float x) const { return (x - r.mx) * s2; }

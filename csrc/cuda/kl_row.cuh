@@ -8,21 +8,25 @@
 
 namespace fasttax {
 
-enum class KlNext : int { kDone, kAgain, kMaxima };  // what a row's sums call for
-
 struct KlState {
   KlRow r;
-  bool careful, exact, recentred;
   Divergence forwards, backwards;  // token_stats
   double mass, mean, value, y;
 };
 
+// Who sums what: this block spans [begin, end) of `spans`, into own[span - base].
+struct KlTeam {
+  float* own;
+  int spans, begin, end, base;
+  int rank, size, each;  // cluster: each block has `each` spans
+  int row;
+};
+
 struct KlShared {  // at the start of a block's dynamic shared memory; its spans' parts follow
   KlState state;
-  float max_x[kKlWarps], max_y[kKlWarps];
-  float own_max[2];  // of the block's entries, for the cluster
-  KlNext next;
+  float scratch[kKlWarps][kMostParts];
   uint32_t arrived;
+  KlTeam team;  // of a cluster: here it takes no registers while sums are taken
 };
 
 __host__ __device__ inline size_t kl_header() { return (sizeof(KlShared) + 15) / 16 * 16; }
@@ -54,131 +58,48 @@ __device__ __forceinline__ T* kl_of_rank(T* shared, int rank) {
 #endif
 }
 
-// Who sums what: this block spans [begin, end) of `spans`, into own[span - base].
-struct KlTeam {
-  float* own;
-  int spans, begin, end, base;
-  int rank, size, each;  // cluster: each block has `each` spans
-};
-
 template <bool kCluster>
 __device__ __forceinline__ void kl_team_sync() {
   if (kCluster) kl_cluster_sync();
   else __syncthreads();
 }
 
-// --- maxima
-
-// Of entries [begin, end), to sh.own_max: NaN is passed over here and reaches the sums through exp.
-template <KlOp op, class Source>
-__device__ void kl_block_maxima(const Source& row, const KlParams& k, int64_t begin, int64_t end,
-                                KlShared& sh) {
-  const KlDeviceFrame frame(k, KlRow{});
-  float mx = -kl_infinity(), my = -kl_infinity();
-  for (int64_t i = begin + threadIdx.x; i < end; i += kKlThreads) {
-    float x = row.x_one(i), y = kl_has_ref(op) ? row.y_one(i) : x;
-    if (!k.plain) frame.cap(x, y);
-    mx = fmaxf(mx, x);
-    my = fmaxf(my, kl_capped_y(x, y, k));
-  }
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) {
-    mx = fmaxf(mx, __shfl_xor_sync(kWholeWarp, mx, bit));
-    my = fmaxf(my, __shfl_xor_sync(kWholeWarp, my, bit));
-  }
-  if (threadIdx.x % 32 == 0) sh.max_x[threadIdx.x / 32] = mx, sh.max_y[threadIdx.x / 32] = my;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kKlWarps; ++w) mx = fmaxf(mx, sh.max_x[w]), my = fmaxf(my, sh.max_y[w]);
-    sh.own_max[0] = mx, sh.own_max[1] = my;
-  }
-  __syncthreads();
-}
-
-// The frame of these maxima. A row of -inf gets 0: its sums are 0 then, and NaN if a NaN is in it.
-__device__ inline void kl_new_frame(KlShared& sh, float mx, float my) {
-  sh.state.r = KlRow{};
-  sh.state.r.mx = mx > -kl_infinity() ? mx : 0.0f;
-  sh.state.r.my = my > -kl_infinity() ? my : 0.0f;
-}
-
-// from own_max of the team's blocks
-template <bool kCluster>
-__device__ void kl_exact_frame(const KlTeam& team, KlShared& sh) {
-  if (kCluster) kl_cluster_sync();
-  if (threadIdx.x == 0) {
-    float m[2] = {sh.own_max[0], sh.own_max[1]};
-    for (int rank = 0; kCluster && rank < team.size; ++rank)
-      for (int side = 0; side < 2; ++side)
-        m[side] = fmaxf(m[side], *kl_of_rank(&sh.own_max[side], rank));
-    kl_new_frame(sh, m[0], m[1]);
-  }
-}
-
 // --- what the sums say
 
+// The row's state from its sums `t` in the frame of state.r.
 template <KlOp op>
-__device__ KlNext kl_decide(const KlParams& k, const KlSums& t, KlState& state) {
+__device__ void kl_decide(const KlParams& k, KlSums& t, KlState& state) {
   KlRow& r = state.r;
-  constexpr double kTooHigh = 4.85e8;  // e^20
-  if (!state.exact && (t.s > kTooHigh || t.y > kTooHigh || t.mass > kTooHigh)) {
-    state.exact = true;
-    state.recentred = false;
-    return KlNext::kMaxima;
+  using P = KlParts<op>;
+  Divergence f, b;
+  if (P::kForwards) f = divergence(t, true);
+  if (P::kBackwards) b = divergence(t, false);
+  if (f.recentre() || b.recentre()) {
+    // the frame of the smaller one, where digits are scarce
+    const bool first = f.recentre() && !(b.recentre() && b.value < f.value);
+    const float my = float(double(r.my) - (first ? f.gap : b.gap) / double(k.ref_row_scale));
+    t.move(0, (double(my) - double(r.my)) * double(k.ref_row_scale));
+    r.my = my;
+    if (P::kForwards) f = divergence(t, true);
+    if (P::kBackwards) b = divergence(t, false);
   }
-  constexpr bool two_sweeps = kl_op_two_sweeps(op);
   if constexpr (!kl_is_kind(op)) {
-    Divergence f, b;
-    if (op == KlOp::kStats) f = divergence(t, true), b = divergence(t, false);
-    if (!state.recentred) {
-      state.forwards = f, state.backwards = b;
-      const bool trusted = t.moment == t.moment &&
-                           (op == KlOp::kAlone || (t.trusted(f.value) && t.trusted(b.value)));
-      if (!state.careful && !trusted) {
-        state.careful = true;
-        return KlNext::kAgain;
-      }
-      state.mass = t.mass, state.mean = t.moment / t.mass, state.y = t.y;
-      if (op == KlOp::kStats && (f.recentre() || b.recentre())) {
-        // each keeps the better of its two values; the frame is that of the smaller one, where
-        // digits are scarce
-        const bool first = f.recentre() && !(b.recentre() && b.value < f.value);
-        r.shift = float(first ? f.gap : b.gap);
-        state.recentred = state.careful = true;
-        return KlNext::kAgain;
-      }
-    } else {
-      if (!(f.size > state.forwards.size)) state.forwards.value = f.value;
-      if (!(b.size > state.backwards.size)) state.backwards.value = b.value;
-      state.forwards.log_ratio = f.log_ratio;
-      state.forwards.gap = f.gap;
-      state.backwards.gap = b.gap;
-      state.y = t.y;
-    }
-    r.log_ratio = float(state.forwards.log_ratio);
-    r.mean_gap = float(state.forwards.gap);
-    r.ref_center = float(state.backwards.gap);
-    r.inv_s = float(1 / state.mass);
-    r.inv_s_ref = op == KlOp::kStats ? float(1 / state.y) : 0.0f;
-    return KlNext::kDone;
+    state.forwards = f, state.backwards = b;
+    state.mass = t.mass, state.mean = t.moment / t.mass, state.y = t.y;
+    r.log_ratio = float(f.log_ratio);
+    r.mean_gap = float(f.gap);
+    r.ref_center = float(b.gap);
+    r.inv_s = float(1 / t.mass);
+    r.inv_s_ref = op == KlOp::kStats ? float(1 / t.y) : 0.0f;
   } else {
-    const Divergence v = divergence(t, kl_op_wants(op) != kWantRefPolicy);
-    state.value = v.value;
+    if constexpr (kl_op_two_sweeps(op)) f = divergence(t, true);
+    const Divergence v = P::kBackwards ? b : f;
+    // of two sweeps 0 or NaN: what is_zero() leaves at that
+    state.value = kl_op_two_sweeps(op) ? (t.s + t.y) * 0 : v.value;
     r.log_ratio = float(v.log_ratio);
     r.mean_gap = float(v.gap);
-    if (!state.careful && (two_sweeps ? !(t.s > 0 && t.y > 0) : !t.trusted(v.value))) {
-      state.careful = true;
-      return KlNext::kAgain;
-    }
-    if (!two_sweeps && !state.recentred && v.recentre()) {
-      r.shift = float(v.gap);
-      state.recentred = state.careful = true;
-      return KlNext::kAgain;
-    }
     r.inv_s = float(1 / t.s);
     r.inv_s_ref = float(1 / t.y);
-    if (two_sweeps) state.value = (t.s + t.y) * 0;  // 0 or NaN; what is_zero() leaves at that
-    return KlNext::kDone;
   }
 }
 
@@ -205,55 +126,54 @@ __device__ __forceinline__ const volatile float* kl_part(const KlTeam& team, int
   return kl_of_rank(team.own, rank) + int64_t(span - rank * team.each) * count;
 }
 
-// Sums the row and brings sh.state to its end; false in the blocks of a split row that are done
-// with their share. `prime` reads any entry, `row` this team's.
-template <KlOp op, bool kCluster, class Prime, class Source>
-__device__ bool kl_row_sums(const Prime& prime, const Source& row, const KlArgs& a, KlTeam& team,
-                            uint32_t* ticket, KlShared& sh) {
+// The row's state out of its spans' parts, by one warp.
+template <KlOp op, bool kCluster>
+__device__ void kl_join_spans(const KlTeam& team, const KlParams& k, KlState& state) {
+  using Part = KlPart<op>;
   constexpr int kCount = KlParts<op>::kCount;
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int64_t span = kl_span(a.v);
-  if (threadIdx.x == 0) {
-    sh.state = KlState{};
-    sh.state.exact = a.v <= kPrime;
+  const int lane = int(threadIdx.x) % 32;
+  KlLead lead{-kl_infinity(), -kl_infinity(), -kl_infinity(), team.spans};
+  for (int i = lane; i < team.spans; i += 32)
+    lead.join(Part::lead(kl_part<kCluster>(team, i, kCount), i));
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2)
+    lead.join({__shfl_xor_sync(kWholeWarp, lead.lead, bit),
+               __shfl_xor_sync(kWholeWarp, lead.other, bit),
+               __shfl_xor_sync(kWholeWarp, lead.other_top, bit),
+               __shfl_xor_sync(kWholeWarp, lead.index, bit)});
+  KlSides<float> frame = Part::frame(k, lead);
+  // a row of -inf: its sums are 0, or NaN where a NaN is in it
+  if (frame.x == -kl_infinity()) frame.x = 0;
+  if (frame.y == -kl_infinity()) frame.y = 0;
+  KlSums t;
+  for (int i = lane; i < team.spans; i += 32) {
+    Part span = Part::read(kl_part<kCluster>(team, i, kCount));
+    span.move_to(k, frame);
+    t += span.sums;
   }
-  const auto entries_to = [&](int64_t spans) { return spans * span < a.v ? spans * span : a.v; };
-  kl_block_maxima<op>(prime, a.k, 0, a.v < kPrime ? a.v : kPrime, sh);
-  if (sh.own_max[0] == -kl_infinity() || sh.own_max[1] == -kl_infinity()) {
-    // rare; a block of a split row or a cluster reads it all then, as the others do
-    kl_block_maxima<op>(prime, a.k, 0, a.v, sh);
-    if (threadIdx.x == 0) sh.state.exact = true;
-  }
-  if (threadIdx.x == 0) kl_new_frame(sh, sh.own_max[0], sh.own_max[1]);
-  bool shared = ticket != nullptr;
-  for (int sweeps = 0; sweeps < kMostSweeps; ++sweeps) {
-    __syncthreads();
-    const KlDeviceFrame frame(a.k, sh.state.r);
-    const bool careful = sh.state.careful || (KlParts<op>::kPair ? !frame.fast : a.k.cap > 0);
-    for (int i = team.begin + warp; i < team.end; i += kKlWarps)
-      kl_span_sums<op>(row, frame, careful, i * span, entries_to(i + 1),
-                       team.own + int64_t(i - team.base) * kCount);
-    if (shared) {
-      if (!kl_last_to_arrive(ticket, a.splits, sh)) return false;
-      team.begin = 0, team.end = team.spans;
-      shared = false;
-    }
-    kl_team_sync<kCluster>();
-    if (warp == 0) {
-      KlSums t;
-      for (int i = lane; i < team.spans; i += 32)
-        kl_add_part<op>(kl_part<kCluster>(team, i, kCount), t);
-      kl_total<op>(t);
-      if (lane == 0) sh.next = kl_decide<op>(a.k, t, sh.state);
-    }
-    // the cluster's blocks decide alike; none writes parts anew before all have read them
-    kl_team_sync<kCluster>();
-    if (sh.next == KlNext::kDone) return true;
-    if (sh.next == KlNext::kMaxima) {
-      kl_block_maxima<op>(row, a.k, team.begin * span, entries_to(team.end), sh);
-      kl_exact_frame<kCluster>(team, sh);
-    }
-  }
+  kl_total<op>(t);
+  if (lane != 0) return;
+  state = KlState{};
+  state.r.mx = frame.x;
+  state.r.my = frame.y;
+  kl_decide<op>(k, t, state);
+}
+
+// Sums the row and brings sh.state to its end; false in the blocks of a split row that are done
+// with their share.
+template <KlOp op, bool kCluster, class Source>
+__device__ bool kl_row_sums(const Source& row, const KlArgs& a, const KlTeam& team, KlShared& sh) {
+  constexpr int kCount = KlParts<op>::kCount;
+  const int warp = int(threadIdx.x) / 32;
+  for (int i = team.begin + warp; i < team.end; i += kKlWarps)
+    kl_span_sums<op, kCluster>(row, a.k, a.v, i, team.own + (i - team.base) * kCount,
+                               sh.scratch[warp]);
+  if (!kCluster && a.splits > 1 && !kl_last_to_arrive(a.tickets + team.row, a.splits, sh))
+    return false;
+  kl_team_sync<kCluster>();
+  if (warp == 0) kl_join_spans<op, kCluster>(team, a.k, sh.state);
+  // none writes parts anew before all have read them
+  kl_team_sync<kCluster>();
   return true;
 }
 

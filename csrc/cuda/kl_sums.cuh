@@ -4,67 +4,24 @@
 // entries and the order of every addition by the span alone: what a row gives does not depend on
 // the blocks that share it, on its place in memory, or on the batch around it.
 //
-// Three ways to sum a vector, by how many lanes hold an entry with |d| > 1/4: none: one exp and the
-// series; few: each entry by its own size; many: two exps and plain sums, 13 instructions an entry
-// against 27. Plain sums are good to 1e-7 of their mass: a row that comes out below 1e-2 of that is
-// summed again, each entry by its own size and with 0 * inf = 0.
+// A span's 1024 entries of either row lie in registers: its frame is their maxima, and what is
+// summed again is summed from there, so that memory is read once. A span leaves its sums and its
+// frame; at the row's end all are moved into one frame in closed form (KlMove).
+//
+// Every lane's terms are accurate by themselves, and no sum is distrusted. By the largest |d| of a
+// vector of 256 entries: up to 1/4 one exp and the series; up to 2 one exp and a polynomial;
+// beyond, each entry by a polynomial up to 1 and by two exps else, where (e^ay - e^ax) + e^ax d
+// keeps all but a sixth. A span is summed again where 0 * inf made a NaN of its sums, and where the
+// offset of its frame hides all but 1/16 of B: then in the frame moved onto its mean gap.
 
-#include "kl_elements.cuh"
+#include "kl_parts.cuh"
 
 namespace fasttax {
 
-constexpr int kKlThreads = 256;
-constexpr int kKlWarps = kKlThreads / 32;
-constexpr int kSpan = 1024;  // entries of one warp in a row of up to 2^19; a multiple of it beyond
-constexpr int kMaxSpans = 512;
-// vectors of either row whose loads a lane starts before it needs the first: 128 bytes
-constexpr int kBatch = 4;
-constexpr int kPrime = 1024;  // entries that a row's first frame is taken from
-constexpr int kFewLanes = 16;
-
-__host__ __device__ inline int64_t kl_span(int64_t v) {
-  return (v + int64_t(kSpan) * kMaxSpans - 1) / (int64_t(kSpan) * kMaxSpans) * kSpan;
-}
-__host__ __device__ inline int kl_spans(int64_t v) {
-  return int((v + kl_span(v) - 1) / kl_span(v));
-}
-
-// How many floats a span leaves.
-FASTTAX_HD constexpr int kl_parts_count(KlOp op) {
-  const int want = kl_op_wants(op),
-            ways = ((want & kWantPolicyRef) != 0) + ((want & kWantRefPolicy) != 0);
-  return (kl_has_ref(op) ? 4 + 2 * ways : 0) + ((want & kWantEntropy) != 0 ? 4 : 0);
-}
-
-// That, the next power of two, and where its SpanEntropy lies among them.
-template <KlOp op>
-struct KlParts {
-  static constexpr int kWant = kl_op_wants(op);
-  static constexpr bool kPair = kl_has_ref(op);
-  static constexpr bool kForwards = (kWant & kWantPolicyRef) != 0;
-  static constexpr bool kBackwards = (kWant & kWantRefPolicy) != 0;
-  static constexpr bool kEntropy = (kWant & kWantEntropy) != 0;
-  static constexpr int kCount = kl_parts_count(op);
-  static constexpr int kMass = kCount - 4 * kEntropy;
-  static constexpr int kPadded = kCount <= 4 ? 4 : kCount <= 8 ? 8 : 16;
-};
-constexpr int kSecondParts = 3;  // of a second sweep: KlThree
-
-// sum e^ax and sum e^ax ax log2 e of a span; where the highest entry dominates them
-// (kl_around_peak), around that one, the pivot, of which there are `peaks`.
-struct SpanEntropy {
-  float mass, moment, pivot, peaks;
-
-  __device__ __forceinline__ static SpanEntropy read(const volatile float* part) {
-    return {part[0], part[1], part[2], part[3]};
-  }
-  __device__ __forceinline__ void write(float* part) const {
-    part[0] = mass;
-    part[1] = moment;
-    part[2] = pivot;
-    part[3] = peaks;
-  }
-};
+// How often a span's entries are summed at most: again where 0 * inf made a NaN, and again around
+// their mean gap.
+constexpr int kMostSpanSums = 3;
+constexpr float kHidden = 15.0f / 16;  // the part of B that a frame's offset may make up
 
 // v[i] summed over the warp, in lane i * 32 / K and the ones after it: K + log2(32 / K) shuffles
 // for K sums.
@@ -89,46 +46,232 @@ __device__ __forceinline__ float kl_warp_sums(float (&v)[K]) {
   return v[0];
 }
 
+__device__ __forceinline__ float kl_warp_max(float v) {
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) v = fmaxf(v, __shfl_xor_sync(kWholeWarp, v, bit));
+  return v;
+}
+
+template <class T, int n>
+__device__ __forceinline__ KlVector<T> kl_highest(const KlVector<T> (&of)[n]) {
+  KlVector<T> most = of[0];
+#pragma unroll
+  for (int j = 1; j < n; ++j)
+#pragma unroll
+    for (int w = 0; w < 4; ++w) most.word(w) = kl_higher<T>(most.word(w), of[j].word(w));
+  return most;
+}
+
+// Of every lane's entries the highest, of x and of y.
+template <class T>
+__device__ __forceinline__ KlSides<float> kl_warp_max(const KlVector<T>& x, const KlVector<T>& y) {
+  if constexpr (std::is_same<T, float>::value) {
+    float wide_x[4], wide_y[4];
+    kl_widen(x, wide_x);
+    kl_widen(y, wide_y);
+    return {kl_warp_max(fmaxf(fmaxf(wide_x[0], wide_x[1]), fmaxf(wide_x[2], wide_x[3]))),
+            kl_warp_max(fmaxf(fmaxf(wide_y[0], wide_y[1]), fmaxf(wide_y[2], wide_y[3])))};
+  } else {  // both in one word
+    const uint32_t of_x = kl_higher<T>(kl_higher<T>(x.word(0), x.word(1)),
+                                       kl_higher<T>(x.word(2), x.word(3))),
+                   of_y = kl_higher<T>(kl_higher<T>(y.word(0), y.word(1)),
+                                       kl_higher<T>(y.word(2), y.word(3)));
+    uint32_t most =
+        kl_higher<T>((of_x & 0xffffu) | (of_y << 16), (of_x >> 16) | (of_y & 0xffff0000u));
+#pragma unroll
+    for (int bit = 16; bit > 0; bit /= 2)
+      most = kl_higher<T>(most, __shfl_xor_sync(kWholeWarp, most, bit));
+    KlVector<T> both{};
+    both.word(0) = most;
+    float wide[KlVector<T>::kEntries];
+    kl_widen(both, wide);
+    return {wide[0], wide[1]};
+  }
+}
+
+// --- a span in registers
+
+template <class T>
+struct KlSpanEntries {
+  static constexpr int kEntries = KlVector<T>::kEntries;
+  static constexpr int kRound = 32 * kEntries;
+  static constexpr int kVectors = kSpan / kRound;
+  KlVector<T> x[kVectors], y[kVectors];
+  int left;  // entries from this lane's first one to the end
+
+  // `count` entries from `begin`, filled up with -inf
+  template <bool kPair, class Source>
+  __device__ __forceinline__ void load(const Source& row, int64_t begin, int count) {
+    const int first = int(threadIdx.x % 32) * kEntries;
+    const int64_t own = begin + first;
+    left = count - first;
+    if (count == kSpan && row.wide()) {
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        x[j] = row.x_wide(own + j * kRound);
+        if (kPair) y[j] = row.y_wide(own + j * kRound);
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      float to_x[kEntries], to_y[kEntries];
+#pragma unroll
+      for (int i = 0; i < kEntries; ++i) {
+        to_x[i] = has(j, i) ? row.x_one(own + (j * kRound + i)) : -kl_infinity();
+        to_y[i] = kPair && has(j, i) ? row.y_one(own + (j * kRound + i)) : -kl_infinity();
+      }
+      x[j] = kl_narrow<T>(to_x);
+      y[j] = kl_narrow<T>(to_y);
+    }
+  }
+
+  // Whether there is an entry i in vector j, and whether any lane has one there.
+  __device__ __forceinline__ bool has(int j, int i) const { return j * kRound + i < left; }
+  __device__ __forceinline__ bool has(int j) const {
+    return j * kRound < left + int(threadIdx.x % 32) * kEntries;
+  }
+
+  // f(j, x, y) for each vector that has entries, one at a time in x[0] and y[0]: registers have no
+  // index, and the code of what is rare is held short.
+  template <bool kPair, class F>
+  __device__ __forceinline__ void in_turn(const F& f) {
+#pragma unroll 1
+    for (int j = 0; j < kVectors; ++j) {
+      if (has(j)) {
+        float wide_x[kEntries], wide_y[kEntries];
+        kl_widen(x[0], wide_x);
+        kl_widen(kPair ? y[0] : x[0], wide_y);
+        f(j, wide_x, wide_y);
+      }
+      const KlVector<T> first_x = x[0], first_y = y[0];
+#pragma unroll
+      for (int i = 0; i + 1 < kVectors; ++i) x[i] = x[i + 1], y[i] = y[i + 1];
+      x[kVectors - 1] = first_x, y[kVectors - 1] = first_y;
+    }
+  }
+
+  // Keeps the compiler from carrying what it makes of the entries from one use to the next: twice
+  // the registers.
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j)
+#pragma unroll
+      for (int w = 0; w < 4; ++w) FASTTAX_OPAQUE(x[j].word(w), y[j].word(w));
+  }
+
+  // Their maxima, NaN passed over; -inf where there is none.
+  template <bool kPair>
+  __device__ __forceinline__ KlSides<float> maxima(const KlParams& k) const {
+    KlSides<float> most{-kl_infinity(), -kl_infinity()};
+    if (kPair && k.inf_mask) {
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        float wide_x[kEntries], wide_y[kEntries];
+        kl_widen(x[j], wide_x);
+        kl_widen(y[j], wide_y);
+#pragma unroll
+        for (int i = 0; i < kEntries; ++i) {
+          if (wide_x[i] == -kl_infinity() || wide_y[i] == -kl_infinity()) continue;
+          most.x = fmaxf(most.x, wide_x[i]);
+          most.y = fmaxf(most.y, wide_y[i]);
+        }
+      }
+      most.x = kl_warp_max(most.x);
+      most.y = kl_warp_max(most.y);
+    } else if constexpr (kPair) {
+      most = kl_warp_max(kl_highest(x), kl_highest(y));
+    } else {
+      most.x = kl_warp_max(kl_highest(x), kl_highest(x)).x;
+    }
+    // the caps rise with the logits
+    if (k.cap > 0 && !(k.inf_mask && most.x == -kl_infinity()))
+      most.x = kl_capped<DeviceMath>(most.x, k.scale, k.cap);
+    if (kPair && k.ref_cap > 0 && !(k.inf_mask && most.y == -kl_infinity()))
+      most.y = kl_capped<DeviceMath>(most.y, k.ref_scale, k.ref_cap);
+    if (!kPair) most.y = most.x;
+    return most;
+  }
+};
+
+// --- a lane's sums
+
 template <KlOp op>
 struct KlLanes {
   using P = KlParts<op>;
   KlNear<DeviceMath, P::kWant> near;
-  KlFar<DeviceMath, P::kWant> far;
+  KlMixed<DeviceMath, P::kWant> mixed;
   float mass = 0, moment = 0;  // e^ax and e^ax ax log2 e of all
 
+  // the same additions whatever the reference is
+  template <bool kGuarded>
   __device__ __forceinline__ void entropy(float ex, float ax2) {
     mass += ex;
-    moment = fmaf(ex, ax2, moment);
+    moment = fmaf(ex, kGuarded ? fmaxf(ax2, -200.0f) : ax2, moment);  // 0 * inf is 0
+  }
+  __device__ __forceinline__ void middle(float ex, float d) {
+    const float f = kl_bregman_mid(d);
+    near.add(ex, d, f - d, f);
+  }
+  // Of any d: by the polynomial, or by terms that beyond 1 cancel to a sixth at most. kGuarded: 0 *
+  // inf is 0.
+  template <bool kGuarded>
+  __device__ __forceinline__ void any(float ex, float ey, float d) {
+    const bool close = fabsf(d) <= kUnitGap;
+    const float f = kl_bregman_unit(d);
+    const float pull = kGuarded ? times(ex, d) : ex * d, bregman = ex * f;
+    const float change = close ? bregman - pull : ey - ex;
+    mixed.x += ex;
+    mixed.y += ey;
+    mixed.g += change;
+    if (P::kForwards) {
+      mixed.a += pull;
+      mixed.b += close ? bregman : change + pull;
+    }
+    if (P::kBackwards) {
+      const float back = kGuarded ? times(ey, d) : ey * d;
+      mixed.back -= back;
+      mixed.c += close ? ex * fmaf(-f, d + 1, d * d) : -change - back;
+    }
   }
 
   __device__ __forceinline__ void pack(float (&v)[P::kPadded]) const {
-    int i = 0;
-    if (P::kPair) v[i++] = near.s, v[i++] = near.g, v[i++] = far.x, v[i++] = far.y;
-    if (P::kForwards) v[i++] = near.b, v[i++] = far.a;
-    if (P::kBackwards) v[i++] = near.c, v[i++] = far.c;
-    if (P::kEntropy) v[i++] = mass, v[i++] = moment;
+    if (P::kPair) {
+      v[0] = near.s + near.g + mixed.y;
+      v[1] = near.g + mixed.g;
+      if (P::kForwards) {
+        v[P::kForth] = near.b + mixed.b;
+        v[P::kForth + 1] = near.b - near.g + mixed.a;
+      }
+      if (P::kBackwards) {
+        v[P::kBack] = near.c + mixed.c;
+        v[P::kBack + 1] = near.c + near.g + mixed.back;
+      }
+    }
+    v[P::kMass] = P::kEntropy ? mass : near.s + mixed.x;
+    if (P::kEntropy) v[P::kMass + 1] = moment;
 #pragma unroll
-    for (; i < P::kPadded; ++i) v[i] = 0;
+    for (int i = P::kSums; i < P::kPadded; ++i) v[i] = 0;
   }
 };
 
 template <KlOp op>
-__device__ __forceinline__ void kl_careful_entry(const KlDeviceFrame& frame, float x, float y,
-                                                 KlLanes<op>& lanes) {
-  float ax, ay, d;
+__device__ __forceinline__ void kl_general_entry(const KlDeviceFrame& frame, float x, float y,
+                                                 bool there, KlLanes<op>& lanes) {
+  float ax, ay, d, ax2 = frame.ax2(x);
   frame.careful(x, y, ax, ay, d);
-  const float ex = kl_exp2(ax * kLog2e);
-  if (KlParts<op>::kPair) {
-    if (fabsf(d) <= kSmallGap) lanes.near.add(ex, d);
-    else lanes.far.add_careful(ex, kl_exp2(ay * kLog2e), d);
-  }
-  if (KlParts<op>::kEntropy && ex != 0) lanes.entropy(ex, ax * kLog2e);  // NaN != 0
+  if (!frame.bare) ax2 = ax * kLog2e;
+  if (!there) ax2 = ay = -kl_infinity();  // which under a softcap no -inf makes of it
+  const float ex = kl_exp2(ax2);
+  if (KlParts<op>::kPair) lanes.template any<true>(ex, kl_exp2(ay * kLog2e), d);
+  if (KlParts<op>::kEntropy) lanes.template entropy<true>(ex, ax2);
 }
 
+// `wide`: whether a vector of the span had a |d| beyond 2, where the next ones are not looked at.
 template <KlOp op, class T>
 __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
                                                const KlVector<T>& x_bits, const KlVector<T>& y_bits,
-                                               KlLanes<op>& lanes) {
+                                               KlLanes<op>& lanes, bool& wide) {
   constexpr int n = KlVector<T>::kEntries;
   float x[n], y[n];
   kl_widen(x_bits, x);
@@ -136,167 +279,179 @@ __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       const float ax2 = frame.ax2(x[j]);
-      lanes.entropy(kl_exp2(ax2), ax2);
+      lanes.template entropy<true>(kl_exp2(ax2), ax2);
     }
   } else {
     kl_widen(y_bits, y);
-    float d[n], widest = 0;
+    float d[n];
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       d[j] = frame.gap(x[j], y[j]);
       x[j] = frame.ax2(x[j]);
-      widest = fmaxf(widest, fabsf(d[j]));  // loses a NaN; the sums do not
     }
     const auto each = [&](auto add) {
 #pragma unroll
       for (int j = 0; j < n; ++j) {
         const float ex = kl_exp2(x[j]);
         add(ex, y[j], d[j]);
-        if (KlParts<op>::kEntropy) lanes.entropy(ex, x[j]);
+        if (KlParts<op>::kEntropy) lanes.template entropy<false>(ex, x[j]);
       }
     };
-    // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
-    const auto plain = [&](float ex, float raw_y, float gap) {
-      lanes.far.add(ex, kl_exp2(frame.ay2(raw_y)), gap);
-    };
-    const unsigned wide = __ballot_sync(kWholeWarp, !(widest <= kSmallGap));
-    if (wide == 0) {
-      each([&](float ex, float, float gap) { lanes.near.add(ex, gap); });
-    } else if (__popc(wide) > kFewLanes) {
-      each(plain);
-    } else {
-      each([&](float ex, float raw_y, float gap) {
-        if (fabsf(gap) <= kSmallGap) lanes.near.add(ex, gap);
-        else plain(ex, raw_y, gap);
-      });
+    if (!wide) {
+      float widest = 0;
+#pragma unroll
+      for (int j = 0; j < n; ++j) widest = kl_max_or_nan(widest, fabsf(d[j]));
+      if (__ballot_sync(kWholeWarp, !(widest <= kSmallGap)) == 0)
+        return each([&](float ex, float, float gap) { lanes.near.add(ex, gap); });
+      if (__ballot_sync(kWholeWarp, !(widest <= kMidGap)) == 0)
+        return each([&](float ex, float, float gap) { lanes.middle(ex, gap); });
+      wide = true;
     }
+    // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
+    each([&](float ex, float raw_y, float gap) {
+      lanes.template any<false>(ex, kl_exp2(frame.ay2(raw_y)), gap);
+    });
   }
 }
 
 // Mass and moment of a span around its highest entry, which is counted apart: where that entry
-// holds nearly all of the mass or stands above the frame, its ax in every term, or its 1 in every
-// sum, would cost the digits that the entropy lives on (KlSums).
-template <KlOp op, class Source>
-__device__ void kl_around_peak(const Source& row, const KlDeviceFrame& frame, int64_t begin,
-                               int64_t end, float* part) {
-  const int lane = int(threadIdx.x) % 32;
-  const auto ax_at = [&](int64_t i) {
-    float x = row.x_one(i), y = KlParts<op>::kPair ? row.y_one(i) : x, ay, d, ax;
-    frame.careful(x, y, ax, ay, d);
-    return ax;
+// holds nearly all of the mass its 1 in every sum would cost the digits that the entropy lives on.
+template <KlOp op, class T>
+__device__ __forceinline__ SpanEntropy kl_around_peak(KlSpanEntries<T>& span,
+                                                      const KlDeviceFrame& frame) {
+  constexpr int n = KlVector<T>::kEntries;
+  const auto each = [&](auto f) {
+    span.template in_turn<KlParts<op>::kPair>([&](int j, float (&x)[n], float (&y)[n]) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        float ax, ay, d;
+        if (frame.bare) {
+          f(frame.ax2(x[i]));
+        } else {
+          frame.careful(x[i], y[i], ax, ay, d);
+          f(span.has(j, i) ? ax * kLog2e : -kl_infinity());
+        }
+      }
+    });
   };
   float peak = -kl_infinity();
-  for (int64_t i = begin + lane; i < end; i += 32) peak = fmaxf(peak, ax_at(i));
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) peak = fmaxf(peak, __shfl_xor_sync(kWholeWarp, peak, bit));
+  each([&](float ax2) { peak = fmaxf(peak, ax2); });
+  peak = kl_warp_max(peak);
   SpanEntropy own{0, 0, peak, 0};
-  for (int64_t i = begin + lane; i < end; i += 32) {
-    const float off = (ax_at(i) - peak) * kLog2e, e = kl_exp2(off);
-    if (off == 0) {
-      own.peaks += 1;
-    } else if (e != 0) {
-      own.mass += e;
-      own.moment = fmaf(e, off, own.moment);
-    }
-  }
+  each([&](float ax2) {
+    const float off = ax2 - peak, e = off == 0 ? 0.0f : kl_exp2(off);
+    own.peaks += off == 0;
+    own.mass += e;
+    own.moment = fmaf(e, fmaxf(off, -200.0f), own.moment);
+  });
 #pragma unroll
   for (int bit = 16; bit > 0; bit /= 2) {
     own.mass += __shfl_xor_sync(kWholeWarp, own.mass, bit);
     own.moment += __shfl_xor_sync(kWholeWarp, own.moment, bit);
     own.peaks += __shfl_xor_sync(kWholeWarp, own.peaks, bit);
   }
-  if (lane == 0) own.write(part);
+  return own;
 }
 
+// Whether B / S is mostly h(tau), tau = g / s: what the frame's offset adds to it.
+__device__ __forceinline__ bool kl_hidden(float b, float g, float s) {
+  const float room = kHidden * b;
+  if (!(g * g > 2 * room * fminf(s, s + g))) return false;  // h(tau) <= tau^2 / 2 min(1, 1 + tau)
+  if (fabsf(g) <= s / 4) return g * g > room * (2 * s + g * (4.0f / 3));  // h within 1 %
+  const float tau = g / s;
+  return (tau - log1pf(tau)) * s > room;
+}
+
+// Of `count` entries from `begin`, up to kSpan, to `part`.
 template <KlOp op, class Source>
-__device__ void kl_span_sums(const Source& row, const KlDeviceFrame& frame, bool careful,
-                             int64_t begin, int64_t end, float* part) {
+__device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& k, int64_t begin,
+                                             int count, float* part) {
   using T = typename Source::Entry;
   using P = KlParts<op>;
-  constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
+  constexpr int n = KlVector<T>::kEntries, kStride = 32 / P::kPadded;
   const int lane = int(threadIdx.x) % 32;
-  KlLanes<op> lanes;
-  int64_t i = begin;
-  if (careful) {
+  KlSpanEntries<T> span;
+  span.template load<P::kPair>(row, begin, count);
+  KlRow r{};
+  {
+    const KlSides<float> top = span.template maxima<P::kPair>(k);
+    if (top.x > -kl_infinity()) r.mx = top.x;
+    if (top.y > -kl_infinity()) r.my = top.y;
+  }
+  float sum = 0;
+  const auto total = [&](int i) { return __shfl_sync(kWholeWarp, sum, i * kStride); };
+  bool guarded = false, centred = false;
 #pragma unroll 1
-    for (; i + kRound <= end; i += kRound) {
-      float x[n], y[n] = {};
-      kl_widen(row.x_at(i + lane * n), x);
-      if (P::kPair) kl_widen(row.y_at(i + lane * n), y);
+  for (int sums = 0; sums < kMostSpanSums; ++sums) {
+    const KlDeviceFrame frame(k, r);
+    const bool fast = !guarded && count == kSpan && (P::kPair ? frame.fast : frame.bare);
+    KlLanes<op> lanes;
+    bool wide = false;
+    span.forget();
+    if (fast) {
 #pragma unroll
-      for (int j = 0; j < n; ++j) kl_careful_entry(frame, x[j], P::kPair ? y[j] : x[j], lanes);
+      for (int j = 0; j < KlSpanEntries<T>::kVectors; ++j)
+        kl_fast_vector(frame, span.x[j], span.y[j], lanes, wide);
+    } else {
+      span.template in_turn<P::kPair>([&](int j, const float (&x)[n], const float (&y)[n]) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) kl_general_entry(frame, x[i], y[i], span.has(j, i), lanes);
+      });
     }
-  } else {
-#pragma unroll 1
-    for (; i + kBatch * kRound <= end; i += kBatch * kRound) {
-      KlVector<T> x[kBatch], y[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        x[j] = row.x_at(i + j * kRound + lane * n);
-        if (P::kPair) y[j] = row.y_at(i + j * kRound + lane * n);
+    float v[P::kPadded];
+    lanes.pack(v);
+    sum = kl_warp_sums<P::kPadded>(v);
+    if constexpr (P::kForwards || P::kBackwards) {
+      const float y = total(0), g = total(1), s = total(P::kMass);
+      const float b = P::kForwards ? total(P::kForth) : 0, c = P::kBackwards ? total(P::kBack) : 0;
+      if (fast && b + c != b + c) {
+        guarded = true;
+        continue;
       }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) kl_fast_vector(frame, x[j], y[j], lanes);
+      float gap = 0;
+      if (P::kBackwards && kl_hidden(c, -g, y)) gap = -total(P::kBack + 1) / y;
+      if (P::kForwards && kl_hidden(b, g, s)) gap = total(P::kForth + 1) / s;
+      if (centred || gap == 0 || !(fabsf(gap) < kFrameSlack)) break;
+      r.my -= gap / k.ref_row_scale;
+      centred = true;
+    } else {
+      break;
     }
   }
-#pragma unroll 1
-  for (i += lane; i < end; i += 32)
-    kl_careful_entry(frame, row.x_one(i), P::kPair ? row.y_one(i) : row.x_one(i), lanes);
-  float v[P::kPadded];
-  lanes.pack(v);
-  constexpr int kStride = 32 / P::kPadded;
-  const float sum = kl_warp_sums<P::kPadded>(v);
-  if (lane % kStride == 0 && lane / kStride < P::kCount) part[lane / kStride] = sum;
-  if (P::kEntropy) {
-    const float mass = __shfl_sync(kWholeWarp, sum, P::kMass * kStride),
-                moment = __shfl_sync(kWholeWarp, sum, (P::kMass + 1) * kStride) * kLn2;
-    if (moment > float(kDominated) * mass && mass <= 3e38f) {
-      __syncwarp();  // the lanes that wrote these floats are not those that do so now
-      kl_around_peak<op>(row, frame, begin, end, part + P::kMass);
-    }
-  }
-}
-
-// --- a row's sums out of its spans'
-
-// in every lane, always in the same order
-__device__ __forceinline__ double kl_warp_total(double v) {
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) v += __shfl_xor_sync(kWholeWarp, v, bit);
-  return v;
-}
-
-template <KlOp op>
-__device__ __forceinline__ void kl_add_part(const volatile float* part, KlSums& t) {
-  using P = KlParts<op>;
-  if constexpr (P::kPair) {
-    KlNear<DeviceMath, P::kWant> near;
-    KlFar<DeviceMath, P::kWant> far;
-    near.s = part[0], near.g = part[1], far.x = part[2], far.y = part[3];
-    if (P::kForwards) near.b = part[4], far.a = part[5];
-    if (P::kBackwards) near.c = part[4 + 2 * P::kForwards], far.c = part[5 + 2 * P::kForwards];
-    t += near;
-    t += far;
+  if (lane % kStride == 0 && lane / kStride < P::kSums) part[lane / kStride] = sum;
+  const bool no_x = total(P::kMass) == 0, no_y = P::kPair ? total(0) == 0 : no_x;
+  if (lane == 0) {
+    part[P::kFrame] = no_x ? -kl_infinity() : r.mx;
+    part[P::kFrame + 1] = no_y ? -kl_infinity() : r.my;
   }
   if constexpr (P::kEntropy) {
-    const SpanEntropy span = SpanEntropy::read(part + P::kMass);
-    const double pivot = span.pivot, around = double(span.peaks) + double(span.mass);
-    const double off = double(span.moment) * double(kLn2), scale = pivot == 0 ? 1.0 : exp(pivot);
-    t.mass += scale * around;
-    t.moment += scale * (off + pivot * around);
+    SpanEntropy own{total(P::kMass), total(P::kMass + 1), 0, 0};
+    if (own.moment * kLn2 > float(kDominated) * own.mass) {
+      const KlDeviceFrame frame(k, r);
+      own = kl_around_peak<op>(span, frame);
+    }
+    __syncwarp();  // the lanes that wrote these floats are not the one that does so now
+    if (lane == 0) own.write(part + P::kMass);
   }
 }
 
-template <KlOp op>
-__device__ __forceinline__ void kl_total(KlSums& t) {
-  using P = KlParts<op>;
-  if (P::kPair) {
-    t.s = kl_warp_total(t.s), t.y = kl_warp_total(t.y), t.g = kl_warp_total(t.g),
-    t.far = kl_warp_total(t.far);
-    if (P::kForwards) t.b = kl_warp_total(t.b), t.a = kl_warp_total(t.a);
-    if (P::kBackwards) t.c = kl_warp_total(t.c), t.back = kl_warp_total(t.back);
+// Of span `index` of a row of v. kOnChip: a span is one unit. `scratch`: kMostParts floats of this
+// warp.
+template <KlOp op, bool kOnChip, class Source>
+__device__ __forceinline__ void kl_span_sums(const Source& row, const KlParams& k, int64_t v,
+                                             int index, float* part, float* scratch) {
+  const int units = kOnChip ? 1 : int(kl_span(v) / kSpan);
+#pragma unroll 1
+  for (int i = 0; i < units; ++i) {
+    const int64_t begin = (int64_t(index) * units + i) * kSpan;
+    if (begin >= v) return;
+    kl_unit_sums<op>(row, k, begin, int(v - begin < kSpan ? v - begin : kSpan),
+                     i == 0 ? part : scratch);
+    if (i == 0) continue;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) kl_join_parts<op>(k, part, scratch);
+    __syncwarp();
   }
-  if (P::kEntropy) t.mass = kl_warp_total(t.mass), t.moment = kl_warp_total(t.moment);
 }
 
 }  // namespace fasttax

@@ -57,7 +57,7 @@ KlParamsOf<R> kl_params(const KlOptions& x) {
 template <class R>
 struct KlRowOf {
   R mx, my;      // frames, in the units of the raw logits (softcap: of the capped ones)
-  R shift;       // added to ay when the row was recentred
+  R unused;      // 0: Triton's rows have a number of theirs here
   R inv_s;       // 1 / S
   R log_ratio;   // L = log(S_x / S_y); u_j = log p_j - log q_j = d_j - L
   R mean_gap;    // policy_ref: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m).  token_stats: E_p[d]
@@ -98,8 +98,8 @@ FASTTAX_HD S kl_capped_y(S x, S y, const KlParamsOf<R>& k) {
   return k.joint_cap ? x - y : y;
 }
 
-// How a row pair's logits become ax and d. kUnit: one scale of 1 on both rows, no recentring, the
-// common case in 3 operations; kShared: one scale on both; kGeneral: scales of their own, softcaps,
+// How a row pair's logits become ax and d. kUnit: one scale of 1 on both rows, the common case in
+// 3 operations; kShared: one scale on both; kGeneral: scales of their own, softcaps,
 // the inf mask.
 enum class FrameMode { kUnit, kShared, kGeneral };
 
@@ -127,7 +127,7 @@ struct KlFrame {
     return apart <= R(4) && apart >= R(-4);
   }
   FASTTAX_HD static bool is_unit(const KlParamsOf<R>& k, const KlRowOf<R>& row) {
-    return k.plain && k.row_scale == 1 && row.shift == 0 && alike(row);
+    return k.plain && k.row_scale == 1 && alike(row);
   }
 
   // What the softcaps and the inf mask make of raw logits. Under a joint cap y becomes the capped
@@ -161,9 +161,8 @@ struct KlFrame {
       return;
     }
     ax *= k.row_scale;
-    if constexpr (mode == FrameMode::kShared)
-      d = (((x - ox) - (y - oy)) - c) * k.row_scale - r.shift;
-    else if (k.joint_cap && alike(r)) d = (y - c) * k.row_scale - r.shift;
+    if constexpr (mode == FrameMode::kShared) d = (((x - ox) - (y - oy)) - c) * k.row_scale;
+    else if (k.joint_cap && alike(r)) d = (y - c) * k.row_scale;
     else d = ax - ay<mode>(x, y);
   }
 
@@ -173,7 +172,7 @@ struct KlFrame {
     if constexpr (mode == FrameMode::kGeneral) y = kl_capped_y(x, y, k);
     const S centred = y - r.my;
     if constexpr (mode == FrameMode::kUnit) return centred;
-    return centred * (mode == FrameMode::kShared ? k.row_scale : k.ref_row_scale) + r.shift;
+    return centred * (mode == FrameMode::kShared ? k.row_scale : k.ref_row_scale);
   }
 };
 

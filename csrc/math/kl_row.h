@@ -11,9 +11,6 @@ namespace fasttax {
 // How far above its frame an entry may stand: e^20 V is far below float's range, and exp is exact
 // enough.
 constexpr float kFrameSlack = 20.0f;
-// How often a row's sums are taken at most on GPUs: again carefully, again around its true maxima,
-// and moved onto the mean gap before and after that.
-constexpr int kMostSweeps = 5;
 // How often a chunk's entries are summed at most: again in a frame of its own maxima, again
 // carefully, and again around its mean gap. Every loop ends with this count, whatever a row holds.
 constexpr int kMostSums = 4;
@@ -62,12 +59,6 @@ struct KlFar {
     if constexpr ((want & kWantPolicyRef) != 0) a = M::fma(ex, d, a);
     if constexpr ((want & kWantRefPolicy) != 0) c = M::fma(ey, -d, c);
   }
-  FASTTAX_HD void add_careful(S ex, S ey, S d) {  // 0 * inf is 0
-    x += ex;
-    y += ey;
-    if constexpr ((want & kWantPolicyRef) != 0) a += times(ex, d);
-    if constexpr ((want & kWantRefPolicy) != 0) c -= times(ey, d);
-  }
 };
 
 // Of entries of any size, each summed by its own, with 0 * inf = 0.
@@ -92,6 +83,21 @@ struct KlMixed {
       back -= pull;
       c += near ? ey * kl_excess(S(-d)) : -change - pull;
     }
+  }
+};
+
+// From one pair of frames to one that is higher by up_x and up_y: ax' = ax - up_x, ay' = ay - up_y
+// and d' = d - delta.
+struct KlMove {
+  double up_x, delta, sx, sy;  // delta = up_x - up_y, sx = e^-up_x, sy = e^-up_y
+  double rise, toward, away;   // sy - sx, sx f(-delta), sy f(delta)
+
+  KlMove() = default;
+  FASTTAX_HD KlMove(double x, double y) : up_x(x), delta(x - y), sx(exp(-x)), sy(exp(-y)) {
+    const bool near = fabs(delta) < 1;
+    rise = near ? sx * expm1(delta) : sy - sx;
+    toward = near ? sx * kl_bregman(-delta) : rise - sx * delta;
+    away = near ? sy * kl_bregman(delta) : sy * delta - rise;
   }
 };
 
@@ -164,30 +170,26 @@ struct KlSums {
     return enough;
   }
 
-  // The sums in frames that are higher by `up_x` and `up_y` (ax' = ax - up_x, ay' = ay - up_y) out
-  // of those in the old ones: with sx = e^-up_x, sy = e^-up_y and delta = up_x - up_y, so that d' =
-  // d - delta,
-  //   B' = sx B + (sy - sx) G + sx S f(-delta)     C' = sy C + (sy - sx) G + sy Y f(delta)
+  // The sums in frames that are higher by `up_x` and `up_y` out of those in the old ones.
   FASTTAX_HD void move(double up_x, double up_y) {
     // a side of which there is nothing yet was in no frame
     if (s == 0 && y == 0) return;
     if (s == 0) up_x = up_y;
     if (y == 0) up_y = up_x;
-    const double delta = up_x - up_y, sx = exp(-up_x), sy = exp(-up_y);
-    const bool near = fabs(delta) < 1;
-    const double rise = near ? sx * expm1(delta) : sy - sx;
-    const double toward = near ? sx * kl_bregman(-delta) : rise - sx * delta;
-    const double away = near ? sy * kl_bregman(delta) : sy * delta - rise;
-    b = sx * b + rise * g + toward * s;
-    c = sy * c + rise * g + away * y;
-    a = sx * (a - delta * s);
-    back = sy * (back + delta * y);
-    g = sy * g + rise * s;
-    moment = sx * (moment - up_x * mass);
-    mass *= sx;
-    s *= sx;
-    y *= sy;
-    far *= sx > sy ? sx : sy;
+    move(KlMove(up_x, up_y));
+  }
+  //   B' = sx B + (sy - sx) G + sx S f(-delta)     C' = sy C + (sy - sx) G + sy Y f(delta)
+  FASTTAX_HD void move(const KlMove& to) {
+    b = to.sx * b + to.rise * g + to.toward * s;
+    c = to.sy * c + to.rise * g + to.away * y;
+    a = to.sx * (a - to.delta * s);
+    back = to.sy * (back + to.delta * y);
+    g = to.sy * g + to.rise * s;
+    moment = to.sx * (moment - to.up_x * mass);
+    mass *= to.sx;
+    s *= to.sx;
+    y *= to.sy;
+    far *= to.sx > to.sy ? to.sx : to.sy;
   }
 
   FASTTAX_HD void operator+=(const KlSums& other) {

@@ -2,8 +2,8 @@
 machine code.
 
 tests/gpu/simt/kl_main.cpp holds every kernel, dtype and op against a float64 textbook and the same
-bits from one block a row, several, and clusters; six faults injected into copies show that each of
-these checks can fail.
+bits from one block a row, several, and clusters, and counts what is read and summed; seven faults
+injected into copies show that each of these checks can fail.
 """
 
 from __future__ import annotations
@@ -32,25 +32,29 @@ from tests.tools.cuda_tools import (
 )
 
 SUMS, ROW = "cuda/kl_sums.cuh", "cuda/kl_row.cuh"
-BARRIER, MAXIMA = "  __syncthreads();\n", "  if (threadIdx.x == 0) {\n    for (int w = 1"
-TEAM, TOTAL = "    kl_team_sync<kCluster>();\n", "    if (warp == 0) {\n      KlSums t;"
+TEAM, TOTAL = "  kl_team_sync<kCluster>();\n", "  if (warp == 0) kl_join_spans"
 FAULTS = {
     "reads past the end": Fault(
-        ASAN, SUMS, "i + kBatch * kRound <= end", "i < end", "heap-buffer-overflow"
+        ASAN, SUMS, "count == kSpan && row.wide()", "row.wide()", "heap-buffer-overflow"
     ),
     "ignores alignment": Fault(
         ASAN,
         "cuda/kl_elements.cuh",
-        "  if (aligned) {\n    v.bits",
-        "  if (true) {\n    v.bits",
+        "bool wide() const { return aligned; }",
+        "bool wide() const { return true; }",
         "misaligned address",
     ),
-    "no barrier": Fault(TSAN, ROW, BARRIER + MAXIMA, MAXIMA, "data race"),
+    "no barrier": Fault(TSAN, ROW, TEAM + TOTAL, TOTAL, "data race"),
     "no cluster barrier": Fault(
-        (), ROW, TEAM + TOTAL, "  " + BARRIER + TOTAL, "barrier after some threads have exited"
+        (),
+        ROW,
+        TEAM + TOTAL,
+        "  __syncthreads();\n" + TOTAL,
+        "other bits from a cluster",
     ),
-    "frames as they are primed": Fault(
-        (), ROW, "kTooHigh = 4.85e8", "kTooHigh = 1e300", "FAILED", quick=False
+    "spans in frames of their own": Fault((), ROW, "    span.move_to(k, frame);\n", "", "FAILED"),
+    "frames apart from the mean gap": Fault(
+        (), SUMS, "kHidden = 15.0f / 16", "kHidden = 1e9f", "FAILED", quick=False
     ),
     "series beyond its range": Fault(
         (), "math/kl.h", "kSmallGap = 0.25f", "kSmallGap = 4.0f", "FAILED"
@@ -62,7 +66,7 @@ KINDS, TWO_SWEEPS = 4, 2
 
 
 simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
-    "kl", FAULTS, lambda build: 426 if build == "thread" else 1767
+    "kl", FAULTS, lambda build: 426 if build == "thread" else 1884
 )
 
 
@@ -118,7 +122,8 @@ def test_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_instructions_an_entry(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
     """What an H100 (132 SMs, 128 lanes, 1.75 GHz) can issue must be 1.5 times what it can load
-    (3.35 TB/s): in bf16 at most 23 an entry.
+    (3.35 TB/s): in bf16 at most 23 an entry, of entries that are alike. Of others, whose terms are
+    accurate by themselves so that no row is read again, 25 up to a gap of 2 and 31 beyond.
     """
     blocks = basic_blocks(
         kernel(
@@ -127,24 +132,26 @@ def test_instructions_an_entry(cubins: dict[str, list[tuple[str, Path]]], arch: 
     )
 
     def lengths(exps: int) -> list[int]:
-        of = [
-            block
+        """Of the blocks that sum a vector of 8 entries."""
+        return sorted(
+            len(block)
             for block in blocks
             if sum(step.startswith("MUFU.EX2") for step in block) in (exps - 1, exps)
-        ]
-        return [
-            len(block) for block in of if not any(step.startswith(("LDG", "LD.")) for step in block)
-        ]
+            and not any(step.startswith(("LDG", "LD.", "MUFU.RCP")) for step in block)
+        )
 
-    frame = [
+    frame = min(
         len(block)
         for block in blocks
         if sum(step.startswith("FMNMX") for step in block) in (4, 7, 8)
+        and sum(step.startswith("FFMA") for step in block) >= 8
         and not any(re.match("LDG|SHFL|MUFU", s) for s in block)
-    ]
-    near, far = min(lengths(8)), min(lengths(16))  # of a vector of 8 entries, by how many lie apart
-    assert (min(frame) + near) / 8 <= 23, (min(frame), near)
-    assert (min(frame) + far) / 8 <= 17, (min(frame), far)
+    )
+    near, middle = lengths(8)[0], lengths(8)[4]  # of four vectors each
+    far = lengths(16)[0]
+    assert (frame + near) / 8 <= 23, (frame, near)
+    assert (frame + middle) / 8 <= 25, (frame, middle)
+    assert (frame + far) / 8 <= 31, (frame, far)
 
 
 def test_library_registers_without_a_gpu() -> None:

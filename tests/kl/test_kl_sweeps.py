@@ -1,7 +1,7 @@
 """A row is swept a few times at most, whatever it holds: each kernel's decisions over their inputs.
 
 What decides is whether an entry stands above the frame, whether the plain sums can be trusted, and
-the mean gap that a row is moved onto: 0, denormal, infinite, no number.
+the mean gap that a chunk or a row is moved onto: 0, denormal, infinite, no number.
 """
 
 from __future__ import annotations
@@ -121,15 +121,19 @@ def test_a_temperature_beyond_float32_is_refused(temperature: float) -> None:
 def test_loops_are_bounded_by_one_count() -> None:
     """No loop over sums or sweeps without a bound."""
     math = _text("csrc/math/kl_row.h")
-    bound = re.search(r"kMostSweeps = (\d+);", math)
-    twin = re.search(r"MOST_SWEEPS = tl.constexpr\((\d+)\)", _text("fasttax/triton/rows.py"))
-    assert bound
-    assert twin
-    assert bound[1] == twin[1]
-    assert "sweeps < kMostSweeps" in _text("csrc/cuda/kl_row.cuh")
+    assert re.search(r"MOST_SWEEPS = tl.constexpr\(\d+\)", _text("fasttax/triton/rows.py"))
+    sums = _text("csrc/cuda/kl_sums.cuh")
+    assert re.search(r"kMostSpanSums = \d+;", sums)
+    assert "sums < kMostSpanSums" in sums
     assert re.search(r"kMostSums = \d+;", math)
     assert "sums < kMostSums" in _text("csrc/cpu/kl_sweep.h")
-    for path in ("cpu/kl_sweep.h", "cpu/kl_kernels.h", "cpu/stats_kernels.h", "cuda/kl_row.cuh"):
+    for path in (
+        "cpu/kl_sweep.h",
+        "cpu/kl_kernels.h",
+        "cpu/stats_kernels.h",
+        "cuda/kl_row.cuh",
+        "cuda/kl_sums.cuh",
+    ):
         text = _text(f"csrc/{path}")
         assert "for (;;)" not in text
         assert "while (" not in text

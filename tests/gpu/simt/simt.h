@@ -143,6 +143,7 @@ struct Machine {
   size_t stack_size = 0;
   char started, ended, barrier[2];  // addresses that TSan orders by
   unsigned turn = 0;
+  size_t streamed = 0, opaque = 0;  // bytes that __ldcs read; FASTTAX_OPAQUEs passed
 };
 
 inline Machine& machine() {

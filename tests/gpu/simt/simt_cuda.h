@@ -7,6 +7,11 @@
 
 namespace simt {
 
+inline void count(size_t& what, size_t by) {
+  Unwatched unwatched;
+  what += by;
+}
+
 template <class Of>
 struct Index {  // threadIdx and friends: members that read the machine
   struct Part {
@@ -122,6 +127,7 @@ T __ldg(const T* p) {
 }
 template <class T>
 T __ldcs(const T* p) {
+  simt::count(simt::machine().streamed, sizeof(T));
   return *p;
 }
 template <class T>
@@ -154,3 +160,4 @@ T atomicAdd(T* p, T v) {
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define FASTTAX_DYNAMIC_SHARED(name) unsigned char* const name = simt::dynamic_shared()
+#define FASTTAX_OPAQUE(a, b) simt::count(simt::machine().opaque, 1)
