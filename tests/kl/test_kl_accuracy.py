@@ -46,7 +46,8 @@ def test_errors_are_no_larger_than_pytorchs(
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
     from bench import logits
 
-    errors, slopes = ({"ours": [], "eager": [], "size": []} for _ in range(2))
+    errors: dict[str, list[Tensor]] = {"ours": [], "eager": [], "size": []}
+    slopes: dict[str, list[Tensor]] = {name: [] for name in errors}
     x, y = logits.pair(data, ROWS, V, torch.float32)
     for a, b in zip(x.split(PIECE), y.split(PIECE), strict=True):
         truth, slope = composed(a, b, kind, torch.float64)
