@@ -45,11 +45,11 @@ struct JsdMath {
   float from_other;  // v below which share * other is e times the base or more
   JsdSeries<float> series;
 
-  explicit JsdMath(float beta)
+  JsdMath(float beta, float rest)
       : swapped(beta > 0.5f),
-        share(swapped ? float(1 - double(beta)) : beta),
+        share(swapped ? rest : beta),
         from_other(std::log(share) - 1),
-        series(swapped ? 1 - double(beta) : double(beta)) {}
+        series(double(share)) {}
 
   // with_other: whether more is wanted than the base's part.
   template <FrameMode mode>

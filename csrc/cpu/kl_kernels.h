@@ -19,7 +19,7 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
   KlThree<VF> parts[kParts];
   for (auto& part : parts) part = F::template none<VF>();
   if constexpr (kind == KlKind::kJsd) {
-    const JsdMath jsd(frame.k.beta);
+    const JsdMath jsd(frame.k.beta, frame.k.beta_rest);
     int64_t turn = 0;
     for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
       const JsdEntry z = jsd.at(frame, xv, yv, true);
@@ -61,7 +61,7 @@ inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, co
   // where one entry has nearly all of the mass.
   if constexpr (kind == KlKind::kJsd) {
     const double p = t.s * r.inv_s, q = t.y * r.inv_s_ref;
-    const bool swapped = JsdMath(k.beta).swapped;
+    const bool swapped = JsdMath(k.beta, k.beta_rest).swapped;
     out.first /= swapped ? q : p;
     out.second /= swapped ? p : q;
   }
@@ -130,7 +130,7 @@ struct KlSlope<mode, KlKind::kJsd, sides> {
 
   // At beta 0 and 1 the divergence is 0, whatever mixture is taken.
   KlSlope(const KlParams& k, const KlRow& row, float upstream)
-      : frame(k, row), jsd(is_zero(k) ? 0.5f : k.beta) {
+      : frame(k, row), jsd(is_zero(k) ? 0.5f : k.beta, is_zero(k) ? 0.5f : k.beta_rest) {
     if (is_zero(k)) upstream = 0;
     g_base = -upstream * (1 - jsd.share) * (jsd.swapped ? k.ref_row_slope : k.row_slope);
     g_other = -upstream * jsd.share * (jsd.swapped ? k.row_slope : k.ref_row_slope);

@@ -50,23 +50,20 @@ struct Buffers {
   alignas(64) float x[kChunk], y[kChunk];
 };
 
-// tanh a and tanh a - tanh b, for every |a - b| <= kCapGap, out of one exponential: with e =
-// e^-2|a| and td = tanh(a - b),
-//   tanh |a| = (1 - e) / (1 + e)     tanh a - tanh b = td (1 - tanh^2 a) / (1 - td tanh a)
+// tanh a and tanh a - tanh b, for every |a - b| <= kCapGap, out of one exponential: with td =
+// tanh(a
+// - b),
+//   tanh a - tanh b = td (1 - tanh^2 a) / (1 - td tanh a)
 // 1 - tanh^2 a = 4 e / (1 + e)^2 keeps its digits where tanh a is near 1; 1 / (1 - w) is its series
-// in |w| <= 0.1. Next term < 1e-7.
+// in |w| <= 0.1. Next term < 1e-7. tanh a has the bits that KlFrame::cap() gives it.
 __attribute__((always_inline)) inline void tanh_and_gap(VF a, VF gap, VF& tanh_a, VF& difference) {
-  const ExpRest of = exp_rest(min_keep_nan(splat(80.0f), abs(a) * 2.0f));
-  const VF whole = of.e + 1.0f, rough = reciprocal(whole);
-  const VF share = fma(rough, fma(rough, -whole, splat(1.0f)), rough);
-  const VF low = -of.rest * share, high = fma(of.e * -2.0f, share, splat(1.0f));
-  const VF size = (of.e > 0.3f) ? low : high;
-  tanh_a = as_float(as_int(size) | (as_int(a) & splat_i(int32_t(0x80000000))));
+  const Tanh of = tanh_parts(a);
+  tanh_a = of.value;
   const VF z = gap * gap;
   const VF td = fma(fma(z, splat(2.0f / 15), splat(-1.0f / 3)) * z, gap, gap), w = td * tanh_a;
   VF series = w + 1.0f;
   for (int n = 0; n < 5; ++n) series = fma(series, w, splat(1.0f));
-  difference = td * series * (of.e * 4.0f * share * share);
+  difference = td * series * (of.e * 4.0f * of.share * of.share);
 }
 
 __attribute__((noinline)) inline void stage_chunk(const RowPair& rows, const KlParams& k,
@@ -125,8 +122,11 @@ inline void for_vectors(const T* x, const T* y, int64_t n, float y_filler, F&& f
   if (i < n) f(load(x + i, n - i, -kInf), load(y + i, n - i, y_filler));
 }
 
-// One entry of a row pair, in every lane, as a kernel of the general frame reads it.
-inline KlSides<VF> entry_of(const RowPair& rows, const KlParams& k, int64_t i) {
+// One entry of a row pair, in every lane, as a kernel of the general frame reads it. Not inlined: a
+// capped logit that is subtracted in one operation with its product lacks the rounding that the
+// staged ones have.
+__attribute__((noinline)) inline KlSides<VF> entry_of(const RowPair& rows, const KlParams& k,
+                                                      int64_t i) {
   KlSides<VF> z{};
   typed(rows.type, rows.x, [&](auto* x) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;

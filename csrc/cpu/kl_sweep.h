@@ -166,6 +166,7 @@ struct RowSweep {
   KlRow& r;
   KlSums total;
   bool careful;
+  bool seen_x = false, seen_y = false;  // whether an entry of either row has had mass
 
   RowSweep(const KlParams& params, KlRow& row, bool from_the_start)
       : k(params), r(row), careful(from_the_start) {
@@ -174,18 +175,22 @@ struct RowSweep {
 
   // The frame becomes (mx, my).
   void retarget(float mx, float my) {
-    total.move((double(mx) - double(r.mx)) * k.row_scale,
-               (double(my) - double(r.my)) * k.ref_row_scale);
+    double up_x = (double(mx) - double(r.mx)) * k.row_scale,
+           up_y = (double(my) - double(r.my)) * k.ref_row_scale;
+    // a row of which there is nothing yet was in no frame
+    if (!seen_x) up_x = up_y;
+    if (!seen_y) up_y = up_x;
+    if (seen_x || seen_y) total.move(up_x, up_y);
     r.mx = mx;
     r.my = my;
   }
 
   template <class T>
   void add(const T* x, const T* y, int64_t n) {
-    if (total.s == 0 || total.y == 0) {
+    if (!seen_x || !seen_y) {
       const KlRow own = chunk_maxima(x, y, n, k);
-      retarget(total.s == 0 && own.mx > -kInf ? own.mx : r.mx,
-               total.y == 0 && own.my > -kInf ? own.my : r.my);
+      retarget(!seen_x && own.mx > -kInf ? own.mx : r.mx,
+               !seen_y && own.my > -kInf ? own.my : r.my);
     }
     ChunkSums part;
     bool raised = false, centred = false;
@@ -213,6 +218,8 @@ struct RowSweep {
       if (part.moment > kDominated * part.mass && part.top <= kFrameSlack)
         in_frame<T>(k, r, [&](const auto& frame) { sum_around_peak(x, n, frame, part); });
     }
+    seen_x |= part.s != 0;
+    seen_y |= part.y != 0;
     total += part;
   }
 

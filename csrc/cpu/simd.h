@@ -341,10 +341,10 @@ inline ExpRest exp_rest(VF d) {
   p = fma(p, r, splat(4.166685410e-2f));
   p = fma(p, r, splat(1.666657696e-1f));
   p = fma(p, r, splat(0.5f));
-  const VF h = p * (r * r);
+  const VF r2 = r * r, h = p * r2, grow = fma(p, r2, r);
   const VF power = as_float((as_int(shifted) << 23) + as_int(splat(1.0f)));
   const VF grown = power - 1.0f;
-  return {fma(power, r + h, power), fma(power, r + h, grown),
+  return {fma(power, grow, power), fma(power, grow, grown),
           fma(power, h, fma(grown, r, fma(n, splat(-0.693147180559945f), grown)))};
 }
 
@@ -383,29 +383,22 @@ inline VF log1p(VF t) {  // Kahan's correction: exact where 1 + t rounds
   return ((w == std::numeric_limits<float>::infinity()) | (w == 0.0f)) ? log(w) : r;
 }
 
-// Of e = e^(-2 |z|), relative error <= 2e-7: (1 - e) / (1 + e) where that is small and 1 - 2 e / (1
-// + e) where it is near 1, which is rounded once. With -2 |z| = n ln 2 + r, e - 1 is 2^n (e^r - 1)
-// + (2^n - 1), where nothing cancels; e^r - 1 by its series, next term < 5e-9.
-inline VF tanh(VF z) {
-  const VF a = max_keep_nan(splat(-40.0f), abs(z) * -2.0f);
-  const VF shifted = fma(a, splat(1.44269504088896341f), splat(kRound));
-  const VF n = shifted - kRound;
-  VF r = fma(n, splat(-0.693145751953125f), a);
-  r = fma(n, splat(-1.42860682030941723e-6f), r);
-  VF p = splat(1.0f / 5040);
-  p = fma(p, r, splat(1.0f / 720));
-  p = fma(p, r, splat(1.0f / 120));
-  p = fma(p, r, splat(1.0f / 24));
-  p = fma(p, r, splat(1.0f / 6));
-  p = fma(p, r, splat(0.5f));
-  const VF grown = fma(p * r, r, r);
-  const VF power = as_float((as_int(shifted) - as_int(splat(kRound)) + 127) << 23);
-  const VF e = fma(power, grown, power);
-  // each comparison where it chooses: one that is kept, GCC 12 takes apart lane by lane
-  const VF over = (e > 0.3f) ? fma(power, grown, power - 1.0f) : e + e;
-  const VF part = over / (e + 1.0f), t = (e > 0.3f) ? part : part - 1.0f;
-  return as_float((as_int(t) & 0x7fffffff) | (as_int(z) & splat_i(int32_t(0x80000000))));
+// tanh z out of e = e^-2|z|, relative error <= 3e-7: (1 - e) / (1 + e) where that is small and 1 -
+// 2 e / (1 + e) where it is near 1, which is rounded once.
+struct Tanh {
+  VF value;
+  VF e, share;  // e, 1 / (1 + e)
+};
+__attribute__((always_inline)) inline Tanh tanh_parts(VF z) {
+  const ExpRest of = exp_rest(min_keep_nan(splat(80.0f), abs(z) * 2.0f));
+  const VF whole = of.e + 1.0f, rough = reciprocal(whole);
+  const VF share = fma(rough, fma(rough, -whole, splat(1.0f)), rough);
+  const VF low = -of.rest * share, high = fma(of.e * -2.0f, share, splat(1.0f));
+  const VF size = (of.e > 0.3f) ? low : high;
+  const VI sign = as_int(z) & splat_i(int32_t(0x80000000));
+  return {as_float((as_int(size) & 0x7fffffff) | sign), of.e, share};
 }
+inline VF tanh(VF z) { return tanh_parts(z).value; }
 
 // What formulas that know no vectors ask for, on vectors.
 struct VectorMath {

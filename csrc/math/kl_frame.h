@@ -25,7 +25,7 @@ struct KlParamsOf {
   bool inf_mask;  // drop entries where either row is -inf
   // one scale, softcap and temperature on both rows: their capped difference keeps digits (cap())
   bool joint_cap;
-  R beta;
+  R beta, beta_rest;           // beta_rest: 1 - beta, which a beta near 1 in R would not give
   R scale, ref_scale;          // inside the softcap
   R cap, ref_cap;              // 0: none
   R row_scale, ref_row_scale;  // from frame units to tempered logits
@@ -39,6 +39,7 @@ KlParamsOf<R> kl_params(const KlOptions& x) {
   k.kind = KlKind(x.kind);
   k.inf_mask = x.inf_mask;
   k.beta = R(x.beta);
+  k.beta_rest = R(1 - x.beta);
   k.scale = R(x.scale);
   k.ref_scale = R(x.ref_scale);
   k.cap = R(x.softcap);

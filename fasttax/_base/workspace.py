@@ -39,12 +39,15 @@ class Workspace:
                 for part, (count, dtype) in zip(parts, wanted, strict=True)
             ]
         finally:
-            if memory.numel() <= KEPT_BYTES and not self._free:
+            if type(memory) is Tensor and memory.numel() <= KEPT_BYTES and not self._free:
                 self._free.append(memory)
 
     def _taken(self, size: int) -> Tensor:
+        # under FakeTensorMode and its kin what lies here, and what is made there, would meet
+        # tensors of the other sort
+        plain = type(torch.empty(0, device="cpu")) is Tensor
         try:
-            memory = self._free.pop()
+            memory = self._free.pop() if plain else None
         except IndexError:
             memory = None
         if memory is None or memory.numel() < size:

@@ -7,6 +7,7 @@ The update is delta W = sum of scale B A over the active adapters, as `factors` 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,16 +121,20 @@ class LoraHeld(Entry):
     module: Any
     anchor: tuple[Tensor, Tensor] | None = None
     proven: set[tuple[str, ...]] = field(init=False)  # adapters, together, that were looked at
+    # the layer's adapters then, active or not, each with its own modules or parameters; None: those
+    # of the first look
+    present_then: list[tuple[str, weakref.ref[Any]]] | None = field(init=False, default=None)
     base_sample: Tensor = field(init=False)  # of the base weight as it was made
 
     def __post_init__(self) -> None:
         self.proven = {tuple(self.adapters())}
+        self.present_then = self._all_adapters()
         self.base_sample = self._sample()
 
     def over(self, module: Any) -> LoraHeld:
         """The same over a copy of the layer, which may be under construction."""
         twin = copy.copy(self)
-        twin.module, twin.proven = module, set(self.proven)
+        twin.module, twin.proven, twin.present_then = module, set(self.proven), None
         return twin
 
     # --- the layer -------------------------------------------------------------------------------
@@ -149,9 +154,30 @@ class LoraHeld(Entry):
         return [p for p in factors.named_factors(self.module).values() if p.requires_grad]
 
     def changed(self) -> bool:
-        """Whether the layer's adapters are others than those looked at, or merged."""
+        """Whether the layer's adapters are others than those looked at, or merged.
+
+        One that is not active counts too: it may have moved the base weight as it came, and one of
+        a name that was seen before may be of another sort.
+        """
         merged = getattr(self.module, "merged", False)
-        return bool(merged) or tuple(self.adapters()) not in self.proven
+        return bool(merged) or tuple(self.adapters()) not in self.proven or self._others()
+
+    def _others(self) -> bool:
+        now = self._all_adapters()
+        if self.present_then is None:
+            self.present_then = now
+        then = self.present_then
+        pairs = zip(then, now, strict=False)
+        same = all(a[0] == b[0] and a[1]() is b[1]() is not None for a, b in pairs)
+        return len(then) != len(now) or not same
+
+    def _all_adapters(self) -> list[tuple[str, weakref.ref[Any]]]:
+        found = []
+        for kind in getattr(self.module, "adapter_layer_names", ()):
+            held = getattr(self.module, kind, None)
+            if isinstance(held, (nn.ModuleDict, nn.ParameterDict)):
+                found += [(f"{kind}.{name}", weakref.ref(part)) for name, part in held.items()]
+        return found
 
     def base_moved(self) -> bool:
         """Whether the base weight is another one than when this was made.
@@ -185,6 +211,8 @@ class LoraHeld(Entry):
                 "another one: an adapter that was added later has taken its update out of it",
                 "add the adapter first, and make the EWC then",
             )
+        if self._others():
+            self.proven, self.present_then = set(), self._all_adapters()
         self.proven.add(tuple(self.adapters()))
 
     # --- the update ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax._base.gemm import project
+from fasttax._base.gemm import narrow_gemm, project
 from fasttax._base.modes import autocast_dtype
 from fasttax._base.optional import given
 
@@ -53,11 +53,13 @@ class Head:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         autocast = autocast_dtype(self.weight.device) if wide == torch.float32 else None
         dtype = autocast or self.weight.dtype
-        weight = self.weight.detach().to(dtype)
+        device = self.weight.device
+        operands = wide if device.type == "cuda" and not narrow_gemm(device) else dtype
+        weight = self.weight.detach().to(dtype).to(operands)
         bias = given(self.bias, lambda bias: bias.detach().to(wide))
 
         def products(hidden: Tensor) -> Tensor:
-            rows = hidden.detach().to(dtype)
+            rows = hidden.detach().to(dtype).to(operands)
             out = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=wide)
             return project(rows, weight, bias, out)
 

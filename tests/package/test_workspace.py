@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttax
 from fasttax._base import workspace
 from fasttax._base.workspace import Workspace
+from fasttax.kl import linear_sweep
 
 WANTED = [(5, torch.float32), (7, torch.bfloat16), (0, torch.float32), (3, torch.float64)]
 
@@ -74,3 +76,18 @@ def test_results_are_their_own(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, copy, strict=True))
     for n, result in enumerate(again):
         assert all(torch.equal(a, b) for a, b in zip(result, kept[n % 8], strict=True))
+
+
+@pytest.mark.parametrize("fake_first", [True, False])
+def test_tensors_that_hold_nothing_and_real_ones_do_not_meet(fake_first: bool) -> None:
+    def call() -> Tensor:
+        value: Tensor = kl(torch.randn(13, 8), torch.randn(40, 8))[0]
+        return value
+
+    if not fake_first:
+        call()
+    with FakeTensorMode():
+        assert type(call()) is not Tensor
+    assert type(call()) is Tensor
+    with linear_sweep.WORKSPACE.lent([(3, torch.float32)]) as parts:
+        assert type(parts[0]) is Tensor

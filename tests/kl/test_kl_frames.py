@@ -1,0 +1,107 @@
+"""Rows whose chunks lie in frames far apart: what was summed moves there and keeps its digits.
+
+A chunk is 2048, 1024 or 512 entries by instruction set; V is several of the largest.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fasttax
+from tests.tools.kl_cases import INF, oracle, run
+
+C = 2048
+
+
+def rows(sort: str) -> tuple[Tensor, Tensor]:
+    x, y = torch.zeros(1, 3 * C), torch.zeros(1, 3 * C)
+    if sort == "masses apart, then a higher chunk":
+        x[:, C : 2 * C], y[:, C : 2 * C], x[:, 2 * C :] = 20.0, -0.5, 20.5
+        x += 0.01 * torch.randn(1, 3 * C)
+        y += 0.01 * torch.randn(1, 3 * C)
+    elif sort == "the same with an entry in neither row":
+        x[:, C : 2 * C], y[:, C : 2 * C], x[:, 2 * C :] = 20.0, -0.5, 20.5
+        x[0, 1] = y[0, 1] = -INF
+    elif sort == "a side whose first mass is nothing beside what follows":
+        y[:, C:] = 1000.0
+        x[0, C] = 5.0
+    elif sort == "an infinite term of a mass that vanishes":
+        x[:, :C] = y[:, :C] = -1e4
+        y[0, 0] = -INF
+    return x, y
+
+
+SORTS = (
+    "masses apart, then a higher chunk",
+    "the same with an entry in neither row",
+    "a side whose first mass is nothing beside what follows",
+    "an infinite term of a mass that vanishes",
+)
+
+
+@pytest.mark.parametrize("kind", ["policy_ref", "ref_policy", "jsd"])
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("sort", SORTS)
+def test_values(sort: str, mirrored: bool, kind: str, backend: str | int) -> None:
+    x, y = rows(sort)
+    if mirrored:
+        x, y = y, x
+    kl, dx, _ = run(backend, x, y, torch.ones(1), kind=kind)
+    leaf = x.double().requires_grad_()
+    truth = oracle(leaf, y.double(), kind=kind)
+    if truth.isnan():  # 0 inf, of a probability that is 0 in float64 too
+        assert float(kl) == 0
+        return
+    assert float(kl) == pytest.approx(float(truth.detach()), rel=1e-4, abs=1e-9)
+    (slope,) = torch.autograd.grad(truth.sum(), leaf)
+    # d - E[d] of a gap of 20 is rounded to 1e-6 of p
+    assert float((dx - slope).norm()) <= 1e-4 * float(slope.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("sort", SORTS[:3])
+def test_statistics(sort: str) -> None:
+    x, y = rows(sort)
+    stats = fasttax.token_stats(x, y, outputs=("entropy", "kl_policy_ref", "kl_ref_policy"))
+    lp, lq = x.double().log_softmax(-1), y.double().log_softmax(-1)
+    truth = {
+        "kl_policy_ref": torch.where(lp > -INF, lp.exp() * (lp - lq), 0.0).nansum(),
+        "kl_ref_policy": torch.where(lq > -INF, lq.exp() * (lq - lp), 0.0).nansum(),
+        "entropy": -torch.where(lp > -INF, lp.exp() * lp, 0.0).nansum(),
+    }
+    for name, value in truth.items():
+        assert float(getattr(stats, name)) == pytest.approx(float(value), rel=1e-4), name
+
+
+@pytest.mark.parametrize("beta", [0.999, 0.999999, 1e-6])
+def test_jsd_near_its_ends(beta: float) -> None:
+    x = torch.randn(2, 5000)
+    y = x + 0.3 * torch.randn(2, 5000)
+    kl = fasttax.token_kl(x, y, kind="jsd", beta=beta).double()
+    lp, lq = x.double().log_softmax(-1), y.double().log_softmax(-1)
+    m = (lp.exp() + beta * (lq.exp() - lp.exp())).log()
+    # p log(p/m) + (m - p) and its twin: of one sign each, and the same sum
+    of_p = (lp.exp() * (lp - m) + m.exp() - lp.exp()).sum(-1)
+    of_q = (lq.exp() * (lq - m) + m.exp() - lq.exp()).sum(-1)
+    truth = beta * of_q + (1 - beta) * of_p
+    assert ((kl - truth).abs() / truth).max() < 1e-4
+
+
+def test_log_probs_of_a_dominant_token_under_a_softcap() -> None:
+    x = torch.randn(300, 50)
+    x[:, 3] = torch.linspace(20, 28, 300)
+    ids = torch.full((300,), 3)
+    leaf = x.clone().requires_grad_()
+    logp = fasttax.token_stats(leaf, None, ids, outputs=("logp",), softcap=30.0).logp
+    assert logp is not None
+    logp.sum().backward()
+    assert leaf.grad is not None
+    exact = x.double().requires_grad_()
+    truth = (30 * torch.tanh(exact / 30)).log_softmax(-1)[:, 3]
+    truth.sum().backward()
+    assert exact.grad is not None
+    # eager's: the logits' own rounding, at 1e-6
+    eager = (30 * torch.tanh(x / 30)).log_softmax(-1)[:, 3]
+    own = (eager.double() - truth.detach()).abs().max()
+    assert (logp.detach().double() - truth.detach()).abs().max() <= 2 * own + 1e-7
