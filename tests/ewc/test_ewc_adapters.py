@@ -270,39 +270,6 @@ def test_one_that_is_added_later_and_is_another_kind_is_refused(options: Any) ->
             use()
 
 
-def test_one_that_moved_the_base_is_refused_though_it_is_not_active() -> None:
-    _, model = two(["default"])
-    ewc = EWC(model, {"model.layers.0.self_attn.q_proj.weight": torch.ones(32, 32)}, strength=2.0)
-    config = peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="pissa")
-    model.add_adapter("late", config)
-    model.set_adapter("default")
-    for use in (ewc.penalty, ewc.add_grad_, ewc.distance):
-        with pytest.raises(ValueError, match="has taken its update out of it"):
-            use()
-
-
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {}])
-def test_an_adapter_of_a_name_that_was_there_before_is_looked_at(options: Any) -> None:
-    base = causal_lm("llama").eval()
-    before = weights(base)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=TARGETS)).eval()
-    fisher = {n: torch.rand_like(p).float() for n, p in before.items()}
-    ewc = EWC(model, fisher, strength=2.0)
-    configs: tuple[dict[str, Any], ...] = ({}, options)
-    for config in configs:
-        model.add_adapter("x", peft.LoraConfig(r=2, target_modules=TARGETS, **config))
-        model.set_adapter("x")
-        step(model)
-        if config:
-            with pytest.raises(ValueError, match="q_proj"):
-                ewc.penalty()
-        else:
-            expected = truth(fisher, merged(model), before, 2.0)
-            assert float(ewc.penalty().detach()) == pytest.approx(expected, rel=1e-4)
-        model.set_adapter("default")
-        model.delete_adapter("x")
-
-
 def test_merged_adapters_are_refused_until_they_are_apart() -> None:
     before, model = two(["default", "more"])
     fisher = {n: torch.rand_like(p).float() for n, p in before.items()}
