@@ -180,7 +180,7 @@ struct RowSweep {
     // a row of which there is nothing yet was in no frame
     if (!seen_x) up_x = up_y;
     if (!seen_y) up_y = up_x;
-    if (seen_x || seen_y) total.move(up_x, up_y);
+    if (seen_x || seen_y) total.carry(up_x, up_y);
     r.mx = mx;
     r.my = my;
   }

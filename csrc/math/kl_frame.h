@@ -25,11 +25,12 @@ struct KlParamsOf {
   bool inf_mask;  // drop entries where either row is -inf
   // one scale, softcap and temperature on both rows: their capped difference keeps digits (cap())
   bool joint_cap;
-  R beta, beta_rest;           // beta_rest: 1 - beta, which a beta near 1 in R would not give
+  R beta;
   R scale, ref_scale;          // inside the softcap
   R cap, ref_cap;              // 0: none
   R row_scale, ref_row_scale;  // from frame units to tempered logits
   R row_slope, ref_row_slope;  // d tempered / d raw (times 1 - tanh^2 under a softcap)
+  R beta_rest;                 // 1 - beta, which a beta near 1 in R would not give
 };
 using KlParams = KlParamsOf<float>;
 

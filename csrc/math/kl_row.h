@@ -170,34 +170,41 @@ struct KlSums {
     return enough;
   }
 
-  // The sums in frames that are higher by `up_x` and `up_y` out of those in the old ones. Where the
-  // masses are apart, G and what hangs on it were rounded beside the larger one's, while each of
-  // the two has its own digits.
+  // The sums in frames that are higher by `up_x` and `up_y` out of those in the old ones.
   FASTTAX_HD void move(double up_x, double up_y) {
-    if (fabs(g) > 0.5 * s) {
-      g = y - s;
-      b = a + g;
-      c = back - g;
-    }
+    // a side of which there is nothing yet was in no frame
+    if (s == 0 && y == 0) return;
+    if (s == 0) up_x = up_y;
+    if (y == 0) up_y = up_x;
     move(KlMove(up_x, up_y));
   }
   //   B' = sx B + (sy - sx) G + sx S f(-delta)     C' = sy C + (sy - sx) G + sy Y f(delta)
   FASTTAX_HD void move(const KlMove& to) {
-    b = share(to.sx, b) + to.rise * g + to.toward * s;
-    c = share(to.sy, c) + to.rise * g + to.away * y;
-    a = share(to.sx, a - to.delta * s);
-    back = share(to.sy, back + to.delta * y);
+    b = to.sx * b + to.rise * g + to.toward * s;
+    c = to.sy * c + to.rise * g + to.away * y;
+    a = to.sx * (a - to.delta * s);
+    back = to.sy * (back + to.delta * y);
     g = to.sy * g + to.rise * s;
-    moment = share(to.sx, moment - to.up_x * mass);
+    moment = to.sx * (moment - to.up_x * mass);
     mass *= to.sx;
     s *= to.sx;
     y *= to.sy;
     far *= to.sx > to.sy ? to.sx : to.sy;
   }
-
-  // Infinite terms of a mass that is nothing in the new frame are nothing.
-  FASTTAX_HD static double share(double factor, double sum) {
-    return factor == 0 ? 0.0 : factor * sum;
+  // The same of sums over chunks that were added one after the other, each in the newest frame.
+  void carry(double up_x, double up_y) {
+    // Where the masses are apart, G and what hangs on it were rounded beside the larger one's,
+    // while each of the two has its own digits.
+    if (fabs(g) > 0.5 * s) {
+      g = y - s;
+      b = a + g;
+      c = back - g;
+    }
+    const KlMove to(up_x, up_y);
+    // infinite terms of a mass that is nothing in the new frame are nothing
+    if (to.sx == 0) a = b = moment = 0;
+    if (to.sy == 0) c = back = 0;
+    move(to);
   }
 
   FASTTAX_HD void operator+=(const KlSums& other) {
