@@ -76,7 +76,11 @@ __attribute__((noinline)) inline void stage_chunk(const RowPair& rows, const KlP
   if (!rows.caps) return;
   const KlFrame<VectorMath, KlParams> frame(k, KlRow{});
   const float inside = k.joint_cap ? k.scale / k.cap : 0.0f;
-  for (int64_t i = 0; i < n; i += kLanes) {  // beyond n lies what nobody reads
+  // beyond n lies what nobody reads, but a vector's way is chosen by all of its lanes
+  const int64_t rest = (kLanes - n % kLanes) % kLanes;
+  std::fill_n(to.x + n, rest, 0.0f);
+  std::fill_n(to.y + n, rest, 0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) {
     VF x = load(to.x + i), y = load(to.y + i);
     const VF gap = (x - y) * inside;
     if (k.joint_cap && !k.inf_mask && all_le(abs(gap), splat(kCapGap))) {

@@ -105,3 +105,19 @@ def test_log_probs_of_a_dominant_token_under_a_softcap() -> None:
     eager = (30 * torch.tanh(x / 30)).log_softmax(-1)[:, 3]
     own = (eager.double() - truth.detach()).abs().max()
     assert (logp.detach().double() - truth.detach()).abs().max() <= 2 * own + 1e-7
+
+
+@pytest.mark.parametrize("V", [33, 2048 + 5])
+def test_a_softcaps_bits_do_not_depend_on_what_came_before(V: int, backend: str | int) -> None:
+    """The last vector of a row is not whole: what lies beyond it is no part of any choice."""
+    x = torch.randn(1, V) * 3
+    y = x + 1e-3 * torch.randn(1, V)
+    caps = {"softcap": 30.0, "ref_softcap": 30.0}
+    found = []
+    for filler in (0.0, 25.0, 0.0):
+        other = torch.full((1, C), filler)
+        run(backend, other, -other, torch.ones(1), **caps)
+        found.append(run(backend, x, y, torch.ones(1), **caps))
+    for again in found[1:]:
+        for first, second in zip(found[0], again, strict=True):
+            assert torch.equal(first, second)
