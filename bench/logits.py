@@ -21,13 +21,13 @@ BASE = "base"
 Pair = tuple[Tensor, Tensor]
 
 
-def _uniform(n: int, v: int, scale: float) -> Tensor:
+def _normal(n: int, v: int, scale: float) -> Tensor:
     return scale * torch.randn(n, v)
 
 
 def _moved(by: float) -> Callable[[int, int], Pair]:
     def pair(n: int, v: int) -> Pair:
-        y = _uniform(n, v, 3.0)
+        y = _normal(n, v, 3.0)
         return y + by * torch.randn(n, v), y
 
     return pair
@@ -35,18 +35,18 @@ def _moved(by: float) -> Callable[[int, int], Pair]:
 
 def _confident(n: int, v: int) -> Pair:
     """Two tokens of a row 14 and 20 above the rest, anywhere in it: near all of the mass."""
-    y = _uniform(n, v, 1.0)
+    y = _normal(n, v, 1.0)
     places = torch.rand(n, v).topk(2).indices
     y.scatter_(1, places, torch.tensor([20.0, 14.0]).expand(n, 2))
     return y + 0.1 * torch.randn(n, v), y
 
 
 def _far(n: int, v: int) -> Pair:
-    return _uniform(n, v, 3.0), _uniform(n, v, 3.0)
+    return _normal(n, v, 3.0), _normal(n, v, 3.0)
 
 
 def _equal(n: int, v: int) -> Pair:
-    y = _uniform(n, v, 3.0)
+    y = _normal(n, v, 3.0)
     return y.clone(), y
 
 

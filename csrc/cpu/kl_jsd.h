@@ -8,27 +8,6 @@
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
-// log(m + lost) for m > 0, relative error <= 3e-7 where `lost` is what m = 1 + t rounded off t.
-__attribute__((always_inline)) inline VF log_of_share(VF m, VF lost) {
-  const VI bits = as_int(m);
-  const VI e = (bits - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt 2)
-  const VF f = as_float(bits - (e << 23)) - 1.0f;
-  const VF k = __builtin_convertvector(e, VF);
-  VF p = splat(7.0376836292e-2f);
-  p = fma(p, f, splat(-1.1514610310e-1f));
-  p = fma(p, f, splat(1.1676998740e-1f));
-  p = fma(p, f, splat(-1.2420140846e-1f));
-  p = fma(p, f, splat(1.4249322787e-1f));
-  p = fma(p, f, splat(-1.6668057665e-1f));
-  p = fma(p, f, splat(2.0000714765e-1f));
-  p = fma(p, f, splat(-2.4999993993e-1f));
-  p = fma(p, f, splat(3.3333331174e-1f));
-  const VF f2 = f * f;
-  VF r = fma(p * f, f2, fma(k, splat(-2.12194440e-4f), lost * reciprocal(m)));
-  r = fma(f2, splat(-0.5f), r) + f;
-  return fma(k, splat(0.693359375f), r);
-}
-
 // One of the rows is the base, the one that has the larger share of the mixture m: then log(m/base)
 // keeps its digits. JSD does not ask which is which: with (p, q, beta) or (q, p, 1 - beta) it is
 //   (1 - share) KL(base||m) + share KL(other||m),   share <= 1/2,   v = log base - log other
@@ -65,7 +44,7 @@ struct JsdMath {
     z.close = all_le(abs(z.v), splat(kSmallGap));
     if (z.close) {
       z.base = exp_flushed(base_at) * inv_base;
-      z.to_base = log_of_mixture(z.v);
+      z.to_base = at_v(series.log_m, z.v) * z.v;
       z.other = fma(z.base, kl_bregman_small(z.v) - z.v, z.base);
       z.to_other = z.to_base + z.v;
       return z;
@@ -82,18 +61,20 @@ struct JsdMath {
     const VF by_base = fma(of.rest, splat(share), splat(1.0f));
     const VF lost = fma(of.rest, splat(share), 1.0f - by_base);
     const VF by_other = fma(of.e, splat(1 - share), splat(share));
-    const VF log_m = log_of_share((z.v < from_other) ? by_other : by_base,
-                                  (z.v < from_other) ? splat(0.0f) : lost);
+    const VF m = (z.v < from_other) ? by_other : by_base;
+    const VF more = (z.v < from_other) ? splat(0.0f) : lost * reciprocal(m);
+    const VF log_m = log_normal(m, splat(0.0f), more);
     const VF apart = log_m + gap;
     z.to_base = (z.v < from_other) ? apart : log_m;
     z.to_other = (z.v < from_other) ? log_m : apart;
     return z;
   }
 
-  VF log_of_mixture(VF v) const {
-    VF l = splat(series.log_m[JsdSeries<float>::kTerms - 1]);
-    for (int n = JsdSeries<float>::kTerms - 2; n >= 0; --n) l = fma(l, v, splat(series.log_m[n]));
-    return l * v;
+  __attribute__((always_inline)) inline static VF at_v(
+      const float (&terms)[JsdSeries<float>::kTerms], VF v) {
+    VF sum = splat(terms[JsdSeries<float>::kTerms - 1]);
+    for (int n = JsdSeries<float>::kTerms - 2; n >= 0; --n) sum = fma(sum, v, splat(terms[n]));
+    return sum;
   }
 
   // The entries' part of the divergence.
@@ -102,9 +83,7 @@ struct JsdMath {
     const VF size = abs(z.v);
     VF v = z.v;
     if (!z.close) v = (size <= kSmallGap) ? v : splat(0.0f);
-    VF j = splat(series.value[JsdSeries<float>::kTerms - 1]);
-    for (int n = JsdSeries<float>::kTerms - 2; n >= 0; --n) j = fma(j, v, splat(series.value[n]));
-    j *= z.base * (v * v);
+    const VF j = at_v(series.value, v) * (z.base * (v * v));
     if (z.close) return j;
     const VF apart = -fma(z.base * (1 - share), z.to_base, z.other * share * z.to_other);
     return (size <= kSmallGap) ? j : apart;

@@ -7,6 +7,13 @@
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
+template <KlKind kind>
+inline void join_lanes(const KlThree<VF>& part, KlThree<double>& total) {
+  for (int i = 0; i < kLanes; ++i)
+    KlFormula<kind>::template join<DoubleMath>(
+        total, {double(part.value[i]), double(part.first[i]), double(part.second[i])});
+}
+
 // The second sweep's sums: an entry's terms are the kind's.
 template <KlKind kind, FrameMode mode, class T>
 inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame,
@@ -14,34 +21,43 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
   using F = KlFormula<kind>;
   const KlRow& r = frame.r;
   const KlLogs<float> logs(r);
-  // A lane's roundings grow with the terms it adds: kinds that add have four lanes for each.
-  constexpr int kParts = kind == KlKind::kJsd ? 4 : 1;
-  KlThree<VF> parts[kParts];
-  for (auto& part : parts) part = F::template none<VF>();
-  if constexpr (kind == KlKind::kJsd) {
-    const JsdMath jsd(frame.k.beta, frame.k.beta_rest);
-    int64_t turn = 0;
-    for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
-      const JsdEntry z = jsd.at(frame, xv, yv, true);
-      KlThree<VF>& part = parts[turn++ % kParts];
-      part.value += jsd.value(z);
-      part.first -= z.base * z.to_base;
-      part.second -= z.other * z.to_other;
-    });
-  } else {
-    for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
-      VF ax, d;
-      frame(xv, yv, ax, d);
-      const VF ay = frame.ay(xv, yv);
-      const KlEntry<VF> entry{exp(ax) * r.inv_s, exp(ay) * r.inv_s_ref, d - r.log_ratio,
-                              ax + logs.x, ay + logs.y};
-      F::template join<VectorMath>(parts[0], F::template terms<VectorMath>(entry, frame.k.beta));
-    });
-  }
-  for (const auto& part : parts)
-    for (int i = 0; i < kLanes; ++i)
-      F::template join<DoubleMath>(
-          total, {double(part.value[i]), double(part.first[i]), double(part.second[i])});
+  KlThree<VF> part = F::template none<VF>();
+  for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
+    VF ax, d;
+    frame(xv, yv, ax, d);
+    const VF ay = frame.ay(xv, yv);
+    const KlEntry<VF> entry{exp(ax) * r.inv_s, exp(ay) * r.inv_s_ref, d - r.log_ratio, ax + logs.x,
+                            ay + logs.y};
+    F::template join<VectorMath>(part, F::template terms<VectorMath>(entry, frame.k.beta));
+  });
+  join_lanes<kind>(part, total);
+}
+
+template <FrameMode mode, class T>
+inline void jsd_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame,
+                      const JsdMath& jsd, KlThree<double>& total) {
+  // four lanes for each that adds: a lane's roundings grow with its terms
+  KlThree<VF> parts[4] = {};
+  int64_t turn = 0;
+  for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
+    const JsdEntry z = jsd.at(frame, xv, yv, true);
+    KlThree<VF>& part = parts[turn++ % 4];
+    part.value += jsd.value(z);
+    part.first -= z.base * z.to_base;
+    part.second -= z.other * z.to_other;
+  });
+  for (const auto& part : parts) join_lanes<KlKind::kJsd>(part, total);
+}
+
+// f(frame, x, y, n) for each chunk; `unit`: whether kUnit is compiled.
+template <bool unit, class F>
+inline void for_framed_chunks(const RowPair& rows, int64_t V, const KlParams& k, const KlRow& r,
+                              F&& f) {
+  with_mode<unit>(k, r, [&](auto is) {
+    constexpr FrameMode mode = decltype(is)::value;
+    const Frame<mode> frame(k, r);
+    for_chunks<mode>(rows, k, V, [&](auto* x, auto* y, int64_t n) { f(frame, x, y, n); });
+  });
 }
 
 template <KlKind kind>
@@ -49,22 +65,22 @@ inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, co
                            KlRow& r) {
   if (KlFormula<kind>::is_zero(k.beta)) return (t.s + t.y) * 0;  // 0, or NaN for a NaN row
   KlThree<double> sums = KlFormula<kind>::template none<double>();
-  with_mode<kind == KlKind::kJsd>(k, r, [&](auto is) {
-    constexpr FrameMode mode = decltype(is)::value;
-    const Frame<mode> frame(k, r);
-    for_chunks<mode>(rows, k, V, [&](auto* x, auto* y, int64_t n) {
-      second_chunk<kind, mode>(x, y, n, frame, sums);
-    });
-  });
-  KlThree<double> out = KlFormula<kind>::finish(sums, k.beta);
-  // The means' weights sum to 1 but for the rounding of 1/S, which a gradient would be left with
-  // where one entry has nearly all of the mass.
   if constexpr (kind == KlKind::kJsd) {
+    const JsdMath jsd(k.beta, k.beta_rest);
+    for_framed_chunks<true>(rows, V, k, r, [&](const auto& frame, auto* x, auto* y, int64_t n) {
+      jsd_chunk(x, y, n, frame, jsd, sums);
+    });
+    // The means' weights sum to 1 but for the rounding of 1/S, which a gradient would be left with
+    // where one entry has nearly all of the mass.
     const double p = t.s * r.inv_s, q = t.y * r.inv_s_ref;
-    const bool swapped = JsdMath(k.beta, k.beta_rest).swapped;
-    out.first /= swapped ? q : p;
-    out.second /= swapped ? p : q;
+    sums.first /= jsd.swapped ? q : p;
+    sums.second /= jsd.swapped ? p : q;
+  } else {
+    for_framed_chunks<false>(rows, V, k, r, [&](const auto& frame, auto* x, auto* y, int64_t n) {
+      second_chunk<kind>(x, y, n, frame, sums);
+    });
   }
+  const KlThree<double> out = KlFormula<kind>::finish(sums, k.beta);
   const double nan = (t.s + t.y) * 0;  // of a row that has one, in whichever term
   r.mean_gap = float(out.first + nan);
   r.ref_center = float(out.second + nan);
