@@ -74,7 +74,8 @@ class LinearCall:
 
     def _reduced(self, values: Tensor) -> Tensor:
         shaped = values.reshape(self.shape)
-        return reduce(self.op, shaped, self.mask, self.token_weight, self.reduction)
+        weight = given(self._flat_weight(), lambda weight: weight.reshape(self.shape))
+        return reduce(self.op, shaped, self.mask, weight, self.reduction)
 
     def _in_forward(self, several: str) -> bool:
         """Whether to make the gradients in the forward; an error where they would be wrong."""

@@ -343,6 +343,20 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], li
         ValueError,
         ["kind", "'jsd'", "'fkl'"],
     ),
+    "token_weight": (
+        "linear_token_kl",
+        (HID, W, HID, W),
+        {"token_weight": torch.ones(3), "grad_mode": "recompute"},
+        ValueError,
+        ["linear_token_kl: token_weight:", "(2,)", "(3,)"],
+    ),
+    "token_weight_in_the_forward": (
+        "linear_token_kl",
+        (HID, W, HID, W),
+        {"token_weight": torch.ones(3), "reduction": "sum"},
+        ValueError,
+        ["linear_token_kl: token_weight:", "(2,)", "(3,)"],
+    ),
     "empty_vocabulary": (
         "linear_token_kl",
         (HID, W[:0], HID, W[:0]),
