@@ -30,6 +30,7 @@ from fasttax.fisher.layout import Layout
 from fasttax.fisher.observation import Loss, Observation
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.plan import TIED, Filter, plan, select
+from fasttax.fisher.products import fast_linear
 from fasttax.fisher.rules.routing import RoutingBlock
 from fasttax.fisher.sums import Slot, Sums
 from fasttax.fisher.tap import Tap
@@ -175,7 +176,8 @@ class DiagonalFisher:
     def update(self, batch: Mapping[str, Any] | Tensor | tuple[Tensor, Tensor]) -> None:
         """Forward, labels, backward, accumulate.
 
-        p.grad, RNG state, training flag and hooks are afterwards as they were.
+        p.grad, RNG state, training flag and hooks are afterwards as they were. float32 linear
+        layers on a CPU run by fasttax's products where those measured faster than torch's.
 
         Args:
             batch: input_ids (B, T), or a dict or BatchEncoding with input_ids and, as they apply,
@@ -205,7 +207,11 @@ class DiagonalFisher:
             self._count(ready.examples, int(ready.counted.sum()))
             return
         current = Pass(Layout(self.unit, ready.shape, ready.bounds, ready.shape[0]))
-        with self.sums.recording([current]), self.view.tapped():
+        with (
+            self.sums.recording([current]),
+            self.view.tapped(),
+            fast_linear(self.model),
+        ):
             with current.explained():
                 logits = self.view.forward(ready)
             ready = ready.settled(logits)
