@@ -11,6 +11,7 @@ from fasttax.ewc import EWC as EWC
 from fasttax.ewc import AdamWEWC as AdamWEWC
 from fasttax.fisher import DiagonalFisher as DiagonalFisher
 from fasttax.fisher import FisherEstimate as FisherEstimate
+from fasttax.fisher import KroneckerEstimate as KroneckerEstimate
 from fasttax.fisher import estimate_fisher as estimate_fisher
 from fasttax.kl import TokenStats as TokenStats
 from fasttax.kl import kl_estimate as kl_estimate
@@ -28,6 +29,7 @@ __all__ = [
     "AdamWEWC",
     "DiagonalFisher",
     "FisherEstimate",
+    "KroneckerEstimate",
     "TokenStats",
     "estimate_fisher",
     "functional",

@@ -76,6 +76,18 @@ def opened(
         raise ValueError(f"fasttax: {error}; write it anew with .save()") from None
 
 
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The kind that a file's header names; "" of a folder, or where it has none."""
+    target = Path(path)
+    if not target.is_file():
+        return ""
+    try:
+        with mapped.TensorFile(target) as file:
+            return file.about.get(mapped.FORMAT_KEY, "")
+    except mapped.BadFileError:
+        return ""
+
+
 def opened_file(path: str | os.PathLike[str], kind: str) -> mapped.TensorFile:
     """The open file, which is of this kind."""
     target = Path(path)

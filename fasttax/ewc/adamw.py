@@ -114,7 +114,25 @@ class AdamWEWC(AdamW):
             check_optimizer(op, "params", ewc.hold, self.param_groups)
             if self.mode == PROX:
                 ewc.hold.refuse_prox_of_lora(op)
+            self._refuse_factors(op, ewc)
             self._claim = claim(op, "ewc", op, ewc.parameters(), self)
+
+    def _refuse_factors(self, op: str, ewc: EWC) -> None:
+        """What weights with Kronecker factors have no form of."""
+        if not ewc.hold.kronecker:
+            return
+        if self.mode == PROX:
+            raise checks.fail(
+                op,
+                "mode",
+                "'grad' with Kronecker factors",
+                repr(self.mode),
+                "Adam's metric is diagonal in the weights, the penalty in its eigenbasis, so that "
+                "the step has no closed form; ewc.attach(optimizer, mode='prox_euclidean') has",
+            )
+        if self.fisher == "second_moment":
+            expected = "'ewc' with Kronecker factors"
+            raise checks.fail(op, "fisher", expected, repr(self.fisher))
 
     def __getstate__(self) -> dict[str, Any]:
         """As torch's, with the options: a deepcopy of (model, optimizer) holds the copied model."""
@@ -157,7 +175,7 @@ class AdamWEWC(AdamW):
         hold.check("AdamWEWC")
         for group in self.param_groups:
             params = _with_grad(group)
-            parts += hold.add_lora_grad_parts_(self._lora_scale(group), params)
+            parts += hold.add_product_grad_parts_(self._pull_scale(group), params)
             blocks = hold.store.blocks(params)
             parts += [(x.key, self._update(group, x.owners, x)) for x in hold.store.stream(blocks)]
             held = {id(h.theta) for block in blocks for h in block}
@@ -165,8 +183,8 @@ class AdamWEWC(AdamW):
         self.penalty = hold.total(parts)
         return loss
 
-    def _lora_scale(self, group: dict[str, Any]) -> float | Tensor:
-        """What brings the factors' pull to the sign and scale of the gradients as they lie."""
+    def _pull_scale(self, group: dict[str, Any]) -> float | Tensor:
+        """What brings LoRA's and factors' pull to the sign and scale of the gradients."""
         scale = -float(self.every) if group["maximize"] else float(self.every)
         grad_scale = getattr(self, "grad_scale", None)
         return scale if grad_scale is None else grad_scale * scale

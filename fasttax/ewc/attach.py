@@ -212,6 +212,14 @@ def during_backward(hold: Hold, scale: float) -> Attached:
             "one with LoRA updates",
             "use attach: their factors are small",
         )
+    if hold.kronecker:
+        raise checks.fail(
+            op,
+            "ewc",
+            "an EWC of diagonal Fishers",
+            "one with Kronecker factors, which lie beside the weights",
+            "use attach",
+        )
     hold.check(op)
     handle = Attached(hold)
     handle.on_undo(claim(op, "ewc", op, hold.parameters()).release)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from torch import Tensor, nn
 from fasttax._base import checks
 from fasttax._base.packed import STORAGES
 from fasttax.ewc import files, tasks
-from fasttax.ewc.adapters import prove
 from fasttax.ewc.attach import Attached, attach, during_backward
+from fasttax.ewc.begin import begin
 from fasttax.ewc.drift import Drift
 from fasttax.ewc.fit import (
-    Target,
     check_hash,
     match,
     pick_anchor,
@@ -32,9 +30,10 @@ from fasttax.ewc.fit import (
     watch_over,
 )
 from fasttax.ewc.hold import Hold
-from fasttax.ewc.lora import LoraHeld, moved_bases
-from fasttax.ewc.store import Item, Store, checked_anchor_dtype, encode_for
+from fasttax.ewc.kronecker import refuse_for_factors
+from fasttax.ewc.store import Store, checked_anchor_dtype
 from fasttax.fisher.estimate import FisherEstimate
+from fasttax.fisher.kronecker import KroneckerEstimate, load_estimate
 
 NORMALIZE = (None, "mean", "max")
 
@@ -51,7 +50,10 @@ class EWC:
             that are active at the time, weighed by the base weight's Fisher, with gradients to A
             and B (AdaLoRA: also to E); of fused experts each has its own. One layer of each kind is
             seen to compute with that weight; whatever else moves a held weight is refused.
-        fisher: a FisherEstimate, the path of one, or a mapping of parameter names to tensors >= 0.
+        fisher: a FisherEstimate or KroneckerEstimate, the path of one, or a mapping of parameter
+            names to tensors >= 0. Of Kronecker factors A and G the penalty of a weight is
+            strength/2 * <D, G D A>, D = theta - anchor: two products a layer, in float32 whatever
+            `storage` is of the diagonals; a LoRA update's takes no dense matrix.
             Parameters that it does not name (new heads, say) are left free; a name that the model
             lacks is an error.
         strength: finite, >= 0.
@@ -111,40 +113,27 @@ class EWC:
             raise checks.fail(op, "normalize", "None, 'mean' or 'max'", repr(normalize))
         dtype = checked_anchor_dtype(op, anchor_dtype)
         if isinstance(fisher, (str, os.PathLike)):
-            fisher = FisherEstimate.load(fisher)
+            fisher = load_estimate(fisher)
         if not isinstance(fisher, Mapping):
             raise checks.fail(
                 op,
                 "fisher",
-                "a FisherEstimate, a path, or a mapping of parameter names to tensors",
+                "a FisherEstimate, a KroneckerEstimate, a path, or a mapping of parameter names to "
+                "tensors",
                 fisher,
                 error=TypeError,
             )
+        if isinstance(fisher, KroneckerEstimate):
+            refuse_for_factors(op, clamp, offload)
         targets = match(op, model, shapes_of(fisher), rename)
         anchors = {} if anchor is None else pick_anchor(op, anchor, targets)
         check_hash(op, fisher, targets, anchors)
         recipe = survey(op, fisher, [t.given for t in targets], clamp, normalize)
 
-        def values(t: Target) -> tuple[Tensor, Tensor]:
-            start = anchors.get(t.name, t.theta)
-            return recipe(fisher[t.given]), start.detach().clone()
-
         #: what applies the penalty; optimizers and files work on it
         self.hold = Hold(strength, storage, dtype, Store(offload), watch_over(model, targets))
         self.hold.metadata = dict(getattr(fisher, "metadata", {}))
-        moved = moved_bases(model)
-        for t in targets:
-            if t.lora is not None:
-                stored = encode_for(t.theta, recipe(fisher[t.given]), storage)
-                update = LoraHeld(t.name, stored, t.lora)
-                self.hold.lora.append(update)
-                if t.name in anchors:
-                    update.start_at(op, anchors[t.name])
-                else:
-                    update.start_here(None if t.of_the_adapted else moved)
-        prove(op, self.hold.lora)
-        plain = [t for t in targets if t.lora is None]
-        self.hold.fill([Item(t.name, t.theta, partial(values, t)) for t in plain])
+        begin(op, self.hold, targets, fisher, anchors, recipe)
 
     @classmethod
     def _of(cls, hold: Hold) -> EWC:
@@ -196,12 +185,22 @@ class EWC:
     @property
     def anchor(self) -> dict[str, Tensor]:
         """By name, as floats; this rank's shards of sharded parameters."""
-        return {name: h.decoded_anchor() for name, h in self.hold.store.held.items()}
+        out = {name: h.decoded_anchor() for name, h in self.hold.store.held.items()}
+        return out | {h.name: h.decoded_anchor() for h in self.hold.kronecker}
 
     @property
-    def fisher(self) -> FisherEstimate:
-        """As stored; this rank's shards of sharded parameters."""
-        return FisherEstimate({h.name: h.fisher for h in self.hold.entries()}, self.metadata)
+    def fisher(self) -> FisherEstimate | KroneckerEstimate:
+        """As stored; this rank's shards of sharded parameters, of Kronecker factors the whole."""
+        estimate = FisherEstimate({h.name: h.fisher for h in self.hold.entries()}, self.metadata)
+        factored = self.hold.factored()
+        if not factored:
+            return estimate
+        # sides are (rows, columns): (G, A) of weights that lie as (out, in)
+        facts = {k: v for k, v in self.metadata.items() if k not in ("shapes", "turned")}
+        turned = self.metadata.get("turned", [])
+        factors = {n: (l, r) if n in turned else (r, l) for n, (l, r) in factored.items()}
+        shapes = {n: list(shape) for n, shape in self.hold.shapes().items()}
+        return KroneckerEstimate(factors, estimate, {**facts, "turned": turned, "shapes": shapes})
 
     # --- the three ways to apply it ----------------------------------------------------------
 

@@ -16,8 +16,9 @@ from fasttax._base.hashes import same_weights, weights_hash
 from fasttax._base.packed import SPLIT, STORAGES, decode_anchor, encode_anchor
 from fasttax.ewc.adapters import prove
 from fasttax.ewc.factors import is_packed
-from fasttax.ewc.fit import Target, differences, match, unlike, watch_over
+from fasttax.ewc.fit import Target, differences, match, shaped, unlike, watch_over
 from fasttax.ewc.hold import Hold
+from fasttax.ewc.kronecker import NOTHING, KroneckerHeld, sides_for
 from fasttax.ewc.lora import LoraHeld
 from fasttax.ewc.parts import Parts, check_parts
 from fasttax.ewc.store import Held, Store, checked_anchor_dtype, encode_for
@@ -26,14 +27,15 @@ OFFLOAD = (None, "cpu")
 STATE = ("strength", "storage", "metadata", "tensors")  # what a state must have
 
 
-def _tensors(held: Mapping[str, Held], lora: list[LoraHeld]) -> dict[str, Tensor]:
+def _tensors(hold: Hold, held: Mapping[str, Held]) -> dict[str, Tensor]:
+    """Of `held`, those of the store or what was gathered of them, and of all others."""
     out: dict[str, Tensor] = {}
     for h in held.values():
         out |= h.tensors()
-    for update in lora:
-        out |= update.fisher.tensors(update.name)
-        if update.anchor is not None:
-            out[f"lora_b.{update.name}"], out[f"lora_a.{update.name}"] = update.anchor
+    for weight in hold.kronecker:
+        out |= weight.tensors()
+    for update in hold.lora:
+        out |= update.tensors()
     return out
 
 
@@ -45,6 +47,7 @@ def _facts(hold: Hold) -> dict[str, Any]:
         "offload": hold.store.offload,
         "anchor_dtype": str(dtype) if isinstance(dtype, torch.dtype) else dtype,
         "base_hash": _base_hash(hold.lora),
+        "factored": {name: list(shape) for name, shape in hold.shapes().items()},
     }
 
 
@@ -81,8 +84,9 @@ def anchor_hash(hold: Hold) -> str:
         (h.name, dtensor.whole(dtensor.as_theta(h.decoded_anchor(), h.theta)))
         for h in hold.store.held.values()
     )
+    factored = ((h.name, h.decoded_anchor()) for h in hold.kronecker)
     bases = ((h.name, dtensor.whole(h.base)) for h in hold.lora)
-    return weights_hash((*anchors, *bases))
+    return weights_hash((*anchors, *factored, *bases))
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -90,12 +94,15 @@ def anchor_hash(hold: Hold) -> str:
 
 def save(hold: Hold, path: str | os.PathLike[str]) -> None:
     """Writes the whole tensors; every rank calls it, rank 0 writes."""
-    sharded = any(key is not None for key in hold.store.meshes())
+    thetas = [h.theta for h in hold.store.held.values()] + [h.theta for h in hold.kronecker]
+    sharded = any(dtensor.is_sharded(theta) for theta in thetas)
     held = {name: _gathered(hold, h) for name, h in hold.store.held.items()}
     if not sharded or dist.get_rank() == 0:
-        anchor = weights_hash((name, h.anchor) for name, h in held.items())
+        anchors = {name: h.anchor for name, h in held.items()}
+        anchors |= {h.name: h.anchor for h in hold.kronecker}
+        anchor = weights_hash(anchors.items())
         metadata = {**hold.metadata, "ewc": {**_facts(hold), "anchor_hash": anchor}}
-        tensors = _tensors(held, hold.lora)
+        tensors = _tensors(hold, held)
         specs = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
         mapped.write_streamed(path, "EWC", specs, metadata, tensors.items())
     if sharded:
@@ -132,14 +139,15 @@ def load(
     parts = Parts.of(tensors)
     if not same_weights(weights_hash(parts.anchors.items()), facts["anchor_hash"]):
         raise _damaged(op, path, "the anchor does not match its hash")
-    missing = [n for n in parts.anchors if n not in parts.fishers]
+    missing = [n for n in parts.anchors if n not in parts.fishers and n not in parts.sides]
     if missing:
         raise _damaged(op, path, f"no Fisher for {', '.join(missing[:5])}")
     if offload == "as saved":
         offload = facts["offload"]
     if offload not in OFFLOAD:
         raise checks.fail(op, "offload", "None, 'cpu', or 'as saved'", repr(offload))
-    targets = match(op, model, {n: s.values for n, s in parts.fishers.items()}, rename)
+    factored = _mapping(op, facts, "factored") if "factored" in facts else {}
+    targets = match(op, model, _shapes(op, path, parts, factored), rename)
     hold = Hold(
         checks.number(op, "strength", facts["strength"], low=0),
         checks.choice(op, "storage", facts["storage"], STORAGES),
@@ -156,7 +164,9 @@ def load(
     _refuse_other_precision(op, "path", {t.given: t.theta for t in plain}, parts)
     _hold_updates(op, hold, targets, parts)
     _check_base(op, "path", facts.get("base_hash"), hold.lora)
-    if offload == "cpu" and all(_lies_in_file(t) for t in plain):
+    hold.kronecker = [_factored(t, parts) for t in plain if t.given in parts.sides]
+    plain = [t for t in plain if t.given not in parts.sides]
+    if offload == "cpu" and not hold.kronecker and all(_lies_in_file(t) for t in plain):
         del tensors, parts
         hold.store.adopt(in_file, {t.name: t.theta for t in plain})
     else:
@@ -168,8 +178,8 @@ def moved(hold: Hold, model: nn.Module) -> Hold:
     """The same Fishers and anchors on `model`, whose names and shapes must be those held."""
     op = "EWC.on"
     held = {name: _gathered(hold, h) for name, h in hold.store.held.items()}
-    parts = Parts.of(_tensors(held, hold.lora))
-    targets = match(op, model, {n: s.values for n, s in parts.fishers.items()}, None)
+    parts = Parts.of(_tensors(hold, held))
+    targets = match(op, model, _shapes(op, "model", parts, hold.shapes()), None)
     twin = Hold(
         hold.strength,
         hold.storage,
@@ -180,8 +190,26 @@ def moved(hold: Hold, model: nn.Module) -> Hold:
     )
     _hold_updates(op, twin, targets, parts)
     _check_base(op, "model", _base_hash(hold.lora), twin.lora)
-    twin.store.put([_held(twin, t, parts) for t in targets if t.lora is None])
+    plain = [t for t in targets if t.lora is None]
+    twin.kronecker = [_factored(t, parts) for t in plain if t.given in parts.sides]
+    twin.store.put([_held(twin, t, parts) for t in plain if t.given not in parts.sides])
     return twin
+
+
+def _shapes(
+    op: str, where: str | os.PathLike[str], parts: Parts, factored: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """By name what has the shape of the parameter."""
+    shapes = {n: s.values for n, s in parts.fishers.items()}
+    if set(factored) != set(parts.sides):
+        raise _damaged(op, where, "shapes of other weights than its Kronecker factors")
+    return shapes | {n: shaped(factored[n]) for n in parts.sides}
+
+
+def _factored(t: Target, parts: Parts) -> KroneckerHeld:
+    """A weight with Kronecker factors, where the model has it."""
+    anchor = parts.anchors[t.given].to(t.theta.device)
+    return KroneckerHeld(t.name, t.theta, sides_for(t.theta, parts.sides[t.given]), anchor)
 
 
 def _hold_updates(op: str, hold: Hold, targets: Sequence[Target], parts: Parts) -> None:
@@ -189,7 +217,8 @@ def _hold_updates(op: str, hold: Hold, targets: Sequence[Target], parts: Parts) 
     for t in targets:
         if t.lora is not None:
             update = parts.updates.get(t.given)
-            held = _lora_held(LoraHeld(t.name, parts.fishers[t.given], t.lora, update))
+            fisher, sides = parts.fishers.get(t.given, NOTHING), parts.sides.get(t.given)
+            held = _lora_held(LoraHeld(t.name, fisher, t.lora, update, sides))
             if t.given in parts.anchors:  # made on the model before the adapter
                 held.start_at(op, decode_anchor(parts.anchors[t.given], torch.Size(t.shape)))
             hold.lora.append(held)
@@ -222,6 +251,8 @@ def _lora_held(h: LoraHeld) -> LoraHeld:
         b, a = h.anchor
         h.anchor = b.to(device), a.to(device)
     h.fisher = h.fisher.to(device)
+    if h.sides is not None:
+        h.sides = sides_for(h.base, h.sides)
     return h
 
 
@@ -230,7 +261,7 @@ def _lora_held(h: LoraHeld) -> LoraHeld:
 
 def state_dict(hold: Hold) -> dict[str, Any]:
     """Copies of everything; this rank's shards. No types but those that torch.load reads."""
-    tensors = _tensors(hold.store.held, hold.lora)
+    tensors = _tensors(hold, hold.store.held)
     copies = {n: t.detach().clone() for n, t in tensors.items()}
     return {**_facts(hold), "metadata": json.loads(json.dumps(hold.metadata)), "tensors": copies}
 
@@ -246,14 +277,19 @@ def load_state_dict(hold: Hold, state: Mapping[str, Any]) -> None:
         checks.tensor(op, f"state['tensors'][{name!r}]", t, (*checks.FLOATS, torch.uint8))
     parts = Parts.of(tensors)
     held = {h.name: h.fisher.values for h in hold.entries()}
-    given = {name: stored.values for name, stored in parts.fishers.items()}
+    held |= {name: shaped(shape) for name, shape in hold.shapes().items()}
+    factored = _mapping(op, state, "factored") if "factored" in state else {}
+    given = _shapes(op, "state", parts, factored)
     differences(op, "state", unlike(held, given, "held with"))
     strength = checks.number(op, "strength", state["strength"], low=0)
     storage = checks.choice(op, "storage", state["storage"], STORAGES)
     dtype = checked_anchor_dtype(op, _dtype_of(state.get("anchor_dtype")))
     shapes = {name: tuple(values.shape) for name, values in held.items()}
     check_parts(op, "state", shapes, parts)
-    missing = [name for name in hold.store.held if name not in parts.anchors]
+    differing = set(hold.factored()) ^ set(parts.sides)
+    differences(op, "state", [f"{name}: Kronecker factors in one alone" for name in differing])
+    own = [*hold.store.held, *(h.name for h in hold.kronecker)]
+    missing = [name for name in own if name not in parts.anchors]
     differences(op, "state", [f"anchor.{name}: missing" for name in missing])
     _check_base(op, "state", state.get("base_hash"), hold.lora)
     thetas = {name: h.theta for name, h in hold.store.held.items()}
@@ -267,8 +303,11 @@ def load_state_dict(hold: Hold, state: Mapping[str, Any]) -> None:
     )
     hold.strength, hold.storage, hold.anchor_dtype = strength, storage, dtype
     hold.metadata, hold.store = dict(metadata), store
+    for weight in hold.kronecker:
+        weight.take(sides_for(weight.theta, parts.sides[weight.name]), parts.anchors[weight.name])
     for h in hold.lora:
-        h.fisher, h.anchor = parts.fishers[h.name], parts.updates.get(h.name)
+        h.fisher, h.anchor = parts.fishers.get(h.name, NOTHING), parts.updates.get(h.name)
+        h.sides = parts.sides.get(h.name)
         _lora_held(h)
 
 
@@ -284,7 +323,8 @@ def _refuse_other_precision(
 ) -> None:
     """Refuses tensors of float64 for a parameter of less, and the other way round."""
     for name, theta in thetas.items():
-        for what, t in (("fisher", parts.fishers[name].values), ("anchor", parts.anchors[name])):
+        fisher = parts.sides[name][0] if name in parts.sides else parts.fishers[name].values
+        for what, t in (("fisher", fisher), ("anchor", parts.anchors[name])):
             if (t.dtype == torch.float64) != (theta.dtype == torch.float64):
                 raise checks.fail(
                     op,

@@ -16,6 +16,7 @@ from fasttax.ewc.factors import weight_shape
 from fasttax.ewc.names import Names, renamer
 from fasttax.ewc.watch import Watch
 from fasttax.fisher.estimate import FisherEstimate
+from fasttax.fisher.kronecker import KroneckerEstimate
 
 SHOWN = 20  # differences that an error lists
 
@@ -235,6 +236,11 @@ class Recipe:
             fisher = fisher.clamp(*self.bounds)
         return fisher if self.divisor == 1.0 else fisher / self.divisor
 
+    def sides(self, sides: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Kronecker factors, whose product is divided; there is no clamp of them."""
+        left, right = sides
+        return left / self.divisor, right
+
 
 def _bounds(op: str, clamp: float | Sequence[float] | None) -> tuple[float, float] | None:
     if clamp is None:
@@ -291,6 +297,13 @@ def survey(
 
 def shapes_of(fisher: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """Names to things with a shape; a FisherEstimate's without decoding it."""
+    if isinstance(fisher, KroneckerEstimate):
+        return {name: shaped(fisher.shape(name)) for name in fisher}
     if not isinstance(fisher, FisherEstimate):
         return fisher
     return {name: fisher.stored(name).values for name in fisher}
+
+
+def shaped(shape: Sequence[int]) -> Tensor:
+    """A tensor of a shape, and nothing else."""
+    return torch.empty(tuple(shape), device="meta")

@@ -19,6 +19,8 @@ from fasttax._base.modes import compiling
 from fasttax.ewc import ops
 from fasttax.ewc.adapters import prove
 from fasttax.ewc.drift import Drift
+from fasttax.ewc.factors import weight_shape
+from fasttax.ewc.kronecker import KroneckerHeld, Sides
 from fasttax.ewc.lora import LoraHeld
 from fasttax.ewc.store import Entry, Held, Item, Lists, Store
 from fasttax.ewc.watch import Watch
@@ -30,6 +32,7 @@ Part = tuple[dtensor.Key, Tensor]  # of a sum: what it is summed over, and this 
 class Hold:
     """strength/2 * sum fisher * (theta - anchor)^2 over the parameters of `store` and `lora`.
 
+    And of `kronecker`, whose Fisher is a product of factors in place of a weight for each value.
     `storage` and `anchor_dtype` say how new Fishers and anchors are encoded; `metadata` is where
     the Fisher comes from; `watch` sees whether the parameters are still the model's.
     """
@@ -40,13 +43,17 @@ class Hold:
     store: Store
     watch: Watch
     lora: list[LoraHeld] = field(default_factory=list)
+    kronecker: list[KroneckerHeld] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        held = self.store.held.values()
+        held = [h.theta for h in self.store.held.values()]
+        held += [h.theta for h in self.kronecker]
         lora = f", {len(self.lora)} LoRA updates" if self.lora else ""
+        factors = f", {len(self.kronecker)} by Kronecker factors" if self.kronecker else ""
         return (
-            f"EWC({len(held)} tensors, {sum(h.theta.numel() for h in held):,} parameters{lora}, "
+            f"EWC({len(held)} tensors, {sum(t.numel() for t in held):,} parameters{factors}"
+            f"{lora}, "
             f"strength={self.strength:g}, storage={self.storage})"
         )
 
@@ -76,6 +83,7 @@ class Hold:
             self.store.over({id(theta): memo[id(theta)] for theta in held}),
             self.watch.on(memo[id(self.watch.model)], copied),
             [h.over(memo[id(h.module)]) for h in self.lora],
+            [h.over(memo[id(h.theta)]) for h in self.kronecker],
             dict(self.metadata),
         )
         memo[id(self)] = twin
@@ -119,12 +127,28 @@ class Hold:
         self.store = store
 
     def entries(self) -> list[Entry]:
-        """Everything that has a Fisher."""
-        return [*self.store.held.values(), *self.lora]
+        """Everything that has a Fisher of a weight for each value."""
+        return [*self.store.held.values(), *(h for h in self.lora if h.sides is None)]
+
+    def factored(self) -> dict[str, Sides]:
+        """By name the Kronecker factors of everything that has them."""
+        out = {h.name: h.sides for h in self.kronecker}
+        return out | {h.name: h.sides for h in self.lora if h.sides is not None}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights with Kronecker factors, by name."""
+        out = {h.name: tuple(h.theta.shape) for h in self.kronecker}
+        return out | {h.name: weight_shape(h.module) for h in self.lora if h.sides is not None}
+
+    def names(self) -> list[str]:
+        """Of everything held."""
+        held = [h.name for h in self.kronecker] + [h.name for h in self.lora]
+        return [*self.store.held, *held]
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters by name, frozen ones included; of LoRA updates the trainable factors."""
         out = {name: h.theta for name, h in self.store.held.items()}
+        out |= {h.name: h.theta for h in self.kronecker}
         for h in self.lora:
             out |= {f"{h.name} (LoRA {i})": p for i, p in enumerate(h.parameters())}
         return out
@@ -133,6 +157,8 @@ class Hold:
         """A tensor where sums are to be."""
         for h in self.store.held.values():
             return dtensor.local(h.theta.detach())
+        for weight in self.kronecker:
+            return dtensor.local(weight.theta.detach())
         return self.lora[0].base.new_empty(0, dtype=torch.float32)
 
     # --- the three ways to apply it ----------------------------------------------------------
@@ -145,6 +171,7 @@ class Hold:
         """The value, 0-d, differentiable by the trainable parameters."""
         self.check("EWC.penalty")
         parts: list[Part] = [(None, h.penalty(self.strength)) for h in self.lora]
+        parts += [(None, h.penalty(self.strength)) for h in self._weights(None)]
         blocks = self.store.blocks()
         if self.store.offload is not None and torch.is_grad_enabled():
             for block in blocks:
@@ -175,21 +202,33 @@ class Hold:
         for name, p in self.parameters().items():
             if touched is None or id(p) in touched:
                 refuse_sparse("EWC.add_grad_", name, p)
-        parts = self.add_lora_grad_parts_(scale, only)
+        parts = self.add_product_grad_parts_(scale, only)
         with torch.no_grad():
             for x in self.store.stream(self.store.blocks(only)):
                 parts.append((x.key, self.add_grad_of_(x, scale)))
         return parts
 
-    def add_lora_grad_parts_(
+    def add_product_grad_parts_(
         self, scale: float | Tensor, only: Sequence[Tensor] | None = None
     ) -> list[Part]:
-        """`add_grad_parts_` of the LoRA updates alone."""
-        if only is None:
-            return [(None, h.add_grad_(self.strength, scale, None)) for h in self.lora]
-        chosen = {id(p) for p in only}
-        moved = [h for h in self.lora if any(id(p) in chosen for p in h.parameters())]
-        return [(None, h.add_grad_(self.strength, scale, chosen)) for h in moved]
+        """`add_grad_parts_` of the LoRA updates and of weights with Kronecker factors."""
+        chosen = None if only is None else {id(p) for p in only}
+        updates = self.lora
+        if chosen is not None:
+            updates = [h for h in updates if any(id(p) in chosen for p in h.parameters())]
+        parts: list[Part] = [(None, h.add_grad_(self.strength, scale, chosen)) for h in updates]
+        with torch.no_grad():
+            weights = self._weights(only)
+            return parts + [(None, h.add_grad_(self.strength, scale)) for h in weights]
+
+    def _weights(self, only: Sequence[Tensor] | None) -> list[KroneckerHeld]:
+        """The trainable weights with factors, of `only` where given."""
+        chosen = None if only is None else {id(p) for p in only}
+        return [
+            h
+            for h in self.kronecker
+            if h.theta.requires_grad and (chosen is None or id(h.theta) in chosen)
+        ]
 
     def add_grad_of_(self, x: Lists, scale: float | Tensor) -> Tensor:
         """`add_grad_` of one block, called without grad mode; a missing p.grad is created."""
@@ -220,6 +259,8 @@ class Hold:
         for x in self.store.stream(self.store.blocks(only)):
             with ops.contiguous({"params": [p.detach() for p in x.params]}) as flat:
                 ops.prox_(flat["params"], x.anchors, x.fishers, x.scales, step)
+        for h in self._weights(only):
+            h.prox_(step)
 
     def refuse_prox_of_lora(self, op: str) -> None:
         """An error where LoRA updates are held."""
@@ -239,6 +280,7 @@ class Hold:
         """Sum fisher * (theta - anchor)^2 by parameter; over sharded ones a collective."""
         self.check("EWC.distance")
         found = {h.name: h.penalty(2.0) for h in self.lora}
+        found |= {h.name: h.value(2.0) for h in self.kronecker}
         shares: dict[dtensor.Key, dict[str, Tensor]] = {}
         blocks = self.store.blocks(frozen=True)
         for block, x in zip(blocks, self.store.stream(blocks), strict=True):
@@ -250,7 +292,7 @@ class Hold:
         for key, values in shares.items():
             summed = dtensor.over_ranks(torch.stack(list(values.values())), key)
             found |= dict(zip(values, summed.unbind(), strict=True))
-        return Drift({h.name: found[h.name] for h in self.entries()})
+        return Drift({name: found[name] for name in self.names()})
 
 
 def refuse_sparse(op: str, name: str, p: Tensor) -> None:

@@ -20,6 +20,7 @@ from fasttax._base import checks, dtensor
 from fasttax._base.packed import Stored
 from fasttax.ewc import factors, ops
 from fasttax.ewc.factors import CONVOLUTIONS, SAME_UPDATE, Factors
+from fasttax.ewc.kronecker import Sides, low_rank, sides_for, tensors_of
 from fasttax.ewc.store import Entry
 
 # LoraConfig's init_lora_weights that leave the base weight as it is and start from B = 0, or from
@@ -115,11 +116,13 @@ def _refuse_variant(op: str, name: str, module: Any, adapter: str) -> None:
 class LoraHeld(Entry):
     """A base weight's Fisher and the layer whose update it weighs.
 
-    `anchor` is the update to stay at, as (b, a) with b @ a, None for 0.
+    `anchor` is the update to stay at, as (b, a) with b @ a, None for 0. `sides` are the Fisher's
+    Kronecker factors, of the weight's rows and columns, where it has those in place of `fisher`.
     """
 
     module: Any
     anchor: tuple[Tensor, Tensor] | None = None
+    sides: Sides | None = None
     proven: set[tuple[str, ...]] = field(init=False)  # adapters, together, that were looked at
     # the layer's adapters then, active or not, each with its own modules or parameters; None: those
     # of the first look
@@ -264,6 +267,8 @@ class LoraHeld(Entry):
         if moved is None:
             return torch.zeros((), dtype=torch.float32, device=device)
         b, a, scale = moved
+        if self.sides is not None:
+            return 0.5 * strength * low_rank(b, a, scale, sides_for(self.base, self.sides))
         gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
         values = [
             ops.lora_penalty(one_a, one_b, f.values, f.scales, scale, strength, gradient)[0]
@@ -296,9 +301,18 @@ class LoraHeld(Entry):
                 p.grad.add_((g * scale).to(p.grad.dtype))
         return value.detach()
 
-    def consolidate(self, fisher: Stored) -> None:
-        """Stay at the present update, weighed by `fisher`."""
-        self.fisher, self.anchor = fisher, self.present()
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file has of it."""
+        out = self.fisher.tensors(self.name)
+        if self.sides is not None:
+            out = tensors_of(self.name, self.sides)
+        if self.anchor is not None:
+            out[f"lora_b.{self.name}"], out[f"lora_a.{self.name}"] = self.anchor
+        return out
+
+    def stay(self) -> None:
+        """The anchor becomes the present update."""
+        self.anchor = self.present()
 
     # --- the anchor ------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from fasttax._base import checks, packed
 from fasttax._base.packed import SPLIT, Stored
 from fasttax.ewc.fit import survey
 from fasttax.fisher.estimate import FisherEstimate
+from fasttax.fisher.factor import problem_of, rows_of
 
 
 @dataclass
@@ -21,20 +22,26 @@ class Parts:
     fishers: dict[str, Stored]
     anchors: dict[str, Tensor]
     updates: dict[str, tuple[Tensor, Tensor]]  # the anchors (b, a) of LoRA updates
+    sides: dict[str, tuple[Tensor, Tensor]]  # Kronecker factors, of rows and of columns
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> Parts:
-        """From names that begin with what a tensor is: fisher, scales, anchor, lora_b, lora_a."""
+        """From names that begin with what a tensor is.
+
+        It is one of fisher, scales, anchor, lora_b, lora_a, left, right.
+        """
 
         def named(kind: str) -> dict[str, Tensor]:
             start = kind + "."
             return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 
         scales, left, right = named("scales"), named("lora_b"), named("lora_a")
+        rows, columns = named("left"), named("right")
         return Parts(
             {n: Stored(t, scales.get(n)) for n, t in named("fisher").items()},
             named("anchor"),
             {n: (b, right[n]) for n, b in left.items() if n in right},
+            {n: (t, columns[n]) for n, t in rows.items() if n in columns},
         )
 
 
@@ -57,13 +64,17 @@ def check_parts(
                 f"{what}: {wrong}",
                 "write it anew with .state_dict() or .save()",
             )
-    survey(op, FisherEstimate(parts.fishers), shapes, None, None)  # decodes one at a time
+    # decodes one at a time
+    survey(op, FisherEstimate(parts.fishers), [n for n in shapes if n in parts.fishers], None, None)
 
 
 def _wrong(parts: Parts, name: str, shape: torch.Size) -> list[tuple[str, str]]:
     """(tensor, what is wrong with it) of one parameter."""
-    fisher = parts.fishers[name]
-    found = [("fisher", _wrong_fisher(fisher, shape))]
+    found: list[tuple[str, str]] = []
+    if name in parts.sides:
+        found.append(("factors", _wrong_sides(parts.sides[name], shape)))
+    else:
+        found.append(("fisher", _wrong_fisher(parts.fishers[name], shape)))
     if name in parts.anchors:
         found.append(("anchor", _wrong_anchor(parts.anchors[name], shape)))
     if name in parts.updates:
@@ -86,6 +97,13 @@ def _wrong_fisher(fisher: Stored, shape: torch.Size) -> str:
     elif fisher.values.dtype not in checks.FLOATS:
         return f"dtype {fisher.values.dtype}"
     return ""
+
+
+def _wrong_sides(sides: tuple[Tensor, Tensor], shape: torch.Size) -> str:
+    rows = [rows_of(t) for t in sides if 1 <= t.dim() <= 3]
+    if rows != [shape[0], shape[1:].numel()]:
+        return f"of shapes {tuple(sides[0].shape)} and {tuple(sides[1].shape)} for {tuple(shape)}"
+    return problem_of(sides[0]) or problem_of(sides[1])
 
 
 def _wrong_anchor(anchor: Tensor, shape: torch.Size) -> str:

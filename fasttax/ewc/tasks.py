@@ -12,10 +12,13 @@ from fasttax._base import checks, dtensor
 from fasttax.ewc.files import anchor_hash
 from fasttax.ewc.fit import Target, check_hash, differences, shapes_of, survey, unlike
 from fasttax.ewc.hold import Hold
+from fasttax.ewc.kronecker import Sides, held_at, sides_for
 from fasttax.ewc.lora import LoraHeld
 from fasttax.ewc.names import Names
 from fasttax.ewc.store import Item, Store, encode_for
 from fasttax.fisher.estimate import FisherEstimate
+from fasttax.fisher.factor import nearest
+from fasttax.fisher.kronecker import KroneckerEstimate
 
 
 def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay: float) -> None:
@@ -23,14 +26,31 @@ def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay
     op = "EWC.consolidate"
     decay = checks.number(op, "decay", decay, low=0)
     hold.check(op)
+    factored = hold.factored()
+    new_factors = fisher.factors if isinstance(fisher, KroneckerEstimate) else {}
     names = _by_short_name(hold, fisher)
     plain = [
         Target(names.get(h.name, h.name), h.name, h.name, h.theta, None)
         for h in hold.store.held.values()
     ]
-    targets = plain + [
-        Target(names.get(h.name, h.name), h.name, h.name, h.base, h.module) for h in hold.lora
+    weights = [
+        Target(names.get(h.name, h.name), h.name, h.name, h.theta, None) for h in hold.kronecker
     ]
+    targets = (
+        plain
+        + weights
+        + [Target(names.get(h.name, h.name), h.name, h.name, h.base, h.module) for h in hold.lora]
+    )
+    mixed = sorted(set(factored) ^ {n for n, theirs in names.items() if theirs in new_factors})
+    if mixed:
+        raise checks.fail(
+            op,
+            "fisher",
+            "Kronecker factors of the weights that have them here, and of no others",
+            f"differences at {', '.join(mixed[:5])}",
+            "estimate with the same structure= and max_dim=, or of a KroneckerEstimate take "
+            ".to_diagonal()",
+        )
     shapes = shapes_of(fisher)
     given = {name: shapes[theirs] for name, theirs in names.items()}
     differences(op, "fisher", unlike({t.name: t for t in targets}, given, "the model has"))
@@ -42,9 +62,27 @@ def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay
         new = dtensor.part_of(fisher[t.given].detach().to(old.values.device), t.theta)
         return dtensor.as_theta(decay * old.decode() + new, t.theta), t.theta.detach().clone()
 
+    off: dict[str, float] = {}
+
+    def merged(name: str, theta: Tensor, old: Sides) -> Sides:
+        assert isinstance(fisher, KroneckerEstimate)
+        new = sides_for(theta, fisher.sides(names[name]))
+        both, off[name] = nearest([(decay, old), (1.0, new)])
+        return both
+
+    for w in hold.kronecker:
+        start = dtensor.whole(w.theta.detach())
+        fresh = held_at(w.name, w.theta, w.sides, start, hold.anchor_dtype)
+        w.take(merged(w.name, w.theta, w.sides), fresh.anchor)
     for h in hold.lora:
-        new = fisher[names[h.name]].detach().to(h.fisher.values.device)
-        h.consolidate(encode_for(h.base, decay * h.fisher.decode() + new, hold.storage))
+        if h.sides is not None:
+            h.sides = merged(h.name, h.base, h.sides)
+        else:
+            new = fisher[names[h.name]].detach().to(h.fisher.values.device)
+            h.fisher = encode_for(h.base, decay * h.fisher.decode() + new, hold.storage)
+        h.stay()
+    if off:
+        hold.metadata["kronecker_error"] = max(off.values())
     hold.fill([Item(t.name, t.theta, partial(summed, t)) for t in plain])
     found = getattr(fisher, "metadata", {})
     for count in ("examples", "tokens"):
@@ -73,6 +111,14 @@ def combine(holds: Sequence[Hold]) -> Hold:
                 "EWCs that hold the same parameters of one model",
                 f"{other} beside {first}",
             )
+    if any(hold.factored() for hold in holds):
+        raise checks.fail(
+            op,
+            "ewcs",
+            "diagonal Fishers",
+            "Kronecker factors, whose sum has no anchor in closed form",
+            "consolidate() one task after the other",
+        )
     if any(h.anchor is not None for hold in holds for h in hold.lora):
         raise checks.fail(
             op,

@@ -3,5 +3,6 @@
 from fasttax.fisher.diagonal import DiagonalFisher as DiagonalFisher
 from fasttax.fisher.estimate import FisherEstimate as FisherEstimate
 from fasttax.fisher.estimate_fisher import estimate_fisher as estimate_fisher
+from fasttax.fisher.kronecker import KroneckerEstimate as KroneckerEstimate
 
-__all__ = ["DiagonalFisher", "FisherEstimate", "estimate_fisher"]
+__all__ = ["DiagonalFisher", "FisherEstimate", "KroneckerEstimate", "estimate_fisher"]

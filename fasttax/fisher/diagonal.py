@@ -119,7 +119,7 @@ class DiagonalFisher:
         dense = {}
         if lora == "delta_w":
             dense = base_weights(op, self.model, self.params, slots)
-        self.sums = Sums(slots, tied, 1 / mc_samples)
+        self.sums = self._sums_of(slots)
         taps: list[Tap] = []
         blocks: list[RoutingBlock] = []
         if fallback is None:
@@ -132,13 +132,20 @@ class DiagonalFisher:
         self.examples = self.tokens = self.batches = 0
         #: how many batches, and their `_base.hashes.chained`, where who calls knows them all
         self.hashed = (0, "")
-        self.error = SamplingError({n: self.sums.numel(n) for n in slots})
+        self._settle()
+        self.error = SamplingError({n: self.sums.watched_numel(n) for n in slots})
         hashed = ((n, s.param) for n, s in slots.items() if s.param is not None)
         self._hash = files.weights_hash(hashed)
         self._unverified = verify and fallback is None and not self.sums.shards
         self._unproven = self._unverified
         self._packed_unverified = verify
         self._reduced = False
+
+    def _sums_of(self, slots: Mapping[str, Slot]) -> Sums:
+        return Sums(slots, self.tied, 1 / self.mc_samples)
+
+    def _settle(self) -> None:
+        """What is left to do once the taps are known."""
 
     def _check_options(self, op: str) -> None:
         """Refuses options that exclude each other."""
@@ -284,7 +291,7 @@ class DiagonalFisher:
         self.examples += examples
         self.tokens += tokens
         self.batches += 1
-        self.error.batch(self.sums.value, self._units(examples, tokens))
+        self.error.batch(self.sums.watched, self._units(examples, tokens))
 
     def _units(self, examples: int, tokens: int) -> int:
         return tokens if self.unit == "token" else examples
@@ -376,7 +383,6 @@ class DiagonalFisher:
         count = 1
         if normalize == "mean":
             count = max(1, self._units(examples, tokens))
-        values = {n: self.sums.placed(n, self.sums.value(n) / count) for n in self.sums.slots}
         metadata = {
             **self._facts(),
             "examples": examples,
@@ -386,6 +392,12 @@ class DiagonalFisher:
         }
         if self.batches > 1:
             metadata["relative_error"] = self.relative_error()
+        return self._estimate(count, metadata, storage)
+
+    def _estimate(self, count: int, metadata: dict[str, Any], storage: str) -> Any:
+        """The sums over `count`, with what is known of them."""
+        sums = self.sums
+        values = {n: sums.placed(n, sums.value(n) / count) for n in sums.squared()}
         estimate = FisherEstimate(values, metadata)
         return estimate if storage == "fp32" else estimate.to(storage)
 
@@ -415,7 +427,7 @@ class DiagonalFisher:
         `resume` continues from there to the same bits. A path for each rank.
         """
         self._check_whole("checkpoint")
-        tensors = {f"sum.{n}": self.sums.value(n) for n in self.sums.slots}
+        tensors = {f"sum.{n}": t for n, t in self.sums.tensors().items()}
         tensors |= {f"error.{k}": t for k, t in self.error.state().items()}
         tensors["generator"] = self.generator.get_state()
         counts: dict[str, Any] = {
@@ -442,8 +454,8 @@ class DiagonalFisher:
                 + "\n  ".join(differences[:20])
                 + "\ndelete the file to begin anew, or give the model and options that wrote it"
             )
-        for n in self.sums.slots:
-            self.sums.value(n).copy_(tensors[f"sum.{n}"])
+        for n, t in self.sums.tensors().items():
+            t.copy_(tensors[f"sum.{n}"])
         prefix = "error."
         self.error.restore(
             {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
@@ -463,7 +475,7 @@ class DiagonalFisher:
             for k, v in self._facts().items()
             if k not in ("fasttax", "torch") and metadata.get(k, v) != v
         ]
-        here = {n: tuple(self.sums.value(n).shape) for n in self.sums.slots}
+        here = {n: tuple(t.shape) for n, t in self.sums.tensors().items()}
         stored = {
             n.removeprefix("sum."): tuple(t.shape)
             for n, t in tensors.items()

@@ -172,6 +172,11 @@ class FisherEstimate(Mapping[str, Tensor]):
         """
         with file_parts.Parts(path, "FisherEstimate") as parts:
             tensors, metadata = parts.every(), parts.metadata
+        return FisherEstimate.of_tensors(tensors, metadata)
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> FisherEstimate:
+        """Of what a file has: those called fisher.NAME, and scales.NAME of u8log."""
         names = [n.removeprefix("fisher.") for n in tensors if n.startswith("fisher.")]
         return FisherEstimate(
             {n: Stored(tensors[f"fisher.{n}"], tensors.get(f"scales.{n}")) for n in names}, metadata

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,63 @@ from fasttax._base.packed import STORAGES
 from fasttax.fisher.batches import rows_of, take
 from fasttax.fisher.diagonal import NORMALIZE, DiagonalFisher
 from fasttax.fisher.estimate import FisherEstimate
+from fasttax.fisher.kronecker import KroneckerEstimate
+from fasttax.fisher.kronecker_fisher import KroneckerFisher
 from fasttax.fisher.plan import Filter
 
+STRUCTURES = ("diagonal", "kron")
 
+
+@overload
+def estimate_fisher(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor | tuple[Tensor, Tensor]],
+    *,
+    labels: str = ...,
+    unit: str = ...,
+    max_examples: int | None = ...,
+    progress: bool = ...,
+    params: Filter = ...,
+    tied: str = ...,
+    lora: str = ...,
+    generator: torch.Generator | None = ...,
+    mc_samples: int = 1,
+    likelihood: str = ...,
+    shift: bool | None = ...,
+    fallback: str | None = ...,
+    loss: Callable[[nn.Module, Any], Tensor] | None = ...,
+    normalize: str = ...,
+    storage: str = ...,
+    structure: Literal["diagonal"] = ...,
+    max_dim: None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    checkpoint_every: int = ...,
+) -> FisherEstimate: ...
+@overload
+def estimate_fisher(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor | tuple[Tensor, Tensor]],
+    *,
+    labels: str = ...,
+    unit: str = ...,
+    max_examples: int | None = ...,
+    progress: bool = ...,
+    params: Filter = ...,
+    tied: str = ...,
+    lora: str = ...,
+    generator: torch.Generator | None = ...,
+    mc_samples: int = 1,
+    likelihood: str = ...,
+    shift: bool | None = ...,
+    fallback: str | None = ...,
+    loss: Callable[[nn.Module, Any], Tensor] | None = ...,
+    normalize: str = ...,
+    storage: str = ...,
+    structure: Literal["kron"],
+    max_dim: int | None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    checkpoint_every: int = ...,
+) -> KroneckerEstimate: ...
 def estimate_fisher(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any] | Tensor | tuple[Tensor, Tensor]],
@@ -41,10 +95,12 @@ def estimate_fisher(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     normalize: str = "mean",
     storage: str = "fp32",
+    structure: str = "diagonal",
+    max_dim: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 16,
-) -> FisherEstimate:
-    """The diagonal Fisher of `model` over `batches`, with a progress bar.
+) -> FisherEstimate | KroneckerEstimate:
+    """The Fisher of `model` over `batches`, with a progress bar.
 
     Args:
         model: a decoder language model or a classifier.
@@ -69,6 +125,11 @@ def estimate_fisher(
             is also called with one example, which `take` cuts out of the batch.
         normalize: "mean" per example (per token for unit="token"), or the "sum".
         storage: "fp32", "bf16" or "u8log".
+        structure: "diagonal", or "kron": a Kronecker product A (x) G for the weight of each linear
+            layer and the diagonal of what is left, a `KroneckerEstimate`, which EWC takes too. It
+            keeps what the diagonal drops: how weights of a layer act together.
+        max_dim: of "kron", the rows of a factor above which it is cut down to blocks on its
+            diagonal; None is 8192. A layer's factors take in^2 + out^2 floats.
         checkpoint: a file that is written every `checkpoint_every` batches and removed at the end.
             Where it exists, estimation continues after the batches that it holds, to the same bits
             (with loss=, whose first batch is proven and summed apart, but for rounding);
@@ -91,8 +152,12 @@ def estimate_fisher(
     if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
         expected, way_out = "an iterable of batches", "for one batch pass [batch]"
         raise checks.fail(op, "batches", expected, batches, way_out, TypeError)
-    estimator = DiagonalFisher(
-        model,
+    estimator = _estimator(
+        op,
+        structure,
+        max_dim,
+        loss,
+        model=model,
         labels=labels,
         unit=unit,
         params=params,
@@ -134,6 +199,20 @@ def estimate_fisher(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(checkpoint)
     return estimate
+
+
+def _estimator(
+    op: str, structure: str, max_dim: int | None, loss: Any, **options: Any
+) -> DiagonalFisher:
+    checks.choice(op, "structure", structure, STRUCTURES)
+    if structure == "diagonal":
+        if max_dim is not None:
+            raise checks.fail(op, "max_dim", "None with structure='diagonal'", max_dim)
+        return DiagonalFisher(**options)
+    if loss is not None:
+        way_out = "use structure='diagonal'"
+        raise checks.fail(op, "loss", "None with structure='kron'", "a function", way_out)
+    return KroneckerFisher(max_dim=max_dim, **options)
 
 
 def _observe(

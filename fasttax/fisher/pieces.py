@@ -226,15 +226,7 @@ def add_head(out: Tensor, p: Piece, weight: float, skip: Tensor | None = None) -
     """
     score = p.score
     assert score is not None
-    sloped = not (
-        p.d.shape == score.shape
-        and torch.allclose(
-            p.d.float(),
-            score.to(p.d.dtype).float(),
-            rtol=4 * torch.finfo(p.d.dtype).eps,
-            atol=1e-30,
-        )
-    )
+    sloped = is_sloped(p)
     unit = p.units().to(p.d.device)
     for start in range(0, score.shape[0], _CHUNK):
         chunk = slice(start, start + _CHUNK)
@@ -250,6 +242,15 @@ def add_head(out: Tensor, p: Piece, weight: float, skip: Tensor | None = None) -
             out += q.sum(0)
         else:
             gemm(q.T, p.x[chunk].to(out.dtype).square(), out, add=True)
+
+
+def is_sloped(p: Piece) -> bool:
+    """Whether the gradient at a head's output is another than the score at the logits."""
+    assert p.score is not None
+    rounded = p.score.to(p.d.dtype).float()
+    eps = torch.finfo(p.d.dtype).eps
+    same = p.d.shape == rounded.shape
+    return not (same and torch.allclose(p.d.float(), rounded, rtol=4 * eps, atol=1e-30))
 
 
 def _clear(q: Tensor, unit: Tensor, skip: Tensor) -> None:

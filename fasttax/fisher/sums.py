@@ -110,6 +110,22 @@ class Sums:
             return self.shards[name].tensor(value)
         return value
 
+    def watched(self, name: str) -> Tensor:
+        """What of the sum of `name` tells how it still changes."""
+        return self.value(name)
+
+    def watched_numel(self, name: str) -> int:
+        """How many numbers `watched` has, without making it."""
+        return self.numel(name)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums, for a file; who resumes copies into them."""
+        return {n: self.value(n) for n in self.slots}
+
+    def squared(self) -> list[str]:
+        """The parameters whose squares are summed."""
+        return [*self.slots]
+
     # --- passes -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -324,7 +340,7 @@ class Sums:
 
     def reduce(self, groups: Sequence[Any]) -> None:
         """Sums over the ranks of all `groups`; FSDP2's sums are over all ranks already."""
-        for name in self.slots:  # one order on every rank, also where a rank has seen nothing
+        for name in self.squared():  # one order on every rank, also where it has seen nothing
             if name not in self.shards or not self.shards[name].data_dims:
                 for group in groups:
                     dist.all_reduce(self.value(name), group=group)

@@ -104,9 +104,13 @@ class Tap:
         names: the module's own parameter names -> the model's, of the parameters that count.
         parallel: the module's input and output are split over ranks by features.
         role: "embedding" or "head", what a weight that two modules share is to this one.
+        linear: the module's weight gives nothing but pieces of kind "linear" or "head".
+        turned: and lies as (in, out).
     """
 
     role: ClassVar[str] = ""
+    linear: ClassVar[bool] = False
+    turned: ClassVar[bool] = False
 
     def __init__(self, sink: Sink, module: nn.Module, where: str, names: dict[str, str]) -> None:
         self.sink, self.module, self.where, self.names = sink, module, where, names
@@ -224,6 +228,10 @@ class Tap:
             self._seed = torch.zeros((), device=y.device, requires_grad=True)
         out: Tensor = _Identity.apply(y, self._seed, record, *saved)
         return out
+
+    def factors(self, name: str) -> bool:
+        """Whether the model's parameter `name` is the weight of a linear layer here."""
+        return self.linear and self.names.get("weight") == name
 
     def give(self, current: Pass, own: str, piece: Piece) -> None:
         """Hands the module's parameter `own` its piece, if it is one that counts."""

@@ -12,7 +12,7 @@ from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.proof import WIDE, differences, disagreement, is_exact, roots
 from fasttax.fisher.sums import Sums
-from fasttax.fisher.view import View, evaluated, without_gradients
+from fasttax.fisher.view import NoClosedForm, View, evaluated, without_gradients
 
 _TOKENS = 16  # of one or two examples
 
@@ -82,7 +82,7 @@ def _check_head(
     The gradient at the head's output is then the score times a slope that no label changes.
 
     Raises:
-        ValueError: they do not.
+        NoClosedForm: they do not.
     """
     tap = view.head(current, logits, small)
     needs = "DiagonalFisher: labels: 'exact_head' needs"
@@ -96,7 +96,7 @@ def _check_head(
         heads = [p.d for p in current.diverted if p.kind == "head"]
         d = heads[-1] if heads else score.new_empty(0)
         if d.shape != s.shape:
-            raise ValueError(
+            raise NoClosedForm(
                 f"{needs} one output of the head ({tap.where}) for each row of logits, got "
                 f"gradients of shape {tuple(d.shape)} for scores {tuple(s.shape)}; use "
                 "labels='sample'"

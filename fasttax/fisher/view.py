@@ -30,6 +30,10 @@ _WAY_OUT = (
 )
 
 
+class NoClosedForm(ValueError):
+    """The Fisher of a model's head cannot be taken over all labels at once."""
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The module itself, of a DistributedDataParallel or a compiled one."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -147,11 +151,11 @@ class View:
         The model's output embedding, or the linear layer whose output the logits are.
 
         Raises:
-            ValueError: neither has a tap, or the batch's labels are no softmax's.
+            NoClosedForm: neither has a tap, or the batch's labels are no softmax's.
         """
         if batch.likelihood != "softmax":
             expected = f"'sample' or 'true' with likelihood={batch.likelihood!r}"
-            raise checks.fail(OP, "labels", expected, "'exact_head'")
+            raise checks.fail(OP, "labels", expected, "'exact_head'", error=NoClosedForm)
         head = _called(self.model, "get_output_embeddings")
         for tap in self.taps:
             if tap.role == "head" and tap.module is head:
@@ -164,6 +168,7 @@ class View:
                 "a linear head among params whose output is the logits with 'exact_head'",
                 "none found",
                 "use labels='sample', or name the head in params=",
+                NoClosedForm,
             )
         return last
 

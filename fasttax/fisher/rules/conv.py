@@ -17,6 +17,8 @@ class ConvTap(Tap):
     A linear layer over the patches (C * kernel), every position of the output a token.
     """
 
+    linear = True
+
     @staticmethod
     def fits(module: nn.Module) -> bool:
         """Plain ones by their forward; several groups run again on their own."""

@@ -16,6 +16,7 @@ class LinearTap(Tap):
     """nn.Linear, weight (out, in), and bitsandbytes' subclasses, whose own forward is x W^T too."""
 
     role = "head"
+    linear = True
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -52,6 +53,7 @@ class Conv1DTap(LinearTap):
     """transformers' Conv1D, as in GPT-2: a linear layer whose weight is (in, out)."""
 
     role = ""
+    turned = True
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
