@@ -214,11 +214,14 @@ def check_hash(
         return
     found = weights_hash((t.given, dtensor.whole(anchor.get(t.name, t.theta))) for t in targets)
     if not same_weights(expected, found):
+        unchecked = "pass dict(fisher)"
+        if isinstance(fisher, KroneckerEstimate):
+            unchecked = "drop its metadata['model_hash']"
         raise ValueError(
             f"{op}: fisher: expected one estimated at the anchor's weights (hash {found}), got one "
             f"estimated at others (hash {expected}); "
-            "estimate it on this model, pass those weights as anchor=, or pass dict(fisher) to use "
-            "it all the same"
+            f"estimate it on this model, pass those weights as anchor=, or {unchecked} to use it all "
+            "the same"
         )
 
 

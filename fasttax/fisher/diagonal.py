@@ -427,7 +427,7 @@ class DiagonalFisher:
         `resume` continues from there to the same bits. A path for each rank.
         """
         self._check_whole("checkpoint")
-        tensors = {f"sum.{n}": t for n, t in self.sums.tensors().items()}
+        tensors = self.sums.tensors()
         tensors |= {f"error.{k}": t for k, t in self.error.state().items()}
         tensors["generator"] = self.generator.get_state()
         counts: dict[str, Any] = {
@@ -455,7 +455,7 @@ class DiagonalFisher:
                 + "\ndelete the file to begin anew, or give the model and options that wrote it"
             )
         for n, t in self.sums.tensors().items():
-            t.copy_(tensors[f"sum.{n}"])
+            t.copy_(tensors[n])
         prefix = "error."
         self.error.restore(
             {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
@@ -477,12 +477,12 @@ class DiagonalFisher:
         ]
         here = {n: tuple(t.shape) for n, t in self.sums.tensors().items()}
         stored = {
-            n.removeprefix("sum."): tuple(t.shape)
+            n: tuple(t.shape)
             for n, t in tensors.items()
-            if n.startswith("sum.")
+            if n.partition(".")[0] in ("sum", "left", "right", "tokens")
         }
         for n in sorted({*stored, *here}):
             there, mine = stored.get(n, "missing"), here.get(n, "missing")
             if there != mine:
-                found.append(f"{n}: {there} in the file, {mine} here")
+                found.append(f"{n.removeprefix('sum.')}: {there} in the file, {mine} here")
         return found

@@ -104,12 +104,15 @@ def completed(factor: Tensor) -> Tensor:
 def eigen(factor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Its eigenvalues (n,) >= 0 and eigenvectors, cut down as it is; None: the coordinates.
 
-    In float64, whatever its dtype: float32's would be 1e-7 of the largest off.
+    In float64, whatever its dtype. Eigenvalues that the rounding of its entries cannot tell from 0
+    (n eps times the largest) are 0, so that a direction that no example uses stays free under any
+    strength.
     """
     if factor.dim() == 1:
         return factor.double(), None
     values, vectors = torch.linalg.eigh(factor.double())
-    return values.clamp_min(0).reshape(-1), vectors
+    noise = factor.shape[-1] * torch.finfo(factor.dtype).eps * values.max()
+    return torch.where(values > noise, values, 0.0).reshape(-1), vectors
 
 
 def turned(vectors: Tensor | None, m: Tensor, *, back: bool = False) -> Tensor:

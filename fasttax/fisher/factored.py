@@ -180,9 +180,9 @@ class FactoredSums(Sums):
 
     def tensors(self) -> dict[str, Tensor]:
         """As of Sums, with three tensors for each pair of factors."""
-        out = {n: self.value(n) for n in self.slots if n not in self.factors}
+        out = super().tensors()
         for name, f in self.factors.items():
-            out |= {f"<{part}>{name}": t for part, t in f.parts().items()}
+            out |= {f"{part}.{name}": t for part, t in f.parts().items()}
         return out
 
     def squared(self) -> list[str]:

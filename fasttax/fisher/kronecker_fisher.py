@@ -69,7 +69,7 @@ class KroneckerFisher(DiagonalFisher):
 
     def update(self, batch: Mapping[str, Any] | Tensor | tuple[Tensor, Tensor]) -> None:
         """As of DiagonalFisher."""
-        if self.batches or self._asked != "sample" or not self.head_is_closed:
+        if self._asked != "sample" or not self.head_is_closed:
             super().update(batch)
             return
         try:

@@ -119,8 +119,8 @@ class Sums:
         return self.numel(name)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All sums, for a file; who resumes copies into them."""
-        return {n: self.value(n) for n in self.slots}
+        """All sums, by the names that a file has for them; who resumes copies into them."""
+        return {f"sum.{n}": self.value(n) for n in self.squared()}
 
     def squared(self) -> list[str]:
         """The parameters whose squares are summed."""
