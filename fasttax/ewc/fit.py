@@ -220,8 +220,8 @@ def check_hash(
         raise ValueError(
             f"{op}: fisher: expected one estimated at the anchor's weights (hash {found}), got one "
             f"estimated at others (hash {expected}); "
-            f"estimate it on this model, pass those weights as anchor=, or {unchecked} to use it all "
-            "the same"
+            f"estimate it on this model, pass those weights as anchor=, or {unchecked} to use it "
+            "all the same"
         )
 
 

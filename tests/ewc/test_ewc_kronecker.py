@@ -253,9 +253,9 @@ def test_refused() -> None:
         ({"offload": "cpu"}, "offload"),
     ):
         with pytest.raises(ValueError, match=named) as caught:
-            EWC(model, e, strength=1.0, **options)  # type: ignore[arg-type]
+            EWC(model, e, strength=1.0, **options)
         assert "to_diagonal" in str(caught.value)
-        EWC(model, e.to_diagonal(), strength=1.0, **options)  # type: ignore[arg-type]
+        EWC(model, e.to_diagonal(), strength=1.0, **options)
     ewc = EWC(model, e, strength=1.0)
     with pytest.raises(ValueError, match="during_backward"):
         ewc.during_backward()
@@ -267,7 +267,7 @@ def test_refused() -> None:
         EWC(causal_lm("gpt2"), e, strength=1.0)
 
 
-# --- LoRA -------------------------------------------------------------------------------------------
+# --- LoRA -----------------------------------------------------------------------------------------
 
 
 def adapted(model: nn.Module) -> Any:
