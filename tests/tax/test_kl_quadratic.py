@@ -1,0 +1,67 @@
+"""The quadratic form of the whole Fisher: the KL to second order, and the block Fisher's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fasttax.tax import kl_quadratic, kl_to_base
+from tests.tools.models import TokenModel, causal_lm, ids
+
+
+def near(base: nn.Module, by: float) -> nn.Module:
+    model = copy.deepcopy(base)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * by)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "llama_tied"])
+def test_is_the_kl_to_second_order(kind: str) -> None:
+    base = causal_lm(kind).double().eval()
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    batches = [ids(2, 7), {"input_ids": ids(3, 8), "attention_mask": mask}]
+    off = []
+    for by in (1e-3, 5e-4):
+        model = near(base, by)
+        quadratic = kl_quadratic(model, base, batches)
+        off.append(abs(quadratic / kl_to_base(model, base, batches) - 1))
+    assert off[1] < 0.02
+    assert off[1] < 0.75 * off[0]  # the next order
+    assert kl_quadratic(base, base, batches) == 0
+    assert base.training is False
+
+
+def test_is_the_form_of_the_enumerated_fisher() -> None:
+    base = TokenModel(vocab=7, width=4).double()
+    model, x = near(base, 0.1), ids(1, 4, vocab=7)
+    params = dict(base.named_parameters())
+    change = {n: p - params[n] for n, p in model.named_parameters()}
+    total = 0.0
+    for t in range(3):
+
+        def log_probs(logits: Tensor, t: int = t) -> Tensor:
+            return logits[0, t].log_softmax(-1)
+
+        log_p = log_probs(base(x).logits)
+        for v in range(7):
+            grads = torch.autograd.grad(log_probs(base(x).logits)[v], list(params.values()))
+            along = sum(float((g * d).sum()) for g, d in zip(grads, change.values(), strict=True))
+            total += float(log_p[v].detach().exp()) * along**2 / 2
+    assert kl_quadratic(model, base, [x]) == pytest.approx(total / 3, rel=1e-5)
+
+
+def test_wrong_calls() -> None:
+    base = causal_lm("llama")
+    with pytest.raises(ValueError, match=r"kl_quadratic: model: expected a model of base"):
+        kl_quadratic(causal_lm("gpt2"), base, [ids(1, 4)])
+    with pytest.raises(ValueError, match=r"kl_quadratic: batches: expected a token"):
+        kl_quadratic(base, base, [ids(2, 1)])
+    with pytest.raises(ValueError, match="input_ids"):
+        kl_quadratic(base, base, [{"labels": ids(2, 3)}])
