@@ -78,6 +78,16 @@ inline const float* ewc_check_scales(const char* op, size_t i, EwcType fisher,
   return static_cast<const float*>(scales[i].const_data_ptr());
 }
 
+// One value beside the parameters that multiplies a call's scale.
+inline bool ewc_is_wide(const char* op, const char* name, const Tensor& t,
+                        const std::vector<Tensor>& params) {
+  const ScalarType type = t.scalar_type();
+  FASTTAX_CHECK(t.numel() == 1 && (type == ScalarType::Double || type == ScalarType::Float), op,
+                name, ": expected one float32 or float64 value");
+  ewc_check_place(op, name, 0, t, params[0]);
+  return type == ScalarType::Double;
+}
+
 // written by ops that say so alone
 inline void* ewc_pointer(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
 

@@ -4,6 +4,8 @@
 // slot order does not depend on threads.
 #include "../call/ewc_lists.h"
 
+#include <limits>
+
 #define FASTTAX_KERNELS "ewc_kernels.h"
 #include "isa.h"
 #include "ewc_tasks.h"
@@ -45,6 +47,22 @@ double run(EwcMode mode, const std::vector<EwcTask>& tasks, double scale) {
   return total;
 }
 
+// The product of a number and of one value, finite unless that is NaN: times a Fisher of 0 it is 0.
+double timed(const char* op, const char* name, double factor, const Tensor& times,
+             const std::vector<Tensor>& params) {
+  const double product = factor * (ewc_is_wide(op, name, times, params)
+                                       ? *static_cast<const double*>(times.const_data_ptr())
+                                       : *static_cast<const float*>(times.const_data_ptr()));
+  constexpr double kMost = std::numeric_limits<double>::max();
+  return product > kMost ? kMost : product < -kMost ? -kMost : product;
+}
+
+double timed(const char* op, double factor, const std::optional<Tensor>& times,
+             const std::vector<Tensor>& params) {
+  if (!times.has_value() || params.empty()) return factor;
+  return timed(op, "times", factor, *times, params);
+}
+
 Tensor scalar_like(const std::vector<Tensor>& params, double value) {
   const bool wide = !params.empty() && params[0].scalar_type() == ScalarType::Double;
   Tensor out = torch::stable::empty({}, wide ? ScalarType::Double : ScalarType::Float);
@@ -69,25 +87,26 @@ std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params
   }
   const auto tasks =
       ewc_tasks(ewc_lists("ewc_penalty_backward", params, anchors, fishers, scales, &d_params));
-  const double upstream = grad.scalar_type() == ScalarType::Double
-                              ? *static_cast<const double*>(grad.const_data_ptr())
-                              : *static_cast<const float*>(grad.const_data_ptr());
-  run(EwcMode::kWrite, tasks, upstream * strength);
+  if (!params.empty())
+    run(EwcMode::kWrite, tasks, timed("ewc_penalty_backward", "grad", strength, grad, params));
   return d_params;
 }
 
 Tensor ewc_add_grad_(std::vector<Tensor> params, std::vector<Tensor> grads,
                      std::vector<Tensor> anchors, std::vector<Tensor> fishers,
-                     std::vector<Tensor> scales, double strength, double scale) {
-  const auto tasks =
-      ewc_tasks(ewc_lists("ewc_add_grad_", params, anchors, fishers, scales, &grads));
-  return scalar_like(params, strength / 2 * run(EwcMode::kAdd, tasks, strength * scale));
+                     std::vector<Tensor> scales, double strength, double scale,
+                     std::optional<Tensor> times) {
+  const char* op = "ewc_add_grad_";
+  const auto tasks = ewc_tasks(ewc_lists(op, params, anchors, fishers, scales, &grads));
+  const double factor = timed(op, strength * scale, times, params);
+  return scalar_like(params, strength / 2 * run(EwcMode::kAdd, tasks, factor));
 }
 
 void ewc_prox_(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
-               std::vector<Tensor> scales, double strength_times_lr) {
-  run(EwcMode::kProx, ewc_tasks(ewc_lists("ewc_prox_", params, anchors, fishers, scales, nullptr)),
-      strength_times_lr);
+               std::vector<Tensor> scales, double strength_times_lr, std::optional<Tensor> times) {
+  const char* op = "ewc_prox_";
+  run(EwcMode::kProx, ewc_tasks(ewc_lists(op, params, anchors, fishers, scales, nullptr)),
+      timed(op, strength_times_lr, times, params));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 #pragma once
 
-// AdamW with EWC over a whole parameter group in a handful of launches: the penalty costs the reads
-// of fisher and anchor, no pass of its own.
+// AdamW with EWC over a whole parameter group, two launches for every 313 tensors: the penalty
+// costs the reads of fisher and anchor, no pass of its own.
 //
 // Bytes per element in float32: read theta, grad, both moments, anchor, fisher, write theta and
 // moments: 36, where AdamW alone has 28. Seven operands of three widths make too many loops to
@@ -13,6 +13,7 @@
 // order.
 
 #include "../math/adamw.h"
+#include "adamw.h"
 #include "ewc.cuh"
 
 namespace fasttax {
@@ -20,18 +21,23 @@ namespace fasttax {
 constexpr int kAdamWThreads = 256;
 constexpr int kAdamWBlocksPerSm = 3;
 constexpr int64_t kAdamWChunk = 1 << 15;  // elements per block; a multiple of 256
-// per launch: what fits the 4 KB of kernel arguments that every architecture takes
-constexpr int kAdamWTensors = 36;
+// per launch: ewc_tables.cuh
+constexpr int kAdamWTensors = 36, kAdamWManyTensors = 313;
 
-struct AdamWArgs {
-  AdamWTensor tensors[kAdamWTensors];  // none of them empty, first_chunk ascending
+struct AdamWCall {
   AdamWOptions options;
   const void *lr, *grad_scale, *found_inf;
   double* parts;
   int32_t count;
   bool lr_double, grad_scale_double, found_inf_double;
 };
-static_assert(sizeof(AdamWArgs) <= 4096, "kernel arguments");
+
+template <int most>
+struct AdamWArgs : AdamWCall {
+  AdamWTensor tensors[most];  // first_chunk ascending
+};
+static_assert(sizeof(AdamWArgs<kAdamWTensors>) + sizeof(EwcSum) <= 4096, "kernel arguments");
+static_assert(sizeof(AdamWArgs<kAdamWManyTensors>) + sizeof(EwcSum) <= 32764, "kernel arguments");
 
 // --- launch geometry, shared by the launcher and the tests
 
@@ -47,22 +53,31 @@ inline bool adamw_aligned(const AdamWTensor& x) {
   return true;
 }
 
-// Calls start(args, blocks) for every table, until it returns an error text. Empty tensors take
-// their place too: their step is counted.
-template <class Start>
-const char* adamw_for_each_table(const AdamWTensor* tensors, int64_t count, AdamWArgs& args,
+inline int64_t adamw_total_chunks(const AdamWTensor* tensors, int64_t count) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += adamw_chunks(tensors[i].numel);
+  return total;
+}
+
+// Calls start(args, blocks, last) for every table, and once where there is no tensor, until it
+// returns an error text. Empty tensors take their place too: their step is counted.
+template <int most, class Start>
+const char* adamw_for_each_table(const AdamWTensor* tensors, int64_t count, const AdamWCall& call,
                                  Start&& start) {
-  for (int64_t i = 0; i < count;) {
+  AdamWArgs<most> args{call};
+  int64_t i = 0;
+  do {
     int64_t blocks = 0;
-    for (args.count = 0; args.count < kAdamWTensors && i < count; ++i) {
+    for (args.count = 0; args.count < most && i < count; ++i) {
       AdamWTensor& x = args.tensors[args.count++] = tensors[i];
       x.first_chunk = blocks;
       x.aligned = adamw_aligned(x);
       blocks += adamw_chunks(x.numel);
     }
-    if (const char* failed = start(static_cast<const AdamWArgs&>(args), blocks)) return failed;
+    const AdamWArgs<most>& table = args;
+    if (const char* failed = start(table, blocks, i == count)) return failed;
     args.parts += blocks;
-  }
+  } while (i < count);
   return nullptr;
 }
 
@@ -72,8 +87,8 @@ __device__ __forceinline__ double adamw_value(const void* p, bool wide) {
   return wide ? *static_cast<const double*>(p) : double(*static_cast<const float*>(p));
 }
 
-__device__ __forceinline__ bool adamw_skipped(const AdamWArgs& args) {
-  return args.found_inf && adamw_value(args.found_inf, args.found_inf_double) != 0;
+__device__ __forceinline__ bool adamw_skipped(const AdamWCall& call) {
+  return call.found_inf && adamw_value(call.found_inf, call.found_inf_double) != 0;
 }
 
 struct AdamWView {  // the chunk: offsets within it are 32-bit
@@ -250,8 +265,9 @@ __device__ __forceinline__ double adamw_chunk(const AdamWTensor& tensor, const A
   return adamw_grouped<mode>(x, whole, narrow) + adamw_singly<mode, float>(x, whole, end, narrow);
 }
 
-static __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerSm)
-    adamw_kernel(const __grid_constant__ AdamWArgs args) {
+template <int most>
+__global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerSm)
+    adamw_kernel(const __grid_constant__ AdamWArgs<most> args) {
   __shared__ AdamWStep<double> shared_step;
   const int64_t block = blockIdx.x;
   const AdamWTensor& tensor = args.tensors[ewc_tensor_of(args, block)];
@@ -289,13 +305,47 @@ static __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerSm)
   if (threadIdx.x == 0) args.parts[block] = total;
 }
 
-// After all blocks of a table have read the steps: counts them. One block of kAdamWTensors threads.
-static __global__ void adamw_count(const __grid_constant__ AdamWArgs args) {
+// By one block, after all blocks of a table have read the steps: counts them, and after the last
+// table makes the value (sum.out).
+template <int most>
+__global__ void __launch_bounds__(kEwcFinishThreads)
+    adamw_finish(const __grid_constant__ AdamWArgs<most> args, EwcSum sum) {
+  static_assert(most <= kEwcFinishThreads, "a thread a tensor");
   const int i = int(threadIdx.x);
-  if (i >= args.count || adamw_skipped(args)) return;
-  const AdamWTensor& x = args.tensors[i];
-  if (x.step_double) *static_cast<double*>(x.step) += 1;
-  else *static_cast<float*>(x.step) += 1;
+  if (i < args.count && !adamw_skipped(args)) {
+    const AdamWTensor& x = args.tensors[i];
+    if (x.step_double) *static_cast<double*>(x.step) += 1;
+    else *static_cast<float*>(x.step) += 1;
+  }
+  if (sum.out) ewc_sum(sum);
+}
+
+// --- a call, by launch(blocks, threads, kernel, arguments...), which returns null or an error text
+
+template <int most, class Launch>
+const char* adamw_run(const AdamWLaunch& x, const AdamWCall& call, Launch&& launch) {
+  const EwcSum all{x.parts, adamw_total_chunks(x.tensors, x.count), x.options.strength / 2, x.out,
+                   x.out_double};
+  return adamw_for_each_table<most>(
+      x.tensors, x.count, call,
+      [&](const AdamWArgs<most>& table, int64_t blocks, bool last) -> const char* {
+        if (const char* failed = launch(blocks, kAdamWThreads, adamw_kernel<most>, table))
+          return failed;
+        return launch(1, kEwcFinishThreads, adamw_finish<most>, table, last ? all : EwcSum{});
+      });
+}
+
+template <class Launch>
+const char* adamw_call(const AdamWLaunch& x, bool large, Launch&& launch) {
+  AdamWCall call{};
+  call.options = x.options;
+  call.lr = x.lr, call.grad_scale = x.grad_scale, call.found_inf = x.found_inf;
+  call.lr_double = x.lr_double, call.grad_scale_double = x.grad_scale_double,
+  call.found_inf_double = x.found_inf_double;
+  call.parts = x.parts;
+  if constexpr (kLargeArguments)
+    if (large && x.count > kAdamWTensors) return adamw_run<kAdamWManyTensors>(x, call, launch);
+  return adamw_run<kAdamWTensors>(x, call, launch);
 }
 
 }  // namespace fasttax

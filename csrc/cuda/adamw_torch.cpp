@@ -37,14 +37,14 @@ Tensor ewc_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
   const char* op = "ewc_adamw_";
   FASTTAX_CHECK(!params.empty() && params[0].is_cuda(), op,
                 "params: expected at least one tensor, on the GPU as other arguments are");
+  if (lr.is_cuda()) ewc_check_place(op, "lr", 0, lr, params[0]);
+  if (grad_scale.has_value()) ewc_check_place(op, "grad_scale", 0, *grad_scale, params[0]);
+  if (found_inf.has_value()) ewc_check_place(op, "found_inf", 0, *found_inf, params[0]);
   const auto tensors = adamw_lists(
       op, {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, anchors, fishers, scales},
       prox ? AdamWMode::kProx : AdamWMode::kGrad);
   const Scalar rate = scalar(op, "lr", lr), scale = scalar(op, "grad_scale", grad_scale),
                inf = scalar(op, "found_inf", found_inf);
-  FASTTAX_CHECK(
-      (!grad_scale.has_value() || scale.pointer) && (!found_inf.has_value() || inf.pointer), op,
-      "grad_scale and found_inf: expected on the GPU");
   AdamWLaunch launch{};
   launch.tensors = tensors.data();
   launch.count = int64_t(tensors.size());

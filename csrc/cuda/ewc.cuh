@@ -1,6 +1,6 @@
 #pragma once
 
-// EWC over a model's whole parameter list, a handful of launches per call.
+// EWC over a model's whole parameter list: a launch for every 510 tensors, and one for the value.
 //
 // Bytes: read theta, anchor, fisher, grad, write grad, each once: 20 per element in float32, 9 with
 // bf16 everywhere and a u8log fisher. Dtypes mix freely and in one launch: a block looks up its
@@ -15,6 +15,7 @@
 // parts in a fixed order.
 
 #include "../math/ewc.h"
+#include "ewc.h"
 #include "ewc_tables.cuh"
 
 namespace fasttax {
@@ -141,18 +142,26 @@ __device__ __forceinline__ double ewc_block_sum(double value) {
   return total;
 }
 
-template <EwcMode mode>
+// Finite unless a factor is NaN, so that its product with a Fisher of 0 is 0.
+__device__ __forceinline__ double ewc_scale(const EwcCall& call) {
+  if (!call.upstream) return call.scale;
+  const double scale =
+      call.scale * (call.upstream_double ? *static_cast<const double*>(call.upstream)
+                                         : double(*static_cast<const float*>(call.upstream)));
+  constexpr double kMost = 0x1.fffffffffffffp1023;
+  return scale > kMost ? kMost : scale < -kMost ? -kMost : scale;
+}
+
+template <EwcMode mode, int most>
 __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm)
-    ewc_kernel(const __grid_constant__ EwcArgs args) {
+    ewc_kernel(const __grid_constant__ EwcArgs<most> args) {
   const int64_t block = blockIdx.x;
   const EwcTensor& tensor = args.tensors[ewc_tensor_of(args, block)];
   const int64_t begin = (block - tensor.first_chunk) * kEwcChunk;
   const int end = int(tensor.numel - begin < kEwcChunk ? tensor.numel - begin : kEwcChunk);
   const EwcView x = ewc_view(tensor, begin);
-  double scale = args.scale, total;
-  if (mode == EwcMode::kWrite)
-    scale *= args.upstream_double ? *static_cast<const double*>(args.upstream)
-                                  : double(*static_cast<const float*>(args.upstream));
+  const double scale = ewc_scale(args);
+  double total;
   if (tensor.types[0] == EwcType::kDouble) {
     total = ewc_singly<mode, double>(x, 0, end, {scale, 1.0});
   } else {
@@ -167,15 +176,53 @@ __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm)
   }
 }
 
-// *out = factor * sum of parts. One block: 122,000 parts (8 B parameters) are 240 loads a thread.
-static __global__ void __launch_bounds__(kEwcFinishThreads)
-    ewc_finish(const double* parts, int64_t count, double factor, void* out, bool out_double) {
+// *out = factor * sum of parts
+struct EwcSum {
+  const double* parts;
+  int64_t count;
+  double factor;
+  void* out;
+  bool out_double;
+};
+
+// By one block: 122,000 parts (8 B parameters) are 240 loads a thread.
+__device__ __forceinline__ void ewc_sum(const EwcSum& x) {
   double total = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kEwcFinishThreads) total += parts[i];
-  total = ewc_block_sum<kEwcFinishThreads>(total) * factor;
+  for (int64_t i = threadIdx.x; i < x.count; i += kEwcFinishThreads) total += x.parts[i];
+  total = ewc_block_sum<kEwcFinishThreads>(total) * x.factor;
   if (threadIdx.x != 0) return;
-  if (out_double) *static_cast<double*>(out) = total;
-  else *static_cast<float*>(out) = float(total);
+  if (x.out_double) *static_cast<double*>(x.out) = total;
+  else *static_cast<float*>(x.out) = float(total);
+}
+
+[[maybe_unused]] static __global__ void __launch_bounds__(kEwcFinishThreads) ewc_finish(EwcSum x) {
+  ewc_sum(x);
+}
+
+// --- a call, by launch(blocks, threads, kernel, arguments...), which returns null or an error text
+
+template <EwcMode mode, class Launch>
+const char* ewc_run(const EwcLaunch& x, const EwcCall& call, bool large, Launch&& launch) {
+  return ewc_for_each_table(
+      x.tensors, x.count, call, large, [&](const auto& table, int64_t blocks) -> const char* {
+        constexpr int most = int(sizeof(table.tensors) / sizeof(table.tensors[0]));
+        return launch(blocks, kEwcThreads, ewc_kernel<mode, most>, table);
+      });
+}
+
+template <class Launch>
+const char* ewc_call(const EwcLaunch& x, bool large, Launch&& launch) {
+  const EwcCall call{x.parts, x.scale, x.upstream, 0, x.upstream_double};
+  switch (x.mode) {
+    case EwcMode::kWrite: return ewc_run<EwcMode::kWrite>(x, call, large, launch);
+    case EwcMode::kProx: return ewc_run<EwcMode::kProx>(x, call, large, launch);
+    default: break;
+  }
+  const char* failed = x.mode == EwcMode::kAdd ? ewc_run<EwcMode::kAdd>(x, call, large, launch)
+                                               : ewc_run<EwcMode::kValue>(x, call, large, launch);
+  if (failed) return failed;
+  const EwcSum sum{x.parts, ewc_total_chunks(x.tensors, x.count), x.factor, x.out, x.out_double};
+  return launch(1, kEwcFinishThreads, ewc_finish, sum);
 }
 
 }  // namespace fasttax

@@ -11,7 +11,7 @@ struct EwcLaunch {
   const EwcTensor* tensors;
   int64_t count;
   double scale;  // kAdd, kWrite: factor of the gradient; kProx: strength * lr
-  // kWrite: 0-d gradient of the penalty, on the device, multiplies scale; else null
+  // one value on the device that multiplies scale (kWrite: the penalty's gradient), or null
   const void* upstream;
   bool upstream_double;
   double* parts;  // kValue, kAdd: ewc_workspace() doubles on the device

@@ -1,7 +1,9 @@
 #pragma once
 
-// A list of tensors as tables of pointers, passed by value: a launch for every 62 of them, a block
-// for every chunk of 64 Ki elements.
+// A list of tensors as tables of pointers, passed by value, so that a CUDA graph keeps them: a
+// block for every chunk of 64 Ki elements, and a launch for every 510 tensors, or 62 where kernels
+// take no more than 4 KB of arguments. A short list goes as the small table: a launch copies all of
+// it.
 
 #include <cstdint>
 
@@ -14,18 +16,29 @@ constexpr int kEwcThreads = 256;
 constexpr int kEwcBlocksPerSm = 4;
 constexpr int64_t kEwcChunk = 1 << 16;  // elements per block; a multiple of 256, the u8log block
 constexpr int kEwcGroup = 4;
-// per launch: what fits the 4 KB of kernel arguments that every architecture takes
-constexpr int kEwcTensors = 62;
+// per launch: what fits the 4 KB of kernel arguments that every CUDA takes, and the 32 764 bytes
+// that CUDA 12.1 and its driver (R530) take on sm_70 and later
+constexpr int kEwcTensors = 62, kEwcManyTensors = 510;
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+constexpr bool kLargeArguments = false;
+#else
+constexpr bool kLargeArguments = true;
+#endif
 
-struct EwcArgs {
-  EwcTensor tensors[kEwcTensors];  // none of them empty, first_chunk ascending
+struct EwcCall {
   double* parts;
   double scale;
-  const void* upstream;
+  const void* upstream;  // on the device, multiplies scale; or null
   int32_t count;
   bool upstream_double;
 };
-static_assert(sizeof(EwcArgs) <= 4096, "kernel arguments");
+
+template <int most>
+struct EwcArgs : EwcCall {
+  EwcTensor tensors[most];  // none of them empty, first_chunk ascending
+};
+static_assert(sizeof(EwcArgs<kEwcTensors>) <= 4096, "kernel arguments");
+static_assert(sizeof(EwcArgs<kEwcManyTensors>) <= 32764, "kernel arguments");
 
 // --- launch geometry, shared by the launcher and the tests
 
@@ -46,17 +59,17 @@ inline bool ewc_aligned(const EwcTensor& x) {
   return true;
 }
 
-// Calls start(args, blocks) for every table of up to 62 tensors, until it returns an error text. A
-// table's grid is its chunks: at most 2^31 - 1, since 2^47 elements do not fit a GPU.
-template <class Start>
-const char* ewc_for_each_table(const EwcTensor* tensors, int64_t count, EwcArgs& args,
-                               Start&& start) {
+template <int most, class Start>
+const char* ewc_for_each_table_of(const EwcTensor* tensors, int64_t count, const EwcCall& call,
+                                  Start&& start) {
+  EwcArgs<most> args{call};
   int64_t blocks = 0;
   args.count = 0;
   for (int64_t i = 0; i <= count; ++i) {
     const bool last = i == count;
-    if (args.count == kEwcTensors || (last && args.count)) {
-      if (const char* failed = start(static_cast<const EwcArgs&>(args), blocks)) return failed;
+    if (args.count == most || (last && args.count)) {
+      const EwcArgs<most>& table = args;
+      if (const char* failed = start(table, blocks)) return failed;
       if (args.parts) args.parts += blocks;
       args.count = 0;
       blocks = 0;
@@ -68,6 +81,18 @@ const char* ewc_for_each_table(const EwcTensor* tensors, int64_t count, EwcArgs&
     blocks += ewc_chunks(x.numel);
   }
   return nullptr;
+}
+
+// Calls start(args, blocks) for every table, until it returns an error text. A table's grid is its
+// chunks: at most 2^31 - 1, since 2^47 elements do not fit a GPU. `large`: kernels take 32 764
+// bytes.
+template <class Start>
+const char* ewc_for_each_table(const EwcTensor* tensors, int64_t count, const EwcCall& call,
+                               bool large, Start&& start) {
+  if constexpr (kLargeArguments)
+    if (large && count > kEwcTensors)
+      return ewc_for_each_table_of<kEwcManyTensors>(tensors, count, call, start);
+  return ewc_for_each_table_of<kEwcTensors>(tensors, count, call, start);
 }
 
 // The tensor whose chunks contain this block, of a table whose first_chunk ascend; an empty tensor

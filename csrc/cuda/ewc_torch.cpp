@@ -16,13 +16,25 @@ void start(const char* op, const Tensor& first, EwcLaunch launch) {
   });
 }
 
-EwcLaunch launch_of(EwcMode mode, const std::vector<EwcTensor>& tensors, double scale) {
+// times: on the device, or none
+EwcLaunch launch_of(EwcMode mode, const std::vector<EwcTensor>& tensors, double scale,
+                    const void* times, bool times_double) {
   EwcLaunch launch{};
   launch.mode = mode;
   launch.tensors = tensors.data();
   launch.count = int64_t(tensors.size());
   launch.scale = scale;
+  launch.upstream = times;
+  launch.upstream_double = times_double;
   return launch;
+}
+
+EwcLaunch launch_of(const char* op, EwcMode mode, const std::vector<EwcTensor>& tensors,
+                    const std::vector<Tensor>& params, double scale,
+                    const std::optional<Tensor>& times) {
+  if (!times.has_value() || params.empty()) return launch_of(mode, tensors, scale, nullptr, false);
+  const bool wide = ewc_is_wide(op, "times", *times, params);
+  return launch_of(mode, tensors, scale, times->const_data_ptr(), wide);
 }
 
 // The value of the penalty: one partial sum per chunk, in memory that torch's allocator may reuse
@@ -46,7 +58,8 @@ Tensor ewc_penalty(std::vector<Tensor> params, std::vector<Tensor> anchors,
                    std::vector<Tensor> fishers, std::vector<Tensor> scales, double strength) {
   const char* op = "ewc_penalty";
   const auto tensors = ewc_lists(op, params, anchors, fishers, scales, nullptr);
-  return with_value(op, params, tensors, launch_of(EwcMode::kValue, tensors, 0), strength / 2);
+  return with_value(op, params, tensors, launch_of(EwcMode::kValue, tensors, 0, nullptr, false),
+                    strength / 2);
 }
 
 std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params,
@@ -57,31 +70,28 @@ std::vector<Tensor> ewc_penalty_backward(Tensor grad, std::vector<Tensor> params
   for (const Tensor& p : params) d_params.push_back(torch::stable::empty_like(p));
   const auto tensors = ewc_lists(op, params, anchors, fishers, scales, &d_params);
   if (params.empty()) return d_params;
-  const bool wide = grad.scalar_type() == ScalarType::Double;
-  FASTTAX_CHECK(grad.numel() == 1 && (wide || grad.scalar_type() == ScalarType::Float), op,
-                "grad: expected one float32 or float64 value");
-  ewc_check_place(op, "grad", 0, grad, params[0]);
-  EwcLaunch launch = launch_of(EwcMode::kWrite, tensors, strength);
-  launch.upstream = grad.const_data_ptr();
-  launch.upstream_double = wide;
-  start(op, params[0], launch);
+  const bool wide = ewc_is_wide(op, "grad", grad, params);
+  start(op, params[0], launch_of(EwcMode::kWrite, tensors, strength, grad.const_data_ptr(), wide));
   return d_params;
 }
 
 Tensor ewc_add_grad_(std::vector<Tensor> params, std::vector<Tensor> grads,
                      std::vector<Tensor> anchors, std::vector<Tensor> fishers,
-                     std::vector<Tensor> scales, double strength, double scale) {
+                     std::vector<Tensor> scales, double strength, double scale,
+                     std::optional<Tensor> times) {
   const char* op = "ewc_add_grad_";
   const auto tensors = ewc_lists(op, params, anchors, fishers, scales, &grads);
-  return with_value(op, params, tensors, launch_of(EwcMode::kAdd, tensors, strength * scale),
+  return with_value(op, params, tensors,
+                    launch_of(op, EwcMode::kAdd, tensors, params, strength * scale, times),
                     strength / 2);
 }
 
 void ewc_prox_(std::vector<Tensor> params, std::vector<Tensor> anchors, std::vector<Tensor> fishers,
-               std::vector<Tensor> scales, double strength_times_lr) {
+               std::vector<Tensor> scales, double strength_times_lr, std::optional<Tensor> times) {
   const char* op = "ewc_prox_";
   const auto tensors = ewc_lists(op, params, anchors, fishers, scales, nullptr);
-  if (!params.empty()) start(op, params[0], launch_of(EwcMode::kProx, tensors, strength_times_lr));
+  if (!params.empty())
+    start(op, params[0], launch_of(op, EwcMode::kProx, tensors, params, strength_times_lr, times));
 }
 
 }  // namespace

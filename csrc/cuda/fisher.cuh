@@ -46,8 +46,9 @@ __device__ __forceinline__ void square_singly(const EwcView& x, int begin, int e
 }
 
 // args.scale is the weight.
-static __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm)
-    square_kernel(const __grid_constant__ EwcArgs args) {
+template <int most>
+__global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm)
+    square_kernel(const __grid_constant__ EwcArgs<most> args) {
   const EwcTensor& tensor = args.tensors[ewc_tensor_of(args, blockIdx.x)];
   const int64_t begin = (int64_t(blockIdx.x) - tensor.first_chunk) * kEwcChunk;
   const int end = int(tensor.numel - begin < kEwcChunk ? tensor.numel - begin : kEwcChunk);
@@ -61,6 +62,19 @@ static __global__ void __launch_bounds__(kEwcThreads, kEwcBlocksPerSm)
   if (tensor.types[kGrad] == EwcType::kFloat) square_grouped<4>(x, whole, weight);
   else square_grouped<2>(x, whole, weight);
   square_singly<float>(x, whole, end, weight);
+}
+
+// A call, by launch(blocks, threads, kernel, table), which returns null or an error text.
+template <class Launch>
+const char* square_call(const EwcTensor* tensors, int64_t count, double weight, bool large,
+                        Launch&& launch) {
+  EwcCall call{};
+  call.scale = weight;
+  return ewc_for_each_table(
+      tensors, count, call, large, [&](const auto& table, int64_t blocks) -> const char* {
+        constexpr int most = int(sizeof(table.tensors) / sizeof(table.tensors[0]));
+        return launch(blocks, kEwcThreads, square_kernel<most>, table);
+      });
 }
 
 }  // namespace fasttax

@@ -16,7 +16,7 @@ from fasttax.ewc.attach import check_optimizer, checked_mode
 from fasttax.ewc.claims import claim
 from fasttax.ewc.ewc import EWC
 from fasttax.ewc.hold import Part
-from fasttax.ewc.ops import contiguous, scalar_like
+from fasttax.ewc.ops import beside, contiguous, scalar_like
 from fasttax.ewc.store import Lists
 
 PROX = "prox_adam"  # "prox" is its short name here
@@ -175,19 +175,14 @@ class AdamWEWC(AdamW):
         hold.check("AdamWEWC")
         for group in self.param_groups:
             params = _with_grad(group)
-            parts += hold.add_product_grad_parts_(self._pull_scale(group), params)
+            unit = -float(self.every) if group["maximize"] else float(self.every)
+            parts += hold.add_product_grad_parts_(unit, params, getattr(self, "grad_scale", None))
             blocks = hold.store.blocks(params)
             parts += [(x.key, self._update(group, x.owners, x)) for x in hold.store.stream(blocks)]
             held = {id(h.theta) for block in blocks for h in block}
             self._update_free(group, [p for p in params if id(p) not in held])
         self.penalty = hold.total(parts)
         return loss
-
-    def _pull_scale(self, group: dict[str, Any]) -> float | Tensor:
-        """What brings LoRA's and factors' pull to the sign and scale of the gradients."""
-        scale = -float(self.every) if group["maximize"] else float(self.every)
-        grad_scale = getattr(self, "grad_scale", None)
-        return scale if grad_scale is None else grad_scale * scale
 
     def _update_free(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
         """Plain AdamW: one call for each device, and for float64 apart from the rest."""
@@ -237,10 +232,15 @@ class AdamWEWC(AdamW):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 maximize=group["maximize"],
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
+                grad_scale=self._scalers("grad_scale", params[0].device),
+                found_inf=self._scalers("found_inf", params[0].device),
             )
         return value / self.every
+
+    def _scalers(self, name: str, device: torch.device) -> Tensor | None:
+        """A GradScaler's value, which lies on one device, beside the parameters of another."""
+        value: Tensor | None = getattr(self, name, None)
+        return None if value is None else beside(value, device)
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]

@@ -16,6 +16,7 @@ from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax.ewc.claims import claim
 from fasttax.ewc.hold import Hold, Part, refuse_sparse
+from fasttax.ewc.ops import beside
 
 PROX = "prox_euclidean"  # "prox" is its short name here
 CLOSURE = (
@@ -87,8 +88,8 @@ class Attached(Handle):
         if not self._acts():
             return
         # a fused optimizer divides by it inside its step
-        scale = getattr(optimizer, "grad_scale", None)
-        unit = float(self.every) if scale is None else scale * self.every
+        times = getattr(optimizer, "grad_scale", None)
+        unit = float(self.every)
         parts: list[Part] = []
         for maximize in (False, True):
             params = [
@@ -98,16 +99,30 @@ class Attached(Handle):
                 for p in group["params"]
             ]
             if params:
-                parts += self.hold.add_grad_parts_(-unit if maximize else unit, params)
+                parts += self.hold.add_grad_parts_(-unit if maximize else unit, params, times)
         self.parts = {"": self.hold.total(parts)}
 
     def after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mode "prox_euclidean": moves the weights, unless a GradScaler left the step out."""
         found_inf = getattr(optimizer, "found_inf", None)
-        if not self._acts() or (found_inf is not None and bool(found_inf)):
+        if not self._acts():
             return
+        taken = None if found_inf is None else (found_inf == 0).reshape(()).float()
         for group in optimizer.param_groups:
-            self.hold.prox_(float(group["lr"]) * self.every, group["params"])
+            lr, times = group["lr"], taken
+            if isinstance(lr, Tensor):
+                times = as_step(lr) if taken is None else as_step(lr) * beside(taken, lr.device)
+                lr = 1.0
+            self.hold.prox_(float(lr) * self.every, group["params"], times)
+
+
+def as_step(lr: Tensor) -> Tensor:
+    """A learning rate that lies in a tensor, float64; NaN for one below 0, which has no step.
+
+    On a GPU a look at it would be a sync, and weights of NaN are what nobody trains on with.
+    """
+    wide = lr.detach().reshape(()).double()
+    return torch.where(wide < 0, torch.nan, wide)
 
 
 def innermost(optimizer: Any) -> Any:

@@ -191,35 +191,42 @@ class Hold:
         self, scale: float | Tensor = 1.0, only: Sequence[Tensor] | None = None
     ) -> Tensor:
         """p.grad += scale * strength * fisher * (theta - anchor); returns the penalty."""
+        if isinstance(scale, Tensor):
+            return self.total(self.add_grad_parts_(1.0, only, scale))
         return self.total(self.add_grad_parts_(scale, only))
 
     def add_grad_parts_(
-        self, scale: float | Tensor, only: Sequence[Tensor] | None = None
+        self, scale: float, only: Sequence[Tensor] | None = None, times: Tensor | None = None
     ) -> list[Part]:
-        """`add_grad_` without the sum: this rank's parts of the penalty, for `total`."""
+        """`add_grad_` without the sum: this rank's parts of the penalty, for `total`.
+
+        `times`, one value wherever it lies, multiplies `scale`.
+        """
         self.check("EWC.add_grad_")
         touched = None if only is None else {id(p) for p in only}
         for name, p in self.parameters().items():
             if touched is None or id(p) in touched:
                 refuse_sparse("EWC.add_grad_", name, p)
-        parts = self.add_product_grad_parts_(scale, only)
+        parts = self.add_product_grad_parts_(scale, only, times)
         with torch.no_grad():
             for x in self.store.stream(self.store.blocks(only)):
-                parts.append((x.key, self.add_grad_of_(x, scale)))
+                parts.append((x.key, self.add_grad_of_(x, scale, times)))
         return parts
 
     def add_product_grad_parts_(
-        self, scale: float | Tensor, only: Sequence[Tensor] | None = None
+        self, scale: float, only: Sequence[Tensor] | None = None, times: Tensor | None = None
     ) -> list[Part]:
         """`add_grad_parts_` of the LoRA updates and of weights with Kronecker factors."""
         chosen = None if only is None else {id(p) for p in only}
-        updates = self.lora
-        if chosen is not None:
-            updates = [h for h in updates if any(id(p) in chosen for p in h.parameters())]
-        parts: list[Part] = [(None, h.add_grad_(self.strength, scale, chosen)) for h in updates]
+        moved = [
+            h for h in self.lora if chosen is None or any(id(p) in chosen for p in h.parameters())
+        ]
+        parts: list[Part] = [
+            (None, h.add_grad_(self.strength, scale, chosen, times)) for h in moved
+        ]
         with torch.no_grad():
             weights = self._weights(only)
-            return parts + [(None, h.add_grad_(self.strength, scale)) for h in weights]
+            return parts + [(None, h.add_grad_(self.strength, scale, times)) for h in weights]
 
     def _weights(self, only: Sequence[Tensor] | None) -> list[KroneckerHeld]:
         """The trainable weights with factors, of `only` where given."""
@@ -230,37 +237,45 @@ class Hold:
             if h.theta.requires_grad and (chosen is None or id(h.theta) in chosen)
         ]
 
-    def add_grad_of_(self, x: Lists, scale: float | Tensor) -> Tensor:
+    def add_grad_of_(self, x: Lists, scale: float, times: Tensor | None = None) -> Tensor:
         """`add_grad_` of one block, called without grad mode; a missing p.grad is created."""
         for p in x.owners:
             if p.grad is None:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
         grads = [dtensor.local(p.grad) for p in x.owners]
-        params = [p.detach().contiguous() for p in x.params]
-        if not isinstance(scale, Tensor):
-            with ops.contiguous({"grads": grads}) as flat:
-                return ops.add_grad_(
-                    params, flat["grads"], x.anchors, x.fishers, x.scales, self.strength, scale
-                )
-        pulls = torch.ops.fasttax.ewc_penalty_backward(
-            scale.reshape(()).float(), params, x.anchors, x.fishers, x.scales, self.strength
-        )
-        torch._foreach_add_(grads, pulls)
-        return ops.penalty(params, x.anchors, x.fishers, x.scales, self.strength)
+        factor = None if times is None else one_value("EWC.add_grad_", "scale", times, grads[0])
+        with ops.contiguous({"grads": grads}) as flat:
+            return ops.add_grad_(
+                x.params,
+                flat["grads"],
+                x.anchors,
+                x.fishers,
+                x.scales,
+                self.strength,
+                scale,
+                factor,
+            )
 
     @torch.no_grad()
-    def prox_(self, lr: float, only: Sequence[Tensor] | None = None) -> None:
-        """Moves theta to anchor + (theta - anchor) / (1 + lr * strength * fisher)."""
+    def prox_(
+        self, lr: float, only: Sequence[Tensor] | None = None, times: Tensor | None = None
+    ) -> None:
+        """Moves theta to anchor + (theta - anchor) / (1 + lr * strength * fisher).
+
+        `times`, one value >= 0 wherever it lies, multiplies `lr`; nothing moves at 0.
+        """
         op = "EWC.prox_"
         lr = checks.number(op, "lr", lr, low=0)
         self.refuse_prox_of_lora(op)
         self.check(op)
         step = min(lr * self.strength, sys.float_info.max)  # finite: times a Fisher of 0 it is 0
         for x in self.store.stream(self.store.blocks(only)):
-            with ops.contiguous({"params": [p.detach() for p in x.params]}) as flat:
-                ops.prox_(flat["params"], x.anchors, x.fishers, x.scales, step)
+            params = [p.detach() for p in x.params]
+            factor = None if times is None else one_value(op, "lr", times, params[0])
+            with ops.contiguous({"params": params}) as flat:
+                ops.prox_(flat["params"], x.anchors, x.fishers, x.scales, step, factor)
         for h in self._weights(only):
-            h.prox_(step)
+            h.prox_(step, times)
 
     def refuse_prox_of_lora(self, op: str) -> None:
         """An error where LoRA updates are held."""
@@ -293,6 +308,20 @@ class Hold:
             summed = dtensor.over_ranks(torch.stack(list(values.values())), key)
             found |= dict(zip(values, summed.unbind(), strict=True))
         return Drift({name: found[name] for name in self.names()})
+
+
+def one_value(op: str, argument: str, value: Tensor, like: Tensor) -> Tensor:
+    """One value as ops take it beside `like`: float32 or float64 on its device, with no sync.
+
+    Raises:
+        ValueError: it has not one element.
+    """
+    if value.numel() != 1:
+        raise checks.fail(op, argument, "a number, or a tensor of one element", value)
+    value = value.detach()
+    if value.dtype not in (torch.float32, torch.float64):
+        value = value.float()
+    return ops.beside(value, like.device)
 
 
 def refuse_sparse(op: str, name: str, p: Tensor) -> None:

@@ -102,16 +102,17 @@ class KroneckerHeld:
         """`penalty` without a graph."""
         return (0.5 * strength * self.pull()[0]).to(self.sides[0].dtype)
 
-    def add_grad_(self, strength: float, scale: float | Tensor) -> Tensor:
-        """Adds scale times the gradient to theta.grad, made where it is missing; the penalty."""
+    def add_grad_(self, strength: float, scale: float, times: Tensor | None) -> Tensor:
+        """Adds scale * times * gradient to theta.grad, made where it is missing; the penalty."""
         square, pull = self.pull()
-        mine = self.part(pull * (strength * scale))
+        factor = strength * scale * beside(times, pull)
+        mine = self.part(pull * factor)
         if self.theta.grad is None:
             self.theta.grad = torch.zeros_like(self.theta, memory_format=torch.contiguous_format)
         dtensor.local(self.theta.grad).add_(mine)
         return (0.5 * strength * square).to(pull.dtype)
 
-    def prox_(self, step: float) -> None:
+    def prox_(self, step: float, times: Tensor | None = None) -> None:
         """Moves the weight to the minimum of |W - before|^2 / 2 + step * <D, L D R> / 2.
 
         In the factors' eigenbasis D shrinks by 1 + step * l_i * r_j: exact, and stable for any
@@ -123,11 +124,18 @@ class KroneckerHeld:
         d = self.moved()
         left, right = (None if v is None else v.to(d.dtype) for v in (left, right))
         inside = turned(right, turned(left, d).T.contiguous()).T
-        shrink = (1 + step * rows[:, None] * columns).to(torch.float64)
+        shrink = 1 + beside(times, rows) * step * rows[:, None] * columns
         inside = (inside / shrink).to(d.dtype)
         d = turned(right, turned(left, inside.contiguous(), back=True).T.contiguous(), back=True).T
         after = self.decoded_anchor().to(d.dtype) + d.reshape(self.theta.shape)
         dtensor.local(self.theta.detach()).copy_(self.part(after))
+
+
+def beside(value: Tensor | None, like: Tensor) -> Tensor | float:
+    """One value where `like` is and in its dtype, 1 for none."""
+    if value is None:
+        return 1.0
+    return value.detach().reshape(()).to(like.device, like.dtype)
 
 
 def held_at(

@@ -285,8 +285,10 @@ class LoraHeld(Entry):
         shape = factors.matrix_shape(self.module)
         return iter([(a, b, Stored(fisher.values.reshape(shape), fisher.scales))])
 
-    def add_grad_(self, strength: float, scale: float | Tensor, only: set[int] | None) -> Tensor:
-        """Adds scale * d penalty to the factors' gradients; returns the penalty.
+    def add_grad_(
+        self, strength: float, scale: float, only: set[int] | None, times: Tensor | None
+    ) -> Tensor:
+        """Adds scale * times * d penalty to the factors' gradients; returns the penalty.
 
         `only`: the ids of the parameters to touch, None for all.
         """
@@ -295,10 +297,13 @@ class LoraHeld(Entry):
             value = self.penalty(strength)
             grads: Sequence[Tensor] = torch.autograd.grad(value, params) if params else ()
         for p, g in zip(params, grads, strict=True):
+            pull = g * scale
+            if times is not None:
+                pull = pull * ops.beside(times.detach().reshape(()), g.device)
             if p.grad is None:
-                p.grad = (g * scale).to(p.dtype)
+                p.grad = pull.to(p.dtype)
             else:
-                p.grad.add_((g * scale).to(p.grad.dtype))
+                p.grad.add_(pull.to(p.grad.dtype))
         return value.detach()
 
     def tensors(self) -> dict[str, Tensor]:

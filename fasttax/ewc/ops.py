@@ -76,6 +76,11 @@ def _check_wide(op: str, where: str, value: Tensor, what: str, other: str, like:
         )
 
 
+def beside(value: Tensor, device: torch.device) -> Tensor:
+    """A value on `device`, with no wait for a GPU but where the CPU is to have it."""
+    return value.to(device, non_blocking=device.type != "cpu")
+
+
 def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:
     return [value.contiguous() for value in values]
 
@@ -165,8 +170,12 @@ def add_grad_(
     scales: Sequence[Tensor] | None,
     strength: float,
     scale: float,
+    times: Tensor | None = None,
 ) -> Tensor:
-    """`ewc_add_grad_` of `scale` times the pull; `scales` as in `penalty`."""
+    """`ewc_add_grad_` of `scale` times the pull; `scales` as in `penalty`.
+
+    `times`, one value on the parameters' device, multiplies `scale` there, in the same pass.
+    """
     strength = checks.number("ewc_add_grad_", "strength", strength, low=0)
     scale = checks.number("ewc_add_grad_", "scale", scale)
     _check(
@@ -181,6 +190,7 @@ def add_grad_(
             list(scales or ()),
             strength,
             scale,
+            times,
         )
     return value
 
@@ -209,8 +219,9 @@ def prox_(
     fishers: Sequence[Tensor],
     scales: Sequence[Tensor] | None,
     strength_times_lr: float,
+    times: Tensor | None = None,
 ) -> None:
-    """`ewc_prox_`; `scales` as in `penalty`."""
+    """`ewc_prox_`; `scales` as in `penalty`, `times` as in `add_grad_`."""
     step = checks.number("ewc_prox_", "strength_times_lr", strength_times_lr, low=0)
     _check("ewc_prox_", params, scales is not None, anchors=anchors, fishers=fishers)
     with torch.no_grad():
@@ -220,6 +231,7 @@ def prox_(
             _contiguous(fishers),
             list(scales or ()),
             step,
+            times,
         )
 
 
@@ -321,15 +333,17 @@ define(
 )
 define(
     "ewc_add_grad_(Tensor[] params, Tensor(a!)[] grads, Tensor[] anchors, Tensor[] fishers, "
-    "Tensor[] scales, float strength, float scale) -> Tensor",
+    "Tensor[] scales, float strength, float scale, Tensor? times=None) -> Tensor",
     reference.ewc_add_grad_,
-    lambda params, grads, anchors, fishers, scales, strength, scale: scalar_like(params),
+    lambda params, grads, anchors, fishers, scales, strength, scale, times=None: scalar_like(
+        params
+    ),
 )
 define(
     "ewc_prox_(Tensor(a!)[] params, Tensor[] anchors, Tensor[] fishers, Tensor[] scales, float "
-    "strength_times_lr) -> ()",
+    "strength_times_lr, Tensor? times=None) -> ()",
     reference.ewc_prox_,
-    lambda params, anchors, fishers, scales, strength_times_lr: None,
+    lambda params, anchors, fishers, scales, strength_times_lr, times=None: None,
 )
 define(
     "lora_ewc_penalty(Tensor lora_A, Tensor lora_B, Tensor fisher, Tensor scales, float scale, "

@@ -6,14 +6,14 @@ Which token belongs to which example, and which predictions count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasttax._base import checks
+from fasttax._base import checks, waits
 from fasttax.fisher.task import Task
 
 IGNORED = -100  # the label that transformers and torch.nn.CrossEntropyLoss leave out
@@ -32,11 +32,12 @@ class Batch:
         targets: (B, T) int64 next tokens; (B,) classes for a classifier; IGNORED where there is
             none. (B, C) floats of a likelihood that has a label for each output.
         counted: bool, (B, T) or (B,): predictions in the loss.
-        bounds: (examples + 1,) int64 over the B * T tokens in order.
+        bounds: (examples + 1,) int64 on the CPU over the B * T tokens in order.
         shape: (B, T).
         labelled: the labels came with the batch.
         likelihood: of the labels, as far as it is known; `settled` where the logits are.
         classes: float labels of several columns are classes that may hold together.
+        ranges: of ids and labels that lie on a GPU, which nobody has looked at yet.
     """
 
     inputs: dict[str, Any]
@@ -47,6 +48,20 @@ class Batch:
     labelled: bool = False
     likelihood: str | None = None
     classes: bool = False
+    ranges: waits.Ranges = field(default_factory=waits.Ranges)
+
+    def on(self, device: torch.device) -> Batch:
+        """With all on `device` but the boundaries, which stay on the CPU."""
+        inputs = {
+            k: waits.over(v, device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()
+        }
+        return replace(
+            self,
+            inputs=inputs,
+            targets=waits.over(self.targets, device),
+            counted=waits.over(self.counted, device),
+            bounds=self.bounds.cpu(),
+        )
 
     def settled(self, logits: Tensor) -> Batch:
         """With what the logits tell: one label an example of a classifier, and the likelihood.
@@ -59,7 +74,7 @@ class Batch:
             return replace(self, likelihood=likelihood)
         B, T = self.shape
         targets = torch.zeros(B, dtype=torch.int64, device=logits.device)
-        bounds = torch.arange(B + 1, device=self.bounds.device) * T
+        bounds = torch.arange(B + 1, device="cpu") * T
         everything = torch.ones_like(targets, dtype=torch.bool)
         return replace(
             self, targets=targets, counted=everything, bounds=bounds, likelihood=likelihood
@@ -120,14 +135,35 @@ def read(
         vocab: how many ids the model knows.
         positions: the model takes position_ids, which then tell it where packed documents begin.
 
+    It is looked at where it lies and goes to the device then: of one on the CPU nothing waits for
+    the device. On a GPU ids and labels are looked at later (Batch.ranges), and packed rows cost a
+    copy of their boundaries to the CPU.
+
     Raises:
         ValueError, TypeError: the batch does not fit.
     """
+    ranges = waits.Ranges()
+    ready = _read(op, batch, device, task, vocab, ranges, positions=positions)
+    return replace(ready.on(device), ranges=ranges)
+
+
+def _read(
+    op: str,
+    batch: Any,
+    device: torch.device,
+    task: Task,
+    vocab: int | None,
+    ranges: waits.Ranges,
+    *,
+    positions: bool,
+) -> Batch:
     given = named(batch, task.first)
     if not isinstance(given, Mapping):
         expected = "a dict or BatchEncoding with input_ids, a tensor, or (inputs, labels)"
         raise checks.fail(op, "batch", expected, batch, error=TypeError)
-    inputs = {k: (v.to(device) if isinstance(v, Tensor) else v) for k, v in given.items()}
+    found = main_input(given)
+    home = device if found is None else given[found].device
+    inputs = {k: (v.to(home) if isinstance(v, Tensor) else v) for k, v in given.items()}
     labels = inputs.pop("labels", None)
     main = main_input(inputs)
     if main is None or (task.arguments and main not in task.arguments):
@@ -136,27 +172,30 @@ def read(
     of_decoder = isinstance(labels, Tensor) and labels.dim() == 2
     if task.encoder_decoder and (of_decoder or labels is None):
         if _holds_ids(main, inputs[main]):
-            _ids(op, main, inputs[main], vocab)
+            inputs[main] = _ids(op, main, inputs[main], vocab, ranges)
         return _sequences(op, inputs, labels, inputs[main].shape[0])
     if not _holds_ids(main, inputs[main]):
         return _classifier(op, inputs, labels, inputs[main].shape[0], 1, task)
-    ids = _ids(op, main, inputs[main], vocab)
+    ids = inputs[main] = _ids(op, main, inputs[main], vocab, ranges)
     B, T = ids.shape
     real = _real(op, inputs, ids)
     if labels is not None and _of_examples(labels, ids, task):
         return _classifier(op, inputs, labels, B, T, task)
+    packs = inputs.get("cu_seqlens") is not None or inputs.get("position_ids") is not None
     starts = _starts(op, inputs, ids, real)
     inputs.pop("cu_seqlens", None)
-    if positions and bool(starts[:, 1:].any()):
-        _tell_documents(inputs, starts, real)
-    end = torch.tensor([B * T], device=device)
-    bounds = torch.cat((starts.flatten().nonzero().flatten(), end))
-    targets = _targets(op, labels, ids, real, vocab)
+    bounds = torch.arange(B + 1, device="cpu") * T
+    if packs:
+        begins = starts.flatten().cpu().nonzero().flatten()
+        if positions and len(begins) > B:
+            _tell_documents(inputs, starts, real)
+        bounds = torch.cat((begins, bounds[-1:]))
+    targets = _targets(op, labels, ids, real, vocab, ranges)
     counted = real & (targets != IGNORED)
     if task.shifts(labels is not None):
         # the next token must exist, be real, and belong to the same document
         next_counts = counted[:, 1:] & ~starts[:, 1:] & real[:, :-1]
-        nothing = torch.full((B, 1), IGNORED, device=device)
+        nothing = torch.full((B, 1), IGNORED, device=home)
         targets = torch.cat((targets[:, 1:], nothing), 1)
         counted = torch.cat((next_counts, torch.zeros_like(next_counts[:, :1])), 1)
     return Batch(inputs, targets, counted, bounds, (B, T), labels is not None, task.likelihood)
@@ -219,19 +258,27 @@ def _sequences(op: str, inputs: dict[str, Any], labels: Tensor | None, B: int) -
     if targets.shape[0] != B:
         raise checks.fail(op, name, f"{B} rows as input_ids", targets)
     T = targets.shape[1]
-    bounds = torch.arange(B + 1, device=targets.device) * T
+    bounds = torch.arange(B + 1, device="cpu") * T
     return Batch(inputs, targets, counted, bounds, (B, T), labels is not None, "softmax")
 
 
-def _ids(op: str, key: str, x: Any, vocab: int | None) -> Tensor:
+def _ids(op: str, key: str, x: Any, vocab: int | None, ranges: waits.Ranges) -> Tensor:
     name = f"batch[{key!r}]"
     ids = checks.tensor(op, name, x, (torch.int64, torch.int32))
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 1:
         raise checks.fail(op, name, "shape (examples, tokens), at least (1, 1)", ids)
-    if vocab is not None and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
-        got = f"{int(ids.min())} to {int(ids.max())}"
+    if vocab is None:
+        return ids
+
+    def error(got: str) -> Exception:
         way_out = "is this the model's own tokenizer?"
-        raise checks.fail(op, name, f"ids in [0, {vocab})", got, way_out)
+        return checks.fail(op, name, f"ids in [0, {vocab})", got, way_out)
+
+    if waits.waits(ids):
+        ranges.add(name, ids, 0, vocab - 1, error)
+        return ids.clamp(0, vocab - 1)
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
+        raise error(f"{int(ids.min())} to {int(ids.max())}")
     return ids
 
 
@@ -280,7 +327,12 @@ def _tell_documents(inputs: dict[str, Any], starts: Tensor, real: Tensor) -> Non
 
 
 def _targets(
-    op: str, labels: Tensor | None, ids: Tensor, real: Tensor, vocab: int | None
+    op: str,
+    labels: Tensor | None,
+    ids: Tensor,
+    real: Tensor,
+    vocab: int | None,
+    ranges: waits.Ranges,
 ) -> Tensor:
     """(B, T) int64: each token's own label; IGNORED where there is none."""
     if labels is None:
@@ -288,16 +340,23 @@ def _targets(
     name = "batch['labels']"
     if labels.shape != ids.shape:
         raise checks.fail(op, name, f"shape {tuple(ids.shape)} as input_ids", labels)
-    outside = (labels < 0) | (labels >= (vocab or 1 << 62))
-    if bool(((labels != IGNORED) & outside).any()):
-        got = f"{int(labels.min())} to {int(labels.max())}"
-        raise checks.fail(op, name, f"labels in [0, {vocab}) or {IGNORED}", got)
-    return labels.long()
+    labels, most = labels.long(), (vocab or 1 << 62) - 1
+
+    def error(got: str) -> Exception:
+        return checks.fail(op, name, f"labels in [0, {vocab}) or {IGNORED}", got)
+
+    given = labels.masked_fill(labels == IGNORED, 0)
+    if waits.waits(labels):
+        ranges.add(name, given, 0, most, error)
+        return torch.where(labels == IGNORED, IGNORED, given.clamp(0, most))
+    if given.numel() and bool(((given < 0) | (given > most)).any()):
+        raise error(f"{int(labels.min())} to {int(labels.max())}")
+    return labels
 
 
 def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int, task: Task) -> Batch:
     device = next(v.device for v in inputs.values() if isinstance(v, Tensor))
-    bounds = torch.arange(B + 1, device=device) * T
+    bounds = torch.arange(B + 1, device="cpu") * T
     likelihood, classes = task.likelihood, task.classes
     every = torch.ones(B, dtype=torch.bool, device=device)
     if labels is None:

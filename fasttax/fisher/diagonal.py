@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fasttax._base import checks, files
+from fasttax._base import checks, files, waits
 from fasttax._base.packed import STORAGES
 from fasttax._base.version import __version__
 from fasttax.fisher import labels as scores
@@ -129,7 +129,9 @@ class DiagonalFisher:
             self.model, model, self.device, taps, blocks, self.unit, self.labels, self.task
         )
         self.generator = generator or torch.Generator(self.device).manual_seed(0)
-        self.examples = self.tokens = self.batches = 0
+        self.examples = self.batches = 0
+        self._tokens, self._more_tokens = 0, None  # type: int, Tensor | None
+        self._ranges = waits.Ranges()
         #: how many batches, and their `_base.hashes.chained`, where who calls knows them all
         self.hashed = (0, "")
         self._settle()
@@ -178,6 +180,17 @@ class DiagonalFisher:
         """The generator of labels; None where they are the data's."""
         return None if self.labels == "true" else self.generator
 
+    @property
+    def tokens(self) -> int:
+        """How many predictions counted; on a GPU a look waits for the batches so far."""
+        if self._more_tokens is not None:
+            self._tokens, self._more_tokens = self._tokens + int(self._more_tokens), None
+        return self._tokens
+
+    @tokens.setter
+    def tokens(self, value: int) -> None:
+        self._tokens, self._more_tokens = value, None
+
     # --- one batch --------------------------------------------------------------------------------
 
     def update(self, batch: Mapping[str, Any] | Tensor | tuple[Tensor, Tensor]) -> None:
@@ -196,7 +209,9 @@ class DiagonalFisher:
                 labels).
 
         Raises:
-            ValueError, TypeError, IndexError: the batch does not fit; nothing is accumulated.
+            ValueError, TypeError, IndexError: the batch does not fit; nothing is accumulated. Of
+                ids and labels that lie on a GPU, finalize, reduce and checkpoint say so: update
+                does not wait for the device.
         """
         self._check_whole("update")
         ready = self.view.read(batch)
@@ -211,7 +226,7 @@ class DiagonalFisher:
             loop.update(
                 self.view, self.sums, batch, ready, draws=self.mc_samples, drawing=self.drawing
             )
-            self._count(ready.examples, int(ready.counted.sum()))
+            self._count(ready.examples, ready.counted.sum(), ready.ranges)
             return
         current = Pass(Layout(self.unit, ready.shape, ready.bounds, ready.shape[0]))
         with (
@@ -228,7 +243,7 @@ class DiagonalFisher:
                     current.head, current.score = self.view.head(current, logits, ready), score
                 logits.backward(score.to(logits.dtype), retain_graph=draw + 1 < self.mc_samples)
                 self.sums.finish(current)
-        self._count(ready.examples, int(ready.counted.sum()))
+        self._count(ready.examples, ready.counted.sum(), ready.ranges)
 
     @contextlib.contextmanager
     def observe(
@@ -285,16 +300,15 @@ class DiagonalFisher:
         self._unproven = not block.proven
         layouts = [p.layout for p in block.seen]
         tokens = sum(int(layout.known()[2][-1]) for layout in layouts)
-        self._count(sum(layout.examples for layout in layouts), tokens)
+        self._count(sum(layout.examples for layout in layouts), torch.tensor(tokens, device="cpu"))
 
-    def _count(self, examples: int, tokens: int) -> None:
+    def _count(self, examples: int, tokens: Tensor, ranges: waits.Ranges | None = None) -> None:
         self.examples += examples
-        self.tokens += tokens
+        self._more_tokens = tokens if self._more_tokens is None else self._more_tokens + tokens
         self.batches += 1
-        self.error.batch(self.sums.watched, self._units(examples, tokens))
-
-    def _units(self, examples: int, tokens: int) -> int:
-        return tokens if self.unit == "token" else examples
+        self.error.batch(self.sums.watched, tokens if self.unit == "token" else examples)
+        if ranges is not None:
+            self._ranges.join(ranges)
 
     def relative_error(self) -> float:
         """The estimate's own relative error, from the spread between batches.
@@ -315,6 +329,8 @@ class DiagonalFisher:
                 f"DiagonalFisher.{method}: the sums are those of all ranks since reduce(); start a "
                 "new DiagonalFisher"
             )
+        if method not in ("update", "observe"):  # it waits for the device anyway
+            self._ranges.check()
 
     # --- the whole --------------------------------------------------------------------------------
 
@@ -382,7 +398,7 @@ class DiagonalFisher:
             )
         count = 1
         if normalize == "mean":
-            count = max(1, self._units(examples, tokens))
+            count = max(1, tokens if self.unit == "token" else examples)
         metadata = {
             **self._facts(),
             "examples": examples,

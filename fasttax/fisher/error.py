@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from fasttax._base import waits
+
 COORDINATES = 64  # watched in each parameter
 
 
@@ -32,17 +34,32 @@ class SamplingError:
         )
         self.counts = torch.zeros(3, dtype=torch.float64, device="cpu")  # batches, units, units^2
 
-    def batch(self, value: Callable[[str], Tensor], units: int) -> None:
-        """After a batch of `units` examples: `value(name)` is the running sum of squares."""
-        picked = [torch.zeros(0, dtype=torch.float64, device="cpu")]
-        for name, places in self.places.items():
+    def batch(self, value: Callable[[str], Tensor], units: int | Tensor) -> None:
+        """After a batch of `units` examples: `value(name)` is the running sum of squares.
+
+        On the device of the first parameter, so that nothing waits for it.
+        """
+        picked: list[Tensor] = []
+        for name in self.places:
             flat = value(name).reshape(-1)
-            picked.append(flat[places.to(flat.device)].double().cpu())
+            self.places[name] = waits.over(self.places[name], flat.device)
+            mine = flat[self.places[name]].double()
+            picked.append(mine.to(picked[0].device if picked else mine.device))
+        if not picked:
+            return
         now = torch.cat(picked)
+        self._move(now.device)
         x, self.total = now - self.total, now
+        number = units if isinstance(units, Tensor) else torch.tensor(units, device="cpu")
+        number = waits.over(number.double(), now.device)
         self.squares += x * x
-        self.crossed += units * x
-        self.counts += torch.tensor([1.0, units, units**2], dtype=torch.float64, device="cpu")
+        self.crossed += number * x
+        self.counts += torch.stack((torch.ones_like(number), number, number**2))
+
+    def _move(self, device: torch.device) -> None:
+        """The running sums to where the parameters are, once."""
+        if self.counts.device != device:
+            self.restore({k: waits.over(t, device) for k, t in self.state().items()})
 
     def relative(self) -> float:
         """The relative error so far; NaN before the second batch."""

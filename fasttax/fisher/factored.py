@@ -15,7 +15,7 @@ from torch import Tensor
 from fasttax._base import checks
 from fasttax.fisher.factor import completed, diagonal, gram_, shape_of
 from fasttax.fisher.passes import Pass
-from fasttax.fisher.pieces import Piece, TiedHead, is_sloped
+from fasttax.fisher.pieces import Piece, TiedHead, is_the_score
 from fasttax.fisher.sums import Slot, Sums
 
 _CHUNK = 256  # tokens of a head's closed form at a time
@@ -153,9 +153,11 @@ class FactoredSums(Sums):
             alike = summed.shape == like.shape and summed.dtype == like.dtype
             if same and alike and _same(tokens, reached):
                 return summed
-        rows = x if reached is None else x[reached]
+        rows = x.to(like.dtype)
+        if reached is not None:
+            rows = rows.masked_fill(~reached[:, None], 0.0)
         summed = torch.zeros_like(like)
-        gram_(summed, rows.to(like.dtype), 1.0)
+        gram_(summed, rows, 1.0)
         self._met = x, reached, summed
         return summed
 
@@ -215,12 +217,12 @@ def _reached(p: Piece, d: Tensor) -> Tensor | None:
     """
     if bool((p.bounds.diff() == 1).all()) and p.bounds.numel() - 1 == d.shape[0]:
         return None
-    reached = (d != 0).any(1)
-    return None if bool(reached.all()) else reached
+    return (d != 0).any(1)
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
+    """Whether the same tokens are reached; of a GPU, where asking would wait, only of all."""
+    if one is None or other is None or one.device.type != "cpu":
         return one is other
     return torch.equal(one, other)
 
@@ -233,13 +235,12 @@ def _add_closed(out: Tensor, p: Piece, weight: float) -> None:
     """
     score = p.score
     assert score is not None
-    sloped = is_sloped(p)
+    as_it_is = is_the_score(p)
     for start in range(0, score.shape[0], _CHUNK):
         s = score[start : start + _CHUNK]
         mass = torch.where(s < 0, 1 + s, s)
-        slope = torch.ones_like(s)
-        if sloped:
-            slope = torch.where(s == 0, 0.0, p.d[start : start + _CHUNK].to(s.dtype) / s)
+        slope = p.d[start : start + _CHUNK].to(s.dtype) / s
+        slope = torch.where(as_it_is, 1.0, torch.where(s == 0, 0.0, slope))
         pulled = (slope * mass).to(out.dtype)
         gram_(out, pulled, -weight)
         own = (slope.to(out.dtype) * pulled).sum(0).mul_(weight)

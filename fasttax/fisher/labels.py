@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fasttax._base import checks
+from fasttax._base import checks, waits
 from fasttax.fisher import batches
 from fasttax.fisher.ops import sum_dtype
 
@@ -49,15 +49,25 @@ def score(logits: Tensor, batch: batches.Batch, generator: torch.Generator | Non
     if batch.likelihood in ("bernoulli", "gaussian"):
         return _output_scores(logits, batch, generator)
     p = torch.softmax(logits.detach(), -1, dtype=sum_dtype(logits.dtype))
-    if generator is not None:
-        labels = sample(p, generator)
-    else:
-        labels = batch.targets.clamp_min(0)
-        if int(labels.max()) >= p.shape[-1]:
-            expected, got = f"labels in [0, {p.shape[-1]})", f"{int(labels.max())}"
-            raise checks.fail("DiagonalFisher.update", "batch['labels']", expected, got)
+    labels = _columns(batch, p.shape[-1]) if generator is None else sample(p, generator)
     p.scatter_add_(-1, labels[..., None], torch.full_like(labels[..., None], -1, dtype=p.dtype))
     return p.masked_fill_(~batch.counted[..., None], 0.0)
+
+
+def _columns(batch: batches.Batch, count: int) -> Tensor:
+    """The batch's labels as columns of the logits, 0 for none."""
+    labels = batch.targets.clamp_min(0)
+
+    def error(got: str) -> Exception:
+        expected = f"labels in [0, {count})"
+        return checks.fail("DiagonalFisher.update", "batch['labels']", expected, got)
+
+    if waits.waits(labels):
+        batch.ranges.add(f"labels of {count}", labels, 0, count - 1, error)
+        return labels.clamp_max(count - 1)
+    if labels.numel() and int(labels.max()) >= count:
+        raise error(str(int(labels.max())))
+    return labels
 
 
 def _output_scores(
@@ -73,15 +83,27 @@ def _output_scores(
         if labels.shape != logits.shape:
             expected = f"shape {tuple(logits.shape)} as the outputs"
             raise checks.fail(op, "batch['labels']", expected, batch.targets)
-        if batch.likelihood == "bernoulli" and bool(((labels < 0) | (labels > 1)).any()):
-            raise checks.fail(op, "batch['labels']", "labels in [0, 1]", "others")
+        if batch.likelihood == "bernoulli":
+            _probabilities(op, batch, labels)
         return means - labels
     device = generator.device
     if batch.likelihood == "gaussian":
         noise = torch.randn(means.shape, dtype=dtype, device=device, generator=generator)
-        return noise.to(means.device)
+        return waits.over(noise, means.device)
     drawn = torch.rand(means.shape, dtype=dtype, device=device, generator=generator)
-    return means - (drawn.to(means.device) < means).to(dtype)
+    return means - (waits.over(drawn, means.device) < means).to(dtype)
+
+
+def _probabilities(op: str, batch: batches.Batch, labels: Tensor) -> None:
+    """Labels of a sigmoid's outputs must be in [0, 1]."""
+
+    def error(got: str) -> Exception:
+        return checks.fail(op, "batch['labels']", "labels in [0, 1]", got)
+
+    if waits.waits(labels):
+        batch.ranges.add("probabilities", labels, 0, 1, error)
+    elif bool(((labels < 0) | (labels > 1)).any()):
+        raise error("others")
 
 
 def sample(p: Tensor, generator: torch.Generator) -> Tensor:
@@ -98,7 +120,7 @@ def sample(p: Tensor, generator: torch.Generator) -> Tensor:
     running = torch.cat(masses, -1).cumsum(-1)
     shape, device = p.shape[:-1], generator.device
     drawn = torch.rand(shape, dtype=p.dtype, device=device, generator=generator)
-    u = drawn.to(p.device)[..., None] * running[..., -1:]
+    u = waits.over(drawn, p.device)[..., None] * running[..., -1:]
     block = torch.searchsorted(running, u, right=True).clamp_max(running.shape[-1] - 1)
     before = torch.where(block > 0, running.gather(-1, (block - 1).clamp_min(0)), 0.0)
     index = block * _SAMPLE_BLOCK + torch.arange(min(_SAMPLE_BLOCK, V), device=p.device)
@@ -106,6 +128,9 @@ def sample(p: Tensor, generator: torch.Generator) -> Tensor:
     found = block * _SAMPLE_BLOCK + torch.searchsorted(inside, u - before, right=True)
     labels = found.squeeze(-1).clamp_max(V - 1)
     # u = 0 on leading zeros, or rounding at a block's end, may land on a label of probability 0:
-    # take the likeliest then
+    # take the likeliest of the heaviest block then
     impossible = p.gather(-1, labels[..., None]).squeeze(-1) <= 0
-    return torch.where(impossible, p.argmax(-1), labels) if bool(impossible.any()) else labels
+    heaviest = torch.cat(masses, -1).argmax(-1, keepdim=True) * _SAMPLE_BLOCK
+    index = heaviest + torch.arange(min(_SAMPLE_BLOCK, V), device=p.device)
+    there = p.gather(-1, index.clamp_max(V - 1)).masked_fill(index >= V, 0.0).argmax(-1)
+    return torch.where(impossible, heaviest.squeeze(-1) + there, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Layout:
     ) -> None:
         self.unit, self.shape, self.bounds = unit, shape, bounds
         self.batch, self.only = batch, None  # type: int, int | None
+        self._segments: dict[tuple[Any, ...], Tensor] = {}
         if shape is not None:
             self.batch = shape[0]
         if bounds is not None:
@@ -99,8 +101,17 @@ class Layout:
 
         Raises:
             ValueError: the leading shape does not keep the examples apart.
+
+        Layers of one leading shape get one tensor, so that it crosses to their device once.
         """
         self.see(leading)
+        key = (leading, only)
+        if key not in self._segments:
+            self._segments[key] = self._cut(leading, where, only)
+        return self._segments[key]
+
+    def _cut(self, leading: torch.Size, where: str, only: int | None) -> Tensor:
+        """What `segments` keeps."""
         B, T, bounds = self.known()
         count = leading.numel()
         if not count:

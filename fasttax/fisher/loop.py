@@ -20,7 +20,9 @@ from fasttax.fisher.view import View
 def examples(view: View, batch: Any, ready: batches.Batch) -> Iterator[batches.Batch]:
     """The examples of `batch`, which was read as `ready`, as batches of their own."""
     for n in range(ready.examples):
-        yield view.read(batches.example(batch, ready, n))
+        part = view.read(batches.example(batch, ready, n))
+        yield part
+        ready.ranges.join(part.ranges)
 
 
 @contextlib.contextmanager

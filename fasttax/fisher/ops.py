@@ -10,13 +10,14 @@ accumulated into and returned. Results are float32, float64 for float64 inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from fasttax._base import checks
+from fasttax._base import checks, waits
 from fasttax._base.library import define
 from fasttax.fisher import head
 from fasttax.reference import fisher as reference
@@ -28,8 +29,33 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return {torch.float64: torch.float64}.get(dtype, torch.float32)
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Boundaries that rise from 0, on the CPU, with a copy on each device that asked for one."""
+
+    host: Tensor
+    copies: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Tensor:
+        """The boundaries there; they cross once."""
+        if device not in self.copies:
+            self.copies[device] = waits.over(self.host, device)
+        return self.copies[device]
+
+
+_RUNS = WeakIdKeyDictionary()  # boundaries -> their Runs, while somebody has the boundaries
+
+
+def runs(bounds: Tensor) -> Runs:
+    """Boundaries of this package's own, int64 on the CPU, which nobody writes into."""
+    if bounds not in _RUNS:
+        _RUNS[bounds] = Runs(bounds.detach())
+    found: Runs = _RUNS[bounds]
+    return found
+
+
 def _segments(
-    op: str, name: str, x: Tensor, trailing: int, cu_seqlens: Tensor | None
+    op: str, name: str, x: Tensor, trailing: int, cu_seqlens: Tensor | Runs | None
 ) -> tuple[Tensor, Tensor]:
     """`x` as (R, ...) with `trailing` trailing dimensions, and the examples' boundaries.
 
@@ -50,16 +76,26 @@ def _segments(
     return x.flatten(0, 1), bounds * x.shape[1]
 
 
-def _boundaries(op: str, cu_seqlens: Tensor, x: Tensor) -> Tensor:
+def _boundaries(op: str, cu_seqlens: Tensor | Runs, x: Tensor) -> Tensor:
+    """The user's are looked at; on a GPU by the device itself, which stops at a wrong one."""
+    expected = f"boundaries that rise from 0 to {x.shape[0]}, the number of rows"
+    if isinstance(cu_seqlens, Runs):
+        if int(cu_seqlens.host[-1]) != x.shape[0]:
+            raise checks.fail(op, "cu_seqlens", expected, str(cu_seqlens.host[-8:].tolist()))
+        return cu_seqlens.on(x.device)
     checks.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise checks.fail(op, "cu_seqlens", "a vector of N + 1 boundaries", cu_seqlens)
-    bounds = cu_seqlens.to(device=x.device, dtype=torch.int64).contiguous()
-    values = bounds.tolist()
-    if values[0] != 0 or values[-1] != x.shape[0] or any(a > b for a, b in pairwise(values)):
-        expected = f"boundaries that rise from 0 to {x.shape[0]}, the number of rows"
-        raise checks.fail(op, "cu_seqlens", expected, str(values[:8]))
-    return bounds
+    bounds = cu_seqlens.to(torch.int64).contiguous()
+    ends = (bounds[0] == 0) & (bounds[-1] == x.shape[0])
+    right = ends & (bounds.diff() >= 0).all()
+    if waits.waits(bounds):
+        torch._assert_async(right, f"fasttax: {op}: cu_seqlens: expected {expected}")
+        # where the device has no assertions, what is read lies inside all the same
+        bounds = bounds.clamp(0, x.shape[0]).cummax(0).values
+    elif not right:
+        raise checks.fail(op, "cu_seqlens", expected, str(bounds[:8].tolist()))
+    return waits.over(bounds, x.device)
 
 
 def _weights(op: str, example_weight: Tensor | None, bounds: Tensor, like: Tensor) -> Tensor | None:
@@ -111,7 +147,7 @@ def linear_sqgrad(
     inputs: Tensor,
     grad_outputs: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Runs | None = None,
     example_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -145,7 +181,7 @@ def linear_sqgrad(
 def bias_sqgrad(
     grad_outputs: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Runs | None = None,
     example_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -170,7 +206,7 @@ def norm_sqgrad(
     inputs: Tensor,
     grad_outputs: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Runs | None = None,
     example_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -203,7 +239,7 @@ def embedding_sqgrad(
     num_embeddings: int,
     *,
     padding_idx: int | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Runs | None = None,
     example_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -233,7 +269,7 @@ def embedding_sqgrad(
     V, H = int(num_embeddings), grad_outputs.shape[-1]
     flat, bounds = _segments(op, "ids", ids, 0, cu_seqlens)
     result = _result(op, out, (V, H), grad_outputs)
-    _ids_in_range(op, flat, V)
+    flat = _ids_in_range(op, flat, V)
     weights = _weights(op, example_weight, bounds, result)
     skip = -1
     if padding_idx is not None:
@@ -250,14 +286,21 @@ def embedding_rows(
 
     Keys (2, U) of (example, id), rows (U, H).
     """
-    _ids_in_range(op, flat_ids, num_embeddings)
+    flat_ids = _ids_in_range(op, flat_ids, num_embeddings)
     return reference.embedding_rows(flat_ids.long(), wide(d), bounds, num_embeddings, -1)
 
 
-def _ids_in_range(op: str, ids: Tensor, count: int) -> None:
+def _ids_in_range(op: str, ids: Tensor, count: int) -> Tensor:
+    """The ids; on a GPU the device itself stops at one outside, as torch's embedding does."""
+    expected = f"values in [0, {count})"
+    if waits.waits(ids):
+        inside = ((ids >= 0) & (ids < count)).all()
+        torch._assert_async(inside, f"fasttax: {op}: ids: expected {expected}")
+        return ids.clamp(0, count - 1)
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
         got = f"{int(ids.min())} to {int(ids.max())}"
-        raise checks.fail(op, "ids", f"values in [0, {count})", got, error=IndexError)
+        raise checks.fail(op, "ids", expected, got, error=IndexError)
+    return ids
 
 
 def lm_head_fisher(
@@ -304,7 +347,9 @@ def lm_head_fisher(
     a = hidden.detach().reshape(-1, hidden.shape[-1])
     if mask is not None:
         counted = checks.per_token(op, "mask", mask, hidden.shape[:-1], hidden.device)
-        a = a[counted.reshape(-1) != 0]
+        counted = counted.reshape(-1) != 0
+        # a row of zeros adds nothing; to leave it out, somebody must count the others
+        a = a.masked_fill(~counted[:, None], 0.0) if waits.waits(a) else a[counted]
     result = _result(op, out, tuple(weight.shape), a)
     torch.ops.fasttax.lm_head_fisher_(result, a, weight.detach(), bias, token_chunk)
     return result

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fasttax._base import waits
 from fasttax._base.gemm import gemm
 from fasttax.fisher import ops
 from fasttax.fisher.layout import WAY_OUT
@@ -123,7 +124,7 @@ def combine(pieces: list[Piece], name: str) -> Piece:
     first = pieces[0]
     units = torch.cat([p.units() for p in pieces])
     counts = torch.bincount(units, minlength=first.bounds.numel() - 1)
-    order = units.argsort(stable=True).to(first.d.device)
+    order = waits.over(units.argsort(stable=True), first.d.device)
     joined = Piece(
         first.kind,
         _bounds(counts),
@@ -191,25 +192,25 @@ def _weights(weight: float, bounds: Tensor, out: Tensor) -> Tensor | None:
 
 def _add_bias(out: Tensor, p: Piece, weight: float) -> None:
     each = _weights(weight, p.bounds, out)
-    ops.bias_sqgrad(_fit(p.d, out), cu_seqlens=p.bounds, example_weight=each, out=out)
+    ops.bias_sqgrad(_fit(p.d, out), cu_seqlens=ops.runs(p.bounds), example_weight=each, out=out)
 
 
 def _add_scale(out: Tensor, p: Piece, weight: float) -> None:
     x, d, each = _fit(p.met(), out), _fit(p.d, out), _weights(weight, p.bounds, out)
-    ops.norm_sqgrad(x, d, cu_seqlens=p.bounds, example_weight=each, out=out)
+    ops.norm_sqgrad(x, d, cu_seqlens=ops.runs(p.bounds), example_weight=each, out=out)
 
 
 def _add_embedding(out: Tensor, p: Piece, weight: float) -> None:
     d, each = _fit(p.d, out), _weights(weight, p.bounds, out)
     ops.embedding_sqgrad(
-        p.met(), d, out.shape[0], cu_seqlens=p.bounds, example_weight=each, out=out
+        p.met(), d, out.shape[0], cu_seqlens=ops.runs(p.bounds), example_weight=each, out=out
     )
 
 
 def _add_linear(out: Tensor, p: Piece, weight: float) -> None:
     x, d, each = _fit(p.met(), out), _fit(p.d, out), _weights(weight, p.bounds, out)
     flat = out.view(d.shape[1], x.shape[1])  # a convolution's kernel has more dimensions
-    ops.linear_sqgrad(x, d, cu_seqlens=p.bounds, example_weight=each, out=flat)
+    ops.linear_sqgrad(x, d, cu_seqlens=ops.runs(p.bounds), example_weight=each, out=flat)
 
 
 def add_head(out: Tensor, p: Piece, weight: float, skip: Tensor | None = None) -> None:
@@ -226,15 +227,14 @@ def add_head(out: Tensor, p: Piece, weight: float, skip: Tensor | None = None) -
     """
     score = p.score
     assert score is not None
-    sloped = is_sloped(p)
-    unit = p.units().to(p.d.device)
+    as_it_is = is_the_score(p)
+    unit = waits.over(p.units(), p.d.device)
     for start in range(0, score.shape[0], _CHUNK):
         chunk = slice(start, start + _CHUNK)
         s = score[chunk]
         q = s.abs().mul_(1 - s.abs())
-        if sloped:
-            slope = p.d[chunk].to(s.dtype) / s
-            q *= torch.where(s == 0, 0.0, slope).square_()
+        slope = p.d[chunk].to(s.dtype) / s
+        q *= torch.where(as_it_is, 1.0, torch.where(s == 0, 0.0, slope).square_())
         if skip is not None:
             _clear(q, unit[chunk], skip)
         q = q.to(out.dtype).mul_(weight)
@@ -244,13 +244,15 @@ def add_head(out: Tensor, p: Piece, weight: float, skip: Tensor | None = None) -
             gemm(q.T, p.x[chunk].to(out.dtype).square(), out, add=True)
 
 
-def is_sloped(p: Piece) -> bool:
-    """Whether the gradient at a head's output is another than the score at the logits."""
-    assert p.score is not None
-    rounded = p.score.to(p.d.dtype).float()
-    eps = torch.finfo(p.d.dtype).eps
-    same = p.d.shape == rounded.shape
-    return not (same and torch.allclose(p.d.float(), rounded, rtol=4 * eps, atol=1e-30))
+def is_the_score(p: Piece) -> Tensor:
+    """Whether the gradient at a head's output is the score at the logits, 0-d on its device."""
+    score = p.score
+    assert score is not None
+    if p.d.shape != score.shape:
+        return torch.zeros((), dtype=torch.bool, device=score.device)
+    same = score.to(p.d.dtype).float()
+    slack = 4 * torch.finfo(p.d.dtype).eps * same.abs() + 1e-30
+    return ((p.d.float() - same).abs() <= slack).all()
 
 
 def _clear(q: Tensor, unit: Tensor, skip: Tensor) -> None:

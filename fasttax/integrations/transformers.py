@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax._base.hashes import same_weights, weights_hash
@@ -89,7 +92,7 @@ class EWCCallback(TrainerCallback):
         the penalty's.
         """
         if self.where == "pre_clip" and not self._primed:
-            self.ewc.add_grad_(_loss_scale(kwargs.get("optimizer")))
+            self.ewc.add_grad_(_loss_scale(kwargs.get("optimizer"), self.ewc))
             self._primed = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -208,15 +211,17 @@ def _kl_arguments(op: str, kl: Any) -> dict[str, Any]:
     return {checks.choice(op, "kl", name, accepted): value for name, value in kl.items()}
 
 
-def _loss_scale(optimizer: Any) -> float:
+def _loss_scale(optimizer: Any, ewc: EWC) -> float | Tensor:
     """What fp16 multiplies the loss by: gradients before unscaling carry it.
 
-    The scaler hangs on Accelerate's optimizer.
+    The scaler hangs on Accelerate's optimizer. Its get_scale() would be a host sync.
     """
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None or not scaler.is_enabled():
         return 1.0
-    return float(scaler.get_scale())
+    device = next(iter(ewc.parameters().values())).device
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale
 
 
 def _state_file(ewc: EWC, args: Any) -> str:

@@ -91,6 +91,13 @@ def _times(x: Tensor, factor: Tensor | float) -> Tensor:
     return (x.double() * factor).to(x.dtype)
 
 
+def _timed(factor: float, times: Tensor | None) -> Tensor | float:
+    """The product of a number and a value on the device; finite unless that is NaN."""
+    if times is None:
+        return factor
+    return (times.double() * factor).reshape(()).clamp(-MOST, MOST)
+
+
 def ewc_penalty_backward(
     grad: Tensor,
     params: Sequence[Tensor],
@@ -117,12 +124,14 @@ def ewc_add_grad_(
     scales: Sequence[Tensor],
     strength: float,
     scale: float,
+    times: Tensor | None = None,
 ) -> Tensor:
-    """Adds scale * strength * fisher * (theta - anchor) to grads; returns `ewc_penalty`."""
+    """Adds times * scale * strength * fisher * (theta - anchor) to grads; returns `ewc_penalty`."""
+    factor = _timed(strength * scale, times)
     for grad, (theta, anchor, fisher) in zip(
         grads, _floats(params, anchors, fishers, scales), strict=True
     ):
-        pull = _times(fisher * (theta - anchor), strength * scale)
+        pull = _times(fisher * (theta - anchor), factor)
         grad.copy_(wide(grad) + pull.view_as(grad))
     return ewc_penalty(params, anchors, fishers, scales, strength)
 
@@ -143,12 +152,14 @@ def ewc_prox_(
     fishers: Sequence[Tensor],
     scales: Sequence[Tensor],
     strength_times_lr: float,
+    times: Tensor | None = None,
 ) -> None:
-    """Moves params to anchor + (theta - anchor) / (1 + strength_times_lr * fisher)."""
+    """Moves params to anchor + (theta - anchor) / (1 + times * strength_times_lr * fisher)."""
+    step = _timed(strength_times_lr, times)
     for own, (theta, anchor, fisher) in zip(
         params, _floats(params, anchors, fishers, scales), strict=True
     ):
-        pull = _times(fisher, strength_times_lr)
+        pull = _times(fisher, step)
         own.copy_(prox(theta, anchor, torch.ones_like(theta), pull))
 
 

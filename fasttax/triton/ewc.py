@@ -1,8 +1,8 @@
-"""The Triton kernels of EWC: a launch for each tensor of a list, csrc/math/ewc.h by element.
+"""The Triton kernels of EWC: a list in one launch (tables.py), csrc/math/ewc.h by element.
 
-Bytes per element as csrc/cuda/ewc.cuh has them: every operand once. A launch costs 3 to 5 us; where
-CUDA C++ is built its tables of pointers take a whole list in a handful of launches instead. The
-penalty's parts, one for each program, are added in float64 in a fixed order.
+Bytes per element as csrc/cuda/ewc.cuh has them: every operand once, by 16-byte accesses but for the
+last elements of a tensor whose number is no multiple of BLOCK. The penalty's parts, one for each
+program, are added in float64 in a fixed order, by a second launch.
 
 What AdamWEWC (ewc_adamw.py) and LoRA (ewc_lora.py) share with it: the loads, the proximal step, the
 way of float64 to the reference.
@@ -20,12 +20,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax.triton import on_device
+from fasttax.triton.tables import (
+    BLOCK,
+    PARTS,
+    dtype_of,
+    elements,
+    grouped,
+    load,
+    operand,
+    row_of,
+    store,
+    sum_kernel,
+)
 
-# elements a program: with 4 warps 16 a thread, so four 16-byte loads of each float32 operand are
-# under way
-BLOCK = 2048
+WIDTH = tl.constexpr(7)  # of a row: five addresses, elements, first program
 VALUE, ADD, WRITE, PROX = (tl.constexpr(mode) for mode in range(4))
 SPLIT_STEP = tl.constexpr(2.0**-7 / 254)
+MOST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
@@ -39,9 +50,13 @@ def prox(theta, anchor, metric, pull):
 
 
 @triton.jit
-def load(ptr, at, live):
-    """Values as float32, 0 where not live."""
-    return tl.load(ptr + at, mask=live, other=0.0).to(tl.float32)
+def timed(first, second, times):
+    """The product of three as one of two float32 again; finite, but NaN where `times` is."""
+    product = tl.full((), first, tl.float64) * second * times
+    second = tl.where(tl.abs(product) > 2.0**127, 2.0**126, 1.0)
+    first = product / second
+    first = tl.where(first > MOST, MOST, tl.where(first < -MOST, -MOST, first))
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit
@@ -53,8 +68,10 @@ def load_anchor(anchor_ptr, lo_ptr, at, live, SPLIT: tl.constexpr):
         hi = load(anchor_ptr, block * 384 + place, live)
         lo = load(lo_ptr, block * 768 + 512 + place, live)
         power = (hi.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        return hi + lo * (power * SPLIT_STEP)
-    return load(anchor_ptr, at, live)
+        anchor = hi + lo * (power * SPLIT_STEP)
+    else:
+        anchor = load(anchor_ptr, at, live)
+    return anchor
 
 
 @triton.jit
@@ -64,57 +81,99 @@ def load_fisher(fisher_ptr, scales_ptr, at, live, U8: tl.constexpr):
         code = load(fisher_ptr, at, live)
         lo = load(scales_ptr, at // 256 * 2, live)
         step = load(scales_ptr, at // 256 * 2 + 1, live)
-        return tl.where(code == 0.0, 0.0, tl.exp2(lo + step * (code - 1.0)))
-    return load(fisher_ptr, at, live)
+        fisher = tl.where(code == 0.0, 0.0, tl.exp2(lo + step * (code - 1.0)))
+    else:
+        fisher = load(fisher_ptr, at, live)
+    return fisher
 
 
 @triton.jit
-def ewc_kernel(
-    theta_ptr,
-    anchor_ptr,
-    lo_ptr,
-    fisher_ptr,
-    scales_ptr,
-    out_ptr,
-    parts_ptr,
-    upstream_ptr,
-    n,
+def anchor_pointers(row, column: tl.constexpr, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """What `load_anchor` reads; uint8 is a split anchor, of 3 bytes an element."""
+    if DTYPE == tl.uint8:
+        hi = operand(row, column, begin // 2 * 3, tl.bfloat16, ALIGNED)
+        lo = operand(row, column, begin * 3, tl.int8, ALIGNED)
+    else:
+        hi = operand(row, column, begin, DTYPE, ALIGNED)
+        lo = hi
+    return hi, lo
+
+
+@triton.jit
+def part(
+    pointers,
+    at,
+    live,
     first,
     second,
     MODE: tl.constexpr,
     SPLIT: tl.constexpr,
     U8: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """out_ptr: the gradient (ADD, WRITE) or theta itself (PROX)."""
-    program = tl.program_id(0).to(tl.int64)
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    live = at < n
+    """BLOCK elements; the penalty's terms."""
+    theta_ptr, anchor_ptr, lo_ptr, fisher_ptr, scales_ptr, out_ptr = pointers
     theta = load(theta_ptr, at, live)
     anchor = load_anchor(anchor_ptr, lo_ptr, at, live, SPLIT)
     fisher = load_fisher(fisher_ptr, scales_ptr, at, live, U8)
     pull = fisher * (theta - anchor)
-    if (MODE == VALUE) | (MODE == ADD):
-        tl.store(
-            parts_ptr + program,
-            tl.sum(tl.where(live, pull * (theta - anchor), 0.0), 0).to(tl.float64),
-        )
     if MODE == ADD:
-        grad = load(out_ptr, at, live)
-        tl.store(
-            out_ptr + at, (grad + pull * first * second).to(out_ptr.dtype.element_ty), mask=live
-        )
+        store(out_ptr, at, load(out_ptr, at, live) + pull * first * second, live)
     if MODE == WRITE:
-        upstream = tl.load(upstream_ptr).to(tl.float32)
-        tl.store(
-            out_ptr + at, (pull * first * second * upstream).to(out_ptr.dtype.element_ty), mask=live
-        )
+        store(out_ptr, at, pull * first * second, live)
     if MODE == PROX:
-        tl.store(
-            out_ptr + at,
-            prox(theta, anchor, 1.0, fisher * first * second).to(out_ptr.dtype.element_ty),
-            mask=live,
-        )
+        step = fisher * first * second
+        store(out_ptr, at, prox(theta, anchor, 1.0, step), live)
+    return pull * (theta - anchor)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def ewc_kernel(
+    table_ptr,
+    parts_ptr,
+    times_ptr,
+    rows,
+    first,
+    second,
+    MODE: tl.constexpr,
+    THETA: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    FISHER: tl.constexpr,
+    OUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row: theta, anchor, fisher, scales, and the gradient (ADD, WRITE) or theta itself (PROX).
+
+    times_ptr: one float32 that multiplies first * second, or None.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row, begin = row_of(table_ptr, rows, program, WIDTH)
+    count = elements(row, begin, WIDTH)
+    if times_ptr is not None:
+        first, second = timed(first, second, tl.load(times_ptr))
+    SPLIT: tl.constexpr = ANCHOR == tl.uint8
+    U8: tl.constexpr = FISHER == tl.uint8
+    anchor_ptr, lo_ptr = anchor_pointers(row, 1, begin, ANCHOR, ALIGNED)
+    pointers = (
+        operand(row, 0, begin, THETA, ALIGNED),
+        anchor_ptr,
+        lo_ptr,
+        operand(row, 2, begin, FISHER, ALIGNED),
+        operand(row, 3, begin // 128, tl.float32, False),
+        operand(row, 4, begin, OUT, ALIGNED),
+    )
+    terms = tl.zeros([BLOCK], tl.float32)
+    whole = count // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        terms += part(pointers, at, None, first, second, MODE, SPLIT, U8)
+    if whole < count:
+        at = whole + tl.arange(0, BLOCK)
+        live = at < count
+        rest = part(pointers, at, live, first, second, MODE, SPLIT, U8)
+        terms += tl.where(live, rest, 0.0)
+    if (MODE == VALUE) | (MODE == ADD):
+        tl.store(parts_ptr + program, tl.sum(terms.to(tl.float64), 0))
 
 
 # --- what the ops share ------------------------------------------------------------------------
@@ -147,20 +206,12 @@ def factors(value: float) -> tuple[float, float]:
     return max(-most, min(most, value)), second
 
 
-def operands(
-    theta: Tensor, anchor: Tensor, fisher: Tensor, scales: Sequence[Tensor], i: int
-) -> dict[str, Any]:
-    """Anchor and Fisher of the i-th parameter as the kernels' arguments, and what they are."""
-    split, u8 = anchor.dtype == torch.uint8, fisher.dtype == torch.uint8
-    hi, lo = (anchor.view(torch.bfloat16), anchor.view(torch.int8)) if split else (anchor, anchor)
-    return {
-        "anchor_ptr": hi,
-        "lo_ptr": lo,
-        "fisher_ptr": fisher,
-        "scales_ptr": scales[i] if u8 else theta,
-        "SPLIT": split,
-        "U8": u8,
-    }
+def scalar_of(parts: Tensor, factor: float) -> Tensor:
+    """The sum of `parts` times `factor`, float32."""
+    out = parts.new_empty((), dtype=torch.float32)
+    first, second = factors(factor)
+    sum_kernel[(1,)](parts, out, len(parts), first, second, PARTS=PARTS)
+    return out
 
 
 # --- the ops -----------------------------------------------------------------------------------
@@ -168,36 +219,46 @@ def operands(
 
 def _run(
     mode: tl.constexpr,
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    fishers: Sequence[Tensor],
+    lists: Sequence[Sequence[Tensor]],
     scales: Sequence[Tensor],
     outs: Sequence[Tensor],
     scale: float = 0.0,
-    upstream: Tensor | None = None,
+    times: Tensor | None = None,
 ) -> Tensor:
-    """The sum of fisher (theta - anchor)^2, where the mode has one."""
-    counts = [triton.cdiv(p.numel(), BLOCK) for p in params]
-    parts = params[0].new_zeros(sum(counts), dtype=torch.float64)
+    """The parts of the sum of fisher (theta - anchor)^2, where the mode has one."""
+    params, anchors, fishers = lists
+    groups = grouped(
+        len(params),
+        lambda i: tuple(map(dtype_of, (params[i], anchors[i], fishers[i], outs[i]))),
+        lambda i: (params[i], anchors[i], fishers[i], scales[i] if scales else None, outs[i]),
+        unaligned=(3,),
+    )
+    parts = params[0].new_empty(sum(g.programs for g in groups), dtype=torch.float64)
     first, second = factors(scale)
+    if times is not None:
+        times = times.float()
     done = 0
     with on_device(params[0]):
-        for i, (theta, out, count) in enumerate(zip(params, outs, counts, strict=True)):
-            if count:
-                ewc_kernel[(count,)](
-                    theta,
-                    out_ptr=out,
-                    parts_ptr=parts[done:],
-                    upstream_ptr=theta if upstream is None else upstream,
-                    n=theta.numel(),
-                    first=first,
-                    second=second,
+        for g in groups:
+            theta, anchor, fisher, out = g.kind
+            if g.programs:
+                ewc_kernel[(g.programs,)](
+                    g.table(params[0]),
+                    parts[done:],
+                    times,
+                    len(g.rows),
+                    first,
+                    second,
                     MODE=mode.value,
+                    THETA=theta,
+                    ANCHOR=anchor,
+                    FISHER=fisher,
+                    OUT=out,
+                    ALIGNED=g.aligned,
                     BLOCK=BLOCK,
-                    **operands(theta, anchors[i], fishers[i], scales, i),
                 )
-            done += count
-    return parts.sum()
+            done += g.programs
+    return parts
 
 
 @float64_by_reference
@@ -209,7 +270,9 @@ def ewc_penalty(
     strength: float,
 ) -> Tensor:
     """reference.ewc_penalty."""
-    return (strength / 2 * _run(VALUE, params, anchors, fishers, scales, params)).float()
+    parts = _run(VALUE, (params, anchors, fishers), scales, params)
+    with on_device(params[0]):
+        return scalar_of(parts, strength / 2)
 
 
 @float64_by_reference
@@ -223,7 +286,7 @@ def ewc_penalty_backward(
 ) -> list[Tensor]:
     """reference.ewc_penalty_backward."""
     out = [torch.empty_like(p) for p in params]
-    _run(WRITE, params, anchors, fishers, scales, out, strength, grad)
+    _run(WRITE, (params, anchors, fishers), scales, out, strength, grad)
     return out
 
 
@@ -236,10 +299,12 @@ def ewc_add_grad_(
     scales: Sequence[Tensor],
     strength: float,
     scale: float,
+    times: Tensor | None = None,
 ) -> Tensor:
     """reference.ewc_add_grad_."""
-    total = _run(ADD, params, anchors, fishers, scales, grads, strength * scale)
-    return (strength / 2 * total).float()
+    parts = _run(ADD, (params, anchors, fishers), scales, grads, strength * scale, times)
+    with on_device(params[0]):
+        return scalar_of(parts, strength / 2)
 
 
 @float64_by_reference
@@ -249,6 +314,7 @@ def ewc_prox_(
     fishers: Sequence[Tensor],
     scales: Sequence[Tensor],
     strength_times_lr: float,
+    times: Tensor | None = None,
 ) -> None:
     """reference.ewc_prox_."""
-    _run(PROX, params, anchors, fishers, scales, params, strength_times_lr)
+    _run(PROX, (params, anchors, fishers), scales, params, strength_times_lr, times)

@@ -16,6 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax.triton import on_device
+from fasttax.triton.tables import (
+    BLOCK,
+    dtype_of,
+    elements,
+    grouped,
+    load,
+    operand,
+    row_of,
+    store,
+)
 
 # outputs and inputs of F, tokens at a time: two float32 tiles of 64 x 64 are 64 registers a thread
 # at 4 warps, and no spill
@@ -26,7 +36,7 @@ COLUMNS, TOKENS = 128, 16
 # of an embedding's rows: a word seldom stands more than four times in an example
 WORD_COLUMNS, WORD_TOKENS = 512, 4
 ROW_BLOCK = 4096  # logits of a row at a time
-BLOCK = 2048  # elements of accumulate_sqgrad_ a program
+WIDTH = tl.constexpr(4)  # of a row of accumulate_sqgrad_: two addresses, elements, first program
 
 
 @triton.jit
@@ -226,13 +236,27 @@ def variance_kernel(x_ptr, V, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def squares_kernel(sum_ptr, grad_ptr, weight, n, BLOCK: tl.constexpr):
-    """Adds weight * grad^2 to n elements of a sum."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = at < n
-    total = tl.load(sum_ptr + at, mask=live, other=0.0)
-    grad = tl.load(grad_ptr + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(sum_ptr + at, total + grad * weight * grad, mask=live)
+def add_square(sum_ptr, grad_ptr, weight, at, live):
+    """Adds weight * grad^2 to BLOCK elements of a sum."""
+    grad = load(grad_ptr, at, live)
+    store(sum_ptr, at, load(sum_ptr, at, live) + grad * weight * grad, live)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def squares_kernel(
+    table_ptr, weight, rows, GRAD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of a list (tables.py): a row is a sum and a gradient."""
+    row, begin = row_of(table_ptr, rows, tl.program_id(0).to(tl.int64), WIDTH)
+    count = elements(row, begin, WIDTH)
+    sum_ptr = operand(row, 0, begin, tl.float32, ALIGNED)
+    grad_ptr = operand(row, 1, begin, GRAD, ALIGNED)
+    whole = count // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        add_square(sum_ptr, grad_ptr, weight, start + tl.arange(0, BLOCK), None)
+    if whole < count:
+        at = whole + tl.arange(0, BLOCK)
+        add_square(sum_ptr, grad_ptr, weight, at, at < count)
 
 
 def _interpreted() -> bool:
@@ -397,12 +421,21 @@ def label_variance_(logits: Tensor) -> None:
 
 
 def accumulate_sqgrad_(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
-    """As the specification, a launch a tensor; float64 sums are left to it."""
-    for total, grad in zip(sums, grads, strict=True):
-        if total.dtype == torch.float64:
-            torch.ops.fasttax._reference_accumulate_sqgrad_([total], [grad], weight)
-        elif total.numel():
-            with on_device(total):
-                squares_kernel[(triton.cdiv(total.numel(), BLOCK),)](
-                    total, grad, weight, total.numel(), BLOCK=BLOCK
+    """As the specification, a launch for each dtype of gradients; float64 sums are left to it."""
+    exact = [i for i, total in enumerate(sums) if total.dtype == torch.float64]
+    if exact:
+        of = ([x[i] for i in exact] for x in (sums, grads))
+        torch.ops.fasttax._reference_accumulate_sqgrad_(*of, weight)
+    pairs = [p for p in zip(sums, grads, strict=True) if p[0].dtype != torch.float64]
+    for g in grouped(len(pairs), lambda i: dtype_of(pairs[i][1]), lambda i: pairs[i]):
+        if g.programs:
+            like = pairs[0][0]
+            with on_device(like):
+                squares_kernel[(g.programs,)](
+                    g.table(like),
+                    weight,
+                    len(g.rows),
+                    GRAD=g.kind,
+                    ALIGNED=g.aligned,
+                    BLOCK=BLOCK,
                 )

@@ -24,11 +24,18 @@ ADAMW = "cuda/adamw.cuh"
 FAULTS = {
     "no barrier": Fault(TSAN, ADAMW, "  __syncthreads();\n", "", "data race"),
     "second launch over the first": Fault((), ADAMW, "    args.parts += blocks;\n", "", "FAILED"),
+    "large tables are not taken": Fault(
+        (), ADAMW, "if (large && x.count > kAdamWTensors)", "if (false)", "18 launches"
+    ),
+    "steps counted before they are read": Fault(
+        (), ADAMW, "adamw_value(tensor.step, tensor.step_double) + 1", "1", "FAILED"
+    ),
 }
-# 2 runs x (2 for each list of 72 mixes, of which there are 4, 1 for float64, 1 for the chunks but
-# under TSan)
+# A step and its end, for small tables and for large ones: 2 + 1 tables for each list of 72 mixes,
+# of which there are 4, 1 + 1 for float64, 1 + 1 for the chunks but under TSan, 1 for 300
+# parameters; and the end alone twice for nothing.
 simt_runs, test_kernel_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
-    "adamw", FAULTS, lambda build: 18 if build == "thread" else 20
+    "adamw", FAULTS, lambda build: 2 * (12 + 2 + 1 + (0 if build == "thread" else 2)) + 2
 )
 
 

@@ -2,7 +2,7 @@
 library.
 
 tests/gpu/simt/simt.h runs csrc/cuda/ewc.cuh thread by thread (values, bounds, alignment, races),
-and four faults injected into a copy of it show that each of these checks can fail. nvcc's code for
+and five faults injected into a copy of it show that each of these checks can fail. nvcc's code for
 sm_80 to sm_120 shows what the GPU executes. test_cuda_ewc_gpu.py is the part that needs one.
 """
 
@@ -53,13 +53,19 @@ FAULTS = {
         "FAILED",
         quick=False,
     ),
+    "large tables are not taken": Fault(
+        (), "cuda/ewc_tables.cuh", "if (large && count > kEwcTensors)", "if (false)", "6 launches"
+    ),
 }
 
 
-# 4 modes x 2 runs x (3 for the 144 mixes, 1 for the chunks but under TSan, 1 for float64, 0 for
-# nothing)
+# Of 4 modes, with small tables and with large ones: 3 + 1 for the 144 mixes, 1 + 1 for the chunks
+# but under TSan, 1 + 1 for float64; in 2 modes 1 more for each value, of nothing too; and for 300
+# parameters, in large tables, 2 + 2 + 1 + 1.
 simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
-    "ewc", FAULTS, lambda build: 32 if build == "thread" else 40
+    "ewc",
+    FAULTS,
+    lambda build: 6 + (4 * 6 + 2 * 6 if build == "thread" else 4 * 8 + 2 * 8),
 )
 
 
@@ -72,7 +78,7 @@ cubins = cubins_of("ewc.cu")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_registers_and_spills(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
     used = registers(cubins[arch][0][0])
-    assert len(used) == MODES + 1
+    assert len(used) == 2 * MODES + 1  # for small and large tables, and the value
     assert max(used.values()) <= 64, used  # 4 blocks of 256 per SM
 
 
@@ -80,7 +86,8 @@ def test_registers_and_spills(cubins: dict[str, list[tuple[str, Path]]], arch: s
 def test_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
     kernels = machine_code(cubins[arch][0][1])
     for mode, loads in enumerate((3, 4, 3, 3)):  # value, add, write, prox
-        code = next(body for name, body in kernels.items() if f"EwcModeE{mode}E" in name)
+        # of small tables: the loops of large ones are the same
+        code = next(body for name, body in kernels.items() if f"EwcModeE{mode}ELi62E" in name)
         # local or unnamed memory, or an order that the hardware chooses
         assert not re.search(r"\b(LDL|STL|LD\.E|ST\.E|RED|ATOM)", code)
         opcodes = steps(code)

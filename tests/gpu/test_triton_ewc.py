@@ -12,18 +12,22 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from fasttax import reference
 from fasttax._base.packed import SPLIT, encode, encode_anchor
-from fasttax.triton import ewc, ewc_adamw, ewc_lora
+from fasttax.triton import ewc, ewc_adamw, ewc_lora, tables
 from tests.tools.cuda_tools import ROOT, steps
 from tests.tools.triton_tools import compiled
 
-SIZES = (0, 1, 257, 2048 + 5)  # none, one, beyond a block of 256, beyond a program
+# none, one, beyond a block of 256, whole blocks of the loop, beyond a program
+SIZES = (0, 1, 257, 4096, tables.CHUNK + 2048 + 5)
 MIXES = {  # theta, grad, anchor, Fisher
     "float32": (torch.float32, torch.float32, "fp32", "fp32"),
     "half": (torch.bfloat16, torch.bfloat16, "bf16", "bf16"),
@@ -156,7 +160,7 @@ def test_in_the_interpreter() -> None:
     code = (
         "import test_triton_ewc as t; from fasttax._base import library; "
         "assert library.active('ewc_adamw_', 'cpu')[0] == 'Triton'; "
-        "t.check_lists(); t.check_adamw(); t.check_lora()"
+        "t.check_lists(); t.check_adamw(); t.check_lora(); t.check_launches(); t.check_alignment()"
     )
     environment = {
         **os.environ,
@@ -175,84 +179,167 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "packed": "*fp32"}
-SCALARS = (
-    "first",
-    "second",
-    "eps",
-    "weight_decay",
-    "strength_first",
-    "strength_second",
-    "second_moment",
-    "sign",
-    "factor",
-)
+# --- what one launch takes ------------------------------------------------------------------------
 
 
-def types_of(kernel: Any, mix: str, left_out: tuple[str, ...] = ()) -> dict[str, str]:
-    """Of a kernel's arguments, the operands in a mix of dtypes."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in left_out or name.isupper():
-            continue
-        if name in SCALARS:
-            types[name] = "fp32"
-        elif name in ("n", "r", "out", "width"):
-            types[name] = "i32"
-        else:
-            packed = (
-                {"anchor_ptr": "*bf16", "lo_ptr": "*i8", "fisher_ptr": "*u8"}
-                if mix == "packed"
-                else {}
-            )
-            fixed = {
-                "parts_ptr": "*fp64",
-                "scales_ptr": "*fp32",
-                "step_ptr": "*fp32",
-                "lr_ptr": "*fp64",
-                "beta1": "*fp64",
-                "beta2": "*fp64",
-                "scale_ptr": "*fp32",
-                "inf_ptr": "*fp32",
-                "upstream_ptr": "*fp32",
-            }
-            types[name] = packed.get(name) or fixed.get(name) or POINTERS[mix]
-    return types
+def check_launches() -> None:
+    """A model's 300 parameters: one launch for each mix of dtypes and alignment, and one for the
+    value, or for the value and the steps.
+    """
+    started: list[str] = []
+    run = InterpretedFunction.run
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        started.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    sizes = [1 + i % 7 for i in range(300)]
+    theta, grad, fisher = ([torch.rand(n) for n in sizes] for _ in range(3))
+    m, v = ([torch.zeros(n) for n in sizes] for _ in range(2))
+    steps = [torch.zeros(()) for _ in sizes]
+    op, held = torch.ops.fasttax, (theta, fisher, [])
+    with mock.patch.object(InterpretedFunction, "run", counted):
+        op.ewc_penalty(theta, *held, 1.0)
+        assert started == ["ewc_kernel", "sum_kernel"], started
+        op.ewc_add_grad_(theta, grad, *held, 1.0, 1.0, torch.tensor(2.0))
+        assert started[2:] == ["ewc_kernel", "sum_kernel"], started
+        op.ewc_prox_(theta, *held, 1.0)
+        assert started[4:] == ["ewc_kernel"], started
+        options = (False, 1.0, 0.0, torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.0, False, None, None)
+        op.ewc_adamw_(theta, grad, m, v, [], steps, *held, *options)
+        assert started[5:] == ["adamw_kernel", "end_kernel"], started
+        op.accumulate_sqgrad_(fisher, grad, 0.5)
+        assert started[7:] == ["squares_kernel"], started
+    assert all(float(step) == 1.0 for step in steps)
+
+
+def check_alignment() -> None:
+    """Tensors off the 16 bytes are another launch's, whose loads are narrow."""
+    n = 4099
+    groups = {}
+    for shift in (0, 1):
+        theta, grad, anchor, fisher = (torch.randn(n + shift)[shift:] for _ in range(4))
+        fisher = fisher.abs()
+        got, want = grad.clone(), grad.clone()
+        if shift:
+            got = torch.cat((grad[:1], grad))[1:]
+        rest = [theta], [got], [anchor], [fisher], [], 0.5, 2.0
+        torch.ops.fasttax.ewc_add_grad_(*rest)
+        reference.ewc_add_grad_([theta], [want], *rest[2:])
+        close([got], [want])
+        (group,) = tables.grouped(1, lambda i: 0, [(theta, grad, anchor, fisher)].__getitem__)
+        groups[shift] = group.aligned
+    assert groups == {0: True, 1: False}
+
+
+def test_a_graphs_table_is_written_by_launches_that_carry_the_numbers() -> None:
+    values = [0, 1, 2**62 + 3, -5, 4096]
+    assert tables.written(values, torch.empty(0)).tolist() == values
+
+
+# --- the machine code -----------------------------------------------------------------------------
+
+MIX = {  # theta, anchor, Fisher, gradient and moments
+    "fp32": (tl.float32, tl.float32, tl.float32, tl.float32),
+    "bf16": (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+    "packed": (tl.float32, tl.uint8, tl.uint8, tl.float32),
+}
+TYPES = {
+    "table_ptr": "*i64",
+    "parts_ptr": "*fp64",
+    "times_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    "inf_ptr": "*fp32",
+    "out_ptr": "*fp32",
+    "rows": "i32",
+    "count": "i32",
+    **dict.fromkeys(("lr", "beta1", "beta2"), ("fp32", "fp32")),
+    **dict.fromkeys(("first", "second", "strength_first", "strength_second"), "fp32"),
+    **dict.fromkeys(("eps", "weight_decay", "second_moment", "sign"), "fp32"),
+}
+
+
+def types_of(kernel: Any) -> dict[str, Any]:
+    """Of the arguments that are no constants; a learning rate from the host."""
+    return {name: TYPES[name] for name in kernel.arg_names if name in TYPES}
+
+
+def wide_accesses(code: str, step: str) -> int:
+    return sum(bool(re.match(step + r"\.E.*\.128", word)) for word in steps(code))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_compiles_for_gpus_without_spills_and_with_wide_loads(target: str, tmp_path: Path) -> None:
+    """The addresses and the sizes lie in memory: nothing tells the compiler what divides them but
+    the kernels themselves.
+    """
     warps = {"num_warps": 4}
-    for mix in POINTERS if target == "sm_90" else ("fp32",):
-        kinds = {"SPLIT": mix == "packed", "U8": mix == "packed", "BLOCK": ewc.BLOCK}
-        built = {
-            "add": compiled(
-                ewc.ewc_kernel,
-                target,
-                types_of(ewc.ewc_kernel, mix),
-                {"MODE": ewc.ADD.value, **kinds},
-                warps,
-                tmp_path,
-            )
+    rounds = tables.BLOCK // (128 * 4)
+    for mix in MIX if target == "sm_90" else ("fp32",):
+        theta, anchor, fisher, grad = MIX[mix]
+        held = {"THETA": theta, "ANCHOR": anchor, "FISHER": fisher, "ALIGNED": True}
+        add = {**held, "MODE": ewc.ADD.value, "OUT": grad, "BLOCK": tables.BLOCK}
+        step = {
+            **held,
+            **dict.fromkeys(("GRADS", "FIRST", "SECOND"), grad),
+            "STEPS": tl.float32,
+            "MODE": ewc.PROX.value,
+            "AMSGRAD": False,
+            "FROM_SECOND": False,
+            "BLOCK": tables.BLOCK,
         }
-        constants = {"MODE": ewc.PROX.value, "AMSGRAD": False, "FROM_SECOND": False, **kinds}
-        built["adamw"] = compiled(
-            ewc_adamw.adamw_kernel,
+        built = {}
+        for name, kernel, constants in (
+            ("add", ewc.ewc_kernel, add),
+            ("adamw", ewc_adamw.adamw_kernel, step),
+        ):
+            binary = compiled(kernel, target, types_of(kernel), constants, warps, tmp_path)
+            assert binary.spills == 0, (name, mix)
+            built[name] = binary
+        if target.startswith("sm"):
+            wide = {
+                name: (wide_accesses(b.code, "LDG"), wide_accesses(b.code, "STG"))
+                for name, b in built.items()
+            }
+            # theta, anchor, Fisher, gradient; and both moments
+            read = {"fp32": (4, 6), "bf16": (2, 3), "packed": (2, 4)}[mix]
+            written = {"fp32": (1, 3), "bf16": (0.5, 1.5), "packed": (1, 3)}[mix]
+            for k, name in enumerate(built):
+                loads, stores = wide[name]
+                assert loads >= read[k] * rounds, (mix, wide)
+                assert stores >= written[k] * rounds, (mix, wide)
+                assert built[name].registers <= 128, (name, built[name].registers)  # 16 warps
+        misaligned = compiled(
+            ewc.ewc_kernel,
             target,
-            types_of(ewc_adamw.adamw_kernel, mix),
-            constants,
+            types_of(ewc.ewc_kernel),
+            {**add, "ALIGNED": False},
             warps,
             tmp_path,
         )
-        for name, binary in built.items():
-            assert binary.spills == 0, (name, mix)
-            if target.startswith("sm") and mix == "fp32":
-                wide = sum(bool(re.match(r"LDG\.E.*\.128", step)) for step in steps(binary.code))
-                assert wide >= {"add": 4, "adamw": 6}[name] * ewc.BLOCK // (128 * 4), (name, wide)
+        assert misaligned.spills == 0
+    ends = {"STEPS": tl.float32, "ROWS": ewc_adamw.ROWS, "PARTS": tables.PARTS}
+    for kernel, constants in (
+        (tables.sum_kernel, {"PARTS": tables.PARTS}),
+        (ewc_adamw.end_kernel, ends),
+    ):
+        assert compiled(kernel, target, types_of(kernel), constants, warps, tmp_path).spills == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_lora_compiles_without_spills(target: str, tmp_path: Path) -> None:
     meta = {"U8": False, "R": 16, "ROWS": 32, "COLS": 64}
+    types = {
+        **dict.fromkeys(("a_ptr", "b_ptr", "fisher_ptr", "scales_ptr", "d_a_ptr"), "*fp32"),
+        **dict.fromkeys(("d_b_ptr",), "*fp32"),
+        "parts_ptr": "*fp64",
+        "factor": "fp32",
+        **dict.fromkeys(("r", "out", "width"), "i32"),
+    }
     for kernel, extra in (
         (ewc_lora.lora_rows_kernel, {"GRADIENT": True}),
         (ewc_lora.lora_columns_kernel, {}),
     ):
-        types = types_of(kernel, "fp32") | {name: "*fp32" for name in ("a_ptr", "b_ptr")}
-        assert compiled(kernel, target, types, {**meta, **extra}, warps, tmp_path).spills == 0
+        own = {name: types[name] for name in kernel.arg_names if name in types}
+        built = compiled(kernel, target, own, {**meta, **extra}, {"num_warps": 4}, tmp_path)
+        assert built.spills == 0

@@ -168,12 +168,14 @@ def test_the_row_kernel_compiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_words_rows_and_lists_compile(target: str, tmp_path: Path) -> None:
     """No spills, and accesses of 16 bytes where a row's entries lie side by side."""
-    from fasttax.triton import fisher
+    import triton.language as tl
+
+    from fasttax.triton import fisher, tables
 
     pointers = {
         name: "*i64" for name in ("order_ptr", "word_ptr", "end_ptr", "last_ptr", "example_ptr")
     }
-    kernels: dict[str, tuple[Any, dict[str, str], dict[str, int], int]] = {
+    kernels: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
         "words": (
             fisher.words_kernel,
             {
@@ -195,8 +197,8 @@ def test_words_rows_and_lists_compile(target: str, tmp_path: Path) -> None:
         ),
         "squares": (
             fisher.squares_kernel,
-            {"sum_ptr": "*fp32", "grad_ptr": "*fp32", "weight": "fp32", "n": "i32"},
-            {"BLOCK": fisher.BLOCK},
+            {"table_ptr": "*i64", "weight": "fp32", "rows": "i32"},
+            {"GRAD": tl.float32, "ALIGNED": True, "BLOCK": tables.BLOCK},
             4,
         ),
     }

@@ -4,6 +4,7 @@
 #include "ewc_operand.h"
 
 #include "cuda/adamw.cuh"
+#include "launch.h"
 
 namespace {
 
@@ -61,34 +62,39 @@ struct Parameter {
 
 int launches = 0;
 
-double run(std::vector<Parameter>& list, AdamWArgs args) {
+// `large`: tables of 313 tensors
+double run(std::vector<Parameter>& list, AdamWLaunch args, bool large) {
   std::vector<AdamWTensor> tensors;
-  int64_t chunks = 0;
-  for (Parameter& p : list)
-    tensors.push_back(p.tensor()), chunks += adamw_chunks(tensors.back().numel);
-  std::unique_ptr<double[]> parts(new double[size_t(chunks)]);
-  args.parts = parts.get();
-  adamw_for_each_table(tensors.data(), int64_t(tensors.size()), args,
-                       [&](const AdamWArgs& table, int64_t blocks) -> const char* {
-                         ++launches;
-                         if (blocks)
-                           simt::launch(dim3(unsigned(blocks)), dim3(kAdamWThreads), 0,
-                                        [&] { adamw_kernel(table); });
-                         simt::launch(dim3(1), dim3(kAdamWTensors), 0, [&] { adamw_count(table); });
-                         return nullptr;
-                       });
+  for (Parameter& p : list) tensors.push_back(p.tensor());
+  args.tensors = tensors.data(), args.count = int64_t(tensors.size());
+  std::unique_ptr<double[]> parts(new double[size_t(adamw_total_chunks(args.tensors, args.count))]);
   double out = 0;
-  simt::launch(dim3(1), dim3(kEwcFinishThreads), 0,
-               [&] { ewc_finish(parts.get(), chunks, args.options.strength / 2, &out, true); });
+  args.parts = parts.get();
+  args.out = &out, args.out_double = true;
+  adamw_call(args, large, simt::Launcher{&launches});
   return out;
 }
 
-bool check(const char* what, const AdamWArgs& args,
+// What a step of a model's 300 parameters launches.
+bool check_count(const AdamWLaunch& args) {
+  std::mt19937 random(4);
+  std::vector<Parameter> list;
+  const EwcType f = EwcType::kFloat, types[kAwOperands] = {f, f, f, f, f, f, f};
+  for (int i = 0; i < 300; ++i)
+    list.emplace_back(types, AdamWMode::kGrad, false, true, 5, 0, i % 4, random);
+  const int before = launches;
+  run(list, args, true);
+  if (launches - before <= 2) return true;
+  printf("300 parameters: %d launches\n", launches - before);
+  return false;
+}
+
+bool check(const char* what, const AdamWLaunch& args,
            const std::function<std::vector<Parameter>()>& make) {
   std::vector<Parameter> before = make(), after = make(), again = make();
-  const double value = run(after, args);
-  bool ok = value == run(again, args);
-  if (!ok) printf("%s: the value depends on the order of the threads\n", what);
+  const double value = run(after, args, false);
+  bool ok = value == run(again, args, true);
+  if (!ok) printf("%s: the value depends on the order of the threads, or on the table\n", what);
   const AdamWOptions& o = args.options;
   const double lr = args.lr ? *static_cast<const float*>(args.lr) : o.lr;
   const double unscale =
@@ -171,7 +177,7 @@ int main(int arguments, char**) {
   // 1023 to 1025: one round of the block; 255 to 257: a u8log block; 0: no blocks, but a step to
   // count
   constexpr int64_t kSizes[] = {257, 0, 1, 1025, 3, 4, 5, 255, 256, 1023, 7};
-  AdamWArgs args{};
+  AdamWLaunch args{};
   args.options = {1e-2, 0.9, 0.99, 1e-3, 0.1, 0.7, 0, false};
   bool ok = true;
   const auto mixes = [&](bool ams, bool own) {
@@ -191,13 +197,13 @@ int main(int arguments, char**) {
   };
   ok &= check("every mix", args, mixes(false, true));
   const float lr = 3e-2f, grad_scale = 64, fine = 0, inf = 1;
-  AdamWArgs device = args;
+  AdamWLaunch device = args;
   device.options.maximize = true;
   device.lr = &lr, device.grad_scale = &grad_scale, device.found_inf = &fine;
   ok &= check("values on the device, maximize, amsgrad", device, mixes(true, true));
   device.found_inf = &inf;
   ok &= check("a skipped step", device, mixes(true, true));
-  AdamWArgs second = args;
+  AdamWLaunch second = args;
   second.options.second_moment = 3;
   ok &= check("second moment", second, mixes(false, false));
   ok &= check("float64", args, [&] {
@@ -223,6 +229,7 @@ int main(int arguments, char**) {
       return list;
     });
   ok &= check("nothing", args, [&] { return std::vector<Parameter>(); });
+  ok &= check_count(args);
   printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
   return ok ? 0 : 1;
 }

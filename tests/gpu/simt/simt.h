@@ -99,7 +99,8 @@ simt_switch:
 
 namespace simt {
 
-constexpr size_t kStack = 64 * 1024;
+constexpr size_t kStack =
+    192 * 1024;  // a kernel's 32 KB of arguments lie on it, and copies of them
 constexpr int kWarp = 32;
 
 enum class Waits { kNo, kBarrier, kCluster, kWarp, kExited };
