@@ -26,7 +26,7 @@ QUICK   = $(addprefix tests/, \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test quick t bench bench-gpu lint format hooks house doctor clean
+.PHONY: help demo demo-tiny test test-gpu quick t bench bench-gpu lint format hooks house doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ demo-tiny: $(LIBRARY) ## the same on a small model trained from scratch (about 9
 
 test: $(LIBRARY) ## the test suite, two files at a time
 	$(PY) -m pytest -n 2 --dist loadfile
+
+test-gpu: $(LIBRARY) ## the device cases of the suite on this machine's GPU; without one it says so
+	$(PY) -m tests.gpu
 
 quick: $(ONE_ISA) ## after an edit of a CPU kernel: build one instruction set, run the tests it breaks first
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -x $(QUICK) -k "not reference-"

@@ -38,13 +38,35 @@ def cuda_wanted() -> bool:
         note("no CUDA C++ kernels: torch sees no GPU here; FASTTAX_CUDA=1 builds them all the same")
         return False
     if not seen:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _known(ARCHITECTURES))
     problem = _problem()
     if problem and choice == "1":
         raise SystemExit(f"fasttax setup: FASTTAX_CUDA=1, but {problem}")
     if problem:
         note(f"no CUDA C++ kernels: {problem}; GPUs use Triton's, or the reference without Triton")
     return not problem
+
+
+def _known(architectures: str) -> str:
+    """Those that the nvcc at hand compiles for; PTX of the newest one serves what comes after it.
+
+    All of them where it cannot be asked: `_problem` says why then.
+    """
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    listed = architectures.removesuffix("+PTX").split(";")
+    command = [str(Path(CUDA_HOME or "", "bin", "nvcc")), "--list-gpu-arch"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return architectures
+    known = {found for found in re.findall(r"compute_(\d+)", done.stdout)}
+    left = [a for a in listed if a.replace(".", "") in known]
+    if not left or left == listed:
+        return architectures
+    missing = ", ".join(a for a in listed if a not in left)
+    note(f"this nvcc does not know compute capability {missing}: PTX of {left[-1]} serves those")
+    return ";".join(left) + "+PTX"
 
 
 def _problem() -> str:

@@ -48,6 +48,10 @@ def missing() -> list[tuple[str, str]]:
         if not any(map(shutil.which, ("g++", "clang++", "c++"))):
             command = f"apt-get install g++ && {command}"
         rows.append((f"C++ CPU kernels ({library.problems['_C']})", command))
+    problem = driver_problem() if not torch.cuda.is_available() else ""
+    if problem:
+        wanted = f"a driver for CUDA {torch.version.cuda}, or torch for the CUDA of this driver"
+        rows.append((f"the GPU ({problem})", f"install {wanted}: https://pytorch.org/get-started"))
     if torch.cuda.is_available() and "_C_cuda" in library.problems:
         rows.append(
             (
@@ -69,8 +73,22 @@ def simd() -> str:
 
 
 def gpu() -> str:
-    """The first GPU's name, or "none"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    """The first GPU's name, or "none" with what torch says where a driver is there all the same."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    problem = driver_problem()
+    return f"none ({problem})" if problem else "none"
+
+
+def driver_problem() -> str:
+    """Why torch does not use a GPU whose driver is there: it is too old, say; "" for no driver."""
+    if torch.version.cuda is None or shutil.which("nvidia-smi") is None:
+        return ""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def report() -> str:

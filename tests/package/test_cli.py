@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 
 import fasttax
 from fasttax import cli
@@ -86,6 +87,24 @@ def test_fisher_writes_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == f"{estimate}\n{output}\n"
     assert cli.main(["fisher", model, str(text), "--length", "1000"]) == 2
     assert "has 132 tokens; expected at least --length 1000" in capsys.readouterr().err
+
+
+def test_doctor_says_why_a_gpu_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = "The NVIDIA driver on your system is too old (found version 11040)."
+
+    def init() -> None:
+        raise RuntimeError(f"{old} Please update\nand more")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"GPU: none ({old}" in out
+    assert "install a driver for CUDA 13.0" in out
 
 
 def test_doctor_names_every_op(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ NVCC = """#!/bin/sh
 echo "$@" >> {calls}
 case "$*" in
   --version) echo "Cuda compilation tools, release {release}, V{release}.76" ;;
+  --list-gpu-arch) printf 'compute_%s\n' {known} ;;
   *compute_120*) {newest} ;;
 esac
 """
@@ -48,9 +49,12 @@ def nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return path
 
 
-def write(nvcc: Path, release: str = "13.0", newest: str = "") -> None:
+def write(
+    nvcc: Path, release: str = "13.0", newest: str = "", known: str = "80 90 100 120"
+) -> None:
     calls = nvcc.with_name("calls")
-    nvcc.write_text(NVCC.format(release=release, newest=newest or ":", calls=calls))
+    text = NVCC.format(release=release, newest=newest or ":", calls=calls, known=known)
+    nvcc.write_text(text)
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
@@ -124,6 +128,23 @@ def test_what_does_not_fit_is_a_note_or_on_request_an_error(
     assert expected in capsys.readouterr().err
     monkeypatch.setenv("FASTTAX_CUDA", "1")
     assert expected in refused(build)
+
+
+def test_architectures_that_nvcc_does_not_know_are_left_out(
+    build: ModuleType,
+    nvcc: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(nvcc, newest=UNKNOWN, known="70 80 86 90 100")
+    monkeypatch.setenv("FASTTAX_CUDA", "1")
+    assert build.cuda_wanted()
+    assert build.os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0;10.0+PTX"
+    assert "does not know compute capability 12.0: PTX of 10.0" in capsys.readouterr().err
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    write(nvcc, known="50 52")  # none of them: nvcc's own word, as before
+    assert build.cuda_wanted()
+    assert build.os.environ["TORCH_CUDA_ARCH_LIST"] == build.ARCHITECTURES
 
 
 def test_another_word_is_refused(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
