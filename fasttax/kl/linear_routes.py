@@ -208,6 +208,4 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:
-        if not ctx.known:
-            factor = factor[:, None]
         return *held_gradients(ctx, ctx.op, factor), None, None

@@ -222,7 +222,8 @@ def _weights_fake(like: Tensor, *others: Any) -> Tensor:
 
 
 define(
-    "token_weights(Tensor like, Tensor? mask, Tensor? weight, int reduction, float scale) -> Tensor",
+    "token_weights(Tensor like, Tensor? mask, Tensor? weight, int reduction, float scale) "
+    "-> Tensor",
     reference.token_weights,
     _weights_fake,
 )

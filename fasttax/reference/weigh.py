@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fasttax.reference.kl import gap
-from fasttax.reference.numbers import hide, times
+from fasttax.reference.numbers import hide, times, wide, wide_dtype
 
 NONE, SUM, MEAN = range(3)
 REDUCTIONS = ("none", "sum", "mean")  # by these numbers
@@ -106,7 +106,16 @@ def weigh_tokens_backward(
 
     Args:
         grads: of some results.
-        which: their places in `outputs`. The other arguments are those of `weigh_tokens`.
+        which: their places in `outputs`.
+        values: as in `weigh_tokens`.
+        outputs: as in `weigh_tokens`.
+        pair: as in `weigh_tokens`.
+        mask: as in `weigh_tokens`.
+        weight: as in `weigh_tokens`.
+        reduction: as in `weigh_tokens`.
+        scale: as in `weigh_tokens`.
+        clip: as in `weigh_tokens`.
+        reverse: as in `weigh_tokens`.
     """
     rows = [row for value in values for row in value.unbind(0)]
     by_token = token_weights(rows[0], mask, weight, reduction, scale)
@@ -120,6 +129,23 @@ def weigh_tokens_backward(
         for i, slope in zip(pair, slopes(logps, outputs[place], clip, reverse), strict=True):
             parts[i] = parts[i] + times(upstream, slope)
     return torch.stack(parts)
+
+
+PART = 1 << 20  # entries that are wide at a time
+
+
+def scale_held_(held: Tensor, factor: Tensor) -> None:
+    """Multiplies a contiguous gradient in place, not touching what a factor of 1 leaves as it is.
+
+    Args:
+        held: (...), multiplied in float32, or in float64, and rounded once.
+        factor: one number, or one for each of held's first dimension.
+    """
+    if held.numel() == 0 or (factor.device.type == "cpu" and bool((factor == 1).all())):
+        return
+    rows, by_row = held.view(factor.numel(), -1), factor.to(wide_dtype(held)).reshape(-1, 1)
+    for part in rows.split(max(1, PART // factor.numel()), 1):
+        part.copy_(wide(part) * by_row)
 
 
 # estimates of KL(policy || ref), from log-probs of the tokens that were sampled
