@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks
-from fasttax._base.modes import autocast_dtype
+from fasttax._base.modes import autocast_dtype, transforming
 from fasttax._base.optional import given
 from fasttax.kl.call import (
     KINDS,
@@ -154,8 +154,8 @@ def linear_token_kl(
     mask = check_mask(op, mask, shape, hidden.device)
     w = weighing(op, mask, token_weight, reduction, scale, hidden, "token_weight")
     flat_mask = given(mask, lambda mask: mask.reshape(-1))
-    # NaN under the mask would reach the heads' gradients through 0 * NaN
-    tokens, ref_tokens = hide_rows(tokens, flat_mask), hide_rows(ref_tokens, flat_mask)
+    tokens = _hidden_under(flat_mask, tokens, weight, tp_group)
+    ref_tokens = _hidden_under(flat_mask, ref_tokens, ref_weight, tp_group)
     tensors = Tensors(tokens, weight, ref_tokens, ref_weight, bias, ref_bias)
     asked = _asked(tensors, token_chunk, vocab_chunk)
     if vocab_chunk is not None and vocab_chunk < V and row and not t.inf_mask:
@@ -237,7 +237,8 @@ def linear_token_logprobs(
     if tp_group is None:
         checks.ids_in_range(op, "ids", ids, weight.shape[0])
     flat_mask = given(mask, lambda mask: mask.reshape(-1))
-    tensors = Tensors(hide_rows(tokens, flat_mask), weight, bias=bias)
+    tokens = _hidden_under(flat_mask, tokens, weight, tp_group)
+    tensors = Tensors(tokens, weight, bias=bias)
     asked = replace(_asked(tensors, token_chunk, vocab_chunk), stats=True)
     call = LinearCall(
         op,
@@ -267,6 +268,16 @@ def _tokens(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor
         checks.same_device(op, f"{prefix}bias", bias, f"{prefix}hidden", hidden)
     tokens: Tensor = hidden.reshape(-1, H)
     return tokens
+
+
+def _hidden_under(mask: Tensor | None, tokens: Tensor, weight: Tensor, tp_group: Any) -> Tensor:
+    """The hidden states, 0 under the mask where NaN would reach the head's gradient by 0 * NaN.
+
+    A frozen head has none, and on a CPU masked tokens are left out, but of ranks' chunks.
+    """
+    left_out = tokens.device.type == "cpu" and tp_group is None
+    trains = weight.requires_grad or transforming()
+    return hide_rows(tokens, mask if trains and not left_out else None)
 
 
 def _asked(tensors: Tensors, token_chunk: int | None, vocab_chunk: int | None) -> Asked:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fasttax._base import checks
 from fasttax._base.gemm import pieces
+from fasttax._base.modes import without_autocast
 from fasttax._base.optional import given
 from fasttax.kl.gradients import (
     FLOAT16,
@@ -154,7 +155,13 @@ class LinearCall:
             by_token = [None if t is None else t[at] for t in (hidden, ref_hidden, ids, mask)]
             chunks.append(
                 checkpoint(
-                    self._of_chunk, outputs, operands, *by_token, *heads, use_reentrant=False
+                    self._of_chunk,
+                    outputs,
+                    operands,
+                    *by_token,
+                    *heads,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             )
         whole = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -196,7 +203,7 @@ class _GradientInForward(torch.autograd.Function):
         *leaves, call, row = args
         ctx.op, ctx.known, w = call.op, call.weighing.reduces, call.weighing.flat()
         tensors = Tensors(*[given(t, Tensor.detach) for t in leaves])  # type: ignore[arg-type]
-        with torch.autocast(tensors.hidden.device.type, enabled=False):
+        with without_autocast(tensors.hidden.device):
             needs = ctx.needs_input_grad[: len(tensors)]
             sweep = Sweep(call.inputs._replace(tensors=tensors), needs)
             by_token = w.by_token(sweep.rows.new_empty(tensors.hidden.shape[0]))

@@ -31,13 +31,14 @@ MOST = tl.constexpr(3.4028234663852886e38)
 @triton.jit
 def unmasked(mask_ptr, n, BLOCK: tl.constexpr):
     """What a mean divides by: the tokens that count, at least 1."""
-    if mask_ptr is None:
-        return tl.maximum(n, 1).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.int32)
-    for begin in range(0, n, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        total += (tl.load(mask_ptr + at, mask=at < n, other=0) != 0).to(tl.int32)
-    return tl.maximum(tl.sum(total, 0), 1).to(tl.float32)
+    count = tl.full((), 0, tl.int32) + n
+    if mask_ptr is not None:
+        total = tl.zeros([BLOCK], tl.int32)
+        for begin in range(0, n, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            total += (tl.load(mask_ptr + at, mask=at < n, other=0) != 0).to(tl.int32)
+        count = tl.sum(total, 0)
+    return tl.maximum(count, 1).to(tl.float32)
 
 
 @triton.jit
