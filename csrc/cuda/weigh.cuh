@@ -203,6 +203,7 @@ __device__ __forceinline__ void scale_span(T* at, int64_t count, double by) {
       }
       return;
     }
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < vectors; i += kScaleThreads) {
       Lanes held = wide[i];
 #pragma unroll
@@ -211,6 +212,7 @@ __device__ __forceinline__ void scale_span(T* at, int64_t count, double by) {
     }
     done = vectors * kLanes;
   }
+#pragma unroll 1
   for (int64_t i = done + threadIdx.x; i < count; i += kScaleThreads)
     at[i] = scale_entry(at[i], by);
 }

@@ -54,11 +54,11 @@ def test_machine_code(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> N
     assert max(used.values()) <= 64, used
     code = machine_code(cubin)
     assert not any(re.search(r"\b(LDL|STL|RED|ATOM)", body) for body in code.values())
-    scale = [steps(body) for name, body in code.items() if "scale_held_kernel" in name]
+    scale = {name: steps(body) for name, body in code.items() if "scale_held_kernel" in name}
     assert len(scale) == 4
-    for opcodes in scale:
+    for name, opcodes in scale.items():
         # 64 bytes a thread under way
-        assert longest_run(opcodes, LOAD, f"{ARITHMETIC}|DMUL|HMUL") >= 4
+        assert longest_run(opcodes, LOAD, f"{ARITHMETIC}|DMUL") >= 4, name
         assert any(re.match(STORE, step) for step in opcodes)
 
 
