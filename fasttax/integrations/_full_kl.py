@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fasttax._base import checks
 from fasttax._base.handle import Handle
+from fasttax._base.scalars import number_on
 from fasttax.integrations._heads import backbones, logits_of, vocabulary
 from fasttax.integrations._kl_cached import CachedReference
 from fasttax.integrations._kl_events import KLEvents
@@ -431,7 +432,7 @@ def _divisor(
         takes_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         if num_items is None or not takes_items:
             return tokens
-        items = torch.as_tensor(num_items, device=tokens.device).clamp(min=1) / share
+        items = number_on(num_items, tokens.device).clamp(min=1) / share
         if not trainer.args.average_tokens_across_devices:
             return items
         return items / (trainer.accelerator.num_processes // trainer.get_tp_size())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base.gemm import pieces
+from fasttax._base.scalars import number_on
 from fasttax.integrations._trl_chunks import (
     Gradients,
     Logits,
@@ -205,7 +206,7 @@ def divergence_loss(
     count = valid.sum()
     divisor = count.clamp(min=1)
     if num_items_in_batch is not None:
-        divisor = torch.as_tensor(num_items_in_batch, device=count.device)
+        divisor = number_on(num_items_in_batch, count.device)
     tensors = [*_counted(student, valid), *_counted(teacher, valid)]
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3])
     # float16 gradients would underflow before the loss scale reaches them
@@ -245,9 +246,15 @@ def jsd_loss(
 ) -> Tensor:
     """GKD's and GOLD's generalized_jsd_loss for a reduction to one number.
 
-    Gradients are made in the forward sweep.
+    Gradients are made in the forward sweep, with the divisor in them.
     """
     mask = None if labels is None else labels != -100
+    scale: float | Tensor = 1.0
+    if num_items_in_batch is not None:
+        scale = 1 / number_on(num_items_in_batch, student_logits.device)
+    elif reduction == "batchmean" and mask is None:
+        scale = 1 / max(student_logits.shape[0], 1)
+    by_tokens = num_items_in_batch is None and reduction == "batchmean" and mask is not None
     total = token_kl(
         student_logits,
         teacher_logits,
@@ -255,15 +262,11 @@ def jsd_loss(
         beta=beta,
         temperature=temperature,
         mask=mask,
-        reduction="sum",
+        reduction="mean" if by_tokens else "sum",
+        scale=scale,
     )
-    if num_items_in_batch is not None:
-        return total / torch.as_tensor(num_items_in_batch, device=total.device)
-    if reduction == "sum":
+    if num_items_in_batch is not None or reduction != "mean":
         return total
-    if reduction == "batchmean":
-        return total / (
-            max(student_logits.shape[0], 1) if mask is None else mask.sum().clamp(min=1)
-        )
+    # NaN of no tokens, as TRL's is
     tokens = student_logits[..., 0].numel() if mask is None else mask.sum()
     return total / (tokens * student_logits.shape[-1])

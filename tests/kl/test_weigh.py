@@ -48,12 +48,12 @@ def test_against_float64(case: Any, reverse: bool) -> None:
 
     def truth(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
         leaves = [v.to(dtype).requires_grad_() for v in values]
-        *front, weight, reduction, scale, clip = given
+        outputs, pair, mask, weight, reduction, scale, clip = given
         of = None if weight is None else weight.to(dtype)
-        out = weigh.weigh_tokens(leaves, *front, of, reduction, scale, clip, reverse)
+        out = weigh.weigh_tokens(leaves, outputs, pair, mask, of, reduction, scale, clip, reverse)
         upstream = [g.to(dtype) for g in grads[:2] + grads[3:]]
-        d = torch.autograd.grad(out[:2] + out[3:], leaves, upstream, allow_unused=True)
-        d = [torch.zeros_like(v) if g is None else g for g, v in zip(d, leaves, strict=True)]
+        found = torch.autograd.grad(out[:2] + out[3:], leaves, upstream, allow_unused=True)
+        d = [torch.zeros_like(v) if g is None else g for g, v in zip(found, leaves, strict=True)]
         return [o.detach() for o in out], torch.cat(d)
 
     shape = (2, 5) if case[1] == 0 else ()
