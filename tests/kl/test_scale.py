@@ -13,8 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fasttax
+from fasttax.kl import gradients
+from fasttax.kl import weigh as kl_weigh
 from tests.tools.kl_cases import KINDS, run_oracle
 from tests.tools.utils import assert_says
+
+
+@pytest.fixture(autouse=True, params=["plainly", "by ops"])
+def way_of_the_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a function as on a CPU, and as on a GPU."""
+    if request.param == "by ops":
+        for module in (kl_weigh, gradients):
+            monkeypatch.setattr(module, "by_ops", lambda device: True)
+
 
 MASK, WEIGHT = torch.tensor([True, True, False, True, True, True]), torch.linspace(-1, 2, 6)
 POWERS, OTHERS = (2.0, -0.25, 1.0), (0.3, -1.7, 0.0)

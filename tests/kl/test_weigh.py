@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 import fasttax
+from fasttax.kl import gradients
+from fasttax.kl import weigh as kl_weigh
 from fasttax.kl.weigh import Weighing
 from fasttax.reference import weigh
 from fasttax.reference.weigh import K1, K2, K3, REDUCTIONS
@@ -127,6 +130,77 @@ def test_no_tokens() -> None:
         assert leaf.grad.shape == (0,)
     none = torch.zeros(5, dtype=torch.bool)
     assert float(Weighing("op", none, None, 2, 1.0).of(torch.full((5,), NAN))) == 0
+
+
+# derivatives of the ops' results
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function's end by ops, as on a GPU."""
+    for module in (kl_weigh, gradients):
+        monkeypatch.setattr(module, "by_ops", lambda device: True)
+
+
+def logits() -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(2, 3, 7, dtype=torch.float64)
+    return x.requires_grad_(), y.requires_grad_()
+
+
+@pytest.mark.usefixtures("ops")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_an_estimate_has_second_derivatives(kind: str, reduction: str) -> None:
+    def value(*logps: Tensor) -> Tensor:
+        a, b, old = logps
+        result: Tensor = fasttax.kl_estimate(
+            a, b, old_logp=old, kind=kind, reduction=reduction, weight=weight, scale=0.3
+        )
+        return result
+
+    weight = torch.randn(5)
+    leaves = tuple(torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(value, leaves)
+    assert torch.autograd.gradgradcheck(value, leaves)
+    along = torch.func.jvp(value, leaves, tuple(torch.ones_like(a) for a in leaves))[1]
+    d = torch.autograd.grad(value(*leaves).sum(), leaves)
+    torch.testing.assert_close(along.sum(), torch.stack(d).sum())
+
+
+@pytest.mark.usefixtures("ops")
+def test_second_derivatives_of_a_sweep_are_refused() -> None:
+    x, y = logits()
+    for value in (
+        fasttax.token_kl(x, y, scale=0.3),
+        fasttax.token_kl(x, y, scale=0.3, reduction="mean"),
+        fasttax.token_stats(x, y, torch.tensor([0, 3, 6]), outputs="k3").k3,
+    ):
+        (d,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives are not available"):
+            d.square().sum().backward()
+
+
+@pytest.mark.usefixtures("ops")
+def test_batched_gradients() -> None:
+    """torch.func.vmap over a backward."""
+    x, y = logits()
+
+    def back(value: Tensor, upstream: Tensor) -> Tensor:
+        return torch.autograd.grad(value, x, upstream, retain_graph=True)[0]
+
+    ids, each = torch.tensor([0, 3, 6]), torch.eye(3, dtype=torch.float64)
+    for value in (
+        fasttax.token_kl(x, y, scale=0.3),
+        fasttax.token_stats(x, y, ids, outputs="k3").k3,
+        fasttax.token_stats(x, y, ids, outputs=("logp", "kl")).logp,
+    ):
+        together = torch.func.vmap(partial(back, value))(each)
+        for row, one in zip(together, each, strict=True):
+            torch.testing.assert_close(row, back(value, one))
+    total = fasttax.token_kl(x, y, reduction="mean")
+    factors = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    d = torch.func.vmap(partial(back, total))(factors)
+    torch.testing.assert_close(d[1], 0.3 * torch.autograd.grad(total, x)[0])
 
 
 # gradients that a forward has left
