@@ -207,7 +207,9 @@ def divergence_loss(
     divisor = count.clamp(min=1)
     if num_items_in_batch is not None:
         divisor = number_on(num_items_in_batch, count.device)
-    tensors = [*_counted(student, valid), *_counted(teacher, valid)]
+    # on a GPU the one host sync: how many count, for GEMMs that leave the others out
+    places = valid.nonzero()[:, 0]
+    tensors = [*_counted(student, places), *_counted(teacher, places)]
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3])
     # float16 gradients would underflow before the loss scale reaches them
     if trains and compute_dtype(tensors[0]) != torch.float16:
@@ -218,8 +220,8 @@ def divergence_loss(
     return divergence.sum() / divisor, entropy.sum(), count
 
 
-def _counted(model: tuple[Any, Any, Any], valid: Tensor) -> list[Any]:
-    """The hidden states of the tokens that count, the head's weight and bias.
+def _counted(model: tuple[Any, Any, Any], places: Tensor) -> list[Any]:
+    """The hidden states of the tokens at the places that count, the head's weight and bias.
 
     FSDP2's heads are gathered once, the weight in the dtype that multiplies.
     """
@@ -227,7 +229,7 @@ def _counted(model: tuple[Any, Any, Any], valid: Tensor) -> list[Any]:
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor().to(hidden.dtype)
         bias = None if bias is None else bias.full_tensor()
-    return [hidden.reshape(-1, hidden.shape[-1])[valid], weight, bias]
+    return [hidden.reshape(-1, hidden.shape[-1])[places], weight, bias]
 
 
 def has_jsd(reduction: str, num_items_in_batch: Any) -> bool:
@@ -251,7 +253,7 @@ def jsd_loss(
     mask = None if labels is None else labels != -100
     scale: float | Tensor = 1.0
     if num_items_in_batch is not None:
-        scale = 1 / number_on(num_items_in_batch, student_logits.device)
+        scale = number_on(num_items_in_batch, student_logits.device).reciprocal()
     elif reduction == "batchmean" and mask is None:
         scale = 1 / max(student_logits.shape[0], 1)
     by_tokens = num_items_in_batch is None and reduction == "batchmean" and mask is not None
