@@ -140,24 +140,30 @@ def number(
         TypeError: it is no number; a tensor would be a host sync.
         ValueError: it is out of bounds.
     """
+    if isinstance(value, Tensor):
+        way_out = "pass a Python float (.item() once, outside the training step)"
+        raise fail(op, argument, _bounds(low, high, open_low), value, way_out, TypeError)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        try:
+            value = float(value)  # numpy scalars
+        except (TypeError, ValueError):
+            expected = _bounds(low, high, open_low)
+            raise fail(op, argument, expected, value, error=TypeError) from None
+    value = float(value)
+    inside = low < value <= high if open_low else low <= value <= high
+    if not inside or abs(value) == math.inf:  # NaN is never inside
+        raise fail(op, argument, _bounds(low, high, open_low), repr(value))
+    return value
+
+
+def _bounds(low: float, high: float, open_low: bool) -> str:
+    """What `number` expects, in words."""
     bounds = "a finite number"
     if low > -math.inf:
         bounds += f" {'>' if open_low else '>='} {low:g}"
     if high < math.inf:
         bounds += f" and <= {high:g}"
-    if isinstance(value, Tensor):
-        way_out = "pass a Python float (.item() once, outside the training step)"
-        raise fail(op, argument, bounds, value, way_out, TypeError)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        try:
-            value = float(value)  # numpy scalars
-        except (TypeError, ValueError):
-            raise fail(op, argument, bounds, value, error=TypeError) from None
-    value = float(value)
-    inside = low < value <= high if open_low else low <= value <= high
-    if not inside or abs(value) == math.inf:  # NaN is never inside
-        raise fail(op, argument, bounds, repr(value))
-    return value
+    return bounds
 
 
 def positive(op: str, argument: str, value: Any) -> float:

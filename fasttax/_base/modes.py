@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C._functorch import (
@@ -34,6 +37,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         return None
     dtype = torch.get_autocast_dtype(device.type)
     return dtype if dtype in HALVES else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which ops take their tensors as they are; nothing where there is no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def has_tangent(t: Tensor) -> bool:

@@ -6,8 +6,8 @@ The KL is made of what the trainer's own forward computed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fasttax._base import checks
 from fasttax._base.handle import Handle
+from fasttax._base.scalars import number_on
 from fasttax.integrations._heads import backbones, logits_of, vocabulary
 from fasttax.integrations._kl_cached import CachedReference
 from fasttax.integrations._kl_events import KLEvents
@@ -118,9 +119,9 @@ class FullKL(Handle):
         self._watch()
         self.events = KLEvents(trainer, self.control)
         self._inputs: dict[str, Any] | None = None  # the batch whose loss is being computed
+        self._num_items: Any = None  # that its loss is given
         self._states: dict[nn.Module, Any] = {}  # outputs of the policy's backbones
-        self._sum: Tensor | None = None  # of the batch's KL, and its number of tokens
-        self._count: Any = 0
+        self._terms: list[_Term] = []  # of the batch's forwards
         self.replace(trainer, "compute_loss", self._with_kl(trainer.compute_loss), "compute_loss")
         self.on_undo(self._unwatch)
         add_callback(self, trainer, self.events)
@@ -171,7 +172,9 @@ class FullKL(Handle):
         batch, self._inputs = self._inputs, None  # what is called from here on is no new forward
         states, self._states = self._states, {}
         try:
-            self._add(self._forward(module, given, batch, states, output))
+            self._terms.append(
+                self._term(self._forward(module, given, batch, states, output), batch)
+            )
         finally:
             self._inputs = batch
 
@@ -233,16 +236,23 @@ class FullKL(Handle):
             )
         return self._shifted
 
-    def _add(self, forward: Forward) -> None:
-        """Adds a forward's KL to the batch's."""
-        log = self.events.log_is_due()
+    def _term(self, forward: Forward, batch: dict[str, Any]) -> _Term:
+        """A forward's KL, as it is in the loss where it is the batch's only one."""
+        log, tokens = self.events.log_is_due(), forward.mask.sum()
+        divisor = self._divisor(batch, tokens)
+        scale = (self.beta or 1.0) / divisor
         with torch.autocast(forward.mask.device.type, enabled=False):
             rows = self.policy.rows(forward, log)
-            values = self.ref.sums(forward, rows, self.options, log)
-        tokens = forward.mask.sum()
-        self._count = self._count + tokens
-        self._sum = values[self.kind] if self._sum is None else self._sum + values[self.kind]
+            scaled, values = self.ref.sums(forward, rows, self.options, scale, log)
         self.events.record(values, tokens)
+        return _Term(scaled, divisor, values[self.kind], tokens)
+
+    def _divisor(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
+        """By which the sum over the tokens of a batch's forwards is a mean as the trainer's is."""
+        count = tokens.clamp(min=1)
+        share = _share(batch, count, self._shifted is not False)
+        divisor: Tensor = _divisor(self.trainer, batch, count, self._num_items, share)
+        return divisor
 
     # --- adding it to the loss --------------------------------------------------------------------
 
@@ -260,30 +270,49 @@ class FullKL(Handle):
             if made and causal_lm(OP, "trainer.model", self.trainer.model) is not self.policy.model:
                 self._watch()
             batch = dict(inputs)
-            self._inputs, self._states, self._sum, self._count = batch, {}, None, 0
+            self._inputs, self._num_items = batch, num_items_in_batch
+            self._states, self._terms = {}, []
             self.events.asked = True
             try:
                 result = compute_loss(model, inputs, **options)
             finally:
                 self._inputs, self._states = None, {}
-            kl, self._sum = self._sum, None
-            if kl is None:
+            terms, self._terms = self._terms, []
+            if not terms:
                 raise RuntimeError(
                     "FullKL: the policy's forward was not seen while the trainer computed its "
                     "loss, so the KL would be missing; make FullKL on the trainer that trains, "
                     "after it is built"
                 )
-            self.events.steer(kl, self._count)
-            count = self._count.clamp(min=1)
-            share = _share(batch, count, self._shifted is not False)
-            divisor = _divisor(self.trainer, batch, count, num_items_in_batch, share)
+            tokens = _total(term.tokens for term in terms)
+            self.events.steer(_total(term.kl for term in terms), tokens)
+            divisor = self._divisor(batch, tokens)
+            # of one forward the quotient is 1: its gradients are not gone over again
+            kl = _total(term.scaled * (term.divisor / divisor) for term in terms)
+            if self.beta == 0:
+                kl = kl * 0.0
             if not return_outputs:
-                return result + self.beta * kl.to(result.dtype) / divisor
+                return result + kl.to(result.dtype)
             loss, *others = result
-            return (loss + self.beta * kl.to(loss.dtype) / divisor, *others)
+            return (loss + kl.to(loss.dtype), *others)
 
         with_kl.fasttax_full_kl = True  # type: ignore[attr-defined]
         return with_kl
+
+
+class _Term(NamedTuple):
+    """What a forward adds to the loss."""
+
+    scaled: Tensor  # beta (1 where that is 0) times the sum of its KL, over the divisor
+    divisor: Tensor  # where this is the batch's only forward
+    kl: Tensor  # the sum, without a graph
+    tokens: Tensor
+
+
+def _total(values: Iterable[Tensor]) -> Tensor:
+    """Of at least one."""
+    first, *others = values
+    return sum(others, start=first)
 
 
 def _is_a(trainer: Any, *names: str) -> bool:
@@ -403,7 +432,7 @@ def _divisor(
         takes_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         if num_items is None or not takes_items:
             return tokens
-        items = torch.as_tensor(num_items, device=tokens.device).clamp(min=1) / share
+        items = number_on(num_items, tokens.device).clamp(min=1) / share
         if not trainer.args.average_tokens_across_devices:
             return items
         return items / (trainer.accelerator.num_processes // trainer.get_tp_size())

@@ -80,8 +80,13 @@ class CachedReference:
                     )
 
     def sums(
-        self, forward: Forward, policy: Rows, options: Mapping[str, Any], log: bool
-    ) -> dict[str, Tensor]:
+        self,
+        forward: Forward,
+        policy: Rows,
+        options: Mapping[str, Any],
+        scale: Tensor,
+        log: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `ModelReference.sums`; `log` adds nothing."""
         self._check_inputs(forward)
         if policy.vocabulary != self.V:
@@ -91,7 +96,7 @@ class CachedReference:
             forward.inputs.get("attention_mask"),
             forward.inputs.get("position_ids"),
         )
-        logp, top = found[forward.mask[:, :-1]], top[forward.mask[:, :-1]]
+        logp, top = found[forward.places], top[forward.places]
         if options["temperature"] != self.cache.temperature:  # of the whole vocabulary: as checked
             ratio = self.cache.temperature / options["temperature"]
             logp = (logp.double() * ratio).log_softmax(-1).to(logp.dtype)
@@ -112,13 +117,13 @@ class CachedReference:
             x, weights = policy.hidden, (policy.head.weight, policy.head.bias)
         # what a chunk keeps of its logits is made again in the backward
         pieces = [
-            checkpoint(part, *chunk, *weights, use_reentrant=False)
+            checkpoint(part, *chunk, *weights, use_reentrant=False, preserve_rng_state=False)
             for chunk in zip(*(rows.split(CHUNK) for rows in (x, logp, top)), strict=True)
             if chunk[0].shape[0]
         ]
-        if not pieces:  # no token counts: a zero with a graph
-            return {options["kind"]: x.sum() * 0}
-        return {options["kind"]: torch.stack(pieces).sum()}
+        # where no token counts, a zero with a graph
+        kl = torch.stack(pieces).sum() if pieces else x.sum() * 0
+        return kl * scale, {options["kind"]: kl.detach()}
 
     def _check_inputs(self, forward: Forward) -> None:
         """Refuses what a cache of token ids cannot know.

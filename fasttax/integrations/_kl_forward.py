@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,13 +55,30 @@ class Forward:
         """Of the inputs."""
         return frozenset(self.inputs)
 
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the mask's N tokens that count, in turn.
+
+        On a GPU this is a forward's one host sync: how many there are. The heads' GEMMs would take
+        the others too without it, at 152k x 3584 some 20 ms for the 4096 tokens of a prompt.
+        """
+        rows, columns = self.mask.nonzero().unbind(1)
+        return rows, columns
+
     def counted(self, x: Tensor) -> Tensor:
         """The rows (N, ...) of x (B, T, ...) that count."""
-        return x[in_front(self.mask, x.shape[1])]
+        virtual = _virtual(self.mask, x.shape[1])
+        rows, columns = self.places
+        return x[rows, columns + virtual]
 
 
 def in_front(mask: Tensor, T: int) -> Tensor:
     """A mask (B, L) with T - L positions in front that do not count."""
+    return nn.functional.pad(mask, (_virtual(mask, T), 0))
+
+
+def _virtual(mask: Tensor, T: int) -> int:
+    """How many positions, of T, a prompt has in front of the mask's."""
     if mask.shape[1] > T:
         raise checks.fail(
             "FullKL",
@@ -69,7 +87,7 @@ def in_front(mask: Tensor, T: int) -> Tensor:
             f"{T} outputs",
             "call the model without logits_to_keep",
         )
-    return nn.functional.pad(mask, (T - mask.shape[1], 0))
+    return T - mask.shape[1]
 
 
 # --- the model's arguments ------------------------------------------------------------------------

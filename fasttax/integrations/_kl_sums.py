@@ -134,21 +134,30 @@ class ModelReference:
         return f"reference {type(self.model).__name__}{adapter}"
 
     def sums(
-        self, forward: Forward, policy: Rows, options: Mapping[str, Any], log: bool
-    ) -> dict[str, Tensor]:
-        """The KL under its kind's name; both KLs and the entropy where they cost nothing, or `log`.
+        self,
+        forward: Forward,
+        policy: Rows,
+        options: Mapping[str, Any],
+        scale: Tensor,
+        log: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the KL times `scale`, and sums without a graph, by metric.
+
+        Those are the KL under its kind's name; both KLs and the entropy where they cost nothing, or
+        `log`.
 
         Args:
             forward: the policy's.
             policy: its rows.
             options: of `token_kl`: kind, beta, temperature.
+            scale: 0-d, not 0; the gradients that the forward makes have it in them.
             log: both KLs and the entropy are wanted, at the price of two more GEMMs.
         """
         ref = self._kept_rows(forward)
         if ref.vocabulary != policy.vocabulary:
             raise vocabularies_differ(policy.vocabulary, ref.vocabulary)
         if policy.hidden is None or ref.hidden is None:
-            return self._of_logits(policy, ref, options)
+            return self._of_logits(policy, ref, options, scale)
         assert policy.head is not None
         assert ref.head is not None
         with self.autocast():  # the heads are multiplied as the model's own are
@@ -164,19 +173,23 @@ class ModelReference:
                 logit_scale=policy.head.logit_scale,
                 ref_logit_scale=ref.head.logit_scale,
                 reduction="sum",
+                scale=scale,
                 **options,
             )
             seen = _looked_at(policy, ref, options["temperature"]) if log else {}
-        return {**seen, options["kind"]: kl}
+        return kl, {**seen, options["kind"]: kl.detach() / scale}
 
-    def _of_logits(self, policy: Rows, ref: Rows, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _of_logits(
+        self, policy: Rows, ref: Rows, options: Mapping[str, Any], scale: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast():
             x = policy.logits()
             with torch.no_grad():
                 y = ref.logits()
         stats = token_stats(x, y, outputs=("kl", *LOGGED), reduction="sum", **options)
         assert stats.kl is not None
-        return {**_by_metric(stats), options["kind"]: stats.kl}
+        seen = {**_by_metric(stats), options["kind"]: stats.kl}
+        return stats.kl * scale, {name: value.detach() for name, value in seen.items()}
 
     def _kept_rows(self, forward: Forward) -> Rows:
         """The reference's rows, with the hidden states of the batch's first time where kept."""

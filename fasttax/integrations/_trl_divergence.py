@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base.gemm import pieces
+from fasttax._base.scalars import number_on
 from fasttax.integrations._trl_chunks import (
     Gradients,
     Logits,
@@ -205,8 +206,10 @@ def divergence_loss(
     count = valid.sum()
     divisor = count.clamp(min=1)
     if num_items_in_batch is not None:
-        divisor = torch.as_tensor(num_items_in_batch, device=count.device)
-    tensors = [*_counted(student, valid), *_counted(teacher, valid)]
+        divisor = number_on(num_items_in_batch, count.device)
+    # on a GPU the one host sync: how many count, for GEMMs that leave the others out
+    places = valid.nonzero()[:, 0]
+    tensors = [*_counted(student, places), *_counted(teacher, places)]
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3])
     # float16 gradients would underflow before the loss scale reaches them
     if trains and compute_dtype(tensors[0]) != torch.float16:
@@ -217,8 +220,8 @@ def divergence_loss(
     return divergence.sum() / divisor, entropy.sum(), count
 
 
-def _counted(model: tuple[Any, Any, Any], valid: Tensor) -> list[Any]:
-    """The hidden states of the tokens that count, the head's weight and bias.
+def _counted(model: tuple[Any, Any, Any], places: Tensor) -> list[Any]:
+    """The hidden states of the tokens at the places that count, the head's weight and bias.
 
     FSDP2's heads are gathered once, the weight in the dtype that multiplies.
     """
@@ -226,7 +229,7 @@ def _counted(model: tuple[Any, Any, Any], valid: Tensor) -> list[Any]:
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor().to(hidden.dtype)
         bias = None if bias is None else bias.full_tensor()
-    return [hidden.reshape(-1, hidden.shape[-1])[valid], weight, bias]
+    return [hidden.reshape(-1, hidden.shape[-1])[places], weight, bias]
 
 
 def has_jsd(reduction: str, num_items_in_batch: Any) -> bool:
@@ -245,9 +248,15 @@ def jsd_loss(
 ) -> Tensor:
     """GKD's and GOLD's generalized_jsd_loss for a reduction to one number.
 
-    Gradients are made in the forward sweep.
+    Gradients are made in the forward sweep, with the divisor in them.
     """
     mask = None if labels is None else labels != -100
+    scale: float | Tensor = 1.0
+    if num_items_in_batch is not None:
+        scale = number_on(num_items_in_batch, student_logits.device).reciprocal()
+    elif reduction == "batchmean" and mask is None:
+        scale = 1 / max(student_logits.shape[0], 1)
+    by_tokens = num_items_in_batch is None and reduction == "batchmean" and mask is not None
     total = token_kl(
         student_logits,
         teacher_logits,
@@ -255,15 +264,11 @@ def jsd_loss(
         beta=beta,
         temperature=temperature,
         mask=mask,
-        reduction="sum",
+        reduction="mean" if by_tokens else "sum",
+        scale=scale,
     )
-    if num_items_in_batch is not None:
-        return total / torch.as_tensor(num_items_in_batch, device=total.device)
-    if reduction == "sum":
+    if num_items_in_batch is not None or reduction != "mean":
         return total
-    if reduction == "batchmean":
-        return total / (
-            max(student_logits.shape[0], 1) if mask is None else mask.sum().clamp(min=1)
-        )
+    # NaN of no tokens, as TRL's is
     tokens = student_logits[..., 0].numel() if mask is None else mask.sum()
     return total / (tokens * student_logits.shape[-1])

@@ -1,4 +1,4 @@
-"""A call as the ops over logits take it: kinds of divergence, checked options, mask, reduction."""
+"""A call as the ops over logits take it: kinds of divergence, checked options, mask, ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from fasttax.reference.tempering import SIDES as SIDES
 from fasttax.reference.tempering import Side as Side
 from fasttax.reference.tempering import Tempering as Tempering
 
-REDUCTIONS = ("none", "sum", "mean")
 INF = ("propagate", "mask")
 
 
@@ -173,11 +172,14 @@ def check_mask(
     """The mask as bool of the tokens' `shape`."""
     if mask is None:
         return None
-    return (checks.per_token(op, "mask", mask, shape, device) != 0).contiguous()
+    mask = checks.per_token(op, "mask", mask, shape, device)
+    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
 
 
 def check_ids(op: str, ids: Any, like: str, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """One int64 id a token of `tokens` (..., width), the argument `like`; 0 under the mask.
+    """One int64 id a token of `tokens` (..., width), the argument `like`.
+
+    Under the mask 0 on CPUs, where `checks.ids_in_range` looks at them; nothing else reads those.
 
     Raises:
         ValueError: the shape is another.
@@ -186,45 +188,4 @@ def check_ids(op: str, ids: Any, like: str, tokens: Tensor, mask: Tensor | None)
     if ids.shape != tokens.shape[:-1]:
         raise checks.fail(op, "ids", f"shape {tuple(tokens.shape[:-1])}, one id a token", ids)
     checks.same_device(op, "ids", ids, like, tokens)
-    return hide(ids.long(), mask)
-
-
-def reduce(
-    op: str, values: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str
-) -> Tensor:
-    """Weighs and reduces per-token values.
-
-    "mean" divides by the number of unmasked tokens (0 of them: 0).
-    """
-    checks.choice(op, "reduction", reduction, REDUCTIONS)
-    if weight is not None:
-        values = values * _masked_weight(op, values, mask, weight)
-    if reduction == "none":
-        return values
-    if reduction == "sum":
-        return values.sum()
-    return values.sum() / _count(values, mask)
-
-
-def reduced_gradient(
-    op: str, values: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str
-) -> Tensor:
-    """The gradient of `reduce` ("sum" or "mean") by the tokens' values, which it needs not know.
-
-    `values` gives shape and dtype.
-    """
-    if weight is None:
-        by_token = torch.ones_like(values)
-    else:
-        by_token = _masked_weight(op, values, mask, weight).contiguous()
-    return by_token if reduction == "sum" else by_token / _count(values, mask)
-
-
-def _masked_weight(op: str, values: Tensor, mask: Tensor | None, weight: Tensor) -> Tensor:
-    weight = checks.per_token(op, "weight", weight, values.shape, values.device).to(values.dtype)
-    return hide(weight, mask)
-
-
-def _count(values: Tensor, mask: Tensor | None) -> int | Tensor:
-    """The number of unmasked tokens, at least 1; no host sync."""
-    return max(1, values.numel()) if mask is None else mask.sum().clamp(min=1)
+    return hide(ids.long(), mask) if ids.device.type == "cpu" else ids.long()

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttax import reference
 from fasttax._base import checks
-from fasttax._base.library import no_second_derivative
+from fasttax._base.library import define, no_second_derivative
 from fasttax._base.modes import compiling, transforming
 from fasttax._base.optional import given
+from fasttax.kl.weigh import by_ops
 
 NO_GRAD = "nothing requires grad"
 FLOAT16 = "a float16 gradient would underflow before a GradScaler's factor reaches it"
@@ -52,7 +54,12 @@ def hold_gradients(ctx: Any, gradients: Sequence[Tensor | None], token_weight: T
 def held_gradients(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
     """The gradients that the forward left, times what came from above.
 
-    Nobody else holds them, or autograd would copy them.
+    Nobody else holds them, so they are multiplied where they lie; where the graph is kept, a copy.
+
+    Args:
+        ctx: what `hold_gradients` was given.
+        op: the public function.
+        factor: one number, or one for each of the gradients' first dimension.
     """
     checks.no_tangent(op, "the gradient of its result", factor)
     ctx.saved_tensors  # noqa: B018  (raises on a freed graph)
@@ -65,10 +72,20 @@ def held_gradients(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
 
 
 def _scaled(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
-    """Gradient * factor; over `gradient` unless it is to be kept.
+    """Gradient * factor; over `gradient` unless it is to be kept."""
+    if transforming():  # torch.func's batches of factors
+        return gradient * factor.reshape(*factor.shape, *[1] * (gradient.dim() - factor.dim()))
+    if keep or not gradient.is_contiguous():
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+    scale = torch.ops.fasttax.scale_held_ if by_ops(gradient.device) else reference.scale_held_
+    scale(gradient, factor.contiguous())
+    return gradient
 
-    Without a pass where a factor on the CPU is 1.
-    """
-    if factor.numel() == 1 and factor.device.type == "cpu" and factor.item() == 1.0:
-        return gradient.clone() if keep else gradient
-    return gradient * factor if keep else gradient.mul_(factor)
+
+# On a GPU the factor is read on the device: a launch that goes over nothing where it is 1, and no
+# host sync to learn so.
+define(
+    "scale_held_(Tensor(a!) held, Tensor factor) -> ()",
+    reference.scale_held_,
+    lambda held, factor: None,
+)

@@ -7,16 +7,15 @@ sampled from the policy, k1 = -r, k2 = r^2/2, k3 = e^r - 1 - r; k1 and k3 are un
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
-from fasttax.kl.call import check_mask, reduce
+from fasttax.kl.call import check_mask
+from fasttax.kl.weigh import CLIP, weighing
+from fasttax.reference.weigh import K1, K2, K3
 
-ESTIMATORS = ("k1", "k2", "k3")
+ESTIMATORS = {"k1": K1, "k2": K2, "k3": K3}
 GRADS = ("estimator", "reverse_kl")
 
 
@@ -27,10 +26,11 @@ def kl_estimate(
     kind: str = "k3",
     old_logp: Tensor | None = None,
     grad: str = "estimator",
-    clip: float = 20.0,
+    clip: float = CLIP,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "none",
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     """Monte-Carlo estimate of KL(policy || ref) from the sampled tokens' log-probs.
 
@@ -47,6 +47,7 @@ def kl_estimate(
         mask: as in `token_kl`; what is under it may be NaN.
         weight: as in `token_kl`.
         reduction: as in `token_kl`.
+        scale: as in `token_kl`.
 
     Returns:
         float32 (float64 for float64 log-probs), (...) or 0-d.
@@ -67,41 +68,14 @@ def kl_estimate(
     checks.choice(op, "grad", grad, GRADS)
     clip = checks.number(op, "clip", clip, low=0, high=40, open_low=True)
     mask = check_mask(op, mask, logp.shape, logp.device)
-    wide = {name: reference.hide(reference.wide(value), mask) for name, value in given.items()}
-    logp, r = wide["logp"], reference.gap(wide["ref_logp"], wide["logp"])
-    ratio = torch.ones_like(logp)
-    if old_logp is not None:
-        ratio = _exp(reference.gap(logp, wide["old_logp"]), clip)
-        # what has no weight counts nothing, nor does an infinite slope of it
-        r = torch.where(ratio == 0, 0.0, r)
-    value = ratio * _estimator(kind, r, clip)
-    if grad == "reverse_kl":
-        # finite, as is the log-prob that carries it: their product is no NaN
-        slope = (ratio * -r).detach().nan_to_num(nan=torch.nan)
-        through = torch.where(logp == -torch.inf, 0.0, logp)
-        value = value.detach() + slope * (through - through.detach())
-    return reduce(op, value, mask, weight, reduction)
-
-
-def _estimator(kind: str, r: Tensor, clip: float) -> Tensor:
-    if kind == "k1":
-        return -r
-    if kind == "k2":
-        return r * r / 2
-    small, far = r.abs() < 0.5, r > clip
-    near = torch.expm1(torch.where(small, r, 0.0)) - torch.where(small, r, 0.0)
-    between = torch.where(small | far, 0.0, r)
-    # beyond the clip e^r goes on along its tangent, in a form that is inf at inf
-    top = math.exp(clip)
-    beyond = (top - 1) * (r - clip) + (top - 1 - clip)
-    return torch.where(small, near, torch.where(far, beyond, torch.exp(between) - 1 - between))
-
-
-def _exp(x: Tensor, clip: float) -> Tensor:
-    """e^x up to `clip`, its tangent beyond.
-
-    Large log-ratios give large finite values and gradients, never inf or 0 * inf. Each is chosen by
-    itself: at the clip a clamp would count both gradients.
-    """
-    far = x > clip
-    return torch.where(far, math.exp(clip) * (1 + (x - clip)), torch.where(far, clip, x).exp())
+    w = weighing(op, mask, weight, reduction, scale, logp[..., None])
+    dtype = reference.wide_dtype(*given.values())
+    values = [value.to(dtype)[None] for value in given.values()]
+    (value,) = w.of_rows(
+        values,
+        (ESTIMATORS[kind],),
+        pair=range(len(values)),
+        clip=clip,
+        reverse=grad == "reverse_kl",
+    )
+    return value

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks
-from fasttax._base.modes import autocast_dtype
+from fasttax._base.modes import autocast_dtype, transforming
 from fasttax._base.optional import given
 from fasttax.kl.call import (
     KINDS,
-    REDUCTIONS,
     check_ids,
     check_mask,
     tempering,
@@ -31,6 +30,7 @@ from fasttax.kl.linear_chunks import Asked
 from fasttax.kl.linear_routes import LinearCall
 from fasttax.kl.linear_sweep import Inputs, Tensors
 from fasttax.kl.token_stats import TokenStats, check_outputs
+from fasttax.kl.weigh import weighing
 from fasttax.reference.numbers import hide_rows
 
 GRAD_MODES = ("auto", "forward", "recompute")
@@ -59,6 +59,7 @@ def linear_token_kl(
     ref_logit_scale: float = 1.0,
     mask: Tensor | None = None,
     reduction: str = "none",
+    scale: float | Tensor = 1.0,
     inf: str = "propagate",
     tp_group: Any = None,
 ) -> Any:
@@ -99,6 +100,7 @@ def linear_token_kl(
         ref_logit_scale: as in `token_kl`.
         mask: as in `token_kl`. Masked tokens are left out of the GEMMs on a CPU.
         reduction: as in `token_kl`.
+        scale: as in `token_kl`; multiplies the entropy too.
         inf: as in `token_kl`.
         tp_group: ranks hold consecutive rows of the heads (and biases); by default 256 tokens at a
             time (1024 on a GPU).
@@ -132,7 +134,6 @@ def linear_token_kl(
         ref_logit_scale=ref_logit_scale,
         inf=inf,
     )
-    checks.choice(op, "reduction", reduction, REDUCTIONS)
     _check_chunks(op, token_chunk, vocab_chunk, grad_mode, tp_group)
     tokens, ref_tokens = (
         _tokens(op, "", hidden, weight, bias),
@@ -151,9 +152,10 @@ def linear_token_kl(
         )
     checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden)
     mask = check_mask(op, mask, shape, hidden.device)
+    w = weighing(op, mask, token_weight, reduction, scale, hidden, "token_weight")
     flat_mask = given(mask, lambda mask: mask.reshape(-1))
-    # NaN under the mask would reach the heads' gradients through 0 * NaN
-    tokens, ref_tokens = hide_rows(tokens, flat_mask), hide_rows(ref_tokens, flat_mask)
+    tokens = _hidden_under(flat_mask, tokens, weight, tp_group)
+    ref_tokens = _hidden_under(flat_mask, ref_tokens, ref_weight, tp_group)
     tensors = Tensors(tokens, weight, ref_tokens, ref_weight, bias, ref_bias)
     asked = _asked(tensors, token_chunk, vocab_chunk)
     if vocab_chunk is not None and vocab_chunk < V and row and not t.inf_mask:
@@ -166,9 +168,7 @@ def linear_token_kl(
         op,
         inputs=Inputs(tensors, None, flat_mask, t, asked),
         shape=shape,
-        mask=mask,
-        token_weight=token_weight,
-        reduction=reduction,
+        weighing=w,
         grad_mode=grad_mode,
         tp_group=tp_group,
     )
@@ -191,6 +191,7 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     reduction: str = "none",
+    scale: float | Tensor = 1.0,
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
     tp_group: Any = None,
@@ -213,6 +214,7 @@ def linear_token_logprobs(
         mask: as in `linear_token_kl`.
         token_weight: as in `linear_token_kl`.
         reduction: as in `token_kl`.
+        scale: as in `token_kl`; multiplies each of the outputs.
         token_chunk: as in `linear_token_kl`.
         vocab_chunk: as in `linear_token_kl`.
         tp_group: as in `linear_token_kl`; ids are global.
@@ -226,24 +228,23 @@ def linear_token_logprobs(
     """
     op = "linear_token_logprobs"
     t = tempering(op, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    checks.choice(op, "reduction", reduction, REDUCTIONS)
     _check_chunks(op, token_chunk, vocab_chunk, grad_mode, tp_group)
     tokens = _tokens(op, "", hidden, weight, bias)
     names = check_outputs(op, outputs, ids, None)
     mask = check_mask(op, mask, hidden.shape[:-1], hidden.device)
+    w = weighing(op, mask, token_weight, reduction, scale, hidden, "token_weight")
     ids = check_ids(op, ids, "hidden", hidden, mask).reshape(-1)
     if tp_group is None:
         checks.ids_in_range(op, "ids", ids, weight.shape[0])
     flat_mask = given(mask, lambda mask: mask.reshape(-1))
-    tensors = Tensors(hide_rows(tokens, flat_mask), weight, bias=bias)
+    tokens = _hidden_under(flat_mask, tokens, weight, tp_group)
+    tensors = Tensors(tokens, weight, bias=bias)
     asked = replace(_asked(tensors, token_chunk, vocab_chunk), stats=True)
     call = LinearCall(
         op,
         inputs=Inputs(tensors, ids, flat_mask, t, asked),
         shape=hidden.shape[:-1],
-        mask=mask,
-        token_weight=token_weight,
-        reduction=reduction,
+        weighing=w,
         grad_mode=grad_mode,
         tp_group=tp_group,
     )
@@ -267,6 +268,16 @@ def _tokens(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor
         checks.same_device(op, f"{prefix}bias", bias, f"{prefix}hidden", hidden)
     tokens: Tensor = hidden.reshape(-1, H)
     return tokens
+
+
+def _hidden_under(mask: Tensor | None, tokens: Tensor, weight: Tensor, tp_group: Any) -> Tensor:
+    """The hidden states, 0 under the mask where NaN would reach the head's gradient by 0 * NaN.
+
+    A frozen head has none, and on a CPU masked tokens are left out, but of ranks' chunks.
+    """
+    left_out = tokens.device.type == "cpu" and tp_group is None
+    trains = weight.requires_grad or transforming()
+    return hide_rows(tokens, mask if trains and not left_out else None)
 
 
 def _asked(tensors: Tensors, token_chunk: int | None, vocab_chunk: int | None) -> Asked:

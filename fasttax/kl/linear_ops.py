@@ -19,7 +19,7 @@ from fasttax._base.library import (
     no_second_derivative,
     second_derivative_message,
 )
-from fasttax._base.modes import transforming
+from fasttax._base.modes import transforming, without_autocast
 from fasttax.kl.gradients import only_needed
 from fasttax.kl.linear_sweep import SCHEMA, Inputs, Sweep, empty_saved
 from fasttax.reference.numbers import empty_gradient
@@ -28,10 +28,6 @@ from fasttax.reference.rows import LINEAR
 NAMES = "linear_token_kl or linear_token_logprobs"
 OF_RESULT = "the gradient of its result"
 TENSORS = 6  # of the inputs: those with gradients
-
-
-def _without_autocast(like: Tensor) -> torch.autocast:
-    return torch.autocast(like.device.type, enabled=False)
 
 
 def _gradients(sweep: Sweep, like: Tensor) -> tuple[Tensor, ...]:
@@ -53,7 +49,7 @@ def _gradients_fake(
 
 def _rows(*args: Any) -> tuple[Tensor, ...]:
     """(rows (8, tiles, N), what the backward wants of them)."""
-    with _without_autocast(args[0]):
+    with without_autocast(args[0].device):
         sweep = Sweep(Inputs.of_args(args))
         sweep.run(None)
         return sweep.results()
@@ -70,7 +66,7 @@ def _rows_backward(
     d_rows: Tensor, kl_saved: Tensor, saved: Tensor, ref_saved: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     """Gradients of sum(d_rows * rows) by `Tensors`; those not needed are empty."""
-    with _without_autocast(d_rows):
+    with without_autocast(d_rows.device):
         sweep = Sweep(Inputs.of_args(args[:-1]), needs=args[-1])
         sweep.resume((kl_saved, saved, ref_saved)).run(d_rows, fresh=False)
         return _gradients(sweep, d_rows)
@@ -83,13 +79,16 @@ def _rows_backward_fake(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)  # zeros for what is saved, which has no gradient
     tensors = TENSORS + 2  # and ids, mask
     ctx.rest = inputs[tensors:]
     ctx.save_for_backward(*inputs[:tensors], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, d_rows: Tensor, *others: Any) -> Any:
+def _backward(ctx: Any, d_rows: Tensor | None, *others: Any) -> Any:
+    if d_rows is None:
+        return (None,) * (TENSORS + 2 + len(ctx.rest))
     checks.no_tangent(NAMES, OF_RESULT, d_rows)
     tensors, needs = TENSORS + 2, list(ctx.needs_input_grad[:TENSORS])
     both = ctx.saved_tensors  # read once: checkpointing unpacks each of them but once
@@ -144,7 +143,7 @@ def linear_token_rows(inputs: Inputs) -> Tensor:
 def _total(by_token: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(sum(by_token * rows[row]), its gradients by `Tensors`); those not needed are empty."""
     *inputs, row, needs = args
-    with _without_autocast(by_token):
+    with without_autocast(by_token.device):
         sweep = Sweep(Inputs.of_args(inputs), needs)
         d_rows = by_token.new_zeros((len(LINEAR), 1, by_token.shape[0]))
         d_rows[row, 0] = by_token

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fasttax._base import checks
 from fasttax._base.gemm import pieces
+from fasttax._base.modes import without_autocast
 from fasttax._base.optional import given
-from fasttax.kl.call import reduce, reduced_gradient
 from fasttax.kl.gradients import (
     FLOAT16,
     NO_GRAD,
@@ -25,9 +25,11 @@ from fasttax.kl.linear_ops import linear_token_rows, linear_token_total
 from fasttax.kl.linear_product import linear_head, linear_logits
 from fasttax.kl.linear_sweep import Inputs, Projection, Sweep, Tensors
 from fasttax.kl.token_kl import kl_of_rows
-from fasttax.kl.token_stats import stats_of_rows
+from fasttax.kl.token_stats import StatsRows, stats_of_rows
 from fasttax.kl.vocab_parallel import combine_parts, to_group
+from fasttax.kl.weigh import Weighing
 from fasttax.reference.rows import LINEAR
+from fasttax.reference.weigh import NONE
 
 # at a time under tp_group, whose shards of the vocabulary are small
 CPU_TOKENS, GPU_TOKENS = 256, 1024
@@ -37,15 +39,13 @@ CPU_TOKENS, GPU_TOKENS = 256, 1024
 class LinearCall:
     """A checked call: the inputs with tokens flattened, and what becomes of the tokens' values.
 
-    `mask` has the tokens' `shape`; inputs.mask is the same, flattened.
+    The weighing's mask has the tokens' `shape`; inputs.mask is the same, flattened.
     """
 
     op: str
     inputs: Inputs
     shape: torch.Size
-    mask: Tensor | None
-    token_weight: Tensor | None
-    reduction: str
+    weighing: Weighing
     grad_mode: str
     tp_group: Any
 
@@ -60,22 +60,20 @@ class LinearCall:
             [(name, row)] = outputs.items()
             return {name: self._made_in_forward(LINEAR.index(row))}
         if self.tp_group is not None:
-            values = self._over_ranks(tuple(outputs.values()))
+            rows = StatsRows.of(self._over_ranks(tuple(outputs.values())))
         elif self.tiles > 1:
-            values = self._over_tiles(set(outputs.values()))
+            rows = StatsRows.of(self._over_tiles(set(outputs.values())))
         else:
-            values = dict(zip(LINEAR, linear_token_rows(self.inputs)[:, 0], strict=True))
-        return {name: self._reduced(values[row]) for name, row in outputs.items()}
+            places = {name: place for place, name in enumerate(LINEAR)}
+            rows = StatsRows([linear_token_rows(self.inputs)], places)
+        tensors = [t.reshape(len(t), *self.shape) for t in rows.tensors]
+        weighed = replace(rows, tensors=tensors).weighed(tuple(outputs.values()), self.weighing)
+        return dict(zip(outputs, weighed, strict=True))
 
     @property
     def tiles(self) -> int:
         """Of the vocabulary, that are gone over one by one."""
         return self.inputs.asked.tiles(self.inputs.tensors.weight.shape[0])
-
-    def _reduced(self, values: Tensor) -> Tensor:
-        shaped = values.reshape(self.shape)
-        weight = given(self._flat_weight(), lambda weight: weight.reshape(self.shape))
-        return reduce(self.op, shaped, self.mask, weight, self.reduction)
 
     def _in_forward(self, several: str) -> bool:
         """Whether to make the gradients in the forward; an error where they would be wrong."""
@@ -93,7 +91,7 @@ class LinearCall:
         return not obstacle
 
     def _obstacle(self, several: str) -> str:
-        tensors, known = self.inputs.tensors, self.reduction != "none"
+        tensors, known = self.inputs.tensors, self.weighing.reduces
         heads = (tensors.weight, tensors.ref_weight, tensors.bias, tensors.ref_bias)
         if not known and any(head is not None and head.requires_grad for head in heads):
             return (
@@ -105,7 +103,7 @@ class LinearCall:
             return "under tp_group it takes the other ranks' logits"
         if self.tiles > 1:
             return "with vocab_chunk < V a gradient takes the other chunks' logits"
-        obstacle = obstacle_to_gradients(tensors, self.token_weight, stateless=known)
+        obstacle = obstacle_to_gradients(tensors, self.weighing.weight, stateless=known)
         if not obstacle and self.inputs.asked.gemm_dtype == torch.float16:
             return FLOAT16
         return obstacle
@@ -113,20 +111,10 @@ class LinearCall:
     def _made_in_forward(self, row: int) -> Tensor:
         if torch.compiler.is_compiling():
             hidden = self.inputs.tensors.hidden
-            like = hidden.new_zeros(hidden.shape[0], dtype=self.inputs.tensors.dtype)
-            return linear_token_total(self.gradient_by_token(like), self.inputs, row)
+            like = hidden.new_empty(hidden.shape[0], dtype=self.inputs.tensors.dtype)
+            return linear_token_total(self.weighing.flat().by_token(like), self.inputs, row)
         value: Tensor = _GradientInForward.apply(*self.inputs.tensors, self, row)
-        return value.reshape(self.shape) if self.reduction == "none" else value
-
-    def gradient_by_token(self, like: Tensor) -> Tensor:
-        """The gradient of the reduced value by every token's; of a sum where it is not reduced."""
-        weight = self._flat_weight()
-        reduction = "sum" if self.reduction == "none" else self.reduction
-        return reduced_gradient(self.op, like, self.inputs.mask, weight, reduction)
-
-    def reduced_in_forward(self, values: Tensor) -> Tensor:
-        """`values` of the flattened tokens, weighed and reduced."""
-        return reduce(self.op, values, self.inputs.mask, self._flat_weight(), self.reduction)
+        return value if self.weighing.reduces else value.reshape(self.shape)
 
     def _over_tiles(self, wanted: set[str]) -> dict[str, Tensor]:
         """The `wanted` of every token from tiles of the vocabulary."""
@@ -167,7 +155,13 @@ class LinearCall:
             by_token = [None if t is None else t[at] for t in (hidden, ref_hidden, ids, mask)]
             chunks.append(
                 checkpoint(
-                    self._of_chunk, outputs, operands, *by_token, *heads, use_reentrant=False
+                    self._of_chunk,
+                    outputs,
+                    operands,
+                    *by_token,
+                    *heads,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             )
         whole = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -193,14 +187,8 @@ class LinearCall:
         if y is not None and outputs == ("kl",):
             return (kl_of_rows(self.op, x, y, mask, t, group),)
         stats = stats_of_rows(self.op, x, y, ids, mask, t, outputs, group)
-        return tuple(stats[name] for name in outputs)
-
-    def _flat_weight(self) -> Tensor | None:
-        if self.token_weight is None:
-            return None
-        device = self.inputs.tensors.hidden.device
-        weight = checks.per_token(self.op, "token_weight", self.token_weight, self.shape, device)
-        return weight.reshape(-1)
+        plain = Weighing(self.op, mask, None, NONE, 1.0)
+        return tuple(stats.weighed(outputs, plain))
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -213,20 +201,18 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *leaves, call, row = args
-        ctx.op, ctx.known = call.op, call.reduction != "none"
+        ctx.op, ctx.known, w = call.op, call.weighing.reduces, call.weighing.flat()
         tensors = Tensors(*[given(t, Tensor.detach) for t in leaves])  # type: ignore[arg-type]
-        with torch.autocast(tensors.hidden.device.type, enabled=False):
+        with without_autocast(tensors.hidden.device):
             needs = ctx.needs_input_grad[: len(tensors)]
             sweep = Sweep(call.inputs._replace(tensors=tensors), needs)
-            by_token = call.gradient_by_token(sweep.rows.new_zeros(tensors.hidden.shape[0]))
+            by_token = w.by_token(sweep.rows.new_empty(tensors.hidden.shape[0]))
             d_rows = by_token.new_zeros((len(LINEAR), 1, by_token.shape[0]))
             d_rows[row, 0] = by_token
             sweep.run(d_rows)
             hold_gradients(ctx, sweep.gradients(), by_token)
-            return call.reduced_in_forward(sweep.results()[0][row, 0])
+            return w.of(sweep.results()[0][row, 0])
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:
-        if not ctx.known:
-            factor = factor[:, None]
         return *held_gradients(ctx, ctx.op, factor), None, None

@@ -390,8 +390,9 @@ class _Chunk:
         self.mask = given(sweep.mask, lambda mask: mask[tokens])
         self.ids = None
         if sweep.ids is not None:
-            self.ids = sweep.ids[tokens] - columns.start
+            self.ids = sweep.ids[tokens]
         if self.ids is not None and sweep.columns < sweep.V:
+            self.ids = self.ids - columns.start
             # where the id is another tile's, combine_parts takes nothing from here
             self.ids = self.ids.where((self.ids >= 0) & (self.ids < x.shape[1]), 0)
 

@@ -27,17 +27,15 @@ from fasttax._base import checks
 from fasttax._base.library import define, lib, no_double_backward, no_second_derivative
 from fasttax.kl.call import (
     OPTIONS,
-    REDUCTIONS,
     Tempering,
     check_logits,
     check_mask,
-    reduce,
-    reduced_gradient,
     tempering,
 )
 from fasttax.kl.gradients import held_gradients, hold_gradients, obstacle_to_gradients, only_needed
 from fasttax.kl.transforms import register_vmap, run
 from fasttax.kl.vocab_parallel import combine_kl
+from fasttax.kl.weigh import Weighing, weighing
 from fasttax.reference.numbers import empty_gradient, wide_dtype
 from fasttax.reference.rows import SAVED_KL
 
@@ -57,6 +55,7 @@ def token_kl(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "none",
+    scale: float | Tensor = 1.0,
     inf: str = "propagate",
     inplace_backward: bool = False,
     tp_group: Any = None,
@@ -82,6 +81,10 @@ def token_kl(
             gradient are 0.
         weight: (...), multiplies the tokens' values.
         reduction: "none" (...), "sum" or "mean" (over the unmasked tokens; with none of them 0).
+        scale: multiplies the result and its gradients, as `scale * token_kl(...)` does, but in what
+            the sweeps are given for each token: no entry of a gradient is gone over again. A finite
+            number of either sign, or a 0-d tensor, which is multiplied into `weight` without a
+            look at its value.
         inf: at an entry where only the reference is -inf, "propagate" gives KL(policy || ref) =
             inf; "mask" drops entries where either is -inf and renormalises. Both -inf contributes 0
             either way.
@@ -112,11 +115,11 @@ def token_kl(
         ref_logit_scale=ref_logit_scale,
         inf=inf,
     )
-    checks.choice(op, "reduction", reduction, REDUCTIONS)
     given = logits
     logits, ref_logits = check_logits(op, logits, ref_logits)
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
-    in_forward = reduction != "none" and not obstacle_to_gradients((logits, ref_logits), weight)
+    w = weighing(op, mask, weight, reduction, scale, logits)
+    in_forward = w.reduces and not obstacle_to_gradients((logits, ref_logits), w.weight)
     if inplace_backward:
         if logits is not given or tp_group is not None:
             raise checks.fail(
@@ -128,11 +131,11 @@ def token_kl(
             )
         kl = _InplaceTokenKL.apply(logits, ref_logits, mask, t)
     elif tp_group is None and in_forward:
-        total: Tensor = _ReducedTokenKL.apply(logits, ref_logits, mask, weight, reduction, t)
+        total: Tensor = _ReducedTokenKL.apply(logits, ref_logits, w, t)
         return total
     else:
         kl = kl_of_rows(op, logits, ref_logits, mask, t, tp_group)
-    return reduce(op, kl, mask, weight, reduction)
+    return w.of(kl)
 
 
 def kl_of_rows(
@@ -216,12 +219,15 @@ define(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)  # zeros for `saved`, which has no gradient
     logits, ref_logits, mask, *ctx.options = inputs
     ctx.save_for_backward(logits, ref_logits, mask, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, d_kl: Tensor, d_saved: Tensor) -> Any:
+def _backward(ctx: Any, d_kl: Tensor | None, d_saved: None) -> Any:
+    if d_kl is None:
+        return (None,) * (3 + len(ctx.options))
     checks.no_tangent("token_kl", "the gradient of its result", d_kl)
     needs = ctx.needs_input_grad[:2]
     gradients = torch.ops.fasttax.token_kl_backward(
@@ -241,23 +247,20 @@ class _ReducedTokenKL(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         ref_logits: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        reduction: str,
+        w: Weighing,
         t: Tempering,
     ) -> Tensor:
-        like = logits.new_empty(logits.shape[:-1], dtype=wide_dtype(logits))
-        token_weight = reduced_gradient("token_kl", like, mask, weight, reduction)
+        token_weight = w.by_token(logits.new_empty(logits.shape[:-1], dtype=wide_dtype(logits)))
         needs = ctx.needs_input_grad[:2]
         kl, *gradients = torch.ops.fasttax.token_kl_grad(
-            token_weight, logits.detach(), ref_logits.detach(), mask, *t.args(), *needs
+            token_weight, logits.detach(), ref_logits.detach(), w.mask, *t.args(), *needs
         )
         hold_gradients(ctx, only_needed(gradients, needs), token_weight)
-        return reduce("token_kl", kl, mask, weight, reduction)
+        return w.of(kl)
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:
-        return *held_gradients(ctx, "token_kl", factor), None, None, None, None
+        return *held_gradients(ctx, "token_kl", factor), None, None
 
 
 class _InplaceTokenKL(torch.autograd.Function):

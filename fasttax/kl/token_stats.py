@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,14 +21,14 @@ from fasttax.kl.call import (
     check_logits,
     check_mask,
     kind_of,
-    reduce,
     tempering,
 )
 from fasttax.kl.gradients import only_needed
-from fasttax.kl.kl_estimate import ESTIMATORS, kl_estimate
+from fasttax.kl.kl_estimate import ESTIMATORS
 from fasttax.kl.token_kl import kl_of_rows
 from fasttax.kl.transforms import register_vmap, run
 from fasttax.kl.vocab_parallel import KL_ROWS, combine_shards
+from fasttax.kl.weigh import Weighing, weighing
 from fasttax.reference.numbers import empty_gradient, wide_dtype
 from fasttax.reference.rows import LOGP, SAVED_STATS, STATS
 
@@ -89,6 +89,7 @@ def token_stats(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "none",
+    scale: float | Tensor = 1.0,
     inf: str = "propagate",
     tp_group: Any = None,
 ) -> TokenStats:
@@ -112,6 +113,7 @@ def token_stats(
         mask: as in `token_kl`: a masked token is not read, its outputs and gradients are 0.
         weight: as in `token_kl`.
         reduction: as in `token_kl`.
+        scale: as in `token_kl`; multiplies each of the outputs, log-probs too.
         inf: as in `token_kl`, of the KLs.
         tp_group: as in `token_kl`.
 
@@ -144,10 +146,39 @@ def token_stats(
         ids = check_ids(op, ids, "logits", logits, mask)
         if tp_group is None:
             checks.ids_in_range(op, "ids", ids, logits.shape[-1])
-    values = stats_of_rows(op, logits, ref_logits, ids, mask, t, outputs, tp_group)
-    return TokenStats(
-        **{name: reduce(op, values[name], mask, weight, reduction) for name in outputs}
-    )
+    w = weighing(op, mask, weight, reduction, scale, logits)
+    rows = stats_of_rows(op, logits, ref_logits, ids, mask, t, outputs, tp_group)
+    return TokenStats(**dict(zip(outputs, rows.weighed(outputs, w), strict=True)))
+
+
+@dataclass(frozen=True)
+class StatsRows:
+    """Rows of the tokens, in the tensors (R, ...) that hold them, and where each value is."""
+
+    tensors: list[Tensor]
+    places: dict[str, int]
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Tensor]) -> StatsRows:
+        """Each in a tensor of its own."""
+        tensors = [row[None] for row in rows.values()]
+        return cls(tensors, {name: i for i, name in enumerate(rows)})
+
+    def also(self, rows: StatsRows) -> StatsRows:
+        """With the rows of another."""
+        before = sum(len(t) for t in self.tensors)
+        places = {name: before + place for name, place in rows.places.items()}
+        return StatsRows([*self.tensors, *rows.tensors], {**self.places, **places})
+
+    def weighed(self, outputs: Sequence[str], w: Weighing) -> list[Tensor]:
+        """The outputs, estimates by the log-probs."""
+        if not outputs:
+            return []
+        codes = [ESTIMATORS.get(name, self.places.get(name, 0)) for name in outputs]
+        pair: tuple[int, ...] = ()
+        if any(name in ESTIMATORS for name in outputs):
+            pair = (self.places["logp"], self.places["ref_logp"])
+        return w.of_rows(self.tensors, codes, pair)
 
 
 def stats_of_rows(
@@ -159,23 +190,23 @@ def stats_of_rows(
     t: Tempering,
     outputs: Sequence[str],
     tp_group: Any,
-) -> dict[str, Tensor]:
-    """The outputs of every token, of checked tensors, for the public function `op`."""
+) -> StatsRows:
+    """What the outputs of every token are made of, of checked tensors, for `op`."""
     plan = _plan(outputs, t, sharded=tp_group is not None)
-    values = {}
+    rows = StatsRows([], {})
+    if plan.wanted and tp_group is not None:
+        over_ranks = combine_shards(op, logits, ref_logits, ids, mask, t, plan.wanted, tp_group)
+        rows = StatsRows.of(over_ranks)
+    elif plan.wanted:
+        rows = _rows(logits, ref_logits, ids, mask, t, plan.wanted)
+    named = {name: rows.places[row] for name, row in plan.rows.items()}
+    rows = replace(rows, places={**rows.places, **named})
+    kls = {}
     for name, number in plan.kls.items():
         assert ref_logits is not None
         which = replace(t, kind=number)
-        values[name] = kl_of_rows(op, logits, ref_logits, mask, which, tp_group)
-    rows: dict[str, Tensor] = {}
-    if plan.wanted and tp_group is not None:
-        rows = combine_shards(op, logits, ref_logits, ids, mask, t, plan.wanted, tp_group)
-    elif plan.wanted:
-        rows = _rows(logits, ref_logits, ids, mask, t, plan.wanted)
-    values.update((name, rows[row]) for name, row in plan.rows.items())
-    for name in plan.estimates:
-        values[name] = kl_estimate(rows["logp"], rows["ref_logp"], kind=name)
-    return values
+        kls[name] = kl_of_rows(op, logits, ref_logits, mask, which, tp_group)
+    return rows.also(StatsRows.of(kls))
 
 
 class _Plan(NamedTuple):
@@ -183,7 +214,7 @@ class _Plan(NamedTuple):
 
     kls: dict[str, int]  # from a sweep of token_kl's, of this kind
     rows: dict[str, str]  # from a row of token_stats
-    estimates: list[str]  # from its log-probs
+    estimates: list[str]  # of its log-probs
 
     @property
     def wanted(self) -> set[str]:
@@ -219,21 +250,22 @@ def _rows(
     mask: Tensor | None,
     t: Tempering,
     wanted: set[str],
-) -> dict[str, Tensor]:
+) -> StatsRows:
     """The `wanted` rows: by one sweep over both models' where a KL is among them, else one each."""
+    places = {name: i for i, name in enumerate(STATS)}
     if ids is not None:
         ids = ids.contiguous()
     if wanted & KL_ROWS:
-        both = run("token_stats", t.sides(), logits, ref_logits, ids, mask)
-        return dict(zip(STATS, both.unbind(0), strict=True))
-    rows: dict[str, Tensor] = {}
+        return StatsRows([run("token_stats", t.sides(), logits, ref_logits, ids, mask)], places)
+    rows = StatsRows([], {})
     if wanted - {"ref_logp"}:
         needed = ids if "logp" in wanted else None
         alone = run("token_stats", t.alone(t.policy), logits, None, needed, mask)
-        rows.update(zip(STATS, alone.unbind(0), strict=True))
+        rows = StatsRows([alone], places)
     if "ref_logp" in wanted:
         assert ref_logits is not None
-        rows["ref_logp"] = run("token_stats", t.alone(t.ref), ref_logits, None, ids, mask)[LOGP]
+        alone = run("token_stats", t.alone(t.ref), ref_logits, None, ids, mask)
+        rows = rows.also(StatsRows([alone], {"ref_logp": LOGP}))
     return rows
 
 
@@ -262,12 +294,15 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)  # zeros for `saved`, which has no gradient
     ctx.options = inputs[4:]
     ctx.save_for_backward(*inputs[:4], output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, d_values: Tensor, d_saved: Tensor) -> Any:
+def _backward(ctx: Any, d_values: Tensor | None, d_saved: None) -> Any:
+    if d_values is None:
+        return (None,) * (4 + len(ctx.options))
     checks.no_tangent("token_stats", "the gradient of its results", d_values)
     needs = ctx.needs_input_grad[:2]
     gradients = torch.ops.fasttax.token_stats_backward(

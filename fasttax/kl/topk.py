@@ -79,6 +79,7 @@ def topk_kl(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "none",
+    scale: float | Tensor = 1.0,
     inf: str = "propagate",
 ) -> Tensor:
     """KL against a reference known by its top k log-probs; at k = V the full KL.
@@ -99,6 +100,7 @@ def topk_kl(
         mask: as in `token_kl`.
         weight: as in `token_kl`.
         reduction: as in `token_kl`.
+        scale: as in `token_kl`.
         inf: as in `token_kl`.
 
     Returns:
@@ -145,16 +147,25 @@ def topk_kl(
         top = torch.cat((top, rest.logsumexp(-1, keepdim=True)), -1)
         ref_top = torch.cat((ref_top, ref_rest), -1)
     return token_kl(
-        top, ref_top, kind=kind, beta=beta, mask=mask, weight=weight, reduction=reduction, inf=inf
+        top,
+        ref_top,
+        kind=kind,
+        beta=beta,
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        scale=scale,
+        inf=inf,
     )
 
 
 def _tempered(logits: Tensor, side: Side) -> Tensor:
     """The policy's tempered logits, which stand below 0."""
     x = reference.wide(logits)
-    if not side.softcap:
-        x = _below_maximum(x)
-    return _below_maximum(side.temper(x))
+    if side.softcap:
+        return _below_maximum(side.temper(x))
+    x = _below_maximum(x)  # whose maximum stays 0
+    return x if side.scale * side.inv_temperature == 1 else side.temper(x)
 
 
 class _Entries(NamedTuple):

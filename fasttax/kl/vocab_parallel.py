@@ -59,7 +59,10 @@ def _widths(op: str, shard: Tensor, group: Any) -> Tensor:
             collectives to come would hang. (On GPUs a look would be a sync.)
     """
     tokens = shard.shape[:-1].numel()
-    mine = torch.tensor([shard.shape[-1], tokens], device=shard.device)
+    # filled on the device: a copy of the host's numbers would wait for it
+    mine = torch.empty(2, dtype=torch.int64, device=shard.device)
+    for at, size in enumerate((shard.shape[-1], tokens)):
+        mine[at : at + 1].fill_(size)
     sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, mine, group=group)
     widths, counts = torch.stack(sizes).unbind(1)

@@ -58,3 +58,7 @@ from fasttax.reference.rows import SAVED_KL as SAVED_KL
 from fasttax.reference.rows import SAVED_STATS as SAVED_STATS
 from fasttax.reference.tempering import Side as Side
 from fasttax.reference.tempering import Tempering as Tempering
+from fasttax.reference.weigh import scale_held_ as scale_held_
+from fasttax.reference.weigh import token_weights as token_weights
+from fasttax.reference.weigh import weigh_tokens as weigh_tokens
+from fasttax.reference.weigh import weigh_tokens_backward as weigh_tokens_backward

@@ -253,7 +253,7 @@ def test_tokens_that_a_tool_wrote_do_not_count(tmp_path: Path) -> None:
     full = FullKL(trainer, tiny_lm.model(1), BETA)
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, inputs)
-    assert full._count == 6
+    assert full.events.since_log["kl/policy_ref"][1] == 6
     attention = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)
     logits = [
         m(input_ids=ids, attention_mask=attention).logits[:, 3:-1] / 0.9

@@ -82,7 +82,7 @@ def test_a_copy_or_pickle_of_the_policy_is_the_policy_alone() -> None:
         made.current_gradient_accumulation_steps = 1
         policy.train()
         made.compute_loss(policy, dict(k.BATCH))
-        assert full._count == 3 * (k.TOKENS - 3)
+        assert full.events.since_log["kl/policy_ref"][1] == 3 * (k.TOKENS - 3)
     for other in copies:
         assert torch.equal(k.logits(other), k.logits(policy))
 

@@ -1,0 +1,69 @@
+"""The CUDA kernels of the tokens' results and of held gradients without a GPU: their source on a
+SIMT machine, with faults that must be caught, and their machine code.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fasttax._base import library
+from tests.tools.cuda_tools import (
+    ARCHS,
+    ARITHMETIC,
+    ASAN,
+    LOAD,
+    STORE,
+    TSAN,
+    Fault,
+    cubins_of,
+    longest_run,
+    machine_code,
+    registers,
+    simt_tests,
+    steps,
+)
+
+WEIGH = "cuda/weigh.cuh"
+FAULTS = {
+    "no barrier": Fault(TSAN, WEIGH, "= mine;\n  __syncthreads();\n", "= mine;\n", "data race"),
+    "a mask read past its end": Fault(
+        ASAN, WEIGH, "aligned ? a.n / 16 : 0", "aligned ? (a.n + 15) / 16 : 0", "heap-buffer-over"
+    ),
+    "a gradient read though the factor is 1": Fault(
+        ASAN, WEIGH, "    if (by == 1) {", "    if (by == 2) {", "ERROR"
+    ),
+    "a ratio without its clip": Fault(
+        (), "math/weigh.h", "x > clip ? top * (1 + (x - clip)) : std::exp(x)", "std::exp(x)", "FAIL"
+    ),
+}
+simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
+    "weigh", FAULTS, lambda build: 94 if build == "thread" else 802
+)
+
+
+cubins = cubins_of("weigh.cu")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_machine_code(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+    report, cubin = cubins[arch][0]
+    used = registers(report)
+    assert max(used.values()) <= 64, used
+    code = machine_code(cubin)
+    assert not any(re.search(r"\b(LDL|STL|RED|ATOM)", body) for body in code.values())
+    scale = {name: steps(body) for name, body in code.items() if "scale_held_kernel" in name}
+    assert len(scale) == 4
+    for name, opcodes in scale.items():
+        # 64 bytes a thread under way
+        assert longest_run(opcodes, LOAD, f"{ARITHMETIC}|DMUL") >= 4, name
+        assert any(re.match(STORE, step) for step in opcodes)
+
+
+def test_library_registers_without_a_gpu() -> None:
+    if "_C_cuda" in library.problems:
+        pytest.skip(f"_C_cuda is not loaded: {library.problems['_C_cuda']}")
+    for op in ("token_weights", "weigh_tokens", "weigh_tokens_backward", "scale_held_"):
+        assert library.active(op, "cuda") == ("CUDA C++", "built and registered")
