@@ -23,6 +23,7 @@ from tests.tools.triton_tools import TARGETS, compiled, run_in_the_interpreter
 
 CASES: dict[str, tuple[tuple[int, ...], int, int]] = {  # lengths of the examples, in, out
     "tiles": ((32, 64), 64, 64),  # whole tiles of F and of tokens
+    "large": ((70, 3), 300, 257),  # six large tiles, which the interpreter's GPU takes
     "ragged": ((5, 0, 41, 1), 70, 37),  # no multiple of any tile; an empty example
     "single": ((1,) * 40, 33, 65),  # the product of squares
     "as_many": ((2, 0, 1), 5, 3),  # as many examples as rows, but not one each
@@ -105,39 +106,87 @@ def test_the_ops_own_tests_in_the_interpreter(file: str) -> None:
     assert run_in_the_interpreter(file, "not opcheck and not any_row and not direct_op_call") >= 6
 
 
+SIZES = dict.fromkeys(("examples", "inputs", "outputs", "a_stride", "d_stride"), "i32")
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_tile_has_no_spills_and_bf16_uses_tensor_cores(
-    target: str, dtype: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("products", "size"), [("bf16", 8192), ("bf16", 64), ("tf32", 8192), ("fp32", 64)]
+)
+def test_tiles_have_no_spills_and_use_tensor_cores(
+    target: str, products: str, size: int, tmp_path: Path
 ) -> None:
+    """Of the tile that a layer of that size takes there; what it shares fits the smallest GPU of
+    its kind.
+    """
     from fasttax.triton import fisher
 
+    major = 9 if target == "gfx942" else int(target.removeprefix("sm_")) // 10
+    precision = "tf32" if products == "tf32" else "ieee"
+    tile = fisher.tile_of(size, size, products == "bf16", precision, 132, major)
+    if products == "bf16" and size == 8192:
+        assert tile == (fisher.MIDDLE if target == "sm_120" else fisher.LARGE)
+    operand = "*bf16" if products == "bf16" else "*fp32"
     types = {
         "out_ptr": "*fp32",
-        "a_ptr": f"*{dtype}",
-        "d_ptr": f"*{dtype}",
+        "a_ptr": operand,
+        "d_ptr": operand,
         "cu_ptr": "*i64",
-        "examples": "i32",
-        "inputs": "i32",
-        "outputs": "i32",
-        "a_stride": "i32",
-        "d_stride": "i32",
+        "ragged_ptr": "*i32",
+        **SIZES,
     }
     constants = {
-        "SINGLE": False,
         "WIDE": False,
-        "TILE_O": fisher.TILE_O,
-        "TILE_I": fisher.TILE_I,
-        "TILE_T": fisher.TILE_T,
+        "PRECISION": precision,
+        "TILE_O": tile.outputs,
+        "TILE_I": tile.inputs,
+        "TILE_T": tile.tokens,
         "FOLD": fisher.FOLD,
     }
-    binary = compiled(fisher.linear_kernel, target, types, constants, {"num_warps": 4}, tmp_path)
+    warps = {"num_warps": tile.warps}
+    binary = compiled(fisher.linear_kernel, target, types, constants, warps, tmp_path)
     assert binary.spills == 0
-    assert binary.registers <= 255
-    if dtype == "bf16":
+    lanes, file = (64, 1 << 17) if target == "gfx942" else (32, 1 << 16)
+    assert binary.registers * tile.warps * lanes <= file
+    assert binary.shared <= (64 << 10 if target == "gfx942" else 99 << 10)
+    if products != "fp32":
         assert any(word in binary.code for word in ("HMMA", "GMMA", "UTCHMMA", "mfma")), (
             "no tensor-core instruction"
         )
+    if target.startswith("sm_") and products == "bf16":
+        # both operands go to shared memory beside the products of the tile before
+        assert binary.code.count("LDGSTS") >= 4
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_single_tokens_have_no_spills(target: str, tmp_path: Path) -> None:
+    from fasttax.triton import fisher
+
+    tile = fisher.SINGLE
+    types = {
+        "out_ptr": "*fp32",
+        "a_ptr": "*bf16",
+        "d_ptr": "*bf16",
+        "ragged_ptr": "*i32",
+        **SIZES,
+    }
+    constants = {
+        "TILE_O": tile.outputs,
+        "TILE_I": tile.inputs,
+        "TILE_T": tile.tokens,
+        "FOLD": fisher.FOLD,
+    }
+    warps = {"num_warps": tile.warps}
+    binary = compiled(fisher.single_kernel, target, types, constants, warps, tmp_path)
+    assert binary.spills == 0
+
+
+def test_tf32_is_torchs_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fasttax.triton import fisher
+
+    assert fisher.precision() == "ieee"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert fisher.precision() == ("ieee" if torch.version.hip else "tf32")
 
 
 def test_the_row_kernel_compiles(tmp_path: Path) -> None:

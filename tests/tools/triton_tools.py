@@ -120,4 +120,4 @@ def compiled(
     code = subprocess.run(
         [disassemble, "-c", cubin], capture_output=True, text=True, check=True
     ).stdout
-    return Binary(registers, stack + local, shared, code)
+    return Binary(registers, stack + local, max(shared, built.metadata.shared), code)
