@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fasttax._base.version import __version__
 from fasttax.cli.commands import COMMANDS
 
-OPTIONAL = ("transformers", "gguf", "rich", "matplotlib")  # packages that an extra brings
+OPTIONAL = ("transformers", "gguf", "rich", "matplotlib", "scipy")  # packages that an extra brings
 USER_ERROR = 2  # the exit code of what the user can put right
 INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
 
