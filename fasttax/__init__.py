@@ -9,6 +9,7 @@ from fasttax._base.library import load_native as _load_native
 from fasttax._base.version import __version__ as __version__
 from fasttax.ewc import EWC as EWC
 from fasttax.ewc import AdamWEWC as AdamWEWC
+from fasttax.ewc import FisherMask as FisherMask
 from fasttax.fisher import DiagonalFisher as DiagonalFisher
 from fasttax.fisher import FisherEstimate as FisherEstimate
 from fasttax.fisher import KroneckerEstimate as KroneckerEstimate
@@ -29,6 +30,7 @@ __all__ = [
     "AdamWEWC",
     "DiagonalFisher",
     "FisherEstimate",
+    "FisherMask",
     "KroneckerEstimate",
     "TokenStats",
     "estimate_fisher",

@@ -21,8 +21,8 @@ COMMANDS = {
     ),
     "fisher": Command("estimate a model's diagonal Fisher on text and save it"),
     "kl": Command(
-        "cache: keep a reference model's top-k log-probs of training data, so that training needs "
-        "no reference in memory",
+        "measure: both KLs of two models on text, token by token; cache: keep a reference's top-k "
+        "log-probs of training data, so that training needs no reference in memory",
         extra="transformers",
     ),
     "merge": Command(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttax.cli import _language_model
+from fasttax.cli import _language_model, _texts
 from fasttax.cli._options import in_options
 from fasttax.cli.commands import COMMANDS
 from fasttax.fisher import FisherEstimate, estimate_fisher
 
+OP = "fasttax fisher"
 REFUSED = (ValueError, TypeError, NotImplementedError)  # what the library says no with
 
 
@@ -30,9 +30,10 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(
             "fasttax fisher: --length must be at least 2, --batch-size and --examples at least 1"
         )
-    text = Path(args.text).read_text(encoding="utf-8")
+    _language_model.check(OP, args, {"model": args.model}, args.output)
+    device = _language_model.device_of(OP, args.device)
+    text = _texts.read(args.text)
     tokenizer = _language_model.tokenizer_of(args.model)
-    model = _language_model.load(args.model).eval()
     rows = rows_of(text, tokenizer, args.length)[: args.examples]
     if not len(rows):
         tokens = len(tokenizer(text, verbose=False)["input_ids"])
@@ -40,9 +41,12 @@ def main(argv: Sequence[str]) -> int:
             f"fasttax fisher: {args.text} has {tokens} tokens; expected at least --length "
             f"{args.length}"
         )
+    model = _language_model.load(args.model, device, args.dtype)
+    rows = rows.to(device)
     estimate = _estimated(model, rows.split(args.batch_size), len(rows), args)
     estimate.save(args.output)
     print(f"{estimate}\n{args.output}")
+    _language_model.write_json(OP, args.json, {**estimate.metadata, "output": args.output})
     return 0
 
 
@@ -124,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
         help="one example at a time, exact for any model, where a parameter has no rule; with "
         "--labels sample or true",
     )
+    _language_model.add_options(parser)
     return parser
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+
+import torch
 
 from fasttax._base.version import __version__
 from fasttax.cli.commands import COMMANDS
 
-OPTIONAL = ("transformers", "gguf", "rich", "matplotlib")  # packages that an extra brings
+OPTIONAL = ("transformers", "gguf", "rich", "matplotlib", "scipy")  # packages that an extra brings
 USER_ERROR = 2  # the exit code of what the user can put right
+CLOSED_PIPE = 141  # 128 and the number of SIGPIPE
 INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
 
 
@@ -64,8 +68,20 @@ def run(name: str, argv: Sequence[str]) -> int:
             f"fasttax {name}: {error.name} is not installed; run `pip install "
             f"'fasttax[{COMMANDS[name].extra}]'`"
         )
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition("\n")[0]
+        return complain(
+            f"fasttax {name}: {first}; take a smaller --batch-size or --length, --dtype bfloat16, "
+            "or --device cpu"
+        )
+    except BrokenPipeError:
+        # what reads the output has gone (`| head`): no more of it, and no second error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     except (ValueError, OSError) as error:
-        return complain(f"fasttax {name}: {error}")
+        prefix = f"fasttax {name}"
+        text = str(error)
+        return complain(text if text.startswith(prefix) else f"{prefix}: {text}")
     except KeyboardInterrupt:
         complain(f"fasttax {name}: interrupted; no file was left half written")
         return INTERRUPTED

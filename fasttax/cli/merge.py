@@ -24,9 +24,35 @@ def main(argv: Sequence[str]) -> int:
 def _merged(args: argparse.Namespace) -> Path:
     """Where the average lies."""
     if args.way == "linear":
-        return merge.linear(args.base, args.aligned, args.alpha, output=args.output)
+        return merge.linear(args.base, args.aligned, _alpha(args.alpha), output=args.output)
     return merge.fisher_average(
-        args.models, args.fisher, weights=args.weight, missing=args.missing, output=args.output
+        args.models,
+        args.fisher,
+        weights=args.weight,
+        missing=args.missing,
+        floor=args.floor,
+        normalize=args.normalize,
+        output=args.output,
+    )
+
+
+def _alpha(words: Sequence[str]) -> float | dict[str, float]:
+    """A number, or PATTERN=NUMBER for each.
+
+    Raises:
+        ValueError: neither.
+    """
+    pairs = [word.rpartition("=") for word in words]
+    try:
+        if len(words) == 1 and not pairs[0][1]:
+            return float(words[0])
+        if all(equals and pattern for pattern, equals, _ in pairs):
+            return {pattern: float(value) for pattern, _, value in pairs}
+    except ValueError:
+        pass  # said below
+    raise ValueError(
+        f"fasttax merge linear: --alpha: expected a number, or PATTERN=NUMBER once for each "
+        f"pattern, as --alpha '*.mlp.*=0.5' --alpha '*=1', got {' '.join(words)}"
     )
 
 
@@ -39,7 +65,13 @@ def parser() -> argparse.ArgumentParser:
         "base", help="a folder of safetensors as transformers saves it, or one file"
     )
     linear.add_argument("aligned", help="the same of the aligned model")
-    linear.add_argument("--alpha", type=float, required=True, help="0 is BASE, 1 is ALIGNED")
+    linear.add_argument(
+        "--alpha",
+        action="append",
+        required=True,
+        metavar="NUMBER or PATTERN=NUMBER",
+        help="0 is BASE, 1 is ALIGNED; with patterns the first that a name fits decides",
+    )
     fisher = ways.add_parser("fisher", help="sum of w F MODEL over sum of w F")
     fisher.add_argument("models", nargs="+", metavar="MODEL")
     fisher.add_argument(
@@ -57,6 +89,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("error", "mean"),
         default="error",
         help="tensors without a Fisher: an error, or their plain mean",
+    )
+    fisher.add_argument(
+        "--floor", type=float, default=0.0, help="Fishers below it are raised to it (default 0)"
+    )
+    fisher.add_argument(
+        "--normalize", choices=("l2",), help="divide each Fisher by its norm over all parameters"
     )
     for way in (linear, fisher):
         way.add_argument("--output", required=True, help="a new folder, or a new .safetensors file")

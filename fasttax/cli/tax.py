@@ -1,18 +1,25 @@
-"""`fasttax tax REPORT.json`: what checkpoints gained and lost, printed and written."""
+"""`fasttax tax REPORT.json`, `fasttax tax BASE CHECKPOINT...`: what checkpoints gained and lost."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+from fasttax._base import placed
 from fasttax.cli.commands import COMMANDS
 from fasttax.tax import TaxReport
+
+OP = "fasttax tax"
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the report, then the name of each file that was asked for."""
     args = parse(argv)
-    report = TaxReport.load(args.report)
+    outputs = [path for path in (args.html, args.png, args.json) if path]
+    for path in outputs:
+        placed.in_a_folder(OP, path)
+    report = _report(args)
     print(report)
     for path, write in (
         (args.html, report.html),
@@ -24,15 +31,47 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> TaxReport:
+    """Of one file of TaxReport's, or of several of lm-evaluation-harness's."""
+    if len(args.files) == 1 and not Path(args.files[0]).is_dir():
+        return TaxReport.load(args.files[0])
+    metrics = dict(pair.split("=", 1) for pair in args.metric if "=" in pair)
+    if len(metrics) < len(args.metric):
+        raise ValueError("--metric: expected TASK=METRIC, as arc_easy=acc_norm")
+    return TaxReport.from_lm_eval(
+        args.files, alignment=args.alignment, metrics=metrics, tasks=args.task or None
+    )
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="fasttax tax", description=COMMANDS["tax"].summary)
+    parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["tax"].summary)
     parser.add_argument(
-        "report",
+        "files",
+        nargs="+",
+        metavar="REPORT",
         help=(
-            "JSON: base and checkpoints with capability and alignment, and kl, distance, run, "
-            "stage, step where measured"
+            "one JSON: base and checkpoints with capability and alignment, and kl, distance, run, "
+            "stage, step, se, seed, n, task_kl where measured; or results of lm-evaluation-harness "
+            "(files or folders), the base's first"
         ),
+    )
+    parser.add_argument(
+        "--alignment",
+        action="append",
+        default=[],
+        metavar="TASK",
+        help="a task of the harness that measures alignment, once for each (none: no gain)",
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="TASK=METRIC",
+        help="another metric of a task than the first that the harness lists",
+    )
+    parser.add_argument(
+        "--task", action="append", metavar="TASK", help="a task to read, once for each (all)"
     )
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
     parser.add_argument("--png", metavar="FILE", help="write the figure (needs matplotlib)")

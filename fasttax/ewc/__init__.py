@@ -3,5 +3,6 @@
 from fasttax.ewc.adamw import AdamWEWC as AdamWEWC
 from fasttax.ewc.drift import Drift as Drift
 from fasttax.ewc.ewc import EWC as EWC
+from fasttax.ewc.mask import FisherMask as FisherMask
 
-__all__ = ["EWC", "AdamWEWC", "Drift"]
+__all__ = ["EWC", "AdamWEWC", "Drift", "FisherMask"]

@@ -5,5 +5,6 @@ One tensor of each model in memory at a time.
 
 from fasttax.merge.average import fisher_average as fisher_average
 from fasttax.merge.average import linear as linear
+from fasttax.merge.sweeps import sweep as sweep
 
-__all__ = ["fisher_average", "linear"]
+__all__ = ["fisher_average", "linear", "sweep"]

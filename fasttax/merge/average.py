@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fasttax._base import checks
+from fasttax.merge import alphas
+from fasttax.merge.alphas import Alpha
 from fasttax.merge.fishers import Fishers
 from fasttax.merge.models import Models
 from fasttax.merge.output import write
@@ -24,17 +26,18 @@ Fisher = str | os.PathLike[str] | Mapping[str, Tensor]
 Combine = Callable[[str, Sequence[Tensor]], Tensor]
 
 MISSING = ("error", "mean")
+NORMS = ("l2",)
 
 
 @overload
 def linear(
-    base: Model, aligned: Model, alpha: float, *, output: None = None, progress: bool = True
+    base: Model, aligned: Model, alpha: Alpha, *, output: None = None, progress: bool = True
 ) -> dict[str, Tensor]: ...
 @overload
 def linear(
     base: Model,
     aligned: Model,
-    alpha: float,
+    alpha: Alpha,
     *,
     output: str | os.PathLike[str],
     progress: bool = True,
@@ -42,7 +45,7 @@ def linear(
 def linear(
     base: Model,
     aligned: Model,
-    alpha: float,
+    alpha: Alpha,
     *,
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -58,6 +61,9 @@ def linear(
             there are several), a mapping of name to tensor, or a module.
         aligned: any of these, of the same names and shapes.
         alpha: finite; 0 is base and 1 is aligned, to the bit. Values outside [0, 1] extrapolate.
+            Or one for each pattern of names, {"*.layers.0.*": 0.2, "*.mlp.*": 0.5, "*": 0.8}: `*`
+            stands for any text, the first pattern that fits a name decides, and every tensor must
+            have one. Layers forget differently (Lin et al. average them differently, too).
         output: a new `.safetensors` file, or a new folder, which gets base's files of weights and
             aligned's other files (config, tokenizer; base's where aligned is no folder), so that
             transformers loads it. Written whole or not at all.
@@ -75,21 +81,23 @@ def linear(
     Raises:
         ValueError: names, shapes or kinds differ (all differences are listed); other integer
             tensors have different values; factors of adapters (LoRA) do, whose mean is no factor of
-            the mean update.
+            the mean update; a pattern decides for no tensor, or a tensor has none.
         FileExistsError: output is there already.
     """
-    alpha = checks.number("merge.linear", "alpha", alpha)
-
-    def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
-        first, second = tensors
-        if alpha in (0, 1):
-            return (first, second)[int(alpha)].to(first.dtype)
-        wide = torch.promote_types(first.dtype, torch.float32)
-        return ((1 - alpha) * first.to(wide) + alpha * second.to(wide)).to(first.dtype)
-
-    op, facts = "merge.linear", {"merge": "linear", "alpha": alpha}
+    op = "merge.linear"
+    given = alphas.checked(op, alpha)
+    facts = {"merge": "linear", "alpha": given}
     with closing(Models(op, {"base": base, "aligned": aligned})) as models:
-        if alpha not in (0, 1):
+        shares = alphas.by_name(op, given, models)
+
+        def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
+            (first, second), share = tensors, shares[name]
+            if share in (0, 1):
+                return (first, second)[int(share)].to(first.dtype)
+            wide = torch.promote_types(first.dtype, torch.float32)
+            return ((1 - share) * first.to(wide) + share * second.to(wide)).to(first.dtype)
+
+        if {*shares.values()} not in ({0.0}, {1.0}):
             models.refuse_factors()
         return _merge(models, combine, output, facts, others_of=1, progress=progress)
 
@@ -101,6 +109,8 @@ def fisher_average(
     *,
     weights: Sequence[float] | None = None,
     missing: str = "error",
+    floor: float = 0.0,
+    normalize: str | None = None,
     output: None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]: ...
@@ -111,6 +121,8 @@ def fisher_average(
     *,
     weights: Sequence[float] | None = None,
     missing: str = "error",
+    floor: float = 0.0,
+    normalize: str | None = None,
     output: str | os.PathLike[str],
     progress: bool = True,
 ) -> Path: ...
@@ -120,6 +132,8 @@ def fisher_average(
     *,
     weights: Sequence[float] | None = None,
     missing: str = "error",
+    floor: float = 0.0,
+    normalize: str | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor] | Path:
@@ -139,6 +153,15 @@ def fisher_average(
         weights: one for each model, finite and > 0; 1 by default.
         missing: what to do with a floating-point tensor that some Fisher lacks: "error", or its
             plain weighted "mean".
+        floor: Fishers below it are raised to it, before `normalize`. Where only one model has a
+            Fisher, be it 1e-30, the mean is that model's weight alone; a floor makes it a plain
+            mean there. Matena & Raffel take 1e-6. Off by default: that number means something on
+            their scale only, and the Fishers of a large model lie below it almost everywhere, so
+            that it would make a plain mean of all without a word.
+        normalize: "l2" divides each model's Fisher by its Euclidean norm over all parameters, as
+            Matena & Raffel do: models then count alike whatever the size of their gradients. None,
+            the default, leaves the posterior that the mean is the mode of: a model that is surer,
+            or has seen more ("sum"-normalised), counts for more.
         output: as for `linear`; other files come from the first model.
         progress: as for `linear`.
 
@@ -153,19 +176,31 @@ def fisher_average(
     """
     op = "merge.fisher_average"
     checks.choice(op, "missing", missing, MISSING)
+    floor = checks.number(op, "floor", floor, low=0)
+    if normalize is not None:
+        checks.choice(op, "normalize", normalize, NORMS)
     shares = _shares(op, models, fishers, weights)
     named = {f"models[{k}]": model for k, model in enumerate(models)}
-    facts = {"merge": "fisher_average", "weights": shares, "missing": missing}
+    facts = {
+        "merge": "fisher_average",
+        "weights": shares,
+        "missing": missing,
+        "floor": floor,
+        "normalize": normalize,
+    }
     with closing(Models(op, named)) as each:
         each.refuse_factors()
-        with closing(Fishers(op, fishers, each, missing)) as found:
+        with closing(Fishers(op, fishers, each, missing, floor)) as found:
+            scales = [1.0] * len(shares)
+            if normalize is not None:
+                scales = [1 / norm for norm in found.norms()]
 
             def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
                 wide = torch.promote_types(tensors[0].dtype, torch.float32)
                 shape = tensors[0].shape
                 factors = [torch.full(shape, x, dtype=wide, device="cpu") for x in shares]
                 if name in found:
-                    factors = _weighed(factors, found.of(name, shape))
+                    factors = _weighed(factors, found.of(name, shape), scales)
                 total = torch.zeros(shape, dtype=wide, device="cpu")
                 for factor, t in zip(factors, tensors, strict=True):
                     total += factor * t.to(wide)
@@ -189,16 +224,21 @@ def _shares(
     return [checks.number(op, "weights", share, low=0, open_low=True) for share in shares]
 
 
-def _weighed(factors: Sequence[Tensor], fishers: Sequence[Tensor]) -> list[Tensor]:
-    """Factors times Fishers, but for where every Fisher is 0.
+def _weighed(
+    factors: Sequence[Tensor], fishers: Sequence[Tensor], scales: Sequence[float]
+) -> list[Tensor]:
+    """Factors times Fishers times `scales`, one a model, but for where every Fisher is 0.
 
-    The largest of an element's Fishers divides them all first: nothing under- or overflows.
+    The largest of an element's Fishers divides them all first, and of the scales too: nothing
+    under- or overflows.
     """
+    top = max(scales)
     wide = [f.to(factor.dtype) for f, factor in zip(fishers, factors, strict=True)]
-    largest = torch.stack(wide).amax(0)
+    scaled = [f * (scale / top) for f, scale in zip(wide, scales, strict=True)]
+    largest = torch.stack(scaled).amax(0)
     return [
         torch.where(largest > 0, factor * (f / largest), factor)
-        for f, factor in zip(wide, factors, strict=True)
+        for f, factor in zip(scaled, factors, strict=True)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,10 +48,13 @@ class Fishers:
 
     Names may have wrappers' parts (`module.`, `_orig_mod.`, `base_model.model.`), be those of the
     model in memory where the weights are named as on disk, or be another name of a tied weight.
+    Values below `floor` are given as it.
     """
 
-    def __init__(self, op: str, sources: Sequence[Any], models: Models, missing: str) -> None:
-        self.op, self.models = op, models
+    def __init__(
+        self, op: str, sources: Sequence[Any], models: Models, missing: str, floor: float = 0.0
+    ) -> None:
+        self.op, self.models, self.floor = op, models, floor
         self._files: list[FisherFiles] = []
         self.each: list[Mapping[str, Tensor]] = []
         try:
@@ -88,7 +92,31 @@ class Fishers:
             raise checks.fail(self.op, argument, f"shape {tuple(shape)} as the weight", f)
         if not bool((torch.isfinite(f) & (f >= 0)).all()):
             raise checks.fail(self.op, argument, "finite values >= 0", "others", "estimate it anew")
-        return f
+        return f.clamp(min=self.floor) if self.floor else f
+
+    def norms(self) -> list[float]:
+        """Each Fisher's Euclidean norm over the parameters, a weight of several names once.
+
+        Raises:
+            ValueError: one is 0 everywhere.
+        """
+        again = {other for name, other in self.models.first.shared() if name in self}
+        sums = [0.0] * len(self.each)
+        for name in self.models.floats():
+            if name not in self or name in again:
+                continue
+            for k, f in enumerate(self.of(name, torch.Size(self.models.first.specs[name][1]))):
+                sums[k] += float(f.double().square().sum())
+        for k, total in enumerate(sums):
+            if not total:
+                raise checks.fail(
+                    self.op,
+                    f"fishers[{k}]",
+                    "a value > 0 somewhere, which its norm is made of",
+                    "zeros alone",
+                    "pass normalize=None, or leave the model out",
+                )
+        return [math.sqrt(total) for total in sums]
 
     # --- names -----------------------------------------------------------------------------------
 

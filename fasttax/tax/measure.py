@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fasttax._base import checks
 from fasttax.integrations._models import frozen
 from fasttax.kl.token_kl import token_kl
+from fasttax.kl.token_stats import token_stats
+
+Batch = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class BothWays:
+    """Means over `tokens` tokens, in nats a token."""
+
+    policy_ref: float  # KL(policy || base)
+    ref_policy: float  # KL(base || policy)
+    tokens: int
+
+    def as_dict(self) -> dict[str, float]:
+        """What `TaxReport.add` takes as `task_kl`."""
+        return {"ref_policy": self.ref_policy, "policy_ref": self.policy_ref}
 
 
 def kl_to_base(
     model: nn.Module,
     base: nn.Module,
-    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     *,
     kind: str = "policy_ref",
 ) -> float:
@@ -24,6 +41,11 @@ def kl_to_base(
 
     Both models are run without dropout and without a graph, and are left as they were. Every token
     that is not padding counts, but for the last of each row, after which nothing is predicted.
+
+    A KL is one on some text, and texts rank models differently. On general text, as the base was
+    trained on, it says how far the model has moved where capability is measured; on the new task's
+    text it is RL's Razor's predictor of forgetting (`kl_both_ways`). Take the same batches for
+    every checkpoint of a report.
 
     Args:
         model: called with input_ids and attention_mask; its result has `.logits` (N, T, V).
@@ -38,25 +60,86 @@ def kl_to_base(
     op = "kl_to_base"
     total, count = 0.0, 0
     with frozen(model), frozen(base):
-        for batch in batches:
-            given = _given(op, batch)
-            counts = _counted(given)
-            x, y = _predictions(model, given), _predictions(base, given)
-            if x.shape != y.shape:
-                raise checks.fail(
-                    op, "base", f"a model of model's vocabulary, {x.shape[-1]}", f"{y.shape[-1]}"
-                )
-            values = token_kl(x, y.to(x.device), kind=kind, mask=counts.to(x.device))
+        for x, y, _, counts in _run(op, model, base, batches, False):
+            values = token_kl(x, y, kind=kind, mask=counts)
             total += float(values.double().sum())
             count += int(counts.sum())
+    return total / _some(op, count)
+
+
+def kl_both_ways(
+    model: nn.Module, base: nn.Module, batches: Iterable[Batch], *, answers: bool = False
+) -> BothWays:
+    """KL(model || base) and KL(base || model), means over the tokens, in one pass over `batches`.
+
+    On the NEW task's text they are RL's Razor's predictors of forgetting (Shenfeld et al. 2025,
+    arXiv:2509.04259, which takes KL(base || model)): `TaxReport.add(..., task_kl=this.as_dict())`.
+
+    Args:
+        model: as for `kl_to_base`, with its errors.
+        base: the same.
+        batches: the same; with `answers` their `labels` are read, too.
+        answers: whether tokens whose label is -100, as prompts' are, do not count.
+    """
+    op = "kl_both_ways"
+    forward, backward, count = 0.0, 0.0, 0
+    with frozen(model), frozen(base):
+        for policy_ref, ref_policy, _, counts in token_kls(op, model, base, batches, answers):
+            forward += float(policy_ref[counts].double().sum())
+            backward += float(ref_policy[counts].double().sum())
+            count += int(counts.sum())
+    count = _some(op, count)
+    return BothWays(forward / count, backward / count, count)
+
+
+def token_kls(
+    op: str, model: nn.Module, base: nn.Module, batches: Iterable[Batch], answers: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Per batch (KL(model || base), KL(base || model), ids, what counts), each (N, T - 1).
+
+    A KL is that of the prediction of the id beside it.
+
+    Yields:
+        The four, on the model's device.
+    """
+    for x, y, ids, counts in _run(op, model, base, batches, answers):
+        stats = token_stats(x, y, outputs=("kl_policy_ref", "kl_ref_policy"), mask=counts)
+        if stats.kl_policy_ref is None or stats.kl_ref_policy is None:
+            raise AssertionError(f"{op}: token_stats left out what it was asked for")
+        yield stats.kl_policy_ref, stats.kl_ref_policy, ids, counts
+
+
+def _run(
+    op: str, model: nn.Module, base: nn.Module, batches: Iterable[Batch], answers: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Per batch both models' logits before every token but the first, those tokens, what counts.
+
+    Yields:
+        Logits (N, T - 1, V) of model and base, and (N, T - 1) each.
+    """
+    for batch in batches:
+        given = _given(op, batch)
+        ids, counts = given["input_ids"], _counted(given)
+        if answers:
+            if isinstance(batch, Tensor) or "labels" not in batch:
+                raise checks.fail(op, "batches", "labels, with answers=True", "none in a batch")
+            counts = counts & (batch["labels"][:, 1:] != -100)
+        x, y = _predictions(model, given), _predictions(base, given)
+        if x.shape != y.shape:
+            raise checks.fail(
+                op, "base", f"a model of model's vocabulary, {x.shape[-1]}", f"{y.shape[-1]}"
+            )
+        yield x, y.to(x.device), ids[:, 1:].to(x.device), counts.to(x.device)
+
+
+def _some(op: str, count: int) -> int:
+    """The number of tokens that count, which is not 0."""
     if not count:
         raise checks.fail(op, "batches", "a token that is followed by another", "none")
-    return total / count
+    return count
 
 
-def kl_quadratic(
-    model: nn.Module, base: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]]
-) -> float:
+def kl_quadratic(model: nn.Module, base: nn.Module, batches: Iterable[Batch]) -> float:
     """1/2 d^T F d in nats a token: the KL to second order in d, model's weights minus base's.
 
     F is the whole Fisher of `base` over the batches' tokens, no diagonal and no factors: with J d
@@ -99,9 +182,7 @@ def kl_quadratic(
             variance = (p * moved.square()).sum(-1)
             total += float(variance[counts.to(p.device)].double().sum()) / 2
             count += int(counts.sum())
-    if not count:
-        raise checks.fail(op, "batches", "a token that is followed by another", "none")
-    return total / count
+    return total / _some(op, count)
 
 
 def _counted(given: Mapping[str, Tensor]) -> Tensor:

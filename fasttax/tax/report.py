@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fasttax._base import checks, files
-from fasttax.tax import page
-from fasttax.tax.measurements import KL_LAW, SIDES, Checkpoint, Measurements, Score
+from fasttax.tax import figure, lm_eval, page, words
+from fasttax.tax.checkpoints import SIDES, Checkpoint, Score
+from fasttax.tax.measurements import Measurements
 
 FORMAT = "fasttax.TaxReport"
-MEASURED = ("kl", "distance", "run", "stage", "step")  # of a checkpoint, where there is one
+# of a checkpoint, where there is one
+MEASURED = ("kl", "distance", "run", "stage", "step", "se", "seed", "n", "task_kl")
 
 
 class TaxReport(Measurements):
@@ -25,6 +27,8 @@ class TaxReport(Measurements):
         alignment: the same of what alignment is for (a win rate, a reward, minus a loss).
         lower_is_better: which of "capability" and "alignment" are losses or perplexities.
         title: of the page.
+        se: standard errors of the base's scores, as `add` takes them. They are in every tax alike.
+        n: items of the base's benchmarks, as `add` takes them.
 
     The tax of a checkpoint is the capability that it lost, in capability's unit, positive for a
     loss; its gain is the alignment that it won (Askell et al. 2021, arXiv:2112.00861; Ouyang et al.
@@ -43,16 +47,20 @@ class TaxReport(Measurements):
         *,
         lower_is_better: Iterable[str] = (),
         title: str = "Alignment tax",
+        se: Score | None = None,
+        n: int | Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__("TaxReport", capability, alignment, lower_is_better)
+        super().__init__("TaxReport", capability, alignment, lower_is_better, se, n)
         self.title = str(title)
 
     def __str__(self) -> str:
-        headings, rows = self.table()
-        lines = [self.title, "", *aligned([headings, *rows])]
-        lines += ["", "* no other one is better in both gain and tax", ""]
-        lines += [f"{name}: {law}" for name, law in self.fits().items()]
-        lines += self.stage_lines()
+        tables = [words.checkpoints(self), words.benchmarks(self), words.methods(self)]
+        lines = [self.title]
+        for table in tables:
+            if table is not None:
+                lines += ["", *words.aligned(table)]
+        lines += ["", *(f"{name}: {law}" for name, law in self.fits().items())]
+        lines += words.stages(self)
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,10 +74,21 @@ class TaxReport(Measurements):
             "version": 1,
             "title": self.title,
             "lower_is_better": list(self.lower_is_better),
-            "base": {side: dict(getattr(self.base, side)) for side in SIDES},
+            "base": {side: dict(getattr(self.base, side)) for side in SIDES}
+            | {name: dict(getattr(self.base, name)) for name in ("se", "n")},
             "checkpoints": [self._as_dict(c) for c in self.checkpoints],
-            "pareto": [{"name": c.name, "run": c.run} for c in self.pareto()],
+            "pareto": [{"name": c.name, "run": c.run, "seed": c.seed} for c in self.pareto()],
+            "tax_at": self._equal_gains(),
             "fits": laws,
+        }
+
+    def _equal_gains(self) -> dict[str, Any]:
+        """`words.methods` in JSON: rows by method."""
+        table = words.methods(self)
+        if table is None:
+            return {}
+        return {
+            name: dict(zip(table.headings[1:], cells, strict=True)) for name, *cells in table.rows
         }
 
     def _as_dict(self, c: Checkpoint) -> dict[str, Any]:
@@ -82,7 +101,13 @@ class TaxReport(Measurements):
             "alignment": dict(c.alignment),
             "kl": c.kl,
             "distance": c.distance,
+            "seed": c.seed,
+            "se": dict(c.se),
+            "n": dict(c.n),
+            "task_kl": dict(c.task_kl),
             "tax": self.tax(c),
+            "tax_se": self.tax_error(c),
+            "tax_by_benchmark": self.taxes(c),
             "gain": self.gain(c),
         }
 
@@ -106,7 +131,10 @@ class TaxReport(Measurements):
         op = "TaxReport.load"
         given = _read(op, path)
         base = given["base"]
-        options = {name: given[name] for name in ("lower_is_better", "title") if name in given}
+        options: dict[str, Any] = {
+            name: given[name] for name in ("lower_is_better", "title") if name in given
+        }
+        options |= {name: base[name] for name in ("se", "n") if base.get(name) is not None}
         try:
             report = cls(base["capability"], base["alignment"], **options)
             for row in given["checkpoints"]:
@@ -116,13 +144,43 @@ class TaxReport(Measurements):
             raise ValueError(f"{op}: {path}: {error}") from None
         return report
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """A PNG: gain against tax with the Pareto frontier, and tax against KL with its law.
+    @classmethod
+    def from_lm_eval(
+        cls,
+        paths: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
+        *,
+        alignment: Sequence[str] = (),
+        metrics: Mapping[str, str] | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> TaxReport:
+        """From result files of lm-evaluation-harness (0.4: `lm_eval --output_path`).
 
-        Needs matplotlib (`pip install 'fasttax[report]'`).
+        Args:
+            paths: the base's first, then the checkpoints'. Each a results_*.json, or a folder that
+                has some, of which the last by name (their names are dates) counts. A mapping names
+                the checkpoints; of a list the names are the models'.
+            alignment: the tasks that measure alignment (such as "ifeval"); the others measure
+                capability. Without any, alignment is 0 everywhere: taxes stand, gains do not.
+            metrics: {task: metric} where another is wanted than the first that the harness lists.
+            tasks: those to read; by default all that the base's file has. A group's own score
+                stands for its tasks where the harness gives one.
+
+        Standard errors and numbers of items are taken over.
+
+        Raises:
+            ValueError: a file that is none of the harness's, a task that one of them lacks, or
+                that was run with another version, another number of shots or another prompt's hash;
+                scores that are better when lower, which have no common mean with the others.
         """
-        law = self.fits()[KL_LAW]
-        return files.whole("TaxReport", path, lambda name: page.draw(self, law, name))
+        return lm_eval.report(cls, paths, alignment, metrics or {}, tasks)
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """A PNG: gain against tax with each run's frontier, and tax against KL with the laws.
+
+        Runs that another beats beyond noise are grey. Needs matplotlib (`pip install
+        'fasttax[report]'`).
+        """
+        return files.whole("TaxReport", path, lambda name: figure.draw(self, name))
 
     def html(self, path: str | os.PathLike[str]) -> Path:
         """One page that needs no other file.
@@ -131,16 +189,6 @@ class TaxReport(Measurements):
         """
         text = page.html(self, self.title)
         return files.whole("TaxReport", path, lambda name: name.write_text(text, encoding="utf-8"))
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return lines
 
 
 def _read(op: str, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,0 +1,280 @@
+"""`fasttax kl measure POLICY REF TEXT...`: both KLs, by domain and token by token."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fasttax._base import checks, files
+from fasttax._base import page as pages
+from fasttax.cli import _language_model, _texts
+from fasttax.cli._texts import Row
+from fasttax.integrations._models import frozen
+from fasttax.tax.measure import token_kls
+from fasttax.tax.words import Table, aligned
+
+OP = "fasttax kl measure"
+CONTEXT = 8  # tokens before a token that the list of the worst shows
+COLOR = "209,73,91"
+CSS = (
+    "<style>.row{white-space:pre-wrap;font:14px/1.7 ui-monospace,monospace;margin:.6rem 0;"
+    "border-left:3px solid #ddd;padding-left:.6rem}</style>"
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A sequence's KLs, nats, of the predictions of its tokens from the second on."""
+
+    row: Row
+    policy_ref: Tensor
+    ref_policy: Tensor
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Means over a domain's tokens, with standard errors over its sequences."""
+
+    name: str
+    sequences: int
+    tokens: int
+    policy_ref: float
+    policy_ref_se: float | None
+    ref_policy: float
+    ref_policy_se: float | None
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures and prints; writes --html and --json.
+
+    Raises:
+        ValueError: a size below its least, a text without two tokens, or models whose tokenizers
+            differ.
+    """
+    if min(args.length - 1, args.batch_size, args.worst, args.rows) < 1:
+        raise ValueError("--length must be at least 2, --batch-size, --worst and --rows at least 1")
+    models = {"policy": args.policy, "ref": args.ref}
+    _language_model.check(OP, args, models, *filter(None, [args.html]))
+    device = _language_model.device_of(OP, args.device)
+    texts = {Path(path): _texts.read(path) for path in args.text}
+    tokenizer = _language_model.tokenizer_of(args.policy)
+    _same_tokenizers(tokenizer, _language_model.tokenizer_of(args.ref))
+    every = [
+        row for p, text in texts.items() for row in _texts.rows(p, text, tokenizer, args.length)
+    ]
+    rows = [row for row in every if len(row.ids) > 1]
+    if not rows:
+        raise checks.fail(OP, "text", "a sequence of at least 2 tokens", f"none in {args.text}")
+    policy, ref = (_language_model.load(name, device, args.dtype) for name in models.values())
+    measured = list(_measured(policy, ref, rows, args.batch_size))
+    domains = by_domain(measured)
+    worst = _worst(measured, tokenizer, args.worst)
+    for table in (_domains(domains), worst):
+        print("\n".join(aligned(table)), end="\n\n")
+    if args.html:
+        text = _page(args, domains, worst, measured, tokenizer)
+        print(files.whole(OP, args.html, lambda name: name.write_text(text, encoding="utf-8")))
+    _language_model.write_json(
+        OP,
+        args.json,
+        {
+            **models,
+            "domains": [vars(domain) for domain in domains],
+            "worst": [dict(zip(worst.headings, row, strict=True)) for row in worst.rows],
+        },
+    )
+    return 0
+
+
+def add_parser(tools: Any) -> None:
+    """The tool's arguments."""
+    parser = tools.add_parser(
+        "measure",
+        description=(
+            "Exact KL between POLICY and REF in both directions, in nats a token: by domain, the "
+            "tokens where it is largest, and a page with the tokens coloured by it."
+        ),
+    )
+    parser.add_argument("policy", help="a folder or Hub id of a causal language model")
+    parser.add_argument("ref", help="the same of the reference, with the same tokenizer")
+    parser.add_argument(
+        "text",
+        nargs="+",
+        help="UTF-8 text, or .jsonl as for `kl cache`; a file is a domain, or its rows' `domain`",
+    )
+    parser.add_argument("--html", metavar="FILE", help="write a page, tokens coloured by KL")
+    parser.add_argument(
+        "--length", type=int, default=512, help="tokens a sequence is cut to (default 512)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--worst", type=int, default=20, help="tokens that are listed (default 20)")
+    parser.add_argument("--rows", type=int, default=20, help="sequences on the page (default 20)")
+    _language_model.add_options(parser)
+
+
+def _same_tokenizers(one: Any, other: Any) -> None:
+    """Both must give tokens the same ids, or a KL compares different words."""
+    mine, theirs = one.get_vocab(), other.get_vocab()
+    if mine == theirs:
+        return
+    differing = [token for token in (*mine, *theirs) if mine.get(token) != theirs.get(token)]
+    token = differing[0]
+    raise checks.fail(
+        OP,
+        "ref",
+        "a model with the policy's tokenizer",
+        f"{len({*differing})} tokens with other ids, as {token!r}: {mine.get(token)} and "
+        f"{theirs.get(token)}",
+        "a token-level KL is between models of one vocabulary",
+    )
+
+
+def _measured(
+    policy: nn.Module, ref: nn.Module, rows: Sequence[Row], batch_size: int
+) -> Iterator[Measured]:
+    """Each sequence's KLs, the longest first, so that batches are even."""
+    rows = sorted(rows, key=lambda row: -len(row.ids))
+    parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    with frozen(policy), frozen(ref), tqdm(parts, desc=OP, unit="batch", disable=None) as bar:
+        for part in bar:
+            batch = _batch([row.ids for row in part])
+            found = next(token_kls(OP, policy, ref, [batch], False))
+            forward, backward = found[0].float().cpu(), found[1].float().cpu()
+            for k, row in enumerate(part):
+                n = len(row.ids) - 1
+                yield Measured(row, forward[k, :n], backward[k, :n])
+
+
+def _batch(rows: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Ids padded on the right, where nothing before sees them."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def by_domain(measured: Sequence[Measured]) -> list[Domain]:
+    """Each domain's means, then those of all where there are several."""
+    names = sorted({m.row.domain for m in measured})
+    found = [_domain(name, [m for m in measured if m.row.domain == name]) for name in names]
+    if len(names) > 1:
+        found.append(_domain("all", measured))
+    return found
+
+
+def _domain(name: str, some: Sequence[Measured]) -> Domain:
+    one, one_se = _mean([m.policy_ref for m in some])
+    other, other_se = _mean([m.ref_policy for m in some])
+    tokens = sum(len(m.policy_ref) for m in some)
+    return Domain(name, len(some), tokens, one, one_se, other, other_se)
+
+
+def _mean(values: Sequence[Tensor]) -> tuple[float, float | None]:
+    """The mean over tokens, and its standard error over sequences, whose tokens hang together.
+
+    The ratio estimator's, sqrt(n / (n - 1) sum_i (S_i - mean T_i)^2) / sum T_i of sequences with
+    sums S_i over T_i tokens; None for one sequence.
+    """
+    tokens = sum(len(v) for v in values)
+    sums = [float(v.double().sum()) for v in values]
+    mean = sum(sums) / tokens
+    if len(values) < 2:
+        return mean, None
+    errors = [s - mean * len(v) for s, v in zip(sums, values, strict=True)]
+    n = len(values)
+    return mean, math.sqrt(n / (n - 1) * sum(e * e for e in errors)) / tokens
+
+
+def _domains(domains: Sequence[Domain]) -> Table:
+    """The domains in words."""
+    rows = [
+        [
+            d.name,
+            str(d.sequences),
+            str(d.tokens),
+            _with_error(d.policy_ref, d.policy_ref_se),
+            _with_error(d.ref_policy, d.ref_policy_se),
+        ]
+        for d in domains
+    ]
+    headings = ["domain", "sequences", "tokens", "KL(policy||ref)", "KL(ref||policy)"]
+    return Table(headings, rows, "nats a token; ±: one standard error over sequences")
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4g}" if error is None else f"{value:.4g} ±{error:.2g}"
+
+
+def _worst(measured: Sequence[Measured], tokenizer: Any, count: int) -> Table:
+    """The tokens where the larger of both KLs is largest, with what comes before them."""
+    found: list[tuple[float, int, int]] = []
+    for k, m in enumerate(measured):
+        values, places = torch.maximum(m.policy_ref, m.ref_policy).topk(
+            min(count, len(m.policy_ref))
+        )
+        found += [(-v, k, t) for v, t in zip(values.tolist(), places.tolist(), strict=True)]
+    rows = []
+    for _, k, t in sorted(found)[:count]:
+        m = measured[k]
+        before = tokenizer.decode(m.row.ids[max(0, t + 1 - CONTEXT) : t + 1])
+        rows.append(
+            [
+                repr(tokenizer.decode([m.row.ids[t + 1]])),
+                f"{float(m.policy_ref[t]):.4g}",
+                f"{float(m.ref_policy[t]):.4g}",
+                m.row.domain,
+                repr(before),
+            ]
+        )
+    headings = ["token", "KL(policy||ref)", "KL(ref||policy)", "domain", "after"]
+    return Table(headings, rows, "KL of the prediction of the token, from what comes before it")
+
+
+def _page(
+    args: argparse.Namespace,
+    domains: Sequence[Domain],
+    worst: Table,
+    measured: Sequence[Measured],
+    tokenizer: Any,
+) -> str:
+    """Tables, then the sequences of the largest mean KL with their tokens coloured."""
+    every = torch.cat([m.policy_ref for m in measured])
+    every = every[torch.isfinite(every)]
+    full = max(float(every.quantile(0.99)) if 0 < len(every) <= 1 << 24 else 1.0, 1e-12)
+    shown = sorted(measured, key=lambda m: -float(m.policy_ref.mean()))[: args.rows]
+    title = f"KL of {Path(args.policy).name} to {Path(args.ref).name}"
+    parts = [CSS, f"<h1>{pages.escape(title)}</h1>"]
+    for heading, table in (("By domain", _domains(domains)), ("Largest", worst)):
+        cells = [[pages.escape(cell) for cell in row] for row in table.rows]
+        parts.append(f"<h2>{heading}</h2>" + pages.table(table.headings, cells))
+        parts.append(f"<p class=note>{pages.escape(table.note)}</p>")
+    parts.append(
+        f"<h2>Tokens</h2><p class=note>{len(shown)} of {len(measured)} sequences, the largest "
+        f"means first; full colour from {full:.3g} nats on, KL(policy||ref); point at a token for "
+        "its numbers.</p>"
+    )
+    parts.extend(f"<div class=row>{_coloured(m, tokenizer, full)}</div>" for m in shown)
+    return pages.page(title, "".join(parts))
+
+
+def _coloured(m: Measured, tokenizer: Any, full: float) -> str:
+    """A sequence's tokens, each with the strength of its KL."""
+    spans = [pages.escape(tokenizer.decode(m.row.ids[:1]))]
+    for token, one, other in zip(
+        m.row.ids[1:], m.policy_ref.tolist(), m.ref_policy.tolist(), strict=True
+    ):
+        strength = min(1.0, one / full)
+        said = f"{one:.3g} policy||ref, {other:.3g} ref||policy"
+        spans.append(
+            f'<span style="background:rgba({COLOR},{strength:.2f})" title="{said}">'
+            f"{pages.escape(tokenizer.decode([token]))}</span>"
+        )
+    return "".join(spans)

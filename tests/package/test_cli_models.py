@@ -1,0 +1,238 @@
+"""Commands that compute a model: kl measure, kl cache, fisher; what is wrong is said early."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fasttax
+from fasttax import cli
+from fasttax.cli import _language_model
+from fasttax.integrations.reference import TopKReference
+from fasttax.tax import kl_both_ways
+from tests.tools import tiny_lm
+
+TEXT = "water boils at a hundred degrees\n" * 6
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        tiny_lm.save(folder / f"m{seed}", seed)
+    (folder / "text.txt").write_text(TEXT)
+    rows = [
+        {"domain": d, "text": t}
+        for d, t in (("law", "to be just"), ("law", "a"), ("art", "blue sky"))
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def words(models: Path, tmp_path: Path, *more: str) -> list[str]:
+    made = ["kl", "measure", str(models / "m0"), str(models / "m1"), str(models / "text.txt")]
+    return [*made, "--length", "16", *more]
+
+
+def test_measure_is_the_librarys_kl(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, numbers = tmp_path / "kl.html", tmp_path / "kl.json"
+    line = words(models, tmp_path, "--html", str(page))
+    line.insert(5, str(models / "rows.jsonl"))
+    assert cli.main([*line, "--json", str(numbers), "--batch-size", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert str(page) in printed
+    found = json.loads(numbers.read_text())
+    domains = {d["name"]: d for d in found["domains"]}
+    assert list(domains) == ["art", "law", "text", "all"]
+    tokenizer: Any = tiny_lm.tokenizer()
+    ids = tokenizer(TEXT)["input_ids"]
+    rows = [torch.tensor([ids[i : i + 16]]) for i in range(0, len(ids), 16)]
+    exact = kl_both_ways(tiny_lm.model(0), tiny_lm.model(1), [r for r in rows if r.shape[1] > 1])
+    got = domains["text"]
+    assert got["tokens"] == exact.tokens
+    assert (got["policy_ref"], got["ref_policy"]) == pytest.approx(
+        (exact.policy_ref, exact.ref_policy), rel=1e-4
+    )
+    assert domains["all"]["tokens"] == sum(domains[d]["tokens"] for d in ("art", "law", "text"))
+    assert domains["art"]["policy_ref_se"] is None  # one sequence
+    assert got["policy_ref_se"] > 0
+    assert domains["law"]["sequences"] == 1  # "a" is one token, of which nothing is predicted
+    worst = [float(row["KL(policy||ref)"]) for row in found["worst"]]
+    assert len(worst) == 20
+    assert max(worst) >= 0.9 * worst[0] > 0
+    html = page.read_text()
+    assert "background:rgba" in html
+    assert "http" not in html
+    assert "policy||ref" in html
+
+
+def test_a_model_has_no_kl_to_itself(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    m0 = str(models / "m0")
+    assert cli.main(["kl", "measure", m0, m0, str(models / "rows.jsonl"), "--dtype", "auto"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert next(line for line in lines if line[:1] == ["all"])[3:6:2] == ["0", "0"]
+
+
+def broken(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    """What is wrong, the command, and what it says."""
+    other, damaged, lacking = (tmp_path / n for n in ("other", "damaged", "lacking"))
+    tiny_lm.model(0).save_pretrained(other)
+    backend = json.loads((models / "m0" / "tokenizer.json").read_text())
+    vocabulary = backend["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (other / name).write_text((models / "m0" / name).read_text())
+    (other / "tokenizer.json").write_text(json.dumps(backend))
+    tiny_lm.save(damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    tiny_lm.save(lacking)
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(lacking / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, lacking / "model.safetensors", {"format": "pt"})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n[1]\n')
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": ["a"]}\n')
+    m0, m1, text = str(models / "m0"), str(models / "m1"), str(models / "text.txt")
+
+    def measure(policy: str = m0, ref: str = m1, file: str = text, *more: str) -> list[str]:
+        return ["kl", "measure", policy, ref, file, *more]
+
+    def fisher(model: str = m0, file: str = text, *more: str) -> list[str]:
+        return ["fisher", model, file, "--length", "8", "--output", str(tmp_path / "f"), *more]
+
+    def cache(model: str = m0, file: str = text, *more: str) -> list[str]:
+        return ["kl", "cache", model, file, "--output", str(tmp_path / "c"), *more]
+
+    none = str(tmp_path / "none" / "x")
+    return {
+        "no text": (measure(file=none), "No such file"),
+        "no model": (measure(policy=none), "folder or Hub id"),
+        "folder of no model": (measure(ref=str(tmp_path / "empty")), "without config.json"),
+        "another tokenizer": (measure(ref=str(other)), "2 tokens with other ids"),
+        "damaged weights": (measure(ref=str(damaged)), "does not load"),
+        "weights that lack": (measure(ref=str(lacking)), "layers.1.mlp.up_proj.weight"),
+        "not UTF-8": (measure(file=str(tmp_path / "latin.txt")), "expected UTF-8"),
+        "row of another kind": (
+            measure(file=str(tmp_path / "bad.jsonl")),
+            "row 2: expected a JSON object",
+        ),
+        "ids of another kind": (measure(file=str(tmp_path / "ids.jsonl")), "list of integers"),
+        "page without a folder": (measure(m0, m1, text, "--html", none), "create it first"),
+        "page that is a folder": (measure(m0, m1, text, "--html", str(tmp_path)), "a file's name"),
+        "device": (measure(m0, m1, text, "--device", "cuda:99"), "one of 'auto', 'cpu'"),
+        "size": (measure(m0, m1, text, "--batch-size", "0"), "at least 1"),
+        "fisher: output": (["fisher", m0, text, "--output", none], "create it first"),
+        "fisher: text": (fisher(m0, none), "No such file"),
+        "fisher: device": (fisher(m0, text, "--device", "gpu"), "--device"),
+        "fisher: weights": (fisher(str(lacking)), "random numbers"),
+        "fisher: json": (fisher(m0, text, "--json", none), "create it first"),
+        "cache: data": (cache(m0, none), "No such file"),
+        "cache: output": (["kl", "cache", m0, text, "--output", none], "create it first"),
+        "cache: weights": (cache(str(damaged)), "does not load"),
+        "cache: temperature": (cache(m0, text, "--temperature", "0"), "--temperature"),
+    }
+
+
+def test_what_is_wrong_is_one_line_and_leaves_nothing(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = broken(models, tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    for case, (line, says) in cases.items():
+        assert cli.main(line) == 2, case
+        said = capsys.readouterr().err
+        last = said.strip().splitlines()[-1]
+        assert says in last, (case, said)
+        assert last.count("fasttax") == 1, (case, last)  # no doubled prefix
+        assert "Traceback" not in said
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_nothing_is_loaded_before_the_rest_is_right(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(_language_model, "load", loaded)
+    early = [case for case in broken(models, tmp_path).items() if "weights" not in case[0]]
+    assert len(early) > 15
+    for case, (line, _) in early:
+        assert cli.main(line) == 2, case
+
+
+def test_json_of_fisher_and_cache(models: Path, tmp_path: Path) -> None:
+    m0, text = str(models / "m0"), str(models / "text.txt")
+    out = str(tmp_path / "f.safetensors")
+    options = ["--length", "8", "--examples", "4", "--output", out, "--dtype", "bfloat16"]
+    assert cli.main(["fisher", m0, text, *options, "--json", str(tmp_path / "f.json")]) == 0
+    said = json.loads((tmp_path / "f.json").read_text())
+    assert said["output"] == out
+    assert said["examples"] == 4
+    assert fasttax.FisherEstimate.load(out).metadata["examples"] == 4
+    cached = str(tmp_path / "c.safetensors")
+    line = ["kl", "cache", m0, text, "--length", "16", "--k", "4", "--output", cached]
+    assert cli.main([*line, "--json", str(tmp_path / "c.json"), "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "c.json").read_text())["k"] == TopKReference.load(cached).k == 4
+
+
+def test_ctrl_c_leaves_the_old_file(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = tmp_path / "kl.html"
+    page.write_text("old")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", stop)
+    assert cli.main(words(models, tmp_path, "--html", str(page))) == 130
+    assert "no file was left half written" in capsys.readouterr().err
+    assert page.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["kl.html"]
+
+
+def test_out_of_memory_says_what_is_smaller(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+
+    monkeypatch.setattr(_language_model, "load", full)
+    assert cli.main(words(models, models)) == 2
+    said = capsys.readouterr().err
+    assert "--batch-size" in said
+    assert "Tried" in said
+    assert "more\n" not in said
+
+
+def test_a_reader_that_leaves_is_no_error(models: Path) -> None:
+    line = (
+        f"{sys.executable} -m fasttax kl measure {models}/m0 {models}/m1 {models}/text.txt | true"
+    )
+    run = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(fasttax.__file__).parents[1])},
+        check=False,
+    )
+    assert "Errno" not in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.returncode in (0, 141)
