@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 MODULES = {  # op -> the module that has it, by the op's own name
-    "linear_sqgrad_": "fisher",
+    "linear_sqgrad_": "fisher_linear",
     "bias_sqgrad_": "fisher",
     "norm_sqgrad_": "fisher",
     "embedding_sqgrad_": "fisher",

@@ -197,7 +197,8 @@ def check_launches() -> None:
     theta, grad, fisher = ([torch.rand(n) for n in sizes] for _ in range(3))
     m, v = ([torch.zeros(n) for n in sizes] for _ in range(2))
     steps = [torch.zeros(()) for _ in sizes]
-    op, held = torch.ops.fasttax, (theta, fisher, [])
+    op: Any = torch.ops.fasttax
+    held: tuple[Any, ...] = (theta, fisher, [])
     with mock.patch.object(InterpretedFunction, "run", counted):
         op.ewc_penalty(theta, *held, 1.0)
         assert started == ["ewc_kernel", "sum_kernel"], started
@@ -223,7 +224,7 @@ def check_alignment() -> None:
         got, want = grad.clone(), grad.clone()
         if shift:
             got = torch.cat((grad[:1], grad))[1:]
-        rest = [theta], [got], [anchor], [fisher], [], 0.5, 2.0
+        rest: tuple[Any, ...] = ([theta], [got], [anchor], [fisher], [], 0.5, 2.0)
         torch.ops.fasttax.ewc_add_grad_(*rest)
         reference.ewc_add_grad_([theta], [want], *rest[2:])
         close([got], [want])

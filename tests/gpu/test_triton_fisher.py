@@ -119,7 +119,7 @@ def test_tiles_have_no_spills_and_use_tensor_cores(
     """Of the tile that a layer of that size takes there; what it shares fits the smallest GPU of
     its kind.
     """
-    from fasttax.triton import fisher
+    from fasttax.triton import fisher_linear as fisher
 
     major = 9 if target == "gfx942" else int(target.removeprefix("sm_")) // 10
     precision = "tf32" if products == "tf32" else "ieee"
@@ -160,7 +160,7 @@ def test_tiles_have_no_spills_and_use_tensor_cores(
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_single_tokens_have_no_spills(target: str, tmp_path: Path) -> None:
-    from fasttax.triton import fisher
+    from fasttax.triton import fisher_linear as fisher
 
     tile = fisher.SINGLE
     types = {
@@ -182,7 +182,7 @@ def test_single_tokens_have_no_spills(target: str, tmp_path: Path) -> None:
 
 
 def test_tf32_is_torchs_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fasttax.triton import fisher
+    from fasttax.triton import fisher_linear as fisher
 
     assert fisher.precision() == "ieee"
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
