@@ -26,7 +26,8 @@ MIN_ROWS = 64  # below it a GEMM no longer runs at its rate
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """TRL's rule: autocast's dtype where it is on, else the hidden states'."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else hidden.dtype
 
 
 def rows_at_a_time(hidden: Tensor, V: int, models: int = 1) -> int:

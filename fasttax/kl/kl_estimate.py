@@ -68,7 +68,7 @@ def kl_estimate(
     checks.choice(op, "grad", grad, GRADS)
     clip = checks.number(op, "clip", clip, low=0, high=40, open_low=True)
     mask = check_mask(op, mask, logp.shape, logp.device)
-    w = weighing(op, mask, weight, reduction, scale, logp[..., None])
+    w = weighing(op, mask, weight, reduction, scale, logp[..., None], forward_mode=True)
     dtype = reference.wide_dtype(*given.values())
     values = [value.to(dtype)[None] for value in given.values()]
     (value,) = w.of_rows(

@@ -108,6 +108,7 @@ def weighing(
     scale: Any,
     tokens: Tensor,
     argument: str = "weight",
+    forward_mode: bool = False,
 ) -> Weighing:
     """The arguments of `op`, checked.
 
@@ -119,14 +120,19 @@ def weighing(
         scale: a finite number, or a 0-d tensor.
         tokens: (..., width), for shape and device.
         argument: what `op` calls the weight.
+        forward_mode: the op carries a forward-mode derivative along.
 
     Raises:
         ValueError, TypeError: one does not fit.
+        NotImplementedError: one has a forward-mode derivative, which the op would drop.
     """
     number = REDUCTIONS.index(checks.choice(op, "reduction", reduction, REDUCTIONS))
     shape = tokens.shape[:-1]
     if weight is not None:
         weight = checks.per_token(op, argument, weight, shape, tokens.device)
+    for name, value in ((argument, weight), ("scale", scale)):
+        if isinstance(value, Tensor) and not forward_mode:
+            checks.no_tangent(op, name, value)
     if isinstance(scale, Tensor):
         by_tensor = _scale_tensor(op, scale, tokens, argument).expand(shape)
         weight, scale = by_tensor if weight is None else weight * by_tensor, 1.0

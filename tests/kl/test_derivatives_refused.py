@@ -70,6 +70,20 @@ def test_forward_mode_is_refused(op: str) -> None:
         OPS[op](X.clone())
 
 
+@pytest.mark.parametrize("argument", ["weight", "scale"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_forward_mode_of_a_factor_is_refused(reduction: str, argument: str) -> None:
+    def value(factor: Tensor) -> Tensor:
+        return fasttax.token_kl(x, Y, reduction=reduction, **{argument: factor}).sum()
+
+    x, factor = X.clone().requires_grad_(), torch.tensor(0.3)
+    with pytest.raises(NotImplementedError, match=f"{argument}: .*{SAYS}"), fw.dual_level():
+        value(fw.make_dual(factor, torch.ones(())))
+    with pytest.raises(NotImplementedError, match=SAYS):
+        torch.func.jvp(value, (factor,), (torch.ones(()),))
+    value(factor)
+
+
 COMPILED = [op for op in OPS if op != "ewc_add_grad_"]  # which no trace takes
 
 
