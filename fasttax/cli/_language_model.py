@@ -65,10 +65,10 @@ def check(op: str, args: argparse.Namespace, models: Mapping[str, str], *outputs
             if Path(path).is_dir():
                 raise checks.fail(op, path, "a file's name", "a folder")
     for word, name in models.items():
-        _check_model(op, word, name)
+        check_model(op, word, name)
 
 
-def _check_model(op: str, word: str, name: str) -> None:
+def check_model(op: str, word: str, name: str) -> None:
     """A folder with a model, or what may be a Hub id."""
     folder = Path(name)
     if folder.is_dir():
@@ -94,7 +94,7 @@ def tokenizer_of(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except UNLOADABLE as error:
-        raise ValueError(f"{name}: its tokenizer does not load: {_brief(error)}") from error
+        raise ValueError(f"{name}: its tokenizer does not load: {brief(error)}") from error
 
 
 def load(name: str, device: torch.device, dtype: str) -> Any:
@@ -113,7 +113,7 @@ def load(name: str, device: torch.device, dtype: str) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (*UNLOADABLE, SafetensorError) as error:
-        raise ValueError(f"{name}: the model does not load: {_brief(error)}") from error
+        raise ValueError(f"{name}: the model does not load: {brief(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -145,7 +145,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """The first line of an error, whose others explain the Hub."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
