@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,21 @@ def tokenizer_of(name: str) -> Any:
         raise ValueError(f"{name}: its tokenizer does not load: {brief(error)}") from error
 
 
+def length_of(asked: int | None, default: int, *names: str) -> int:
+    """The tokens of a row: as asked, or the default within the positions that all models know."""
+    from transformers import AutoConfig
+
+    if asked is not None:
+        return asked
+    for name in names:
+        try:
+            config = AutoConfig.from_pretrained(name).get_text_config()
+        except UNLOADABLE as error:
+            raise ValueError(f"{name}: its config does not load: {brief(error)}") from error
+        default = min(default, getattr(config, "max_position_embeddings", None) or default)
+    return default
+
+
 def load(name: str, device: torch.device, dtype: str) -> Any:
     """The model of a folder or Hub id, in eval mode.
 
@@ -122,6 +137,34 @@ def load(name: str, device: torch.device, dtype: str) -> Any:
             "would be; save or download the model anew"
         )
     return model.to(device).eval()
+
+
+def check_rows(op: str, name: str, model: Any, rows: Sequence[Sequence[int]]) -> None:
+    """The rows must be of the model's tokens, and within the positions that it knows.
+
+    Raises:
+        ValueError: an id or a length beyond; says the largest that is not.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    largest = max((max(row) for row in rows if row), default=0)
+    if largest >= known:
+        raise checks.fail(
+            op,
+            "input_ids",
+            f"token ids below {known}, the vocabulary of {name}",
+            f"{largest}",
+            "take ids that this model's tokenizer made",
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, rows), default=0)
+    if positions is not None and longest > positions:
+        raise checks.fail(
+            op,
+            "--length",
+            f"at most {positions}, the positions of {name}",
+            f"a sequence of {longest} tokens",
+            f"pass --length {positions}",
+        )
 
 
 def write_json(op: str, path: str | None, content: Mapping[str, Any]) -> None:
