@@ -22,6 +22,7 @@ from fasttax.tax.measure import token_kls
 from fasttax.tax.words import Table, aligned
 
 OP = "fasttax kl measure"
+LENGTH = 512
 CONTEXT = 8  # tokens before a token that the list of the worst shows
 COLOR = "209,73,91"
 CSS = (
@@ -59,7 +60,10 @@ def main(args: argparse.Namespace) -> int:
         ValueError: a size below its least, a text without two tokens, or models whose tokenizers
             differ.
     """
-    if min(args.length - 1, args.batch_size, args.worst, args.rows) < 1:
+    sizes = [args.batch_size, args.worst, args.rows]
+    if args.length is not None:
+        sizes.append(args.length - 1)
+    if min(sizes) < 1:
         raise ValueError("--length must be at least 2, --batch-size, --worst and --rows at least 1")
     models = {"policy": args.policy, "ref": args.ref}
     _language_model.check(OP, args, models, *filter(None, [args.html]))
@@ -67,13 +71,14 @@ def main(args: argparse.Namespace) -> int:
     texts = {Path(path): _texts.read(path) for path in args.text}
     tokenizer = _language_model.tokenizer_of(args.policy)
     _same_tokenizers(tokenizer, _language_model.tokenizer_of(args.ref))
-    every = [
-        row for p, text in texts.items() for row in _texts.rows(p, text, tokenizer, args.length)
-    ]
+    length = _language_model.length_of(args.length, LENGTH, *models.values())
+    every = [row for p, text in texts.items() for row in _texts.rows(p, text, tokenizer, length)]
     rows = [row for row in every if len(row.ids) > 1]
     if not rows:
         raise checks.fail(OP, "text", "a sequence of at least 2 tokens", f"none in {args.text}")
     policy, ref = (_language_model.load(name, device, args.dtype) for name in models.values())
+    for name, model in ((args.policy, policy), (args.ref, ref)):
+        _language_model.check_rows(OP, name, model, [row.ids for row in rows])
     measured = list(_measured(policy, ref, rows, args.batch_size))
     domains = by_domain(measured)
     worst = _worst(measured, tokenizer, args.worst)
@@ -112,7 +117,10 @@ def add_parser(tools: Any) -> None:
     )
     parser.add_argument("--html", metavar="FILE", help="write a page, tokens coloured by KL")
     parser.add_argument(
-        "--length", type=int, default=512, help="tokens a sequence is cut to (default 512)"
+        "--length",
+        type=int,
+        help=f"tokens a sequence is cut to (default {LENGTH}, or the models' positions where they "
+        "are fewer)",
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--worst", type=int, default=20, help="tokens that are listed (default 20)")

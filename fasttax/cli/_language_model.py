@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ def check(op: str, args: argparse.Namespace, models: Mapping[str, str], *outputs
             if Path(path).is_dir():
                 raise checks.fail(op, path, "a file's name", "a folder")
     for word, name in models.items():
-        _check_model(op, word, name)
+        check_model(op, word, name)
 
 
-def _check_model(op: str, word: str, name: str) -> None:
+def check_model(op: str, word: str, name: str) -> None:
     """A folder with a model, or what may be a Hub id."""
     folder = Path(name)
     if folder.is_dir():
@@ -94,7 +94,22 @@ def tokenizer_of(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except UNLOADABLE as error:
-        raise ValueError(f"{name}: its tokenizer does not load: {_brief(error)}") from error
+        raise ValueError(f"{name}: its tokenizer does not load: {brief(error)}") from error
+
+
+def length_of(asked: int | None, default: int, *names: str) -> int:
+    """The tokens of a row: as asked, or the default within the positions that all models know."""
+    from transformers import AutoConfig
+
+    if asked is not None:
+        return asked
+    for name in names:
+        try:
+            config = AutoConfig.from_pretrained(name).get_text_config()
+        except UNLOADABLE as error:
+            raise ValueError(f"{name}: its config does not load: {brief(error)}") from error
+        default = min(default, getattr(config, "max_position_embeddings", None) or default)
+    return default
 
 
 def load(name: str, device: torch.device, dtype: str) -> Any:
@@ -113,7 +128,7 @@ def load(name: str, device: torch.device, dtype: str) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (*UNLOADABLE, SafetensorError) as error:
-        raise ValueError(f"{name}: the model does not load: {_brief(error)}") from error
+        raise ValueError(f"{name}: the model does not load: {brief(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -122,6 +137,34 @@ def load(name: str, device: torch.device, dtype: str) -> Any:
             "would be; save or download the model anew"
         )
     return model.to(device).eval()
+
+
+def check_rows(op: str, name: str, model: Any, rows: Sequence[Sequence[int]]) -> None:
+    """The rows must be of the model's tokens, and within the positions that it knows.
+
+    Raises:
+        ValueError: an id or a length beyond; says the largest that is not.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    largest = max((max(row) for row in rows if row), default=0)
+    if largest >= known:
+        raise checks.fail(
+            op,
+            "input_ids",
+            f"token ids below {known}, the vocabulary of {name}",
+            f"{largest}",
+            "take ids that this model's tokenizer made",
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, rows), default=0)
+    if positions is not None and longest > positions:
+        raise checks.fail(
+            op,
+            "--length",
+            f"at most {positions}, the positions of {name}",
+            f"a sequence of {longest} tokens",
+            f"pass --length {positions}",
+        )
 
 
 def write_json(op: str, path: str | None, content: Mapping[str, Any]) -> None:
@@ -145,7 +188,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """The first line of an error, whose others explain the Hub."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -25,6 +25,11 @@ COMMANDS = {
         "log-probs of training data, so that training needs no reference in memory",
         extra="transformers",
     ),
+    "plan": Command(
+        "say what Fisher, EWC, KL and replay would take of a GPU's memory and time, from a model's "
+        "config.json alone",
+        extra="transformers",
+    ),
     "merge": Command(
         "average models weight by weight: linear between a base and its aligned model, or by their "
         "Fishers"

@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
             f"{args.length}"
         )
     model = _language_model.load(args.model, device, args.dtype)
+    _language_model.check_rows(OP, args.model, model, rows.tolist())
     rows = rows.to(device)
     estimate = _estimated(model, rows.split(args.batch_size), len(rows), args)
     estimate.save(args.output)

@@ -14,6 +14,7 @@ from fasttax.cli import _kl_measure, _language_model, _texts
 from fasttax.integrations.reference import TopKReference
 
 OP = "fasttax kl cache"
+LENGTH = 1024
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,15 +29,20 @@ def cache(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a size below its least, or a row of DATA that is none of the forms.
     """
-    if min(args.length - 1, args.batch_size, args.k) < 1:
+    sizes = [args.batch_size, args.k]
+    if args.length is not None:
+        sizes.append(args.length - 1)
+    if min(sizes) < 1:
         raise ValueError("--length must be at least 2, --batch-size and --k at least 1")
     checks.positive(OP, "--temperature", args.temperature)
     _language_model.check(OP, args, {"model": args.model}, args.output)
     device = _language_model.device_of(OP, args.device)
     path = Path(args.data)
     text = _texts.read(path)
-    rows = _texts.rows(path, text, _language_model.tokenizer_of(args.model), args.length)
+    length = _language_model.length_of(args.length, LENGTH, args.model)
+    rows = _texts.rows(path, text, _language_model.tokenizer_of(args.model), length)
     model = _language_model.load(args.model, device, args.dtype)
+    _language_model.check_rows(OP, args.model, model, [row.ids for row in rows])
     batches = -(-len(rows) // args.batch_size)
     with tqdm(total=batches, desc=OP, unit="batch", disable=None) as bar:
         counting = model.register_forward_hook(lambda *_: bar.update() and None)
@@ -85,8 +91,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     cache.add_argument(
         "--length",
         type=int,
-        default=1024,
-        help="tokens a sequence is cut to, as the trainer's max_length (default 1024)",
+        help=f"tokens a sequence is cut to, as the trainer's max_length (default {LENGTH}, or the "
+        "model's positions where they are fewer)",
     )
     cache.add_argument("--batch-size", type=int, default=8)
     cache.add_argument(

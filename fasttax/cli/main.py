@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return USER_ERROR
     name, rest = words[0], words[1:]
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(usage())
         return 0
-    if name == "--version":
+    if name in ("-V", "--version"):
         print(__version__)
         return 0
     if name not in COMMANDS:

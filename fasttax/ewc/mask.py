@@ -59,16 +59,15 @@ class FisherMask:
             raise checks.fail(
                 OP, "fisher", "a FisherEstimate, a path, or a mapping", fisher, error=TypeError
             )
-        self._parameters: dict[str, Tensor] = {}
+        self._thetas: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         for target in match(OP, model, shapes_of(fisher), None):
             _refuse(target.name, target.theta, target.lora)
-            self._parameters[target.name] = target.theta
+            self._thetas[target.name] = target.theta
             values[target.name] = _checked(target.given, fisher[target.given])
         wanted = round(self.share * sum(v.numel() for v in values.values()))
         self.masks = {
-            name: mask.to(self._parameters[name].device)
-            for name, mask in top(values, wanted).items()
+            name: mask.to(self._thetas[name].device) for name, mask in top(values, wanted).items()
         }
 
     @property
@@ -88,7 +87,7 @@ class FisherMask:
         """
         op = "FisherMask.attach"
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = {name: p for name, p in self._parameters.items() if id(p) in held}
+        mine = {name: p for name, p in self._thetas.items() if id(p) in held}
         if not mine:
             raise checks.fail(
                 op,

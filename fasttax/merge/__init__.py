@@ -3,8 +3,19 @@
 One tensor of each model in memory at a time.
 """
 
+import importlib
+from typing import Any
+
 from fasttax.merge.average import fisher_average as fisher_average
 from fasttax.merge.average import linear as linear
-from fasttax.merge.sweeps import sweep as sweep
 
-__all__ = ["fisher_average", "linear", "sweep"]
+__all__ = ["fisher_average", "linear"]
+
+
+def __getattr__(name: str) -> Any:
+    # on use: a sweep reports, which needs more than averaging does
+    if name == "sweep":
+        return importlib.import_module("fasttax.tax.sweeps").sweep
+    raise AttributeError(
+        f"module 'fasttax.merge' has no attribute {name!r}; it offers {', '.join(__all__)}, sweep"
+    )

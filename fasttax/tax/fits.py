@@ -197,7 +197,8 @@ def _fitted(
         columns=lambda b: _powers(unit, b)[None],
         slope=lambda b: unit**b * np.log(unit),
     )
-    covariances = noise.covariances(_typical(plain, ys))
+    size = np.ones_like(ys) if noise.runs is None else _typical(plain, ys)
+    covariances = noise.covariances(size)
     fit = Fit(plain, ys, covariances, confidence)
     errors = ys - float(fit.coefficients[0]) * unit**fit.b
     sse, spread = float(errors @ errors), float(((ys - ys.mean()) ** 2).sum())

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 # Correlations of neighbours in a run, from white noise to nearly a random walk; of several runs
-# fewer, since what they differ by is gone through, too: standard deviations in units of a point's.
+# fewer, since what they differ by is gone through, too: standard deviations in units of a point's,
+# up to what three runs, which bound it from above but loosely, do not rule out.
 ALONE = (0.0, 0.4, 0.7, 0.85, 0.95)
-SEVERAL = (0.0, 0.6, 0.9)
-SPREADS = (0.0, 1.0, 3.0)
+SEVERAL = (0.0, 0.8)
+SPREADS = (0.0, 1.0, 3.0, 8.0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -162,8 +162,15 @@ class Fit:
             fine = np.clip(np.linspace(middle - step, middle + step, 101), low, high)
             zoomed = profile(self.law, fine, self.y, found.whiten)
             middle, step = float(fine[zoomed.best]), step / 50
-        grid = np.sort(np.append(self.law.grid, middle))
-        return profile(self.law, grid, self.y, found.whiten)
+        single = profile(self.law, np.array([middle]), self.y, found.whiten)
+        at = int(np.searchsorted(found.grid, middle))
+        return replace(
+            found,
+            grid=np.insert(found.grid, at, middle),
+            sse=np.insert(found.sse, at, single.sse),
+            coefficients=np.insert(found.coefficients, at, single.coefficients[:, 0], axis=1),
+            spread=np.insert(found.spread, at, single.spread[:, :, 0], axis=2),
+        )
 
     def limit(self, found: Profile) -> float:
         """The sum of squares that is allowed under a covariance."""

@@ -35,11 +35,11 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
-    assert cli.main(["--help"]) == 0
+    assert cli.main(["--help"]) == cli.main(["help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {name:8} {command.summary}\n" in printed for name, command in COMMANDS.items())
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"{fasttax.__version__}\n"
+    assert cli.main(["--version"]) == cli.main(["-V"]) == 0
+    assert capsys.readouterr().out == f"{fasttax.__version__}\n" * 2
     assert cli.main(["taxes"]) == 2
     assert "unknown command 'taxes'; choose one of demo, fisher" in capsys.readouterr().err
 

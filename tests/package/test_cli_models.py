@@ -19,7 +19,7 @@ from fasttax.integrations.reference import TopKReference
 from fasttax.tax import kl_both_ways
 from tests.tools import tiny_lm
 
-TEXT = "water boils at a hundred degrees\n" * 6
+TEXT = "water boils at a hundred degrees\n" * 10
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,19 @@ def test_measure_is_the_librarys_kl(
     assert "policy||ref" in html
 
 
+def test_rows_are_as_long_as_the_model_by_default(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny model has 256 positions, of which the text would take 330."""
+    m0, text, out = str(models / "m0"), str(models / "text.txt"), tmp_path / "kl.json"
+    assert cli.main(["kl", "measure", m0, m0, text, "--json", str(out)]) == 0
+    (domain,) = json.loads(out.read_text())["domains"]
+    assert (domain["sequences"], domain["tokens"]) == (2, 255 + 73)
+    cached = str(tmp_path / "c.safetensors")
+    assert cli.main(["kl", "cache", m0, text, "--output", cached]) == 0
+    assert len(TopKReference.load(cached)) == 2
+
+
 def test_a_model_has_no_kl_to_itself(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     m0 = str(models / "m0")
     assert cli.main(["kl", "measure", m0, m0, str(models / "rows.jsonl"), "--dtype", "auto"]) == 0
@@ -104,6 +117,7 @@ def broken(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "empty").mkdir()
     (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n[1]\n')
+    (tmp_path / "far.jsonl").write_text('{"input_ids": [4, 5, 260]}\n')
     (tmp_path / "ids.jsonl").write_text('{"input_ids": ["a"]}\n')
     m0, m1, text = str(models / "m0"), str(models / "m1"), str(models / "text.txt")
 
@@ -130,10 +144,16 @@ def broken(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
             "row 2: expected a JSON object",
         ),
         "ids of another kind": (measure(file=str(tmp_path / "ids.jsonl")), "list of integers"),
+        "weights: ids beyond": (measure(file=str(tmp_path / "far.jsonl")), "below 260"),
+        "weights: too long": (measure(m0, m1, text, "--length", "300"), "pass --length 256"),
+        "fisher: weights, too long": (fisher(m0, text, "--length", "300"), "pass --length 256"),
+        "cache: weights, too long": (cache(m0, text, "--length", "300"), "pass --length 256"),
         "page without a folder": (measure(m0, m1, text, "--html", none), "create it first"),
         "page that is a folder": (measure(m0, m1, text, "--html", str(tmp_path)), "a file's name"),
         "device": (measure(m0, m1, text, "--device", "cuda:99"), "one of 'auto', 'cpu'"),
         "size": (measure(m0, m1, text, "--batch-size", "0"), "at least 1"),
+        "length": (measure(m0, m1, text, "--length", "0"), "at least 2"),
+        "cache: length": (cache(m0, text, "--length", "1"), "at least 2"),
         "fisher: output": (["fisher", m0, text, "--output", none], "create it first"),
         "fisher: text": (fisher(m0, none), "No such file"),
         "fisher: device": (fisher(m0, text, "--device", "gpu"), "--device"),

@@ -1,4 +1,4 @@
-"""Models on the line between a base and its aligned descendant, each measured."""
+"""Models on the line between a base and its aligned descendant, each measured: `merge.sweep`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from fasttax._base import checks
 from fasttax.merge import alphas as by_pattern
 from fasttax.merge.alphas import Alpha
 from fasttax.merge.average import Model, linear
-
-if TYPE_CHECKING:
-    from fasttax.tax import TaxReport
+from fasttax.tax.report import TaxReport
 
 OP = "merge.sweep"
 MEASURED = ("kl", "distance", "se", "n", "task_kl")  # beside the scores, as TaxReport.add takes it
@@ -66,9 +64,6 @@ def sweep(
     Raises:
         ValueError: no alphas, one twice, or a result that is none of the forms; and as `linear`.
     """
-    # tax needs more than merging does, and is loaded on use
-    from fasttax.tax import TaxReport
-
     named: dict[str, Alpha] = {}
     for alpha in alphas:
         name = _name(by_pattern.checked(OP, alpha))
