@@ -32,68 +32,89 @@ struct RowWork {
 
   ScalarType result_type() const { return wide ? ScalarType::Double : ScalarType::Float; }
 
-  void forward(int64_t n, double* kl, DoubleRow* saved) const {
-    saved[n] = {};
-    kl[n] = 0;
-    if (c.live(n))
-      kl[n] = kl_double_forward(static_cast<double*>(x[n]), static_cast<double*>(y[n]), c.V, exact,
-                                saved[n]);
+  double forward_row(int64_t n, const KlKept&, DoubleRow& saved) const {
+    return kl_double_forward(static_cast<double*>(x[n]), static_cast<double*>(y[n]), c.V, exact,
+                             saved);
   }
-  void forward(int64_t n, float* kl, KlRow* saved) const {
-    KlRow row{};
-    kl[n] = c.live(n) ? FASTTAX_DISPATCH(kl_forward, c.type, x[n], y[n], c.V, narrow, row) : 0.0f;
-    saved[n] = row;
-  }
-  void forward(int64_t n, void* kl, void* saved) const {
-    if (wide) forward(n, static_cast<double*>(kl), static_cast<DoubleRow*>(saved));
-    else forward(n, static_cast<float*>(kl), static_cast<KlRow*>(saved));
+  float forward_row(int64_t n, const KlKept& kept, KlRow& saved) const {
+    return FASTTAX_DISPATCH(kl_forward, c.type, x[n], y[n], c.V, narrow, kept, saved);
   }
 
-  void backward(int64_t n, const void* upstream, const void* saved, void* dx, void* dy) const {
-    if (!c.live(n)) return zero_rows(c, x.item, dx, dy);
-    if (wide) {
-      kl_double_backward(static_cast<double*>(x[n]), static_cast<double*>(y[n]), c.V, exact,
-                         static_cast<const DoubleRow*>(saved)[n],
-                         static_cast<const double*>(upstream)[n], static_cast<double*>(dx),
-                         static_cast<double*>(dy));
-    } else {
-      FASTTAX_DISPATCH(kl_backward, c.type, x[n], y[n], c.V, narrow,
-                       static_cast<const KlRow*>(saved)[n], static_cast<const float*>(upstream)[n],
-                       dx, dy);
-    }
+  void backward_row(int64_t n, double upstream, const DoubleRow& saved, void* dx, void* dy) const {
+    kl_double_backward(static_cast<double*>(x[n]), static_cast<double*>(y[n]), c.V, exact, saved,
+                       upstream, static_cast<double*>(dx), static_cast<double*>(dy));
+  }
+  void backward_row(int64_t n, float upstream, const KlRow& saved, void* dx, void* dy) const {
+    FASTTAX_DISPATCH(kl_backward, c.type, x[n], y[n], c.V, narrow, saved, upstream, dx, dy);
   }
 
-  // Results and `saved` of the N tokens; `after(n, saved)` runs while row n is still in cache.
-  template <class F>
-  std::tuple<Tensor, Tensor> forward_rows(const Tensor& logits, F&& after) const {
-    std::vector<int64_t> sizes = sizes_of(logits, logits.dim() - 1);
-    Tensor kl = torch::stable::empty(sizes, result_type());
-    sizes.push_back(kKlSaved);
-    Tensor saved = torch::stable::empty(sizes, result_type());
-    void *out = kl.mutable_data_ptr(), *rows = saved.mutable_data_ptr();
+  // Value and gradients of a token whose weight is known.
+  double gradient_row(int64_t n, double weight, const KlKept& kept, void* dx, void* dy) const {
+    DoubleRow saved{};
+    const double kl = forward_row(n, kept, saved);
+    backward_row(n, weight, saved, dx, dy);
+    return kl;
+  }
+  float gradient_row(int64_t n, float weight, const KlKept& kept, void* dx, void* dy) const {
+    return FASTTAX_DISPATCH(kl_gradient, c.type, x[n], y[n], c.V, narrow, kept, weight, dx, dy);
+  }
+
+  template <class R>
+  void forward(R* kl, KlRowOf<R>* saved) const {
     torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+      const KlKeptRows kept(narrow, c.V, false, false);
       for (int64_t n = begin; n < end; ++n) {
-        forward(n, out, rows);
-        after(n, rows);
+        saved[n] = {};
+        kl[n] = c.live(n) ? forward_row(n, kept.rows(), saved[n]) : R(0);
       }
     });
-    return {kl, saved};
   }
 
-  void backward_rows(const char* op, const Tensor& grad, const Tensor& saved,
-                     const Target& d_logits, const Target& d_ref) const {
+  template <class R>
+  void gradient(R* kl, const R* weight, const Target& d_logits, const Target& d_ref) const {
+    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+      const KlKeptRows kept(narrow, c.V, true, d_logits.layout && !d_ref.layout);
+      for (int64_t n = begin; n < end; ++n) {
+        kl[n] = c.live(n) ? gradient_row(n, weight[n], kept.rows(), d_logits[n], d_ref[n]) : R(0);
+        if (!c.live(n)) zero_rows(c, x.item, d_logits[n], d_ref[n]);
+      }
+    });
+  }
+
+  template <class R>
+  void backward(const R* upstream, const KlRowOf<R>* saved, const Target& d_logits,
+                const Target& d_ref) const {
+    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        if (c.live(n)) backward_row(n, upstream[n], saved[n], d_logits[n], d_ref[n]);
+        else zero_rows(c, x.item, d_logits[n], d_ref[n]);
+      }
+    });
+  }
+  void backward(const char* op, const Tensor& grad, const Tensor& saved, const Target& d_logits,
+                const Target& d_ref) const {
     const void* upstream = checked_numbers(op, "grad", grad, wide, c.N);
     const void* rows = checked_numbers(op, "saved", saved, wide, c.N * kKlSaved);
-    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) backward(n, upstream, rows, d_logits[n], d_ref[n]);
-    });
+    if (wide)
+      backward(static_cast<const double*>(upstream), static_cast<const DoubleRow*>(rows), d_logits,
+               d_ref);
+    else
+      backward(static_cast<const float*>(upstream), static_cast<const KlRow*>(rows), d_logits,
+               d_ref);
   }
 };
 
 std::tuple<Tensor, Tensor> token_kl(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask,
                                     FASTTAX_KL_OPTIONS) {
   const RowWork work("token_kl", logits, ref_logits, mask, {FASTTAX_KL_VALUES});
-  return work.forward_rows(logits, [](int64_t, const void*) {});
+  std::vector<int64_t> sizes = sizes_of(logits, logits.dim() - 1);
+  Tensor kl = torch::stable::empty(sizes, work.result_type());
+  sizes.push_back(kKlSaved);
+  Tensor saved = torch::stable::empty(sizes, work.result_type());
+  void *values = kl.mutable_data_ptr(), *rows = saved.mutable_data_ptr();
+  if (work.wide) work.forward(static_cast<double*>(values), static_cast<DoubleRow*>(rows));
+  else work.forward(static_cast<float*>(values), static_cast<KlRow*>(rows));
+  return {kl, saved};
 }
 
 // The tokens' weights are known: each row's gradient is written while the row is in cache. Bytes
@@ -104,13 +125,18 @@ std::tuple<Tensor, Tensor, Tensor> token_kl_grad(Tensor token_weight, Tensor log
                                                  bool need_ref) {
   const char* op = "token_kl_grad";
   const RowWork work(op, logits, ref_logits, mask, {FASTTAX_KL_VALUES});
-  const void* upstream = checked_numbers(op, "token_weight", token_weight, work.wide, work.c.N);
+  const void* weight = checked_numbers(op, "token_weight", token_weight, work.wide, work.c.N);
   Target to_logits, to_ref;
   const Tensor d_logits = gradient_buffer(logits, need_policy, to_logits);
   const Tensor d_ref = gradient_buffer(logits, need_ref, to_ref);
-  const auto kl = std::get<0>(work.forward_rows(logits, [&](int64_t n, const void* saved) {
-    work.backward(n, upstream, saved, to_logits[n], to_ref[n]);
-  }));
+  Tensor kl = torch::stable::empty(sizes_of(logits, logits.dim() - 1), work.result_type());
+  void* values = kl.mutable_data_ptr();
+  if (work.wide)
+    work.gradient(static_cast<double*>(values), static_cast<const double*>(weight), to_logits,
+                  to_ref);
+  else
+    work.gradient(static_cast<float*>(values), static_cast<const float*>(weight), to_logits,
+                  to_ref);
   return {kl, d_logits, d_ref};
 }
 
@@ -123,7 +149,7 @@ std::tuple<Tensor, Tensor> token_kl_backward(Tensor grad, Tensor logits, Tensor 
   Target to_logits, to_ref;
   const Tensor d_logits = gradient_buffer(logits, need_policy, to_logits);
   const Tensor d_ref = gradient_buffer(logits, need_ref, to_ref);
-  work.backward_rows(op, grad, saved, to_logits, to_ref);
+  work.backward(op, grad, saved, to_logits, to_ref);
   return {d_logits, d_ref};
 }
 
@@ -134,7 +160,7 @@ Tensor token_kl_backward_(Tensor grad, Tensor logits, Tensor ref_logits, std::op
   const RowWork work(op, logits, ref_logits, mask, {FASTTAX_KL_VALUES});
   Target to_logits{Layout(logits)}, to_ref;
   const Tensor d_ref = gradient_buffer(logits, need_ref, to_ref);
-  work.backward_rows(op, grad, saved, to_logits, to_ref);
+  work.backward(op, grad, saved, to_logits, to_ref);
   return d_ref;
 }
 

@@ -1,5 +1,5 @@
 // token_kl over one row pair. Forward is one sweep over both rows (kinds of two: the second in L2),
-// backward another.
+// backward another. Both at once, the gradient's sweep reads what the forward kept (kl_kept.h).
 #include "../math/double_math.h"
 #include "kl_jsd.h"
 
@@ -33,31 +33,56 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
   join_lanes<kind>(part, total);
 }
 
-template <FrameMode mode, class T>
+// keep: whether every entry's p and log(m/p) are left there for the policy's gradient. Else there
+// may be the reference's as well, which needs KL(q||m).
+template <bool keep, FrameMode mode, class T>
 inline void jsd_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame,
-                      const JsdMath& jsd, KlThree<double>& total) {
+                      const JsdMath& jsd, float* p, float* to_p, KlThree<double>& total) {
   // four lanes for each that adds: a lane's roundings grow with its terms
   KlThree<VF> parts[4] = {};
-  int64_t turn = 0;
+  int64_t turn = 0, at = 0;
   for_vectors(x, y, n, frame.y_filler(), [&](VF xv, VF yv) {
-    const JsdEntry z = jsd.at(frame, xv, yv, true);
+    const JsdEntry z = jsd.at(frame, xv, yv, !keep);
     KlThree<VF>& part = parts[turn++ % 4];
-    part.value += jsd.value(z);
-    part.first -= z.base * z.to_base;
-    part.second -= z.other * z.to_other;
+    part.value += z.value;
+    part.first -= z.p * z.to_p;
+    if constexpr (!keep) part.second -= z.q * z.to_q;
+    if constexpr (keep) {
+      store(p + at, z.p);
+      store(to_p + at, z.to_p);
+      at += kLanes;
+    }
   });
   for (const auto& part : parts) join_lanes<KlKind::kJsd>(part, total);
 }
 
-// f(frame, x, y, n) for each chunk; `unit`: whether kUnit is compiled.
+// f(frame, x, y, start, n) for each chunk; `unit`: whether kUnit is compiled.
 template <bool unit, class F>
 inline void for_framed_chunks(const RowPair& rows, int64_t V, const KlParams& k, const KlRow& r,
                               F&& f) {
   with_mode<unit>(k, r, [&](auto is) {
     constexpr FrameMode mode = decltype(is)::value;
     const Frame<mode> frame(k, r);
-    for_chunks<mode>(rows, k, V, [&](auto* x, auto* y, int64_t n) { f(frame, x, y, n); });
+    for_chunks<mode>(rows, k, V,
+                     [&](auto* x, auto* y, int64_t start, int64_t n) { f(frame, x, y, start, n); });
   });
+}
+
+inline KlThree<double> jsd_sums(const RowPair& rows, int64_t V, const KlParams& k, const KlSums& t,
+                                const KlRow& r) {
+  KlThree<double> sums{};
+  const JsdMath jsd(k.beta, k.beta_rest);
+  const KlKept& kept = rows.kept;
+  for_framed_chunks<true>(
+      rows, V, k, r, [&](const auto& frame, auto* x, auto* y, int64_t start, int64_t n) {
+        if (kept.p) jsd_chunk<true>(x, y, n, frame, jsd, kept.p + start, kept.to_p + start, sums);
+        else jsd_chunk<false>(x, y, n, frame, jsd, nullptr, nullptr, sums);
+      });
+  // The means' weights sum to 1 but for the rounding of 1/S, which a gradient would be left with
+  // where one entry has nearly all of the mass.
+  sums.first /= t.s * r.inv_s;
+  sums.second /= t.y * r.inv_s_ref;
+  return sums;
 }
 
 template <KlKind kind>
@@ -66,19 +91,12 @@ inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, co
   if (KlFormula<kind>::is_zero(k.beta)) return (t.s + t.y) * 0;  // 0, or NaN for a NaN row
   KlThree<double> sums = KlFormula<kind>::template none<double>();
   if constexpr (kind == KlKind::kJsd) {
-    const JsdMath jsd(k.beta, k.beta_rest);
-    for_framed_chunks<true>(rows, V, k, r, [&](const auto& frame, auto* x, auto* y, int64_t n) {
-      jsd_chunk(x, y, n, frame, jsd, sums);
-    });
-    // The means' weights sum to 1 but for the rounding of 1/S, which a gradient would be left with
-    // where one entry has nearly all of the mass.
-    const double p = t.s * r.inv_s, q = t.y * r.inv_s_ref;
-    sums.first /= jsd.swapped ? q : p;
-    sums.second /= jsd.swapped ? p : q;
+    sums = jsd_sums(rows, V, k, t, r);
   } else {
-    for_framed_chunks<false>(rows, V, k, r, [&](const auto& frame, auto* x, auto* y, int64_t n) {
-      second_chunk<kind>(x, y, n, frame, sums);
-    });
+    for_framed_chunks<false>(rows, V, k, r,
+                             [&](const auto& frame, auto* x, auto* y, int64_t, int64_t n) {
+                               second_chunk<kind>(x, y, n, frame, sums);
+                             });
   }
   const KlThree<double> out = KlFormula<kind>::finish(sums, k.beta);
   const double nan = (t.s + t.y) * 0;  // of a row that has one, in whichever term
@@ -88,7 +106,7 @@ inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, co
 }
 
 template <KlKind kind>
-inline float kl_row_forward(const RowPair& rows, int64_t V, const KlParams& k, KlRow& r) {
+inline float kl_row_forward(RowPair& rows, int64_t V, const KlParams& k, KlRow& r) {
   constexpr int want = kl_wants(kind);
   bool careful = false;
   if constexpr (kl_two_sweeps(kind)) careful = KlFormula<kind>::kCareful;
@@ -142,26 +160,40 @@ template <FrameMode mode, Sides sides>
 struct KlSlope<mode, KlKind::kJsd, sides> {
   Frame<mode> frame;
   JsdMath jsd;
-  float g_base, g_other;
+  float gx, gy;
 
   // At beta 0 and 1 the divergence is 0, whatever mixture is taken.
   KlSlope(const KlParams& k, const KlRow& row, float upstream)
       : frame(k, row), jsd(is_zero(k) ? 0.5f : k.beta, is_zero(k) ? 0.5f : k.beta_rest) {
     if (is_zero(k)) upstream = 0;
-    g_base = -upstream * (1 - jsd.share) * (jsd.swapped ? k.ref_row_slope : k.row_slope);
-    g_other = -upstream * jsd.share * (jsd.swapped ? k.row_slope : k.ref_row_slope);
+    gx = -upstream * k.beta_rest * k.row_slope;
+    gy = -upstream * k.beta * k.ref_row_slope;
   }
   static bool is_zero(const KlParams& k) { return KlFormula<KlKind::kJsd>::is_zero(k.beta); }
 
   __attribute__((always_inline)) inline KlSides<VF> operator()(VF xv, VF yv) const {
-    const JsdEntry z = jsd.at(frame, xv, yv, sides == kBothSides || jsd.swapped);
-    const VF base = z.base * (z.to_base + frame.r.mean_gap) * g_base;
-    const VF other = z.other * (z.to_other + frame.r.ref_center) * g_other;
-    KlSides<VF> out{jsd.swapped ? other : base, jsd.swapped ? base : other};
+    const JsdEntry z = jsd.at(frame, xv, yv, sides == kBothSides);
+    KlSides<VF> out{z.p * (z.to_p + frame.r.mean_gap) * gx, {}};
+    if (sides == kBothSides) out.y = z.q * (z.to_q + frame.r.ref_center) * gy;
     if constexpr (mode == FrameMode::kGeneral) kl_uncap<VectorMath>(out, xv, yv, frame.k);
     return out;
   }
 };
+
+// The policy's gradient out of what the forward kept.
+template <class T>
+inline void jsd_kept_gradient(const KlKept& kept, int64_t V, const KlParams& k, const KlRow& r,
+                              float upstream, T* dx) {
+  const float gx = -upstream * k.beta_rest * k.row_slope;
+  const auto at = [&](int64_t i) {
+    KlSides<VF> out{load(kept.p + i) * (load(kept.to_p + i) + r.mean_gap) * gx, {}};
+    if (k.cap > 0) out.x *= kl_bend<VectorMath>(load(kept.x + i), k.cap);
+    return out.x;
+  };
+  const int64_t whole = V / kLanes * kLanes;
+  if (whole < V) store(dx + whole, at(whole), V - whole);
+  for (int64_t i = whole - kLanes; i >= 0; i -= kLanes) store(dx + i, at(i));
+}
 
 template <KlKind kind>
 inline void kl_row_backward(const RowPair& rows, int64_t V, const KlParams& k, const KlRow& r,
@@ -181,8 +213,8 @@ inline void kl_row_backward(const RowPair& rows, int64_t V, const KlParams& k, c
 }
 
 inline float kl_forward(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k,
-                        KlRow& r) {
-  const RowPair rows(type, x, y, k);
+                        const KlKept& kept, KlRow& r) {
+  RowPair rows(type, x, y, k, kept);
   return with_kind(k.kind,
                    [&](auto kind) { return kl_row_forward<decltype(kind)::value>(rows, V, k, r); });
 }
@@ -193,6 +225,28 @@ inline void kl_backward(FloatType type, const void* x, const void* y, int64_t V,
   const RowPair rows(type, x, y, k);
   with_kind(k.kind,
             [&](auto kind) { kl_row_backward<decltype(kind)::value>(rows, V, k, r, g, dx, dy); });
+}
+
+// Both at once, for a token whose weight g is known.
+inline float kl_gradient(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k,
+                         const KlKept& kept, float g, void* dx, void* dy) {
+  RowPair rows(type, x, y, k, kept);
+  KlRow r;
+  return with_kind(k.kind, [&](auto kind_is) {
+    constexpr KlKind kind = decltype(kind_is)::value;
+    const float value = kl_row_forward<kind>(rows, V, k, r);
+    if constexpr (kind == KlKind::kJsd) {
+      if (kept.p && !KlFormula<kind>::is_zero(k.beta)) {
+        typed(type, dx, [&](auto* unused) {
+          using T = std::remove_const_t<std::remove_pointer_t<decltype(unused)>>;
+          jsd_kept_gradient(kept, V, k, r, g, static_cast<T*>(dx));
+        });
+        return value;
+      }
+    }
+    if (dx || dy) kl_row_backward<kind>(rows, V, k, r, g, dx, dy);
+    return value;
+  });
 }
 
 }  // namespace FASTTAX_ISA_NS

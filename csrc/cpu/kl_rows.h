@@ -2,7 +2,8 @@
 #include "../math/kl_frame.h"
 #include "../math/kl_row.h"
 #include "../math/kl_slope.h"
-#include "rows.h"
+#include "kl_cap.h"
+#include "kl_kept.h"
 
 #if defined(FASTTAX_ISA)  // isa.h: once per instruction set
 namespace fasttax {
@@ -27,13 +28,17 @@ struct RowPair {
   FloatType type;
   const void *x, *y;
   bool caps, narrow;  // narrow: bfloat16 read as it lies
+  KlKept kept;
+  bool staged = false;  // whether kept.x and kept.y hold the row
 
-  RowPair(FloatType logits, const void* policy, const void* ref, const KlParams& k)
+  RowPair(FloatType logits, const void* policy, const void* ref, const KlParams& k,
+          const KlKept& rows = {})
       : type(logits),
         x(policy),
         y(ref),
         caps(k.cap > 0 || k.ref_cap > 0 || k.inf_mask),
-        narrow(type == FloatType::kBFloat16 && k.plain) {}
+        narrow(type == FloatType::kBFloat16 && k.plain),
+        kept(rows) {}
 
   bool direct() const { return type == FloatType::kFloat && !caps; }
   template <class T>
@@ -50,49 +55,16 @@ struct Buffers {
   alignas(64) float x[kChunk], y[kChunk];
 };
 
-// tanh a and tanh a - tanh b, for every |a - b| <= kCapGap, out of one exponential: with td =
-// tanh(a
-// - b),
-//   tanh a - tanh b = td (1 - tanh^2 a) / (1 - td tanh a)
-// 1 - tanh^2 a = 4 e / (1 + e)^2 keeps its digits where tanh a is near 1; 1 / (1 - w) is its series
-// in |w| <= 0.1. Next term < 1e-7. tanh a has the bits that KlFrame::cap() gives it.
-__attribute__((always_inline)) inline void tanh_and_gap(VF a, VF gap, VF& tanh_a, VF& difference) {
-  const Tanh of = tanh_parts(a);
-  tanh_a = of.value;
-  const VF z = gap * gap;
-  const VF td = fma(fma(z, splat(2.0f / 15), splat(-1.0f / 3)) * z, gap, gap), w = td * tanh_a;
-  VF series = w + 1.0f;
-  for (int n = 0; n < 5; ++n) series = fma(series, w, splat(1.0f));
-  difference = td * series * (of.e * 4.0f * of.share * of.share);
-}
-
+// Logits as floats: those of float16, and what a softcap or the inf mask makes of any.
 __attribute__((noinline)) inline void stage_chunk(const RowPair& rows, const KlParams& k,
-                                                  int64_t start, int64_t n, Buffers& to) {
+                                                  int64_t start, int64_t n, float* to_x,
+                                                  float* to_y) {
   typed(rows.type, rows.x, [&](auto* x) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-    widen_row(x + start, n, to.x);
-    widen_row(rows.ref<T>() + start, n, to.y);
+    if (rows.caps) return cap_chunk(x + start, rows.ref<T>() + start, n, k, to_x, to_y);
+    widen_row(x + start, n, to_x);
+    widen_row(rows.ref<T>() + start, n, to_y);
   });
-  if (!rows.caps) return;
-  const KlFrame<VectorMath, KlParams> frame(k, KlRow{});
-  const float inside = k.joint_cap ? k.scale / k.cap : 0.0f;
-  // beyond n lies what nobody reads, but a vector's way is chosen by all of its lanes
-  const int64_t rest = (kLanes - n % kLanes) % kLanes;
-  std::fill_n(to.x + n, rest, 0.0f);
-  std::fill_n(to.y + n, rest, 0.0f);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    VF x = load(to.x + i), y = load(to.y + i);
-    const VF gap = (x - y) * inside;
-    if (k.joint_cap && !k.inf_mask && all_le(abs(gap), splat(kCapGap))) {
-      tanh_and_gap(x * inside, gap, x, y);
-      x *= k.cap;
-      y *= k.cap;
-    } else {
-      frame.cap(x, y);
-    }
-    store(to.x + i, x);
-    store(to.y + i, y);
-  }
 }
 
 // f(x, y): pointers to the n entries from `start`, as floats or (but where the frame is general)
@@ -103,17 +75,19 @@ inline void with_chunk(const RowPair& rows, const KlParams& k, int64_t start, in
   if constexpr (mode != FrameMode::kGeneral)
     if (rows.narrow) return f(rows.policy<BFloat16>() + start, rows.ref<BFloat16>() + start);
   if (rows.direct()) return f(rows.policy<float>() + start, rows.ref<float>() + start);
-  stage_chunk(rows, k, start, n, buffers);
-  f(static_cast<const float*>(buffers.x), static_cast<const float*>(buffers.y));
+  float* const x_to = rows.kept.x ? rows.kept.x + start : buffers.x;
+  float* const y_to = rows.kept.y ? rows.kept.y + start : buffers.y;
+  if (!rows.staged) stage_chunk(rows, k, start, n, x_to, y_to);
+  f(static_cast<const float*>(x_to), static_cast<const float*>(y_to));
 }
 
-// f(x, y, n) for each chunk.
+// f(x, y, start, n) for each chunk.
 template <FrameMode mode, class F>
 inline void for_chunks(const RowPair& rows, const KlParams& k, int64_t V, F&& f) {
   Buffers buffers;
   for (int64_t start = 0; start < V; start += kChunk) {
     const int64_t n = std::min(kChunk, V - start);
-    with_chunk<mode>(rows, k, start, n, buffers, [&](auto* x, auto* y) { f(x, y, n); });
+    with_chunk<mode>(rows, k, start, n, buffers, [&](auto* x, auto* y) { f(x, y, start, n); });
   }
 }
 
@@ -136,7 +110,9 @@ __attribute__((noinline)) inline KlSides<VF> entry_of(const RowPair& rows, const
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
     z = {splat(to_float(x[i])), splat(to_float(rows.ref<T>()[i]))};
   });
-  if (rows.caps) KlFrame<VectorMath, KlParams>(k, KlRow{}).cap(z.x, z.y);
+  if (!rows.caps) return z;
+  if (JointCap::fits(k)) JointCap(k).apply<false, false>(z.x, z.y);
+  else KlFrame<VectorMath, KlParams>(k, KlRow{}).cap(z.x, z.y);
   return z;
 }
 
@@ -164,7 +140,9 @@ inline void write_chunk(const T* x, const T* y, int64_t n, T* dx, T* dy, const F
   const int64_t whole = n / kTwo * kTwo;
   for (int64_t i = whole; i < n; i += kLanes) {
     const int64_t some = std::min<int64_t>(kLanes, n - i);
-    const KlSides<VF> d = slope(load(x + i, some, -kInf), load(y + i, some, -kInf));
+    // filled as for the sums: a vector's way may be chosen by all of its lanes
+    const VF xv = load(x + i, some, -kInf), yv = load(y + i, some, slope.frame.y_filler());
+    const KlSides<VF> d = slope(xv, yv);
     if (for_x) store(dx + i, d.x, some);
     if (for_y) store(dy + i, d.y, some);
   }

@@ -4,8 +4,8 @@
 //  - A frame is the maxima of the first entries. A chunk with an entry more than 20 above it is
 //    summed again in a frame of its own maxima, one that holds most of the mass so far and has a
 //    mean gap larger than its spread is summed again around that.
-//  - Where four vectors have |d| <= 1/4 one exp and a polynomial do, up to 2 an exp and the parts
-//    of another. Beyond, two exps and plain sums, good to 1e-7 of the mass summed so: where that
+//  - Where four vectors have |d| <= 1/4, 1 or 2 one exp and a polynomial do. Beyond, two exps and
+//  plain sums, good to 1e-7 of the mass summed so: where that
 //    is not enough, or a sum is NaN (-inf entries), the chunk is summed again and the row's rest
 //    then with every lane by its own size, and with 0 * inf = 0.
 //  - Lanes are folded to double every 2048 cells, so the sums do not depend on V's size.
@@ -27,8 +27,8 @@ inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>&
   KlMixed<VectorMath, want> mixed;
   VF moment{}, top = splat(-kInf);
   // Where near vectors and others alternate, a branch that is mispredicted costs more than the
-  // other path's 8 instructions: a chunk goes over to that once.
-  bool near_so_far = true;
+  // other path's instructions: a chunk goes over to that once.
+  float reach = kSmallGap;
   const auto mix = [&](VF ax, VF ay, VF d) {
     const VF ex = exp(ax);
     mixed.add(ex, exp(ay), d);
@@ -50,18 +50,24 @@ inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>&
         max_keep_nan(max_keep_nan(abs(d[0]), abs(d[1])), max_keep_nan(abs(d[2]), abs(d[3])));
     // max may lose a NaN; ax is NaN with it, or the chunk comes back
     const bool numbers = !careful || all_le((d[0] + d[1]) + (d[2] + d[3]), splat(kInf));
-    if (numbers && near_so_far && all_le(widest, splat(kSmallGap))) {
+    if (numbers && reach <= kSmallGap && all_le(widest, splat(kSmallGap))) {
       for (int j = 0; j < 4; ++j) {
         const VF ex = exp_flushed(ax[j]);
         near.add(ex, d[j]);
         if (entropy) moment = fma(ex, ax[j], moment);
       }
-    } else if (numbers && all_le(widest, splat(kMidGap))) {
-      near_so_far = false;
+    } else if (numbers && reach <= kUnitGap && all_le(widest, splat(kUnitGap))) {
+      reach = kUnitGap;
       for (int j = 0; j < 4; ++j) {
-        const VF ex = exp_flushed(ax[j]);
-        const ExpRest change = exp_rest(d[j]);
-        near.add(ex, d[j], change.rest, change.f);
+        const VF ex = exp_flushed(ax[j]), f = kl_bregman_unit(d[j]);
+        near.add(ex, d[j], f - d[j], f);
+        if (entropy) moment = fma(ex, ax[j], moment);
+      }
+    } else if (numbers && all_le(widest, splat(kMidGap))) {
+      reach = kMidGap;
+      for (int j = 0; j < 4; ++j) {
+        const VF ex = exp_flushed(ax[j]), f = kl_bregman_mid(d[j]);
+        near.add(ex, d[j], f - d[j], f);
         if (entropy) moment = fma(ex, ax[j], moment);
       }
     } else {
@@ -251,13 +257,12 @@ struct RowSweep {
 };
 
 template <int want, bool pair = true>
-inline KlSums sweep_row(const RowPair& rows, int64_t V, const KlParams& k, KlRow& r,
+inline KlSums sweep_row(RowPair& rows, int64_t V, const KlParams& k, KlRow& r,
                         bool careful = false) {
   RowSweep<want, pair> sweep(k, r, careful);
-  for_chunks<FrameMode::kShared>(rows, k, V, [&](auto* x, auto* y, int64_t n) {
-    sweep.add(x, y, n);
-    return true;
-  });
+  for_chunks<FrameMode::kShared>(rows, k, V,
+                                 [&](auto* x, auto* y, int64_t, int64_t n) { sweep.add(x, y, n); });
+  rows.staged = rows.kept.x != nullptr;
   return sweep.total;
 }
 

@@ -11,7 +11,7 @@ namespace FASTTAX_ISA_NS {
 inline void stats_forward(FloatType type, const void* x, const void* y, int64_t V,
                           const KlParams& k, int64_t id, StatsRow& row, float* out) {
   KlRow& r = row.kl;
-  const RowPair rows(type, x, y ? y : x, k);
+  RowPair rows(type, x, y ? y : x, k);
   KlSums t;
   Divergence forwards, backwards;
   if (y) {

@@ -42,28 +42,30 @@ FASTTAX_HD void kl_bregman_small(S d, S& f, S& back) {
 // Up to which |d| the polynomials below are used: minimax ones for f(d) / d^2.
 constexpr float kMidGap = 2.0f, kUnitGap = 1.0f;
 
-FASTTAX_HD float kl_bregman_mid(float d) {  // f(d) for |d| <= 2, relative error <= 1e-7
-  float p = -2.556994883e-8f;
-  p = p * d + 2.967222660e-7f;
-  p = p * d - 2.759976727e-6f;
-  p = p * d + 2.472887503e-5f;
-  p = p * d - 1.983913873e-4f;
-  p = p * d + 1.388989283e-3f;
-  p = p * d - 8.333361243e-3f;
-  p = p * d + 4.166661907e-2f;
-  p = p * d - 1.666666578e-1f;
-  p = p * d + 5.000000035e-1f;
+template <class S>
+FASTTAX_HD S kl_bregman_mid(S d) {  // f(d) for |d| <= 2, relative error <= 1e-7
+  S p = constant<S>(-2.556994883e-8);
+  p = p * d + constant<S>(2.967222660e-7);
+  p = p * d + constant<S>(-2.759976727e-6);
+  p = p * d + constant<S>(2.472887503e-5);
+  p = p * d + constant<S>(-1.983913873e-4);
+  p = p * d + constant<S>(1.388989283e-3);
+  p = p * d + constant<S>(-8.333361243e-3);
+  p = p * d + constant<S>(4.166661907e-2);
+  p = p * d + constant<S>(-1.666666578e-1);
+  p = p * d + constant<S>(5.000000035e-1);
   return d * d * p;
 }
 
-FASTTAX_HD float kl_bregman_unit(float d) {  // f(d) for |d| <= 1, relative error <= 2e-7
-  float p = 2.496081175e-5f;
-  p = p * d - 2.032548412e-4f;
-  p = p * d + 1.389133537e-3f;
-  p = p * d - 8.330930478e-3f;
-  p = p * d + 4.166651558e-2f;
-  p = p * d - 1.666669619e-1f;
-  p = p * d + 5.000000099e-1f;
+template <class S>
+FASTTAX_HD S kl_bregman_unit(S d) {  // f(d) for |d| <= 1, relative error <= 2e-7
+  S p = constant<S>(2.496081175e-5);
+  p = p * d + constant<S>(-2.032548412e-4);
+  p = p * d + constant<S>(1.389133537e-3);
+  p = p * d + constant<S>(-8.330930478e-3);
+  p = p * d + constant<S>(4.166651558e-2);
+  p = p * d + constant<S>(-1.666669619e-1);
+  p = p * d + constant<S>(5.000000099e-1);
   return d * d * p;
 }
 

@@ -63,8 +63,7 @@ struct KlRowOf {
   R inv_s;       // 1 / S
   R log_ratio;   // L = log(S_x / S_y); u_j = log p_j - log q_j = d_j - L
   R mean_gap;    // policy_ref: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m).  token_stats: E_p[d]
-  R ref_center;  // jsd: KL(q||m).  token_stats: E_q[d].  On the CPU the two of jsd are the base's
-                 // and the other's (cpu/kl_jsd.h).
+  R ref_center;  // jsd: KL(q||m).  token_stats: E_q[d]
   R inv_s_ref;   // 1 / (S + G)
 };
 using KlRow = KlRowOf<float>;

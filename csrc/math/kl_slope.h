@@ -26,7 +26,8 @@ FASTTAX_HD bool kl_close(const KlRowOf<R>& row) {
 
 // p - q. In rows that are close the difference of the two would cancel: where |u| is small it is
 // p (1 - e^-u) by the series, and vectors with no other lane go without q's exponential unless the
-// caller wants q as well. q_of() is called where q is needed, and q is what it gave.
+// caller wants q as well: of rows that are close nearly all, by a series that reaches 1. q_of() is
+// called where q is needed, and q is what it gave.
 template <class M, class Q>
 FASTTAX_HD typename M::S kl_apart(typename M::S p, typename M::S u, bool close, bool want_q,
                                   const Q& q_of, typename M::S& q) {
@@ -35,8 +36,13 @@ FASTTAX_HD typename M::S kl_apart(typename M::S p, typename M::S u, bool close, 
     q = q_of();
     return p - q;
   }
+  if constexpr (M::kVector) {
+    const S series = p * (u - kl_bregman_unit(u));
+    if (!want_q && M::all_le(M::abs(u), constant<S>(kUnitGap))) return series;
+    q = q_of();
+    return M::abs(u) <= kUnitGap ? series : p - q;
+  }
   const S series = -(p * kl_rest(u));
-  if (M::kVector && !want_q && M::all_le(M::abs(u), constant<S>(kl_near<S>()))) return series;
   q = q_of();
   return M::abs(u) <= kl_near<S>() ? series : p - q;
 }

@@ -216,3 +216,22 @@ def test_jsd_gradients_of_rows_far_apart(beta: float, backend: str | int) -> Non
         assert (d.double() - truth).norm() <= 2 * own + 4 * torch.finfo(
             torch.float32
         ).eps * truth.norm()
+
+
+@pytest.mark.parametrize("moved", [1e-3, 1.0])
+@pytest.mark.parametrize("beta", [1e-3, 0.5, 0.999])
+def test_jsd_gradients_at_any_beta(beta: float, moved: float, simd: int) -> None:
+    """A side whose share of the mixture is nearly all keeps its digits: log(m/q) is 1e-3 of u."""
+    x = torch.randn(16, 3000) * 3
+    y = x + moved * torch.randn(16, 3000)
+    a, b = (z.double().requires_grad_() for z in (x, y))
+    lp, lq = a.log_softmax(-1), b.log_softmax(-1)
+    m = torch.logaddexp(lq + math.log(beta), lp + math.log1p(-beta))
+    value = beta * lq.exp() * (lq - m) + (1 - beta) * lp.exp() * (lp - m)
+    truths = torch.autograd.grad(value.sum(), (a, b))
+    for needs in ((True, True), (True, False), (False, True)):
+        leaves = [z.clone().requires_grad_(need) for z, need in zip((x, y), needs, strict=True)]
+        fasttax.token_kl(*leaves, kind="jsd", beta=beta, reduction="sum").backward()
+        for leaf, truth in zip(leaves, truths, strict=True):
+            if leaf.grad is not None:
+                assert (leaf.grad.double() - truth).norm() <= 4e-7 * truth.norm()

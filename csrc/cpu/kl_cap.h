@@ -1,0 +1,103 @@
+// Softcaps and the inf mask on vectors (math/kl_frame.h: cap()).
+#include "../math/kl_frame.h"
+#include "rows.h"
+
+#if defined(FASTTAX_ISA)  // isa.h: once per instruction set
+namespace fasttax {
+namespace FASTTAX_ISA_NS {
+
+// The same cap on both rows, as Gemma has it: the policy's capped logit, and the capped logits'
+// difference out of that and of the gap g of tanh's arguments,
+//   tanh a - tanh(a - g) = tanh g (1 - tanh^2 a) / (1 - tanh g tanh a)
+// for |g| <= kGap, so that one tanh does and the difference has its digits. Each lane goes by its
+// own size: what a vector's other lanes are changes no bit of it.
+struct JointCap {
+  static constexpr float kGap = 0.3f;  // 9 of logits capped at 30
+  float inside, cap;
+
+  explicit JointCap(const KlParams& k) : inside(k.scale / k.cap), cap(k.cap) {}
+  // The inf mask goes by the raw logits too, so it stays with KlFrame's formula.
+  static bool fits(const KlParams& k) { return k.joint_cap && !k.inf_mask; }
+
+  // mid: every |a| is within tanh_mid's reach; close: every gap within kGap.
+  template <bool mid, bool close>
+  __attribute__((always_inline)) inline void apply(VF& x, VF& y) const {
+    const VF a = x * inside, gap = (x - y) * inside;
+    VF t = tanh_mid(a), bend = fma(-t, t, splat(1.0f));
+    if constexpr (!mid) {
+      const TanhHigh high = tanh_high(a);
+      t = (abs(a) <= kTanhMid) ? t : high.value;
+      bend = (abs(a) <= kTanhMid) ? bend : high.bend;
+    }
+    // tanh g by minimax, 1.2e-8
+    const VF z = gap * gap;
+    VF p = fma(z, splat(-5.036624062e-2f), splat(1.331483207e-1f));
+    p = fma(p, z, splat(-3.333306081e-1f));
+    const VF moved = fma(gap * z, p, gap);
+    const VF whole = fma(-moved, t, splat(1.0f)), rough = reciprocal(whole);
+    const VF share = fma(rough, fma(rough, -whole, splat(1.0f)), rough);
+    VF difference = moved * bend * share;
+    if constexpr (!close) {
+      const VF apart = t - tanh(y * inside);
+      difference = (abs(gap) <= kGap) ? difference : apart;
+    }
+    x = t * cap;
+    y = difference * cap;
+  }
+};
+
+template <class T>
+inline VF load_some(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  return load(p, n, 0.0f);
+}
+
+// What the softcaps and the inf mask make of n entries, as floats; whole vectors are written.
+template <class T>
+inline void cap_chunk(const T* x, const T* y, int64_t n, const KlParams& k, float* to_x,
+                      float* to_y) {
+  int64_t i = 0;
+  const auto leave = [&](VF xv, VF yv) {
+    store(to_x + i, xv);
+    store(to_y + i, yv);
+    i += kLanes;
+  };
+  if (!JointCap::fits(k)) {
+    const KlFrame<VectorMath, KlParams> frame(k, KlRow{});
+    while (i < n) {
+      VF xv = load_some(x + i, n - i), yv = load_some(y + i, n - i);
+      frame.cap(xv, yv);
+      leave(xv, yv);
+    }
+    return;
+  }
+  const JointCap joint(k);
+  constexpr int kGroup = 4;  // vectors that one branch decides on
+  while (i + kGroup * kLanes <= n) {
+    VF xv[kGroup], yv[kGroup], size{}, difference{};
+    for (int j = 0; j < kGroup; ++j) {
+      xv[j] = load(x + i + j * kLanes);
+      yv[j] = load(y + i + j * kLanes);
+      size = max_keep_nan(abs(xv[j]), size);
+      difference = max_keep_nan(abs(xv[j] - yv[j]), difference);
+    }
+    const float scale = std::fabs(joint.inside);
+    if (!all_le(size * scale, splat(kTanhMid))) {
+      for (int j = 0; j < kGroup; ++j) joint.apply<false, false>(xv[j], yv[j]);
+    } else if (!all_le(difference * scale, splat(JointCap::kGap))) {
+      for (int j = 0; j < kGroup; ++j) joint.apply<true, false>(xv[j], yv[j]);
+    } else {
+      for (int j = 0; j < kGroup; ++j) joint.apply<true, true>(xv[j], yv[j]);
+    }
+    for (int j = 0; j < kGroup; ++j) leave(xv[j], yv[j]);
+  }
+  while (i < n) {
+    VF xv = load_some(x + i, n - i), yv = load_some(y + i, n - i);
+    joint.apply<false, false>(xv, yv);
+    leave(xv, yv);
+  }
+}
+
+}  // namespace FASTTAX_ISA_NS
+}  // namespace fasttax
+#endif

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "../math/kl_frame.h"
+
+namespace fasttax {
+
+// What a task keeps of a row from one sweep to the next, each a row of floats or null: the capped
+// logits, and, of jsd where the policy's gradient is all that is wanted, p and log(m/p). Two rows
+// of 49152 entries are 393 KB of L2, and reading them there costs a tenth of making them again.
+struct KlKept {
+  float *x = nullptr, *y = nullptr;
+  float *p = nullptr, *to_p = nullptr;
+};
+
+// The memory for it: a task's own, for one row after the other.
+class KlKeptRows {
+ public:
+  // Whether the same call writes gradients, and whether that is the policy's alone.
+  KlKeptRows(const KlParams& k, int64_t V, bool gradients, bool policy_alone) {
+    const bool capped = (k.cap > 0 || k.ref_cap > 0) && (gradients || kl_two_sweeps(k.kind)),
+               weighed = policy_alone && k.kind == KlKind::kJsd;
+    if (!capped && !weighed) return;
+    const int64_t length = (V + 2 * kLine - 1) / kLine * kLine;  // a vector may begin at V - 1
+    memory_.reset(new float[size_t((capped ? 2 : 0) + (weighed ? 2 : 0)) * size_t(length) + kLine]);
+    const uintptr_t unaligned = reinterpret_cast<uintptr_t>(memory_.get()) % (4 * kLine);
+    float* next = memory_.get() + (unaligned ? kLine - int64_t(unaligned / 4) : 0);
+    const auto take = [&] {
+      next += length;
+      return next - length;
+    };
+    if (capped) kept_.x = take();
+    if (capped) kept_.y = take();
+    if (weighed) kept_.p = take();
+    if (weighed) kept_.to_p = take();
+  }
+  const KlKept& rows() const { return kept_; }
+
+ private:
+  static constexpr int64_t kLine = 16;  // floats of a cache line, and of the longest vector
+  std::unique_ptr<float[]> memory_;
+  KlKept kept_;
+};
+
+}  // namespace fasttax
