@@ -27,25 +27,6 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 
 __device__ __forceinline__ float kl_infinity() { return __builtin_huge_valf(); }
 
-// The functions that the formulas of csrc/math ask for.
-struct DeviceMath {
-  using S = float;
-  using R = float;
-  static constexpr bool kVector = false;
-  FASTTAX_HD static float exp(float a) { return expf(a); }
-  FASTTAX_HD static float log(float a) { return logf(a); }
-  FASTTAX_HD static float log1p(float a) { return log1pf(a); }
-  FASTTAX_HD static float tanh(float a) { return tanhf(a); }
-  FASTTAX_HD static float abs(float a) { return fabsf(a); }
-  FASTTAX_HD static float fma(float a, float b, float c) { return fmaf(a, b, c); }
-  FASTTAX_HD static float splat(float a) { return a; }
-  FASTTAX_HD static float only(bool b, float a) { return b ? a : 0.0f; }
-  FASTTAX_HD static float if_lt(float a, float b, float yes, float no) { return a < b ? yes : no; }
-  FASTTAX_HD static float if_le(float a, float b, float yes, float no) { return a <= b ? yes : no; }
-  FASTTAX_HD static bool all_le(float a, float b) { return a <= b; }
-  FASTTAX_HD static double total(float a) { return double(a); }
-};
-
 FASTTAX_HD float kl_exp2(float v) {  // relative error 2^-22; 0 below 2^-126
 #if defined(__CUDA_ARCH__)
   float e;
@@ -55,6 +36,50 @@ FASTTAX_HD float kl_exp2(float v) {  // relative error 2^-22; 0 below 2^-126
   return exp2f(v);
 #endif
 }
+
+FASTTAX_HD float kl_inverse(float v) {  // relative error 2^-23
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+#else
+  return 1 / v;
+#endif
+}
+
+// the smaller, NaN where one of them is
+FASTTAX_HD float kl_min_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
+  return smaller;
+#else
+  return a <= b || a != a ? a : b;
+#endif
+}
+
+// The functions that the formulas of csrc/math ask for.
+struct DeviceMath {
+  using S = float;
+  using R = float;
+  static constexpr bool kVector = false;
+  FASTTAX_HD static float exp(float a) { return expf(a); }
+  FASTTAX_HD static float log(float a) { return logf(a); }
+  FASTTAX_HD static float log1p(float a) { return log1pf(a); }
+  // 1 - 2 / (1 + e^2a), error 2^-22: capped logits have that of capped logits in float32. Beyond
+  // 2^60 the quotient is nothing to 1.
+  FASTTAX_HD static float tanh(float a) {
+    return fmaf(kl_inverse(1 + kl_exp2(kl_min_or_nan(a * (2 * kLog2e), 60.0f))), -2.0f, 1.0f);
+  }
+  FASTTAX_HD static float abs(float a) { return fabsf(a); }
+  FASTTAX_HD static float fma(float a, float b, float c) { return fmaf(a, b, c); }
+  FASTTAX_HD static float splat(float a) { return a; }
+  FASTTAX_HD static float only(bool b, float a) { return b ? a : 0.0f; }
+  FASTTAX_HD static float if_lt(float a, float b, float yes, float no) { return a < b ? yes : no; }
+  FASTTAX_HD static float if_le(float a, float b, float yes, float no) { return a <= b ? yes : no; }
+  FASTTAX_HD static bool all_le(float a, float b) { return a <= b; }
+  FASTTAX_HD static double total(float a) { return double(a); }
+};
 
 // the larger, NaN where one of them is
 __device__ __forceinline__ float kl_max_or_nan(float a, float b) {
@@ -265,16 +290,24 @@ __device__ inline KlMove kl_move(double up_x, double up_y) {
   return to;
 }
 
+// Up to which 2 (x - y) / cap capped logits are near; expm1 of it there, relative error 5e-8.
+constexpr float kCapSeries = 0.125f;
+__device__ __forceinline__ float kl_capped_rest(float t) {
+  return fmaf(fmaf(fmaf(fmaf(t, 1.0f / 120, 1.0f / 24), t, 1.0f / 6), t, 0.5f), t, 1.0f) * t;
+}
+
 // How raw logits become ax and d: fast, for rows that share one scale and lie in like frames, as
 // ax log2 e = (x - mx) s2 and d = (x - y) row_scale + minus_cs; careful() for all.
 struct KlDeviceFrame : KlFrame<DeviceMath> {
   float s2, scale, minus_cs;
   bool fast;
-  bool bare;  // ax2() of raw logits is the policy's, whatever the reference is
+  bool capped;  // fast, of logits that have been through cap_jointly()
+  bool bare;    // ax2() of raw logits is the policy's, whatever the reference is
 
   __device__ __forceinline__ KlDeviceFrame(const KlParams& params, const KlRow& row)
       : KlFrame(params, row) {
     fast = params.plain && alike(row);
+    capped = params.joint_cap && !params.inf_mask && alike(row);
     bare = !(params.cap > 0) && !params.inf_mask;
     s2 = params.row_scale * kLog2e;
     scale = params.row_scale;
@@ -283,6 +316,42 @@ struct KlDeviceFrame : KlFrame<DeviceMath> {
 
   __device__ __forceinline__ float gap(float x, float y) const {
     return fmaf(x - y, scale, minus_cs);
+  }
+  // u of x - y, which under a joint cap cap_jointly() has made; to_u()
+  __device__ __forceinline__ float u(float difference, float to_u) const {
+    return fmaf(difference, scale, to_u);
+  }
+  __device__ __forceinline__ float to_u() const { return minus_cs - r.log_ratio; }
+  // cap_jointly() of some entries: y becomes the capped rows' difference. With a, b = e^(2 x / cap)
+  // and that of y, tanh is 1 - 2 / (1 + a), and of logits that are near
+  //   a - b = b expm1(2 (x - y) / cap)     tanh - tanh = 2 (a - b) / ((1 + a) (1 + b))
+  // take one exponential and one division. An entry's result does not depend on the others.
+  template <int n>
+  __device__ __forceinline__ void cap_all(float (&x)[n], float (&y)[n]) const {
+    const float twice = 2 * k.scale / k.cap, to_exp2 = twice * kLog2e, both = 2 * k.cap;
+    float widest = 0;
+#pragma unroll
+    for (int j = 0; j < n; ++j) widest = kl_max_or_nan(widest, fabsf((x[j] - y[j]) * twice));
+    const bool all_near = widest <= kCapSeries;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const float delta = (x[j] - y[j]) * twice;
+      const float b = kl_exp2(kl_min_or_nan(y[j] * to_exp2, 60.0f));
+      const float one_b = 1 + b;
+      float change = b * kl_capped_rest(delta), one_a = one_b + change;
+      if (!all_near) {
+        const float a = kl_exp2(kl_min_or_nan(x[j] * to_exp2, 60.0f));
+        const bool near = fabsf(delta) <= kCapSeries;
+        change = near ? change : a - b;
+        one_a = near ? one_a : 1 + a;
+      }
+      const float over = kl_inverse(one_a * one_b) * both;
+      x[j] = fmaf(-over, one_b, k.cap);
+      y[j] = change * over;
+    }
+  }
+  __device__ __forceinline__ float capped_gap(float difference) const {
+    return fmaf(difference, scale, minus_cs);
   }
   // not x s2 - mx s2: rounded at 1000, that is 4e-5 off
   __device__ __forceinline__ float ax2(float x) const { return (x - r.mx) * s2; }
