@@ -125,8 +125,9 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     if (threadIdx.x == 0 && share == 0) kl_finish_masked<op>(a, row);
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)));
+  const KlGlobal<T, true> rows(
+      reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+      reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)), a.v);
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.splits > 1) {  // whole rounds of the block's warps, as even as they go
     const int rounds = (team.spans + kKlWarps - 1) / kKlWarps;
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   }
   __syncthreads();
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)), a.v);
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.splits > 1) {
     team.own = a.parts + row * team.spans * kSecondParts;
@@ -361,7 +362,8 @@ __global__ void __launch_bounds__(kKlThreads, 3)
     return;
   }
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)));
+                         reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)),
+                         a.v);
   const KlSlope<op, kBoth> slope(a, kl_saved<op>(a, row), a.upstream + row, a.n);
   if (begin < end) kl_span_gradient(rows, slope, begin, end, dx, dy);
   if constexpr (stats) {
@@ -380,20 +382,22 @@ __global__ void __launch_bounds__(kKlThreads, 3)
 
 // --- forward and the policy's gradient
 
-template <KlOp op, bool kCluster, class Source>
-__device__ void kl_both_row(const Source& rows, const KlArgs& a, KlTeam& team, KlShared& sh) {
+// `again`: where the rows are read from for the last time.
+template <KlOp op, bool kCluster, class Source, class Again>
+__device__ void kl_both_row(const Source& rows, const Again& again, const KlArgs& a, KlTeam& team,
+                            KlShared& sh) {
   using T = typename Source::Entry;
   kl_row_sums<op, kCluster>(rows, a, team, sh);
   if constexpr (kl_op_two_sweeps(op)) kl_row_second<op, kCluster>(rows, a, team, nullptr, sh);
   __syncthreads();
   const int64_t row = team.row;
-  if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(rows, a, row, sh.state);
+  if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(again, a, row, sh.state);
   const int64_t span = kl_span(a.v);
   const KlSlope<op, false> slope(a, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
   T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
   // backwards: what was read last is nearest
   for (int i = team.end - 1 - int(threadIdx.x / 32); i >= team.begin; i -= kKlWarps)
-    kl_span_gradient(rows, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
+    kl_span_gradient(again, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
                      static_cast<T*>(nullptr));
 }
 
@@ -413,9 +417,10 @@ __global__ void __launch_bounds__(kKlThreads, 2)
                    static_cast<T*>(nullptr));
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
-  kl_both_row<op, false>(rows, a, team, *reinterpret_cast<KlShared*>(memory));
+  const T *const x = reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+                 *const y = reinterpret_cast<const T*>(kl_row_at<T>(a.y, row));
+  kl_both_row<op, false>(KlGlobal<T, true>(x, y, a.v), KlGlobal<T>(x, y, a.v), a, team,
+                         *reinterpret_cast<KlShared*>(memory));
 }
 
 // A row pair held in the shared memory of a.cluster blocks, a slice of whole spans each: logits are
@@ -443,7 +448,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     return;
   }
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)), a.v);
   const size_t slices = (kl_shared_bytes(op, team.each) + 15) / 16 * 16;
   T* const x = reinterpret_cast<T*>(memory + slices);
   T* const y = x + team.each * span;
@@ -458,7 +463,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   if (threadIdx.x == 0) sh.team = team;
   __syncthreads();
   const KlStaged<T> staged{x - first, int(y - x)};
-  kl_both_row<op, true>(staged, a, sh.team, sh);
+  kl_both_row<op, true>(staged, staged, a, sh.team, sh);
   kl_cluster_sync();  // no block may leave while another reads its parts
 }
 

@@ -135,7 +135,8 @@ __device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlop
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
   constexpr bool pair = kl_has_ref(op);
   const int lane = int(threadIdx.x) % 32;
-  const bool aligned = (!dx || kl_aligned(dx)) && (!kBoth || !dy || kl_aligned(dy));
+  const bool aligned = kl_aligned(dx);
+  [[maybe_unused]] const bool dy_aligned = kl_aligned(dy);
   const auto vectors = [&](auto way, auto close) {
     constexpr KlWay kWay = decltype(way)::value;
     [[maybe_unused]] constexpr int kAtOnce = kWay == KlWay::kFast ? 2 : 1;
@@ -154,8 +155,9 @@ __device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlop
       if constexpr (!kl_op_jsd(op)) each(close);
       else if (slope.template near<kWay>(x, y)) each(std::true_type{});
       else each(std::false_type{});
-      if (dx) kl_store(dx + i, kl_narrow<T>(for_x), aligned);
-      if (kBoth && dy) kl_store(dy + i, kl_narrow<T>(for_y), aligned);
+      const bool whole = i - lane * n + kRound <= end;
+      if (dx) kl_store(dx + i, kl_narrow<T>(for_x), aligned, whole);
+      if (kBoth && dy) kl_store(dy + i, kl_narrow<T>(for_y), dy_aligned, whole);
     }
   };
   constexpr bool by_difference =
@@ -187,7 +189,7 @@ __device__ inline void kl_span_zero(int64_t begin, int64_t end, T* dx, T* dy) {
     if (!to[side]) continue;
     const bool aligned = kl_aligned(to[side]);
     for (int64_t i = begin + lane * n; i + n <= end; i += 32 * n)
-      kl_store(to[side] + i, KlVector<T>{}, aligned);
+      kl_store(to[side] + i, KlVector<T>{}, aligned, i - lane * n + 32 * n <= end);
     for (int64_t i = end - (end - begin) % n + lane; i < end; i += 32)
       to[side][i] = kl_narrow<T>(0.0f);
   }

@@ -113,6 +113,26 @@ struct KlSpanEntries {
       }
       return;
     }
+    if constexpr (Source::kShifts && sizeof(T) == 2) {  // float32 has no registers for it
+      if (count == kSpan) {  // all under way before a row's ends are set right
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+          x[j] = row.x_shifted(own + j * kRound);
+          if (kPair) y[j] = row.y_shifted(own + j * kRound);
+        }
+        constexpr int kLast = kVectors - 1;
+        const int64_t last = own + kLast * kRound;
+        if (own == 0) {
+          x[0] = row.x_each(own);
+          if (kPair) y[0] = row.y_each(own);
+        }
+        if (row.at_end(last)) {
+          x[kLast] = row.x_each(last);
+          if (kPair) y[kLast] = row.y_each(last);
+        }
+        return;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       float to_x[kEntries], to_y[kEntries];
@@ -273,13 +293,9 @@ __device__ __forceinline__ void kl_general_entry(const KlDeviceFrame& frame, flo
 }
 
 // `wide`: whether a vector of the span had a |d| beyond 2, where the next ones are not looked at.
-template <KlOp op, bool kCapped, class T>
-__device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
-                                               const KlVector<T>& x_bits, const KlVector<T>& y_bits,
-                                               KlLanes<op>& lanes, bool& wide) {
-  constexpr int n = KlVector<T>::kEntries;
-  float x[n], y[n];
-  kl_widen(x_bits, x);
+template <KlOp op, bool kCapped, int n>
+__device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame, float (&x)[n],
+                                               float (&y)[n], KlLanes<op>& lanes, bool& wide) {
   if constexpr (!KlParts<op>::kPair) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
@@ -287,7 +303,6 @@ __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
       lanes.template entropy<true>(kl_exp2(ax2), ax2);
     }
   } else {
-    kl_widen(y_bits, y);
     float d[n];
     if (kCapped) frame.cap_all(x, y);
 #pragma unroll
@@ -390,24 +405,30 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
   }
   float sum = 0;
   const auto total = [&](int i) { return __shfl_sync(kWholeWarp, sum, i * kStride); };
+  // float32's entries leave no registers for a loop of rows under one softcap
+  constexpr bool kCapped = kl_op_capped(op) && sizeof(T) == 2;
   bool guarded = false, centred = false;
 #pragma unroll 1
   for (int sums = 0; sums < kMostSpanSums; ++sums) {
     const KlDeviceFrame frame(k, r);
     const bool whole = !guarded && count == kSpan,
                fast = whole && (P::kPair ? frame.fast : frame.bare),
-               capped = kl_op_capped(op) && whole && frame.capped;
+               capped = kCapped && whole && frame.capped;
     KlLanes<op> lanes;
     bool wide = false;
     span.forget();
     if (fast) {
 #pragma unroll
-      for (int j = 0; j < KlSpanEntries<T>::kVectors; ++j)
-        kl_fast_vector<op, false>(frame, span.x[j], span.y[j], lanes, wide);
+      for (int j = 0; j < KlSpanEntries<T>::kVectors; ++j) {
+        float x[n], y[n];
+        kl_widen(span.x[j], x);
+        kl_widen(P::kPair ? span.y[j] : span.x[j], y);
+        kl_fast_vector<op, false>(frame, x, y, lanes, wide);
+      }
     } else if (capped) {
-#pragma unroll
-      for (int j = 0; j < KlSpanEntries<T>::kVectors; ++j)
-        kl_fast_vector<op, true>(frame, span.x[j], span.y[j], lanes, wide);
+      span.template in_turn<P::kPair>([&](int, float (&x)[n], float (&y)[n]) {
+        kl_fast_vector<op, true>(frame, x, y, lanes, wide);
+      });
     } else {
       span.template in_turn<P::kPair>([&](int j, const float (&x)[n], const float (&y)[n]) {
 #pragma unroll

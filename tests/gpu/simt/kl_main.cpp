@@ -399,6 +399,9 @@ int main(int arguments, char**) {
   }
   ok &= check_ops<float>({"two rounds", 9001, normal(2, 0.5), {}}) &
         check_ops<__nv_bfloat16>({"two rounds", 17000, normal(2, 0.2), {}, 1});
+  ok &= check_ops<float>({"off alignment", 3077, normal(2, 0.1), {}, 3, 1, 1}) &
+        check_ops<__nv_bfloat16>({"off by six", 4099, normal(2, 0.1), {}, 2, 5, 6}) &
+        check_ops<__half>({"off alignment", 2048, normal(2, 0.1), {}, 2, 3, 7});
   const Options none;
   ok &= check_ops<float>({"KL of 5e-7", 9001, normal(2, 1e-3), none, 2, 0, 0, 4, false, 1e-5});
   for (const double offset : {1000.0, -1000.0})
