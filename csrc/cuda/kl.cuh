@@ -125,8 +125,9 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     if (threadIdx.x == 0 && share == 0) kl_finish_masked<op>(a, row);
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)));
+  const KlGlobal<T, true> rows(
+      reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+      reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)), a.v);
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.splits > 1) {  // whole rounds of the block's warps, as even as they go
     const int rounds = (team.spans + kKlWarps - 1) / kKlWarps;
@@ -159,9 +160,10 @@ __device__ __forceinline__ void kl_warp_join(KlThree<typename M::S>& all) {
   }
 }
 
-template <KlKind kind, class Source>
+template <KlOp op, class Source>
 __device__ void kl_span_second(const Source& rows, const KlDeviceFrame& frame, int64_t begin,
                                int64_t end, float* part) {
+  constexpr KlKind kind = kl_kind(op);
   using T = typename Source::Entry;
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
   const int lane = int(threadIdx.x) % 32;
@@ -191,19 +193,94 @@ __device__ void kl_span_second(const Source& rows, const KlDeviceFrame& frame, i
   if (lane == 0) part[0] = all.value, part[1] = all.first, part[2] = all.second;
 }
 
+// jsd's: KL(q||m) is what the value leaves of KL(p||m).
+template <KlWay kWay, class Source>
+__device__ __forceinline__ JsdLanes kl_mix_lanes(const Source& rows, const KlArgs& a,
+                                                 const KlDeviceFrame& frame, int64_t begin,
+                                                 int64_t end) {
+  using T = typename Source::Entry;
+  constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
+  const int lane = int(threadIdx.x) % 32;
+  [[maybe_unused]] const float to_u = frame.to_u();
+  JsdLanes lanes;
+  const auto any = [&](float ax2, float ay2, float u) {
+    lanes.any(a.jsd, frame.k, kl_exp2(ax2) * frame.r.inv_s, kl_exp2(ay2) * frame.r.inv_s_ref, u);
+  };
+  const auto one = [&](float x, float y) {
+    float ax, ay, d;
+    frame.careful(x, y, ax, ay, d);
+    any(ax * kLog2e, ay * kLog2e, d - frame.r.log_ratio);
+  };
+  int64_t i = begin;
+  if (begin + kRound <= end) {  // the next vectors are under way while one is summed
+    KlVector<T> x_bits = rows.x_at(i + lane * n), y_bits = rows.y_at(i + lane * n);
+#pragma unroll 1
+    for (; i + kRound <= end; i += kRound) {
+      float x[n], y[n];
+      [[maybe_unused]] float u[n], widest = 0;
+      kl_widen(x_bits, x);
+      kl_widen(y_bits, y);
+      if (i + 2 * kRound <= end) {
+        x_bits = rows.x_at(i + kRound + lane * n);
+        y_bits = rows.y_at(i + kRound + lane * n);
+      }
+      if constexpr (kWay == KlWay::kCareful) {
+#pragma unroll
+        for (int j = 0; j < n; ++j) one(x[j], y[j]);
+      } else {
+        if (kWay == KlWay::kCapped) frame.cap_all(x, y);
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          u[j] = frame.u(kWay == KlWay::kCapped ? y[j] : x[j] - y[j], to_u);
+          if (kWay == KlWay::kCapped) y[j] = x[j] - y[j];
+          widest = kl_max_or_nan(widest, fabsf(u[j]));
+        }
+        if (widest <= kJsdUnit) {
+#pragma unroll
+          for (int j = 0; j < n; ++j) lanes.near(a.jsd, kl_exp2(frame.ax2(x[j])), u[j]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < n; ++j) any(frame.ax2(x[j]), frame.ay2(y[j]), u[j]);
+        }
+      }
+    }
+  }
+#pragma unroll 1
+  for (i += lane; i < end; i += 32) one(rows.x_one(i), rows.y_one(i));
+  return lanes;
+}
+
+template <class Source>
+__device__ void kl_span_mix(const Source& rows, const KlArgs& a, const KlDeviceFrame& frame,
+                            int64_t begin, int64_t end, float* part) {
+  const JsdLanes lanes = frame.fast     ? kl_mix_lanes<KlWay::kFast>(rows, a, frame, begin, end)
+                         : frame.capped ? kl_mix_lanes<KlWay::kCapped>(rows, a, frame, begin, end)
+                                        : kl_mix_lanes<KlWay::kCareful>(rows, a, frame, begin, end);
+  float sums[2] = {fmaf(lanes.value, frame.r.inv_s, lanes.far_value),
+                   fmaf(lanes.log_m, frame.r.inv_s, lanes.far_log_m)};
+  const float sum = kl_warp_sums<2>(sums);
+  const int lane = int(threadIdx.x) % 32;
+  if (lane % 16 == 0) part[lane / 16] = lane == 0 ? sum : -sum;
+  if (lane == 1) part[2] = 0;
+}
+
 // From sh.state with the row's sums to its value, in one block's team or a cluster's; as
 // kl_row_sums.
-template <KlKind kind, bool kCluster, class Source>
+template <KlOp op, bool kCluster, class Source>
 __device__ bool kl_row_second(const Source& rows, const KlArgs& a, KlTeam& team, uint32_t* ticket,
                               KlShared& sh) {
+  constexpr KlKind kind = kl_kind(op);
   if (KlFormula<kind>::is_zero(a.k.beta))
     return ticket == nullptr || kl_last_to_arrive(ticket, a.splits, sh);  // 0, or NaN: known
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int64_t span = kl_span(a.v);
   const KlDeviceFrame frame(a.k, sh.state.r);
-  for (int i = team.begin + warp; i < team.end; i += kKlWarps)
-    kl_span_second<kind>(rows, frame, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v,
-                         team.own + int64_t(i - team.base) * kSecondParts);
+  for (int i = team.begin + warp; i < team.end; i += kKlWarps) {
+    const int64_t begin = i * span, end = begin + span < a.v ? begin + span : a.v;
+    float* const part = team.own + int64_t(i - team.base) * kSecondParts;
+    if constexpr (kl_op_jsd(op)) kl_span_mix(rows, a, frame, begin, end, part);
+    else kl_span_second<op>(rows, frame, begin, end, part);
+  }
   if (ticket && !kl_last_to_arrive(ticket, a.splits, sh)) return false;
   kl_team_sync<kCluster>();
   if (warp == 0) {
@@ -214,6 +291,10 @@ __device__ bool kl_row_second(const Source& rows, const KlArgs& a, KlTeam& team,
       F::template join<DoubleMath>(total, {double(part[0]), double(part[1]), double(part[2])});
     }
     kl_warp_join<F, DoubleMath>(total);
+    if (kl_op_jsd(op)) {
+      const double beta = double(a.k.beta);
+      total.second = (total.value - (1 - beta) * total.first) / beta;
+    }
     if (lane == 0) {
       const KlThree<double> out = F::finish(total, a.k.beta);
       sh.state.value = out.value;
@@ -241,15 +322,14 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   }
   __syncthreads();
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)), a.v);
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.splits > 1) {
     team.own = a.parts + row * team.spans * kSecondParts;
     team.begin = int(int64_t(team.spans) * share / a.splits);
     team.end = int(int64_t(team.spans) * (share + 1) / a.splits);
   }
-  if (!kl_row_second<kl_kind(op), false>(rows, a, team, a.splits > 1 ? a.tickets + row : nullptr,
-                                         sh))
+  if (!kl_row_second<op, false>(rows, a, team, a.splits > 1 ? a.tickets + row : nullptr, sh))
     return;
   if (threadIdx.x == 0) kl_finish<op>(rows, a, row, sh.state);
 }
@@ -282,8 +362,9 @@ __global__ void __launch_bounds__(kKlThreads, 3)
     return;
   }
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)));
-  const KlSlope<op, kBoth> slope(a.k, kl_saved<op>(a, row), a.upstream + row, a.n);
+                         reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)),
+                         a.v);
+  const KlSlope<op, kBoth> slope(a, kl_saved<op>(a, row), a.upstream + row, a.n);
   if (begin < end) kl_span_gradient(rows, slope, begin, end, dx, dy);
   if constexpr (stats) {
     const int64_t id = a.ids ? a.ids[row] : -1;
@@ -301,21 +382,22 @@ __global__ void __launch_bounds__(kKlThreads, 3)
 
 // --- forward and the policy's gradient
 
-template <KlOp op, bool kCluster, class Source>
-__device__ void kl_both_row(const Source& rows, const KlArgs& a, KlTeam& team, KlShared& sh) {
+// `again`: where the rows are read from for the last time.
+template <KlOp op, bool kCluster, class Source, class Again>
+__device__ void kl_both_row(const Source& rows, const Again& again, const KlArgs& a, KlTeam& team,
+                            KlShared& sh) {
   using T = typename Source::Entry;
   kl_row_sums<op, kCluster>(rows, a, team, sh);
-  if constexpr (kl_op_two_sweeps(op))
-    kl_row_second<kl_kind(op), kCluster>(rows, a, team, nullptr, sh);
+  if constexpr (kl_op_two_sweeps(op)) kl_row_second<op, kCluster>(rows, a, team, nullptr, sh);
   __syncthreads();
   const int64_t row = team.row;
-  if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(rows, a, row, sh.state);
+  if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(again, a, row, sh.state);
   const int64_t span = kl_span(a.v);
-  const KlSlope<op, false> slope(a.k, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
+  const KlSlope<op, false> slope(a, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
   T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
   // backwards: what was read last is nearest
   for (int i = team.end - 1 - int(threadIdx.x / 32); i >= team.begin; i -= kKlWarps)
-    kl_span_gradient(rows, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
+    kl_span_gradient(again, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
                      static_cast<T*>(nullptr));
 }
 
@@ -335,9 +417,10 @@ __global__ void __launch_bounds__(kKlThreads, 2)
                    static_cast<T*>(nullptr));
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
-  kl_both_row<op, false>(rows, a, team, *reinterpret_cast<KlShared*>(memory));
+  const T *const x = reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
+                 *const y = reinterpret_cast<const T*>(kl_row_at<T>(a.y, row));
+  kl_both_row<op, false>(KlGlobal<T, true>(x, y, a.v), KlGlobal<T>(x, y, a.v), a, team,
+                         *reinterpret_cast<KlShared*>(memory));
 }
 
 // A row pair held in the shared memory of a.cluster blocks, a slice of whole spans each: logits are
@@ -365,7 +448,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     return;
   }
   const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)));
+                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)), a.v);
   const size_t slices = (kl_shared_bytes(op, team.each) + 15) / 16 * 16;
   T* const x = reinterpret_cast<T*>(memory + slices);
   T* const y = x + team.each * span;
@@ -380,7 +463,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   if (threadIdx.x == 0) sh.team = team;
   __syncthreads();
   const KlStaged<T> staged{x - first, int(y - x)};
-  kl_both_row<op, true>(staged, a, sh.team, sh);
+  kl_both_row<op, true>(staged, staged, a, sh.team, sh);
   kl_cluster_sync();  // no block may leave while another reads its parts
 }
 

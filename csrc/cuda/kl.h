@@ -5,6 +5,7 @@
 #include "../math/kl_frame.h"
 #include "../math/kl_kinds.h"
 #include "../math/types.h"
+#include "kl_jsd.h"
 
 // The CUDA launchers of the ops over logits as their callers see them: raw pointers, sizes and a
 // stream.
@@ -24,9 +25,15 @@ FASTTAX_HD constexpr bool kl_has_ref(KlOp op) { return op != KlOp::kAlone; }
 FASTTAX_HD constexpr bool kl_op_two_sweeps(KlOp op) {
   return kl_is_kind(op) && kl_two_sweeps(kl_kind(op));
 }
+FASTTAX_HD constexpr bool kl_op_jsd(KlOp op) { return op == kl_op(KlKind::kJsd); }
 FASTTAX_HD constexpr int kl_op_wants(KlOp op) {
   if (kl_is_kind(op)) return kl_wants(kl_kind(op));
   return kl_has_ref(op) ? kWantPolicyRef | kWantRefPolicy | kWantEntropy : kWantEntropy;
+}
+// Whether rows under one softcap have loops of their own: not those whose logs must have every
+// digit, nor token_stats.
+FASTTAX_HD constexpr bool kl_op_capped(KlOp op) {
+  return kl_is_kind(op) && kl_kind(op) != KlKind::kRenyi;
 }
 
 constexpr int kKlDims = 4;
@@ -49,6 +56,7 @@ struct KlArgs {
   float* parts;           // kl_workspace floats, where rows are split among blocks
   uint32_t* tickets;      // one a row, 0 before and after a launch
   KlParams k;
+  JsdCurves jsd;
   int64_t n, v;
   int32_t splits;  // blocks a row
   int32_t cluster;

@@ -50,26 +50,54 @@ const char* kl_with_op(KlOp op, Start&& start) {
   });
 }
 
+// What a launch in clusters of `cluster` blocks asks for.
+struct KlConfig {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+
+  KlConfig(dim3 blocks, size_t shared_bytes, int cluster) {
+    config.gridDim = blocks;
+    config.blockDim = dim3(kKlThreads);
+    config.dynamicSmemBytes = shared_bytes;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+  }
+  KlConfig(const KlConfig&) = delete;
+};
+
+inline cudaError_t kl_allow_shared(void (*kernel)(KlArgs), size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
+// Whether the device holds one such cluster at all. Of more than 8 blocks it is not promised.
+inline bool kl_cluster_fits(void (*kernel)(KlArgs), dim3 blocks, size_t shared_bytes, int cluster) {
+  if (cluster == 1) return true;
+  if (kl_allow_shared(kernel, shared_bytes) != cudaSuccess) return false;
+  if (cluster > 8 && cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                          1) != cudaSuccess) {
+    cudaGetLastError();  // taken back: the launch that follows is another
+    return false;
+  }
+  const KlConfig launch(blocks, shared_bytes, cluster);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess)
+    return clusters > 0;
+  cudaGetLastError();
+  return false;
+}
+
 // Starts kernel(args) in `blocks`; cluster > 1: in clusters of so many.
 inline const char* kl_start(void (*kernel)(KlArgs), dim3 blocks, size_t shared_bytes,
                             const KlLaunch& x, int cluster = 1) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return kl_words(error);
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = dim3(kKlThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(x.stream);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  return kl_words(cudaLaunchKernelEx(&config, kernel, x.args));
+  const cudaError_t error = kl_allow_shared(kernel, shared_bytes);
+  if (error != cudaSuccess) return kl_words(error);
+  KlConfig launch(blocks, shared_bytes, cluster);
+  launch.config.stream = static_cast<cudaStream_t>(x.stream);
+  return kl_words(cudaLaunchKernelEx(&launch.config, kernel, x.args));
 }
 
 }  // namespace fasttax

@@ -35,6 +35,7 @@ struct KlParts {
   static constexpr bool kForwards = (kWant & kWantPolicyRef) != 0;
   static constexpr bool kBackwards = (kWant & kWantRefPolicy) != 0;
   static constexpr bool kEntropy = (kWant & kWantEntropy) != 0;
+  static constexpr bool kPlain = kl_op_jsd(op);  // e^ax and e^ay, whatever d is (kl_jsd.cuh)
   static constexpr int kForth = kPair ? 2 : 0;
   static constexpr int kBack = kForth + 2 * kForwards;
   static constexpr int kMass = kBack + 2 * kBackwards;

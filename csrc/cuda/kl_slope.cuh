@@ -4,6 +4,7 @@
 
 #include "../math/kl_slope.h"
 #include "../math/kl_stats.h"
+#include "kl_jsd.cuh"
 #include "kl_sums.cuh"
 
 namespace fasttax {
@@ -22,6 +23,11 @@ struct KlLogsOf {  // log p and log q, where a slope asks for them
   }
 };
 
+// How a row's entries are taken: raw logits in like frames, such logits under one softcap, or any.
+enum class KlWay { kFast, kCapped, kCareful };
+template <KlWay way>
+using KlWayIs = std::integral_constant<KlWay, way>;
+
 // The gradient at one entry of a row; kBoth: of the reference too.
 template <KlOp op, bool kBoth>
 struct KlSlope {
@@ -30,33 +36,51 @@ struct KlSlope {
   };
 
   const KlDeviceFrame frame;
+  struct NoMixture {
+    __device__ __forceinline__ NoMixture(const JsdCurves&, const KlParams&, const KlRow&, float,
+                                         float) {}
+  };
+
   std::conditional_t<kl_is_kind(op), Nothing, StatsSlope<DeviceMath>> stats;
   float gx, gy;  // upstream times the tempered logits' slope
+  std::conditional_t<kl_op_jsd(op), JsdSlope, NoMixture> jsd;
   bool close;
 
-  __device__ __forceinline__ KlSlope(const KlParams& k, const StatsRow& row, const float* g,
+  __device__ __forceinline__ KlSlope(const KlArgs& a, const StatsRow& row, const float* g,
                                      int64_t stride)
-      : frame(k, row.kl), stats(row, g, stride, kl_has_ref(op)) {
-    gx = (kl_is_kind(op) ? g[0] : 1.0f) * k.row_slope;
-    gy = (kl_is_kind(op) ? g[0] : 1.0f) * k.ref_row_slope;
-    close = kl_is_kind(op) ? kl_close(row.kl) : stats_close(row.kl);
+      : frame(a.k, row.kl),
+        stats(row, g, stride, kl_has_ref(op)),
+        gx((kl_is_kind(op) ? g[0] : 1.0f) * a.k.row_slope),
+        gy((kl_is_kind(op) ? g[0] : 1.0f) * a.k.ref_row_slope),
+        jsd(a.jsd, a.k, row.kl, gx, gy),
+        close(kl_is_kind(op) ? kl_close(row.kl) : stats_close(row.kl)) {}
+
+  __device__ __forceinline__ KlWay way() const {
+    if (frame.fast) return KlWay::kFast;
+    return kl_op_capped(op) && frame.capped ? KlWay::kCapped : KlWay::kCareful;
   }
 
-  // kFast: frame.fast; kClose: close. at_id: of the id's entry.
-  template <bool kFast, bool kClose>
+  // kWay: way(), of kCapped after cap_all(); kClose: close, of jsd whether |u| is at most 1. at_id:
+  // of the id's entry.
+  template <KlWay kWay, bool kClose>
   __device__ __forceinline__ void at(float x, float y, float& dx, float& dy, bool at_id) const {
     float ax2, ay2, d, ax;
-    if (kFast) {
+    if (kWay == KlWay::kFast) {
       ax2 = frame.ax2(x), ay2 = frame.ay2(y), d = frame.gap(x, y), ax = frame.ax(x);
+    } else if (kWay == KlWay::kCapped) {
+      ax2 = frame.ax2(x), ay2 = frame.ay2(x - y), d = frame.capped_gap(y), ax = frame.ax(x);
     } else {
       float ay;
       frame.careful(x, y, ax, ay, d);
       ax2 = ax * kLog2e, ay2 = ay * kLog2e;
     }
-    const float p = kl_exp2(ax2) * frame.r.inv_s;
+    const float ex = kl_exp2(ax2), p = ex * frame.r.inv_s;
     const KlRefOf q_of{ay2, frame.r.inv_s_ref};
     KlSides<float> out;
-    if constexpr (kl_is_kind(op)) {
+    if constexpr (kl_op_jsd(op)) {
+      out = jsd.template at<kClose, kBoth>(frame.k, ex, kBoth ? kl_exp2(ay2) : 0.0f,
+                                           u_of<kWay>(x, y, d));
+    } else if constexpr (kl_is_kind(op)) {
       const KlLogsOf logs_of{ax, ay2, frame.r};
       out = kl_slope<kl_kind(op), DeviceMath, kBoth>(p, d, kClose, q_of, logs_of, frame.r,
                                                      frame.k.beta);
@@ -64,17 +88,42 @@ struct KlSlope {
       const bool backwards = kl_has_ref(op) && stats.g_backwards != 0;
       out = stats.template at<true, kBoth>(p, ax, d, kClose, q_of, backwards, at_id);
     }
-    out.x *= gx;
-    out.y *= gy;
-    if (!kFast) kl_uncap<DeviceMath>(out, x, y, frame.k);
+    if (!kl_op_jsd(op)) {  // whose factors have them
+      out.x *= gx;
+      out.y *= gy;
+    }
+    if (kWay == KlWay::kCapped) {
+      out.x *= kl_bend<DeviceMath>(x, frame.k.cap);
+      if (kBoth) out.y *= kl_bend<DeviceMath>(x - y, frame.k.cap);
+    } else if (kWay == KlWay::kCareful) {
+      kl_uncap<DeviceMath>(out, x, y, frame.k);
+    }
     dx = out.x;
     dy = out.y;
   }
 
   // One entry by itself.
   __device__ __forceinline__ void any(float x, float y, float& dx, float& dy, bool at_id) const {
-    if (close) at<false, true>(x, y, dx, dy, at_id);
-    else at<false, false>(x, y, dx, dy, at_id);
+    if (!kl_op_jsd(op) && close) at<KlWay::kCareful, true>(x, y, dx, dy, at_id);
+    else at<KlWay::kCareful, false>(x, y, dx, dy, at_id);
+  }
+
+  // jsd: of d where kCareful
+  template <KlWay kWay>
+  __device__ __forceinline__ float u_of(float x, float y, float d) const {
+    if (kWay == KlWay::kCareful) return d - frame.r.log_ratio;
+    return frame.u(kWay == KlWay::kCapped ? y : x - y, frame.to_u());
+  }
+
+  // jsd: whether |u| is at most 1 in all of them
+  template <KlWay kWay, int n>
+  __device__ __forceinline__ bool near(const float (&x)[n], const float (&y)[n]) const {
+    float widest = 0;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      widest = kl_max_or_nan(widest, fabsf(u_of<kWay>(x[j], y[j], 0)));
+    }
+    return kWay != KlWay::kCareful && widest <= kJsdUnit;
   }
 };
 
@@ -86,31 +135,42 @@ __device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlop
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
   constexpr bool pair = kl_has_ref(op);
   const int lane = int(threadIdx.x) % 32;
-  const bool aligned = (!dx || kl_aligned(dx)) && (!kBoth || !dy || kl_aligned(dy));
-  const auto vectors = [&](auto fast, auto close) {
-    [[maybe_unused]] constexpr int kAtOnce = decltype(fast)::value ? 2 : 1;
+  const bool aligned = kl_aligned(dx);
+  [[maybe_unused]] const bool dy_aligned = kl_aligned(dy);
+  const auto vectors = [&](auto way, auto close) {
+    constexpr KlWay kWay = decltype(way)::value;
+    [[maybe_unused]] constexpr int kAtOnce = kWay == KlWay::kFast ? 2 : 1;
 #pragma unroll kAtOnce
     for (int64_t i = begin + lane * n; i + n <= end; i += kRound) {
       float x[n], y[n] = {}, for_x[n], for_y[n];
       kl_widen(row.x_at(i), x);
       if (pair) kl_widen(row.y_at(i), y);
+      if (kWay == KlWay::kCapped) slope.frame.cap_all(x, y);
+      const auto each = [&](auto alike) {
 #pragma unroll
-      for (int j = 0; j < n; ++j)
-        slope.template at<decltype(fast)::value, decltype(close)::value>(x[j], pair ? y[j] : x[j],
-                                                                         for_x[j], for_y[j], false);
-      if (dx) kl_store(dx + i, kl_narrow<T>(for_x), aligned);
-      if (kBoth && dy) kl_store(dy + i, kl_narrow<T>(for_y), aligned);
+        for (int j = 0; j < n; ++j)
+          slope.template at<kWay, decltype(alike)::value>(x[j], pair ? y[j] : x[j], for_x[j],
+                                                          for_y[j], false);
+      };
+      if constexpr (!kl_op_jsd(op)) each(close);
+      else if (slope.template near<kWay>(x, y)) each(std::true_type{});
+      else each(std::false_type{});
+      const bool whole = i - lane * n + kRound <= end;
+      if (dx) kl_store(dx + i, kl_narrow<T>(for_x), aligned, whole);
+      if (kBoth && dy) kl_store(dy + i, kl_narrow<T>(for_y), dy_aligned, whole);
     }
   };
   constexpr bool by_difference =
       !kl_op_two_sweeps(op) && (kBoth || (kl_op_wants(op) & kWantRefPolicy) != 0);
-  const auto any_close = [&](auto fast) {
+  const auto any_close = [&](auto way) {
     if constexpr (by_difference)
-      if (!slope.close) return vectors(fast, std::false_type{});
-    vectors(fast, std::true_type{});
+      if (!slope.close) return vectors(way, std::false_type{});
+    vectors(way, std::true_type{});
   };
-  if (slope.frame.fast) any_close(std::true_type{});
-  else any_close(std::false_type{});
+  const KlWay way = slope.way();
+  if (way == KlWay::kFast) any_close(KlWayIs<KlWay::kFast>());
+  else if (kl_op_capped(op) && way == KlWay::kCapped) any_close(KlWayIs<KlWay::kCapped>());
+  else any_close(KlWayIs<KlWay::kCareful>());
   for (int64_t i = end - (end - begin) % n + lane; i < end; i += 32) {
     float for_x, for_y;
     slope.any(row.x_one(i), pair ? row.y_one(i) : row.x_one(i), for_x, for_y, false);
@@ -129,7 +189,7 @@ __device__ inline void kl_span_zero(int64_t begin, int64_t end, T* dx, T* dy) {
     if (!to[side]) continue;
     const bool aligned = kl_aligned(to[side]);
     for (int64_t i = begin + lane * n; i + n <= end; i += 32 * n)
-      kl_store(to[side] + i, KlVector<T>{}, aligned);
+      kl_store(to[side] + i, KlVector<T>{}, aligned, i - lane * n + 32 * n <= end);
     for (int64_t i = end - (end - begin) % n + lane; i < end; i += 32)
       to[side][i] = kl_narrow<T>(0.0f);
   }

@@ -113,6 +113,26 @@ struct KlSpanEntries {
       }
       return;
     }
+    if constexpr (Source::kShifts && sizeof(T) == 2) {  // float32 has no registers for it
+      if (count == kSpan) {  // all under way before a row's ends are set right
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+          x[j] = row.x_shifted(own + j * kRound);
+          if (kPair) y[j] = row.y_shifted(own + j * kRound);
+        }
+        constexpr int kLast = kVectors - 1;
+        const int64_t last = own + kLast * kRound;
+        if (own == 0) {
+          x[0] = row.x_each(own);
+          if (kPair) y[0] = row.y_each(own);
+        }
+        if (row.at_end(last)) {
+          x[kLast] = row.x_each(last);
+          if (kPair) y[kLast] = row.y_each(last);
+        }
+        return;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       float to_x[kEntries], to_y[kEntries];
@@ -213,6 +233,10 @@ struct KlLanes {
     const float f = kl_bregman_mid(d);
     near.add(ex, d, f - d, f);
   }
+  __device__ __forceinline__ void plain(float ex, float ey) {
+    mixed.x += ex;
+    mixed.y += ey;
+  }
   // Of any d: by the polynomial, or by terms that beyond 1 cancel to a sixth at most. kGuarded: 0 *
   // inf is 0.
   template <bool kGuarded>
@@ -238,7 +262,7 @@ struct KlLanes {
   __device__ __forceinline__ void pack(float (&v)[P::kPadded]) const {
     if (P::kPair) {
       v[0] = near.s + near.g + mixed.y;
-      v[1] = near.g + mixed.g;
+      v[1] = P::kPlain ? mixed.y - mixed.x : near.g + mixed.g;
       if (P::kForwards) {
         v[P::kForth] = near.b + mixed.b;
         v[P::kForth + 1] = near.b - near.g + mixed.a;
@@ -263,18 +287,15 @@ __device__ __forceinline__ void kl_general_entry(const KlDeviceFrame& frame, flo
   if (!frame.bare) ax2 = ax * kLog2e;
   if (!there) ax2 = ay = -kl_infinity();  // which under a softcap no -inf makes of it
   const float ex = kl_exp2(ax2);
-  if (KlParts<op>::kPair) lanes.template any<true>(ex, kl_exp2(ay * kLog2e), d);
+  if (KlParts<op>::kPlain) lanes.plain(ex, kl_exp2(ay * kLog2e));
+  else if (KlParts<op>::kPair) lanes.template any<true>(ex, kl_exp2(ay * kLog2e), d);
   if (KlParts<op>::kEntropy) lanes.template entropy<true>(ex, ax2);
 }
 
 // `wide`: whether a vector of the span had a |d| beyond 2, where the next ones are not looked at.
-template <KlOp op, class T>
-__device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
-                                               const KlVector<T>& x_bits, const KlVector<T>& y_bits,
-                                               KlLanes<op>& lanes, bool& wide) {
-  constexpr int n = KlVector<T>::kEntries;
-  float x[n], y[n];
-  kl_widen(x_bits, x);
+template <KlOp op, bool kCapped, int n>
+__device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame, float (&x)[n],
+                                               float (&y)[n], KlLanes<op>& lanes, bool& wide) {
   if constexpr (!KlParts<op>::kPair) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
@@ -282,11 +303,12 @@ __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
       lanes.template entropy<true>(kl_exp2(ax2), ax2);
     }
   } else {
-    kl_widen(y_bits, y);
     float d[n];
+    if (kCapped) frame.cap_all(x, y);
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      d[j] = frame.gap(x[j], y[j]);
+      d[j] = kCapped ? frame.capped_gap(y[j]) : frame.gap(x[j], y[j]);
+      if (kCapped) y[j] = x[j] - y[j];
       x[j] = frame.ax2(x[j]);
     }
     const auto each = [&](auto add) {
@@ -297,6 +319,9 @@ __device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame,
         if (KlParts<op>::kEntropy) lanes.template entropy<false>(ex, x[j]);
       }
     };
+    if (KlParts<op>::kPlain)
+      return each(
+          [&](float ex, float raw_y, float) { lanes.plain(ex, kl_exp2(frame.ay2(raw_y))); });
     if (!wide) {
       float widest = 0;
 #pragma unroll
@@ -380,18 +405,30 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
   }
   float sum = 0;
   const auto total = [&](int i) { return __shfl_sync(kWholeWarp, sum, i * kStride); };
+  // float32's entries leave no registers for a loop of rows under one softcap
+  constexpr bool kCapped = kl_op_capped(op) && sizeof(T) == 2;
   bool guarded = false, centred = false;
 #pragma unroll 1
   for (int sums = 0; sums < kMostSpanSums; ++sums) {
     const KlDeviceFrame frame(k, r);
-    const bool fast = !guarded && count == kSpan && (P::kPair ? frame.fast : frame.bare);
+    const bool whole = !guarded && count == kSpan,
+               fast = whole && (P::kPair ? frame.fast : frame.bare),
+               capped = kCapped && whole && frame.capped;
     KlLanes<op> lanes;
     bool wide = false;
     span.forget();
     if (fast) {
 #pragma unroll
-      for (int j = 0; j < KlSpanEntries<T>::kVectors; ++j)
-        kl_fast_vector(frame, span.x[j], span.y[j], lanes, wide);
+      for (int j = 0; j < KlSpanEntries<T>::kVectors; ++j) {
+        float x[n], y[n];
+        kl_widen(span.x[j], x);
+        kl_widen(P::kPair ? span.y[j] : span.x[j], y);
+        kl_fast_vector<op, false>(frame, x, y, lanes, wide);
+      }
+    } else if (capped) {
+      span.template in_turn<P::kPair>([&](int, float (&x)[n], float (&y)[n]) {
+        kl_fast_vector<op, true>(frame, x, y, lanes, wide);
+      });
     } else {
       span.template in_turn<P::kPair>([&](int j, const float (&x)[n], const float (&y)[n]) {
 #pragma unroll
@@ -404,7 +441,7 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
     if constexpr (P::kForwards || P::kBackwards) {
       const float y = total(0), g = total(1), s = total(P::kMass);
       const float b = P::kForwards ? total(P::kForth) : 0, c = P::kBackwards ? total(P::kBack) : 0;
-      if (fast && b + c != b + c) {
+      if ((fast || capped) && b + c != b + c) {
         guarded = true;
         continue;
       }

@@ -74,6 +74,7 @@ struct Work {
     y = with_layout(ref, a.y);
     a.mask = c.mask;
     a.k = kl_params<float>(c.options);
+    if (what == kl_op(KlKind::kJsd)) a.jsd = JsdCurves(c.options.beta);
     a.n = c.N, a.v = c.V, a.splits = a.cluster = 1;
   }
 

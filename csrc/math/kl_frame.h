@@ -136,11 +136,7 @@ struct KlFrame {
   FASTTAX_HD void cap(S& x, S& y) const {
     const S none = M::splat(-R(HUGE_VAL)), raw_x = x, raw_y = y;
     if (k.joint_cap) {
-      const R inside = k.scale / k.cap;
-      const S delta = (x - y) * inside, a = M::tanh(x * inside), b = M::tanh(y * inside);
-      x = a * k.cap;
-      y = M::if_le(M::abs(delta), constant<S>(kCapGap), kl_tanh_gap(delta, a, b) * k.cap,
-                   x - b * k.cap);
+      cap_jointly(x, y);
     } else {
       if (k.cap > 0) x = kl_capped<M>(x, k.scale, k.cap);
       if (k.ref_cap > 0) y = kl_capped<M>(y, k.ref_scale, k.ref_cap);
@@ -149,6 +145,13 @@ struct KlFrame {
     const S filler = M::splat(y_filler());
     x = M::if_le(raw_x, none, none, M::if_le(raw_y, none, none, x));
     y = M::if_le(raw_x, none, filler, M::if_le(raw_y, none, filler, y));
+  }
+  FASTTAX_HD void cap_jointly(S& x, S& y) const {
+    const R inside = k.scale / k.cap;
+    const S delta = (x - y) * inside, a = M::tanh(x * inside), b = M::tanh(y * inside);
+    x = a * k.cap;
+    y = M::if_le(M::abs(delta), constant<S>(kCapGap), kl_tanh_gap(delta, a, b) * k.cap,
+                 x - b * k.cap);
   }
   // With an x of -inf: no entry on either side.
   FASTTAX_HD R y_filler() const { return k.joint_cap ? R(0) : -R(HUGE_VAL); }

@@ -66,7 +66,7 @@ KINDS, TWO_SWEEPS = 4, 2
 
 
 simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
-    "kl", FAULTS, lambda build: 426 if build == "thread" else 1884
+    "kl", FAULTS, lambda build: 426 if build == "thread" else 2672
 )
 
 

@@ -70,6 +70,7 @@ struct Run {
     a.x = x.layout(), a.y = y.layout(), a.dx = dx.layout(), a.dy = dy.layout();
     a.mask = mask, a.ids = ids, a.upstream = upstream, a.values = values.data(),
     a.saved = saved.data();
+    a.jsd = JsdCurves(options.beta);
     a.k = options.params(op), a.n = x.n, a.v = x.v, a.splits = 1, a.cluster = 1;
   }
   void forward(int splits) {
@@ -298,8 +299,8 @@ constexpr Kind kDataKinds[] = {{"equal", 3, 0, false},        {"moved .001", 3, 
                                {"moved .3", 3, 0.3, false},   {"confident", 1, 0.1, true},
                                {"far", 3, 3, false}};
 
-// Of each kind every row is read once, no span is summed twice, and the divergences and the entropy
-// are good to 2e-6.
+// Of each kind every row is read once, of jsd twice, no span is summed twice, and the divergences
+// and the entropy are good to 2e-6.
 template <class T, KlOp op>
 bool check_kinds() {
   constexpr int64_t n = 4, v = 8 * kSpan;
@@ -321,7 +322,7 @@ bool check_kinds() {
       simt::Machine& m = simt::machine();
       m.streamed = m.opaque = 0;
       run.forward(1);
-      const size_t read = size_t(2 * n * v) * sizeof(T),
+      const size_t read = size_t(2 * n * v) * sizeof(T) * (kl_op_two_sweeps(op) ? 2 : 1),
                    once = size_t(n * v) / KlVector<T>::kEntries * 4;
       if (m.streamed != read || m.opaque != once) {
         printf("%s, op %d: %zu bytes read of %zu, %zu vectors summed of %zu\n", kind.name, int(op),
@@ -398,6 +399,9 @@ int main(int arguments, char**) {
   }
   ok &= check_ops<float>({"two rounds", 9001, normal(2, 0.5), {}}) &
         check_ops<__nv_bfloat16>({"two rounds", 17000, normal(2, 0.2), {}, 1});
+  ok &= check_ops<float>({"off alignment", 3077, normal(2, 0.1), {}, 3, 1, 1}) &
+        check_ops<__nv_bfloat16>({"off by six", 4099, normal(2, 0.1), {}, 2, 5, 6}) &
+        check_ops<__half>({"off alignment", 2048, normal(2, 0.1), {}, 2, 3, 7});
   const Options none;
   ok &= check_ops<float>({"KL of 5e-7", 9001, normal(2, 1e-3), none, 2, 0, 0, 4, false, 1e-5});
   for (const double offset : {1000.0, -1000.0})
@@ -482,12 +486,33 @@ int main(int arguments, char**) {
   for (const double beta : {0.0, 0.1, 1.0}) {
     Options o;
     o.beta = beta;
-    if (beta == 0.1) ok &= check<float, kl_op(KlKind::kJsd)>({"beta", 1500, normal(2, 0.5), o});
+    for (const double apart : {1e-3, 0.5, 3.0})
+      ok &= check<float, kl_op(KlKind::kJsd)>({"beta", 1500, normal(2, apart), o});
+  }
+  for (const double cap : {5.0, 30.0})  // one softcap: near, beyond the series, all but flat
+    for (const double size : {2.0, 300.0})
+      for (const double apart : {1e-3, 0.3, 8.0}) {
+        Options o;
+        o.cap = o.ref_cap = cap, o.temperature = o.ref_temperature = 0.8;
+        ok &= check_ops<float>({"one softcap", 2100, normal(size, apart), o, 2, 0, 0, 16});
+      }
+  for (const double hole : {double(-INFINITY), double(NAN)}) {
+    Options o;
+    o.cap = o.ref_cap = 20;
+    ok &= check_ops<float>({"softcap and holes", 2100,
+                            [=](int64_t r, int64_t i, std::mt19937& random, double& x, double& y) {
+                              normal(2, 0.3)(r, i, random, x, y);
+                              if (i % 700 == 3) x = hole;
+                              if (i % 700 == 5) y = hole == hole ? hole : y;
+                              if (i % 700 == 7) x = y = hole;
+                            },
+                            o});
   }
   ok &= check<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>(
       {"long spans", (1 << 19) + 77, normal(2, 0.1), {}, 1});
   ok &= check_kinds<float, kl_op(KlKind::kPolicyRef)>() &
         check_kinds<float, kl_op(KlKind::kRefPolicy)>() & check_kinds<float, KlOp::kStats>() &
+        check_kinds<float, kl_op(KlKind::kJsd)>() &
         check_kinds<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>() &
         check_kinds<__nv_bfloat16, KlOp::kStats>() & check_entropy<float>() &
         check_entropy<__nv_bfloat16>();

@@ -131,6 +131,10 @@ T __ldcs(const T* p) {
   return *p;
 }
 template <class T>
+T __ldca(const T* p) {
+  return __ldcs(p);
+}
+template <class T>
 void __stcs(T* p, T v) {
   *p = v;
 }
