@@ -60,7 +60,8 @@ class Forward:
         """Rows and columns of the mask's N tokens that count, in turn.
 
         On a GPU this is a forward's one host sync: how many there are. The heads' GEMMs would take
-        the others too without it, at 152k x 3584 some 20 ms for the 4096 tokens of a prompt.
+        the others too without it: 4 products of 2 x 4096 x 152k x 3584 operations for a prompt of
+        4096 tokens, 18 ms at an H100's 990 TFLOP/s.
         """
         rows, columns = self.mask.nonzero().unbind(1)
         return rows, columns

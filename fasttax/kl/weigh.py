@@ -27,7 +27,7 @@ MOST_SCALE = 3.4e38  # float32 has no more
 def by_ops(device: torch.device) -> bool:
     """Whether the ops of this file are worth their dispatch: where an op of torch's is a launch.
 
-    On a CPU they are Python, which torch's own autograd goes through for 100 us less a call.
+    On a CPU they are Python, and torch's own autograd takes 80 to 200 us less a call.
     """
     return device.type != "cpu"
 
