@@ -37,7 +37,7 @@ def native() -> None:
 
 
 def lists(mix: str) -> Lists:
-    """theta, grads, anchors, fishers, scales: 140 small tensors (three launches), two of several
+    """theta, grads, anchors, fishers, scales: 140 small tensors (a large table), two of several
     chunks, one of them misaligned.
     """
     generator = torch.Generator("cuda").manual_seed(0)
