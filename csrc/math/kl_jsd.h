@@ -47,7 +47,7 @@ struct JsdSeries {
 // 32,
 //   f(u) = f[0] + (u - n) (f[1] + (u - n) (f[2] + ...))
 // by interpolation at Chebyshev's points; the pole at i pi, 6 half pieces away, leaves errors of
-// 1e-8 of the whole, coefficients in float32 1e-7 (J near 1/2: 3e-7). The piece around 0 has no
+// 1e-8 of the whole, coefficients in float32 1e-7 (J near 1/2: 4e-7). The piece around 0 has no
 // constant, and J's no slope, so that both functions keep their digits there.
 struct JsdPieces {
   static constexpr int kPieces = 32, kTerms = 8;
