@@ -12,31 +12,28 @@ import triton.language as tl
 
 from fasttax import reference
 from fasttax.reference.kl import RENYI as RENYI_KIND
+from fasttax.triton.frames import divergence, log_ratio_of
 from fasttax.triton.rows import (
+    GRADIENT_ENTRIES,
     INF,
     LN2,
     LOG2E,
-    MOST_SWEEPS,
     POLICY_REF,
     REF_POLICY,
     SMALL_GAP,
-    TOO_HIGH,
     TRUSTED,
     bend,
-    divergence,
-    first_frame,
     framed,
     load_pair,
     log1p,
     row_at,
-    row_sums,
     store,
     tile_lanes,
     total,
-    true_frame,
     zero,
 )
 from fasttax.triton.series import bregman, jensen_gap
+from fasttax.triton.sums import sweep
 
 JSD, RENYI = tl.constexpr(reference.JSD), tl.constexpr(RENYI_KIND)
 MOST = tl.constexpr(3e38)  # a weight's log that float32 has no larger one of
@@ -242,34 +239,18 @@ def forward_row(
     WIDTH: tl.constexpr,
 ):
     """A row's value, and the numbers of csrc/math/kl.h, KlRow, that its gradient takes."""
-    mx, my, exact = first_frame(x_row, y_row, V, k, True, GENERAL, INF_MASK, LANES, WIDTH)
-    shift = 0.0
-    s = tl.full((), 0.0, tl.float64)
-    y = s
-    value = s
-    gap = s
-    log_ratio = s
-    again = True
-    sweeps = 0
-    while again & (sweeps < MOST_SWEEPS):
-        sweeps += 1
-        s, y, g, b, a, c, back, mass, moment, peaks = row_sums(
-            x_row, y_row, V, mx, my, shift, k, OP, GENERAL, INF_MASK, LANES, WIDTH
-        )
-        if OP == REF_POLICY:
-            value, gap, size, log_ratio, recentre = divergence(s, y, g, c, back, False)
-        else:
-            value, gap, size, log_ratio, recentre = divergence(s, y, g, b, a, True)
-        again = False
-        if ((s > TOO_HIGH) | (y > TOO_HIGH)) & (exact == 0):
-            mx, my = true_frame(x_row, y_row, V, k, True, GENERAL, INF_MASK, LANES, WIDTH)
-            shift = 0.0
-            exact = True
-            again = True
-        elif ((OP == POLICY_REF) | (OP == REF_POLICY)) & recentre & (shift == 0):
-            # frames that do not fit: moved onto the mean gap, the value keeps its digits
-            shift = gap.to(tl.float32)
-            again = shift != 0
+    sums, frame = sweep(x_row, y_row, V, k, OP, GENERAL, INF_MASK, LANES, WIDTH)
+    mx, my, shift = frame
+    s = sums[0]
+    y = sums[1]
+    if OP == POLICY_REF:
+        value, gap, log_ratio = divergence(s, y, sums[2], sums[3], True)
+    elif OP == REF_POLICY:
+        value, gap, log_ratio = divergence(s, y, sums[2], sums[3], False)
+    else:
+        log_ratio = log_ratio_of(s, y, sums[2])
+        value = s
+        gap = s
     inv_s = (1.0 / s).to(tl.float32)
     inv_s_ref = (1.0 / y).to(tl.float32)
     ref_center = tl.full((), 0.0, tl.float64)
@@ -389,7 +370,8 @@ def forward_kernel(
     if mask_ptr is not None:
         live_row = tl.load(mask_ptr + n) != 0
     GRADIENT: tl.constexpr = weight_ptr is not None
-    tiles = tl.cdiv(V, LANES * WIDTH)
+    LANES_BACK: tl.constexpr = min(LANES, GRADIENT_ENTRIES // WIDTH)
+    tiles = tl.cdiv(V, LANES_BACK * WIDTH)
     if live_row:
         x_row = row_at(x_ptr, x_layout, n)
         y_row = row_at(y_ptr, y_layout, n)
@@ -399,7 +381,7 @@ def forward_kernel(
             g = tl.load(weight_ptr + n)
             dx_row = row_at(dx_ptr, dx_layout, n)
             for back in range(0, tiles):
-                at = (tiles - 1 - back) * (LANES * WIDTH) + tile_lanes(LANES, WIDTH)
+                at = (tiles - 1 - back) * (LANES_BACK * WIDTH) + tile_lanes(LANES_BACK, WIDTH)
                 write_gradients(
                     x_row,
                     y_row,
@@ -423,7 +405,7 @@ def forward_kernel(
         if GRADIENT:
             dx_row = row_at(dx_ptr, dx_layout, n)
             for tile in range(0, tiles):
-                zero(dx_row, tile * (LANES * WIDTH) + tile_lanes(LANES, WIDTH), V)
+                zero(dx_row, tile * (LANES_BACK * WIDTH) + tile_lanes(LANES_BACK, WIDTH), V)
         else:
             tl.store(saved_ptr + n.to(tl.int64) * 8 + tl.arange(0, 8), tl.zeros([8], tl.float32))
 

@@ -16,6 +16,7 @@ from fasttax.triton.kl import forward_kernel, gradient_kernel
 from fasttax.triton.rows import (
     Params,
     geometry,
+    gradient_geometry,
     is_general,
     launch_options,
     params,
@@ -126,6 +127,7 @@ def _write_gradients(
 ) -> None:
     """Over `d_logits`, which may be the logits, and `d_ref`; empty ones are not wanted."""
     k, meta = _call(logits, options)
+    meta = gradient_geometry(meta)
     N, V = grad.numel(), logits.shape[-1]
     if N == 0:
         return

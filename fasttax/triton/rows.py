@@ -1,4 +1,4 @@
-"""What the Triton kernels over logits share: layouts, launch geometry, frames, a row's sums.
+"""What the Triton kernels over logits share: layouts, launch geometry, frames.
 
 The formulas are those of csrc/math/kl.h.
 
@@ -18,19 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax import reference
-from fasttax.triton.series import bregman, bregman_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SMALL_GAP = tl.constexpr(0.25)  # |d| up to which the series is used, as in csrc/math/kl.h
-FRAME_SLACK = tl.constexpr(20.0)
-# e^20: an entry stands so far above its frame that the row is summed again in its true one
-TOO_HIGH = tl.constexpr(4.85e8)
-# how often a row's sums are taken at most, as csrc/math/kl_row.h: every loop ends with this count
-MOST_SWEEPS = tl.constexpr(5)
-DOMINATED = tl.constexpr(-0.05)  # csrc/math/kl_row.h
-TRUSTED = tl.constexpr(1e-2)
+TRUSTED = tl.constexpr(1e-2)  # csrc/math/kl_row.h
 INF = tl.constexpr(float("inf"))
+# The shift of rows whose peaks lie apart, whatever their frames are: each is centred first, for the
+# difference of entries so far apart would be rounded once more.
+APART = tl.constexpr(1e-30)
 
 # what a forward gives: a kind of token_kl, which has its own number, or token_stats of both rows or
 # of the policy's alone, which are numbered apart
@@ -39,6 +35,7 @@ STATS, ALONE = tl.constexpr(-1), tl.constexpr(-2)
 
 THREADS = 256
 REGISTERS = 128  # a thread: two programs on an SM
+GRADIENT_ENTRIES = tl.constexpr(16 * THREADS)  # the most in a gradient's tile
 
 
 class Params(NamedTuple):
@@ -69,14 +66,15 @@ class Layout(NamedTuple):
 def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, int]:
     """LANES and WIDTH.
 
-    Of either row a thread starts two 16-byte loads before it needs the first (four for a KL in
-    float32, one in the general frame: what the registers of two programs on an SM allow), 32 KB an
-    SM. Shorter rows, shorter tiles; a V that 16 does not divide loads entry by entry.
+    Of either row a thread starts four 16-byte loads before it needs the first (two for token_stats
+    and the kinds of two sweeps, one in the general frame: what the registers of two programs on an
+    SM allow), 64 KB an SM. Shorter rows, shorter tiles; a V that 16 does not divide loads entry by
+    entry.
     """
     vectors = 2
     if general:
         vectors = 1
-    elif op in (POLICY_REF.value, REF_POLICY.value) and dtype.itemsize == 4:
+    elif op in (POLICY_REF.value, REF_POLICY.value):
         vectors = 4
     width = 16 // dtype.itemsize if V % 16 == 0 else 1
     most = THREADS * vectors * (1 if width > 1 else 2)
@@ -84,6 +82,11 @@ def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, in
         "LANES": max(32, min(most, triton.next_power_of_2(triton.cdiv(V, width)))),
         "WIDTH": width,
     }
+
+
+def gradient_geometry(shape: dict[str, Any]) -> dict[str, Any]:
+    """That of a gradient's tiles, which hold two entries more for each that they load."""
+    return {**shape, "LANES": min(shape["LANES"], GRADIENT_ENTRIES.value // shape["WIDTH"])}
 
 
 def tiles(V: int, meta: dict[str, Any]) -> int:
@@ -256,7 +259,7 @@ def framed(
         if SHORT:
             d = tl.fma(ax - ay, k.row_scale, -shift)
         else:
-            alike = tl.abs(mx - my) <= 4.0
+            alike = (tl.abs(mx - my) <= 4.0) & (shift != APART)
             ox = tl.where(alike, 0.0, mx)
             oy = tl.where(alike, 0.0, my)
             c = tl.where(alike, (mx - my) * k.row_scale, 0.0) + shift
@@ -282,194 +285,12 @@ def tile_lanes(LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def maxima(
-    x_row,
-    y_row,
-    end,
-    V,
-    k,
-    PAIR: tl.constexpr,
-    GENERAL: tl.constexpr,
-    INF_MASK: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Of the entries before `end`. NaN is passed over here and reaches the sums through exp."""
-    top_x = tl.full([LANES, WIDTH], -INF, tl.float32)
-    top_y = tl.full([LANES, WIDTH], -INF, tl.float32)
-    for start in range(0, end, LANES * WIDTH):
-        x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, PAIR)
-        x, y = cap_rows(x, y, live, k, GENERAL, INF_MASK)
-        top_x = tl.where(x > top_x, x, top_x)
-        top_y = tl.where(y > top_y, y, top_y)
-    return tl.max(tl.max(top_x, 1), 0), tl.max(tl.max(top_y, 1), 0)
-
-
-@triton.jit
 def frame_of(top):
     """A row of -inf gets the frame 0: its sums are 0 then, and NaN if it has one."""
     return tl.where(top == -INF, 0.0, top)
 
 
 @triton.jit
-def true_frame(
-    x_row,
-    y_row,
-    V,
-    k,
-    PAIR: tl.constexpr,
-    GENERAL: tl.constexpr,
-    INF_MASK: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Both rows' maxima."""
-    mx, my = maxima(x_row, y_row, V, V, k, PAIR, GENERAL, INF_MASK, LANES, WIDTH)
-    return frame_of(mx), frame_of(my)
-
-
-@triton.jit
-def first_frame(
-    x_row,
-    y_row,
-    V,
-    k,
-    PAIR: tl.constexpr,
-    GENERAL: tl.constexpr,
-    INF_MASK: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Of the first tile, or of the whole row where that holds nothing.
-
-    And whether it is the row's true one.
-    """
-    mx, my = maxima(x_row, y_row, LANES * WIDTH, V, k, PAIR, GENERAL, INF_MASK, LANES, WIDTH)
-    exact = V <= LANES * WIDTH
-    if ((mx == -INF) | (my == -INF)) & (exact == 0):
-        mx, my = maxima(x_row, y_row, V, V, k, PAIR, GENERAL, INF_MASK, LANES, WIDTH)
-        exact = True
-    return frame_of(mx), frame_of(my), exact
-
-
-@triton.jit
 def total(lanes):
     """The lanes' sum, in float64."""
     return tl.sum(lanes.to(tl.float64), 0)
-
-
-@triton.jit
-def row_sums(
-    x_row,
-    y_row,
-    V,
-    mx,
-    my,
-    shift,
-    k,
-    OP: tl.constexpr,
-    GENERAL: tl.constexpr,
-    INF_MASK: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The sums of csrc/math/kl_row.h, in float64: s, y, g, b, a, c, back, mass, moment, peaks.
-
-    0 where OP does not want one. `mass` and `moment` leave out entries at the frame itself, which
-    `peaks` counts: beside its 1 a collapsed row's other mass would lose its digits.
-    """
-    PAIR: tl.constexpr = OP != ALONE
-    FORWARDS: tl.constexpr = (OP == POLICY_REF) or (OP == STATS)
-    BACKWARDS: tl.constexpr = (OP == REF_POLICY) or (OP == STATS)
-    ENTROPY: tl.constexpr = (OP == STATS) or (OP == ALONE)
-    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
-    s = tl.zeros([LANES], tl.float32)
-    y_sum = tl.zeros([LANES], tl.float32)
-    g = tl.zeros([LANES], tl.float32)
-    b = tl.zeros([LANES], tl.float32)
-    a = tl.zeros([LANES], tl.float32)
-    c = tl.zeros([LANES], tl.float32)
-    back = tl.zeros([LANES], tl.float32)
-    mass = tl.zeros([LANES], tl.float32)
-    moment = tl.zeros([LANES], tl.float32)
-    peaks = tl.zeros([LANES], tl.float32)
-    for start in range(0, V, LANES * WIDTH):
-        x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, PAIR)
-        ax, ay, d = framed(x, y, live, mx, my, shift, k, GENERAL, INF_MASK, SHORT)
-        ex = tl.exp2(ax)
-        if PAIR:
-            ey = tl.exp2(ay)
-            near = tl.abs(d) <= SMALL_GAP
-            if BACKWARDS:
-                f, f_back = bregman_pair(d)
-            else:
-                f = bregman(d)
-            change = tl.where(near, ex * (f - d), ey - ex)
-            if not ENTROPY:
-                s += tl.sum(ex, 1)
-            y_sum += tl.sum(ey, 1)
-            g += tl.sum(change, 1)
-            if FORWARDS:
-                pull = tl.where(ex == 0, 0.0, ex * d)
-                b += tl.sum(tl.where(near, ex * f, change + pull), 1)
-                a += tl.sum(pull, 1)
-            if BACKWARDS:
-                pull = tl.where(ey == 0, 0.0, ey * d)
-                c += tl.sum(tl.where(near, ey * f_back, -change - pull), 1)
-                back -= tl.sum(pull, 1)
-        if ENTROPY:
-            at_peak = ax == 0
-            beside = tl.where(at_peak, 0.0, ex)
-            mass += tl.sum(beside, 1)
-            moment += tl.sum(tl.where(beside == 0, 0.0, beside * ax), 1)
-            peaks += tl.sum(at_peak.to(tl.float32), 1)
-    whole = total(mass) + total(peaks) if ENTROPY else total(s)
-    return (
-        whole,
-        total(y_sum),
-        total(g),
-        total(b),
-        total(a),
-        total(c),
-        total(back),
-        total(mass),
-        total(moment) * LN2,
-        total(peaks),
-    )
-
-
-@triton.jit
-def defect(t):
-    """The difference t - log(1 + t), in float64."""
-    series = (
-        t
-        * t
-        * (0.5 - t * (1.0 / 3 - t * (0.25 - t * (0.2 - t * (1.0 / 6 - t * (1.0 / 7 - t * 0.125))))))
-    )
-    return tl.where(tl.abs(t) < 1e-2, series, t - tl.log(1.0 + t))
-
-
-@triton.jit
-def divergence(s, y, g, bregman_sum, pull, FORWARDS: tl.constexpr):
-    """A KL by csrc/math/kl_row.h: value, gap, size, log_ratio, recentre.
-
-    Of (b, a) for KL(p||q), of (c, back) for KL(q||p).
-    """
-    tau = g / s
-    centred = tl.abs(tau) <= 0.5
-    log_ratio = tl.where(centred, -tl.log(1.0 + tau), tl.log(s / y))
-    if FORWARDS:
-        size = tl.where(centred, bregman_sum / s, tl.abs(log_ratio))
-        gap = pull / s
-        value = tl.where(centred, size - defect(tau), gap - log_ratio)
-    else:
-        size = tl.where(centred, bregman_sum / y, tl.abs(log_ratio))
-        gap = -pull / y
-        value = tl.where(centred, size - defect(-g / y), log_ratio - gap)
-    return (
-        value,
-        gap,
-        size,
-        log_ratio,
-        (value < size / 16) & (gap != 0) & (tl.abs(gap) < FRAME_SLACK),
-    )

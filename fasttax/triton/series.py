@@ -5,14 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def bregman_pair(d):
-    """e^-d - 1 + d and e^d - 1 - d for |d| <= 1/4, by their even and odd parts."""
-    z = d * d
-    even = (z * (1.0 / 720) + 1.0 / 24) * z + 0.5
-    odd = ((z * (1.0 / 5040) + 1.0 / 120) * z + 1.0 / 6) * d
-    return z * (even - odd), z * (even + odd)
+UNIT_GAP = tl.constexpr(1.0)
 
 
 @triton.jit
@@ -24,6 +17,23 @@ def bregman(d):
     p = tl.fma(p, d, -1.0 / 6)
     p = tl.fma(p, d, 0.5)
     return d * d * p
+
+
+@triton.jit
+def bregman_slope(d):
+    """The quotient (e^-d - 1 + d) / d^2 for |d| <= 1, within 2e-7 of it."""
+    p = tl.fma(d, 2.496081175e-5, -2.032548412e-4)
+    p = tl.fma(p, d, 1.389133537e-3)
+    p = tl.fma(p, d, -8.330930478e-3)
+    p = tl.fma(p, d, 4.166651558e-2)
+    p = tl.fma(p, d, -1.666669619e-1)
+    return tl.fma(p, d, 5.000000099e-1)
+
+
+@triton.jit
+def bregman_unit(d):
+    """e^-d - 1 + d for |d| <= 1."""
+    return d * d * bregman_slope(d)
 
 
 @triton.jit

@@ -15,19 +15,15 @@ from fasttax.reference.rows import SAVED_STATS
 from fasttax.reference.rows import STATS as VALUES
 from fasttax.reference.tempering import Tempering
 from fasttax.triton import on_device
+from fasttax.triton.frames import divergence
 from fasttax.triton.rows import (
     ALONE,
-    DOMINATED,
     LN2,
-    MOST_SWEEPS,
     SMALL_GAP,
     STATS,
-    TOO_HIGH,
     TRUSTED,
     Params,
     bend,
-    divergence,
-    first_frame,
     framed,
     geometry,
     is_general,
@@ -35,16 +31,15 @@ from fasttax.triton.rows import (
     load_pair,
     params,
     row_at,
-    row_sums,
     store,
     tile_lanes,
     tiles,
-    true_frame,
     with_layout_if_wanted,
     with_layouts,
     zero,
 )
 from fasttax.triton.series import bregman
+from fasttax.triton.sums import sweep
 
 
 @triton.jit
@@ -54,20 +49,7 @@ def at_most(v, bound):
 
 
 @triton.jit
-def rounded(found):
-    """A row's results as float32: they live through its next sweep, and so leave it registers."""
-    value, gap, size, log_ratio, recentre = found
-    return (
-        value.to(tl.float32),
-        gap.to(tl.float32),
-        size.to(tl.float32),
-        log_ratio.to(tl.float32),
-        recentre,
-    )
-
-
-@triton.jit
-def settled(
+def row_stats(
     x_row,
     y_row,
     V,
@@ -77,69 +59,36 @@ def settled(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A row's sums in the frame that fits it.
+    """A row's sums and what they say.
 
     The frame (mx, my, shift), sum e^ax and the mean of ax under it, sum e^ay; of each KL its value
     and mean gap; log_ratio.
     """
-    PAIR: tl.constexpr = OP == STATS
-    none = tl.full((), 0.0, tl.float32)
-    mx, my, exact = first_frame(x_row, y_row, V, k, PAIR, GENERAL, False, LANES, WIDTH)
-    shift = 0.0
-    mass = tl.full((), 0.0, tl.float64)
-    mean = mass
-    y = mass
-    value_f = none
-    gap_f = none
-    size_f = none
-    log_ratio = none
-    value_b = none
-    gap_b = none
-    size_b = none
-    recentred = False
-    again = True
-    sweeps = 0
-    while again & (sweeps < MOST_SWEEPS):
-        sweeps += 1
-        s, y, g, b, a, c, back, beside, moment, peaks = row_sums(
-            x_row, y_row, V, mx, my, shift, k, OP, GENERAL, False, LANES, WIDTH
+    sums, frame = sweep(x_row, y_row, V, k, OP, GENERAL, False, LANES, WIDTH)
+    mx, my, shift = frame
+    mass = sums[0]
+    if OP == STATS:
+        y = sums[1]
+        value_f, gap_f, log_ratio = divergence(mass, y, sums[2], sums[3], True)
+        value_b, gap_b, _ = divergence(mass, y, sums[4], sums[5], False)
+        mean = sums[6] * LN2 / mass
+        return (
+            mx,
+            my,
+            shift,
+            mass,
+            mean,
+            y,
+            value_f.to(tl.float32),
+            gap_f.to(tl.float32),
+            value_b.to(tl.float32),
+            gap_b.to(tl.float32),
+            log_ratio.to(tl.float32),
         )
-        again = False
-        now_mass = beside + peaks
-        # or a peak outside the first tile holds most of the mass
-        too_high = (now_mass > TOO_HIGH) | (moment > now_mass * DOMINATED)
-        if PAIR:
-            too_high = too_high | (s > TOO_HIGH) | (y > TOO_HIGH)
-        if too_high & (exact == 0) & (recentred == 0):
-            mx, my = true_frame(x_row, y_row, V, k, PAIR, GENERAL, False, LANES, WIDTH)
-            exact = True
-            again = True
-        elif PAIR:
-            f_value, f_gap, f_size, f_ratio, f_recentre = rounded(divergence(s, y, g, b, a, True))
-            b_value, b_gap, b_size, b_ratio, b_recentre = rounded(
-                divergence(s, y, g, c, back, False)
-            )
-            # after a shift each keeps the better of its two values; entropy and log-probs stay
-            # with the first frame
-            value_f = tl.where(recentred & (f_size > size_f), value_f, f_value)
-            value_b = tl.where(recentred & (b_size > size_b), value_b, b_value)
-            size_f, size_b = f_size, b_size
-            gap_f = f_gap
-            gap_b = b_gap
-            log_ratio = f_ratio
-            if recentred == 0:
-                mass = now_mass
-                mean = moment / now_mass
-                if f_recentre | b_recentre:
-                    # the frame is that of the smaller one, where digits are scarce
-                    first = f_recentre & ((b_recentre == 0) | (b_value >= f_value))
-                    shift = tl.where(first, f_gap, b_gap)
-                    recentred = True
-                    again = True
-        else:
-            mass = now_mass
-            mean = moment / now_mass
-    return mx, my, shift, mass, mean, y, value_f, gap_f, value_b, gap_b, log_ratio
+    else:
+        none = tl.full((), 0.0, tl.float32)
+        mean = sums[1] * LN2 / mass
+        return mx, my, shift, mass, mean, mass, none, none, none, none, none
 
 
 @triton.jit
@@ -216,7 +165,7 @@ def forward_kernel(
         y_row = x_row
         if PAIR:
             y_row = row_at(y_ptr, y_layout, n)
-        mx, my, shift, mass, mean, y, value_f, gap_f, value_b, gap_b, log_ratio = settled(
+        mx, my, shift, mass, mean, y, value_f, gap_f, value_b, gap_b, log_ratio = row_stats(
             x_row, y_row, V, k, OP, GENERAL, LANES, WIDTH
         )
         log_mass = tl.log(mass)

@@ -128,8 +128,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("triton")
 
 
-def shape_of(op: str, dtype: str, general: bool = False) -> dict[str, int]:
-    return rows.geometry(V, DTYPES[dtype], OPS[op], general)
+def shape_of(role: str, op: str, dtype: str, general: bool = False) -> dict[str, int]:
+    shape = rows.geometry(V, DTYPES[dtype], OPS[op], general)
+    return rows.gradient_geometry(shape) if role.startswith("gradient") else shape
 
 
 def build(
@@ -163,7 +164,7 @@ def build(
         "OP": OPS[op],
         "GENERAL": general,
         "INF_MASK": False,
-        **shape_of(op, dtype, general),
+        **shape_of(role, op, dtype, general),
     }
     return compiled(
         kernel, target, types, constants, rows.launch_options(hip=target == "gfx942"), folder
@@ -186,8 +187,7 @@ def test_no_spills_and_wide_accesses(target: str, folder: Path) -> None:
                 if any(re.match("MUFU.EX2|LDG.*128", step) for step in block)
             ]
             assert not any(re.match("STL|LDL", step) for block in sweeps for step in block), case
-            # of a row's own numbers, between its sweeps
-            assert binary.spills <= (16 if (role, target) == ("stats", "sm_100") else 0), case
+            assert binary.spills == 0, case
             if target == "gfx942":
                 assert len(re.findall(r"(?:global|buffer)_load_dwordx4", binary.code)) >= 2, case
                 continue
@@ -214,11 +214,11 @@ def test_the_general_frame_does_not_spill(role: str, op: str, folder: Path) -> N
 @pytest.mark.parametrize(
     ("role", "op", "dtype", "most"),
     [
-        ("forward", "policy_ref", "fp32", 36),
-        ("forward", "policy_ref", "bf16", 36),
-        ("forward", "ref_policy", "bf16", 37),
-        ("stats", "stats", "bf16", 53),
-        ("stats", "alone", "bf16", 16),
+        ("forward", "policy_ref", "fp32", 29),
+        ("forward", "policy_ref", "bf16", 26),
+        ("forward", "ref_policy", "bf16", 28),
+        ("stats", "stats", "bf16", 35),
+        ("stats", "alone", "bf16", 12),
         ("gradient", "policy_ref", "bf16", 26),
         ("gradient", "ref_policy", "bf16", 36),
     ],
@@ -226,9 +226,9 @@ def test_the_general_frame_does_not_spill(role: str, op: str, folder: Path) -> N
 def test_instructions_an_entry(role: str, op: str, dtype: str, most: int, folder: Path) -> None:
     """An H100 issues 132 x 4 x 32 instructions a cycle at 1.755 GHz and moves 3.35 TB/s: what keeps
     up with memory is 70 a pair of entries in a float32 forward, 35 in bfloat16, 53 in a bfloat16
-    gradient. So only bfloat16's forward is at the edge: what CUDA C++'s 20 are for.
+    gradient. A forward's step has another block of 3 an entry, which loads and widens.
     """
-    shape = shape_of(op, dtype)
+    shape = shape_of(role, op, dtype)
     entries = shape["LANES"] * shape["WIDTH"] // rows.THREADS  # of a thread and tile
     exps = entries * (1 if (role, op) in (("gradient", "policy_ref"), ("stats", "alone")) else 2)
     blocks = basic_blocks(build(role, op, dtype, "sm_90", folder).code)
@@ -237,6 +237,19 @@ def test_instructions_an_entry(role: str, op: str, dtype: str, most: int, folder
     ]
     assert sweeps
     assert min(sweeps) / entries <= most
+
+
+@pytest.mark.parametrize(
+    ("role", "op"), [("forward", "policy_ref"), ("forward", "ref_policy"), ("stats", "stats")]
+)
+def test_one_sweep(role: str, op: str, folder: Path) -> None:
+    """A step's loads are there twice, for whole steps and for a row's last one: no entry is read by
+    another loop.
+    """
+    shape = shape_of(role, op, "bf16")
+    at_once = 2 * shape["LANES"] // rows.THREADS
+    code = build(role, op, "bf16", "sm_90", folder).code
+    assert len(re.findall(r"LDG\.E\.\S*128", code)) == 2 * at_once
 
 
 # results, in the interpreter
