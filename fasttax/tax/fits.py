@@ -23,6 +23,8 @@ Floats = NDArray[np.float64]
 HIGHEST = 6.0  # exponents from 0 (y does not depend on x) to a sixth power
 GRID = np.linspace(0.0, HIGHEST, 4801)
 COARSE = np.linspace(0.0, HIGHEST, 1201)  # where many covariances are gone through
+COARSEST = np.linspace(0.0, HIGHEST, 241)  # and points are many, too, as a log's
+MANY = 200
 LEAST_SHIFTED = 0.05  # the least b of c + a x^b: at 0 both columns are one
 SURPRISING = 0.05  # a law is flagged whose misfit has a lower probability
 
@@ -193,7 +195,7 @@ def _fitted(
     middle = middle_of(xs)
     unit = xs / middle
     plain = Law(
-        grid=GRID if noise.runs is None else COARSE,
+        grid=_grid(noise, len(ys)),
         columns=lambda b: _powers(unit, b)[None],
         slope=lambda b: unit**b * np.log(unit),
     )
@@ -263,6 +265,13 @@ def middle_of(x: Floats) -> float:
     return math.exp(float(np.log(x).mean()))
 
 
+def _grid(noise: Noise, n: int) -> Floats:
+    """Exponents to look through: fewer where each costs more. The best is found between them."""
+    if noise.runs is None:
+        return GRID
+    return COARSE if n <= MANY else COARSEST
+
+
 def _powers(x: Floats, b: Floats) -> Floats:
     """(n, B): x^b for each b."""
     return np.exp(np.outer(np.log(x), b))
@@ -282,7 +291,8 @@ def _shifted(
     y = plain.y
     if len(y) < 4 or len({*unit.tolist()}) < 3:
         return None
-    grid = COARSE[COARSE >= LEAST_SHIFTED]
+    grid = COARSE if len(y) <= MANY else COARSEST
+    grid = grid[grid >= LEAST_SHIFTED]
     law = Law(
         grid=grid,
         columns=lambda b: np.stack([np.ones((len(unit), len(b))), _powers(unit, b)]),

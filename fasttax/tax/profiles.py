@@ -23,8 +23,8 @@ Floats = NDArray[np.float64]
 Columns = Callable[[Floats], Floats]  # b (B,) -> design (p, n, B), of one or two columns p
 
 # A covariance counts whose restricted log-likelihood is within half of chi-squared's 90 % of the
-# best one's. Coverage in `python -m bench.bench_coverage`: at 0.7 autocorrelated runs of 12 reach
-# 97 %, a base of twice a point's error 91 % with 24 points; at 1.35 every case has 95 %.
+# best one's. `python -m bench.bench_coverage` shows what it covers; with the best alone, runs of 12
+# with AR(1) errors came to 87 %.
 PLAUSIBLE = 1.35
 SMALLEST = 1e-14  # of the sum of squares: rounding, where points lie on a law
 
