@@ -5,7 +5,6 @@ The KL is made of what the trainer's own forward computed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fasttax._base import checks
 from fasttax._base.handle import Handle
-from fasttax.integrations._heads import backbones, logits_of, vocabulary
+from fasttax.integrations._heads import backbones, logits_of
 from fasttax.integrations._kl_cached import CachedReference
 from fasttax.integrations._kl_events import KLEvents
 from fasttax.integrations._kl_forward import (
@@ -26,8 +25,10 @@ from fasttax.integrations._kl_forward import (
     loss_is_unshifted,
     shared,
 )
-from fasttax.integrations._kl_sums import ModelReference, Policy, vocabularies_differ
+from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
+from fasttax.integrations._kl_sums import Asked, Policy
 from fasttax.integrations._models import causal_lm
+from fasttax.integrations._replay import Options, add_replay
 from fasttax.integrations._trainer import add_callback, check_trainer
 from fasttax.integrations.control import AdaptiveKL
 from fasttax.integrations.reference import TopKReference
@@ -75,6 +76,9 @@ class FullKL(Handle):
         temperature: of both distributions; None is the trainer's sampling temperature in GRPO and
             RLOO, else 1. A TopKReference of fewer than all tokens must have been made at it.
         jsd_beta: the reference's share of the mixture in "jsd".
+        replay: general text beside the trainer's own, as in `integrations.transformers.attach`: a
+            loader, or {"loader": ..., "kind": "lm" | "kl", "weight": ..., "every": ...}. Without a
+            "ref_model" of its own kind "kl" takes the reference from here.
 
     Logs `kl/<kind>`, the mean over the tokens since the last log; `kl/policy_ref`, `kl/ref_policy`
     and `entropy` (where the trainer has none of its own) over the tokens of the step that is
@@ -91,12 +95,13 @@ class FullKL(Handle):
     def __init__(
         self,
         trainer: Any,
-        ref_model: nn.Module | TopKReference | str | os.PathLike[str] | None,
+        ref_model: RefModel,
         beta: float | AdaptiveKL,
         kind: str = "policy_ref",
         *,
         temperature: float | None = None,
         jsd_beta: float = 0.5,
+        replay: Any = None,
     ) -> None:
         super().__init__()
         _check(trainer)
@@ -111,9 +116,8 @@ class FullKL(Handle):
             "temperature": checks.number(OP, "temperature", temperature, low=0, open_low=True),
         }
         self.trainer = trainer
-        if isinstance(ref_model, (str, os.PathLike)):
-            ref_model = TopKReference.load(ref_model)
-        self._ref_model = ref_model
+        self._ref_model = loaded(ref_model)
+        more = None if replay is None else Options.of(OP, replay, self._ref_model)
         self._hooks: list[RemovableHandle] = []
         self._watch()
         self.events = KLEvents(trainer, self.control)
@@ -124,6 +128,8 @@ class FullKL(Handle):
         self.replace(trainer, "compute_loss", self._with_kl(trainer.compute_loss), "compute_loss")
         self.on_undo(self._unwatch)
         add_callback(self, trainer, self.events)
+        if more is not None:
+            self._add_replay(more)
 
     def __repr__(self) -> str:
         ended = "" if self.active else ", undone"
@@ -134,6 +140,13 @@ class FullKL(Handle):
     def beta(self) -> float:
         """The coefficient, an AdaptiveKL's as it is at present."""
         return self._beta if self.control is None else self.control.beta
+
+    def _add_replay(self, options: Options) -> None:
+        try:
+            add_replay(self, self.trainer, options)
+        except Exception:
+            self.undo()
+            raise
 
     # --- seeing the policy's forward --------------------------------------------------------------
 
@@ -320,52 +333,20 @@ def _check(trainer: Any) -> None:
         )
 
 
-def _reference_of(
-    trainer: Any, policy: Any, ref_model: Any, temperature: float
-) -> ModelReference | CachedReference:
+def _reference_of(trainer: Any, policy: Any, ref_model: Any, temperature: float) -> Reference:
     """What `ref_model` stands for."""
-    if isinstance(ref_model, TopKReference):
-        if _is_a(trainer, *GENERATING):
-            raise checks.fail(
-                OP,
-                "ref_model",
-                "a model: the sequences of GRPO and RLOO are new at every step",
-                "a cached reference",
-            )
-        cached = CachedReference(ref_model, policy, temperature, trainer.accelerator.autocast)
-        cached.check_packing(trainer)
-        return cached
-    accelerator = trainer.accelerator
-    keep = getattr(trainer, "num_iterations", 1) > 1
-    if ref_model is None:
-        ref_model = getattr(trainer, "ref_model", None)
-    if ref_model is None:
-        if not hasattr(trainer.model, "peft_config"):
-            raise checks.fail(
-                OP,
-                "ref_model",
-                "a model or a TopKReference",
-                "None, and the trainer has neither a reference nor an adapter",
-                "pass a frozen copy of the base model",
-            )
-        return ModelReference(policy, accelerator.autocast, adapter=trainer.model, keep=keep)
-    if isinstance(ref_model, nn.Module):
-        ref_model = accelerator.unwrap_model(ref_model)
-    lm = causal_lm(OP, "ref_model", ref_model)
-    if lm is policy:
+    asked = Asked(OP)
+    if isinstance(ref_model, TopKReference) and _is_a(trainer, *GENERATING):
         raise checks.fail(
-            OP,
-            "ref_model",
-            "a model of its own",
-            "the policy itself, from which it would never differ",
-            "pass a frozen copy",
+            *asked,
+            "a model: the sequences of GRPO and RLOO are new at every step",
+            "a cached reference",
         )
-    own, other = vocabulary(policy), vocabulary(lm)
-    if own is not None and other is not None and own != other:
-        raise vocabularies_differ(own, other)
-    if not any(hasattr(p, "full_tensor") for p in lm.parameters()):
-        lm.to(accelerator.device)
-    return ModelReference(lm, accelerator.autocast, keep=keep)
+    keep = getattr(trainer, "num_iterations", 1) > 1
+    reference = reference_of(asked, trainer, policy, ref_model, temperature, keep=keep)
+    if isinstance(reference, CachedReference):
+        reference.check_packing(trainer)
+    return reference
 
 
 def _share(batch: dict[str, Any], tokens: Tensor, shifted: bool) -> Any:

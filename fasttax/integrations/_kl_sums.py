@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,16 @@ from fasttax.kl.token_stats import TokenStats, token_stats
 CHUNK = 256  # tokens whose logits exist at a time, for a top-k reference and for the log
 LOGGED = ("kl_policy_ref", "kl_ref_policy", "entropy")  # outputs of token_stats
 Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class Asked(NamedTuple):
+    """Who asks for a reference: what its errors name."""
+
+    op: str = "FullKL"
+    argument: str = "ref_model"
+
+
+FULL_KL = Asked()
 
 
 @dataclass(frozen=True)
@@ -245,11 +255,10 @@ class ModelReference:
         return without
 
 
-def vocabularies_differ(policy: int, ref: int) -> Exception:
+def vocabularies_differ(policy: int, ref: int, asked: Asked = FULL_KL) -> Exception:
     """The error of two models whose tokens are not the same."""
     return checks.fail(
-        "FullKL",
-        "ref_model",
+        *asked,
         f"the policy's vocabulary of {policy} tokens",
         f"one of {ref}",
         "use models of one vocabulary; where the larger one is padding alone, cut it: "

@@ -42,6 +42,17 @@ def refuse_deepspeed(op: str, args: Any, optimizer: Any) -> None:
         )
 
 
+def loss_scale(optimizer: Any) -> float:
+    """What fp16 multiplies the loss by: gradients before unscaling carry it.
+
+    The scaler hangs on Accelerate's optimizer.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    return float(scaler.get_scale())
+
+
 # --- callbacks ------------------------------------------------------------------------------------
 
 

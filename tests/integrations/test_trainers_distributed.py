@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from test_full_kl import BETA, make
+from test_replay import texts
 from test_transformers import (
     ROUNDING,
     FakeArguments,
@@ -48,6 +49,22 @@ def ddp(rank: int, folder: Path) -> None:
         folder / "ddp.pt",
         (dict(trainer.model.state_dict()), history(trainer, "kl/policy_ref")),
     )
+
+
+def replayed(folder: Path, rows: slice, each: int, **changes: Any) -> Any:
+    """Three steps with both kinds of replay, whose rows are of several lengths."""
+    batch = texts(1)[0]
+    trainer = Trainer(
+        tiny_lm.model(),
+        arguments(folder, per_device_train_batch_size=each, **changes),
+        train_dataset=Rows(tiny_lm.ids()),
+    )
+    given = {"loader": [{name: x[rows] for name, x in batch.items()}], "weight": 0.7}
+    attach(trainer, replay={**given, "kind": "lm"})
+    attach(trainer, replay={**given, "kind": "kl", "ref_model": tiny_lm.model(1)})
+    transformers.set_seed(5)
+    trainer.train()
+    return trainer, [history(trainer, f"replay/{kind}") for kind in ("lm", "kl")]
 
 
 def loss_and_gradient(folder: Path, shard: bool, rows: slice) -> dict[str, Tensor]:
@@ -121,6 +138,8 @@ def everything(rank: int, folder: Path) -> None:
         MASTER_PORT="29511",
     )
     ddp(rank, folder)
+    trainer, logged = replayed(folder, slice(2 * rank, 2 * rank + 2), 1, ddp_backend="gloo")
+    save(rank, folder / "replay.pt", (dict(trainer.model.state_dict()), logged))
     ewc_under_fsdp2(rank, folder)
     save(rank, folder / "fsdp.pt", loss_and_gradient(folder, True, slice(2 * rank, 2 * rank + 2)))
 
@@ -157,6 +176,20 @@ def test_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
     state, kl = torch.load(ranks / "ddp.pt")
     assert difference(load(tiny_lm.model(), state), alone.model) <= 4 * ROUNDING
     assert len(kl) == 2
+
+
+@pytest.mark.slow
+def test_replay_under_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
+    """Ranks read loaders of their own, of 14 and of 3 tokens; the mean is over the tokens of all.
+
+    Accumulation is 2, so that the replay's gradient waits through a micro-batch without a sync.
+    """
+    alone, wanted = replayed(tmp_path, slice(None), 2)
+    state, logged = torch.load(ranks / "replay.pt")
+    assert difference(load(tiny_lm.model(), state), alone.model) <= 4 * ROUNDING
+    for found, own in zip(logged, wanted, strict=True):
+        assert found == pytest.approx(own, rel=1e-5)
+        assert len(found) == 3
 
 
 @pytest.mark.slow
