@@ -5,6 +5,8 @@ The KL is made of what the trainer's own forward computed.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,7 @@ from fasttax.integrations._kl_forward import (
     by_name,
     counted,
     loss_is_unshifted,
+    of_completions,
     shared,
 )
 from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
@@ -36,6 +39,7 @@ from fasttax.kl.call import KINDS
 
 OP = "FullKL"
 GENERATING = ("GRPOTrainer", "RLOOTrainer")
+COUNTED_SINCE_1_9 = (*GENERATING, "DPOTrainer", "KTOTrainer")
 # GRPO losses that divide by the tokens of the whole accumulation window
 TOKEN_LOSSES = ("cispo", "dapo", "vespo")
 
@@ -197,6 +201,8 @@ class FullKL(Handle):
         output: Any,
     ) -> Forward:
         labels, logits = given.get("labels", batch.get("labels")), logits_of(output)
+        if labels is None:
+            labels = of_completions(given.get("input_ids"), batch)
         shifted = "shift_labels" not in given and self._labels_are_shifted(given, output)
         labels = given.get("shift_labels", labels)
         inputs = shared(given)
@@ -315,6 +321,7 @@ def _check(trainer: Any) -> None:
             f"DataParallel over {trainer.args.n_gpu}",
             "launch with torchrun or accelerate",
         )
+    _check_trl(trainer)
     if hasattr(trainer.compute_loss, "fasttax_full_kl"):
         raise checks.fail(
             OP,
@@ -330,6 +337,27 @@ def _check(trainer: Any) -> None:
             "GRPO with beta=0.0, whose k3 estimate this takes the place of",
             f"beta={trainer.beta:g}",
             "pass GRPOConfig(beta=0.0) and the coefficient here",
+        )
+
+
+def _check_trl(trainer: Any) -> None:
+    """Refuses trainers of a TRL in which their losses' tokens are not known.
+
+    Raises:
+        RuntimeError: DPO, KTO, GRPO or RLOO of TRL before 1.9.
+    """
+    trl: Any = sys.modules.get("trl")
+    of_trl = [c for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
+    if trl is None or not any(c.__name__ in COUNTED_SINCE_1_9 for c in of_trl):
+        return
+    if tuple(map(int, re.findall(r"\d+", trl.__version__)[:2])) < (1, 9):
+        raise checks.fail(
+            OP,
+            "trainer",
+            f"{of_trl[0].__name__} of trl >= 1.9",
+            f"that of trl {trl.__version__}",
+            "install trl>=1.9; or take SFTTrainer, which is served in every version",
+            RuntimeError,
         )
 
 
@@ -378,19 +406,19 @@ def _divisor(
         num_items: the tokens of the accumulation window over all ranks, where Trainer counts them.
         share: the batch's tokens in `tokens`, as `_share` has it.
     """
-    scaled = trainer.loss_is_scaled_for_ga
+    steps = trainer.current_gradient_accumulation_steps
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # since transformers 5.19
     if scaled is None:
         # as Trainer.training_step decides
-        takes_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        if num_items is None or not takes_items:
-            return tokens
-        items = torch.as_tensor(num_items, device=tokens.device).clamp(min=1) / share
-        if not trainer.args.average_tokens_across_devices:
-            return items
-        return items / (trainer.accelerator.num_processes // trainer.get_tp_size())
+        takes_items = trainer.model_accepts_loss_kwargs and num_items is not None
+        scaled = takes_items or trainer.compute_loss_func is not None
+        if scaled and num_items is not None:
+            items = torch.as_tensor(num_items, device=tokens.device).clamp(min=1) / share
+            if not trainer.args.average_tokens_across_devices:
+                return items
+            return items / (trainer.accelerator.num_processes // trainer.get_tp_size())
     if not scaled:
         return tokens  # training_step divides by the micro-batches
-    steps = trainer.current_gradient_accumulation_steps
     of_window = getattr(trainer, "loss_type", None) in TOKEN_LOSSES
     if of_window and "num_items_in_batch" in inputs:
         # the generation batch's tokens, over all ranks
