@@ -50,14 +50,18 @@ class CachedReference:
         if self.V is not None:
             self._check_vocabulary(self.V)
         if temperature != cache.temperature and self.V is not None and cache.k < self.V:
-            raise checks.fail(
-                *self.asked,
-                f"log-probs at the temperature {temperature:g}, to which the {cache.k} largest of "
-                f"{self.V} do not lead from another one",
-                f"a cache made at {cache.temperature:g}",
-                f"make it with TopKReference.make(..., temperature={temperature:g}), or with k = "
-                f"{self.V}",
-            )
+            raise self._other_temperature(self.V)
+
+    def _other_temperature(self, V: int) -> Exception:
+        cache = self.cache
+        return checks.fail(
+            *self.asked,
+            f"log-probs at the temperature {self.temperature:g}, to which the {cache.k} largest of "
+            f"{V} do not lead from another one",
+            f"a cache made at {cache.temperature:g}",
+            f"make it with TopKReference.make(..., temperature={self.temperature:g}), or with k = "
+            f"{V}",
+        )
 
     def __repr__(self) -> str:
         return repr(self.cache)
@@ -97,6 +101,8 @@ class CachedReference:
         )
         logp, top = found[forward.mask[:, :-1]], top[forward.mask[:, :-1]]
         if options["temperature"] != self.cache.temperature:  # of the whole vocabulary: as checked
+            if bool((logp == -torch.inf).any()):  # but for lists that are filled up
+                raise self._other_temperature(policy.vocabulary)
             ratio = self.cache.temperature / options["temperature"]
             logp = (logp.double() * ratio).log_softmax(-1).to(logp.dtype)
 
