@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fasttax._base import checks
 from fasttax._base.handle import Handle
+from fasttax.integrations import _kl_sequence as sequence
 from fasttax.integrations._heads import backbones, logits_of
 from fasttax.integrations._kl_cached import CachedReference
 from fasttax.integrations._kl_events import KLEvents
@@ -29,7 +30,7 @@ from fasttax.integrations._kl_forward import (
     shared,
 )
 from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
-from fasttax.integrations._kl_sums import Asked, Policy
+from fasttax.integrations._kl_sums import Asked, ModelReference, Policy, Rows
 from fasttax.integrations._models import causal_lm
 from fasttax.integrations._replay import Options, add_replay
 from fasttax.integrations._trainer import add_callback, check_trainer
@@ -80,6 +81,14 @@ class FullKL(Handle):
         temperature: of both distributions; None is the trainer's sampling temperature in GRPO and
             RLOO, else 1. A TopKReference of fewer than all tokens must have been made at it.
         jsd_beta: the reference's share of the mixture in "jsd".
+        estimator: "token" differentiates each token's KL where the sequences stand. In GRPO and
+            RLOO, whose sequences are the policy's own samples, that is a part of the gradient of
+            the sequences' KL alone (a smaller one the further the policy has moved): "sequence"
+            adds the other, REINFORCE on the KL of the tokens to come (Tang & Munos 2025,
+            arXiv:2506.09477), at the price of the log-probs' GEMMs. Value, divisor and log are the
+            same. It has no baseline, so more variance; samples of older weights are reweighed by
+            the ratio of the prefix (GRPO) or refused (RLOO), and sampling is taken to be from the
+            policy itself (top_p, top_k and min_p off).
         replay: general text beside the trainer's own, as in `integrations.transformers.attach`: a
             loader, or {"loader": ..., "kind": "lm" | "kl", "weight": ..., "every": ...}. Without a
             "ref_model" of its own kind "kl" takes the reference from here.
@@ -105,6 +114,7 @@ class FullKL(Handle):
         *,
         temperature: float | None = None,
         jsd_beta: float = 0.5,
+        estimator: str = "token",
         replay: Any = None,
     ) -> None:
         super().__init__()
@@ -119,6 +129,10 @@ class FullKL(Handle):
             "beta": KINDS[kind].check_beta(OP, "jsd_beta", jsd_beta),
             "temperature": checks.number(OP, "temperature", temperature, low=0, open_low=True),
         }
+        self.estimator = checks.choice(OP, "estimator", estimator, sequence.ESTIMATORS)
+        if estimator == "sequence":
+            generates, rloo = _is_a(trainer, *GENERATING), _is_a(trainer, "RLOOTrainer")
+            sequence.check(OP, trainer, self.options, generates=generates, rloo=rloo)
         self.trainer = trainer
         self._ref_model = loaded(ref_model)
         more = None if replay is None else Options.of(OP, replay, self._ref_model)
@@ -188,7 +202,7 @@ class FullKL(Handle):
         batch, self._inputs = self._inputs, None  # what is called from here on is no new forward
         states, self._states = self._states, {}
         try:
-            self._add(self._forward(module, given, batch, states, output))
+            self._add(self._forward(module, given, batch, states, output), batch)
         finally:
             self._inputs = batch
 
@@ -252,16 +266,31 @@ class FullKL(Handle):
             )
         return self._shifted
 
-    def _add(self, forward: Forward) -> None:
+    def _add(self, forward: Forward, batch: dict[str, Any]) -> None:
         """Adds a forward's KL to the batch's."""
         log = self.events.log_is_due()
         with torch.autocast(forward.mask.device.type, enabled=False):
             rows = self.policy.rows(forward, log)
-            values = self.ref.sums(forward, rows, self.options, log)
+            if self.estimator == "sequence":
+                total, values = self._of_sequences(forward, rows, batch, log)
+            else:
+                values = self.ref.sums(forward, rows, self.options, log)
+                total = values[self.kind]
         tokens = forward.mask.sum()
         self._count = self._count + tokens
-        self._sum = values[self.kind] if self._sum is None else self._sum + values[self.kind]
+        self._sum = total if self._sum is None else self._sum + total
         self.events.record(values, tokens)
+
+    def _of_sequences(
+        self, forward: Forward, rows: Rows, batch: dict[str, Any], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum that has the gradient of the sequences' KL, and the sums for the log."""
+        assert isinstance(self.ref, ModelReference)
+        kl, values = self.ref.by_token(forward, rows, self.options, log)
+        ids = sequence.sampled(forward.inputs["input_ids"], forward.mask)
+        logp = self.policy.logp(rows, ids, self.options["temperature"], "none")
+        old = sequence.old_logp(batch, forward.mask)
+        return sequence.sequence_sum(kl, logp, old, forward.mask), values
 
     # --- adding it to the loss --------------------------------------------------------------------
 

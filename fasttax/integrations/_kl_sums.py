@@ -28,7 +28,7 @@ from fasttax.integrations._heads import (
 )
 from fasttax.integrations._kl_forward import Forward, in_front
 from fasttax.integrations._models import frozen
-from fasttax.kl.linear import linear_token_kl
+from fasttax.kl.linear import linear_token_kl, linear_token_logprobs
 from fasttax.kl.token_stats import TokenStats, token_stats
 
 CHUNK = 256  # tokens whose logits exist at a time, for a top-k reference and for the log
@@ -104,6 +104,31 @@ class Policy:
             raise _no_logits("trainer.model", self.model)
         return Rows(given=forward.counted(logits))
 
+    def logp(self, rows: Rows, ids: Tensor, temperature: float, reduction: str) -> Tensor:
+        """Log-probs of the tokens `ids` (N,): of each, or their sum."""
+        if rows.hidden is None or rows.head is None:
+            stats = token_stats(
+                rows.logits(),
+                ids=ids,
+                outputs=("logp",),
+                temperature=temperature,
+                reduction=reduction,
+            )
+        else:
+            with self.autocast():  # the head is multiplied as the model's own is
+                stats = linear_token_logprobs(
+                    rows.hidden,
+                    rows.head.weight,
+                    ids,
+                    bias=rows.head.bias,
+                    softcap=rows.head.softcap,
+                    logit_scale=rows.head.logit_scale,
+                    temperature=temperature,
+                    reduction=reduction,
+                )
+        assert stats.logp is not None
+        return stats.logp
+
     def _prove(self, forward: Forward) -> None:
         """Has the model make logits of the states that it has computed already."""
         last = _last_columns(forward.mask)
@@ -154,11 +179,28 @@ class ModelReference:
             options: of `token_kl`: kind, beta, temperature.
             log: both KLs and the entropy are wanted, at the price of two more GEMMs.
         """
+        return self._values(forward, policy, options, log, "sum")
+
+    def by_token(
+        self, forward: Forward, policy: Rows, options: Mapping[str, Any], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The KL (N,) of each token, and `sums`, which then have no graph."""
+        values = self._values(forward, policy, options, log, "none")
+        return values[options["kind"]], {n: v.detach().sum() for n, v in values.items()}
+
+    def _values(
+        self,
+        forward: Forward,
+        policy: Rows,
+        options: Mapping[str, Any],
+        log: bool,
+        reduction: str,
+    ) -> dict[str, Tensor]:
         ref = self._kept_rows(forward)
         if ref.vocabulary != policy.vocabulary:
             raise vocabularies_differ(policy.vocabulary, ref.vocabulary)
         if policy.hidden is None or ref.hidden is None:
-            return self._of_logits(policy, ref, options)
+            return self._of_logits(policy, ref, options, reduction)
         assert policy.head is not None
         assert ref.head is not None
         with self.autocast():  # the heads are multiplied as the model's own are
@@ -173,18 +215,20 @@ class ModelReference:
                 ref_softcap=ref.head.softcap,
                 logit_scale=policy.head.logit_scale,
                 ref_logit_scale=ref.head.logit_scale,
-                reduction="sum",
+                reduction=reduction,
                 **options,
             )
             seen = _looked_at(policy, ref, options["temperature"]) if log else {}
         return {**seen, options["kind"]: kl}
 
-    def _of_logits(self, policy: Rows, ref: Rows, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _of_logits(
+        self, policy: Rows, ref: Rows, options: Mapping[str, Any], reduction: str
+    ) -> dict[str, Tensor]:
         with self.autocast():
             x = policy.logits()
             with torch.no_grad():
                 y = ref.logits()
-        stats = token_stats(x, y, outputs=("kl", *LOGGED), reduction="sum", **options)
+        stats = token_stats(x, y, outputs=("kl", *LOGGED), reduction=reduction, **options)
         assert stats.kl is not None
         return {**_by_metric(stats), options["kind"]: stats.kl}
 

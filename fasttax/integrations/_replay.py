@@ -23,11 +23,9 @@ from fasttax.fisher.task import Task, takes
 from fasttax.integrations._heads import logits_of, vocabulary, watched
 from fasttax.integrations._kl_forward import Forward
 from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
-from fasttax.integrations._kl_sums import Asked, Policy, Rows
+from fasttax.integrations._kl_sums import Asked, Policy
 from fasttax.integrations._models import causal_lm
 from fasttax.integrations._trainer import add_callback, loss_scale, publish
-from fasttax.kl.linear import linear_token_logprobs
-from fasttax.kl.token_stats import token_stats
 
 KINDS = ("lm", "kl")
 KEYS = ("loader", "kind", "weight", "every", "ref_model")
@@ -262,7 +260,7 @@ class Replay(TrainerCallback):
             rows = self.policy.rows(forward, self._recheck)
             self._recheck = False
             if self.ref is None:
-                total = -self._logp(rows, read.targets[read.counted])
+                total = -self.policy.logp(rows, read.targets[read.counted], 1.0, "sum")
             else:
                 total = self.ref.sums(forward, rows, KL, False)[KL["kind"]]
         return total, read.counted.sum()
@@ -292,25 +290,6 @@ class Replay(TrainerCallback):
             shifted=not self.task.encoder_decoder,
             again=whole,
         )
-
-    def _logp(self, rows: Rows, ids: Tensor) -> Tensor:
-        """The sum of the tokens' log-probs."""
-        if rows.hidden is None or rows.head is None:
-            found = token_stats(rows.logits(), ids=ids, outputs=("logp",), reduction="sum").logp
-        else:
-            head = rows.head
-            with self.policy.autocast():  # the head is multiplied as the model's own is
-                found = linear_token_logprobs(
-                    rows.hidden,
-                    head.weight,
-                    ids,
-                    bias=head.bias,
-                    softcap=head.softcap,
-                    logit_scale=head.logit_scale,
-                    reduction="sum",
-                ).logp
-        assert found is not None
-        return found
 
     # --- the log ----------------------------------------------------------------------------------
 
