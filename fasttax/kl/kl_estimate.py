@@ -39,8 +39,8 @@ def kl_estimate(
     - without `old_logp`, on samples of the present weights: k1's is 0; k2's is that of KL(policy ||
       ref), though its value is another; k3's is that of KL(ref || policy).
     - with `old_logp`, whatever weights sampled: k1's and k3's are those of KL(policy || ref), to
-      which their values belong; k2's is that of E[r^2/2], another quantity (off by 31 % on the two
-      XX
+      which their values belong; k2's is that of E[r^2/2], another quantity (off by 31 % where
+      it was measured, on a language model).
 
     grad="reverse_kl" is that of KL(policy || ref) in all cases: with `old_logp` whatever weights
     sampled, without it on samples of the present ones. All of these are of each token's

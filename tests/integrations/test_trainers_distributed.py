@@ -27,7 +27,7 @@ from test_transformers import (
     history,
 )
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 
 from fasttax.integrations.transformers import EWCCallback, attach
 from fasttax.integrations.trl import FullKL
@@ -51,11 +51,33 @@ def ddp(rank: int, folder: Path) -> None:
     )
 
 
+class Branch(LlamaForCausalLM):
+    """With a parameter that texts of ten tokens use: the replay's, and none of the trainer's."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.extra = nn.Parameter(torch.linspace(-1, 1, config.vocab_size))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None, **given: Any
+    ) -> Any:
+        output = super().forward(input_ids, attention_mask, labels=labels, **given)
+        if input_ids.shape[1] == 10:
+            output.logits = output.logits + self.extra
+        return output
+
+
+def branch() -> Any:
+    model = Branch(tiny_lm.model().config)
+    model.load_state_dict(tiny_lm.model().state_dict(), strict=False)
+    return model
+
+
 def replayed(folder: Path, rows: slice, each: int, **changes: Any) -> Any:
     """Three steps with both kinds of replay, whose rows are of several lengths."""
     batch = texts(1)[0]
     trainer = Trainer(
-        tiny_lm.model(),
+        branch(),
         arguments(folder, per_device_train_batch_size=each, **changes),
         train_dataset=Rows(tiny_lm.ids()),
     )
@@ -186,7 +208,9 @@ def test_replay_under_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
     """
     alone, wanted = replayed(tmp_path, slice(None), 2)
     state, logged = torch.load(ranks / "replay.pt")
-    assert difference(load(tiny_lm.model(), state), alone.model) <= 4 * ROUNDING
+    assert difference(load(branch(), state), alone.model) <= 4 * ROUNDING
+    moved = alone.model.extra - branch().extra  # which DDP by itself leaves as each rank has it
+    assert float(moved.detach().abs().max()) > 1e3 * ROUNDING
     for found, own in zip(logged, wanted, strict=True):
         assert found == pytest.approx(own, rel=1e-5)
         assert len(found) == 3
