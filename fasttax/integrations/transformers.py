@@ -174,9 +174,9 @@ def attach(
     Args:
         trainer: a transformers Trainer, or one of TRL's.
         ewc: as in `EWCCallback`.
-        kl: the arguments of `fasttax.integrations.trl.FullKL` but for the trainer: {"ref_model":
-            ..., "beta": 0.1, "kind": "policy_ref"}. Logs `kl/policy_ref`, `kl/ref_policy` and
-            `entropy`.
+        kl: the arguments of `fasttax.integrations.trl.FullKL` but for trainer and replay:
+            {"ref_model": ..., "beta": 0.1, "kind": "policy_ref"}. Logs `kl/policy_ref`,
+            `kl/ref_policy` and `entropy`.
         replay: a loader of batches (input_ids with attention_mask, labels, position_ids or
             cu_seqlens; their size is the loader's own), or a mapping: "loader" that one; "kind"
             "lm", the cross-entropy of the next tokens (InstructGPT's PPO-ptx), or "kl",
@@ -198,9 +198,9 @@ def attach(
     if ewc is None and kl is None and replay is None:
         raise checks.fail(
             op,
-            "ewc, kl and replay",
-            "at least one of the three",
-            "None, None and None",
+            "ewc and kl",
+            "at least one of the two, or replay",
+            "None and None",
             "pass ewc=fasttax.EWC(...), kl={'ref_model': ..., 'beta': ...} or "
             "replay={'loader': ...}",
         )
@@ -231,7 +231,8 @@ def _kl_arguments(op: str, kl: Any) -> dict[str, Any]:
             kl,
             error=TypeError,
         )
-    accepted = tuple(inspect.signature(FullKL).parameters)[1:]
+    names = tuple(inspect.signature(FullKL).parameters)[1:]
+    accepted = tuple(name for name in names if name != "replay")  # attach has it itself
     return {checks.choice(op, "kl", name, accepted): value for name, value in kl.items()}
 
 

@@ -10,6 +10,7 @@ FullKL(trainer, ref_model, beta=0.1)   # beta * KL(policy || ref) in the loss of
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections import Counter
 from typing import Any
@@ -20,6 +21,8 @@ from fasttax._base import checks
 from fasttax._base.handle import Handle
 
 try:
+    importlib.import_module("trl")  # before what it needs, so that an error names it
+
     from fasttax.integrations._full_kl import FullKL as FullKL
     from fasttax.integrations._trl_divergence import has_jsd, jsd_loss
     from fasttax.integrations._trl_targets import TARGETS, Fit, Target, Unfit
