@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from fasttax._base import checks
@@ -231,30 +229,9 @@ class Replay(TrainerCallback):
         everywhere = accelerator.reduce(tokens.detach().clone(), reduction="sum").clamp(min=1)
         scale = self.options.weight * accelerator.num_processes / everywhere
         (total * (scale * loss_scale(kwargs.get("optimizer")))).backward()
-        self._average_what_ddp_may_not()
         self._primed = True
         pair = torch.stack((total.detach().float(), tokens.float()))
         self._since_log = pair if self._since_log is None else self._since_log + pair
-
-    def _average_what_ddp_may_not(self) -> None:
-        """Averages the gradients over the ranks, where DDP looks for unused parameters.
-
-        It leaves alone what no rank's loss has reached (an expert, a branch), which the replay may
-        have. A gradient that is the same on all ranks, as EWC's, stays as it is.
-        """
-        ddp = self.trainer.model_wrapped
-        if not isinstance(ddp, DistributedDataParallel) or not ddp.find_unused_parameters:
-            return
-        params = [p for p in ddp.parameters() if p.requires_grad]
-        device = self.trainer.accelerator.device
-        reached = torch.tensor([p.grad is not None for p in params], device=device).int()
-        dist.all_reduce(reached, group=ddp.process_group)
-        ranks = dist.get_world_size(ddp.process_group)
-        for p, somewhere in zip(params, reached.tolist(), strict=True):
-            if somewhere:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad, group=ddp.process_group)
-                p.grad /= ranks
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The gradient is used."""

@@ -209,7 +209,7 @@ def test_replay_under_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
     alone, wanted = replayed(tmp_path, slice(None), 2)
     state, logged = torch.load(ranks / "replay.pt")
     assert difference(load(branch(), state), alone.model) <= 4 * ROUNDING
-    moved = alone.model.extra - branch().extra  # which DDP by itself leaves as each rank has it
+    moved = alone.model.extra - branch().extra  # which the trainer's own loss does not reach
     assert float(moved.detach().abs().max()) > 1e3 * ROUNDING
     for found, own in zip(logged, wanted, strict=True):
         assert found == pytest.approx(own, rel=1e-5)
