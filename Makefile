@@ -26,7 +26,7 @@ QUICK   = $(addprefix tests/, \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-gpu quick t bench bench-gpu lint format hooks house doctor clean
+.PHONY: help demo demo-tiny test test-gpu test-trl quick t bench bench-gpu lint format hooks house doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,16 @@ test: $(LIBRARY) ## the test suite, two files at a time
 
 test-gpu: $(LIBRARY) ## the device cases of the suite on this machine's GPU; without one it says so
 	$(PY) -m tests.gpu
+
+# Torch and all that this version is content with are $(VENV)'s own.
+test-trl: $(LIBRARY) ## patch and FullKL on another TRL: make test-trl V=1.9.2 (transformers: HF=5.16.1)
+	@test -n "$(V)" || { echo "which TRL? make test-trl V=1.15.0 HF=5.17.0"; exit 2; }
+	test -d $(VENV)/trl-$(V) || $(PY) -m venv $(VENV)/trl-$(V)
+	$(PY) -c "import site; print(site.getsitepackages()[0])" \
+	  > $$($(VENV)/trl-$(V)/bin/python -c "import site; print(site.getsitepackages()[0])")/base.pth
+	$(VENV)/trl-$(V)/bin/python -m pip install -q "trl==$(V)" $(if $(HF),"transformers==$(HF)")
+	$(VENV)/trl-$(V)/bin/python -m pytest -q tests/integrations/test_patch.py \
+	  tests/integrations/test_full_kl.py::test_is_the_kl_in_the_loss
 
 quick: $(ONE_ISA) ## after an edit of a CPU kernel: build one instruction set, run the tests it breaks first
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -x $(QUICK) -k "not reference-"

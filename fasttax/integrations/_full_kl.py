@@ -5,7 +5,8 @@ The KL is made of what the trainer's own forward computed.
 
 from __future__ import annotations
 
-import os
+import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax._base.scalars import number_on
-from fasttax.integrations._heads import backbones, logits_of, vocabulary
+from fasttax.integrations import _kl_sequence as sequence
+from fasttax.integrations._heads import backbones, logits_of
 from fasttax.integrations._kl_cached import CachedReference
 from fasttax.integrations._kl_events import KLEvents
 from fasttax.integrations._kl_forward import (
@@ -25,10 +27,13 @@ from fasttax.integrations._kl_forward import (
     by_name,
     counted,
     loss_is_unshifted,
+    of_completions,
     shared,
 )
-from fasttax.integrations._kl_sums import ModelReference, Policy, vocabularies_differ
+from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
+from fasttax.integrations._kl_sums import Asked, ModelReference, Policy, Rows
 from fasttax.integrations._models import causal_lm
+from fasttax.integrations._replay import Options, add_replay
 from fasttax.integrations._trainer import add_callback, check_trainer
 from fasttax.integrations.control import AdaptiveKL
 from fasttax.integrations.reference import TopKReference
@@ -36,6 +41,7 @@ from fasttax.kl.call import KINDS
 
 OP = "FullKL"
 GENERATING = ("GRPOTrainer", "RLOOTrainer")
+COUNTED_SINCE_1_9 = (*GENERATING, "DPOTrainer", "KTOTrainer")
 # GRPO losses that divide by the tokens of the whole accumulation window
 TOKEN_LOSSES = ("cispo", "dapo", "vespo")
 
@@ -76,6 +82,17 @@ class FullKL(Handle):
         temperature: of both distributions; None is the trainer's sampling temperature in GRPO and
             RLOO, else 1. A TopKReference of fewer than all tokens must have been made at it.
         jsd_beta: the reference's share of the mixture in "jsd".
+        estimator: "token" differentiates each token's KL where the sequences stand. In GRPO and
+            RLOO, whose sequences are the policy's own samples, that is a part of the gradient of
+            the sequences' KL alone (a smaller one the further the policy has moved): "sequence"
+            adds the other, REINFORCE on the KL of the tokens to come (Tang & Munos 2025,
+            arXiv:2506.09477), at the price of the log-probs' GEMMs. Value, divisor and log are the
+            same. It has no baseline, so more variance; samples of older weights are reweighed by
+            the ratio of the prefix (GRPO) or refused (RLOO), and sampling is taken to be from the
+            policy itself (top_p, top_k and min_p off).
+        replay: general text beside the trainer's own, as in `integrations.transformers.attach`: a
+            loader, or {"loader": ..., "kind": "lm" | "kl", "weight": ..., "every": ...}. Without a
+            "ref_model" of its own kind "kl" takes the reference from here.
 
     Logs `kl/<kind>`, the mean over the tokens since the last log; `kl/policy_ref`, `kl/ref_policy`
     and `entropy` (where the trainer has none of its own) over the tokens of the step that is
@@ -92,12 +109,14 @@ class FullKL(Handle):
     def __init__(
         self,
         trainer: Any,
-        ref_model: nn.Module | TopKReference | str | os.PathLike[str] | None,
+        ref_model: RefModel,
         beta: float | AdaptiveKL,
         kind: str = "policy_ref",
         *,
         temperature: float | None = None,
         jsd_beta: float = 0.5,
+        estimator: str = "token",
+        replay: Any = None,
     ) -> None:
         super().__init__()
         _check(trainer)
@@ -111,10 +130,13 @@ class FullKL(Handle):
             "beta": KINDS[kind].check_beta(OP, "jsd_beta", jsd_beta),
             "temperature": checks.number(OP, "temperature", temperature, low=0, open_low=True),
         }
+        self.estimator = checks.choice(OP, "estimator", estimator, sequence.ESTIMATORS)
+        if estimator == "sequence":
+            generates, rloo = _is_a(trainer, *GENERATING), _is_a(trainer, "RLOOTrainer")
+            sequence.check(OP, trainer, self.options, generates=generates, rloo=rloo)
         self.trainer = trainer
-        if isinstance(ref_model, (str, os.PathLike)):
-            ref_model = TopKReference.load(ref_model)
-        self._ref_model = ref_model
+        self._ref_model = loaded(ref_model)
+        more = None if replay is None else Options.of(OP, replay, self._ref_model)
         self._hooks: list[RemovableHandle] = []
         self._watch()
         self.events = KLEvents(trainer, self.control)
@@ -125,6 +147,8 @@ class FullKL(Handle):
         self.replace(trainer, "compute_loss", self._with_kl(trainer.compute_loss), "compute_loss")
         self.on_undo(self._unwatch)
         add_callback(self, trainer, self.events)
+        if more is not None:
+            self._add_replay(more)
 
     def __repr__(self) -> str:
         ended = "" if self.active else ", undone"
@@ -135,6 +159,13 @@ class FullKL(Handle):
     def beta(self) -> float:
         """The coefficient, an AdaptiveKL's as it is at present."""
         return self._beta if self.control is None else self.control.beta
+
+    def _add_replay(self, options: Options) -> None:
+        try:
+            add_replay(self, self.trainer, options)
+        except Exception:
+            self.undo()
+            raise
 
     # --- seeing the policy's forward --------------------------------------------------------------
 
@@ -187,6 +218,8 @@ class FullKL(Handle):
         output: Any,
     ) -> Forward:
         labels, logits = given.get("labels", batch.get("labels")), logits_of(output)
+        if labels is None:
+            labels = of_completions(given.get("input_ids"), batch)
         shifted = "shift_labels" not in given and self._labels_are_shifted(given, output)
         labels = given.get("shift_labels", labels)
         inputs = shared(given)
@@ -243,7 +276,11 @@ class FullKL(Handle):
         scale = (self.beta or 1.0) / divisor
         with torch.autocast(forward.mask.device.type, enabled=False):
             rows = self.policy.rows(forward, log)
-            scaled, values = self.ref.sums(forward, rows, self.options, scale, log)
+            if self.estimator == "sequence":
+                total, values = self._of_sequences(forward, rows, batch, log)
+                scaled = total * scale
+            else:
+                scaled, values = self.ref.sums(forward, rows, self.options, scale, log)
         self.events.record(values, tokens)
         return _Term(scaled, divisor, values[self.kind], tokens)
 
@@ -253,6 +290,17 @@ class FullKL(Handle):
         share = _share(batch, count, self._shifted is not False)
         divisor: Tensor = _divisor(self.trainer, batch, count, self._num_items, share)
         return divisor
+
+    def _of_sequences(
+        self, forward: Forward, rows: Rows, batch: dict[str, Any], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum that has the gradient of the sequences' KL, and the sums for the log."""
+        assert isinstance(self.ref, ModelReference)
+        kl, values = self.ref.by_token(forward, rows, self.options, log)
+        ids = sequence.sampled(forward.inputs["input_ids"], forward.mask)
+        logp = self.policy.logp(rows, ids, self.options["temperature"], "none")
+        old = sequence.old_logp(batch, forward.mask)
+        return sequence.sequence_sum(kl, logp, old, forward.mask), values
 
     # --- adding it to the loss --------------------------------------------------------------------
 
@@ -331,6 +379,7 @@ def _check(trainer: Any) -> None:
             f"DataParallel over {trainer.args.n_gpu}",
             "launch with torchrun or accelerate",
         )
+    _check_trl(trainer)
     if hasattr(trainer.compute_loss, "fasttax_full_kl"):
         raise checks.fail(
             OP,
@@ -349,52 +398,41 @@ def _check(trainer: Any) -> None:
         )
 
 
-def _reference_of(
-    trainer: Any, policy: Any, ref_model: Any, temperature: float
-) -> ModelReference | CachedReference:
-    """What `ref_model` stands for."""
-    if isinstance(ref_model, TopKReference):
-        if _is_a(trainer, *GENERATING):
-            raise checks.fail(
-                OP,
-                "ref_model",
-                "a model: the sequences of GRPO and RLOO are new at every step",
-                "a cached reference",
-            )
-        cached = CachedReference(ref_model, policy, temperature, trainer.accelerator.autocast)
-        cached.check_packing(trainer)
-        return cached
-    accelerator = trainer.accelerator
-    keep = getattr(trainer, "num_iterations", 1) > 1
-    if ref_model is None:
-        ref_model = getattr(trainer, "ref_model", None)
-    if ref_model is None:
-        if not hasattr(trainer.model, "peft_config"):
-            raise checks.fail(
-                OP,
-                "ref_model",
-                "a model or a TopKReference",
-                "None, and the trainer has neither a reference nor an adapter",
-                "pass a frozen copy of the base model",
-            )
-        return ModelReference(policy, accelerator.autocast, adapter=trainer.model, keep=keep)
-    if isinstance(ref_model, nn.Module):
-        ref_model = accelerator.unwrap_model(ref_model)
-    lm = causal_lm(OP, "ref_model", ref_model)
-    if lm is policy:
+def _check_trl(trainer: Any) -> None:
+    """Refuses trainers of a TRL in which their losses' tokens are not known.
+
+    Raises:
+        RuntimeError: DPO, KTO, GRPO or RLOO of TRL before 1.9.
+    """
+    trl: Any = sys.modules.get("trl")
+    of_trl = [c for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
+    if trl is None or not any(c.__name__ in COUNTED_SINCE_1_9 for c in of_trl):
+        return
+    if tuple(map(int, re.findall(r"\d+", trl.__version__)[:2])) < (1, 9):
         raise checks.fail(
             OP,
-            "ref_model",
-            "a model of its own",
-            "the policy itself, from which it would never differ",
-            "pass a frozen copy",
+            "trainer",
+            f"{of_trl[0].__name__} of trl >= 1.9",
+            f"that of trl {trl.__version__}",
+            "install trl>=1.9; or take SFTTrainer, which is served in every version",
+            RuntimeError,
         )
-    own, other = vocabulary(policy), vocabulary(lm)
-    if own is not None and other is not None and own != other:
-        raise vocabularies_differ(own, other)
-    if not any(hasattr(p, "full_tensor") for p in lm.parameters()):
-        lm.to(accelerator.device)
-    return ModelReference(lm, accelerator.autocast, keep=keep)
+
+
+def _reference_of(trainer: Any, policy: Any, ref_model: Any, temperature: float) -> Reference:
+    """What `ref_model` stands for."""
+    asked = Asked(OP)
+    if isinstance(ref_model, TopKReference) and _is_a(trainer, *GENERATING):
+        raise checks.fail(
+            *asked,
+            "a model: the sequences of GRPO and RLOO are new at every step",
+            "a cached reference",
+        )
+    keep = getattr(trainer, "num_iterations", 1) > 1
+    reference = reference_of(asked, trainer, policy, ref_model, temperature, keep=keep)
+    if isinstance(reference, CachedReference):
+        reference.check_packing(trainer)
+    return reference
 
 
 def _share(batch: dict[str, Any], tokens: Tensor, shifted: bool) -> Any:
@@ -426,19 +464,19 @@ def _divisor(
         num_items: the tokens of the accumulation window over all ranks, where Trainer counts them.
         share: the batch's tokens in `tokens`, as `_share` has it.
     """
-    scaled = trainer.loss_is_scaled_for_ga
+    steps = trainer.current_gradient_accumulation_steps
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # since transformers 5.19
     if scaled is None:
         # as Trainer.training_step decides
-        takes_items = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        if num_items is None or not takes_items:
-            return tokens
-        items = number_on(num_items, tokens.device).clamp(min=1) / share
-        if not trainer.args.average_tokens_across_devices:
-            return items
-        return items / (trainer.accelerator.num_processes // trainer.get_tp_size())
+        takes_items = trainer.model_accepts_loss_kwargs and num_items is not None
+        scaled = takes_items or trainer.compute_loss_func is not None
+        if scaled and num_items is not None:
+            items = number_on(num_items, tokens.device).clamp(min=1) / share
+            if not trainer.args.average_tokens_across_devices:
+                return items
+            return items / (trainer.accelerator.num_processes // trainer.get_tp_size())
     if not scaled:
         return tokens  # training_step divides by the micro-batches
-    steps = trainer.current_gradient_accumulation_steps
     of_window = getattr(trainer, "loss_type", None) in TOKEN_LOSSES
     if of_window and "num_items_in_batch" in inputs:
         # the generation batch's tokens, over all ranks

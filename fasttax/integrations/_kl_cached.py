@@ -13,11 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from fasttax._base import checks
 from fasttax.integrations._heads import vocabulary
 from fasttax.integrations._kl_forward import Forward
-from fasttax.integrations._kl_sums import CHUNK, Autocast, Rows, vocabularies_differ
+from fasttax.integrations._kl_sums import CHUNK, FULL_KL, Asked, Autocast, Rows, vocabularies_differ
 from fasttax.integrations.reference import TopKReference
 from fasttax.kl.topk import topk_kl
 
-ARGUMENT = "ref_model"
 PACKED_ROWS = 8  # of a packed data set, looked up before training begins
 
 
@@ -29,30 +28,40 @@ class CachedReference:
         policy: the language model that is trained.
         temperature: of both distributions.
         autocast: the context of the policy's own forward.
+        asked: who asks for it, for errors.
 
     Raises:
         ValueError: the cache is of another vocabulary or temperature, or no cache can serve.
     """
 
     def __init__(
-        self, cache: TopKReference, policy: Any, temperature: float, autocast: Autocast
+        self,
+        cache: TopKReference,
+        policy: Any,
+        temperature: float,
+        autocast: Autocast,
+        asked: Asked = FULL_KL,
     ) -> None:
         self.cache, self.temperature, self.autocast = cache, temperature, autocast
+        self.asked = asked
         self.V = vocabulary(policy)
         if getattr(policy.config, "is_encoder_decoder", False):
-            raise _no_cache(f"{type(policy).__name__}, an encoder-decoder", "encoder's inputs")
+            raise self._no_cache(f"{type(policy).__name__}, an encoder-decoder", "encoder's inputs")
         if self.V is not None:
             self._check_vocabulary(self.V)
         if temperature != cache.temperature and self.V is not None and cache.k < self.V:
-            raise checks.fail(
-                "FullKL",
-                ARGUMENT,
-                f"log-probs at the temperature {temperature:g}, to which the {cache.k} largest of "
-                f"{self.V} do not lead from another one",
-                f"a cache made at {cache.temperature:g}",
-                f"make it with TopKReference.make(..., temperature={temperature:g}), or with k = "
-                f"{self.V}",
-            )
+            raise self._other_temperature(self.V)
+
+    def _other_temperature(self, V: int) -> Exception:
+        cache = self.cache
+        return checks.fail(
+            *self.asked,
+            f"log-probs at the temperature {self.temperature:g}, to which the {cache.k} largest of "
+            f"{V} do not lead from another one",
+            f"a cache made at {cache.temperature:g}",
+            f"make it with TopKReference.make(..., temperature={self.temperature:g}), or with k = "
+            f"{V}",
+        )
 
     def __repr__(self) -> str:
         return repr(self.cache)
@@ -71,8 +80,7 @@ class CachedReference:
             for part in ids.split(list(rows[i].get("seq_lengths", [len(ids)]))):
                 if len(part) > 1 and part not in self.cache:
                     raise checks.fail(
-                        "FullKL",
-                        ARGUMENT,
+                        *self.asked,
                         "a cache of the sequences that are packed",
                         f"a packed row with {len(part)} tokens that are none of them",
                         "pack whole sequences: packing_strategy='bfd', max_length not below the "
@@ -84,7 +92,7 @@ class CachedReference:
         forward: Forward,
         policy: Rows,
         options: Mapping[str, Any],
-        scale: Tensor,
+        scale: Tensor | float,
         log: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `ModelReference.sums`; `log` adds nothing."""
@@ -98,6 +106,8 @@ class CachedReference:
         )
         logp, top = found[forward.places], top[forward.places]
         if options["temperature"] != self.cache.temperature:  # of the whole vocabulary: as checked
+            if bool((logp == -torch.inf).any()):  # but for lists that are filled up
+                raise self._other_temperature(policy.vocabulary)
             ratio = self.cache.temperature / options["temperature"]
             logp = (logp.double() * ratio).log_softmax(-1).to(logp.dtype)
 
@@ -132,34 +142,32 @@ class CachedReference:
             ValueError: an image or sound, embeddings, or labels that are not the next tokens.
         """
         if "input_ids" not in forward.inputs:
-            raise _no_cache(f"{sorted(forward.names)} without input_ids", "inputs but ids")
+            raise self._no_cache(f"{sorted(forward.names)} without input_ids", "inputs but ids")
         for name, value in forward.inputs.items():
             of_numbers = isinstance(value, Tensor) and value.is_floating_point()
             if of_numbers and value.dim() > 2 and not name.endswith("mask"):
-                raise _no_cache(f"{name} beside input_ids", f"{name} but ids")
+                raise self._no_cache(f"{name} beside input_ids", f"{name} but ids")
         if not forward.shifted and bool(forward.mask[:, -1].any()):
-            raise _no_cache("labels that the model does not shift", "prediction after the last id")
+            missing = "prediction after the last id"
+            raise self._no_cache("labels that the model does not shift", missing)
 
     def _check_vocabulary(self, V: int) -> None:
         cache = self.cache
         made_of = cache.vocabulary
         if made_of is not None and made_of != V:
-            raise vocabularies_differ(V, made_of)
+            raise vocabularies_differ(V, made_of, self.asked)
         if cache.ids.numel() and (highest := int(cache.ids.max())) >= V:
             raise checks.fail(
-                "FullKL",
-                ARGUMENT,
+                *self.asked,
                 f"ids of the policy's vocabulary of {V} tokens",
                 f"the id {highest}",
                 "make the cache with a model of the policy's vocabulary",
             )
 
-
-def _no_cache(came: str, missing: str) -> Exception:
-    return checks.fail(
-        "FullKL",
-        ARGUMENT,
-        f"a model: a cache holds no {missing}",
-        f"a cached reference, and {came}",
-        "pass the reference model itself",
-    )
+    def _no_cache(self, came: str, missing: str) -> Exception:
+        return checks.fail(
+            *self.asked,
+            f"a model: a cache holds no {missing}",
+            f"a cached reference, and {came}",
+            "pass the reference model itself",
+        )

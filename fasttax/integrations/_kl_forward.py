@@ -162,6 +162,29 @@ def counted(labels: Any, shifted: bool, names: list[str], tools: Any = None) -> 
     return mask
 
 
+def of_completions(ids: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """Labels (B, L) of the completions' tokens, where a trainer gives the model none.
+
+    So do TRL's before 1.15: DPO and KTO with a completion_mask over input_ids, GRPO and RLOO with
+    one over the completion_ids that stand behind the prompts.
+
+    Args:
+        ids: input_ids as the model got them.
+        batch: the trainer's.
+    """
+    mask = batch.get("completion_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    if "completion_ids" in batch:
+        prompt = batch.get("prompt_ids")
+        if not isinstance(prompt, Tensor):
+            return None
+        mask = nn.functional.pad(mask, (prompt.shape[1], 0))
+    if mask.shape != ids.shape:
+        return None
+    return torch.where(mask != 0, ids, -100)
+
+
 @torch.no_grad()
 def loss_is_unshifted(logits: Tensor, labels: Tensor, loss: Any, items: Any) -> bool:
     """Whether a model's loss takes labels[:, t] for what position t predicts.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,22 @@ from fasttax.integrations._heads import (
 )
 from fasttax.integrations._kl_forward import Forward, in_front
 from fasttax.integrations._models import frozen
-from fasttax.kl.linear import linear_token_kl
+from fasttax.kl.linear import linear_token_kl, linear_token_logprobs
 from fasttax.kl.token_stats import TokenStats, token_stats
 
 CHUNK = 256  # tokens whose logits exist at a time, for a top-k reference and for the log
 LOGGED = ("kl_policy_ref", "kl_ref_policy", "entropy")  # outputs of token_stats
 Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class Asked(NamedTuple):
+    """Who asks for a reference: what its errors name."""
+
+    op: str = "FullKL"
+    argument: str = "ref_model"
+
+
+FULL_KL = Asked()
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,31 @@ class Policy:
             raise _no_logits("trainer.model", self.model)
         return Rows(given=forward.counted(logits))
 
+    def logp(self, rows: Rows, ids: Tensor, temperature: float, reduction: str) -> Tensor:
+        """Log-probs of the tokens `ids` (N,): of each, or their sum."""
+        if rows.hidden is None or rows.head is None:
+            stats = token_stats(
+                rows.logits(),
+                ids=ids,
+                outputs=("logp",),
+                temperature=temperature,
+                reduction=reduction,
+            )
+        else:
+            with self.autocast():  # the head is multiplied as the model's own is
+                stats = linear_token_logprobs(
+                    rows.hidden,
+                    rows.head.weight,
+                    ids,
+                    bias=rows.head.bias,
+                    softcap=rows.head.softcap,
+                    logit_scale=rows.head.logit_scale,
+                    temperature=temperature,
+                    reduction=reduction,
+                )
+        assert stats.logp is not None
+        return stats.logp
+
     def _prove(self, forward: Forward) -> None:
         """Has the model make logits of the states that it has computed already."""
         last = _last_columns(forward.mask)
@@ -138,7 +173,7 @@ class ModelReference:
         forward: Forward,
         policy: Rows,
         options: Mapping[str, Any],
-        scale: Tensor,
+        scale: Tensor | float,
         log: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the KL times `scale`, and sums without a graph, by metric.
@@ -153,11 +188,29 @@ class ModelReference:
             scale: 0-d, not 0; the gradients that the forward makes have it in them.
             log: both KLs and the entropy are wanted, at the price of two more GEMMs.
         """
+        return self._values(forward, policy, options, scale, log, "sum")
+
+    def by_token(
+        self, forward: Forward, policy: Rows, options: Mapping[str, Any], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The KL (N,) of each token, and the sums of `sums`."""
+        kl, values = self._values(forward, policy, options, 1.0, log, "none")
+        return kl, {n: v.sum() for n, v in values.items()}
+
+    def _values(
+        self,
+        forward: Forward,
+        policy: Rows,
+        options: Mapping[str, Any],
+        scale: Tensor | float,
+        log: bool,
+        reduction: str,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         ref = self._kept_rows(forward)
         if ref.vocabulary != policy.vocabulary:
             raise vocabularies_differ(policy.vocabulary, ref.vocabulary)
         if policy.hidden is None or ref.hidden is None:
-            return self._of_logits(policy, ref, options, scale)
+            return self._of_logits(policy, ref, options, scale, reduction)
         assert policy.head is not None
         assert ref.head is not None
         with self.autocast():  # the heads are multiplied as the model's own are
@@ -172,7 +225,7 @@ class ModelReference:
                 ref_softcap=ref.head.softcap,
                 logit_scale=policy.head.logit_scale,
                 ref_logit_scale=ref.head.logit_scale,
-                reduction="sum",
+                reduction=reduction,
                 scale=scale,
                 **options,
             )
@@ -180,13 +233,18 @@ class ModelReference:
         return kl, {**seen, options["kind"]: kl.detach() / scale}
 
     def _of_logits(
-        self, policy: Rows, ref: Rows, options: Mapping[str, Any], scale: Tensor
+        self,
+        policy: Rows,
+        ref: Rows,
+        options: Mapping[str, Any],
+        scale: Tensor | float,
+        reduction: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast():
             x = policy.logits()
             with torch.no_grad():
                 y = ref.logits()
-        stats = token_stats(x, y, outputs=("kl", *LOGGED), reduction="sum", **options)
+        stats = token_stats(x, y, outputs=("kl", *LOGGED), reduction=reduction, **options)
         assert stats.kl is not None
         seen = {**_by_metric(stats), options["kind"]: stats.kl}
         return stats.kl * scale, {name: value.detach() for name, value in seen.items()}
@@ -258,11 +316,10 @@ class ModelReference:
         return without
 
 
-def vocabularies_differ(policy: int, ref: int) -> Exception:
+def vocabularies_differ(policy: int, ref: int, asked: Asked = FULL_KL) -> Exception:
     """The error of two models whose tokens are not the same."""
     return checks.fail(
-        "FullKL",
-        "ref_model",
+        *asked,
         f"the policy's vocabulary of {policy} tokens",
         f"one of {ref}",
         "use models of one vocabulary; where the larger one is padding alone, cut it: "

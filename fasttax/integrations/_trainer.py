@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
@@ -40,6 +41,18 @@ def refuse_deepspeed(op: str, args: Any, optimizer: Any) -> None:
             "callback could add to them, and ZeRO-3 keeps parameters empty outside the forward; "
             "use DDP or FSDP2, or under ZeRO-1 or 2 add ewc.penalty() to the loss",
         )
+
+
+def loss_scale(optimizer: Any, device: torch.device) -> float | Tensor:
+    """What fp16 multiplies the loss by: gradients before unscaling carry it.
+
+    The scaler hangs on Accelerate's optimizer. Its get_scale() would be a host sync.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale
 
 
 # --- callbacks ------------------------------------------------------------------------------------

@@ -1,397 +1,326 @@
-"""The names in TRL that `patch` replaces: the signature each must have, and its replacement.
+"""The names in TRL that `patch` replaces, and whether this TRL's own can be.
 
-A replacement has TRL's signature and hands on to TRL's own what fasttax has no op for.
+No version is asked for. Each target is looked at by itself: where TRL looks the name up, which
+arguments it has, and whether a few tokens give the same numbers by TRL's op and by fasttax's.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
+from types import CodeType
 from typing import Any
 
-import torch
 import trl
-from torch import Tensor
 
-from fasttax.integrations._trl_divergence import Divergence, divergence_loss, has_jsd, jsd_loss
-from fasttax.integrations._trl_logprob import LogProb, selected_logp
+from fasttax.integrations import _trl_probes as probes
+from fasttax.integrations import _trl_replacements as replacements
 
-TESTED = "1.16"  # the TRL whose signatures these are
-LOGPROB = (
-    "ctx",
-    "hidden",
-    "weight",
-    "bias",
-    "targets",
-    "temperature",
-    "chunk_size",
-    "final_logit_softcapping",
-    "logit_scale",
-    "outputs",
-)
-DIVERGENCE = (
-    "ctx",
-    "student_hidden",
-    "student_weight",
-    "student_bias",
-    "teacher_hidden",
-    "teacher_weight",
-    "teacher_bias",
-    "beta",
-    "temperature",
-    "student_logit_scale",
-    "student_final_logit_softcapping",
-    "teacher_logit_scale",
-    "teacher_final_logit_softcapping",
-)
-LOSS = (
-    "student_hidden_states",
-    "teacher_hidden_states",
-    "student_lm_head_weight",
-    "teacher_lm_head_weight",
-    "completion_mask",
-    "beta",
-    "num_items_in_batch",
-    "student_lm_head_bias",
-    "teacher_lm_head_bias",
-    "student_logit_scale",
-    "teacher_logit_scale",
-    "student_final_logit_softcapping",
-    "teacher_final_logit_softcapping",
-    "temperature",
-)
-JSD = (
-    "student_logits",
-    "teacher_logits",
-    "labels",
-    "beta",
-    "temperature",
-    "reduction",
-    "num_items_in_batch",
-)
-GOLD_JSD = (*JSD[:-1], "logits_are_probs", "num_items_in_batch")
-SELECTIVE = ("logits", "index", "temperature", "row_mask")
-ONLINE = (
-    "self",
-    "model",
-    "prompt_ids",
-    "prompt_mask",
-    "completion_ids",
-    "completion_mask",
-    "vision_inputs",
-)
+FUSED_HEAD = "add_fused_lm_head"  # by which a trainer's model calls the op
 
 
-class _Apply:
-    """Stands where TRL has an autograd.Function and calls `.apply`."""
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.apply = run
-
-
-def _logprob(original: Any, calls: Counter[str], label: str) -> _Apply:
-    def apply(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-    ) -> Any:
-        if logit_scale <= 0:
-            return original.apply(
-                hidden,
-                weight,
-                bias,
-                targets,
-                temperature,
-                chunk_size,
-                softcap,
-                logit_scale,
-                outputs,
-            )
-        calls[label] += 1
-        return LogProb.apply(
-            hidden, weight, bias, targets, temperature, softcap, logit_scale, tuple(outputs)
-        )
-
-    return _Apply(apply)
-
-
-def _divergence(original: Any, calls: Counter[str], label: str) -> _Apply:
-    def apply(
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        student_bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        beta: float,
-        temperature: float = 1.0,
-        student_scale: float = 1.0,
-        student_softcap: float | None = None,
-        teacher_scale: float = 1.0,
-        teacher_softcap: float | None = None,
-    ) -> Any:
-        args = (
-            student_hidden,
-            student_weight,
-            student_bias,
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
-            beta,
-            temperature,
-            student_scale,
-            student_softcap,
-            teacher_scale,
-            teacher_softcap,
-        )
-        if student_scale <= 0 or teacher_scale <= 0:
-            return original.apply(*args)
-        calls[label] += 1
-        return Divergence.apply(*args)
-
-    return _Apply(apply)
-
-
-def _divergence_loss(original: Any, calls: Counter[str], label: str) -> Callable[..., Any]:
-    def _chunked_divergence_loss(
-        student_hidden_states: Tensor,
-        teacher_hidden_states: Tensor,
-        student_lm_head_weight: Tensor,
-        teacher_lm_head_weight: Tensor,
-        completion_mask: Tensor,
-        beta: float,
-        num_items_in_batch: Any = None,
-        student_lm_head_bias: Tensor | None = None,
-        teacher_lm_head_bias: Tensor | None = None,
-        student_logit_scale: float = 1.0,
-        teacher_logit_scale: float = 1.0,
-        student_final_logit_softcapping: float | None = None,
-        teacher_final_logit_softcapping: float | None = None,
-        temperature: float = 1.0,
-    ) -> Any:
-        if student_logit_scale <= 0 or teacher_logit_scale <= 0:
-            return original(
-                student_hidden_states,
-                teacher_hidden_states,
-                student_lm_head_weight,
-                teacher_lm_head_weight,
-                completion_mask,
-                beta,
-                num_items_in_batch,
-                student_lm_head_bias,
-                teacher_lm_head_bias,
-                student_logit_scale,
-                teacher_logit_scale,
-                student_final_logit_softcapping,
-                teacher_final_logit_softcapping,
-                temperature,
-            )
-        calls[label] += 1
-        return divergence_loss(
-            (student_hidden_states, student_lm_head_weight, student_lm_head_bias),
-            (teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias),
-            completion_mask,
-            num_items_in_batch,
-            beta,
-            temperature,
-            student_logit_scale,
-            student_final_logit_softcapping,
-            teacher_logit_scale,
-            teacher_final_logit_softcapping,
-        )
-
-    return _chunked_divergence_loss
-
-
-def _jsd(original: Any, calls: Counter[str], label: str) -> staticmethod[..., Any]:
-    def generalized_jsd_loss(
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        labels: Tensor | None = None,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        reduction: str = "batchmean",
-        num_items_in_batch: Any = None,
-        **others: Any,
-    ) -> Any:
-        if others.get("logits_are_probs") or not has_jsd(reduction, num_items_in_batch):
-            return original.__func__(
-                student_logits,
-                teacher_logits,
-                labels=labels,
-                beta=beta,
-                temperature=temperature,
-                reduction=reduction,
-                num_items_in_batch=num_items_in_batch,
-                **others,
-            )
-        calls[label] += 1
-        return jsd_loss(
-            student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch
-        )
-
-    return staticmethod(generalized_jsd_loss)
-
-
-def _selective(original: Any, calls: Counter[str], label: str) -> Callable[..., Any]:
-    def selective_log_softmax(
-        logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
-    ) -> Any:
-        if index.dim() != logits.dim() - 1:  # several indices a token
-            return original(logits, index, temperature, row_mask)
-        calls[label] += 1
-        return selected_logp(logits, index, temperature, row_mask)
-
-    return selective_log_softmax
-
-
-def _online(original: Any, calls: Counter[str], label: str) -> Callable[..., Any]:
-    def _forward(
-        self: Any,
-        model: Any,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        vision_inputs: Any = None,
-    ) -> Any:
-        if vision_inputs is not None or prompt_ids.shape[1] == 0:
-            return original(
-                self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, vision_inputs
-            )
-        calls[label] += 1
-        cut = max(prompt_ids.shape[1] + completion_ids.shape[1] - self.max_length, 0)
-        ids = torch.cat((prompt_ids[:, cut:], completion_ids), 1)
-        mask = torch.cat((prompt_mask[:, cut:], completion_mask), 1)
-        logits = model(ids, attention_mask=mask).logits[:, -completion_ids.shape[1] - 1 : -1]
-        return selected_logp(logits, completion_ids, 1.0, None)
-
-    return _forward
+class Unfit(Exception):
+    """Why a target is left alone."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """A name in TRL, the signature that it must have, and its replacement.
+class Place:
+    """A name in TRL.
 
-    `make` takes (what TRL has there, a counter of calls, the label to count under).
+    Attributes:
+        module: where it is bound.
+        name: a function's, or a class's and its method's with a dot.
+        user: the module whose functions look it up; "" for the same.
     """
 
-    trainers: tuple[str, ...]
     module: str
-    owner: str  # a class in the module, or "" for the module itself
     name: str
-    parameters: tuple[str, ...]
-    make: Callable[[Any, Counter[str], str], Any]
+    user: str = ""
 
     @property
     def label(self) -> str:
         """The whole dotted name."""
-        return ".".join(filter(None, (self.module, self.owner, self.name)))
+        return f"{self.module}.{self.name}"
 
-    def find(self) -> tuple[Any, Any]:
-        """The owner of the name and what it is bound to, checked."""
-        module = importlib.import_module(self.module)
-        owner = getattr(module, self.owner) if self.owner else module
-        original = vars(owner).get(self.name)
+    def tried(self) -> tuple[Any, str, Any] | Unfit:
+        """As `find`, or the reason why not."""
+        try:
+            return self.find()
+        except Unfit as reason:
+            return reason
+
+    def find(self) -> tuple[Any, str, Any]:
+        """(owner, attribute, what it is bound to).
+
+        Raises:
+            Unfit: there is nothing, fasttax's own, or something that nobody looks up.
+        """
+        owner, _, attribute = self.name.rpartition(".")
+        found: Any = _module(self.module)
+        if owner:
+            found = vars(found).get(owner)
+        original = None if found is None else vars(found).get(attribute)
         if original is None:
-            raise RuntimeError(
-                f"patch: {self.label}: expected the op of trl {TESTED}, got nothing of that name "
-                f"in trl {trl.__version__}"
-            )
-        if isinstance(original, _Apply) or getattr(original, "__module__", "") == __name__:
-            raise RuntimeError(
-                f"patch: {self.label} is patched by fasttax already; undo() that patch first"
-            )
-        found = tuple(inspect.signature(_function_of(original)).parameters)
-        if found != self.parameters:
-            raise RuntimeError(
-                f"patch: {self.label}: expected the signature ({', '.join(self.parameters)}) of "
-                f"trl {TESTED}, got ({', '.join(found)}) in trl {trl.__version__}; install "
-                f"trl=={TESTED}.*"
-            )
-        return owner, original
+            raise Unfit(f"trl {trl.__version__} has nothing of that name")
+        if isinstance(getattr(original, "__func__", original), replacements.Replaced):
+            raise Unfit("is patched by fasttax already; undo() that patch first")
+        user = self.user or self.module
+        _module(user)
+        if attribute not in looked_up(user):
+            raise Unfit(f"nothing in {user} looks it up in trl {trl.__version__}")
+        return found, attribute, original
 
 
-def _function_of(original: Any) -> Callable[..., Any]:
-    """The function whose signature counts: a static method's, an autograd.Function's forward."""
+@dataclass(frozen=True)
+class Fit:
+    """A target as this TRL has it: owner.attribute may be replaced."""
+
+    label: str
+    owner: Any
+    attribute: str
+    original: Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """An op of TRL's and its replacement.
+
+    Attributes:
+        trainers: that it serves.
+        places: where versions of TRL have it; the first that this one has is taken.
+        required: arguments without which it is another op.
+        known: all arguments, in order, that the replacement takes.
+        make: (what TRL has there, a counter of calls, the label to count under) -> replacement.
+        probe: calls an op that has such arguments.
+        through: what each trainer's module must look up to come to the op, "" for nothing else.
+    """
+
+    trainers: tuple[str, ...]
+    places: tuple[Place, ...]
+    required: tuple[str, ...]
+    known: tuple[str, ...]
+    make: Callable[[Any, Counter[str], str], Any]
+    probe: probes.Probe
+    through: str = ""
+
+    @property
+    def label(self) -> str:
+        """The whole dotted name where it is expected first."""
+        return self.places[0].label
+
+    def tried(self, named: Collection[str]) -> Fit | Unfit:
+        """As `fit`, or the reason why not."""
+        try:
+            return self.fit(named)
+        except Unfit as reason:
+            return reason
+
+    def fit(self, named: Collection[str]) -> Fit:
+        """Where it is in this TRL, checked.
+
+        Args:
+            named: trainers that must be served by it; empty: any.
+
+        Raises:
+            Unfit: it can't be replaced.
+        """
+        place, (owner, attribute, original) = self._place()
+        self._check_trainers(named)
+        names = tuple(replacements.signature_of(original).parameters)
+        in_order = tuple(name for name in self.known if name in names)
+        if names != in_order or not set(self.required) <= set(names):
+            raise Unfit(
+                f"has the arguments ({', '.join(names)}) in trl {trl.__version__}, where "
+                f"({', '.join(self.known)}) are known"
+            )
+        replacement = self.make(original, Counter(), place.label)
+        try:
+            own, other = _called(original), _called(replacement)
+            difference = probes.disagreement(self.probe, names, own, other)
+        except Exception as error:
+            raise Unfit(f"failed on a few tokens: {type(error).__name__}: {error}") from error
+        if difference:
+            raise Unfit(f"{difference}, in trl {trl.__version__}")
+        return Fit(place.label, owner, attribute, original)
+
+    def _place(self) -> tuple[Place, tuple[Any, str, Any]]:
+        tried = [(place, place.tried()) for place in self.places]
+        for place, found in tried:
+            if not isinstance(found, Unfit):
+                return place, found
+        reason = tried[0][1]
+        assert isinstance(reason, Unfit)
+        raise reason
+
+    def _check_trainers(self, named: Collection[str]) -> None:
+        if not self.through:
+            return
+        reasons = {}
+        for trainer in self.trainers:
+            module = f"trl.trainer.{trainer}_trainer"
+            try:
+                _module(module)
+                if self.through not in looked_up(module):
+                    reasons[trainer] = f"{module} does not use it in trl {trl.__version__}"
+            except Unfit as error:
+                reasons[trainer] = str(error)
+        wanted = [t for t in self.trainers if t in named]
+        for trainer in wanted or self.trainers:
+            if trainer in reasons and (wanted or len(reasons) == len(self.trainers)):
+                raise Unfit(reasons[trainer])
+
+
+def _called(original: Any) -> Callable[..., Any]:
+    """What is called of a static method, an autograd.Function, a function."""
     if isinstance(original, staticmethod):
         return original.__func__
-    function: Callable[..., Any] = getattr(original, "forward", original)
-    return function
+    if inspect.isclass(original):
+        apply: Callable[..., Any] = getattr(original, "apply", original)
+        return apply
+    called: Callable[..., Any] = original
+    return called
+
+
+def _module(name: str) -> Any:
+    """A module of TRL's.
+
+    Raises:
+        Unfit: there is none, or it needs what is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            raise Unfit(f"trl {trl.__version__} has no module {name}") from error
+        raise Unfit(f"{name} can't be imported: {error}") from error
+    except Exception as error:
+        raise Unfit(f"{name} can't be imported: {type(error).__name__}: {error}") from error
+
+
+@cache
+def looked_up(module: str) -> frozenset[str]:
+    """The names that a module's functions look up as globals, attributes or by an import."""
+    spec = importlib.util.find_spec(module)
+    loader: Any = None if spec is None else spec.loader
+    code = loader.get_code(module) if hasattr(loader, "get_code") else None
+    return frozenset() if code is None else frozenset(_names(code))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    # a module's own code and a class's body bind names; those of functions use them
+    if code.co_flags & inspect.CO_OPTIMIZED:
+        yield from code.co_names
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _names(part)
+
+
+# --- the targets ----------------------------------------------------------------------------------
+
+LOGPROB = (
+    *("hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+    *("final_logit_softcapping", "logit_scale", "outputs"),
+)
+DIVERGENCE = (
+    *("student_hidden", "student_weight", "student_bias"),
+    *("teacher_hidden", "teacher_weight", "teacher_bias", "beta", "temperature"),
+    *("student_logit_scale", "student_final_logit_softcapping"),
+    *("teacher_logit_scale", "teacher_final_logit_softcapping"),
+)
+LOSS = (
+    *("student_hidden_states", "teacher_hidden_states"),
+    *("student_lm_head_weight", "teacher_lm_head_weight", "completion_mask", "beta"),
+    *("num_items_in_batch", "student_lm_head_bias", "teacher_lm_head_bias"),
+    *("student_logit_scale", "teacher_logit_scale"),
+    *("student_final_logit_softcapping", "teacher_final_logit_softcapping", "temperature"),
+)
+JSD = ("student_logits", "teacher_logits", "labels", "beta", "temperature", "reduction")
+JSD_ALL = (*JSD, "logits_are_probs", "num_items_in_batch")
+SELECTIVE = ("logits", "index")
+SELECTIVE_ALL = (*SELECTIVE, "temperature", "row_mask")
+ONLINE = ("self", "model", "prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+ONLINE_ALL = (*ONLINE, "vision_inputs")
+
+DISTILLATION = "trl.trainer.distillation_trainer"
+KERNELS = "trl.kernels.chunked_divergence"
+
+
+def _experimental(trainer: str, name: str) -> tuple[Place, ...]:
+    return (Place(f"trl.experimental.{trainer}.{trainer}_trainer", name),)
 
 
 TARGETS = (
     Target(
         ("sft", "dpo", "kto", "grpo", "rloo"),
-        "trl.trainer.utils",
-        "",
-        "_ChunkedLogProbFunction",
+        (Place("trl.trainer.utils", "_ChunkedLogProbFunction"),),
         LOGPROB,
-        _logprob,
+        LOGPROB,
+        replacements.logprob,
+        probes.logprob,
+        through=FUSED_HEAD,
     ),
     Target(
         ("distillation",),
-        "trl.trainer.distillation_trainer",
-        "",
-        "ChunkedDivergenceFunction",
+        (
+            Place(DISTILLATION, "ChunkedDivergenceFunction"),
+            Place(KERNELS, "ChunkedDivergenceFunction", user=DISTILLATION),
+        ),
         DIVERGENCE,
-        _divergence,
+        DIVERGENCE,
+        replacements.divergence,
+        probes.divergence,
     ),
     Target(
         ("distillation",),
-        "trl.trainer.distillation_trainer",
-        "",
-        "_chunked_divergence_loss",
+        (Place(DISTILLATION, "_chunked_divergence_loss"),),
         LOSS,
-        _divergence_loss,
+        LOSS,
+        replacements.whole_divergence,
+        probes.whole_divergence,
     ),
     Target(
         ("gkd",),
-        "trl.experimental.gkd.gkd_trainer",
-        "GKDTrainer",
-        "generalized_jsd_loss",
+        _experimental("gkd", "GKDTrainer.generalized_jsd_loss"),
         JSD,
-        _jsd,
+        JSD_ALL,
+        replacements.jsd,
+        probes.jsd,
     ),
     Target(
         ("gold",),
-        "trl.experimental.gold.gold_trainer",
-        "GOLDTrainer",
-        "generalized_jsd_loss",
-        GOLD_JSD,
-        _jsd,
+        _experimental("gold", "GOLDTrainer.generalized_jsd_loss"),
+        JSD,
+        JSD_ALL,
+        replacements.jsd,
+        probes.jsd,
     ),
     Target(
         ("orpo",),
-        "trl.experimental.orpo.orpo_trainer",
-        "",
-        "selective_log_softmax",
+        _experimental("orpo", "selective_log_softmax"),
         SELECTIVE,
-        _selective,
+        SELECTIVE_ALL,
+        replacements.selective,
+        probes.selective,
     ),
     Target(
         ("cpo",),
-        "trl.experimental.cpo.cpo_trainer",
-        "",
-        "selective_log_softmax",
+        _experimental("cpo", "selective_log_softmax"),
         SELECTIVE,
-        _selective,
+        SELECTIVE_ALL,
+        replacements.selective,
+        probes.selective,
     ),
     Target(
         ("online_dpo",),
-        "trl.experimental.online_dpo.online_dpo_trainer",
-        "OnlineDPOTrainer",
-        "_forward",
+        _experimental("online_dpo", "OnlineDPOTrainer._forward"),
         ONLINE,
-        _online,
+        ONLINE_ALL,
+        replacements.online,
+        probes.online,
     ),
 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fasttax._base import checks, files
 from fasttax.integrations._models import frozen
+from fasttax.integrations._prompt_logprobs import UNKNOWN, tensors
 from fasttax.kl.topk import topk_logprobs
 
 KIND = "TopKReference"
@@ -44,6 +45,8 @@ class TopKReference:
         self.metadata = dict(metadata or {})
         bounds = offsets.tolist()
         self._where = {self._key(tokens[begin:end]): begin for begin, end in pairwise(bounds)}
+        # whether there are sequences of which the first token is not known
+        self._open = bool((tokens == UNKNOWN).any())
 
     @staticmethod
     def _key(tokens: Tensor) -> bytes:
@@ -151,6 +154,82 @@ class TopKReference:
             metadata,
         )
 
+    @staticmethod
+    def from_prompt_logprobs(
+        rows: Iterable[Any], *, vocab_size: int, temperature: float = 1.0
+    ) -> TopKReference:
+        """From the log-probs of prompts that vLLM or SGLang returned, as JSON or as their objects.
+
+        The sampled token is kept beside the k largest, so that a token's list has k or k + 1
+        entries. A row is one sequence, as the server gives it:
+
+        - vLLM, asked with prompt_logprobs=k: {"prompt_token_ids": [...], "prompt_logprobs": [None,
+          {id: {"logprob": ..., "rank": ..., "decoded_token": ...}, ...}, ...]}, or prompt_logprobs
+          alone. Each mapping then begins with the prompt's own token, as vLLM's do, and the first
+          token is not known: the row serves sequences that begin with any token and go on so.
+        - SGLang, asked with return_logprob=True, logprob_start_len=0, top_logprobs_num=k: the
+          response or its meta_info, with input_token_logprobs ([log-prob, id, text] each) and
+          input_top_logprobs (None, then a list of such).
+
+        Args:
+            rows: the sequences.
+            vocab_size: of the reference, the size of its logits.
+            temperature: that the server divided logits by before it took these log-probs. vLLM's
+                prompt_logprobs are of the raw logits (1.0) whatever it samples at, as long as its
+                logprobs_mode is "raw_logprobs".
+
+        Raises:
+            ValueError: a row is malformed; its place is named.
+        """
+        op = "TopKReference.from_prompt_logprobs"
+        V = checks.count(op, "vocab_size", vocab_size)
+        temperature = checks.positive(op, "temperature", temperature)
+        if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+            expected = "a list of rows, one for each sequence"
+            raise checks.fail(op, "rows", expected, rows, "pass [row]", TypeError)
+        given = list(rows)
+        if not given or given[0] is None:
+            got = "the entries of one row" if given else "none"
+            raise checks.fail(
+                op, "rows", "a list of rows, one for each sequence", got, "pass [row]"
+            )
+        tokens, offsets, logp, ids = tensors(given, V)
+        metadata = {
+            "k": logp.shape[-1],
+            "sequences": len(given),
+            "tokens": tokens.numel(),
+            "vocabulary": V,
+            "temperature": temperature,
+            "source": "prompt_logprobs",
+        }
+        made = TopKReference(tokens, offsets, logp, ids, metadata)
+        made._check_distinct(op)
+        return made
+
+    def _check_distinct(self, op: str) -> None:
+        """Refuses sequences that differ in what predicts their tokens alone.
+
+        Raises:
+            ValueError: two of them have the same tokens, as far as they are known.
+        """
+        first: dict[bytes, int] = {}
+        for i, (begin, end) in enumerate(pairwise(self.offsets.tolist())):
+            key = self._key(self.tokens[begin:end])
+            other = first.setdefault(key, i)
+            start = int(self.offsets[other])
+            same = slice(start, start + end - begin)
+            if other != i and not (
+                torch.equal(self.logp[begin:end], self.logp[same])
+                and torch.equal(self.ids[begin:end], self.ids[same])
+            ):
+                raise checks.fail(
+                    op,
+                    f"rows[{i}]",
+                    "one list of log-probs for a sequence",
+                    f"others for the tokens of rows[{other}], as far as the two are known",
+                    "give the rows' prompt_token_ids; leave one of two equal prompts out",
+                )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """A safetensors file; a crash leaves the old one."""
         files.write(
@@ -181,6 +260,11 @@ class TopKReference:
 
     def _begin(self, tokens: Tensor) -> int | None:
         """Where a sequence's log-probs begin; the whole sequence goes before its own prefix."""
+        known = self._where.get(self._key(tokens), self._where.get(self._key(tokens[:-1])))
+        if known is not None or tokens.numel() < 2 or not self._open:
+            return known
+        tokens = tokens.clone()
+        tokens[0] = UNKNOWN
         return self._where.get(self._key(tokens), self._where.get(self._key(tokens[:-1])))
 
     def lookup(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""EWC and an exact KL to a reference in transformers' Trainer and everything built on it.
+"""EWC, an exact KL to a reference and replay in transformers' Trainer and what is built on it.
 
     callbacks=[EWCCallback(ewc)]                       # before Trainer is made
     handle = attach(trainer, ewc=ewc, kl={...})        # after; handle.undo() takes it away
+    attach(trainer, replay={"loader": batches})        # general text beside the trainer's own
 
 The order of events in a step is transformers 5's: on_step_begin, the micro-batches, unscale and
 clip, on_pre_optimizer_step, step.
@@ -15,9 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax._base.hashes import same_weights, weights_hash
@@ -29,10 +27,12 @@ try:
     from transformers import TrainerCallback
 
     from fasttax.integrations._full_kl import FullKL
+    from fasttax.integrations._replay import Options, add_replay
     from fasttax.integrations._trainer import (
         add_callback,
         check_trainer,
         checkpoint_folder,
+        loss_scale,
         move_to_the_front,
         publish,
         refuse_deepspeed,
@@ -92,7 +92,8 @@ class EWCCallback(TrainerCallback):
         the penalty's.
         """
         if self.where == "pre_clip" and not self._primed:
-            self.ewc.add_grad_(_loss_scale(kwargs.get("optimizer"), self.ewc))
+            device = next(iter(self.ewc.parameters().values())).device
+            self.ewc.add_grad_(loss_scale(kwargs.get("optimizer"), device))
             self._primed = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -160,38 +161,62 @@ def attach(
     *,
     ewc: EWC | None = None,
     kl: Mapping[str, Any] | None = None,
+    replay: Any = None,
     where: str = "pre_clip",
 ) -> Handle:
-    """Puts EWC, an exact KL to a reference, or both into a trainer that exists already.
+    """Puts EWC, an exact KL to a reference, replay, or several into a trainer that exists already.
+
+    Replay adds weight * the mean loss over the tokens of a batch of general text to the gradient of
+    every k-th optimizer step: once a step whatever the accumulation, before clipping. Under DDP and
+    FSDP2 each rank reads its own loader, and the mean is over the tokens of all. The logged loss
+    stays the trainer's own; the log gets `replay/lm` or `replay/kl`, the mean since the last log. A
+    loader that is exhausted begins anew.
 
     Args:
         trainer: a transformers Trainer, or one of TRL's.
         ewc: as in `EWCCallback`.
-        kl: the arguments of `fasttax.integrations.trl.FullKL` but for the trainer: {"ref_model":
-            ..., "beta": 0.1, "kind": "policy_ref"}. Logs `kl/policy_ref`, `kl/ref_policy` and
-            `entropy`.
+        kl: the arguments of `fasttax.integrations.trl.FullKL` but for trainer and replay:
+            {"ref_model": ..., "beta": 0.1, "kind": "policy_ref"}. Logs `kl/policy_ref`,
+            `kl/ref_policy` and `entropy`.
+        replay: a loader of batches (input_ids with attention_mask, labels, position_ids or
+            cu_seqlens; their size is the loader's own), or a mapping: "loader" that one; "kind"
+            "lm", the cross-entropy of the next tokens (InstructGPT's PPO-ptx), or "kl",
+            `token_kl(logits, ref_logits)` to "ref_model", a model or a TopKReference of the
+            loader's sequences, without which it is that of `kl`, the trainer's own, or under PEFT
+            the model without its adapter; "weight" 1.0; "every" 1: it acts on every k-th step, with
+            the same weight.
         where: as in `EWCCallback`.
 
     Returns:
         A handle whose `undo()` takes them out; also a context manager.
 
     Raises:
-        ValueError, TypeError: neither ewc nor kl; DeepSpeed; or as the two of them.
+        ValueError, TypeError: none of the three; DeepSpeed; a loader or reference that does not
+            fit; or as `EWCCallback` and `FullKL`.
     """
     op = "attach"
     check_trainer(op, trainer, "a transformers.Trainer")
-    if ewc is None and kl is None:
+    if ewc is None and kl is None and replay is None:
         raise checks.fail(
             op,
             "ewc and kl",
-            "at least one of the two",
+            "at least one of the two, or replay",
             "None and None",
-            "pass ewc=fasttax.EWC(...) or kl={'ref_model': ..., 'beta': ...}",
+            "pass ewc=fasttax.EWC(...), kl={'ref_model': ..., 'beta': ...} or "
+            "replay={'loader': ...}",
         )
     callback = None if ewc is None else EWCCallback(ewc, where)
+    arguments = {} if kl is None else _kl_arguments(op, kl)
+    options = None if replay is None else Options.of(op, replay, arguments.get("ref_model"))
     handle = Handle()
-    if kl is not None:
-        handle.on_undo(FullKL(trainer, **_kl_arguments(op, kl)).undo)
+    try:
+        if kl is not None:
+            handle.on_undo(FullKL(trainer, **arguments).undo)
+        if options is not None:
+            add_replay(handle, trainer, options)
+    except Exception:
+        handle.undo()
+        raise
     if callback is not None:
         add_callback(handle, trainer, callback)
     return handle
@@ -207,21 +232,9 @@ def _kl_arguments(op: str, kl: Any) -> dict[str, Any]:
             kl,
             error=TypeError,
         )
-    accepted = tuple(inspect.signature(FullKL).parameters)[1:]
+    names = tuple(inspect.signature(FullKL).parameters)[1:]
+    accepted = tuple(name for name in names if name != "replay")  # attach has it itself
     return {checks.choice(op, "kl", name, accepted): value for name, value in kl.items()}
-
-
-def _loss_scale(optimizer: Any, ewc: EWC) -> float | Tensor:
-    """What fp16 multiplies the loss by: gradients before unscaling carry it.
-
-    The scaler hangs on Accelerate's optimizer. Its get_scale() would be a host sync.
-    """
-    scaler = getattr(optimizer, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
-        return 1.0
-    device = next(iter(ewc.parameters().values())).device
-    scale: Tensor = scaler.scale(torch.ones((), device=device))
-    return scale
 
 
 def _state_file(ewc: EWC, args: Any) -> str:

@@ -10,7 +10,7 @@ FullKL(trainer, ref_model, beta=0.1)   # beta * KL(policy || ref) in the loss of
 
 from __future__ import annotations
 
-import re
+import importlib
 import sys
 from collections import Counter
 from typing import Any
@@ -21,11 +21,11 @@ from fasttax._base import checks
 from fasttax._base.handle import Handle
 
 try:
-    import trl
+    importlib.import_module("trl")  # before what it needs, so that an error names it
 
     from fasttax.integrations._full_kl import FullKL as FullKL
     from fasttax.integrations._trl_divergence import has_jsd, jsd_loss
-    from fasttax.integrations._trl_targets import TARGETS, TESTED
+    from fasttax.integrations._trl_targets import TARGETS, Fit, Target, Unfit
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"fasttax.integrations.trl: {error.name} is not installed; run `pip install "
@@ -53,19 +53,24 @@ CHOICES = {
 class Patch(Handle):
     """What `patch` did; `undo()` puts TRL's own back.
 
-    `.replaced` names the replacements, `.calls` counts how often each of them ran.
+    `.patched` names what was replaced, `.skipped` has for each name that was left alone the reason,
+    `.calls` counts how often each replacement ran.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.replaced: list[str] = []
+        self.patched: list[str] = []
+        self.skipped: dict[str, str] = {}
         self.calls: Counter[str] = Counter()
 
     def __repr__(self) -> str:
-        return f"Patch({', '.join(self.replaced) if self.active else 'undone'})"
+        if not self.active:
+            return "Patch(undone)"
+        skipped = f", skipped {len(self.skipped)}" if self.skipped else ""
+        return f"Patch({', '.join(self.patched)}{skipped})"
 
 
-def patch(*trainers: Any, any_version: bool = False, quiet: bool = False) -> Patch:
+def patch(*trainers: Any, strict: bool = False, quiet: bool = False) -> Patch:
     """Puts fasttax's ops in place of TRL's for the trainers named.
 
     They are log-probs and entropy from hidden states (SFT, DPO, KTO, GRPO, RLOO), the divergence
@@ -76,38 +81,61 @@ def patch(*trainers: Any, any_version: bool = False, quiet: bool = False) -> Pat
     metrics and gradients stay TRL's up to rounding, under autocast too. What has no fasttax op goes
     on to TRL's: GOLD's `logits_are_probs` (ULD), an unreduced JSD.
 
+    No version of TRL is asked for: each name is replaced where this TRL looks it up, has the
+    arguments that are known, and gives the same numbers and gradients as fasttax's op on a few
+    tokens, which are computed here. What does not fit is left as it is.
+
     Args:
         trainers: names (or TRL's: "SFT", "SFTTrainer") among "sft", "dpo", "kto", "grpo", "rloo",
             "distillation", "gkd", "gold", "orpo", "cpo", "online_dpo", or trainers, or their
             classes; none is all of them.
-        any_version: also patch a TRL other than 1.16; signatures are checked all the same.
-        quiet: do not print what was replaced to stderr.
+        strict: refuse where anything does not fit.
+        quiet: do not print to stderr what was replaced and what was left alone.
 
     Returns:
-        A `Patch`, also a context manager.
+        A `Patch` with `.patched` and `.skipped`, also a context manager.
 
     Raises:
         ValueError: a name that is none of these, or a trainer that has no op to replace.
-        RuntimeError: another version of TRL, another signature than TRL 1.16's, or a patch that is
-            still in place; nothing is replaced then.
+        RuntimeError: nothing fits, a trainer that was named does not, or with `strict` anything
+            does not; nothing is replaced then.
     """
-    names = {_name_of(t) for t in trainers} or set(CHOICES)
-    if not any_version and not re.match(rf"{re.escape(TESTED)}(\.|$)", trl.__version__):
-        raise RuntimeError(
-            f"patch: trl: expected version {TESTED}, whose ops these replacements were tested "
-            f"against, got {trl.__version__}; install trl=={TESTED}.*, or pass any_version=True to "
-            "go by the signatures alone"
-        )
-    chosen = [target for target in TARGETS if names & set(target.trainers)]
-    found = [(target, *target.find()) for target in chosen]
+    named = {_name_of(t) for t in trainers}
+    chosen = [target for target in TARGETS if not named or named & set(target.trainers)]
     handle = Patch()
-    for target, owner, original in found:
-        replacement = target.make(original, handle.calls, target.label)
-        handle.replace(owner, target.name, replacement, target.label)
-        handle.replaced.append(target.label)
+    found: list[tuple[Target, Fit]] = []
+    for target in chosen:
+        tried = target.tried(named)
+        if isinstance(tried, Unfit):
+            handle.skipped[target.label] = str(tried)
+        else:
+            found.append((target, tried))
+    if handle.skipped and (named or strict or not found):
+        raise _does_not_fit(handle.skipped, found, bool(named))
+    for target, fit in found:
+        replacement = target.make(fit.original, handle.calls, fit.label)
+        handle.replace(fit.owner, fit.attribute, replacement, fit.label)
+        handle.patched.append(fit.label)
     if not quiet:
-        print(f"fasttax: replaced {', '.join(handle.replaced)}", file=sys.stderr)
+        print(f"fasttax: replaced {', '.join(handle.patched)}", file=sys.stderr)
+        for label, why in handle.skipped.items():
+            print(f"fasttax: left alone {label}: {why}", file=sys.stderr)
     return handle
+
+
+def _does_not_fit(
+    skipped: dict[str, str], found: list[tuple[Target, Fit]], named: bool
+) -> RuntimeError:
+    """The error that lists what does not fit, and what would."""
+    reasons = "; ".join(f"{label} {reason}" for label, reason in skipped.items())
+    fitting = sorted({name for target, _ in found for name in target.trainers})
+    if found and not named:
+        way_out = "leave strict out to patch the others"
+    elif found:
+        way_out = f"patch({', '.join(map(repr, fitting))}) fits"
+    else:
+        way_out = "train without patch: FullKL and attach need none"
+    return RuntimeError(f"patch: expected ops that fasttax's fit, got {reasons}; {way_out}")
 
 
 def _name_of(trainer: Any) -> str:
@@ -116,12 +144,11 @@ def _name_of(trainer: Any) -> str:
             name.removesuffix("Trainer"): choice for choice, name in CHOICES.items()
         }
         return checks.choice("patch", "trainers", spelled.get(trainer, trainer), tuple(CHOICES))
-    classes = {
-        c.__name__ for c in (trainer if isinstance(trainer, type) else type(trainer)).__mro__
-    }
-    for name, class_name in CHOICES.items():
-        if class_name in classes:
-            return name
+    names = {class_name: name for name, class_name in CHOICES.items()}
+    classes = (trainer if isinstance(trainer, type) else type(trainer)).__mro__
+    for c in classes:  # the nearest: GKDTrainer is an SFTTrainer
+        if c.__name__ in names:
+            return names[c.__name__]
     raise checks.fail(
         "patch",
         "trainers",

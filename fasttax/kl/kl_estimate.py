@@ -34,15 +34,27 @@ def kl_estimate(
 ) -> Tensor:
     """Monte-Carlo estimate of KL(policy || ref) from the sampled tokens' log-probs.
 
+    What its mean over the sampled tokens is the gradient of, with grad="estimator":
+
+    - without `old_logp`, on samples of the present weights: k1's is 0; k2's is that of KL(policy ||
+      ref), though its value is another; k3's is that of KL(ref || policy).
+    - with `old_logp`, whatever weights sampled: k1's and k3's are those of KL(policy || ref), to
+      which their values belong; k2's is that of E[r^2/2], another quantity (off by 31 % where
+      it was measured, on a language model).
+
+    grad="reverse_kl" is that of KL(policy || ref) in all cases: with `old_logp` whatever weights
+    sampled, without it on samples of the present ones. All of these are of each token's
+    distribution at its prefix. The KL of whole sequences has a term more, of how the policy comes
+    to its prefixes: `FullKL(estimator="sequence")` in GRPO and RLOO.
+
     Args:
         logp: (...), of the tokens that were sampled, under the policy.
         ref_logp: (...), of the same tokens under the reference.
         kind: "k1" = -r, "k2" = r^2/2, "k3" = e^r - 1 - r, with r = ref_logp - logp.
         old_logp: log-probs under the policy that sampled; multiplies by the importance ratio
             exp(logp - old_logp), differentiated.
-        grad: "estimator" differentiates what is returned (k3's gradient is that of KL(ref ||
-            policy), k1's is 0 on average); "reverse_kl" keeps the value and takes the gradient of
-            KL(policy || ref): ratio * (logp - ref_logp) * d logp.
+        grad: "estimator" differentiates what is returned; "reverse_kl" keeps the value and takes
+            the gradient of KL(policy || ref): ratio * (logp - ref_logp) * d logp.
         clip: log-ratio above which exp goes on along its tangent.
         mask: as in `token_kl`; what is under it may be NaN.
         weight: as in `token_kl`.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+import trl
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -16,13 +18,23 @@ from fasttax import cli
 from fasttax.integrations import _heads
 from fasttax.integrations.reference import TopKReference
 from fasttax.integrations.transformers import attach
-from fasttax.integrations.trl import FullKL
+from fasttax.integrations.trl import FullKL, patch
 from fasttax.kl import linear_sweep
 from tests.tools import tiny_lm, trl_runs
 
 BETA = 0.4
 ROUNDING = 1e-6  # two steps; the KL's own gradient is larger than the parity tests' losses
 TRAINERS = ("sft", "dpo", "kto", "grpo", "rloo")
+
+
+@pytest.fixture(autouse=True)
+def _ops_for_a_cpu() -> Iterator[None]:
+    """TRL 1.15's own ops are Triton's alone."""
+    if trl.__version__.startswith("1.15."):
+        with patch(quiet=True):
+            yield
+    else:
+        yield
 
 
 def counted(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

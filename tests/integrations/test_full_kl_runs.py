@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as t
+import trl
 
 from fasttax.integrations.reference import TopKReference
 from fasttax.integrations.transformers import attach
 from fasttax.integrations.trl import FullKL
 from tests.tools import kl_steps as k
+from tests.tools import tiny_lm, trl_runs
 
 CLOSE = 2e-4
 
@@ -224,3 +227,93 @@ def test_a_cache_refuses_what_it_cannot_know() -> None:
     with pytest.raises(ValueError, match="got a cached reference, and pixel_values beside inp"):
         k.step(k.llama(), cache, cls=Pictures)
     assert k.step(k.llama(), ref, cls=Pictures).kl > 0  # as advised
+
+
+# --- older versions of the trainers ---------------------------------------------------------------
+
+
+class Old(k.NoLogits):
+    """transformers before 5.19: whether the loss is scaled is not an attribute."""
+
+    @property
+    def loss_is_scaled_for_ga(self) -> Any:
+        raise AttributeError("loss_is_scaled_for_ga")
+
+
+@pytest.mark.parametrize("func", [None, lambda *args, **kwargs: None])
+@pytest.mark.parametrize("counted", [False, True])
+def test_transformers_before_5_19(counted: bool, func: Any) -> None:
+    """The KL is divided as training_step divides that version's loss."""
+    policy, ref = k.llama(), k.llama(1)
+    wanted, _ = k.truth(policy, ref)
+    tokens = int((k.BATCH["labels"][:, 1:] != -100).sum())
+    made = k.trainer(policy, Old)
+    made.current_gradient_accumulation_steps, made.compute_loss_func = 2, func
+    made.model.train()
+    items = torch.tensor(4 * tokens) if counted else None
+    with FullKL(made, ref, 0.5):
+        loss = made.compute_loss(policy, dict(k.BATCH), num_items_in_batch=items)
+    # a mean over the tokens that were counted; of two micro-batches; of this one, to be halved
+    scale = 0.25
+    if not counted:
+        scale = 1.0 if func is None else 0.5
+    assert float(loss.detach()) == pytest.approx(0.5 * scale * wanted, rel=CLOSE)
+
+
+class NoLabels(k.NoLogits):
+    """TRL before 1.15 gives the model no labels: a completion_mask says what counts."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "completion_ids" in inputs:
+            inputs = {
+                f"{to}": torch.cat((inputs[f"prompt_{of}"], inputs[f"completion_{of}"]), 1)
+                for to, of in (("input_ids", "ids"), ("attention_mask", "mask"))
+            }
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return super().compute_loss(model, given)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_completion_mask_says_which_tokens_count(split: bool) -> None:
+    policy, ref = k.llama(), k.llama(1)
+    counts = torch.ones_like(k.IDS)
+    counts[0, 7:] = 0
+    counts[:, :3] = 0
+    labels = k.IDS.masked_fill(counts == 0, -100)
+    batch = {"input_ids": k.IDS, "attention_mask": torch.ones_like(k.IDS)}
+    wanted, grads = k.truth(policy, ref, batch={**batch, "labels": labels})
+    given = {**batch, "completion_mask": counts}
+    if split:
+        given = {
+            "prompt_ids": k.IDS[:, :3],
+            "prompt_mask": torch.ones_like(k.IDS[:, :3]),
+            "completion_ids": k.IDS[:, 3:],
+            "completion_mask": counts[:, 3:],
+        }
+    made = k.trainer(policy, NoLabels)
+    made.current_gradient_accumulation_steps = 1
+    policy.train()
+    with FullKL(made, ref, 0.5) as full:
+        made.compute_loss(policy, given).backward()
+    assert full.events.since_log["kl/policy_ref"].tolist() == [
+        pytest.approx(wanted * int(counts.sum()), rel=CLOSE),
+        counts.sum(),
+    ]
+    found = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    assert k.error(found, grads, 0.5) < 1e-3
+
+
+def test_trl_before_1_9_is_refused_when_full_kl_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dpo, sft = (trl_runs.make(name, tmp_path) for name in ("dpo", "sft"))
+    monkeypatch.setattr(trl, "__version__", "0.27.2")
+    with pytest.raises(
+        RuntimeError,
+        match=r"FullKL: trainer: expected DPOTrainer of trl >= 1\.9, got that of trl 0\.27\.2; "
+        r"install trl>=1\.9; or take SFTTrainer, which is served in every version",
+    ):
+        FullKL(dpo, k.llama(1), 0.1)
+    FullKL(sft, tiny_lm.model(1), 0.1).undo()  # as advised
+    monkeypatch.setattr(trl, "__version__", "1.9.0")
+    FullKL(dpo, tiny_lm.model(1), 0.1).undo()  # as advised

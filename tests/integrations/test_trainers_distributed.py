@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from test_full_kl import BETA, make
+from test_replay import texts
 from test_transformers import (
     ROUNDING,
     FakeArguments,
@@ -26,7 +27,7 @@ from test_transformers import (
     history,
 )
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 
 from fasttax.integrations.transformers import EWCCallback, attach
 from fasttax.integrations.trl import FullKL
@@ -48,6 +49,44 @@ def ddp(rank: int, folder: Path) -> None:
         folder / "ddp.pt",
         (dict(trainer.model.state_dict()), history(trainer, "kl/policy_ref")),
     )
+
+
+class Branch(LlamaForCausalLM):
+    """With a parameter that texts of ten tokens use: the replay's, and none of the trainer's."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.extra = nn.Parameter(torch.linspace(-1, 1, config.vocab_size))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None, **given: Any
+    ) -> Any:
+        output = super().forward(input_ids, attention_mask, labels=labels, **given)
+        if input_ids.shape[1] == 10:
+            output.logits = output.logits + self.extra
+        return output
+
+
+def branch() -> Any:
+    model = Branch(tiny_lm.model().config)
+    model.load_state_dict(tiny_lm.model().state_dict(), strict=False)
+    return model
+
+
+def replayed(folder: Path, rows: slice, each: int, **changes: Any) -> Any:
+    """Three steps with both kinds of replay, whose rows are of several lengths."""
+    batch = texts(1)[0]
+    trainer = Trainer(
+        branch(),
+        arguments(folder, per_device_train_batch_size=each, **changes),
+        train_dataset=Rows(tiny_lm.ids()),
+    )
+    given = {"loader": [{name: x[rows] for name, x in batch.items()}], "weight": 0.7}
+    attach(trainer, replay={**given, "kind": "lm"})
+    attach(trainer, replay={**given, "kind": "kl", "ref_model": tiny_lm.model(1)})
+    transformers.set_seed(5)
+    trainer.train()
+    return trainer, [history(trainer, f"replay/{kind}") for kind in ("lm", "kl")]
 
 
 def loss_and_gradient(folder: Path, shard: bool, rows: slice) -> dict[str, Tensor]:
@@ -121,6 +160,8 @@ def everything(rank: int, folder: Path) -> None:
         MASTER_PORT="29511",
     )
     ddp(rank, folder)
+    trainer, logged = replayed(folder, slice(2 * rank, 2 * rank + 2), 1, ddp_backend="gloo")
+    save(rank, folder / "replay.pt", (dict(trainer.model.state_dict()), logged))
     ewc_under_fsdp2(rank, folder)
     save(rank, folder / "fsdp.pt", loss_and_gradient(folder, True, slice(2 * rank, 2 * rank + 2)))
 
@@ -157,6 +198,22 @@ def test_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
     state, kl = torch.load(ranks / "ddp.pt")
     assert difference(load(tiny_lm.model(), state), alone.model) <= 4 * ROUNDING
     assert len(kl) == 2
+
+
+@pytest.mark.slow
+def test_replay_under_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
+    """Ranks read loaders of their own, of 14 and of 3 tokens; the mean is over the tokens of all.
+
+    Accumulation is 2, so that the replay's gradient waits through a micro-batch without a sync.
+    """
+    alone, wanted = replayed(tmp_path, slice(None), 2)
+    state, logged = torch.load(ranks / "replay.pt")
+    assert difference(load(branch(), state), alone.model) <= 4 * ROUNDING
+    moved = alone.model.extra - branch().extra  # which the trainer's own loss does not reach
+    assert float(moved.detach().abs().max()) > 1e3 * ROUNDING
+    for found, own in zip(logged, wanted, strict=True):
+        assert found == pytest.approx(own, rel=1e-5)
+        assert len(found) == 3
 
 
 @pytest.mark.slow
