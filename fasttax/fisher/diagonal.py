@@ -31,6 +31,7 @@ from fasttax.fisher.observation import Loss, Observation
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.plan import TIED, Filter, plan, select
 from fasttax.fisher.products import fast_linear
+from fasttax.fisher.resuming import differing
 from fasttax.fisher.rules.routing import RoutingBlock
 from fasttax.fisher.sums import Slot, Sums
 from fasttax.fisher.tap import Tap
@@ -463,7 +464,7 @@ class DiagonalFisher:
             ValueError: the file is of another estimation; the differences are listed.
         """
         tensors, metadata = files.read(path, "DiagonalFisher")
-        differences = self._differences(tensors, metadata)
+        differences = differing(self._facts(), self.sums.tensors(), metadata, tensors)
         if differences:
             raise ValueError(
                 f"DiagonalFisher.resume: {os.fspath(path)} was written by another estimation:\n  "
@@ -480,25 +481,3 @@ class DiagonalFisher:
         self.examples, self.tokens = metadata["examples"], metadata["tokens"]
         self.batches = metadata["batches"]
         self.hashed = self.batches, metadata.get("batches_hash", "")
-
-    def _differences(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[str]:
-        """A line for each fact and each sum that differs in a file; versions may.
-
-        A fact that an earlier version did not write down is taken to be the same.
-        """
-        found = [
-            f"{k}: {metadata[k]!r} in the file, {v!r} here"
-            for k, v in self._facts().items()
-            if k not in ("fasttax", "torch") and metadata.get(k, v) != v
-        ]
-        here = {n: tuple(t.shape) for n, t in self.sums.tensors().items()}
-        stored = {
-            n: tuple(t.shape)
-            for n, t in tensors.items()
-            if n.partition(".")[0] in ("sum", "left", "right", "tokens")
-        }
-        for n in sorted({*stored, *here}):
-            there, mine = stored.get(n, "missing"), here.get(n, "missing")
-            if there != mine:
-                found.append(f"{n.removeprefix('sum.')}: {there} in the file, {mine} here")
-        return found
