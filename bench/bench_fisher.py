@@ -15,6 +15,7 @@ from torch import Tensor
 import fasttax
 from bench import baselines, workloads
 from bench.timing import Case
+from fasttax.fisher.kronecker_fisher import KroneckerFisher
 
 
 def cases() -> Iterator[Case]:
@@ -25,6 +26,7 @@ def cases() -> Iterator[Case]:
     yield lists()
     yield head()
     yield whole_model()
+    yield from kronecker()
     yield memory()
 
 
@@ -255,5 +257,37 @@ def whole_model() -> Case:
         contenders,
         16 * count,
         6 * count * ids.numel(),
+        rounds=3,
+    )
+
+
+def kronecker() -> Iterator[Case]:
+    """Factors of every linear layer beside the diagonal, and a step of EWC on either.
+
+    Floors: of the estimate the diagonal's; of the step four products a layer.
+    """
+    model = smollm2()
+    ids = torch.randint(0, 49152, (4, 128))
+    diagonal = fasttax.DiagonalFisher(model, verify=False)
+    factors = KroneckerFisher(model, verify=False)
+    count = sum(p.numel() for p in model.parameters())
+    yield Case(
+        "Kronecker Fisher of SmolLM2-135M, float32",
+        "batch 4 x 128",
+        {"diagonal": lambda: diagonal.update(ids), "fasttax": lambda: factors.update(ids)},
+        16 * count,
+        6 * count * ids.numel(),
+        rounds=3,
+    )
+    estimate = factors.finalize()
+    flops = sum(2 * (len(a) + len(g)) * len(a) * len(g) for a, g in estimate.factors.values())
+    plain = fasttax.EWC(model, estimate.to_diagonal(), strength=1.0)
+    whole = fasttax.EWC(model, estimate, strength=1.0)
+    yield Case(
+        "EWC.add_grad_ on Kronecker factors",
+        "SmolLM2-135M",
+        {"diagonal": plain.add_grad_, "fasttax": whole.add_grad_},
+        20 * count,
+        flops,
         rounds=3,
     )

@@ -25,7 +25,7 @@ class KroneckerFisher(DiagonalFisher):
 
     What `KroneckerEstimate` holds. The head's G is the closed form over all labels wherever its
     outputs are the logits entry by entry (softcap and scale are fine), also with labels="sample".
-    A weight that embedding and head share keeps its diagonal.
+    A weight that embedding and head share keeps its diagonal, of the labels that were asked for.
 
     Args:
         model: as of DiagonalFisher.
@@ -61,6 +61,16 @@ class KroneckerFisher(DiagonalFisher):
 
     def _settle(self) -> None:
         self._factored.settle()
+        head = self.view.output_embedding()
+        tied = head is not None and head.names.get("weight") not in self._factored.factors
+        if tied and self._asked == "sample":
+            self._sample_the_head()
+
+    def _sample_the_head(self) -> None:
+        """Labels as drawn, of a head that has no factors, or none over all labels at once."""
+        self.head_is_closed = False
+        self.labels = "sample"
+        self.view = dataclasses.replace(self.view, labels="sample")
 
     @property
     def _factored(self) -> FactoredSums:
@@ -75,9 +85,7 @@ class KroneckerFisher(DiagonalFisher):
         try:
             super().update(batch)
         except NoClosedForm:
-            self.head_is_closed = False
-            self.labels = "sample"
-            self.view = dataclasses.replace(self.view, labels="sample")
+            self._sample_the_head()
             super().update(batch)
 
     @contextmanager

@@ -156,10 +156,9 @@ class View:
         if batch.likelihood != "softmax":
             expected = f"'sample' or 'true' with likelihood={batch.likelihood!r}"
             raise checks.fail(OP, "labels", expected, "'exact_head'", error=NoClosedForm)
-        head = _called(self.model, "get_output_embeddings")
-        for tap in self.taps:
-            if tap.role == "head" and tap.module is head:
-                return tap
+        found = self.output_embedding()
+        if found is not None:
+            return found
         last: Tap | None = current.outputs.get(address(logits))
         if last is None or last.role != "head":
             raise checks.fail(
@@ -171,6 +170,12 @@ class View:
                 NoClosedForm,
             )
         return last
+
+    def output_embedding(self) -> Tap | None:
+        """The tap of the head that the model itself names, if it is one."""
+        head = _called(self.model, "get_output_embeddings")
+        taps = (tap for tap in self.taps if tap.role == "head" and tap.module is head)
+        return next(taps, None)
 
     # --- how it runs ------------------------------------------------------------------------------
 
