@@ -264,7 +264,10 @@ def whole_model() -> Case:
 def kronecker() -> Iterator[Case]:
     """Factors of every linear layer beside the diagonal, and a step of EWC on either.
 
-    Floors: of the estimate the diagonal's; of the step four products a layer.
+    Floors: of the estimate the diagonal's; of the step two products with the factors a layer.
+
+    Yields:
+        The estimate, and the step.
     """
     model = smollm2()
     ids = torch.randint(0, 49152, (4, 128))
@@ -279,7 +282,7 @@ def kronecker() -> Iterator[Case]:
         6 * count * ids.numel(),
         rounds=3,
     )
-    estimate = factors.finalize()
+    estimate = fasttax.estimate_fisher(model, [ids], structure="kron", progress=False)
     flops = sum(2 * (len(a) + len(g)) * len(a) * len(g) for a, g in estimate.factors.values())
     plain = fasttax.EWC(model, estimate.to_diagonal(), strength=1.0)
     whole = fasttax.EWC(model, estimate, strength=1.0)
