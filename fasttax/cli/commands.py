@@ -19,10 +19,16 @@ COMMANDS = {
     "demo": Command(
         "align a small real model with and without fasttax, and report what each way costs"
     ),
-    "fisher": Command("estimate a model's diagonal Fisher on text and save it"),
+    "fisher": Command(
+        "estimate a model's Fisher on text, diagonal or by Kronecker factors, and save it"
+    ),
     "kl": Command(
         "measure: both KLs of two models on text, token by token; cache: keep a reference's top-k "
         "log-probs of training data, so that training needs no reference in memory",
+        extra="transformers",
+    ),
+    "sample": Command(
+        "draw texts from a model itself, for replay where no base data is at hand",
         extra="transformers",
     ),
     "plan": Command(

@@ -1,4 +1,4 @@
-"""`fasttax fisher MODEL TEXT`: a model's diagonal Fisher on a text, written to a file."""
+"""`fasttax fisher MODEL TEXT`: a model's Fisher on a text, written to a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fasttax.cli import _language_model, _texts
 from fasttax.cli._options import in_options
 from fasttax.cli.commands import COMMANDS
-from fasttax.fisher import FisherEstimate, estimate_fisher
+from fasttax.fisher import FisherEstimate, KroneckerEstimate, estimate_fisher
 
 OP = "fasttax fisher"
 REFUSED = (ValueError, TypeError, NotImplementedError)  # what the library says no with
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _estimated(
     model: Any, batches: Sequence[Tensor], examples: int, args: argparse.Namespace
-) -> FisherEstimate:
+) -> FisherEstimate | KroneckerEstimate:
     """The estimate; what the library advises is said in the command's options."""
     try:
         return _estimate(model, batches, examples, args, args.labels, args.fallback)
@@ -65,7 +65,8 @@ def _estimated(
         labels = args.labels
         if labels == "exact_head":
             labels = "sample"
-        if args.fallback is not None or not _loop_runs(model, batches, args, labels):
+        whole = args.structure == "kron" or args.fallback is not None
+        if whole or not _loop_runs(model, batches, args, labels):
             raise
         raise ValueError(
             f"{type(model).__name__} cannot be taken layer by layer ({error}); pass --fallback "
@@ -94,16 +95,17 @@ def _estimate(
     args: argparse.Namespace,
     labels: str,
     fallback: str | None,
-) -> FisherEstimate:
-    return estimate_fisher(
-        model,
-        batches,
-        labels=labels,
-        max_examples=examples,
-        params=args.params,
-        fallback=fallback,
-        storage=args.storage,
-    )
+) -> FisherEstimate | KroneckerEstimate:
+    options: dict[str, Any] = {
+        "labels": labels,
+        "max_examples": examples,
+        "params": args.params,
+        "fallback": fallback,
+        "storage": args.storage,
+    }
+    if args.structure == "kron":
+        return estimate_fisher(model, batches, structure="kron", max_dim=args.max_dim, **options)
+    return estimate_fisher(model, batches, max_dim=args.max_dim, **options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,6 +119,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--storage", choices=("fp32", "bf16", "u8log"), default="bf16")
+    parser.add_argument(
+        "--structure",
+        choices=("diagonal", "kron"),
+        default="diagonal",
+        help="kron: two factors for each linear layer, the diagonal of the rest",
+    )
+    parser.add_argument(
+        "--max-dim", type=int, help="rows of a factor above which kron cuts it to blocks (8192)"
+    )
     parser.add_argument(
         "--params",
         action="append",

@@ -209,6 +209,46 @@ def test_json_of_fisher_and_cache(models: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "c.json").read_text())["k"] == TopKReference.load(cached).k == 4
 
 
+def test_fisher_by_factors(models: Path, tmp_path: Path) -> None:
+    m0, text, out = str(models / "m0"), str(models / "text.txt"), str(tmp_path / "k.safetensors")
+    line = ["fisher", m0, text, "--length", "8", "--examples", "2", "--output", out]
+    assert cli.main([*line, "--structure", "kron", "--max-dim", "24"]) == 0
+    estimate = fasttax.KroneckerEstimate.load(out)
+    assert estimate.metadata["max_dim"] == 24
+    assert estimate.factors
+    assert cli.main([*line, "--max-dim", "24"]) == 2
+
+
+def test_sample_is_the_models_own_text(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "s.jsonl"
+    line = ["sample", str(models / "m0"), "--number", "5", "--length", "9", "--batch-size", "2"]
+    state = torch.get_rng_state()
+    assert cli.main([*line, "--output", str(out), "--json", str(tmp_path / "s.json")]) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    rows = [json.loads(row) for row in out.read_text().splitlines()]
+    assert len(rows) == json.loads((tmp_path / "s.json").read_text())["texts"] == 5
+    assert all(2 <= len(row["input_ids"]) <= 10 for row in rows)
+    assert len({tuple(row["input_ids"]) for row in rows}) > 1
+    assert cli.main([*line, "--output", str(tmp_path / "again.jsonl")]) == 0
+    assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
+    assert cli.main([*line, "--output", str(out), "--seed", "1"]) == 0
+    assert (tmp_path / "again.jsonl").read_bytes() != out.read_bytes()
+    # what kl cache and kl measure read
+    cached = str(tmp_path / "c.safetensors")
+    assert cli.main(["kl", "cache", str(models / "m0"), str(out), "--output", cached]) == 0
+    for wrong, says in (
+        (["--number", "0"], "--number"),
+        (["--temperature", "0"], "--temperature"),
+        (["--output", str(tmp_path / "none" / "s.jsonl")], "create it first"),
+        (["--length", "100000"], "--length"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*line, *wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_the_old_file(
     models: Path,
     tmp_path: Path,

@@ -1,0 +1,118 @@
+"""`fasttax sample MODEL`: the model's own text, for replay where no base data is at hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from fasttax._base import checks, files
+from fasttax.cli import _language_model
+from fasttax.cli.commands import COMMANDS
+
+OP = "fasttax sample"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draws --number texts of --length tokens from the model's own distribution.
+
+    Raises:
+        ValueError: a size below its least, or a model without a token that begins a text.
+    """
+    args = parser().parse_args(argv)
+    for option in ("number", "length", "batch_size"):
+        checks.count(OP, f"--{option.replace('_', '-')}", getattr(args, option))
+    checks.positive(OP, "--temperature", args.temperature)
+    _language_model.check(OP, args, {"model": args.model}, args.output)
+    device = _language_model.device_of(OP, args.device)
+    tokenizer = _language_model.tokenizer_of(args.model)
+    first = first_token(args.model, tokenizer)
+    length = _language_model.length_of(args.length, args.length, args.model)
+    model = _language_model.load(args.model, device, args.dtype)
+    _language_model.check_rows(OP, args.model, model, [[first] * (length + 1)])
+    lines = []
+    for ids in sampled(model, first, args):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        lines.append(json.dumps({"text": text, "input_ids": ids}) + "\n")
+
+    def write(target: Path) -> None:
+        target.write_text("".join(lines), encoding="utf-8")
+
+    print(files.whole(OP, args.output, write))
+    facts = {"output": args.output, "texts": len(lines), "temperature": args.temperature}
+    _language_model.write_json(OP, args.json, {**facts, "seed": args.seed})
+    return 0
+
+
+def first_token(name: str, tokenizer: Any) -> int:
+    """The token that a text of the model's begins after: bos, or eos where it has none.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    expected = "a tokenizer with a bos or eos token, after which a text begins"
+    raise checks.fail(OP, "model", expected, name)
+
+
+def sampled(model: Any, first: int, args: argparse.Namespace) -> Iterator[list[int]]:
+    """The texts' ids with the first token, up to and with the token that ends each.
+
+    The draws are of torch's generator, whose state is as before at the end.
+
+    Yields:
+        A text's ids.
+    """
+    device = next(model.parameters()).device
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else {*(ends or ())}
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        tqdm(total=args.number, unit="text", desc="Sample") as bar,
+    ):
+        torch.manual_seed(args.seed)
+        for begin in range(0, args.number, args.batch_size):
+            count = min(args.batch_size, args.number - begin)
+            start = torch.full((count, 1), first, device=device)
+            rows = model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=args.length,
+                do_sample=True,
+                temperature=args.temperature,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=first,
+            )
+            for row in rows.tolist():
+                yield _to_its_end(row, ends)
+                bar.update()
+
+
+def _to_its_end(ids: list[int], ends: set[int]) -> list[int]:
+    """Without what a shorter text of a batch is filled up with."""
+    for place, token in enumerate(ids[1:], 1):
+        if token in ends:
+            return ids[: place + 1]
+    return ids
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments."""
+    parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["sample"].summary)
+    parser.add_argument("model", help="a folder or Hub id of a causal language model")
+    parser.add_argument("--output", default="samples.jsonl", help="rows of text and input_ids")
+    parser.add_argument("--number", type=int, default=128, help="texts (default 128)")
+    parser.add_argument("--length", type=int, default=128, help="tokens at most (default 128)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="1 is the model's own")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    _language_model.add_options(parser)
+    return parser
