@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from fasttax.fisher.pieces import Piece, TiedHead, is_the_score
 from fasttax.fisher.sums import Slot, Sums
 
 _CHUNK = 256  # tokens of a head's closed form at a time
+ROUNDINGS = 32  # of float32 or float64: gradients of tokens below them, times the largest, are none
 
 
 @dataclass
@@ -72,7 +74,8 @@ class FactoredSums(Sums):
         self._groups = super().data_groups
         for name, slot in self.slots.items():
             taps = self.taps[name]
-            if not all(tap.factors(name) for tap in taps):
+            one_way = len({tap.turned for tap in taps}) == 1
+            if not one_way or not all(tap.factors(name) for tap in taps):
                 continue
             rows, columns = slot.shape[0], slot.shape[1:].numel()
             left, right = (
@@ -129,9 +132,10 @@ class FactoredSums(Sums):
         x, d = p.met(), p.d
         if f.turned:
             x, d = d, x
+        assert self.current is not None
         met, given = (f.left, f.right) if f.turned else (f.right, f.left)
-        reached = _reached(p, d)
-        f.tokens += self.weight * x.shape[0] if reached is None else self.weight * reached.sum()
+        reached = _reached(p, d, self.current.layout.examples)
+        f.tokens += self.weight * (x.shape[0] if reached is None else reached.sum().double())
         met.add_(self._inputs(x, reached, met), alpha=self.weight)
         if p.kind == "head":
             _add_closed(given, p, self.weight)
@@ -210,14 +214,20 @@ class FactoredSums(Sums):
         return out
 
 
-def _reached(p: Piece, d: Tensor) -> Tensor | None:
+def _reached(p: Piece, d: Tensor, examples: int) -> Tensor | None:
     """(R,), which tokens the loss reaches: padding and what follows all labels has no gradient.
+
+    Nor has a query that attends to one key alone, as a row's first, but for the rounding of its
+    attention: in float32 1e-8 to 2e-7 of the largest token's. What is below ROUNDINGS is none.
 
     None for all of them, as where every example is one row, whatever its gradient is.
     """
-    if bool((p.bounds.diff() == 1).all()) and p.bounds.numel() - 1 == d.shape[0]:
+    units = p.bounds.numel() - 1
+    if not d.numel() or (units == examples == d.shape[0] and bool((p.bounds.diff() == 1).all())):
         return None
-    return (d != 0).any(1)
+    size = torch.linalg.vector_norm(d, math.inf, dim=1)
+    eps = torch.finfo(torch.float64 if d.dtype == torch.float64 else torch.float32).eps
+    return size > ROUNDINGS * eps * size.max()
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -237,6 +237,24 @@ def test_consolidates_to_the_nearest_product() -> None:
         EWC.combine([ewc, ewc])
 
 
+@pytest.mark.parametrize("max_dims", [(None, 20), (20, None), (None, 1), (16, 8)])
+def test_consolidates_only_factors_cut_alike(max_dims: tuple[int | None, int | None]) -> None:
+    model, e = setting(max_dim=max_dims[0])
+    other = setting(max_dim=max_dims[1])[1]
+    ewc = EWC(model, e, strength=STRENGTH)
+    move(model)
+    del other.metadata["model_hash"]
+    before, value = ewc.state_dict(), float(ewc.penalty().detach())
+    with pytest.raises(ValueError, match=r"cut down alike.*same structure= and max_dim="):
+        ewc.consolidate(other)
+    after = ewc.state_dict()
+    assert all(torch.equal(t, after["tensors"][n]) for n, t in before["tensors"].items())
+    assert float(ewc.penalty().detach()) == value
+    again = setting(max_dim=max_dims[0])[1]
+    del again.metadata["model_hash"]
+    ewc.consolidate(again)  # the way out
+
+
 def test_normalize() -> None:
     model, e = setting()
     for how in ("mean", "max"):
