@@ -290,6 +290,34 @@ def test_head_whose_outputs_meet_is_sampled(change: str) -> None:
         kron(Mixed(), [x], labels="exact_head")
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_sampled_head_stays_so_across_a_crash(rows: int, tmp_path: Path) -> None:
+    """Also where single rows prove nothing anew."""
+
+    class Flipped(TokenModel):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits.flip(-1)
+            return out
+
+    model, path = Flipped(), tmp_path / "sums.safetensors"
+    batches = [ids(rows, 6, seed=s) for s in range(3)]
+    whole = kron(model, batches)
+    first = KroneckerFisher(model)
+    for x in batches[:2]:
+        first.update(x)
+    first.checkpoint(path)
+    second = KroneckerFisher(model)
+    second.resume(path)
+    assert second.finalize().metadata["head"] == "labels"
+    second.update(batches[2])
+    for name, pair in second.finalize().factors.items():
+        assert all(map(torch.equal, pair, whole.factors[name])), name
+
+
 # --- what surrounds them ------------------------------------------------------------------------
 
 
