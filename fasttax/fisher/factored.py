@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fasttax._base import checks
+from fasttax._base import checks, waits
 from fasttax.fisher.factor import completed, diagonal, gram_, shape_of
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.pieces import Piece, TiedHead, is_the_score
@@ -62,7 +62,7 @@ class FactoredSums(Sums):
         self.max_dim = max_dim
         self.factors: dict[str, FactorSum] = {}
         self._squaring = False
-        self._met: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._met: tuple[Tensor, Tensor, Tensor] | None = None
         self._groups: list[Any] = []
 
     def settle(self) -> None:
@@ -132,17 +132,16 @@ class FactoredSums(Sums):
         x, d = p.met(), p.d
         if f.turned:
             x, d = d, x
-        assert self.current is not None
         met, given = (f.left, f.right) if f.turned else (f.right, f.left)
-        reached = _reached(p, d, self.current.layout.examples)
-        f.tokens += self.weight * (x.shape[0] if reached is None else reached.sum().double())
+        reached = _reached(d)
+        f.tokens += self.weight * reached.sum().double()
         met.add_(self._inputs(x, reached, met), alpha=self.weight)
         if p.kind == "head":
             _add_closed(given, p, self.weight)
         else:
             gram_(given, d.to(given.dtype), self.weight)
 
-    def _inputs(self, x: Tensor, reached: Tensor | None, like: Tensor) -> Tensor:
+    def _inputs(self, x: Tensor, reached: Tensor, like: Tensor) -> Tensor:
         """The sum of x x^T over the tokens; what q, k and v, say, have met together is summed once.
 
         The tensors are kept until the next one, so that an address is of one tensor.
@@ -157,9 +156,7 @@ class FactoredSums(Sums):
             alike = summed.shape == like.shape and summed.dtype == like.dtype
             if same and alike and _same(tokens, reached):
                 return summed
-        rows = x.to(like.dtype)
-        if reached is not None:
-            rows = rows.masked_fill(~reached[:, None], 0.0)
+        rows = x.to(like.dtype).masked_fill(~reached[:, None], 0.0)
         summed = torch.zeros_like(like)
         gram_(summed, rows, 1.0)
         self._met = x, reached, summed
@@ -214,27 +211,22 @@ class FactoredSums(Sums):
         return out
 
 
-def _reached(p: Piece, d: Tensor, examples: int) -> Tensor | None:
+def _reached(d: Tensor) -> Tensor:
     """(R,), which tokens the loss reaches: padding and what follows all labels has no gradient.
 
     Nor has a query that attends to one key alone, as a row's first, but for the rounding of its
     attention: in float32 1e-8 to 2e-7 of the largest token's. What is below ROUNDINGS is none.
-
-    None for all of them, as where every example is one row, whatever its gradient is.
     """
-    units = p.bounds.numel() - 1
-    if not d.numel() or (units == examples == d.shape[0] and bool((p.bounds.diff() == 1).all())):
-        return None
+    if not d.numel():
+        return torch.zeros(d.shape[0], dtype=torch.bool, device=d.device)
     size = torch.linalg.vector_norm(d, math.inf, dim=1)
     eps = torch.finfo(torch.float64 if d.dtype == torch.float64 else torch.float32).eps
     return size > ROUNDINGS * eps * size.max()
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether the same tokens are reached; of a GPU, where asking would wait, only of all."""
-    if one is None or other is None or one.device.type != "cpu":
-        return one is other
-    return torch.equal(one, other)
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether the same tokens are reached; of a GPU, where asking would wait, not known."""
+    return not waits.waits(one) and torch.equal(one, other)
 
 
 def _add_closed(out: Tensor, p: Piece, weight: float) -> None:

@@ -176,6 +176,20 @@ def test_tokens_that_no_loss_reaches_count_for_nothing_by_token() -> None:
         assert error(two.factors[name][1], g * examples_a_token) < 1e-12, name
 
 
+def test_examples_without_a_label_count_for_nothing() -> None:
+    """Of a classifier, whose every example is one row."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, labels = torch.randn(5, 6).double(), torch.tensor([0, 1, -100, 2, -100])
+    options: dict[str, Any] = {"labels": "true", "likelihood": "softmax"}
+    some = kron(model, [(x, labels)], **options)
+    kept = labels >= 0
+    alone = kron(model, [(x[kept], labels[kept])], **options)
+    for name, (a, g) in alone.factors.items():
+        assert error(some.factors[name][0], a) < 1e-12, name
+        assert error(some.factors[name][1], g * 3 / 5) < 1e-12, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_of_nothing_but_rounding_is_none(dtype: torch.dtype) -> None:
     """A row's first query sees one key, and its gradient is 0 but for the rounding of attention."""
