@@ -176,7 +176,8 @@ class AdamWEWC(AdamW):
         for group in self.param_groups:
             params = _with_grad(group)
             unit = -float(self.every) if group["maximize"] else float(self.every)
-            parts += hold.add_product_grad_parts_(unit, params, getattr(self, "grad_scale", None))
+            products = hold.add_product_grad_parts_(unit, params, getattr(self, "grad_scale", None))
+            parts += [(key, self._unless_skipped(value)) for key, value in products]
             blocks = hold.store.blocks(params)
             parts += [(x.key, self._update(group, x.owners, x)) for x in hold.store.stream(blocks)]
             held = {id(h.theta) for block in blocks for h in block}
@@ -236,6 +237,13 @@ class AdamWEWC(AdamW):
                 found_inf=self._scalers("found_inf", params[0].device),
             )
         return value / self.every
+
+    def _unless_skipped(self, penalty: Tensor) -> Tensor:
+        """The penalty, 0 where the scaler skips the step, as the op gives its own."""
+        found_inf = self._scalers("found_inf", penalty.device)
+        if found_inf is None:
+            return penalty
+        return penalty.masked_fill(found_inf.reshape(()) != 0, 0.0)
 
     def _scalers(self, name: str, device: torch.device) -> Tensor | None:
         """A GradScaler's value, which lies on one device, beside the parameters of another."""

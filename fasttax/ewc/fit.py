@@ -16,6 +16,7 @@ from fasttax.ewc.factors import weight_shape
 from fasttax.ewc.names import Names, renamer
 from fasttax.ewc.watch import Watch
 from fasttax.fisher.estimate import FisherEstimate
+from fasttax.fisher.factor import problem_of
 from fasttax.fisher.kronecker import KroneckerEstimate
 
 SHOWN = 20  # differences that an error lists
@@ -268,6 +269,7 @@ def survey(
     recipe = Recipe(_bounds(op, clamp))
     bad, count, total, most = [], 0, 0.0, 0.0
     for name in names:
+        _refuse_factors(op, fisher, name)
         f = dtensor.whole(fisher[name]).detach()
         if not bool((torch.isfinite(f) & (f >= 0)).all()):
             bad.append(name)
@@ -296,6 +298,22 @@ def survey(
                 "pass normalize=None",
             )
     return recipe
+
+
+def _refuse_factors(op: str, fisher: Mapping[str, Tensor], name: str) -> None:
+    """An error where factors were written into since their estimate was made, and are none."""
+    if not isinstance(fisher, KroneckerEstimate) or name not in fisher.factors:
+        return
+    for which, t in zip("AG", fisher.factors[name], strict=True):
+        problem = problem_of(t)
+        if problem:
+            raise checks.fail(
+                op,
+                f"fisher.factors[{name!r}].{which}",
+                "a symmetric matrix, its blocks or diagonal, of finite values",
+                problem,
+                "estimate it again, or make a KroneckerEstimate of your own factors",
+            )
 
 
 def shapes_of(fisher: Mapping[str, Tensor]) -> Mapping[str, Any]:

@@ -203,6 +203,8 @@ class Hold:
         `times`, one value wherever it lies, multiplies `scale`.
         """
         self.check("EWC.add_grad_")
+        if times is not None:
+            one_value("EWC.add_grad_", "scale", times, times)
         touched = None if only is None else {id(p) for p in only}
         for name, p in self.parameters().items():
             if touched is None or id(p) in touched:

@@ -42,11 +42,17 @@ def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay
         + [Target(names.get(h.name, h.name), h.name, h.name, h.base, h.module) for h in hold.lora]
     )
     mixed = sorted(set(factored) ^ {n for n, theirs in names.items() if theirs in new_factors})
+    if isinstance(fisher, KroneckerEstimate):
+        mixed += [
+            n
+            for n in factored
+            if n not in mixed and _cut(fisher.sides(names[n])) != _cut(factored[n])
+        ]
     if mixed:
         raise checks.fail(
             op,
             "fisher",
-            "Kronecker factors of the weights that have them here, and of no others",
+            "Kronecker factors, cut down alike, of the weights that have them here, no others",
             f"differences at {', '.join(mixed[:5])}",
             "estimate with the same structure= and max_dim=, or of a KroneckerEstimate take "
             ".to_diagonal()",
@@ -67,7 +73,7 @@ def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay
     def merged(name: str, theta: Tensor, old: Sides) -> Sides:
         assert isinstance(fisher, KroneckerEstimate)
         new = sides_for(theta, fisher.sides(names[name]))
-        both, off[name] = nearest([(decay, old), (1.0, new)])
+        both, off[name] = nearest([(decay, sides_for(theta, old)), (1.0, new)])
         return both
 
     for w in hold.kronecker:
@@ -90,6 +96,11 @@ def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay
             hold.metadata[count] += found[count]
     hold.metadata["consolidated"] = hold.metadata.get("consolidated", 1) + 1
     hold.metadata["model_hash"] = anchor_hash(hold)
+
+
+def _cut(sides: Sides) -> list[tuple[int, ...]]:
+    """The shapes, which say whether factors are whole, blocks or a diagonal."""
+    return [tuple(t.shape) for t in sides]
 
 
 def _by_short_name(hold: Hold, fisher: Mapping[str, Tensor]) -> dict[str, str]:

@@ -343,7 +343,8 @@ def _targets(
     labels, most = labels.long(), (vocab or 1 << 62) - 1
 
     def error(got: str) -> Exception:
-        return checks.fail(op, name, f"labels in [0, {vocab}) or {IGNORED}", got)
+        expected = "labels >= 0" if vocab is None else f"labels in [0, {vocab})"
+        return checks.fail(op, name, f"{expected} or {IGNORED}", got)
 
     given = labels.masked_fill(labels == IGNORED, 0)
     if waits.waits(labels):

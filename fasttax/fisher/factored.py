@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fasttax._base import checks
+from fasttax._base import checks, waits
 from fasttax.fisher.factor import completed, diagonal, gram_, shape_of
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.pieces import Piece, TiedHead, is_the_score
 from fasttax.fisher.sums import Slot, Sums
 
 _CHUNK = 256  # tokens of a head's closed form at a time
+ROUNDINGS = 32  # of float32 or float64: gradients of tokens below them, times the largest, are none
 
 
 @dataclass
@@ -60,7 +62,7 @@ class FactoredSums(Sums):
         self.max_dim = max_dim
         self.factors: dict[str, FactorSum] = {}
         self._squaring = False
-        self._met: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._met: tuple[Tensor, Tensor, Tensor] | None = None
         self._groups: list[Any] = []
 
     def settle(self) -> None:
@@ -72,7 +74,8 @@ class FactoredSums(Sums):
         self._groups = super().data_groups
         for name, slot in self.slots.items():
             taps = self.taps[name]
-            if not all(tap.factors(name) for tap in taps):
+            one_way = len({tap.turned for tap in taps}) == 1
+            if not one_way or not all(tap.factors(name) for tap in taps):
                 continue
             rows, columns = slot.shape[0], slot.shape[1:].numel()
             left, right = (
@@ -130,15 +133,15 @@ class FactoredSums(Sums):
         if f.turned:
             x, d = d, x
         met, given = (f.left, f.right) if f.turned else (f.right, f.left)
-        reached = _reached(p, d)
-        f.tokens += self.weight * x.shape[0] if reached is None else self.weight * reached.sum()
+        reached = _reached(d)
+        f.tokens += self.weight * reached.sum().double()
         met.add_(self._inputs(x, reached, met), alpha=self.weight)
         if p.kind == "head":
             _add_closed(given, p, self.weight)
         else:
             gram_(given, d.to(given.dtype), self.weight)
 
-    def _inputs(self, x: Tensor, reached: Tensor | None, like: Tensor) -> Tensor:
+    def _inputs(self, x: Tensor, reached: Tensor, like: Tensor) -> Tensor:
         """The sum of x x^T over the tokens; what q, k and v, say, have met together is summed once.
 
         The tensors are kept until the next one, so that an address is of one tensor.
@@ -153,9 +156,7 @@ class FactoredSums(Sums):
             alike = summed.shape == like.shape and summed.dtype == like.dtype
             if same and alike and _same(tokens, reached):
                 return summed
-        rows = x.to(like.dtype)
-        if reached is not None:
-            rows = rows.masked_fill(~reached[:, None], 0.0)
+        rows = x.to(like.dtype).masked_fill(~reached[:, None], 0.0)
         summed = torch.zeros_like(like)
         gram_(summed, rows, 1.0)
         self._met = x, reached, summed
@@ -210,21 +211,22 @@ class FactoredSums(Sums):
         return out
 
 
-def _reached(p: Piece, d: Tensor) -> Tensor | None:
+def _reached(d: Tensor) -> Tensor:
     """(R,), which tokens the loss reaches: padding and what follows all labels has no gradient.
 
-    None for all of them, as where every example is one row, whatever its gradient is.
+    Nor has a query that attends to one key alone, as a row's first, but for the rounding of its
+    attention: in float32 1e-8 to 2e-7 of the largest token's. What is below ROUNDINGS is none.
     """
-    if bool((p.bounds.diff() == 1).all()) and p.bounds.numel() - 1 == d.shape[0]:
-        return None
-    return (d != 0).any(1)
+    if not d.numel():
+        return torch.zeros(d.shape[0], dtype=torch.bool, device=d.device)
+    size = torch.linalg.vector_norm(d, math.inf, dim=1)
+    eps = torch.finfo(torch.float64 if d.dtype == torch.float64 else torch.float32).eps
+    return size > ROUNDINGS * eps * size.max()
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether the same tokens are reached; of a GPU, where asking would wait, only of all."""
-    if one is None or other is None or one.device.type != "cpu":
-        return one is other
-    return torch.equal(one, other)
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether the same tokens are reached; of a GPU, where asking would wait, not known."""
+    return not waits.waits(one) and torch.equal(one, other)
 
 
 def _add_closed(out: Tensor, p: Piece, weight: float) -> None:

@@ -21,12 +21,13 @@ class KroneckerEstimate(Mapping[str, Tensor]):
 
         F_W = A (x) G,   <D, F_W D> = sum (G D A) * D   for a change D (out, in) of W
 
-    A = E[a a^T] over the tokens that a loss reaches, a (in,) what the layer met; G = the sum over
-    an example's tokens of g g^T, g (out,) the gradients at its output, averaged over the examples
-    (unit="token": over the tokens). It takes a token's a and g, and different tokens, for
-    independent (Martens and Grosse 2015, arXiv:1503.05671; convolutions and tokens: Grosse and
-    Martens 2016, arXiv:1602.01407). Biases, norms, embeddings and what has no such layer keep their
-    diagonal, exact per example.
+    A = E[a a^T] over the tokens that a loss reaches, those whose gradient there is more than the
+    rounding of the largest, a (in,) what the layer met; G = the sum over an example's tokens of
+    g g^T, g (out,) the gradients at its output, averaged over the examples (unit="token": over the
+    tokens). It takes a token's a and g, and different tokens, for independent (Martens and Grosse
+    2015, arXiv:1503.05671; convolutions and tokens: Grosse and Martens 2016, arXiv:1602.01407).
+    Biases, norms, embeddings, what has no such layer and weights that a layer uses as (out, in) and
+    another as (in, out) keep their diagonal, exact per example.
 
     As a mapping it is the diagonal of it all, by parameter name.
 
@@ -84,11 +85,11 @@ class KroneckerEstimate(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         numbers = sum(t.numel() for pair in self.factors.values() for t in pair)
-        facts = [f"{k}={self.metadata[k]}" for k in ("labels", "unit", "examples", "normalize")]
+        known = [k for k in ("labels", "unit", "examples", "normalize") if k in self.metadata]
         return (
             f"KroneckerEstimate({len(self.factors)} weights of {numbers:,} values, "
             f"{len(self.diagonal)} diagonals"
-            + "".join(f", {fact}" for fact in facts if self.metadata)
+            + "".join(f", {k}={self.metadata[k]}" for k in known)
             + ")"
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from fasttax._base import checks
+from fasttax._base import checks, files
 from fasttax.fisher.diagonal import DiagonalFisher
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.factored import FactoredSums
@@ -88,6 +89,20 @@ class KroneckerFisher(DiagonalFisher):
             self._sample_the_head()
             super().update(batch)
 
+    def _sample_the_head(self) -> None:
+        """What update does from a batch on that shows that the head has no closed form."""
+        self.head_is_closed = False
+        self.labels = "sample"
+        self.view = dataclasses.replace(self.view, labels="sample")
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """As of DiagonalFisher; a head that was sampled there goes on being sampled."""
+        with files.opened(path, "DiagonalFisher") as (_, metadata):
+            sampled = metadata.get("head") == "labels"
+        if sampled and self._asked == "sample":
+            self._sample_the_head()
+        super().resume(path)
+
     @contextmanager
     def observe(self, **options: Any) -> Iterator[None]:
         """There is none: the first batch's proof is of squares.
@@ -108,6 +123,7 @@ class KroneckerFisher(DiagonalFisher):
             "estimator": "kronecker_fisher",
             "structure": "kron",
             "labels": self._asked,
+            "head": "closed form" if self.head_is_closed else "labels",
             "max_dim": self.max_dim,
         }
 
@@ -118,6 +134,5 @@ class KroneckerFisher(DiagonalFisher):
         factors = sums.estimates(count, groups)
         shapes = {n: list(sums.slots[n].shape) for n in factors}
         turned = [n for n in factors if sums.factors[n].turned]
-        head = "closed form" if self.head_is_closed else "labels"
-        about = {**metadata, "head": head, "shapes": shapes, "turned": turned}
+        about = {**metadata, "shapes": shapes, "turned": turned}
         return KroneckerEstimate(factors, diagonal, about)

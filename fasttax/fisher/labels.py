@@ -56,17 +56,17 @@ def score(logits: Tensor, batch: batches.Batch, generator: torch.Generator | Non
 
 def _columns(batch: batches.Batch, count: int) -> Tensor:
     """The batch's labels as columns of the logits, 0 for none."""
-    labels = batch.targets.clamp_min(0)
+    labels = batch.targets.masked_fill(~batch.counted, 0)
 
     def error(got: str) -> Exception:
-        expected = f"labels in [0, {count})"
+        expected = f"labels in [0, {count}) or {batches.IGNORED}"
         return checks.fail("DiagonalFisher.update", "batch['labels']", expected, got)
 
     if waits.waits(labels):
         batch.ranges.add(f"labels of {count}", labels, 0, count - 1, error)
-        return labels.clamp_max(count - 1)
-    if labels.numel() and int(labels.max()) >= count:
-        raise error(str(int(labels.max())))
+        return labels.clamp(0, count - 1)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < count:
+        raise error(f"{int(labels.min())} to {int(labels.max())}")
     return labels
 
 

@@ -106,7 +106,7 @@ def _check_head(
     both = (first != 0) & (second != 0)
     slack = 1e-3 if logits.dtype in WIDE else 0.1
     if bool(((first - second).abs() > slack * first.abs().max())[both].any()):
-        raise ValueError(
+        raise NoClosedForm(
             f"{needs} logits that are the output of the head ({tap.where}) entry by entry (softcap "
             "and scale are fine), which these are not; use labels='sample'"
         )

@@ -18,6 +18,7 @@ from fasttax._base import checks
 from fasttax._base.library import define, no_double_backward
 from fasttax._base.modes import compiling, has_tangent, transforming
 from fasttax.reference import weigh
+from fasttax.reference.numbers import hide, wide_dtype
 from fasttax.reference.weigh import NONE, REDUCTIONS
 
 CLIP = 20.0  # of estimates, whose exponential goes on along its tangent beyond
@@ -134,8 +135,11 @@ def weighing(
         if isinstance(value, Tensor) and not forward_mode:
             checks.no_tangent(op, name, value)
     if isinstance(scale, Tensor):
-        by_tensor = _scale_tensor(op, scale, tokens, argument).expand(shape)
-        weight, scale = by_tensor if weight is None else weight * by_tensor, 1.0
+        dtype = wide_dtype(tokens)
+        by_tensor = _scale_tensor(op, scale, tokens, argument).to(dtype).expand(shape)
+        if weight is not None:
+            by_tensor = hide(weight.to(dtype), mask) * by_tensor
+        weight, scale = by_tensor, 1.0
     else:
         scale = checks.number(op, "scale", scale, low=-MOST_SCALE, high=MOST_SCALE)
     return Weighing(op, mask, weight, number, scale)

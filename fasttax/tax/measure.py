@@ -13,6 +13,7 @@ from fasttax._base import checks
 from fasttax.integrations._models import frozen
 from fasttax.kl.token_kl import token_kl
 from fasttax.kl.token_stats import token_stats
+from fasttax.reference.numbers import wide_dtype
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -165,7 +166,7 @@ def kl_quadratic(model: nn.Module, base: nn.Module, batches: Iterable[Batch]) ->
     if wrong:
         expected, got = "a model of base's parameters", f"other ones: {', '.join(wrong[:5])}"
         raise checks.fail(op, "model", expected, got)
-    change = {n: policy[n].to(p) - p for n, p in start.items()}
+    change = {n: _change(policy[n], p) for n, p in start.items()}
     total, count = 0.0, 0
     with frozen(base), sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
@@ -183,6 +184,12 @@ def kl_quadratic(model: nn.Module, base: nn.Module, batches: Iterable[Batch]) ->
             total += float(variance[counts.to(p.device)].double().sum()) / 2
             count += int(counts.sum())
     return total / _some(op, count)
+
+
+def _change(policy: Tensor, start: Tensor) -> Tensor:
+    """The difference, rounded once: a trained float32 weight may differ by less than bfloat16's."""
+    dtype = wide_dtype(policy, start)
+    return (policy.to(start.device, dtype) - start.to(dtype)).to(start.dtype)
 
 
 def _counted(given: Mapping[str, Tensor]) -> Tensor:

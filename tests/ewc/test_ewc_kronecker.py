@@ -237,6 +237,79 @@ def test_consolidates_to_the_nearest_product() -> None:
         EWC.combine([ewc, ewc])
 
 
+@pytest.mark.parametrize("max_dims", [(None, 20), (20, None), (None, 1), (16, 8)])
+def test_consolidates_only_factors_cut_alike(max_dims: tuple[int | None, int | None]) -> None:
+    model, e = setting(max_dim=max_dims[0])
+    other = setting(max_dim=max_dims[1])[1]
+    ewc = EWC(model, e, strength=STRENGTH)
+    move(model)
+    del other.metadata["model_hash"]
+    before, value = ewc.state_dict(), float(ewc.penalty().detach())
+    with pytest.raises(ValueError, match=r"cut down alike.*same structure= and max_dim="):
+        ewc.consolidate(other)
+    after = ewc.state_dict()
+    assert all(torch.equal(t, after["tensors"][n]) for n, t in before["tensors"].items())
+    assert float(ewc.penalty().detach()) == value
+    again = setting(max_dim=max_dims[0])[1]
+    del again.metadata["model_hash"]
+    ewc.consolidate(again)  # the way out
+
+
+def test_prox_of_nothing_moves_no_bit() -> None:
+    """As of a step that a GradScaler skips, or a rate of 0."""
+    model, e = setting()
+    ewc = EWC(model, e, strength=STRENGTH)
+    move(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    ewc.prox_(0.0)
+    ewc.hold.prox_(0.1, times=torch.tensor(0.0))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    ewc.prox_(1e300)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_skipped_step_has_no_penalty() -> None:
+    model, e = setting()
+    ewc = EWC(model, e, strength=STRENGTH)
+    move(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = AdamWEWC(model.parameters(), ewc=ewc)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    loss = sum(p.square().sum() for p in model.parameters())
+    scaler.scale(loss).backward()
+    next(model.parameters()).grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    assert optimizer.penalty is not None
+    assert float(optimizer.penalty) == 0.0
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_scale_of_several_values_is_refused_before_it_writes() -> None:
+    model, e = setting()
+    ewc = EWC(model, e, strength=STRENGTH)
+    move(model)
+    with pytest.raises(ValueError, match=r"EWC.add_grad_: scale: .*one element"):
+        ewc.add_grad_(scale=torch.ones(2))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"), [(torch.nan, "not finite"), (-1e9, "not symmetric"), (3.0, "symmetric")]
+)
+def test_factors_that_were_written_into_are_looked_at(value: float, problem: str) -> None:
+    model, e = setting()
+    ewc = EWC(model, e, strength=1.0)
+    name = "model.layers.1.mlp.up_proj.weight"
+    e.factors[name][1][0, 1] = value
+    for use in (lambda: EWC(model, e, strength=1.0), lambda: ewc.consolidate(e)):
+        with pytest.raises(ValueError, match=problem) as caught:
+            use()
+        assert f"factors['{name}'].G" in str(caught.value)
+    e.factors[name][1][1, 0] = e.factors[name][1][0, 1] = 0.0
+    own = KroneckerEstimate(e.factors, e.diagonal, e.metadata)  # the way out
+    EWC(model, own, strength=1.0)
+
+
 def test_normalize() -> None:
     model, e = setting()
     for how in ("mean", "max"):

@@ -168,6 +168,19 @@ def test_labels_that_do_not_fit_a_likelihood() -> None:
         DiagonalFisher(model, likelihood="poisson")
 
 
+@pytest.mark.parametrize("fallback", [None, "loop"])
+@pytest.mark.parametrize("label", [-1, -99, 3])
+def test_labels_that_are_no_class(label: int, fallback: str | None) -> None:
+    """Below 0 only -100 means none; a label of -1 is no class 0."""
+    x, model, labels = torch.randn(B, 6), Plain(3), torch.tensor([0, 1, 2, label])
+    with pytest.raises(ValueError, match=r"labels in \[0, 3\) or -100, got"):
+        fisher_of(model, (x, labels), likelihood="softmax", fallback=fallback)
+    labels[3] = -100  # the way out
+    found = fisher_of(model, (x, labels), likelihood="softmax", fallback=fallback)
+    three = fisher_of(model, (x[:3], labels[:3]), likelihood="softmax", fallback=fallback)
+    assert_exact(found, dict(three), 1e-6)
+
+
 # --- where labels lie -----------------------------------------------------------------------------
 
 
@@ -221,6 +234,15 @@ def test_an_encoder_decoders_labels_are_its_decoders(targets: int, fallback: str
     assert_exact(fisher_of(model, batch, fallback=fallback), truth, 1e-10)
     sampled = fisher_of(model, batch, labels="sample", fallback=fallback)
     assert any(bool(f.any()) for f in sampled.values())
+
+
+@pytest.mark.parametrize("label", [-1, VOCAB])
+def test_an_encoder_decoders_labels_are_of_its_vocabulary(label: int) -> None:
+    x, labels = ids(B, 6), torch.randint(3, VOCAB, (B, 4))
+    labels[1, 2] = label
+    batch = {"input_ids": x, "decoder_input_ids": ids(B, 4), "labels": labels}
+    with pytest.raises(ValueError, match=rf"labels in \[0, {VOCAB}\) or -100, got"):
+        fisher_of(bart(), batch)
 
 
 def test_an_encoder_decoder_needs_a_target() -> None:

@@ -161,6 +161,79 @@ def test_padding_counts_for_nothing() -> None:
             assert error(other, mine) < EXACT, name
 
 
+def test_tokens_that_no_loss_reaches_count_for_nothing_by_token() -> None:
+    """A is the same mean whether squares are taken by example or by token."""
+    model, x = causal_lm("llama").double(), ids(3, 9)
+    mask, labels = torch.ones_like(x), x.clone()
+    mask[0, :3] = 0
+    labels[1, :4] = labels[2, 6:] = -100
+    batch = {"input_ids": x, "attention_mask": mask, "labels": labels}
+    one = kron(model, [batch], labels="true")
+    two = kron(model, [batch], labels="true", unit="token")
+    examples_a_token = 3 / one.metadata["tokens"]
+    for name, (a, g) in one.factors.items():
+        assert error(two.factors[name][0], a) < 1e-12, name
+        assert error(two.factors[name][1], g * examples_a_token) < 1e-12, name
+
+
+def test_examples_without_a_label_count_for_nothing() -> None:
+    """Of a classifier, whose every example is one row."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, labels = torch.randn(5, 6).double(), torch.tensor([0, 1, -100, 2, -100])
+    options: dict[str, Any] = {"labels": "true", "likelihood": "softmax"}
+    some = kron(model, [(x, labels)], **options)
+    kept = labels >= 0
+    alone = kron(model, [(x[kept], labels[kept])], **options)
+    for name, (a, g) in alone.factors.items():
+        assert error(some.factors[name][0], a) < 1e-12, name
+        assert error(some.factors[name][1], g * 3 / 5) < 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_of_nothing_but_rounding_is_none(dtype: torch.dtype) -> None:
+    """A row's first query sees one key, and its gradient is 0 but for the rounding of attention."""
+    model, x = causal_lm("llama", dtype), ids(8, 5)
+    found = kron(model, [x], labels="true")
+    exact = kron(causal_lm("llama", dtype).double(), [x], labels="true")
+    met: list[Tensor] = []
+    layer = model.double().model.layers[0].self_attn.q_proj
+    handle = layer.register_forward_hook(lambda module, args, output: met.append(args[0].detach()))
+    model(x)
+    handle.remove()
+    rows = met[0][:, 1:-1].flatten(0, 1)  # the last token predicts nothing
+    a = exact.factors["model.layers.0.self_attn.q_proj.weight"][0]
+    assert error(a, rows.T @ rows / len(rows)) < 1e-12
+    if dtype == torch.float32:
+        for name, pair in exact.factors.items():
+            for mine, other in zip(found.factors[name], pair, strict=True):
+                assert error(mine, other) < EXACT, name
+
+
+def test_a_matrix_that_lies_both_ways_keeps_its_diagonal() -> None:
+    """A weight of nn.Linear (out, in) that is also a Conv1D's (in, out) has no one product."""
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = nn.Linear(8, 8), pytorch_utils.Conv1D(8, 8)
+            self.two.weight = self.one.weight
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+    batch = (torch.randn(6, 8), torch.randint(0, 3, (6,)))
+    estimate = kron(Shared(), [batch], labels="true", likelihood="softmax")
+    assert list(estimate.factors) == ["head.weight"]
+    plain = fasttax.estimate_fisher(
+        Shared(), [batch], labels="true", likelihood="softmax", progress=False
+    )
+    assert error(estimate["one.weight"], plain["one.weight"]) < EXACT
+
+
 @pytest.mark.parametrize("max_dim", [40, 20, 7])
 def test_cut_to_max_dim(max_dim: int) -> None:
     """Blocks of the whole factor, or its diagonal."""
@@ -205,7 +278,67 @@ def test_head_that_is_not_the_logits_is_sampled() -> None:
         kron(Mixed(), [x], labels="exact_head")
 
 
+@pytest.mark.parametrize("change", ["flip", "layer_norm", "cumsum"])
+def test_head_whose_outputs_meet_is_sampled(change: str) -> None:
+    """Also where the model says which layer is its head."""
+    changes = {
+        "flip": lambda z: z.flip(-1),
+        "layer_norm": lambda z: nn.functional.layer_norm(z, z.shape[-1:]),
+        "cumsum": lambda z: z.cumsum(-1),
+    }
+
+    class Mixed(TokenModel):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = changes[change](out.logits)
+            return out
+
+    x = ids(3, 6)
+    estimate = kron(Mixed(), [x, x])
+    assert estimate.metadata["head"] == "labels"
+    assert estimate.metadata["labels"] == "sample"
+    with pytest.raises(ValueError, match="entry by entry"):
+        kron(Mixed(), [x], labels="exact_head")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_sampled_head_stays_so_across_a_crash(rows: int, tmp_path: Path) -> None:
+    """Also where single rows prove nothing anew."""
+
+    class Flipped(TokenModel):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits.flip(-1)
+            return out
+
+    model, path = Flipped(), tmp_path / "sums.safetensors"
+    batches = [ids(rows, 6, seed=s) for s in range(3)]
+    whole = kron(model, batches)
+    first = KroneckerFisher(model)
+    for x in batches[:2]:
+        first.update(x)
+    first.checkpoint(path)
+    second = KroneckerFisher(model)
+    second.resume(path)
+    assert second.finalize().metadata["head"] == "labels"
+    second.update(batches[2])
+    for name, pair in second.finalize().factors.items():
+        assert all(map(torch.equal, pair, whole.factors[name])), name
+
+
 # --- what surrounds them ------------------------------------------------------------------------
+
+
+def test_of_a_users_own_factors() -> None:
+    estimate = KroneckerEstimate({"weight": (torch.eye(4), torch.eye(3))}, {"bias": torch.ones(3)})
+    assert repr(estimate) == "KroneckerEstimate(1 weights of 25 values, 1 diagonals)"
+    assert torch.equal(estimate["weight"], torch.ones(3, 4))
 
 
 def test_files(tmp_path: Path) -> None:

@@ -234,3 +234,25 @@ def test_what_is_no_scale(way: str) -> None:
         with_scale(torch.ones((), device="meta")), ValueError, ["scale: expected a tensor on cpu"]
     )
     function(*leaves, **of_way, weight=torch.ones(6))  # the way out
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_weight_under_the_mask_leaves_the_scales_gradient_alone(reduction: str) -> None:
+    """NaN where the mask is false, as padding may hold, is in no gradient."""
+    torch.manual_seed(3)
+    x, y = logits()
+    weight = WEIGHT.masked_fill(~MASK, math.nan)
+    scale = torch.tensor(0.7, requires_grad=True)
+    options = {"mask": MASK, "reduction": reduction}
+    value = fasttax.token_kl(x, y, weight=weight, scale=scale, **options).sum()
+    plain = fasttax.token_kl(x, y, weight=WEIGHT, **options).sum()
+    (found,) = torch.autograd.grad(value, [scale])
+    torch.testing.assert_close(found, plain.detach())
+
+
+def test_half_width_weight_and_scale_are_multiplied_in_the_values_dtype() -> None:
+    torch.manual_seed(3)
+    x, y = logits()
+    weight, scale = WEIGHT.bfloat16(), torch.tensor(0.7).bfloat16()
+    found = fasttax.token_kl(x, y, weight=weight, scale=scale)
+    torch.testing.assert_close(found, fasttax.token_kl(x, y, weight=weight, scale=float(scale)))

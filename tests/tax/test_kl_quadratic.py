@@ -57,6 +57,17 @@ def test_is_the_form_of_the_enumerated_fisher() -> None:
     assert kl_quadratic(model, base, [x]) == pytest.approx(total / 3, rel=1e-5)
 
 
+def test_a_change_below_the_bases_precision() -> None:
+    """Of float32 weights and a bfloat16 base: a 50th of the base's last place is still a change."""
+    base = causal_lm("llama", torch.bfloat16)
+    wide = copy.deepcopy(base).float()
+    x = ids(3, 8)
+    for by in (1e-3, 1e-5):
+        model = near(wide, by)
+        expected = kl_quadratic(model, wide, [x])
+        assert kl_quadratic(model, base, [x]) == pytest.approx(expected, rel=0.1)
+
+
 def test_wrong_calls() -> None:
     base = causal_lm("llama")
     with pytest.raises(ValueError, match=r"kl_quadratic: model: expected a model of base"):
