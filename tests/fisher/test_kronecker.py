@@ -328,7 +328,8 @@ def test_a_sampled_head_stays_so_across_a_crash(rows: int, tmp_path: Path) -> No
     second.resume(path)
     assert second.finalize().metadata["head"] == "labels"
     second.update(batches[2])
-    for name, pair in second.finalize().factors.items():
+    found: Any = second.finalize()
+    for name, pair in found.factors.items():
         assert all(map(torch.equal, pair, whole.factors[name])), name
 
 
