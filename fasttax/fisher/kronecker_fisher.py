@@ -89,12 +89,6 @@ class KroneckerFisher(DiagonalFisher):
             self._sample_the_head()
             super().update(batch)
 
-    def _sample_the_head(self) -> None:
-        """What update does from a batch on that shows that the head has no closed form."""
-        self.head_is_closed = False
-        self.labels = "sample"
-        self.view = dataclasses.replace(self.view, labels="sample")
-
     def resume(self, path: str | os.PathLike[str]) -> None:
         """As of DiagonalFisher; a head that was sampled there goes on being sampled."""
         with files.opened(path, "DiagonalFisher") as (_, metadata):
