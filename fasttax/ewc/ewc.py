@@ -23,6 +23,7 @@ from fasttax.ewc.begin import begin
 from fasttax.ewc.drift import Drift
 from fasttax.ewc.fit import (
     check_hash,
+    facts_of,
     match,
     pick_anchor,
     shapes_of,
@@ -132,7 +133,7 @@ class EWC:
 
         #: what applies the penalty; optimizers and files work on it
         self.hold = Hold(strength, storage, dtype, Store(offload), watch_over(model, targets))
-        self.hold.metadata = dict(getattr(fisher, "metadata", {}))
+        self.hold.metadata = facts_of(getattr(fisher, "metadata", {}), targets)
         begin(op, self.hold, targets, fisher, anchors, recipe)
 
     @classmethod

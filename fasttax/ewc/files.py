@@ -16,7 +16,7 @@ from fasttax._base.hashes import same_weights, weights_hash
 from fasttax._base.packed import SPLIT, STORAGES, decode_anchor, encode_anchor
 from fasttax.ewc.adapters import prove
 from fasttax.ewc.factors import is_packed
-from fasttax.ewc.fit import Target, differences, match, shaped, unlike, watch_over
+from fasttax.ewc.fit import Target, differences, facts_of, match, shaped, unlike, watch_over
 from fasttax.ewc.hold import Hold
 from fasttax.ewc.kronecker import NOTHING, KroneckerHeld, sides_for
 from fasttax.ewc.lora import LoraHeld
@@ -154,7 +154,7 @@ def load(
         _dtype_of(facts.get("anchor_dtype")),
         Store(offload),
         watch_over(model, targets),
-        metadata=metadata,
+        metadata=facts_of(metadata, targets),
     )
     plain = [t for t in targets if t.lora is None]
     missing = [t.given for t in plain if t.given not in parts.anchors]
@@ -186,7 +186,7 @@ def moved(hold: Hold, model: nn.Module) -> Hold:
         hold.anchor_dtype,
         Store(hold.store.offload),
         watch_over(model, targets),
-        metadata=dict(hold.metadata),
+        metadata=facts_of(hold.metadata, targets),
     )
     _hold_updates(op, twin, targets, parts)
     _check_base(op, "model", _base_hash(hold.lora), twin.lora)

@@ -136,6 +136,14 @@ def match(
     return targets
 
 
+def facts_of(metadata: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Any]:
+    """A Fisher's metadata, the weights that it says lie as (in, out) by the model's names."""
+    if "turned" not in metadata:
+        return dict(metadata)
+    turned = [t.name for t in targets if t.given in metadata["turned"]]
+    return {**metadata, "turned": turned}
+
+
 def watch_over(model: nn.Module, targets: Sequence[Target]) -> Watch:
     """What sees whether the targets stay the model's."""
     return Watch(model, {t.whole: t.theta for t in targets})

@@ -138,7 +138,10 @@ def weighing(
         dtype = wide_dtype(tokens)
         by_tensor = _scale_tensor(op, scale, tokens, argument).to(dtype).expand(shape)
         if weight is not None:
-            by_tensor = hide(weight.to(dtype), mask) * by_tensor
+            weight = weight.to(dtype)
+            if by_tensor.requires_grad:  # whose gradient is a sum over the weights
+                weight = hide(weight, mask)
+            by_tensor = weight * by_tensor
         weight, scale = by_tensor, 1.0
     else:
         scale = checks.number(op, "scale", scale, low=-MOST_SCALE, high=MOST_SCALE)

@@ -213,6 +213,34 @@ def test_files_states_and_copies(tmp_path: Path, anchor_dtype: Any) -> None:
         diagonal.load_state_dict(ewc.state_dict())
 
 
+def test_a_weight_that_lies_turned_keeps_its_sides_under_another_name(tmp_path: Path) -> None:
+    """GPT-2's square ones too, whose two factors have one shape."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = causal_lm("gpt2_untied")
+
+    plain = causal_lm("gpt2_untied")
+    e = fasttax.estimate_fisher(plain, [ids(3, 9)], structure="kron", progress=False)
+    path, new = tmp_path / "ewc.safetensors", {name: f"inner.{name}" for name in e}
+    saved = EWC(plain, e, strength=STRENGTH)
+    saved.save(path)
+    model = Wrapped()
+    loaded = EWC.load(path, model, rename=new)
+    held = [loaded, EWC(model, e, strength=STRENGTH, rename=new), loaded.on(Wrapped())]
+    for ewc in held:
+        found = ewc.fisher
+        assert isinstance(found, KroneckerEstimate)
+        for name, (a, g) in e.factors.items():
+            assert torch.equal(found.factors[new[name]][0], a), name
+            assert torch.equal(found.factors[new[name]][1], g), name
+            assert all(map(torch.equal, found.sides(new[name]), e.sides(name))), name
+    move(model)
+    move(plain)
+    assert torch.equal(loaded.penalty().detach(), saved.penalty().detach())
+
+
 def test_consolidates_to_the_nearest_product() -> None:
     model, e = setting()
     ewc = EWC(model, e, strength=STRENGTH)
