@@ -176,7 +176,10 @@ def kl_quadratic(model: nn.Module, base: nn.Module, batches: Iterable[Batch]) ->
             def logits(weights: dict[str, Tensor], given: dict[str, Tensor] = given) -> Tensor:
                 return _predictions(base, given, weights)
 
-            found = torch.func.jvp(logits, (start,), (change,))
+            try:
+                found = torch.func.jvp(logits, (start,), (change,))
+            except RuntimeError as error:  # NotImplementedError is one
+                raise _no_forward_mode(op, base, error) from error
             p = torch.softmax(found[0].float(), -1)
             moved = found[1].float()
             moved = moved - (p * moved).sum(-1, keepdim=True)
@@ -190,6 +193,17 @@ def _change(policy: Tensor, start: Tensor) -> Tensor:
     """The difference, rounded once: a trained float32 weight may differ by less than bfloat16's."""
     dtype = wide_dtype(policy, start)
     return (policy.to(start.device, dtype) - start.to(dtype)).to(start.dtype)
+
+
+def _no_forward_mode(op: str, base: nn.Module, error: RuntimeError) -> Exception:
+    """What a model's op says that has no forward-mode derivative; any other error as it is."""
+    said = str(error)
+    if "forward AD" not in said and "forward-mode" not in said and "jvp" not in said:
+        return error
+    expected = "a model all of whose ops have a forward-mode derivative"
+    got = f"{type(base).__name__}: {said.splitlines()[0][:200]}"
+    way_out = "load it with attn_implementation='eager', without gradient checkpointing"
+    return checks.fail(op, "base", expected, got, way_out, NotImplementedError)
 
 
 def _counted(given: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,25 @@ def test_wrong_calls() -> None:
         kl_quadratic(base, base, [ids(2, 1)])
     with pytest.raises(ValueError, match="input_ids"):
         kl_quadratic(base, base, [{"labels": ids(2, 3)}])
+
+
+class _NoTangent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Any:
+        return d
+
+
+def test_an_op_without_forward_mode_is_named() -> None:
+    class Odd(TokenModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = _NoTangent.apply(output.logits)
+            return output
+
+    base = Odd()
+    with pytest.raises(NotImplementedError, match=r"kl_quadratic: base: .*forward-mode.* Odd"):
+        kl_quadratic(near(base, 0.1), base, [ids(1, 4)])
