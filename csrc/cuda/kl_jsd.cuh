@@ -9,6 +9,7 @@
 // is, since J'(0) = 0, and the gradients too, whose mean is taken out of them. So the first sweep
 // sums e^ax and e^ay plainly.
 
+#include "../math/kl_slope.h"
 #include "kl_elements.cuh"
 #include "kl_jsd.h"
 

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 HEADERS = sorted(CSRC.glob("*/*.h"))
 KERNELS = [path for path in HEADERS if "defined(FASTTAX_ISA)" in path.read_text()]
-# Starts kernels in clusters, which the SIMT machine does by a call of its own.
-NVCC_ONLY = {"kl_launch.cuh"}
+# They start kernels, which the SIMT machine does by calls of its own (tests/gpu/simt/launch.h).
+NVCC_ONLY = {"kl_launch.cuh", "launch.cuh"}
 CUDA = sorted(path for path in CSRC.glob("cuda/*.cuh") if path.name not in NVCC_ONLY)
 
 
