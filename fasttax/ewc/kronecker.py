@@ -16,6 +16,7 @@ from torch import Tensor
 from fasttax._base import checks, dtensor, packed
 from fasttax._base.library import no_second_derivative
 from fasttax._base.packed import Stored
+from fasttax.ewc import ops
 from fasttax.fisher.factor import between, eigen, times, turned
 
 Sides = tuple[Tensor, Tensor]  # (left, right)
@@ -105,7 +106,7 @@ class KroneckerHeld:
     def add_grad_(self, strength: float, scale: float, times: Tensor | None) -> Tensor:
         """Adds scale * times * gradient to theta.grad, made where it is missing; the penalty."""
         square, pull = self.pull()
-        factor = strength * scale * beside(times, pull)
+        factor = strength * scale * factor_of(times, pull)
         mine = self.part(pull * factor)
         if self.theta.grad is None:
             self.theta.grad = torch.zeros_like(self.theta, memory_format=torch.contiguous_format)
@@ -125,17 +126,17 @@ class KroneckerHeld:
         left, right = (None if v is None else v.to(d.dtype) for v in (left, right))
         inside = turned(right, turned(left, d).T.contiguous()).T
         # the change of D, exactly 0 where nothing pulls: the way there and back would round it
-        less = 1 / (1 + beside(times, rows) * step * (rows[:, None] * columns)) - 1
+        less = 1 / (1 + factor_of(times, rows) * step * (rows[:, None] * columns)) - 1
         inside = (inside * less).to(d.dtype)
         d = turned(right, turned(left, inside.contiguous(), back=True).T.contiguous(), back=True).T
         dtensor.local(self.theta.detach()).add_(self.part(d))
 
 
-def beside(value: Tensor | None, like: Tensor) -> Tensor | float:
+def factor_of(times: Tensor | None, like: Tensor) -> Tensor | float:
     """One value where `like` is and in its dtype, 1 for none."""
-    if value is None:
+    if times is None:
         return 1.0
-    return value.detach().reshape(()).to(like.device, like.dtype)
+    return ops.beside(times.detach().reshape(()), like.device).to(like.dtype)
 
 
 def held_at(

@@ -163,7 +163,7 @@ class FullKL(Handle):
     def _add_replay(self, options: Options) -> None:
         try:
             add_replay(self, self.trainer, options)
-        except Exception:
+        except BaseException:
             self.undo()
             raise
 

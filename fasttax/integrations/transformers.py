@@ -214,7 +214,7 @@ def attach(
             handle.on_undo(FullKL(trainer, **arguments).undo)
         if options is not None:
             add_replay(handle, trainer, options)
-    except Exception:
+    except BaseException:
         handle.undo()
         raise
     if callback is not None:

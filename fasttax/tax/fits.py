@@ -203,7 +203,6 @@ def _fitted(
     covariances = noise.covariances(size)
     fit = Fit(plain, ys, covariances, confidence)
     errors = ys - float(fit.coefficients[0]) * unit**fit.b
-    sse, spread = float(errors @ errors), float(((ys - ys.mean()) ** 2).sum())
     return PowerLaw(
         x_name=x_name,
         y_name=y_name,
@@ -212,8 +211,8 @@ def _fitted(
         a_interval=fit.interval(lambda b: _powers(np.array([1 / middle]), b)),
         b=fit.b,
         b_interval=_open_above(fit.b_interval()),
-        r2=1 - sse / spread if spread > 0 else 0.0,
-        residual=math.sqrt(sse / (len(points) - 2)),
+        r2=r2_of(ys, errors),
+        residual=residual_of(errors),
         confidence=confidence,
         shifted=_shifted(fit, covariances, unit, middle),
         fit=fit,
@@ -258,6 +257,17 @@ def points_of(
     variances = tuple(checks.number(op, "shared", value, low=0) for value in several)
     names_kept = None if runs is None else tuple(name for _, name in kept)
     return points, Noise(names_kept, variances)
+
+
+def r2_of(y: Floats, errors: Floats) -> float:
+    """The share of y's spread around its mean that errors do not have; 0 where it has none."""
+    spread = float(((y - y.mean()) ** 2).sum())
+    return 1 - float(errors @ errors) / spread if spread > 0 else 0.0
+
+
+def residual_of(errors: Floats) -> float:
+    """The standard deviation around a law of two coefficients."""
+    return math.sqrt(float(errors @ errors) / (len(errors) - 2))
 
 
 def middle_of(x: Floats) -> float:
@@ -305,14 +315,13 @@ def _shifted(
     ratio = max(float(same.sse.min()) + same.rounding - least, 0.0) / (least / fit.freedom)
     c, a = (float(v) for v in fit.coefficients)
     errors = y - c - a * unit**fit.b
-    spread = float(((y - y.mean()) ** 2).sum())
     return ShiftedLaw(
         a=a * middle**-fit.b,
         b=fit.b,
         b_interval=_open_above(fit.b_interval()),
         c=c,
         c_interval=fit.interval(lambda b: np.outer([1.0, 0.0], np.ones_like(b))),
-        r2=1 - float(errors @ errors) / spread if spread > 0 else 0.0,
+        r2=r2_of(y, errors),
         p=float(scipy_stats().f.sf(ratio, 1, fit.freedom)),
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fasttax._base import checks
-from fasttax.tax.fits import points_of
+from fasttax.tax.fits import points_of, r2_of, residual_of
 from fasttax.tax.noise import Noise
 from fasttax.tax.profiles import Fit, Law, confidence_of
 
@@ -102,7 +102,6 @@ def _fitted(
     fit = Fit(law, ys, noise.covariances(size), confidence)
     a, b = (float(v) for v in fit.coefficients)
     errors = ys - a * xs - b * xs * xs
-    sse, spread = float(errors @ errors), float(((ys - ys.mean()) ** 2).sum())
     return QuadraticLaw(
         x_name=x_name,
         y_name=y_name,
@@ -111,8 +110,8 @@ def _fitted(
         a_interval=fit.interval(lambda b: np.array([[1.0], [0.0]])),
         b=b,
         b_interval=fit.interval(lambda b: np.array([[0.0], [1.0]])),
-        r2=1 - sse / spread if spread > 0 else 0.0,
-        residual=math.sqrt(sse / (len(points) - 2)),
+        r2=r2_of(ys, errors),
+        residual=residual_of(errors),
         confidence=confidence,
         fit=fit,
     )
