@@ -26,7 +26,7 @@ QUICK   = $(addprefix tests/, \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-gpu test-trl quick t bench bench-gpu lint format hooks house doctor clean
+.PHONY: help demo demo-tiny test test-gpu test-trl quick t bench bench-gpu lint format hooks wheels house doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +105,10 @@ format: $(LINTERS) ## apply ruff's fixes, its layout, and clang-format
 
 hooks: $(LINTERS) ## check what a commit touches before it is made (pre-commit, with the tools of .venv)
 	$(VENV)/bin/pre-commit install
+
+wheels: $(INSTALLED) ## a checked CPU wheel and the sdist in dist/; T="2.13.0" tries it beside that torch
+	$(PY) -m pip install -q --group wheels
+	$(PY) tools/wheels.py --torch $(T)
 
 house:           ## the numbers that this house is held to: circles, rooms, floors, wide lines
 	$(PYTHON) tools/house.py

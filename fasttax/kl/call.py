@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
+from fasttax._base.choices import Infinities
 from fasttax.reference.kl import RENYI
 from fasttax.reference.numbers import hide
 from fasttax.reference.tempering import OPTIONS as OPTIONS
@@ -18,7 +19,7 @@ from fasttax.reference.tempering import SIDES as SIDES
 from fasttax.reference.tempering import Side as Side
 from fasttax.reference.tempering import Tempering as Tempering
 
-INF = ("propagate", "mask")
+INF = get_args(Infinities)
 
 
 def share(op: str, argument: str, beta: Any) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
+from fasttax._base.choices import Infinities, KlKind, Reduction
 from fasttax._base.library import define, lib, no_double_backward, no_second_derivative
 from fasttax.kl.call import (
     OPTIONS,
@@ -44,7 +45,7 @@ def token_kl(
     logits: Tensor,
     ref_logits: Tensor,
     *,
-    kind: str = "policy_ref",
+    kind: KlKind = "policy_ref",
     beta: float = 0.5,
     temperature: float = 1.0,
     ref_temperature: float | None = None,
@@ -54,9 +55,9 @@ def token_kl(
     ref_logit_scale: float = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     scale: float | Tensor = 1.0,
-    inf: str = "propagate",
+    inf: Infinities = "propagate",
     inplace_backward: bool = False,
     tp_group: Any = None,
 ) -> Tensor:

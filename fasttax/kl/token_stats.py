@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
+from fasttax._base.choices import Infinities, KlKind, Reduction
 from fasttax._base.library import define, lib, no_double_backward
 from fasttax.kl.call import (
     KINDS,
@@ -78,7 +79,7 @@ def token_stats(
     ids: Tensor | None = None,
     *,
     outputs: Sequence[str] = ("logp",),
-    kind: str = "policy_ref",
+    kind: KlKind = "policy_ref",
     beta: float = 0.5,
     temperature: float = 1.0,
     ref_temperature: float | None = None,
@@ -88,9 +89,9 @@ def token_stats(
     ref_logit_scale: float = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     scale: float | Tensor = 1.0,
-    inf: str = "propagate",
+    inf: Infinities = "propagate",
     tp_group: Any = None,
 ) -> TokenStats:
     """Any of OUTPUTS for every token, differentiable.
