@@ -20,19 +20,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests.mutants.catalog import Mutant
 from tests.tools.cuda_tools import ROOT, Done, cuda_homes, first, run
 
 FAKE = ROOT / "tests/gpu/fake"
 WARNINGS = ("-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-fno-strict-aliasing")
+FILES = ("cases.py", "steps.py")
 TORCH = Path(torch.__file__).parent
-
-
-class Fault(NamedTuple):
-    file: str  # below csrc or fasttax
-    text: str
-    replacement: str
-    rebuilt: tuple[str, ...]  # sources in csrc/cuda that it concerns
-    cases: str  # pytest's -k: who must find it
+PATH = (f"-L{TORCH / 'lib'}",)
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # tools/native_build.py's TORCH_FLOOR
 
 
 def headers() -> str:
@@ -75,6 +71,7 @@ def sources() -> list[str]:
 
 def compile_one(source: str, csrc: Path, folder: Path) -> None:
     """Its object, in `folder`."""
+    own: tuple[str, ...]
     if source.endswith(".cu"):
         kernels = ("-x", "c++", "-include", "cuda_runtime.h")
         own = (*kernels, f"-I{FAKE / 'include'}", f"-I{ROOT / 'tests/gpu/simt'}")
@@ -95,7 +92,7 @@ def compile_one(source: str, csrc: Path, folder: Path) -> None:
 def link(objects: Sequence[Path], out: Path) -> Path:
     """The library of these objects."""
     libraries = ("-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch_cuda", "-lc10")
-    _done(run("g++", "-shared", "-o", out, *objects, f"-L{TORCH / 'lib'}", *libraries))
+    _done(run("g++", "-shared", "-o", out, *objects, *PATH, *libraries))
     return out
 
 
@@ -117,25 +114,23 @@ def build(folder: Path) -> Built:
         return Built(fake.result(), folder, library)
 
 
-def faulty(built: Built, fault: Fault, folder: Path) -> tuple[Path, Path]:
-    """(library, root of the tree to run in) with the fault in it."""
+def faulty(built: Built, mutant: Mutant, sources: Sequence[str], folder: Path) -> tuple[Path, Path]:
+    """(library, root of the tree to run in) with the fault in it.
+
+    `sources`: those in csrc/cuda that it concerns.
+    """
     tree = folder / "tree"
-    for part in ("csrc", "tests/gpu/fake", "tests/tools"):
-        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(
-        ROOT / "fasttax", tree / "fasttax", ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for part in ("csrc", "fasttax", "tests/gpu/fake", "tests/tools", "tests/mutants"):
+        shutil.copytree(ROOT / part, tree / part, ignore=ignored)
     for name in ("tests/conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tree / name)
     for library in (ROOT / "fasttax").glob("_C.*.so"):
         (tree / "fasttax" / library.name).symlink_to(library)
-    at = tree / fault.file
-    source = at.read_text()
-    assert source.count(fault.text) == 1, f"{fault.text!r} is no longer in {fault.file} once"
-    at.write_text(source.replace(fault.text, fault.replacement))
-    if not fault.rebuilt:
+    mutant.plant(tree)
+    if not sources:
         return built.library, tree
-    for name in fault.rebuilt:
+    for name in sources:
         compile_one(f"cuda/{name}", tree / "csrc", folder)
     own = sorted(folder.glob("*.o"))
     names = {path.name for path in own}
