@@ -24,7 +24,7 @@ def sample(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
     """`count` of them, as many as can be of kinds of their own."""
     shuffled = random.Random(seed).sample(mutants, len(mutants))
     seen: Counter[str] = Counter()
-    turns = []
+    turns: list[tuple[int, int, Mutant]] = []
     for mutant in shuffled:
         turns.append((seen[mutant.kind], len(turns), mutant))
         seen[mutant.kind] += 1
