@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.catalog import FOLDER, read
+from tests.mutants.catalog import catalog
 from tests.mutants.killers import launch_of
 from tests.tools import fake_cuda
 from tests.tools.cuda_tools import ROOT
 from tests.tools.fake_cuda import Built
 
 # one of each kind; `make mutants` has them all
-MUTANTS = {mutant.kind: mutant for mutant in reversed([*read(FOLDER / "launches.txt")])}
+MUTANTS = {m.kind: m for m in reversed(catalog()) if m.killer.startswith("launch")}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,36 @@ def test_catches(built: Built, kind: str, tmp_path: Path) -> None:
     )
     found = done.returncode < 0 or re.search(r"^FAILED", done.stdout, re.MULTILINE)  # < 0: a crash
     assert found, f"nobody finds it:\n{done.stdout}{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_the_way_out_of_a_gpu_that_the_library_is_not_for(built: Built, backend: str) -> None:
+    """What the error names: other kernels than CUDA C++'s, or none of fasttax's."""
+    program = (
+        "import sys, torch\n"
+        "from tests.gpu.fake import control\n"
+        "import fasttax\n"
+        "from fasttax._base import library\n"
+        "assert library.active('token_kl', 'cuda')[0].lower() == sys.argv[1]\n"
+        "x = torch.empty(4, 300, device='cuda')\n"
+        "if sys.argv[1] == 'reference':\n"
+        "    fasttax.token_kl(x, x)\n"
+        "    assert any(call['call'] == 'launch' for call in control.log())\n"
+        "assert not control.launches()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, backend],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(built.fake),
+            "FASTTAX_BACKEND": backend,
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_driver_that_is_too_old(built: Built, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_text_that_is_gone_is_stale(tmp_path: Path) -> None:
     mutant = next(m for m in CATALOG if m.file == "csrc/cuda/fisher.cuh")
     path = tmp_path / mutant.file
     path.parent.mkdir(parents=True)
-    shutil.copy(mutants.Path(FOLDER.parents[1] / mutant.file), path)
+    shutil.copy(FOLDER.parents[1] / mutant.file, path)
     assert not mutant.is_stale(tmp_path)
     mutant.plant(tmp_path)
     assert mutant.new in path.read_text()
