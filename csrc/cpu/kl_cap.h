@@ -23,11 +23,14 @@ struct JointCap {
   template <bool mid, bool close>
   __attribute__((always_inline)) inline void apply(VF& x, VF& y) const {
     const VF a = x * inside, gap = (x - y) * inside;
-    VF t = tanh_mid(a), bend = fma(-t, t, splat(1.0f));
+    VF t = tanh_mid(a);
+    x = t * cap;
+    VF bend = fma(-x, t, splat(cap));  // cap (1 - tanh^2 a)
     if constexpr (!mid) {
       const TanhHigh high = tanh_high(a);
       t = (abs(a) <= kTanhMid) ? t : high.value;
-      bend = (abs(a) <= kTanhMid) ? bend : high.bend;
+      x = t * cap;
+      bend = (abs(a) <= kTanhMid) ? bend : high.bend * cap;
     }
     // tanh g by minimax, 1.2e-8
     const VF z = gap * gap;
@@ -36,13 +39,13 @@ struct JointCap {
     const VF moved = fma(gap * z, p, gap);
     const VF whole = fma(-moved, t, splat(1.0f)), rough = reciprocal(whole);
     const VF share = fma(rough, fma(rough, -whole, splat(1.0f)), rough);
-    VF difference = moved * bend * share;
-    if constexpr (!close) {
-      const VF apart = t - tanh(y * inside);
-      difference = (abs(gap) <= kGap) ? difference : apart;
+    const VF by_gap = moved * bend * share;
+    if constexpr (close) {
+      y = by_gap;
+    } else {
+      const VF apart = (t - tanh(y * inside)) * cap;
+      y = (abs(gap) <= kGap) ? by_gap : apart;
     }
-    x = t * cap;
-    y = difference * cap;
   }
 };
 
@@ -52,36 +55,49 @@ inline VF load_some(const T* p, int64_t n) {
   return load(p, n, 0.0f);
 }
 
-// What the softcaps and the inf mask make of n entries, as floats; whole vectors are written.
-template <class T>
-inline void cap_chunk(const T* x, const T* y, int64_t n, const KlParams& k, float* to_x,
-                      float* to_y) {
-  int64_t i = 0;
+// What cap(x, y) makes of the entries from i to n, a pair of vectors or a vector at a time.
+template <class T, class Cap>
+inline void cap_entries(const T* x, const T* y, int64_t i, int64_t n, float* to_x, float* to_y,
+                        const Cap& cap) {
   const auto leave = [&](VF xv, VF yv) {
+    cap(xv, yv);
     store(to_x + i, xv);
     store(to_y + i, yv);
     i += kLanes;
   };
+  while (i + 2 * kLanes <= n) {
+    VF xv[2], yv[2];
+    load_pair(x + i, xv[0], xv[1]);
+    load_pair(y + i, yv[0], yv[1]);
+    for (int j = 0; j < 2; ++j) leave(xv[j], yv[j]);
+  }
+  while (i < n) leave(load_some(x + i, n - i), load_some(y + i, n - i));
+}
+
+// What the softcaps and the inf mask make of n entries, as floats in load_pair's order; whole
+// vectors are written.
+template <class T>
+inline void cap_chunk(const T* x, const T* y, int64_t n, const KlParams& k, float* to_x,
+                      float* to_y) {
   if (!JointCap::fits(k)) {
     const KlFrame<VectorMath, KlParams> frame(k, KlRow{});
-    while (i < n) {
-      VF xv = load_some(x + i, n - i), yv = load_some(y + i, n - i);
-      frame.cap(xv, yv);
-      leave(xv, yv);
-    }
+    cap_entries(x, y, 0, n, to_x, to_y, [&](VF& xv, VF& yv) { frame.cap(xv, yv); });
     return;
   }
   const JointCap joint(k);
   constexpr int kGroup = 4;  // vectors that one branch decides on
-  while (i + kGroup * kLanes <= n) {
+  const float scale = std::fabs(joint.inside);
+  int64_t i = 0;
+  for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) {
     VF xv[kGroup], yv[kGroup], size{}, difference{};
-    for (int j = 0; j < kGroup; ++j) {
-      xv[j] = load(x + i + j * kLanes);
-      yv[j] = load(y + i + j * kLanes);
-      size = max_keep_nan(abs(xv[j]), size);
-      difference = max_keep_nan(abs(xv[j] - yv[j]), difference);
+    for (int j = 0; j < kGroup; j += 2) {
+      load_pair(x + i + j * kLanes, xv[j], xv[j + 1]);
+      load_pair(y + i + j * kLanes, yv[j], yv[j + 1]);
     }
-    const float scale = std::fabs(joint.inside);
+    for (int j = 0; j < kGroup; ++j) {
+      size = max_size(xv[j], size);
+      difference = max_size(xv[j] - yv[j], difference);
+    }
     if (!all_le(size * scale, splat(kTanhMid))) {
       for (int j = 0; j < kGroup; ++j) joint.apply<false, false>(xv[j], yv[j]);
     } else if (!all_le(difference * scale, splat(JointCap::kGap))) {
@@ -89,13 +105,13 @@ inline void cap_chunk(const T* x, const T* y, int64_t n, const KlParams& k, floa
     } else {
       for (int j = 0; j < kGroup; ++j) joint.apply<true, true>(xv[j], yv[j]);
     }
-    for (int j = 0; j < kGroup; ++j) leave(xv[j], yv[j]);
+    for (int j = 0; j < kGroup; ++j) {
+      store(to_x + i + j * kLanes, xv[j]);
+      store(to_y + i + j * kLanes, yv[j]);
+    }
   }
-  while (i < n) {
-    VF xv = load_some(x + i, n - i), yv = load_some(y + i, n - i);
-    joint.apply<false, false>(xv, yv);
-    leave(xv, yv);
-  }
+  cap_entries(x, y, i, n, to_x, to_y,
+              [&](VF& xv, VF& yv) { joint.apply<false, false>(xv, yv); });
 }
 
 }  // namespace FASTTAX_ISA_NS

@@ -33,7 +33,8 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
   join_lanes<kind>(part, total);
 }
 
-// keep: whether every entry's p and log(m/p) are left there for the policy's gradient. Else there
+// keep: whether every entry's p and log(m/p) are left there, in load_pair's order, for the policy's
+// gradient. Else there
 // may be the reference's as well, which needs KL(q||m).
 template <bool keep, FrameMode mode, class T>
 inline void jsd_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame,
@@ -190,9 +191,10 @@ inline void jsd_kept_gradient(const KlKept& kept, int64_t V, const KlParams& k, 
     if (k.cap > 0) out.x *= kl_bend<VectorMath>(load(kept.x + i), k.cap);
     return out.x;
   };
-  const int64_t whole = V / kLanes * kLanes;
-  if (whole < V) store(dx + whole, at(whole), V - whole);
-  for (int64_t i = whole - kLanes; i >= 0; i -= kLanes) store(dx + i, at(i));
+  constexpr int64_t kTwo = 2 * kLanes;
+  const int64_t whole = V / kTwo * kTwo;
+  for (int64_t i = whole; i < V; i += kLanes) store(dx + i, at(i), std::min<int64_t>(kLanes, V - i));
+  for (int64_t i = whole - kTwo; i >= 0; i -= kTwo) store_pair(dx + i, at(i), at(i + kLanes));
 }
 
 template <KlKind kind>

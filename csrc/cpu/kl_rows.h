@@ -55,15 +55,15 @@ struct Buffers {
   alignas(64) float x[kChunk], y[kChunk];
 };
 
-// Logits as floats: those of float16, and what a softcap or the inf mask makes of any.
+// Logits as floats in load_pair's order, of what kernels don't read as it lies.
 __attribute__((noinline)) inline void stage_chunk(const RowPair& rows, const KlParams& k,
                                                   int64_t start, int64_t n, float* to_x,
                                                   float* to_y) {
   typed(rows.type, rows.x, [&](auto* x) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-    if (rows.caps) return cap_chunk(x + start, rows.ref<T>() + start, n, k, to_x, to_y);
-    widen_row(x + start, n, to_x);
-    widen_row(rows.ref<T>() + start, n, to_y);
+    const T* y = rows.ref<T>();
+    if (rows.caps) return cap_chunk(x + start, y + start, n, k, to_x, to_y);
+    cap_entries(x + start, y + start, 0, n, to_x, to_y, [](VF&, VF&) {});
   });
 }
 
@@ -91,11 +91,18 @@ inline void for_chunks(const RowPair& rows, const KlParams& k, int64_t V, F&& f)
   }
 }
 
-// f(x, y) for each vector of n entries; a partial one is filled with no entries: -inf, and for y
-// what its frame says.
+// f(x, y) for each vector of n entries, in load_pair's order; a partial one is filled with no
+// entries: -inf, and for y what its frame says.
 template <class T, class F>
 inline void for_vectors(const T* x, const T* y, int64_t n, float y_filler, F&& f) {
   int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    VF xv[2], yv[2];
+    load_pair(x + i, xv[0], xv[1]);
+    load_pair(y + i, yv[0], yv[1]);
+    f(xv[0], yv[0]);
+    f(xv[1], yv[1]);
+  }
   for (; i + kLanes <= n; i += kLanes) f(load(x + i), load(y + i));
   if (i < n) f(load(x + i, n - i, -kInf), load(y + i, n - i, y_filler));
 }
@@ -132,9 +139,10 @@ inline void with_mode(const KlParams& k, const KlRow& r, F&& f) {
 
 // A chunk's gradients, which slope(x, y) gives for each vector, where they are asked for: with both
 // sides either may be null. From its end to its beginning, as write_gradients. slope comes by
-// value: its numbers are then none that the stores may change.
-template <Sides sides, class T, class F>
-inline void write_chunk(const T* x, const T* y, int64_t n, T* dx, T* dy, const F slope) {
+// value: its numbers are then none that the stores may change. D: T, or what floats that are in its
+// load_pair's order were staged from.
+template <Sides sides, class T, class D, class F>
+inline void write_chunk(const T* x, const T* y, int64_t n, D* dx, D* dy, const F slope) {
   constexpr int64_t kTwo = 2 * kLanes;
   const bool for_x = sides == kPolicyOnly || dx, for_y = sides == kBothSides && dy;
   const int64_t whole = n / kTwo * kTwo;
@@ -163,16 +171,6 @@ inline T* moved(void* row, int64_t start) {
   return row ? static_cast<T*>(row) + start : nullptr;
 }
 
-// Of floats that were staged, for rows of another type.
-inline void unstage_chunk(FloatType type, const Buffers& from, int64_t start, int64_t n, void* dx,
-                          void* dy) {
-  typed(type, dx, [&](auto* unused) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(unused)>>;
-    if (dx) narrow_row(from.x, n, moved<T>(dx, start));
-    if (dy) narrow_row(from.y, n, moved<T>(dy, start));
-  });
-}
-
 // The row's gradients, from its end to its beginning: what the sweep before has read last is in L2
 // still, where the row pair is larger than that. dx may be the policy's logits themselves.
 template <FrameMode mode, Sides sides, class F>
@@ -183,12 +181,18 @@ inline void write_gradients(const RowPair& rows, int64_t V, const KlParams& k, v
     const int64_t n = std::min(kChunk, V - start);
     with_chunk<mode>(rows, k, start, n, in, [&](auto* x, auto* y) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-      if (!std::is_same_v<T, float> || rows.type == FloatType::kFloat)
-        return write_chunk<sides>(x, y, n, moved<T>(dx, start), moved<T>(dy, start), slope);
-      if constexpr (std::is_same_v<T, float>) {
-        write_chunk<sides>(x, y, n, dx ? out.x : nullptr, dy ? out.y : nullptr, slope);
-        unstage_chunk(rows.type, out, start, n, dx, dy);
-      }
+      const auto write_as = [&](auto type) {
+        using D = decltype(type);
+        write_chunk<sides>(x, y, n, moved<D>(dx, start), moved<D>(dy, start), slope);
+      };
+      if constexpr (!std::is_same_v<T, float>) return write_as(T{});
+      if (rows.type == FloatType::kFloat) return write_as(float{});
+      if constexpr (mode == FrameMode::kGeneral)
+        if (rows.type == FloatType::kBFloat16) return write_as(BFloat16{});
+      // float16: a kernel of its own would gain less than it is long
+      write_chunk<sides>(x, y, n, dx ? out.x : nullptr, dy ? out.y : nullptr, slope);
+      if (dx) narrow_row(out.x, n, moved<Float16>(dx, start));
+      if (dy) narrow_row(out.y, n, moved<Float16>(dy, start));
     });
   }
 }

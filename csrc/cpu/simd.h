@@ -78,6 +78,15 @@ inline VF reciprocal(VF a) {
 
 inline VF abs(VF a) { return as_float(as_int(a) & 0x7fffffff); }
 
+// max(|a|, b) of a b >= 0; a NaN of either may be passed over
+inline VF max_size(VF a, VF b) {
+#if FASTTAX_ISA == 512
+  return (VF)_mm512_range_ps((__m512)a, (__m512)b, 0b1011);  // the larger size, without a sign
+#else
+  return max_keep_nan(abs(a), b);
+#endif
+}
+
 // True when a <= b holds in every lane; a NaN makes it false.
 inline bool all_le(VF a, VF b) {
 #if FASTTAX_ISA == 512

@@ -167,7 +167,9 @@ struct KlFrame {
     ax *= k.row_scale;
     if constexpr (mode == FrameMode::kShared) d = (((x - ox) - (y - oy)) - c) * k.row_scale;
     else if (k.joint_cap && alike(r)) d = (y - c) * k.row_scale;
-    else d = ax - ay<mode>(x, y);
+    // rounded once in so many words: a compiler may do so in one kernel and not in the next, whose
+    // bits have to be the same
+    else d = M::fma(r.my - kl_capped_y(x, y, k), M::splat(k.ref_row_scale), ax);
   }
 
   // ax - d, also where one of the rows is -inf and d is no number.
