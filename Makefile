@@ -5,7 +5,7 @@ VENV   ?= .venv
 export OMP_WAIT_POLICY ?= passive
 PY      = $(VENV)/bin/python
 CPP     = $(wildcard $(addprefix csrc/,*.cpp */*.h */*.cpp */*.cu */*.cuh))
-SIMT    = $(wildcard $(addprefix tests/gpu/simt/,*.h *.cpp))
+SIMT    = $(wildcard $(addprefix tests/gpu/,simt/*.h simt/*.cpp fake/*.h fake/*.cpp fake/*/*.h))
 SOURCES = setup.py $(wildcard tools/*_build.py) $(CPP)
 # Stamps of what is done. Both kinds of library are fasttax/_C.abi3.so, so that making one takes
 # the other's stamp away; one that was built by hand is newer than any stamp.
@@ -26,7 +26,8 @@ QUICK   = $(addprefix tests/, \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-gpu test-trl quick t bench bench-gpu lint format hooks wheels house doctor clean
+.PHONY: help demo demo-tiny test test-gpu test-trl mutants quick t bench bench-gpu lint format hooks wheels house doctor \
+  clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +81,9 @@ test-trl: $(LIBRARY) ## patch and FullKL on another TRL: make test-trl V=1.9.2 (
 	$(VENV)/trl-$(V)/bin/python -m pytest -q tests/integrations/test_patch.py \
 	  tests/integrations/test_full_kl.py::test_is_the_kl_in_the_loss
 
+mutants: $(LIBRARY) ## plant 200 faults in the kernels, one at a time: who finds each (half an hour; N=20 for a sample)
+	$(PY) -m tests.mutants $(if $(N),--sample $(N) --seed $(or $(SEED),0)) --only "$(K)"
+
 quick: $(ONE_ISA) ## after an edit of a CPU kernel: build one instruction set, run the tests it breaks first
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -x $(QUICK) -k "not reference-"
 
@@ -89,7 +93,7 @@ t:               ## tests by words and place, on what is built: make t K="topk a
 bench: $(LIBRARY) ## measure against eager PyTorch, torch.compile and foreach; writes bench/results and README's table
 	$(PY) -m bench
 
-bench-gpu: $(LIBRARY) ## the same on a GPU: CUDA C++ and Triton; writes bench/results/gpu.json
+bench-gpu: $(LIBRARY) ## the same on a GPU, beside Liger and TRL too; writes bench/results/<gpu>.json, 7 minutes
 	$(PY) -m bench gpu
 
 lint: $(LINTERS) ## ruff, mypy, clang-format; builds nothing

@@ -1,6 +1,7 @@
 """Measures all cases, writes bench/results, and renews the table between README's bench markers.
 
-A family's file is bench/results/cpu-FAMILY.json, the GPU's is gpu.json.
+A family's file is bench/results/cpu-FAMILY.json. `python -m bench gpu` has a table of its own, a
+budget of time, and writes bench/results/<gpu>.json; with --dry-run it runs small cases on the CPU.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,9 @@ from bench import (
     bench_kl,
     bench_linear_kl,
     bench_trainers,
+    gpu_clock,
+    gpu_run,
+    gpu_table,
     timing,
 )
 
@@ -37,20 +44,19 @@ FAMILIES: dict[str, Callable[[], Iterator[timing.Case]]] = {
     "ewc": bench_ewc.cases,
     "fisher": bench_fisher.cases,
     "trainers": bench_trainers.cases,
-    GPU: bench_gpu.cases,
 }
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def results_of(family: str) -> Path:
     """The file that a family's results are written to."""
-    return RESULTS / ("gpu.json" if family == GPU else f"cpu-{family}.json")
+    return RESULTS / f"cpu-{family}.json"
 
 
 def measure(family: str) -> Path:
     """Runs a family's cases, prints each, and writes them with what they ran on."""
     torch.manual_seed(0)
-    rate = timing.bandwidth("cuda" if family == GPU else "cpu")
+    rate = timing.bandwidth()
     results = []
     for case in tqdm(FAMILIES[family](), desc=family, unit="case"):
         result = timing.run(case, rate)
@@ -94,16 +100,11 @@ def table() -> str:
             f"| {r['name']} | {r['shape']} | {r['milliseconds']['fasttax']:.1f} "
             f"ms{peaks.get('fasttax', '')} | {others} |"
         )
-    machines = [
-        {
-            **report["environment"],
-            "cpu": report["environment"].get("gpu") or report["environment"]["cpu"],
-        }
-        for report in reports
-    ]
     runs = dict.fromkeys(
-        "{cpu}, {threads} threads, torch {torch}, commit {commit}, {date}".format(**machine)
-        for machine in machines
+        "{cpu}, {threads} threads, torch {torch}, commit {commit}, {date}".format(
+            **report["environment"]
+        )
+        for report in reports
     )
     return "\n".join(
         [
@@ -115,29 +116,75 @@ def table() -> str:
     )
 
 
+def measure_gpu(dry: bool, budget: float, folder: Path) -> Path:
+    """Runs the GPU's cases within `budget` seconds and writes them to `folder`."""
+    torch.manual_seed(0)
+    begin = time.perf_counter()
+    clock: gpu_clock.Clock
+    if dry:
+        clock, sizes, copied, side = gpu_clock.DryClock(), bench_gpu.TINY, 1 << 20, 64
+    else:
+        clock, sizes, copied, side = gpu_clock.CudaClock(), bench_gpu.Sizes(), 1 << 30, 8192
+    rates = gpu_clock.rates(clock, copied, side)
+    specs = bench_gpu.specs(clock.device, sizes)
+    report = gpu_run.run_all(specs, clock, rates, budget - (time.perf_counter() - begin))
+    written = {
+        "command": "python -m bench gpu",
+        "environment": timing.environment(rates.copy),
+        "rates": asdict(rates),
+        "results": [timing.as_json(result) for result in report.results],
+        "left_out": report.left_out,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{gpu_table.slug(clock.name)}.json"
+    target.write_text(json.dumps(written, indent=1) + "\n")
+    return target
+
+
 def renew_readme() -> None:
-    """Puts `table` between README's marks."""
+    """Puts both tables between README's marks."""
     readme = ROOT / "README.md"
     text = readme.read_text()
     head, tail = text.index(BEGIN) + len(BEGIN), text.index(END)
-    readme.write_text(f"{text[:head]}\n{table()}\n{text[tail:]}")
+    text = f"{text[:head]}\n{table()}\n{text[tail:]}"
+    readme.write_text(gpu_table.renewed(text, RESULTS))
 
 
 def main() -> int:
     """Measures the families asked for, each in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "family", nargs="*", help=f"some of {', '.join(FAMILIES)} (default: all but {GPU})"
+        "family", nargs="*", help=f"some of {', '.join(FAMILIES)} (default: all of them); or {GPU}"
     )
-    families = parser.parse_args().family or [family for family in FAMILIES if family != GPU]
-    unknown = set(families) - set(FAMILIES)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help=f"{GPU}: small cases on the CPU, written to a temporary folder and not to README",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=gpu_run.BUDGET, help=f"{GPU}: seconds it may take"
+    )
+    given = parser.parse_args()
+    families = given.family or list(FAMILIES)
+    unknown = set(families) - {*FAMILIES, GPU}
     if unknown:
         parser.error(
-            f"unknown family {', '.join(sorted(unknown))}; choose from {', '.join(FAMILIES)}"
+            f"unknown family {', '.join(sorted(unknown))}; choose from {', '.join(FAMILIES)}, {GPU}"
         )
+    if given.dry_run:
+        if families != [GPU]:
+            parser.error(f"--dry-run is of {GPU} alone")
+        with tempfile.TemporaryDirectory() as folder:
+            print(measure_gpu(True, given.budget, Path(folder)).read_text())
+        return 0
     if GPU in families and not torch.cuda.is_available():
-        parser.error(f"{GPU} needs a GPU, and torch sees none")
-    if len(families) == 1:
+        parser.error(
+            f"{GPU} needs a GPU, and torch sees none; `python -m bench {GPU} --dry-run` runs small "
+            "cases on the CPU"
+        )
+    if families == [GPU]:
+        print(measure_gpu(False, given.budget, RESULTS))
+    elif len(families) == 1:
         print(measure(families[0]))
     else:
         # a process each: what one family leaves in the heap makes the next one's allocations

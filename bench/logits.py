@@ -64,6 +64,12 @@ TRAINED = next(iter(REAL))  # what the first steps of a training look like
 KINDS = (*REAL, *SYNTHETIC)
 
 
+def kept_kinds() -> tuple[str, ...]:
+    """The kinds that are to be had here: real ones, of ROWS rows at most, where they are kept."""
+    real = REAL if _file().exists() else {}
+    return (*real, *SYNTHETIC)
+
+
 def pair(kind: str, n: int, v: int, dtype: torch.dtype) -> Pair:
     """Policy and reference logits (n, v) of a kind, the same ones on every call.
 

@@ -7,7 +7,7 @@ import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from fasttax._base.timing import Case as Case
 from fasttax._base.timing import Result as Result
 from fasttax._base.timing import bandwidth as bandwidth
 from fasttax._base.timing import run as run
+
+if TYPE_CHECKING:
+    from bench.gpu_run import GpuResult
 
 
 def environment(bytes_per_second: float) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def environment(bytes_per_second: float) -> dict[str, Any]:
     }
 
 
-def as_json(result: Result) -> dict[str, Any]:
+def as_json(result: Result | GpuResult) -> dict[str, Any]:
     """A result's fields, numbers to four decimals."""
 
     def rounded(value: Any) -> Any:

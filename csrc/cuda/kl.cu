@@ -4,7 +4,7 @@ namespace fasttax {
 
 const char* kl_plan(KlLaunch& x, int64_t& parts, int64_t& tickets) {
   const KlDevice device;
-  if (device.error != cudaSuccess) return kl_words(device.error);
+  if (device.error != cudaSuccess) return cuda_words(device.error);
   x.args.splits = kl_splits(x.args.n, x.args.v, device.multiprocessors);
   const bool split = x.args.splits > 1;
   parts = split ? x.args.n * kl_spans(x.args.v) * kl_parts_count(x.op) : 0;

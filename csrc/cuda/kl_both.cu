@@ -4,7 +4,7 @@ namespace fasttax {
 
 const char* kl_both(const KlLaunch& x) {
   const KlDevice device;
-  if (device.error != cudaSuccess) return kl_words(device.error);
+  if (device.error != cudaSuccess) return cuda_words(device.error);
   const int item = x.type == FloatType::kFloat ? 4 : 2;
   KlLaunch launch = x;
   launch.args.splits = 1;

@@ -3,12 +3,9 @@
 // What the launchers share: the device's limits, and kernels started for a type and an op.
 
 #include "kl.cuh"
+#include "launch.cuh"
 
 namespace fasttax {
-
-inline const char* kl_words(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 struct KlDevice {
   int multiprocessors = 0, block_limit = 0, sm_limit = 0, major = 0;
@@ -76,28 +73,24 @@ inline cudaError_t kl_allow_shared(void (*kernel)(KlArgs), size_t bytes) {
 // Whether the device holds one such cluster at all. Of more than 8 blocks it is not promised.
 inline bool kl_cluster_fits(void (*kernel)(KlArgs), dim3 blocks, size_t shared_bytes, int cluster) {
   if (cluster == 1) return true;
-  if (kl_allow_shared(kernel, shared_bytes) != cudaSuccess) return false;
-  if (cluster > 8 && cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
-                                          1) != cudaSuccess) {
-    cudaGetLastError();  // taken back: the launch that follows is another
+  if (!cuda_can(kl_allow_shared(kernel, shared_bytes))) return false;
+  if (cluster > 8 &&
+      !cuda_can(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
     return false;
-  }
   const KlConfig launch(blocks, shared_bytes, cluster);
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess)
-    return clusters > 0;
-  cudaGetLastError();
-  return false;
+  return cuda_can(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config)) &&
+         clusters > 0;
 }
 
 // Starts kernel(args) in `blocks`; cluster > 1: in clusters of so many.
 inline const char* kl_start(void (*kernel)(KlArgs), dim3 blocks, size_t shared_bytes,
                             const KlLaunch& x, int cluster = 1) {
   const cudaError_t error = kl_allow_shared(kernel, shared_bytes);
-  if (error != cudaSuccess) return kl_words(error);
+  if (error != cudaSuccess) return cuda_words(error);
   KlConfig launch(blocks, shared_bytes, cluster);
   launch.config.stream = static_cast<cudaStream_t>(x.stream);
-  return kl_words(cudaLaunchKernelEx(&launch.config, kernel, x.args));
+  return cuda_words(cudaLaunchKernelEx(&launch.config, kernel, x.args));
 }
 
 }  // namespace fasttax

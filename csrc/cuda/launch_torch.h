@@ -16,8 +16,7 @@ void launch_on(const char* op, const Tensor& device_of, Start&& start) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const char* failed = start(stream);
-  FASTTAX_CHECK(failed == nullptr, op, "the CUDA launch failed: ", failed ? failed : "",
-                "; see TORCH_CUDA_ARCH_LIST if the library was built for other GPUs");
+  FASTTAX_CHECK(failed == nullptr, op, "the CUDA launch failed: ", failed ? failed : "");
 }
 
 inline void check_on_gpu(const char* op, const char* name, const Tensor& t) {

@@ -1,30 +1,21 @@
+#include "launch.cuh"
 #include "weigh.cuh"
 
 namespace fasttax {
 namespace {
 
-const char* started() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-dim3 token_blocks(int64_t n) { return dim3(unsigned((n + kWeighThreads - 1) / kWeighThreads)); }
+int64_t token_blocks(int64_t n) { return (n + kWeighThreads - 1) / kWeighThreads; }
 
 // Starts the kernel of float's or of double's arguments.
-template <class Narrow, class Wide>
-const char* start(const WeighLaunch& x, dim3 blocks, int threads, Narrow narrow, Wide wide) {
-  const auto stream = static_cast<cudaStream_t>(x.stream);
-  if (x.wide) wide<<<blocks, dim3(unsigned(threads)), 0, stream>>>(x.args);
-  else narrow<<<blocks, dim3(unsigned(threads)), 0, stream>>>(x.args);
-  return started();
+template <class Kernel>
+const char* start(const WeighLaunch& x, int64_t blocks, int threads, Kernel* narrow, Kernel* wide) {
+  return Launcher{x.stream}(blocks, threads, x.wide ? wide : narrow, x.args);
 }
 
 template <class T>
 const char* scale(const ScaleArgs& args, int multiprocessors, void* stream) {
   const int64_t items = scale_items<T>(args), most = int64_t(multiprocessors) * kScaleBlocksPerSm;
-  scale_held_kernel<T><<<dim3(unsigned(items < most ? items : most)), dim3(kScaleThreads), 0,
-                         static_cast<cudaStream_t>(stream)>>>(args);
-  return started();
+  return Launcher{stream}(items < most ? items : most, kScaleThreads, scale_held_kernel<T>, args);
 }
 
 }  // namespace
@@ -32,7 +23,7 @@ const char* scale(const ScaleArgs& args, int multiprocessors, void* stream) {
 const char* weigh_forward(const WeighLaunch& x) {
   if (x.args.output_count == 0) return nullptr;
   if (x.args.reduction != Reduction::kNone)
-    return start(x, dim3(unsigned(x.args.output_count)), kWeighSumThreads, weigh_sum_kernel<float>,
+    return start(x, x.args.output_count, kWeighSumThreads, weigh_sum_kernel<float>,
                  weigh_sum_kernel<double>);
   if (x.args.n == 0) return nullptr;
   return start(x, token_blocks(x.args.n), kWeighThreads, weigh_tokens_kernel<float>,
@@ -57,7 +48,7 @@ const char* scale_held(FloatType type, const ScaleArgs& args, void* stream) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return cuda_words(error);
   switch (type) {
     case FloatType::kFloat: return scale<float>(args, multiprocessors, stream);
     case FloatType::kBFloat16: return scale<__nv_bfloat16>(args, multiprocessors, stream);

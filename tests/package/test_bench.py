@@ -1,39 +1,14 @@
-"""`make bench-gpu`'s contenders, small and on the CPU, and `fasttax bench`.
-
-There is no GPU to try the former on; torch.compile stands aside.
-"""
+"""`fasttax bench`, and the kinds of rows that benchmarks measure on."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fasttax import cli
-
-
-def test_every_contender_of_the_gpu_bench_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
-    from bench import bench_gpu
-
-    torch.compiler.set_stance("force_eager")
-    try:
-        names = []
-        for case in bench_gpu.cases(
-            "cpu", [("4 x 300", 4, 300)], 1000, [("N=2 T=3 5x7", 2, 3, 5, 7)]
-        ):
-            assert list(case.contenders)[-1] == "fasttax"
-            assert case.floor_bytes > 0
-            for call in case.contenders.values():
-                call()
-            names.append(case.name)
-    finally:
-        torch.compiler.set_stance("default")
-    assert len(names) == len(set(names)) == 11
-    assert "bench.bench_gpu" in sys.modules
 
 
 def test_synthetic_kinds_of_logits_are_the_same_on_every_call(

@@ -144,6 +144,7 @@ struct Machine {
   size_t stack_size = 0;
   char started, ended, barrier[2];  // addresses that TSan orders by
   unsigned turn = 0;
+  unsigned first = 0;               // the blocks before it (along x) do not run
   size_t streamed = 0, opaque = 0;  // bytes that __ldcs read; FASTTAX_OPAQUEs passed
 };
 
@@ -346,7 +347,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_bytes, Kernel&& kernel, int cl
   std::vector<int> order(count);
   for (m.cta.z = 0; m.cta.z < grid.z; ++m.cta.z)
     for (m.cta.y = 0; m.cta.y < grid.y; ++m.cta.y)
-      for (unsigned x = 0; x < grid.x; x += unsigned(cluster)) {
+      for (unsigned x = m.first; x < grid.x; x += unsigned(cluster)) {
         m.cta.x = x;
         // NaN: shared memory starts undefined
         for (Cta& cta : m.ctas) cta.dynamic = std::vector<unsigned char>(dynamic_bytes, 0xff);
