@@ -116,7 +116,7 @@ def token_kl(
         inf=inf,
     )
     given = logits
-    logits, ref_logits = check_logits(op, logits, ref_logits)
+    logits, ref_logits = check_logits(op, logits, ref_logits, one_dtype=tp_group is not None)
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
     w = weighing(op, mask, weight, reduction, scale, logits)
     in_forward = w.reduces and not obstacle_to_gradients((logits, ref_logits), w.weight)
