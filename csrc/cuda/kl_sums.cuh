@@ -62,6 +62,15 @@ __device__ __forceinline__ KlVector<T> kl_highest(const KlVector<T> (&of)[n]) {
   return most;
 }
 
+template <class T>
+__device__ __forceinline__ KlVector<T> kl_either(int second, const KlVector<T>& a,
+                                                 const KlVector<T>& b) {
+  KlVector<T> one;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) one.word(w) = second ? b.word(w) : a.word(w);
+  return one;
+}
+
 // Of every lane's entries the highest, of x and of y.
 template <class T>
 __device__ __forceinline__ KlSides<float> kl_warp_max(const KlVector<T>& x, const KlVector<T>& y) {
@@ -105,41 +114,21 @@ struct KlSpanEntries {
     const int first = int(threadIdx.x % 32) * kEntries;
     const int64_t own = begin + first;
     left = count - first;
-    if (count == kSpan && row.wide()) {
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        x[j] = row.x_wide(own + j * kRound);
-        if (kPair) y[j] = row.y_wide(own + j * kRound);
-      }
+    if (count == kSpan) {
+      const auto beyond_x = row.x.load_span(x, own);
+      typename Source::Beyond beyond_y{};
+      if (kPair) beyond_y = row.y.load_span(y, own);
+      row.x.settle_span(x, own, beyond_x);
+      if (kPair) row.y.settle_span(y, own, beyond_y);
       return;
-    }
-    if constexpr (Source::kShifts && sizeof(T) == 2) {  // float32 has no registers for it
-      if (count == kSpan) {  // all under way before a row's ends are set right
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-          x[j] = row.x_shifted(own + j * kRound);
-          if (kPair) y[j] = row.y_shifted(own + j * kRound);
-        }
-        constexpr int kLast = kVectors - 1;
-        const int64_t last = own + kLast * kRound;
-        if (own == 0) {
-          x[0] = row.x_each(own);
-          if (kPair) y[0] = row.y_each(own);
-        }
-        if (row.at_end(last)) {
-          x[kLast] = row.x_each(last);
-          if (kPair) y[kLast] = row.y_each(last);
-        }
-        return;
-      }
     }
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       float to_x[kEntries], to_y[kEntries];
 #pragma unroll
       for (int i = 0; i < kEntries; ++i) {
-        to_x[i] = has(j, i) ? row.x_one(own + (j * kRound + i)) : -kl_infinity();
-        to_y[i] = kPair && has(j, i) ? row.y_one(own + (j * kRound + i)) : -kl_infinity();
+        to_x[i] = has(j, i) ? row.x.one(own + (j * kRound + i)) : -kl_infinity();
+        to_y[i] = kPair && has(j, i) ? row.y.one(own + (j * kRound + i)) : -kl_infinity();
       }
       x[j] = kl_narrow<T>(to_x);
       y[j] = kl_narrow<T>(to_y);
@@ -282,7 +271,7 @@ struct KlLanes {
 template <KlOp op>
 __device__ __forceinline__ void kl_general_entry(const KlDeviceFrame& frame, float x, float y,
                                                  bool there, KlLanes<op>& lanes) {
-  float ax, ay, d, ax2 = frame.ax2(x);
+  float ax, ay, d, ax2 = frame.ax2<KlWay::kFast>(x);
   frame.careful(x, y, ax, ay, d);
   if (!frame.bare) ax2 = ax * kLog2e;
   if (!there) ax2 = ay = -kl_infinity();  // which under a softcap no -inf makes of it
@@ -292,51 +281,72 @@ __device__ __forceinline__ void kl_general_entry(const KlDeviceFrame& frame, flo
   if (KlParts<op>::kEntropy) lanes.template entropy<true>(ex, ax2);
 }
 
-// `wide`: whether a vector of the span had a |d| beyond 2, where the next ones are not looked at.
-template <KlOp op, bool kCapped, int n>
-__device__ __forceinline__ void kl_fast_vector(const KlDeviceFrame& frame, float (&x)[n],
-                                               float (&y)[n], KlLanes<op>& lanes, bool& wide) {
-  if constexpr (!KlParts<op>::kPair) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      const float ax2 = frame.ax2(x[j]);
-      lanes.template entropy<true>(kl_exp2(ax2), ax2);
-    }
-  } else {
-    float d[n];
-    if (kCapped) frame.cap_all(x, y);
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      d[j] = kCapped ? frame.capped_gap(y[j]) : frame.gap(x[j], y[j]);
-      if (kCapped) y[j] = x[j] - y[j];
-      x[j] = frame.ax2(x[j]);
-    }
-    const auto each = [&](auto add) {
-#pragma unroll
-      for (int j = 0; j < n; ++j) {
-        const float ex = kl_exp2(x[j]);
-        add(ex, y[j], d[j]);
-        if (KlParts<op>::kEntropy) lanes.template entropy<false>(ex, x[j]);
-      }
-    };
-    if (KlParts<op>::kPlain)
-      return each(
-          [&](float ex, float raw_y, float) { lanes.plain(ex, kl_exp2(frame.ay2(raw_y))); });
-    if (!wide) {
-      float widest = 0;
-#pragma unroll
-      for (int j = 0; j < n; ++j) widest = kl_max_or_nan(widest, fabsf(d[j]));
-      if (__ballot_sync(kWholeWarp, !(widest <= kSmallGap)) == 0)
-        return each([&](float ex, float, float gap) { lanes.near.add(ex, gap); });
-      if (__ballot_sync(kWholeWarp, !(widest <= kMidGap)) == 0)
-        return each([&](float ex, float, float gap) { lanes.middle(ex, gap); });
-      wide = true;
-    }
-    // e^ay by itself: from ax and d it has the rounding of ax, large where y peaks
-    each([&](float ex, float raw_y, float gap) {
-      lanes.template any<false>(ex, kl_exp2(frame.ay2(raw_y)), gap);
-    });
+// What of a span sets how its vectors are summed.
+struct KlSpanWay {
+  const KlDeviceFrame& frame;
+  const KlCap cap;
+  float few = 0;      // of capped logits the sum of (x - y)^2 up to which every |d| is small
+  bool wide = false;  // a vector of the span had a |d| beyond 2: the next ones are not looked at
+
+  // |d| <= |x - y| scale + |minus_cs|, for a cap draws logits together
+  __device__ __forceinline__ void look_for_near() {
+    const float room = fmaxf(kSmallGap - fabsf(frame.minus_cs), 0.0f) / frame.scale;
+    few = fminf(cap.c.few_reach, room * room);
   }
+};
+
+template <KlOp op, KlWay kWay, int n>
+__device__ __forceinline__ void kl_fast_vector(float (&x)[n], float (&y)[n], KlSpanWay& way,
+                                               KlLanes<op>& lanes) {
+  using P = KlParts<op>;
+  const KlDeviceFrame& frame = way.frame;
+  float d[n], ay2[n];
+  // x becomes ax log2 e; e^ay by itself: from ax and d it has the rounding of ax, large where y
+  // peaks
+  const auto place = [&] {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      if (P::kPair) d[j] = frame.gap<kWay>(x[j], y[j]), ay2[j] = frame.ay2<kWay>(x[j], y[j]);
+      x[j] = frame.ax2<kWay>(x[j]);
+    }
+  };
+  const auto each = [&](auto add) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const float ex = kl_exp2(x[j]);
+      add(ex, j);
+      if (P::kEntropy) lanes.template entropy<!P::kPair>(ex, x[j]);
+    }
+  };
+  const auto near = [&] { each([&](float ex, int j) { lanes.near.add(ex, d[j]); }); };
+  const auto plain = [&] { each([&](float ex, int j) { lanes.plain(ex, kl_exp2(ay2[j])); }); };
+  const auto all_within = [&](float widest, float reach) {
+    return __ballot_sync(kWholeWarp, !(widest <= reach)) == 0;
+  };
+  if constexpr (kWay == KlWay::kCapped) {
+    const float apart = KlCap::apart(x, y);
+    if (all_within(apart, P::kPlain ? way.cap.c.few_reach : way.few)) {
+      way.cap.template all<KlCap::kFew>(x, y);
+      place();
+      if constexpr (P::kPlain) return plain();
+      else return near();
+    }
+    if (all_within(apart, way.cap.c.few_reach)) way.cap.template all<KlCap::kFew>(x, y);
+    else if (all_within(apart, way.cap.c.reach)) way.cap.template all<KlCap::kAll>(x, y);
+    else way.cap.template all<KlCap::kAny>(x, y);
+  }
+  place();
+  if constexpr (!P::kPair) return each([](float, int) {});
+  if constexpr (P::kPlain) return plain();
+  if (!way.wide) {
+    float widest = 0;
+#pragma unroll
+    for (int j = 0; j < n; ++j) widest = kl_max_or_nan(widest, fabsf(d[j]));
+    if (all_within(widest, kSmallGap)) return near();
+    if (all_within(widest, kMidGap)) return each([&](float ex, int j) { lanes.middle(ex, d[j]); });
+    way.wide = true;
+  }
+  each([&](float ex, int j) { lanes.template any<false>(ex, kl_exp2(ay2[j]), d[j]); });
 }
 
 // Mass and moment of a span around its highest entry, which is counted apart: where that entry
@@ -351,7 +361,7 @@ __device__ __forceinline__ SpanEntropy kl_around_peak(KlSpanEntries<T>& span,
       for (int i = 0; i < n; ++i) {
         float ax, ay, d;
         if (frame.bare) {
-          f(frame.ax2(x[i]));
+          f(frame.ax2<KlWay::kFast>(x[i]));
         } else {
           frame.careful(x[i], y[i], ax, ay, d);
           f(span.has(j, i) ? ax * kLog2e : -kl_infinity());
@@ -389,8 +399,9 @@ __device__ __forceinline__ bool kl_hidden(float b, float g, float s) {
 
 // Of `count` entries from `begin`, up to kSpan, to `part`.
 template <KlOp op, class Source>
-__device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& k, int64_t begin,
+__device__ __forceinline__ void kl_unit_sums(const Source& row, const KlArgs& a, int64_t begin,
                                              int count, float* part) {
+  const KlParams& k = a.k;
   using T = typename Source::Entry;
   using P = KlParts<op>;
   constexpr int n = KlVector<T>::kEntries, kStride = 32 / P::kPadded;
@@ -405,17 +416,15 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
   }
   float sum = 0;
   const auto total = [&](int i) { return __shfl_sync(kWholeWarp, sum, i * kStride); };
-  // float32's entries leave no registers for a loop of rows under one softcap
-  constexpr bool kCapped = kl_op_capped(op) && sizeof(T) == 2;
   bool guarded = false, centred = false;
 #pragma unroll 1
   for (int sums = 0; sums < kMostSpanSums; ++sums) {
-    const KlDeviceFrame frame(k, r);
+    const KlDeviceFrame frame(a, r);
     const bool whole = !guarded && count == kSpan,
                fast = whole && (P::kPair ? frame.fast : frame.bare),
-               capped = kCapped && whole && frame.capped;
+               capped = kl_op_capped(op) && whole && frame.capped;
     KlLanes<op> lanes;
-    bool wide = false;
+    KlSpanWay way{frame, {a.cap}};
     span.forget();
     if (fast) {
 #pragma unroll
@@ -423,12 +432,21 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
         float x[n], y[n];
         kl_widen(span.x[j], x);
         kl_widen(P::kPair ? span.y[j] : span.x[j], y);
-        kl_fast_vector<op, false>(frame, x, y, lanes, wide);
+        kl_fast_vector<op, KlWay::kFast>(x, y, way, lanes);
       }
     } else if (capped) {
-      span.template in_turn<P::kPair>([&](int, float (&x)[n], float (&y)[n]) {
-        kl_fast_vector<op, true>(frame, x, y, lanes, wide);
-      });
+      constexpr int kHalf = KlSpanEntries<T>::kVectors / 2;
+      way.look_for_near();
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {  // the code of one half: registers have no index
+#pragma unroll
+        for (int j = 0; j < kHalf; ++j) {
+          float x[n], y[n];
+          kl_widen(kl_either(half, span.x[j], span.x[j + kHalf]), x);
+          kl_widen(kl_either(half, span.y[j], span.y[j + kHalf]), y);
+          kl_fast_vector<op, KlWay::kCapped>(x, y, way, lanes);
+        }
+      }
     } else {
       span.template in_turn<P::kPair>([&](int j, const float (&x)[n], const float (&y)[n]) {
 #pragma unroll
@@ -464,7 +482,7 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
   if constexpr (P::kEntropy) {
     SpanEntropy own{total(P::kMass), total(P::kMass + 1), 0, 0};
     if (own.moment * kLn2 > float(kDominated) * own.mass) {
-      const KlDeviceFrame frame(k, r);
+      const KlDeviceFrame frame(a, r);
       own = kl_around_peak<op>(span, frame);
     }
     __syncwarp();  // the lanes that wrote these floats are not the one that does so now
@@ -475,18 +493,19 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlParams& 
 // Of span `index` of a row of v. kOnChip: a span is one unit. `scratch`: kMostParts floats of this
 // warp.
 template <KlOp op, bool kOnChip, class Source>
-__device__ __forceinline__ void kl_span_sums(const Source& row, const KlParams& k, int64_t v,
-                                             int index, float* part, float* scratch) {
+__device__ __forceinline__ void kl_span_sums(const Source& row, const KlArgs& a, int index,
+                                             float* part, float* scratch) {
+  const int64_t v = a.v;
   const int units = kOnChip ? 1 : int(kl_span(v) / kSpan);
 #pragma unroll 1
   for (int i = 0; i < units; ++i) {
     const int64_t begin = (int64_t(index) * units + i) * kSpan;
     if (begin >= v) return;
-    kl_unit_sums<op>(row, k, begin, int(v - begin < kSpan ? v - begin : kSpan),
+    kl_unit_sums<op>(row, a, begin, int(v - begin < kSpan ? v - begin : kSpan),
                      i == 0 ? part : scratch);
     if (i == 0) continue;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) kl_join_parts<op>(k, part, scratch);
+    if (threadIdx.x % 32 == 0) kl_join_parts<op>(a.k, part, scratch);
     __syncwarp();
   }
 }

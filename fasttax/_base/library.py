@@ -41,7 +41,7 @@ on_triton: dict[tuple[str, str], str] = {}  # (op, dispatch key) that Triton ser
 # The device types on which the ops over logits take policy and reference in dtypes of their own:
 # one float32, the other bfloat16 or float16. Elsewhere fasttax.kl gives them one dtype first.
 own_dtypes: set[str] = set()
-_OWN_DTYPES = {"CUDA C++": False, "Triton": triton.OWN_DTYPES, "C++": False, "reference": True}
+_OWN_DTYPES = {"CUDA C++": True, "Triton": triton.OWN_DTYPES, "C++": False, "reference": True}
 
 
 def chosen_backend() -> str:

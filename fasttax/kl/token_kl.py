@@ -66,7 +66,9 @@ def token_kl(
 
     Args:
         logits: (..., V), the policy's: float32, bfloat16, float16 or float64; differentiable.
-        ref_logits: (..., V), the reference's; differentiable too.
+        ref_logits: (..., V), the reference's; differentiable too. CUDA kernels read float32 beside
+            bfloat16 or float16 as they are; other pairs of dtypes, and other devices, get copies in
+            the wider one.
         kind: "policy_ref" = KL(policy || ref), "ref_policy" = KL(ref || policy), "jsd" or "renyi"
             (see the module).
         beta: the reference's share of the mixture in "jsd", in [0, 1]; 0 and 1 give 0. The order in
