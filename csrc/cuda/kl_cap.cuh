@@ -79,7 +79,7 @@ struct KlCap {
   }
 
   // The slope by the capped logit times the cap's, 1 - tanh^2.
-  __device__ __forceinline__ static float bend(float r, float slope) {
+  __device__ __forceinline__ static float through(float r, float slope) {
     return slope * r * fmaf(r, -4.0f, 4.0f);
   }
 };

@@ -93,8 +93,8 @@ struct KlSlope {
       out.y *= gy;
     }
     if (kWay == KlWay::kCapped) {
-      out.x = KlCap::bend(x, out.x);
-      if (kBoth) out.y = KlCap::bend(x + y, out.y);
+      out.x = KlCap::through(x, out.x);
+      if (kBoth) out.y = KlCap::through(x + y, out.y);
     } else if (kWay == KlWay::kCareful) {
       kl_uncap<DeviceMath>(out, x, y, frame.k);
     }

@@ -35,7 +35,11 @@ SUMS, ROW, ENTRIES = "cuda/kl_sums.cuh", "cuda/kl_row.cuh", "cuda/kl_entries.cuh
 TEAM, TOTAL = "  kl_team_sync<kCluster>();\n", "  if (warp == 0) kl_join_spans"
 FAULTS = {
     "reads past the end": Fault(
-        ASAN, SUMS, "    if (count == kSpan) {", "    if (true) {", "heap-buffer-overflow"
+        ASAN,
+        "cuda/kl_span.cuh",
+        "    if (count == kSpan) {",
+        "    if (true) {",
+        "heap-buffer-overflow",
     ),
     "ignores alignment": Fault(
         ASAN,
