@@ -139,7 +139,12 @@ def token_stats(
         inf=inf,
     )
     outputs = check_outputs(op, outputs, ids, ref_logits)
-    logits, checked = check_logits(op, logits, logits if ref_logits is None else ref_logits)
+    logits, checked = check_logits(
+        op,
+        logits,
+        logits if ref_logits is None else ref_logits,
+        one_dtype=tp_group is not None,
+    )
     if ref_logits is not None:
         ref_logits = checked
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
@@ -291,7 +296,8 @@ def _backward_fake(
     grads: Tensor, logits: Tensor, ref_logits: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
     need_policy, need_ref = others[-2:]
-    return empty_gradient(logits, need_policy), empty_gradient(logits, need_ref)
+    d_ref = empty_gradient(logits if ref_logits is None else ref_logits, need_ref)
+    return empty_gradient(logits, need_policy), d_ref
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
