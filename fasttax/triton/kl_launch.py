@@ -15,6 +15,7 @@ from fasttax.triton import on_device
 from fasttax.triton.kl import forward_kernel, gradient_kernel
 from fasttax.triton.rows import (
     Params,
+    approximate,
     geometry,
     gradient_geometry,
     is_general,
@@ -32,7 +33,7 @@ def _call(logits: Tensor, options: tuple[Any, ...]) -> tuple[Params, dict[str, A
     k = params(t)
     general = is_general(k, t.inf_mask)
     shape = geometry(logits.shape[-1], logits.dtype, t.kind, general)
-    constants = {"OP": t.kind, "GENERAL": general, "INF_MASK": t.inf_mask}
+    constants = {"OP": t.kind, "GENERAL": general, "INF_MASK": t.inf_mask, "APPROX": approximate()}
     return k, {**constants, **shape, **launch_options()}
 
 

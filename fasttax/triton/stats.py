@@ -64,7 +64,7 @@ def row_stats(
     The frame (mx, my, shift), sum e^ax and the mean of ax under it, sum e^ay; of each KL its value
     and mean gap; log_ratio.
     """
-    sums, frame = sweep(x_row, y_row, V, k, OP, GENERAL, False, LANES, WIDTH)
+    sums, frame, _ = sweep(x_row, y_row, V, k, OP, GENERAL, False, LANES, WIDTH, False)
     mx, my, shift = frame
     mass = sums[0]
     if OP == STATS:

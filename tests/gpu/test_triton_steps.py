@@ -23,7 +23,7 @@ import fasttax
 from tests.tools.cuda_tools import ROOT
 
 pytest.importorskip("triton", reason="Triton kernels need triton: `pip install triton`")
-from fasttax.triton import sums
+from fasttax.triton import kl, sums
 
 ROWS, V = 2, 4 * 8192  # a step has 8192 bfloat16 entries of a KL at most
 FINITE = {
@@ -41,7 +41,7 @@ CALLS: dict[str, Call] = {
     "stats": lambda x, y: fasttax.token_stats(x, y, outputs=("entropy", "kl_policy_ref")),
     "alone": lambda x, y: fasttax.token_stats(x, outputs=("entropy",)),
 }
-WITHOUT_INFINITIES = ("softcap", "jsd")  # -inf is -cap; a first sweep without its terms
+WITHOUT_INFINITIES = ("softcap",)  # -inf is -cap
 
 
 class Steps(NamedTuple):
@@ -105,10 +105,37 @@ def check_odd_rows(name: str) -> None:
     assert (taken.unmoved, taken.most) == (0, 2 if name == "softcap" else 3), taken
 
 
+def check_jsd_is_read_once() -> None:
+    """Rows that are near each other or equal; of those far apart most are swept again."""
+    from bench import logits
+
+    original, again = kl.doubtful, []
+
+    def counted(*args: Any) -> Any:
+        again.append(bool(result := original(*args)))
+        return result
+
+    for kind in FINITE:
+        x, y = logits.pair(kind, ROWS, V, torch.bfloat16)
+        for beta in (0.1, 0.5):
+            again.clear()
+            with mock.patch.object(kl, "doubtful", counted):
+                fasttax.token_kl(x, y, kind="jsd", beta=beta)
+            assert len(again) == ROWS
+            assert kind in ("far", "moved .3") or not any(again), (kind, beta)
+
+
+def test_jsd_is_read_once() -> None:
+    _run("t.check_jsd_is_read_once()")
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_slow_steps(name: str) -> None:
+    _run(f"t.check_finite_rows({name!r}); t.check_odd_rows({name!r})")
+
+
+def _run(checks: str) -> None:
     """In a process of its own: Triton chooses the interpreter when it is imported."""
-    checks = f"t.check_finite_rows({name!r}); t.check_odd_rows({name!r})"
     code = f"import test_triton_steps as t; {checks}"
     environment = {
         **os.environ,
