@@ -25,6 +25,7 @@ from fasttax.triton.rows import (
     TRUSTED,
     bend,
     framed,
+    is_short,
     load_pair,
     log1p,
     row_at,
@@ -75,7 +76,7 @@ def jsd_row(
         log_ratio = tl.log(s / y)
         even = inverse(s) / inverse(y)
         lanes = zeros(5, LANES)
-        SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
+        SHORT: tl.constexpr = is_short(x_row, y_row)
         for start in range(0, V, LANES * WIDTH):
             x, other, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, True)
             ax, ay, d = framed(x, other, live, mx, my, shift, k, GENERAL, INF_MASK, SHORT)
@@ -116,7 +117,7 @@ def renyi_sums(
     m = tl.zeros([LANES], tl.float32)
     highest = tl.full([LANES], -MOST, tl.float32)
     above = tl.zeros([LANES], tl.float32)
-    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
+    SHORT: tl.constexpr = is_short(x_row, y_row)
     c = 1 - k.beta
     log_inv_s = tl.log(inv_s)
     log_inv_s_ref = tl.log(inv_s_ref)
@@ -290,7 +291,7 @@ def write_gradients(
     APPROX: tl.constexpr,
 ):
     """The gradients of g * value by raw logits, at the entries `at` of a row."""
-    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
+    SHORT: tl.constexpr = is_short(x_row, y_row)
     x, y, live = load_pair(x_row, y_row, at, V, True)
     ax, ay, d = framed(x, y, live, row[0], row[1], row[2], k, GENERAL, INF_MASK, SHORT)
     dx, dy = slopes(ax, ay, d, row, k, OP, APPROX)

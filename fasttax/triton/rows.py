@@ -79,6 +79,11 @@ class Layout(NamedTuple):
     stride: int
 
 
+def narrower(logits: Tensor, ref_logits: Tensor) -> torch.dtype:
+    """The dtype whose vectors have more entries: a tile is both rows'."""
+    return min(logits.dtype, ref_logits.dtype, key=lambda dtype: dtype.itemsize)
+
+
 def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, int]:
     """LANES and WIDTH.
 
@@ -194,6 +199,12 @@ def with_layout_if_wanted(t: Tensor, other: Layout) -> tuple[Tensor | None, Layo
 
 
 # on the device
+
+
+@triton.jit
+def is_short(x, y):
+    """Whether both rows are bfloat16, whose distance from a frame is exact."""
+    return (x.dtype.element_ty == tl.bfloat16) & (y.dtype.element_ty == tl.bfloat16)
 
 
 @triton.jit

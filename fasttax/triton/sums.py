@@ -35,6 +35,7 @@ from fasttax.triton.rows import (
     cap_rows,
     frame_of,
     framed,
+    is_short,
     tile_lanes,
     total,
 )
@@ -366,7 +367,7 @@ def sweep(
 ):
     """A row pair's sums, in float64, their frame: mx, my, shift; and, of jsd, what is in doubt."""
     PAIR: tl.constexpr = OP != ALONE
-    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
+    SHORT: tl.constexpr = is_short(x_row, y_row)
     ROWS: tl.constexpr = LANES if LANES < LANES_OF_STEP else LANES_OF_STEP
     sums = zero_sums(OP, ROWS)
     nothing = tl.full((), 0.0, tl.float64)

@@ -50,6 +50,7 @@ INTERPRETED: dict[
             "uninitialised",
             "alone_is and policy_ref",
             "left_alone",
+            "test_mixed_dtypes",
             "test_layouts and bfloat16 and (unaligned or transposed or every_other_entry)",
         ],
     ),

@@ -23,7 +23,7 @@ import fasttax
 from tests.tools.cuda_tools import ROOT
 
 pytest.importorskip("triton", reason="Triton kernels need triton: `pip install triton`")
-from fasttax.triton import kl, sums
+from fasttax.triton import jsd, kl, sums
 
 ROWS, V = 2, 4 * 8192  # a step has 8192 bfloat16 entries of a KL at most
 FINITE = {
@@ -109,7 +109,7 @@ def check_jsd_is_read_once() -> None:
     """Rows that are near each other or equal; of those far apart most are swept again."""
     from bench import logits
 
-    original, again = kl.doubtful, []
+    original, again = jsd.doubtful, []
 
     def counted(*args: Any) -> Any:
         again.append(bool(result := original(*args)))
