@@ -37,7 +37,7 @@ MODULES = {  # op -> the module that has it, by the op's own name
 
 # Whether token_kl*, token_stats* and their gradients read float32 beside bfloat16 or float16 rows
 # as they are (_base/library.py: own_dtypes).
-OWN_DTYPES = False
+OWN_DTYPES = True
 
 
 def available() -> bool:
