@@ -50,7 +50,7 @@ struct Operand {
       case EwcType::kFloat16: return __half2float(reinterpret_cast<const __half*>(data)[i]);
       case EwcType::kSplit: {
         const double hi = __bfloat162float(split_hi(i));
-        return hi == 0 ? 0 : hi + split_lo(i) * split_step(hi);
+        return hi == 0 ? 0 : double(float(hi + split_lo(i) * double(float(split_step(hi)))));
       }
       default: {
         const int code = reinterpret_cast<const uint8_t*>(data)[i];
@@ -61,7 +61,7 @@ struct Operand {
     }
   }
 
-  // ulp(hi) / 254, not by the kernels' own function
+  // ulp(hi) / 254, not by the kernels' own function, whose floats these are all the same
   static double split_step(double hi) {
     return std::exp2(std::floor(std::log2(std::fabs(hi)))) / 128 / 254;
   }
