@@ -245,7 +245,8 @@ class Killers:
         if done.returncode:
             raise Broken(done.stderr[-3000:])
         words = "not reference-"
-        return any(_found(_pytest(self._tree, files, words)) for files in CPU_TESTS[source])
+        rounds = CPU_TESTS[source] if planted else CPU_TESTS[source][:1]
+        return any(_found(_pytest(self._tree, files, words)) for files in rounds)
 
     # --- Triton's interpreter ------------------------------------------------------------------
 
