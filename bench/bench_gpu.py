@@ -269,11 +269,8 @@ def _adamw_case(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> GpuC
     params = list(model.parameters())
     ewc = fasttax.EWC(model, {f"p{i}": f for i, f in enumerate(fisher)}, strength=0.5)
     held = fasttax.AdamWEWC(params, ewc=ewc, lr=1e-6)
-    contenders: Calls = {
-        **gpu_peers.adamw_peers(params),
-        "foreach EWC, then fused AdamW": gpu_peers.ewc_then_adamw(params, anchor, fisher),
-        "fasttax": held.step,
-    }
+    contenders = gpu_peers.adamw_peers(params, anchor, fisher)
+    contenders["fasttax"] = held.step
     return GpuCase(contenders, floor_bytes=36.0 * sum(t.numel() for t in theta))
 
 

@@ -79,26 +79,24 @@ def logprob_peers(
     return {TRL: step(baselines.trl_linear_logprobs, (hidden, weight), (ids,))}, {}
 
 
-def adamw_peers(params: Sequence[nn.Parameter]) -> dict[str, Callable[[], Any]]:
-    """Torch's own AdamW, without EWC: one kernel, and lists; both step the same memory."""
+def adamw_peers(
+    params: Sequence[nn.Parameter], anchors: Sequence[Tensor], fishers: Sequence[Tensor]
+) -> dict[str, Callable[[], Any]]:
+    """Torch's own AdamW, without EWC and after it by torch._foreach; one set of moments for all."""
     fused = torch.optim.AdamW(params, lr=1e-6, fused=True)
     foreach = torch.optim.AdamW(params, lr=1e-6, foreach=True)
-    for group in (fused, foreach):
-        group.step()
-    foreach.state = fused.state
-    return {"fused AdamW alone": fused.step, "foreach AdamW alone": foreach.step}
-
-
-def ewc_then_adamw(
-    params: Sequence[nn.Parameter], anchors: Sequence[Tensor], fishers: Sequence[Tensor]
-) -> Callable[[], Any]:
-    """EWC by torch._foreach and then torch's fused AdamW: what AdamWEWC is in one pass."""
-    optimizer = torch.optim.AdamW(params, lr=1e-6, fused=True)
+    fused.step()
+    for p in params:  # lists count their steps on the host
+        foreach.state[p] = {**fused.state[p], "step": fused.state[p]["step"].cpu()}
     grads = [p.grad for p in params if p.grad is not None]
     add = partial(baselines.foreach_ewc, params, grads, anchors, fishers, 0.5)
 
-    def call() -> None:
+    def both() -> None:
         add()
-        optimizer.step()
+        fused.step()
 
-    return call
+    return {
+        "fused AdamW alone": fused.step,
+        "foreach AdamW alone": foreach.step,
+        "foreach EWC, then fused AdamW": both,
+    }

@@ -61,11 +61,12 @@ FAULTS = {
 
 # Of 4 modes, with small tables and with large ones (under TSan with small ones again): 3 + 1 for
 # the 144 mixes, 1 + 1 for the chunks but under TSan, 1 + 1 for float64; in 2 modes 1 more for each
-# value, of nothing too; and for 300 parameters, in large tables, 2 + 2 + 1 + 1.
+# value, of nothing too; for 300 parameters, in large tables, 2 + 2 + 1 + 1, for tables that are
+# full 1 + 1, and for a scale beyond floats 2 + 1 + 1.
 simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
     "ewc",
     FAULTS,
-    lambda build: 6 + (4 * 8 + 2 * 6 if build == "thread" else 4 * 8 + 2 * 8),
+    lambda build: 12 + (4 * 8 + 2 * 6 if build == "thread" else 4 * 8 + 2 * 8),
 )
 
 

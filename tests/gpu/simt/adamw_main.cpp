@@ -68,9 +68,10 @@ double run(std::vector<Parameter>& list, AdamWLaunch args, bool large, bool runs
   std::vector<AdamWTensor> tensors;
   for (Parameter& p : list) tensors.push_back(p.tensor());
   args.tensors = tensors.data(), args.count = int64_t(tensors.size());
-  std::unique_ptr<double[]> parts(new double[size_t(adamw_total_chunks(args.tensors, args.count))]);
+  const int64_t chunks = adamw_total_chunks(args.tensors, args.count);
+  std::vector<double> parts(size_t(chunks), std::nan(""));  // each is written before it is read
   double out = 0;
-  args.parts = parts.get();
+  args.parts = parts.data();
   args.out = &out, args.out_double = true;
   adamw_call(args, large, simt::Launcher{&launches, runs});
   return out;

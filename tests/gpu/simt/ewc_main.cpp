@@ -1,6 +1,7 @@
-// Runs csrc/cuda/ewc.cuh on the SIMT machine against a float64 oracle: all four modes, every mix of
-// dtypes, sizes around every boundary of the kernel, misaligned bases, more tensors than one launch
-// holds. Prints what it ran; exits 1 on a wrong value.
+// Runs csrc/cuda/ewc.cuh on the SIMT machine against a float64 oracle: all four
+// modes, every mix of dtypes, sizes around every boundary of the kernel,
+// misaligned bases, more tensors than one launch holds. Prints what it ran;
+// exits 1 on a wrong value.
 #include "ewc_operand.h"
 
 #include "cuda/ewc.cuh"
@@ -50,22 +51,23 @@ double run(std::vector<Parameter>& list, bool large, double scale, const double*
   for (Parameter& p : list)
     tensors.push_back(p.tensor(mode == EwcMode::kAdd || mode == EwcMode::kWrite));
   const int64_t count = int64_t(tensors.size()), chunks = ewc_total_chunks(tensors.data(), count);
-  std::unique_ptr<double[]> parts(new double[size_t(chunks)]);
+  std::vector<double> parts(size_t(chunks),
+                            std::nan(""));  // each is written before it is read
   double out = 0;
   EwcLaunch call{};
   call.mode = mode;
   call.tensors = tensors.data(), call.count = count;
   call.scale = scale;
   call.upstream = upstream, call.upstream_double = true;
-  call.parts = parts.get();
+  call.parts = parts.data();
   call.out = &out, call.out_double = true;
   call.factor = factor;
   ewc_call(call, large, simt::Launcher{&launches, runs});
   return out;
 }
 
-// One mode on copies of `list` (made anew from the seed), every written element and the value
-// checked.
+// One mode on copies of `list` (made anew from the seed), every written element
+// and the value checked.
 template <EwcMode mode>
 bool check(const char* what, const std::function<std::vector<Parameter>()>& make) {
   constexpr double kScale = 0.37, kUpstream = 1.7, kFactor = 0.25;
@@ -117,18 +119,49 @@ bool check(const char* what, const std::function<std::vector<Parameter>()>& make
   return ok;
 }
 
-// What a call on a model's 300 parameters launches.
+// What a call on so many parameters launches.
 template <EwcMode mode>
-bool check_count(int most) {
+bool check_count(int count, bool large, int most) {
   std::mt19937 random(4);
   std::vector<Parameter> list;
   const EwcType f = EwcType::kFloat, types[4] = {f, f, f, f};
-  for (int i = 0; i < 300; ++i) list.emplace_back(types, 5, 0, random);
+  for (int i = 0; i < count; ++i) list.emplace_back(types, 5, 0, random);
   const int before = launches;
-  run<mode>(list, true, 0.5, nullptr, 1, false);
+  run<mode>(list, large, 0.5, nullptr, 1, false);
   if (launches - before <= most) return true;
-  printf("300 parameters, mode %d: %d launches\n", int(mode), launches - before);
+  printf("%d parameters, mode %d: %d launches\n", count, int(mode), launches - before);
   return false;
+}
+
+// A scale that no float holds, of Fishers so small that their product is an
+// ordinary number.
+template <EwcMode mode>
+bool check_beyond_floats() {
+  std::mt19937 random(5);
+  const EwcType f = EwcType::kFloat, types[4] = {f, f, f, f};
+  std::vector<Parameter> list;
+  list.emplace_back(types, 6, 0, random);
+  for (int64_t i = 0; i < 6; ++i) {
+    const double values[4] = {3, 2, 0x1p-125, 0};
+    for (size_t k = 0; k < 4; ++k) list[0].operands[k].set(i, values[k]);
+  }
+  run<mode>(list, false, 0x1p130, nullptr, 1);
+  const bool prox = mode == EwcMode::kProx;
+  const double want = prox ? 2 + 1 / 33.0 : 32;
+  bool ok = true;
+  for (int64_t i = 0; i < 6; ++i)
+    ok = ok && close("2^130", list[0].operands[prox ? 0 : 3].get(i), want, 1e-6 * want);
+  return ok;
+}
+
+// More parts than the block that adds them has threads.
+bool check_many_parts() {
+  std::vector<double> parts(2 * kEwcFinishThreads + 77);
+  double want = 0, out = 0;
+  for (size_t i = 0; i < parts.size(); ++i) want += parts[i] = double(i % 7);
+  const EwcSum sum{parts.data(), int64_t(parts.size()), 0.5, &out, true};
+  simt::launch(dim3(1), dim3(kEwcFinishThreads), 0, [&] { ewc_finish(sum); });
+  return close("many parts", out, want / 2, 1e-9 * want);
 }
 
 bool check_all(const char* what, const std::function<std::vector<Parameter>(bool)>& make) {
@@ -146,12 +179,14 @@ int main(int arguments, char**) {
   constexpr EwcType kFloats[3] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16};
   constexpr EwcType kFishers[4] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16,
                                    EwcType::kU8Log};
-  // 1023 to 1025: one round of the block; 255 to 257: a u8log block; 0: takes no place in a launch
+  // 1023 to 1025: one round of the block; 255 to 257: a u8log block; 0: takes
+  // no place in a launch
   constexpr int64_t kSizes[] = {257, 0, 1, 1025, 3, 4, 5, 255, 256, 1023, 1024, 2051, 7};
   bool ok = true;
   constexpr EwcType kAnchors[4] = {EwcType::kFloat, EwcType::kBFloat16, EwcType::kFloat16,
                                    EwcType::kSplit};
-  // 144 mixes, three small tables or a large one; every third list starts off alignment
+  // 144 mixes, three small tables or a large one; every third list starts off
+  // alignment
   ok &= check_all("every mix", [&](bool same) {
     std::mt19937 random(1);
     std::vector<Parameter> list;
@@ -163,7 +198,8 @@ int main(int arguments, char**) {
     }
     return list;
   });
-  // 65536 elements are one block's; any argument leaves these out, for TSan's sake
+  // 65536 elements are one block's; any argument leaves these out, for TSan's
+  // sake
   if (arguments == 1)
     ok &= check_all("chunks", [&](bool same) {
       std::mt19937 random(2);
@@ -184,8 +220,13 @@ int main(int arguments, char**) {
     return list;
   });
   ok &= check_all("nothing", [&](bool) { return std::vector<Parameter>(); });
-  ok &= check_count<EwcMode::kValue>(2) & check_count<EwcMode::kAdd>(2) &
-        check_count<EwcMode::kWrite>(1) & check_count<EwcMode::kProx>(1);
+  ok &= check_count<EwcMode::kValue>(300, true, 2) & check_count<EwcMode::kAdd>(300, true, 2) &
+        check_count<EwcMode::kWrite>(300, true, 1) & check_count<EwcMode::kProx>(300, true, 1);
+  // tables that are full to the last place
+  ok &= check_count<EwcMode::kWrite>(kEwcTensors, false, 1) &
+        check_count<EwcMode::kWrite>(kEwcManyTensors, true, 1);
+  ok &= check_beyond_floats<EwcMode::kAdd>() & check_beyond_floats<EwcMode::kWrite>() &
+        check_beyond_floats<EwcMode::kProx>() & check_many_parts();
   printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
   return ok ? 0 : 1;
 }

@@ -48,7 +48,10 @@ struct Operand {
       case EwcType::kBFloat16:
         return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(data)[i]);
       case EwcType::kFloat16: return __half2float(reinterpret_cast<const __half*>(data)[i]);
-      case EwcType::kSplit: return ewc_join(__bfloat162float(split_hi(i)), split_lo(i));
+      case EwcType::kSplit: {
+        const double hi = __bfloat162float(split_hi(i));
+        return hi == 0 ? 0 : double(float(hi + split_lo(i) * double(float(split_step(hi)))));
+      }
       default: {
         const int code = reinterpret_cast<const uint8_t*>(data)[i];
         return code == 0 ? 0.0
@@ -58,6 +61,10 @@ struct Operand {
     }
   }
 
+  // ulp(hi) / 254, not by the kernels' own function, whose floats these are all the same
+  static double split_step(double hi) {
+    return std::exp2(std::floor(std::log2(std::fabs(hi)))) / 128 / 254;
+  }
   __nv_bfloat16& split_hi(int64_t i) const {
     return reinterpret_cast<__nv_bfloat16*>(data + i / 256 * kSplitBytes)[i % 256];
   }
@@ -69,9 +76,8 @@ struct Operand {
     switch (type) {
       case EwcType::kSplit: {
         split_hi(i) = __float2bfloat16(float(v));
-        const double hi = __bfloat162float(split_hi(i)),
-                     step = std::exp2(std::floor(std::log2(std::fabs(hi)))) / 128 / 254;
-        split_lo(i) = hi == 0 ? int8_t(0) : int8_t(std::lround((v - hi) / step));
+        const double hi = __bfloat162float(split_hi(i));
+        split_lo(i) = hi == 0 ? int8_t(0) : int8_t(std::lround((v - hi) / split_step(hi)));
         break;
       }
       case EwcType::kFloat: reinterpret_cast<float*>(data)[i] = float(v); break;
