@@ -36,7 +36,7 @@ void load(Warp& w, const Instruction& i, Mask mask) {
     }
   });
   for (int k = 0; k < n; ++k) w.know(i.slots[k], mask, known);
-  if (global) count(of(w).loads[size_t(of(w).place(i))], addresses, mask, bytes);
+  if (global) count(of(w).loads[size_t(of(w).place(i))], w.cta->loads, addresses, mask, bytes);
 }
 
 template <class T, int n, Space space>
@@ -61,7 +61,7 @@ void store(Warp& w, const Instruction& i, Mask mask) {
     global |= at.global;
     w.fenced &= ~(Mask(1) << l);  // this is behind the fence
   });
-  if (global) count(of(w).stores[size_t(of(w).place(i))], addresses, mask, bytes);
+  if (global) count(of(w).stores[size_t(of(w).place(i))], w.cta->stores, addresses, mask, bytes);
 }
 
 template <class T, int n>
@@ -120,7 +120,7 @@ void atomic(Warp& w, const Instruction& i, Mask mask) {
     if (returns) w.row<Held<T>>(i.slots[0])[l] = hold<T>(old);
   });
   if (returns) w.know(i.slots[0], mask, mask);
-  if (global) count(of(w).stores[size_t(of(w).place(i))], addresses, mask, sizeof(T));
+  if (global) count(of(w).stores[size_t(of(w).place(i))], w.cta->stores, addresses, mask, sizeof(T));
 }
 
 void fence(Warp& w, const Instruction&, Mask mask) { w.fenced |= mask; }
@@ -159,7 +159,7 @@ void copy_async(Warp& w, const Instruction& i, Mask mask) {  // to, from, bytes 
     memset(target.shadow, kAllocated, bytes);
     w.copies.push_back({to, from, 0, read, bytes - read, w.copy_group, w.number, l});
   });
-  if (reading) count(of(w).loads[size_t(of(w).place(i))], addresses, reading, bytes);
+  if (reading) count(of(w).loads[size_t(of(w).place(i))], w.cta->loads, addresses, reading, bytes);
 }
 void commit(Warp& w, const Instruction&, Mask) { ++w.copy_group; }
 void wait(Warp& w, const Instruction& i, Mask) {  // until at most `immediate` groups are under way

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import fasttax  # noqa: F401  (registers the ops whose schemas are taken)
 from tests.gpu.ptx.library import HERE, kept, run
-from tests.gpu.ptx.machine import Memory, Module, Report
+from tests.gpu.ptx.machine import Module
+from tests.gpu.ptx.simulation import Simulation
 from tests.tools.cuda_tools import ROOT, cuda_homes, first
 
 SOURCES = ("kl_gradient", "kl_both", "kl", "ewc", "adamw", "weigh", "fisher")  # the longest first
@@ -138,28 +138,12 @@ def arguments_of(module: Module, name: str, given: Any) -> bytes:
     return bytes(out)
 
 
-class Simulation:
-    """The ops on the machine, and what their launches did.
+class CudaSimulation(Simulation):
+    """torch.ops.fasttax_ptx, whose own tensors are known."""
 
-    Attributes:
-        memory: what they may touch: tensors are named by `give`, those that ops make are known.
-        reports: of the launches, in their order.
-        ops: torch.ops.fasttax_ptx.
-    """
-
-    def __init__(self, arch: str) -> None:
-        self.memory = Memory()
-        self.reports: list[Report] = []
+    def __init__(self) -> None:
+        super().__init__()
         self.ops: Any = torch.ops.fasttax_ptx
-        self.failed: list[BaseException] = []
-        self.seed = 1
-        self._arch = arch
-
-    def give(self, *tensors: Tensor | None, readonly: bool = True) -> None:
-        """Names what an op is given."""
-        for k, t in enumerate(tensors):
-            if t is not None:
-                self.memory.add(t, f"tensor {k} {tuple(t.shape)}", readonly=readonly)
 
     def launch(self, name: bytes, source: bytes, geometry: Any, shared: int, given: Any) -> int:
         try:
@@ -187,22 +171,12 @@ class Simulation:
     def made(self, data: int, size: int, grain: int, written: int) -> None:
         self.memory.add_bytes(data, size, f"a result of {size} bytes", grain, bool(written))
 
-    def check(self) -> None:
-        """Faults of any launch so far."""
-        if self.failed:
-            raise self.failed[0]
-        faults = [str(report) for report in self.reports if report.faults]
-        assert not faults, "\n".join(faults)
-
-    def total(self, of: Callable[[Report], int]) -> int:
-        return sum(of(report) for report in self.reports)
-
 
 @contextmanager
-def simulated(arch: str = "90", gpu: Gpu | None = None) -> Iterator[Simulation]:
+def simulated(arch: str = "90", gpu: Gpu | None = None) -> Iterator[CudaSimulation]:
     """A simulation of one GPU; faults and errors of its launches are raised at the end."""
     loaded = library(arch)
-    simulation = Simulation(arch)
+    simulation = CudaSimulation()
     on_launch, on_made = ON_LAUNCH(simulation.launch), ON_MADE(simulation.made)
     device = (ctypes.c_int * len(Gpu._fields))(*(gpu or GPUS[arch]))
     loaded.ptx_set_device(device)
@@ -216,8 +190,3 @@ def simulated(arch: str = "90", gpu: Gpu | None = None) -> Iterator[Simulation]:
         loaded.ptx_set_launch(ctypes.cast(None, ON_LAUNCH))
         loaded.ptx_set_made(ctypes.cast(None, ON_MADE))
     simulation.check()
-
-
-def of(reports: Sequence[Report], name: str) -> list[Report]:
-    """Those of the kernels whose names have `name`."""
-    return [report for report in reports if name in report.kernel]

@@ -84,8 +84,23 @@ struct Fault {
   uint64_t count;
 };
 
-struct Traffic {  // of global memory, by one instruction
-  uint64_t bytes = 0, sectors = 0, requests = 0;
+// Of global memory, by one instruction: bytes that lanes asked for, sectors of 32 bytes that warps
+// did, and those that the block's part of the cache did not hold.
+struct Traffic {
+  uint64_t bytes = 0, sectors = 0, missed = 0;
+};
+
+// The share of a cache that is a block's: sectors by their last place, each in one slot.
+struct Cache {
+  static constexpr size_t kSectors = 1024;  // 32 KB
+  uint64_t held[kSectors] = {};
+
+  bool take(uint64_t sector) {  // whether it was there
+    uint64_t& slot = held[sector % kSectors];
+    const bool was = slot == sector;
+    slot = sector;
+    return was;
+  }
 };
 
 struct Launch;
@@ -122,6 +137,7 @@ struct Cta {
   std::vector<Cell> cells;                    // one per Launch::grain bytes
   std::vector<Warp*> warps;
   std::map<uint32_t, Released> known;  // of blocks beyond the cluster
+  Cache loads, stores;
 };
 
 struct Cluster {

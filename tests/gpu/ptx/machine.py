@@ -37,7 +37,7 @@ CODE = np.dtype(
     ]
 )
 CONSTANT = np.dtype([("slot", "i4"), ("wide", "i4"), ("bits", "u8")])
-TRAFFIC = np.dtype([("bytes", "u8"), ("sectors", "u8"), ("requests", "u8")])
+TRAFFIC = np.dtype([("bytes", "u8"), ("sectors", "u8"), ("missed", "u8")])
 SECTOR = 32  # bytes that memory moves at least
 
 
@@ -113,7 +113,8 @@ class Report:
     Attributes:
         kernel: its name.
         faults: in words, each once for an instruction, with the instruction.
-        read, written: bytes of global memory, in whole sectors of 32.
+        read, written: bytes of global memory, in whole sectors of 32, but for what a block's
+            share of a cache holds of what it read or wrote shortly before.
         asked, given: bytes that the threads asked for and gave.
         instructions: executed by all warps.
         opcodes: the same by opcode.
@@ -128,7 +129,7 @@ class Report:
         loads = array(called.ptx_loads(launch), count, TRAFFIC)
         stores = array(called.ptx_stores(launch), count, TRAFFIC)
         called.ptx_launch_delete(launch)
-        self.read, self.written = (int(t["sectors"].sum()) * SECTOR for t in (loads, stores))
+        self.read, self.written = (int(t["missed"].sum()) * SECTOR for t in (loads, stores))
         self.asked, self.given = (int(t["bytes"].sum()) for t in (loads, stores))
         self.opcodes: Counter[str] = Counter()
         for index in np.flatnonzero(executed * kernel.counted):

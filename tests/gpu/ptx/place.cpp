@@ -165,7 +165,7 @@ void mark(const Place& at, uint32_t bytes, bool known) {
   memset(at.shadow, kAllocated | kWritten | (known ? 0 : kUnknown), bytes);
 }
 
-void count(Traffic& traffic, const uint64_t* addresses, Mask mask, uint32_t bytes) {
+void count(Traffic& traffic, Cache& cache, const uint64_t* addresses, Mask mask, uint32_t bytes) {
   uint64_t sectors[kLanes * 2];
   int n = 0;
   bool sorted = true;
@@ -182,7 +182,7 @@ void count(Traffic& traffic, const uint64_t* addresses, Mask mask, uint32_t byte
   }
   traffic.bytes += uint64_t(__builtin_popcount(mask)) * bytes;
   traffic.sectors += uint64_t(n);
-  ++traffic.requests;
+  for (int k = 0; k < n; ++k) traffic.missed += !cache.take(sectors[k]);
 }
 
 }  // namespace ptx

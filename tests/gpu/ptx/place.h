@@ -27,7 +27,7 @@ void touch(Warp& w, const Instruction& i, int lane, const Place& at, uint32_t by
 bool must_be_written(Warp& w, const Instruction& i, int lane, const Place& at, uint32_t bytes);
 void mark(const Place& at, uint32_t bytes, bool known);
 // Adds what the lanes of one access move.
-void count(Traffic& traffic, const uint64_t* addresses, Mask mask, uint32_t bytes);
+void count(Traffic& traffic, Cache& cache, const uint64_t* addresses, Mask mask, uint32_t bytes);
 
 inline uint64_t address_of(const Warp& w, int32_t slot, int lane) {
   return *reinterpret_cast<const uint64_t*>(w.file + slot * kLanes + 2 * lane);

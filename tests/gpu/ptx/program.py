@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from tests.gpu.ptx.encoder import DYNAMIC, Encoder, operands
+from tests.gpu.ptx.encoder import Encoder, operands
+from tests.gpu.ptx.matrices import MATRICES
 from tests.gpu.ptx.rules import RULES, arithmetic
 from tests.gpu.ptx.text import BYTES, Entry, Module, PtxError, Statement
 
@@ -75,7 +76,8 @@ class Program(Encoder):
         elif parts[0] == "ret" and prefix:
             self.emit("bra", (), target=prefix + "return")
         else:
-            RULES.get(parts[0], arithmetic)(self, parts, arguments)
+            rule = MATRICES.get(parts[0]) or RULES.get(parts[0], arithmetic)
+            rule(self, parts, arguments)
 
     def _call(self, arguments: list[str], prefix: str) -> None:
         """The function's body in place of the call; its parameters are the call's registers."""

@@ -127,6 +127,7 @@ struct Blocks {  // a cluster's memory, used again for the next one
       std::fill_n(cta.shadow.begin() + p.dynamic_at, launch.args.dynamic_bytes, kAllocated);
       cta.cells.resize(bytes / size_t(launch.grain) + 1);
       cta.warps.clear(), cta.known.clear();
+      cta.loads = cta.stores = Cache{};
       for (int k = 0; k < per_block; ++k) start_warp(cta, k);
       cluster.ctas.push_back(&cta);
     }
