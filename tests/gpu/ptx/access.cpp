@@ -120,7 +120,8 @@ void atomic(Warp& w, const Instruction& i, Mask mask) {
     if (returns) w.row<Held<T>>(i.slots[0])[l] = hold<T>(old);
   });
   if (returns) w.know(i.slots[0], mask, mask);
-  if (global) count(of(w).stores[size_t(of(w).place(i))], w.cta->stores, addresses, mask, sizeof(T));
+  if (global)
+    count(of(w).stores[size_t(of(w).place(i))], w.cta->stores, addresses, mask, sizeof(T));
 }
 
 void fence(Warp& w, const Instruction&, Mask mask) { w.fenced |= mask; }
@@ -170,38 +171,50 @@ void wait(Warp& w, const Instruction& i, Mask) {  // until at most `immediate` g
   w.copies.swap(left);
 }
 
-#define VECTORS(name, f, T, type)                                                        \
-  {name ".global." type "x1", f<T, 1, Space::kGlobal>},                                  \
-      {name ".global." type "x2", f<T, 2, Space::kGlobal>},                              \
-      {name ".global." type "x4", f<T, 4, Space::kGlobal>},                              \
-      {name ".shared." type "x1", f<T, 1, Space::kShared>},                              \
-      {name ".shared." type "x2", f<T, 2, Space::kShared>},                              \
-      {name ".shared." type "x4", f<T, 4, Space::kShared>},                              \
-      {name ".cluster." type "x1", f<T, 1, Space::kCluster>},                            \
-      {name ".cluster." type "x2", f<T, 2, Space::kCluster>},                            \
-      {name ".cluster." type "x4", f<T, 4, Space::kCluster>},                            \
-      {name ".generic." type "x1", f<T, 1, Space::kGeneric>},                            \
-      {name ".generic." type "x2", f<T, 2, Space::kGeneric>},                            \
-      {name ".generic." type "x4", f<T, 4, Space::kGeneric>}
+#define VECTORS(name, f, T, type)                               \
+  {name ".global." type "x1", f<T, 1, Space::kGlobal>},         \
+      {name ".global." type "x2", f<T, 2, Space::kGlobal>},     \
+      {name ".global." type "x4", f<T, 4, Space::kGlobal>},     \
+      {name ".shared." type "x1", f<T, 1, Space::kShared>},     \
+      {name ".shared." type "x2", f<T, 2, Space::kShared>},     \
+      {name ".shared." type "x4", f<T, 4, Space::kShared>},     \
+      {name ".cluster." type "x1", f<T, 1, Space::kCluster>},   \
+      {name ".cluster." type "x2", f<T, 2, Space::kCluster>},   \
+      {name ".cluster." type "x4", f<T, 4, Space::kCluster>},   \
+      {name ".generic." type "x1", f<T, 1, Space::kGeneric>},   \
+      {name ".generic." type "x2", f<T, 2, Space::kGeneric>}, { \
+    name ".generic." type "x4", f<T, 4, Space::kGeneric>        \
+  }
 #define PARAMS(T, type)                                                                   \
-  {"ld.param." type "x1", load_param<T, 1>}, {"ld.param." type "x2", load_param<T, 2>},   \
-      {"ld.param." type "x4", load_param<T, 4>}
+  {"ld.param." type "x1", load_param<T, 1>}, {"ld.param." type "x2", load_param<T, 2>}, { \
+    "ld.param." type "x4", load_param<T, 4>                                               \
+  }
 
 const Register accesses({
-    VECTORS("ld", load, uint8_t, "u1"), VECTORS("ld", load, int8_t, "s1"),
-    VECTORS("ld", load, uint16_t, "u2"), VECTORS("ld", load, int16_t, "s2"),
-    VECTORS("ld", load, uint32_t, "u4"), VECTORS("ld", load, uint64_t, "u8"),
-    VECTORS("st", store, uint8_t, "u1"), VECTORS("st", store, uint16_t, "u2"),
-    VECTORS("st", store, uint32_t, "u4"), VECTORS("st", store, uint64_t, "u8"),
-    PARAMS(uint8_t, "u1"), PARAMS(int8_t, "s1"), PARAMS(uint16_t, "u2"), PARAMS(int16_t, "s2"),
-    PARAMS(uint32_t, "u4"), PARAMS(uint64_t, "u8"),
+    VECTORS("ld", load, uint8_t, "u1"),
+    VECTORS("ld", load, int8_t, "s1"),
+    VECTORS("ld", load, uint16_t, "u2"),
+    VECTORS("ld", load, int16_t, "s2"),
+    VECTORS("ld", load, uint32_t, "u4"),
+    VECTORS("ld", load, uint64_t, "u8"),
+    VECTORS("st", store, uint8_t, "u1"),
+    VECTORS("st", store, uint16_t, "u2"),
+    VECTORS("st", store, uint32_t, "u4"),
+    VECTORS("st", store, uint64_t, "u8"),
+    PARAMS(uint8_t, "u1"),
+    PARAMS(int8_t, "s1"),
+    PARAMS(uint16_t, "u2"),
+    PARAMS(int16_t, "s2"),
+    PARAMS(uint32_t, "u4"),
+    PARAMS(uint64_t, "u8"),
 });
 
-#define ATOMIC(name, f, T)                                  \
-  {"atom.global." name, atomic<f, T, Space::kGlobal, true>}, \
-      {"red.global." name, atomic<f, T, Space::kGlobal, false>}, \
-      {"atom.generic." name, atomic<f, T, Space::kGeneric, true>}, \
-      {"atom.shared." name, atomic<f, T, Space::kShared, true>}
+#define ATOMIC(name, f, T)                                           \
+  {"atom.global." name, atomic<f, T, Space::kGlobal, true>},         \
+      {"red.global." name, atomic<f, T, Space::kGlobal, false>},     \
+      {"atom.generic." name, atomic<f, T, Space::kGeneric, true>}, { \
+    "atom.shared." name, atomic<f, T, Space::kShared, true>          \
+  }
 
 constexpr auto kPlus = [](auto old, auto value) { return decltype(old)(old + value); };
 constexpr auto kLeast = [](auto old, auto value) { return value < old ? value : old; };
@@ -209,14 +222,22 @@ constexpr auto kMost = [](auto old, auto value) { return old < value ? value : o
 constexpr auto kOther = [](auto, auto value) { return value; };
 
 const Register atomics({
-    ATOMIC("add.u32", kPlus, uint32_t), ATOMIC("add.s32", kPlus, int32_t),
-    ATOMIC("add.u64", kPlus, uint64_t), ATOMIC("add.f32", kPlus, float),
-    ATOMIC("add.f64", kPlus, double), ATOMIC("min.s32", kLeast, int32_t),
-    ATOMIC("max.s32", kMost, int32_t), ATOMIC("min.u32", kLeast, uint32_t),
-    ATOMIC("max.u32", kMost, uint32_t), ATOMIC("exch.b32", kOther, uint32_t),
+    ATOMIC("add.u32", kPlus, uint32_t),
+    ATOMIC("add.s32", kPlus, int32_t),
+    ATOMIC("add.u64", kPlus, uint64_t),
+    ATOMIC("add.f32", kPlus, float),
+    ATOMIC("add.f64", kPlus, double),
+    ATOMIC("min.s32", kLeast, int32_t),
+    ATOMIC("max.s32", kMost, int32_t),
+    ATOMIC("min.u32", kLeast, uint32_t),
+    ATOMIC("max.u32", kMost, uint32_t),
+    ATOMIC("exch.b32", kOther, uint32_t),
     {"fence", fence},
-    {"cp.async.4", copy_async<4>}, {"cp.async.8", copy_async<8>}, {"cp.async.16", copy_async<16>},
-    {"cp.async.commit", commit}, {"cp.async.wait", wait},
+    {"cp.async.4", copy_async<4>},
+    {"cp.async.8", copy_async<8>},
+    {"cp.async.16", copy_async<16>},
+    {"cp.async.commit", commit},
+    {"cp.async.wait", wait},
 });
 
 }  // namespace

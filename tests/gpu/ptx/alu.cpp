@@ -41,13 +41,15 @@ float rounded(int mode, F&& f) {  // in another direction than to nearest
 float fma_toward(int mode, float a, float b, float c) {
   return rounded(mode, [&] {
     volatile float x = a, y = b, z = c;
-    return std::fmaf(x, y, z);
+    volatile float out = std::fmaf(x, y, z);  // before the direction is set back
+    return out;
   });
 }
 float add_toward(int mode, float a, float b) {
   return rounded(mode, [&] {
     volatile float x = a, y = b;
-    return x + y;
+    volatile float out = x + y;
+    return out;
   });
 }
 float saturated(float v) { return v > 0 ? std::min(v, 1.0f) : 0.0f; }
@@ -58,22 +60,19 @@ using D = double;
 const Register floats({
     {"add.f32", binary<[](F a, F b) { return a + b; }, F, F, F>},
     {"add.f64", binary<[](D a, D b) { return a + b; }, D, D, D>},
-    {"add.ftz.f32",
-     binary<[](F a, F b) { return flushed(flushed(a) + flushed(b)); }, F, F, F>},
+    {"add.ftz.f32", binary<[](F a, F b) { return flushed(flushed(a) + flushed(b)); }, F, F, F>},
     {"add.rz.f32", binary<[](F a, F b) { return add_toward(FE_TOWARDZERO, a, b); }, F, F, F>},
     {"sub.f32", binary<[](F a, F b) { return a - b; }, F, F, F>},
     {"sub.f64", binary<[](D a, D b) { return a - b; }, D, D, D>},
-    {"sub.ftz.f32",
-     binary<[](F a, F b) { return flushed(flushed(a) - flushed(b)); }, F, F, F>},
+    {"sub.ftz.f32", binary<[](F a, F b) { return flushed(flushed(a) - flushed(b)); }, F, F, F>},
     {"mul.f32", binary<[](F a, F b) { return a * b; }, F, F, F>},
     {"mul.f64", binary<[](D a, D b) { return a * b; }, D, D, D>},
-    {"mul.ftz.f32",
-     binary<[](F a, F b) { return flushed(flushed(a) * flushed(b)); }, F, F, F>},
+    {"mul.ftz.f32", binary<[](F a, F b) { return flushed(flushed(a) * flushed(b)); }, F, F, F>},
     {"fma.f32", ternary<[](F a, F b, F c) { return std::fma(a, b, c); }, F, F, F, F>},
     {"fma.f64", ternary<[](D a, D b, D c) { return std::fma(a, b, c); }, D, D, D, D>},
     {"fma.ftz.f32",
-     ternary<[](F a, F b, F c) { return flushed(std::fma(flushed(a), flushed(b), flushed(c))); },
-             F, F, F, F>},
+     ternary<[](F a, F b, F c) { return flushed(std::fma(flushed(a), flushed(b), flushed(c))); }, F,
+             F, F, F>},
     {"fma.rm.f32",
      ternary<[](F a, F b, F c) { return fma_toward(FE_DOWNWARD, a, b, c); }, F, F, F, F>},
     {"fma.rz.f32",
@@ -123,21 +122,22 @@ const Register approximations({
      binary<[](F a, F b) { return flushed(flushed(a) / flushed(b)); }, F, F, F>},
 });
 
-#define COMPARE(T, type)                                                        \
-  {"setp.eq." type, compare<[](T a, T b) { return a == b; }, T>},               \
-      {"setp.ne." type, compare<[](T a, T b) { return a < b || b < a; }, T>},   \
-      {"setp.lt." type, compare<[](T a, T b) { return a < b; }, T>},            \
-      {"setp.le." type, compare<[](T a, T b) { return a <= b; }, T>},           \
-      {"setp.gt." type, compare<[](T a, T b) { return b < a; }, T>},            \
-      {"setp.ge." type, compare<[](T a, T b) { return a >= b; }, T>},           \
-      {"setp.equ." type, compare<[](T a, T b) { return !(a < b || b < a); }, T>}, \
-      {"setp.neu." type, compare<[](T a, T b) { return a != b; }, T>},          \
-      {"setp.ltu." type, compare<[](T a, T b) { return !(a >= b); }, T>},       \
-      {"setp.leu." type, compare<[](T a, T b) { return !(b < a); }, T>},        \
-      {"setp.gtu." type, compare<[](T a, T b) { return !(a <= b); }, T>},       \
-      {"setp.geu." type, compare<[](T a, T b) { return !(a < b); }, T>},        \
-      {"setp.num." type, compare<[](T a, T b) { return a == a && b == b; }, T>}, \
-      {"setp.nan." type, compare<[](T a, T b) { return a != a || b != b; }, T>}
+#define COMPARE(T, type)                                                           \
+  {"setp.eq." type, compare<[](T a, T b) { return a == b; }, T>},                  \
+      {"setp.ne." type, compare<[](T a, T b) { return a < b || b < a; }, T>},      \
+      {"setp.lt." type, compare<[](T a, T b) { return a < b; }, T>},               \
+      {"setp.le." type, compare<[](T a, T b) { return a <= b; }, T>},              \
+      {"setp.gt." type, compare<[](T a, T b) { return b < a; }, T>},               \
+      {"setp.ge." type, compare<[](T a, T b) { return a >= b; }, T>},              \
+      {"setp.equ." type, compare<[](T a, T b) { return !(a < b || b < a); }, T>},  \
+      {"setp.neu." type, compare<[](T a, T b) { return a != b; }, T>},             \
+      {"setp.ltu." type, compare<[](T a, T b) { return !(a >= b); }, T>},          \
+      {"setp.leu." type, compare<[](T a, T b) { return !(b < a); }, T>},           \
+      {"setp.gtu." type, compare<[](T a, T b) { return !(a <= b); }, T>},          \
+      {"setp.geu." type, compare<[](T a, T b) { return !(a < b); }, T>},           \
+      {"setp.num." type, compare<[](T a, T b) { return a == a && b == b; }, T>}, { \
+    "setp.nan." type, compare<[](T a, T b) { return a != a || b != b; }, T>        \
+  }
 
 const Register comparisons({COMPARE(F, "f32"), COMPARE(D, "f64")});
 
@@ -162,7 +162,8 @@ void halves(Warp& w, const Instruction& i, Mask mask) {
     const auto one = one_half<f, widen, narrow>;
     return uint32_t(one(uint16_t(a >> 16), uint16_t(b >> 16))) << 16 |
            one(uint16_t(a), uint16_t(b));
-  }, uint32_t, uint32_t, uint32_t>(w, i, mask);
+  },
+         uint32_t, uint32_t, uint32_t>(w, i, mask);
 }
 
 template <class I, class T>
@@ -174,19 +175,26 @@ I to_integer(T v) {  // NaN is 0; beyond the type its end
   return I(v);
 }
 
-#define TO_INTEGER(T, type, I, integer)                                                         \
-  {"cvt.rni." integer "." type, unary<[](T v) { return to_integer<I>(std::nearbyint(v)); }, I, T>}, \
-      {"cvt.rzi." integer "." type, unary<[](T v) { return to_integer<I>(std::trunc(v)); }, I, T>}, \
-      {"cvt.rmi." integer "." type, unary<[](T v) { return to_integer<I>(std::floor(v)); }, I, T>}, \
-      {"cvt.rpi." integer "." type, unary<[](T v) { return to_integer<I>(std::ceil(v)); }, I, T>}
-#define OF_INTEGER(I, integer)                                            \
-  {"cvt.rn.f32." integer, unary<[](I v) { return F(v); }, F, I>},         \
-      {"cvt.rn.f64." integer, unary<[](I v) { return D(v); }, D, I>}
-#define WHOLE(T, type)                                                                   \
-  {"cvt.rni." type "." type, unary<[](T v) { return std::nearbyint(v); }, T, T>},        \
-      {"cvt.rzi." type "." type, unary<[](T v) { return std::trunc(v); }, T, T>},        \
-      {"cvt.rmi." type "." type, unary<[](T v) { return std::floor(v); }, T, T>},        \
-      {"cvt.rpi." type "." type, unary<[](T v) { return std::ceil(v); }, T, T>}
+#define TO_INTEGER(T, type, I, integer)                                                       \
+  {"cvt.rni." integer "." type,                                                               \
+   unary<[](T v) { return to_integer<I>(std::nearbyint(v)); }, I, T>},                        \
+      {"cvt.rzi." integer "." type,                                                           \
+       unary<[](T v) { return to_integer<I>(std::trunc(v)); }, I, T>},                        \
+      {"cvt.rmi." integer "." type,                                                           \
+       unary<[](T v) { return to_integer<I>(std::floor(v)); }, I, T>},                        \
+  {                                                                                           \
+    "cvt.rpi." integer "." type, unary<[](T v) { return to_integer<I>(std::ceil(v)); }, I, T> \
+  }
+#define OF_INTEGER(I, integer)                                      \
+  {"cvt.rn.f32." integer, unary<[](I v) { return F(v); }, F, I>}, { \
+    "cvt.rn.f64." integer, unary<[](I v) { return D(v); }, D, I>    \
+  }
+#define WHOLE(T, type)                                                              \
+  {"cvt.rni." type "." type, unary<[](T v) { return std::nearbyint(v); }, T, T>},   \
+      {"cvt.rzi." type "." type, unary<[](T v) { return std::trunc(v); }, T, T>},   \
+      {"cvt.rmi." type "." type, unary<[](T v) { return std::floor(v); }, T, T>}, { \
+    "cvt.rpi." type "." type, unary<[](T v) { return std::ceil(v); }, T, T>         \
+  }
 
 const Register conversions({
     {"cvt.f64.f32", unary<[](F v) { return D(v); }, D, F>},
@@ -196,7 +204,8 @@ const Register conversions({
     {"cvt.f32.f16", unary<of_half, F, uint16_t>},
     {"cvt.rn.bf16.f32", unary<to_bfloat, uint16_t, F>},
     {"cvt.rn.f16.f32", unary<to_half, uint16_t, F>},
-    {"cvt.rn.f16.f64", unary<[](D v) { return std::bit_cast<uint16_t>(_Float16(v)); }, uint16_t, D>},
+    {"cvt.rn.f16.f64",
+     unary<[](D v) { return std::bit_cast<uint16_t>(_Float16(v)); }, uint16_t, D>},
     {"cvt.rn.bf16x2.f32",
      binary<[](F a, F b) { return uint32_t(to_bfloat(a)) << 16 | to_bfloat(b); }, uint32_t, F, F>},
     {"cvt.rn.f16x2.f32",

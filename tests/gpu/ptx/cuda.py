@@ -27,6 +27,7 @@ from tests.tools.cuda_tools import ROOT, cuda_homes, first
 
 SOURCES = ("kl_gradient", "kl_both", "kl", "ewc", "adamw", "weigh", "fisher")  # the longest first
 TORCH_FLOOR = "0x020b000000000000"
+HIDDEN = "-Xcompiler=-fPIC,-fvisibility=hidden"
 OPS = (
     "token_kl",
     "token_kl_grad",
@@ -74,12 +75,12 @@ def build(folder: Path, arch: str, csrc: Path) -> None:
     common = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
     code = f"-gencode=arch=compute_{arch},code=compute_{arch}"
     kernels = [nvcc, "-O3", "-std=c++17", code, "-Xfatbin=-compress=false", "--cudart=none"]
-    jobs: list[tuple[list[object], Path]] = []
-    for name in SOURCES:
-        jobs.append(([*kernels, "-Xcompiler=-fPIC,-fvisibility=hidden"], csrc / f"cuda/{name}.cu"))
-    for source in sorted(csrc.glob("cuda/*_torch.cpp")):
-        jobs.append((["g++", *common, "-O1", "-DUSE_CUDA", *includes, *side], source))
-    jobs.append((["g++", *common, "-O1"], HERE / "cuda/runtime.cpp"))
+    side_flags = ["g++", *common, "-O1", "-DUSE_CUDA", *includes, *side]
+    jobs: list[tuple[list[object], Path]] = [
+        *(([*kernels, HIDDEN], csrc / f"cuda/{name}.cu") for name in SOURCES),
+        *((side_flags, source) for source in sorted(csrc.glob("cuda/*_torch.cpp"))),
+        (["g++", *common, "-O1"], HERE / "cuda/runtime.cpp"),
+    ]
 
     def compiled(job: tuple[list[object], Path]) -> Path:
         command, source = job

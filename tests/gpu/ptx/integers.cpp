@@ -103,58 +103,71 @@ void logic(Warp& w, const Instruction& i, Mask mask) {  // lop3
   });
 }
 
-#define INTEGER(T, type)                                                        \
-  {"add." type, binary<plus<T>, T, T, T>},                                      \
-      {"sub." type, binary<minus<T>, T, T, T>},                                 \
-      {"mul.lo." type, binary<times<T>, T, T, T>},                              \
-      {"mul.hi." type, binary<high<T>, T, T, T>},                               \
-      {"mad.lo." type,                                                          \
-       ternary<[](T a, T b, T c) { return plus<T>(times<T>(a, b), c); }, T, T, T, T>}, \
-      {"div." type, binary<over<T>, T, T, T>},                                  \
-      {"rem." type, binary<rest<T>, T, T, T>},                                  \
-      {"min." type, binary<[](T a, T b) { return std::min(a, b); }, T, T, T>},  \
-      {"max." type, binary<[](T a, T b) { return std::max(a, b); }, T, T, T>},  \
-      {"abs." type, unary<[](T a) { return a < T(0) ? minus<T>(0, a) : a; }, T, T>}, \
-      {"neg." type, unary<[](T a) { return minus<T>(0, a); }, T, T>},           \
-      {"shr." type, binary<right<T>, T, T, U>},                                 \
-      {"setp.eq." type, compare<[](T a, T b) { return a == b; }, T>},           \
-      {"setp.ne." type, compare<[](T a, T b) { return a != b; }, T>},           \
-      {"setp.lt." type, compare<[](T a, T b) { return a < b; }, T>},            \
-      {"setp.le." type, compare<[](T a, T b) { return a <= b; }, T>},           \
-      {"setp.gt." type, compare<[](T a, T b) { return b < a; }, T>},            \
-      {"setp.ge." type, compare<[](T a, T b) { return a >= b; }, T>}
-#define WIDE(T, W, type)                                                               \
-  {"mul.wide." type, binary<[](T a, T b) { return W(W(a) * W(b)); }, W, T, T>},        \
-      {"mad.wide." type,                                                               \
-       ternary<[](T a, T b, W c) { return plus<W>(W(a) * W(b), c); }, W, T, T, W>}
-#define BITS(T, type)                                                      \
-  {"and." type, binary<[](T a, T b) { return T(a & b); }, T, T, T>},       \
-      {"or." type, binary<[](T a, T b) { return T(a | b); }, T, T, T>},    \
-      {"xor." type, binary<[](T a, T b) { return T(a ^ b); }, T, T, T>},   \
-      {"not." type, unary<[](T a) { return T(~a); }, T, T>},               \
-      {"shl." type, binary<left<T>, T, T, U>},                             \
-      {"mov." type, unary<[](T a) { return a; }, T, T>}
-#define CONVERT(T, to)                                              \
-  {"cvt." to ".s8", unary<[](int8_t v) { return T(v); }, T, int8_t>},     \
-      {"cvt." to ".u8", unary<[](uint8_t v) { return T(v); }, T, uint8_t>},   \
-      {"cvt." to ".s16", unary<[](int16_t v) { return T(v); }, T, int16_t>},  \
+#define INTEGER(T, type)                                                                       \
+  {"add." type, binary<plus<T>, T, T, T>}, {"sub." type, binary<minus<T>, T, T, T>},           \
+      {"mul.lo." type, binary<times<T>, T, T, T>}, {"mul.hi." type, binary<high<T>, T, T, T>}, \
+      {"mad.lo." type,                                                                         \
+       ternary<[](T a, T b, T c) { return plus<T>(times<T>(a, b), c); }, T, T, T, T>},         \
+      {"div." type, binary<over<T>, T, T, T>}, {"rem." type, binary<rest<T>, T, T, T>},        \
+      {"min." type, binary<[](T a, T b) { return std::min(a, b); }, T, T, T>},                 \
+      {"max." type, binary<[](T a, T b) { return std::max(a, b); }, T, T, T>},                 \
+      {"abs." type, unary<[](T a) { return a < T(0) ? minus<T>(0, a) : a; }, T, T>},           \
+      {"neg." type, unary<[](T a) { return minus<T>(0, a); }, T, T>},                          \
+      {"shr." type, binary<right<T>, T, T, U>},                                                \
+      {"setp.eq." type, compare<[](T a, T b) { return a == b; }, T>},                          \
+      {"setp.ne." type, compare<[](T a, T b) { return a != b; }, T>},                          \
+      {"setp.lt." type, compare<[](T a, T b) { return a < b; }, T>},                           \
+      {"setp.le." type, compare<[](T a, T b) { return a <= b; }, T>},                          \
+      {"setp.gt." type, compare<[](T a, T b) { return b < a; }, T>}, {                         \
+    "setp.ge." type, compare<[](T a, T b) { return a >= b; }, T>                               \
+  }
+#define WIDE(T, W, type)                                                                         \
+  {"mul.wide." type, binary<[](T a, T b) { return W(W(a) * W(b)); }, W, T, T>}, {                \
+    "mad.wide." type, ternary<[](T a, T b, W c) { return plus<W>(W(a) * W(b), c); }, W, T, T, W> \
+  }
+#define BITS(T, type)                                                    \
+  {"and." type, binary<[](T a, T b) { return T(a & b); }, T, T, T>},     \
+      {"or." type, binary<[](T a, T b) { return T(a | b); }, T, T, T>},  \
+      {"xor." type, binary<[](T a, T b) { return T(a ^ b); }, T, T, T>}, \
+      {"not." type, unary<[](T a) { return T(~a); }, T, T>},             \
+      {"shl." type, binary<left<T>, T, T, U>}, {                         \
+    "mov." type, unary<[](T a) { return a; }, T, T>                      \
+  }
+#define CONVERT(T, to)                                                         \
+  {"cvt." to ".s8", unary<[](int8_t v) { return T(v); }, T, int8_t>},          \
+      {"cvt." to ".u8", unary<[](uint8_t v) { return T(v); }, T, uint8_t>},    \
+      {"cvt." to ".s16", unary<[](int16_t v) { return T(v); }, T, int16_t>},   \
       {"cvt." to ".u16", unary<[](uint16_t v) { return T(v); }, T, uint16_t>}, \
-      {"cvt." to ".s32", unary<[](int32_t v) { return T(v); }, T, int32_t>},  \
+      {"cvt." to ".s32", unary<[](int32_t v) { return T(v); }, T, int32_t>},   \
       {"cvt." to ".u32", unary<[](uint32_t v) { return T(v); }, T, uint32_t>}, \
-      {"cvt." to ".s64", unary<[](int64_t v) { return T(v); }, T, int64_t>},  \
-      {"cvt." to ".u64", unary<[](uint64_t v) { return T(v); }, T, uint64_t>}
+      {"cvt." to ".s64", unary<[](int64_t v) { return T(v); }, T, int64_t>}, { \
+    "cvt." to ".u64", unary<[](uint64_t v) { return T(v); }, T, uint64_t>      \
+  }
 
 const Register integers({
-    INTEGER(int16_t, "s16"), INTEGER(uint16_t, "u16"), INTEGER(int32_t, "s32"),
-    INTEGER(uint32_t, "u32"), INTEGER(int64_t, "s64"), INTEGER(uint64_t, "u64"),
-    WIDE(int16_t, int32_t, "s16"), WIDE(uint16_t, uint32_t, "u16"),
-    WIDE(int32_t, int64_t, "s32"), WIDE(uint32_t, uint64_t, "u32"),
-    BITS(uint16_t, "b16"), BITS(uint32_t, "b32"), BITS(uint64_t, "b64"),
+    INTEGER(int16_t, "s16"),
+    INTEGER(uint16_t, "u16"),
+    INTEGER(int32_t, "s32"),
+    INTEGER(uint32_t, "u32"),
+    INTEGER(int64_t, "s64"),
+    INTEGER(uint64_t, "u64"),
+    WIDE(int16_t, int32_t, "s16"),
+    WIDE(uint16_t, uint32_t, "u16"),
+    WIDE(int32_t, int64_t, "s32"),
+    WIDE(uint32_t, uint64_t, "u32"),
+    BITS(uint16_t, "b16"),
+    BITS(uint32_t, "b32"),
+    BITS(uint64_t, "b64"),
 });
 const Register widths({
-    CONVERT(int8_t, "s8"), CONVERT(uint8_t, "u8"), CONVERT(int16_t, "s16"),
-    CONVERT(uint16_t, "u16"), CONVERT(int32_t, "s32"), CONVERT(uint32_t, "u32"),
-    CONVERT(int64_t, "s64"), CONVERT(uint64_t, "u64"),
+    CONVERT(int8_t, "s8"),
+    CONVERT(uint8_t, "u8"),
+    CONVERT(int16_t, "s16"),
+    CONVERT(uint16_t, "u16"),
+    CONVERT(int32_t, "s32"),
+    CONVERT(uint32_t, "u32"),
+    CONVERT(int64_t, "s64"),
+    CONVERT(uint64_t, "u64"),
 });
 const Register bits({
     {"popc.b32", unary<[](U a) { return U(__builtin_popcount(a)); }, U, U>},
@@ -173,7 +186,8 @@ const Register bits({
     {"shf.r.wrap.b32",
      ternary<[](U a, U b, U by) { return U((L(b) << 32 | a) >> (by & 31)); }, U, U, U, U>},
     // of registers that hold several values
-    {"split.b64", [](Warp& w, const Instruction& i, Mask mask) {
+    {"split.b64",
+     [](Warp& w, const Instruction& i, Mask mask) {
        const L* a = w.row<L>(i.slots[2]);
        U *low = w.row<U>(i.slots[0]), *high = w.row<U>(i.slots[1]);
        L copy[kLanes];
@@ -182,7 +196,8 @@ const Register bits({
        w.know(i.slots[0], mask, known), w.know(i.slots[1], mask, known);
        each_lane(mask, [&](int l) { low[l] = U(copy[l]), high[l] = U(copy[l] >> 32); });
      }},
-    {"split.b32", [](Warp& w, const Instruction& i, Mask mask) {
+    {"split.b32",
+     [](Warp& w, const Instruction& i, Mask mask) {
        const U* a = w.row<U>(i.slots[2]);
        U *low = w.row<U>(i.slots[0]), *high = w.row<U>(i.slots[1]);
        const Mask known = w.known[i.slots[2]];
@@ -231,17 +246,16 @@ const Register selections({
                             [](Mask a, Mask b, Mask ka, Mask kb) {
                               return (ka & kb) | (ka & ~a) | (kb & ~b);
                             }>},
-    {"or.pred", predicates<[](Mask a, Mask b) { return a | b; },
-                           [](Mask a, Mask b, Mask ka, Mask kb) {
-                             return (ka & kb) | (ka & a) | (kb & b);
-                           }>},
+    {"or.pred",
+     predicates<[](Mask a, Mask b) { return a | b; },
+                [](Mask a, Mask b, Mask ka, Mask kb) { return (ka & kb) | (ka & a) | (kb & b); }>},
     {"xor.pred", predicates<[](Mask a, Mask b) { return a ^ b; },
                             [](Mask, Mask, Mask ka, Mask kb) { return ka & kb; }>},
     // of one operand, given twice
-    {"not.pred", predicates<[](Mask a, Mask) { return ~a; },
-                            [](Mask, Mask, Mask ka, Mask) { return ka; }>},
-    {"mov.pred", predicates<[](Mask a, Mask) { return a; },
-                            [](Mask, Mask, Mask ka, Mask) { return ka; }>},
+    {"not.pred",
+     predicates<[](Mask a, Mask) { return ~a; }, [](Mask, Mask, Mask ka, Mask) { return ka; }>},
+    {"mov.pred",
+     predicates<[](Mask a, Mask) { return a; }, [](Mask, Mask, Mask ka, Mask) { return ka; }>},
 });
 
 }  // namespace

@@ -62,12 +62,9 @@ void ternary(Warp& w, const Instruction& i, Mask mask) {
   w.know(i.slots[0], mask, w.known[i.slots[1]] & w.known[i.slots[2]] & w.known[i.slots[3]]);
   if (mask == kWhole) {
 #pragma GCC ivdep
-    for (int l = 0; l < kLanes; ++l)
-      d[l] = hold<D>(f(take<A>(a[l]), take<B>(b[l]), take<C>(c[l])));
+    for (int l = 0; l < kLanes; ++l) d[l] = hold<D>(f(take<A>(a[l]), take<B>(b[l]), take<C>(c[l])));
   } else {
-    each_lane(mask, [&](int l) {
-      d[l] = hold<D>(f(take<A>(a[l]), take<B>(b[l]), take<C>(c[l])));
-    });
+    each_lane(mask, [&](int l) { d[l] = hold<D>(f(take<A>(a[l]), take<B>(b[l]), take<C>(c[l]))); });
   }
 }
 

@@ -21,7 +21,7 @@ namespace ptx {
 
 constexpr int kLanes = 32;
 constexpr int kSlotBytes = 4 * kLanes;
-constexpr int kMostBlocks = 16;             // of a cluster
+constexpr int kMostBlocks = 16;              // of a cluster
 constexpr uint64_t kSharedStride = 1 << 18;  // from a block's shared memory to the next one's
 constexpr uint64_t kSharedWindow = uint64_t(1) << 60;  // of generic addresses
 constexpr Mask kWhole = ~Mask(0);
@@ -50,8 +50,25 @@ struct Variable {  // in a block's static shared memory
 
 // Registers that the hardware fills, by their places in Program::specials.
 enum Special {
-  kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaX, kCtaY, kCtaZ, kNctaX, kNctaY, kNctaZ,
-  kLaneId, kWarpId, kClusterRank, kClusterSize, kClusterX, kNclusterX, kSpecials
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaX,
+  kCtaY,
+  kCtaZ,
+  kNctaX,
+  kNctaY,
+  kNctaZ,
+  kLaneId,
+  kWarpId,
+  kClusterRank,
+  kClusterSize,
+  kClusterX,
+  kNclusterX,
+  kSpecials
 };
 
 struct Program {
@@ -177,8 +194,13 @@ struct Warp {
   Mask& predicate(int32_t slot) { return file[slot * kLanes]; }
   int thread(int lane) const { return number * kLanes + lane; }
   Stamp stamp(int lane) const {
-    return {int32_t(cta->number), int32_t(cta->cluster->ctas[0]->number), thread(lane), phase,
-            warp_phase, arrivals, waits};
+    return {int32_t(cta->number),
+            int32_t(cta->cluster->ctas[0]->number),
+            thread(lane),
+            phase,
+            warp_phase,
+            arrivals,
+            waits};
   }
   void know(int32_t slot, Mask mask, Mask is) { known[slot] = (known[slot] & ~mask) | (is & mask); }
   void jump(Mask mask, int32_t target);

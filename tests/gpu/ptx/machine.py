@@ -192,7 +192,8 @@ class Kernel:
     def _encoded(self) -> tuple[Any, ...]:
         program = self.program
         handlers: dict[str, int] = {}
-        rows, slots = [], []
+        rows: list[tuple[Any, ...]] = []
+        slots: list[int] = []
         for coded in program.code:
             run = handlers.get(coded.handler)
             if run is None:
@@ -234,6 +235,7 @@ class Kernel:
         dynamic: int = 0,
         cluster: int = 1,
         seed: int = 1,
+        most_steps: int = MOST_STEPS,
     ) -> Report:
         """A launch; `arguments` as the driver lays them out, `dynamic` bytes of shared memory."""
         expected = self.program.entry.parameter_bytes
@@ -252,7 +254,7 @@ class Kernel:
             seed,
             arguments,
             len(arguments),
-            MOST_STEPS,
+            most_steps,
         )
         handle = self._library.ptx_run(
             self._handle, memory.handle, ctypes.byref(launch), self.program.grain

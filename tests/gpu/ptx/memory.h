@@ -34,7 +34,7 @@ struct Region {
   uint64_t base, bytes;
   std::string name;
   bool readonly;
-  int grain;                         // bytes of a cell
+  int grain;                          // bytes of a cell
   std::vector<unsigned char> shadow;  // Shadow of each byte
   std::vector<Cell> cells;            // made when a kernel first comes here
 
@@ -45,7 +45,7 @@ struct Region {
 
 struct Memory {
   std::map<uint64_t, Region> regions;  // by base
-  uint32_t launch = 0;  // the number of the running one
+  uint32_t launch = 0;                 // the number of the running one
 
   void add(uint64_t base, uint64_t bytes, const char* name, bool readonly, bool written,
            int grain) {

@@ -17,10 +17,10 @@ bool resolve_shared(Warp& w, const Instruction& i, int lane, uint64_t address, u
     return false;
   }
   Cta& owner = *cluster.ctas[rank];
-  const bool inside = offset + bytes <= owner.shadow.size() &&
-                      std::all_of(owner.shadow.begin() + long(offset),
-                                  owner.shadow.begin() + long(offset + bytes),
-                                  [](unsigned char s) { return s & kAllocated; });
+  const bool inside =
+      offset + bytes <= owner.shadow.size() &&
+      std::all_of(owner.shadow.begin() + long(offset), owner.shadow.begin() + long(offset + bytes),
+                  [](unsigned char s) { return s & kAllocated; });
   if (!inside) {
     w.launch->fault("out of bounds", w, i, lane,
                     text("%u bytes at %lu of shared memory, which ends before", bytes, offset));
@@ -44,8 +44,7 @@ bool resolve_global(Warp& w, const Instruction& i, int lane, uint64_t address, u
     if (!found || !found->has(address, bytes)) {
       launch.fault("out of bounds", w, i, lane,
                    text("%u bytes at %#lx: ", bytes, address) +
-                       (found ? "over the end of " + found->name
-                              : launch.memory->near(address)));
+                       (found ? "over the end of " + found->name : launch.memory->near(address)));
       return false;
     }
     region = found;
@@ -89,8 +88,8 @@ void merge(Stamp& reader, const Stamp& now) {  // one more who reads at the same
     reader.cta = kBlocks;
   } else if (reader.thread != now.thread) {
     const int32_t warp = now.thread / kLanes;
-    const bool one = reader.thread == kMany + warp ||
-                     (reader.thread < kMany && reader.thread / kLanes == warp);
+    const bool one =
+        reader.thread == kMany + warp || (reader.thread < kMany && reader.thread / kLanes == warp);
     reader.thread = one ? kMany + warp : kAny;
   }
 }
@@ -132,9 +131,9 @@ void touch(Warp& w, const Instruction& i, int lane, const Place& at, uint32_t by
     }
     const char* kind = at.global ? "race in global memory" : "race in shared memory";
     if (cell.writer.thread >= 0 && !(write && same) && !before(cell.writer, now, w))
-      w.launch->fault(kind, w, i, lane,
-                      std::string(write ? "writes" : "reads") + " what was written by " +
-                          who(cell.writer));
+      w.launch->fault(
+          kind, w, i, lane,
+          std::string(write ? "writes" : "reads") + " what was written by " + who(cell.writer));
     if (write) {
       if (cell.reader.thread >= 0 && !same && !before(cell.reader, now, w))
         w.launch->fault(kind, w, i, lane, "writes what was read by " + who(cell.reader));

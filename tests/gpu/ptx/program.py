@@ -27,12 +27,14 @@ class Program(Encoder):
     # --- statements
 
     def _body(self, entry: Entry, prefix: str) -> None:
-        for statement in self.module.statements(entry):
-            try:
+        at = entry.body[0]
+        try:
+            for statement in self.module.statements(entry):
+                at = statement.at
                 self._statement(statement, prefix)
-            except (PtxError, KeyError, ValueError, IndexError) as error:
-                line = self.module.line(statement.at)
-                raise PtxError(f"line {line}: {statement.text}: {error!r}") from error
+        except (PtxError, KeyError, ValueError, IndexError) as error:
+            line, words = self.module.line(at), " ".join(self.words.split())
+            raise PtxError(f"line {line}: {words}: {error!r}") from error
 
     def _statement(self, statement: Statement, prefix: str) -> None:
         words = statement.text

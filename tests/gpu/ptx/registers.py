@@ -1,4 +1,4 @@
-"""Where a program's values lie: a slot of 32 lanes for each register and constant, two for 64 bits."""
+"""Where a program's values lie: a slot of 32 lanes for a register or constant, two for 64 bits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Registers:
         self._scopes.pop()
 
     def declare(self, words: str) -> None:
-        """`.reg .f32 %f<12>` or `.reg .pred p, q`; a function's argument `.param .b64 param0` too."""
+        """`.reg .f32 %f<12>`, `.reg .pred p, q`; a function's argument `.param .b64 param0` too."""
         parts = words.split(None, 2)
         kind = parts[1].lstrip(".")
         if kind == "align":

@@ -161,12 +161,20 @@ struct Blocks {  // a cluster's memory, used again for the next one
     fill(kTidZ, [&](uint32_t t) { return t / block.x / block.y; });
     fill(kLaneId, [&](uint32_t t) { return t % kLanes; });
     const uint32_t n = launch.args.cluster;
-    const std::pair<Special, uint32_t> same[] = {
-        {kNtidX, block.x},     {kNtidY, block.y},      {kNtidZ, block.z},
-        {kCtaX, cta.at.x},     {kCtaY, cta.at.y},      {kCtaZ, cta.at.z},
-        {kNctaX, grid.x},      {kNctaY, grid.y},       {kNctaZ, grid.z},
-        {kWarpId, uint32_t(k)}, {kClusterRank, cta.rank}, {kClusterSize, n},
-        {kClusterX, cta.number / n}, {kNclusterX, grid.x / n}};
+    const std::pair<Special, uint32_t> same[] = {{kNtidX, block.x},
+                                                 {kNtidY, block.y},
+                                                 {kNtidZ, block.z},
+                                                 {kCtaX, cta.at.x},
+                                                 {kCtaY, cta.at.y},
+                                                 {kCtaZ, cta.at.z},
+                                                 {kNctaX, grid.x},
+                                                 {kNctaY, grid.y},
+                                                 {kNctaZ, grid.z},
+                                                 {kWarpId, uint32_t(k)},
+                                                 {kClusterRank, cta.rank},
+                                                 {kClusterSize, n},
+                                                 {kClusterX, cta.number / n},
+                                                 {kNclusterX, grid.x / n}};
     for (const auto& [special, value] : same) fill(special, [v = value](uint32_t) { return v; });
     cta.warps.push_back(&w);
   }
@@ -256,8 +264,8 @@ Program* ptx_program(const Encoded* code, int32_t n, const int32_t* slots, int32
   p->slot_count = slot_count, p->dynamic_at = dynamic_at;
   for (int32_t k = 0; k < n; ++k) {
     const Encoded& e = code[k];
-    p->code.push_back({e.run, p->slots.data() + e.first_slot, e.immediate, e.guard, e.negated,
-                       e.target});
+    p->code.push_back(
+        {e.run, p->slots.data() + e.first_slot, e.immediate, e.guard, e.negated, e.target});
   }
   return p;
 }
@@ -279,8 +287,8 @@ uint64_t ptx_unwritten(Memory* m, uint64_t base, uint64_t bytes) {
   const Region* r = m->find(base);
   if (!r || !r->has(base, bytes)) return bytes;
   const auto begin = r->shadow.begin() + long(base - r->base);
-  return uint64_t(std::count_if(begin, begin + long(bytes),
-                                [](unsigned char s) { return !(s & kWritten); }));
+  return uint64_t(
+      std::count_if(begin, begin + long(bytes), [](unsigned char s) { return !(s & kWritten); }));
 }
 
 Launch* ptx_run(const Program* program, Memory* memory, const LaunchArgs* args, int grain) {

@@ -1,4 +1,4 @@
-"""What a run of ops on the machine shares, whoever launches: their memory, their launches' reports."""
+"""What runs of ops on the machine share, whoever launches: the memory, the launches' reports."""
 
 from __future__ import annotations
 

@@ -227,10 +227,11 @@ void wgmma(Warp& w, const Instruction& i, Mask mask) {  // d (n / 2), a (1 or 4)
   }
 }
 
-#define MATRICES(name, f)                                             \
-  {name ".x1", f<1, false>}, {name ".x2", f<2, false>},               \
-      {name ".x4", f<4, false>}, {name ".trans.x1", f<1, true>},      \
-      {name ".trans.x2", f<2, true>}, {name ".trans.x4", f<4, true>}
+#define MATRICES(name, f)                                                          \
+  {name ".x1", f<1, false>}, {name ".x2", f<2, false>}, {name ".x4", f<4, false>}, \
+      {name ".trans.x1", f<1, true>}, {name ".trans.x2", f<2, true>}, {            \
+    name ".trans.x4", f<4, true>                                                   \
+  }
 
 const Register matrices({
     MATRICES("ldmatrix", load_matrix),

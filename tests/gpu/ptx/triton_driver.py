@@ -7,6 +7,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,8 +16,8 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import CompiledKernel
 
 from tests.gpu.ptx.machine import Memory, Module, packed
 from tests.gpu.ptx.simulation import Simulation
@@ -31,7 +32,11 @@ PROPERTIES = {
 FORMATS = {
     "i1": "b",
     "u1": "B",
-    **{f"{sign}{bits}": of for bits, of in ((8, "b"), (16, "h"), (32, "i"), (64, "q")) for sign in "i"},
+    **{
+        f"{sign}{bits}": of
+        for bits, of in ((8, "b"), (16, "h"), (32, "i"), (64, "q"))
+        for sign in "i"
+    },
     **{f"u{bits}": of for bits, of in ((8, "B"), (16, "H"), (32, "I"), (64, "Q"))},
     "fp32": "f",
     "fp64": "d",
@@ -90,7 +95,7 @@ class Utils:
         self._driver = driver
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        source = self._driver.loading.asm["ptx"]
+        source = Path(self._driver.loading[f"{name}.ptx"]).read_text()
         return source, (source, name, shared), 0, 0, 1024
 
     def get_device_properties(self, device: int) -> Mapping[str, int]:
@@ -101,20 +106,26 @@ class Utils:
 
 
 class Driver:
-    """As triton.runtime.driver.active is asked."""
+    """As triton.runtime.driver.active is asked; one for each architecture, for Triton keeps what it
+    has compiled by the device's number.
+    """
 
     binary_ext = "cubin"
 
-    def __init__(self, arch: int, simulation: Simulation) -> None:
-        self.arch, self.simulation = arch, simulation
-        self.loading: Any = None
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.simulation = Simulation()  # the running one
+        self.loading: Mapping[str, str] = {}  # files of the kernel that is being loaded
         self.utils = Utils(self)
+
+    def on_load(self, module: Any, function: Any, name: str, files: Any, key: str) -> None:
+        self.loading = files
 
     def launcher_cls(self, source: Any, metadata: Any) -> Launcher:
         return Launcher(self, source, metadata)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.arch
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -170,25 +181,21 @@ class Watch(TorchDispatchMode):
         self._memory.add_bytes(storage.data_ptr(), storage.nbytes(), words, grain, written)
 
 
+DRIVERS = {arch: Driver(arch) for arch in (80, 90)}
+
+
 @contextmanager
 def simulated(arch: int = 90) -> Iterator[Simulation]:
     """Triton's launches run on the machine; their faults are raised at the end.
 
     Tensors that exist before must be given to the simulation; the ops' own are known.
     """
-    simulation = Simulation()
-    driver = Driver(arch, simulation)
-    load = CompiledKernel._init_handles
-    before = triton.runtime.driver._active
-
-    def loading(kernel: CompiledKernel) -> None:
-        driver.loading = kernel
-        load(kernel)
-
-    triton.runtime.driver.set_active(driver)
-    try:
-        with mock.patch.object(CompiledKernel, "_init_handles", loading), Watch(simulation.memory):
-            yield simulation
-    finally:
-        triton.runtime.driver._active = before
+    driver = DRIVERS[arch]
+    simulation = driver.simulation = Simulation()
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(knobs.runtime, "kernel_load_start_hook", driver.on_load),
+        Watch(simulation.memory),
+    ):
+        yield simulation
     simulation.check()

@@ -67,10 +67,10 @@ int launch(const void* function, const Dim3& grid, const Dim3& block, size_t sha
   const auto found = kernels().find(function);
   if (found == kernels().end() || !on_launch) return kUnknown;
   const Kernel& kernel = found->second;
-  const bool fits = uint64_t(block.x) * block.y * block.z <= 1024 && shared_bytes <= kernel.allowed &&
-                    grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x < 1u << 31 &&
-                    grid.y < 65536 && grid.z < 65536 && grid.x % cluster == 0 &&
-                    cluster <= (kernel.large_clusters ? 16 : 8);
+  const bool fits = uint64_t(block.x) * block.y * block.z <= 1024 &&
+                    shared_bytes <= kernel.allowed && grid.x > 0 && grid.y > 0 && grid.z > 0 &&
+                    grid.x < 1u << 31 && grid.y < 65536 && grid.z < 65536 &&
+                    grid.x % cluster == 0 && cluster <= (kernel.large_clusters ? 16 : 8);
   if (!fits) return kInvalidValue;
   const unsigned geometry[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, cluster};
   return on_launch(kernel.name.c_str(), kernel.module.c_str(), geometry, shared_bytes, arguments);

@@ -1,7 +1,8 @@
 #pragma once
 
-// Put before csrc/cuda/*_torch.cpp by -include: what they do for CUDA tensors they do for the CPU's,
-// as ops of fasttax_ptx, and every tensor that they make is told to the PTX machine's memory.
+// Put before csrc/cuda/*_torch.cpp by -include: what they do for CUDA tensors they do for the
+// CPU's, as ops of fasttax_ptx, and every tensor that they make is told to the PTX machine's
+// memory.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
