@@ -169,7 +169,7 @@ CLUSTER = """
 SHUFFLE = """
   setp.lt.u32 %p1, %r1, 16;
   mov.u32 %r5, %r1;
-  shfl.sync.bfly.b32 %r6, %r5, 1, 31, -1;
+  shfl.sync.bfly.b32 %r6, %r5, 16, 31, -1;
   st.global.u32 [%a4], %r6;
 """
 VECTOR = """
@@ -270,6 +270,27 @@ def test_a_ticket_hands_on_what_is_behind_its_fence(seed: int) -> None:
     assert out.tolist() == [2, 11, 5, 6]
     report, _ = launched(TICKET.replace("  membar.gl;\n  atom", "  atom"))
     assert any("race in global memory" in fault for fault in report.faults), report
+
+
+def test_lanes_meet_from_different_places() -> None:
+    """As PTX has it from sm_70: a shuffle waits for all that its mask names, wherever they are."""
+    report, out, _ = run(
+        """
+  and.b32 %r5, %r1, 1;
+  setp.eq.u32 %p1, %r5, 0;
+  @%p1 bra even;
+  mul.lo.u32 %r6, %r1, 3;
+  shfl.sync.bfly.b32 %r7, %r6, 1, 31, -1;
+  bra.uni end;
+even:
+  mul.lo.u32 %r8, %r1, 5;
+  shfl.sync.bfly.b32 %r7, %r8, 1, 31, -1;
+end:
+  st.global.u32 [%a4], %r7;
+"""
+    )
+    assert not report.faults, report
+    assert out.tolist() == [(t ^ 1) * (3 if t % 2 == 0 else 5) for t in range(64)]
 
 
 def test_bytes() -> None:

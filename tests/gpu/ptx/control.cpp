@@ -48,99 +48,142 @@ void cluster_wait(Warp& w, const Instruction& i, Mask mask) {
   w.state = State::kCluster;
 }
 
-// Whether the lanes that a warp's instruction names are the ones that are here.
-void meet(Warp& w, const Instruction& i, Mask mask, int32_t slot) {
-  must_know(w, i, mask, slot, "a member mask");
-  const int lane = __builtin_ctz(mask);
-  const Mask members = w.row<U>(slot)[lane];
-  if (const Mask away = members & w.live & ~mask)
-    w.launch->fault("lanes apart", w, i, __builtin_ctz(away),
-                    text("named in %08x, but elsewhere", members));
-  if (mask & ~members)
-    w.launch->fault("lanes apart", w, i, __builtin_ctz(mask & ~members),
-                    text("not named in %08x", members));
+// --- instructions that the lanes of a mask meet in, also from different places of the program
+
+struct Exchange {
+  Warp& w;
+  const Instruction& i;  // one of them, for faults
+  const std::vector<Meeting>& parts;
+  Mask all;  // lanes that are here
+
+  template <class F>
+  void each_part(F&& f) const {
+    for (const Meeting& part : parts) f(*part.i, part.mask);
+  }
+};
+
+// A part whose lanes are not all there yet stays behind until they come; the last one brings all
+// on. `members`: the operand with the mask's lanes; f(exchange): what happens when they meet.
+template <int members, auto f>
+void meet(Warp& w, const Instruction& i, Mask mask) {
+  must_know(w, i, mask, i.slots[members], "a member mask");
+  const Mask named = w.row<U>(i.slots[members])[__builtin_ctz(mask)];
+  if (mask & ~named)
+    w.launch->fault("lanes apart", w, i, __builtin_ctz(mask & ~named),
+                    text("not named in %08x", named));
+  std::vector<Meeting> parts;
+  Mask all = mask;
+  for (const Meeting& part : w.waiting)
+    if (part.i->run == i.run && part.named == named) parts.push_back(part), all |= part.mask;
+  if (named & w.live & ~all) {
+    w.waiting.push_back({&i, mask, named});
+    w.active &= ~mask;
+    return;
+  }
+  std::erase_if(w.waiting,
+                [&](const Meeting& part) { return part.i->run == i.run && part.named == named; });
+  for (const Meeting& part : parts) w.split(part.mask, w.launch->place(*part.i) + 1);
+  parts.push_back({&i, mask, named});
+  ++w.meets;
+  f(Exchange{w, i, parts, all});
 }
-void warp_sync(Warp& w, const Instruction& i, Mask mask) {
-  meet(w, i, mask, i.slots[0]);
-  ++w.warp_phase;
-}
+
+void pass(const Exchange& x) { ++x.w.warp_phase; }
 
 enum class Way { kXor, kIndex, kUp, kDown };
 
 template <Way way>
-void shuffle(Warp& w, const Instruction& i, Mask mask) {  // d, p or -1, a, b, c, members
-  meet(w, i, mask, i.slots[5]);
-  must_know(w, i, mask, i.slots[3], "a lane's number");
-  const U *a = w.row<U>(i.slots[2]), *b = w.row<U>(i.slots[3]), *c = w.row<U>(i.slots[4]);
-  U* d = w.row<U>(i.slots[0]);
-  U copy[kLanes];
-  memcpy(copy, a, sizeof copy);
-  const Mask known = w.known[i.slots[2]];
-  Mask out_known = 0, inside = 0;
-  each_lane(mask, [&](int l) {
-    const int by = int(b[l] & 31), clamp = int(c[l] & 31), segment = int(c[l] >> 8 & 31);
-    const int low = l & segment, top = low | (clamp & ~segment);
-    int from = 0;
-    bool in = false;
-    switch (way) {
-      case Way::kXor: from = l ^ by, in = from <= top; break;
-      case Way::kIndex: from = low | (by & ~segment), in = from <= top; break;
-      case Way::kUp: from = l - by, in = from >= top; break;
-      case Way::kDown: from = l + by, in = from <= top; break;
-    }
-    if (!in) from = l;
-    if (!(mask >> from & 1))
-      w.launch->fault("lanes apart", w, i, l, text("reads lane %d, which is not here", from));
-    d[l] = copy[from];
-    out_known |= Mask(known >> from & 1) << l;
-    inside |= Mask(in) << l;
+void shuffle(const Exchange& x) {  // d, p or -1, a, b, c, members
+  Warp& w = x.w;
+  U values[kLanes];
+  Mask known = 0;
+  x.each_part([&](const Instruction& i, Mask mask) {
+    must_know(w, i, mask, i.slots[3], "a lane's number");
+    known |= w.known[i.slots[2]] & mask;
+    each_lane(mask, [&](int l) { values[l] = w.row<U>(i.slots[2])[l]; });
   });
-  w.know(i.slots[0], mask, out_known);
-  if (i.slots[1] >= 0) {
+  x.each_part([&](const Instruction& i, Mask mask) {
+    Mask out_known = 0, inside = 0;
+    each_lane(mask, [&](int l) {
+      const U b = w.row<U>(i.slots[3])[l], c = w.row<U>(i.slots[4])[l];
+      const int by = int(b & 31), clamp = int(c & 31), segment = int(c >> 8 & 31);
+      const int low = l & segment, top = low | (clamp & ~segment);
+      int from = 0;
+      bool in = false;
+      switch (way) {
+        case Way::kXor: from = l ^ by, in = from <= top; break;
+        case Way::kIndex: from = low | (by & ~segment), in = from <= top; break;
+        case Way::kUp: from = l - by, in = from >= top; break;
+        case Way::kDown: from = l + by, in = from <= top; break;
+      }
+      if (!in) from = l;
+      if (!(x.all >> from & 1))
+        w.launch->fault("lanes apart", w, i, l, text("reads lane %d, which is not here", from));
+      else w.row<U>(i.slots[0])[l] = values[from];
+      out_known |= Mask(known >> from & 1) << l;
+      inside |= Mask(in) << l;
+    });
+    w.know(i.slots[0], mask, out_known);
+    if (i.slots[1] < 0) return;
     Mask& p = w.predicate(i.slots[1]);
     p = (p & ~mask) | inside;
     w.know(i.slots[1], mask, mask);
-  }
+  });
 }
 
-void ballot(Warp& w, const Instruction& i, Mask mask) {
-  meet(w, i, mask, i.slots[2]);
-  must_know(w, i, mask, i.slots[1], "a vote");
-  const Mask votes = w.predicate(i.slots[1]) & mask;
-  each_lane(mask, [&](int l) { w.row<U>(i.slots[0])[l] = votes; });
-  w.know(i.slots[0], mask, mask);
+Mask votes_of(const Exchange& x) {
+  Mask votes = 0;
+  x.each_part([&](const Instruction& i, Mask mask) {
+    must_know(x.w, i, mask, i.slots[1], "a vote");
+    votes |= x.w.predicate(i.slots[1]) & mask;
+  });
+  return votes;
+}
+void ballot(const Exchange& x) {
+  const Mask votes = votes_of(x);
+  x.each_part([&](const Instruction& i, Mask mask) {
+    each_lane(mask, [&](int l) { x.w.row<U>(i.slots[0])[l] = votes; });
+    x.w.know(i.slots[0], mask, mask);
+  });
 }
 template <bool all>
-void vote(Warp& w, const Instruction& i, Mask mask) {
-  meet(w, i, mask, i.slots[2]);
-  must_know(w, i, mask, i.slots[1], "a vote");
-  const Mask votes = w.predicate(i.slots[1]) & mask;
-  Mask& p = w.predicate(i.slots[0]);
-  p = (p & ~mask) | (all ? votes == mask : votes != 0 ? mask : 0);
-  if (all && votes == mask) p |= mask;
-  w.know(i.slots[0], mask, mask);
+void vote(const Exchange& x) {
+  const Mask votes = votes_of(x);
+  const bool is = all ? votes == x.all : votes != 0;
+  x.each_part([&](const Instruction& i, Mask mask) {
+    Mask& p = x.w.predicate(i.slots[0]);
+    p = is ? p | mask : p & ~mask;
+    x.w.know(i.slots[0], mask, mask);
+  });
 }
 template <auto f, class T>
-void reduce(Warp& w, const Instruction& i, Mask mask) {  // redux.sync
-  meet(w, i, mask, i.slots[2]);
-  const U* a = w.row<U>(i.slots[1]);
-  must_know(w, i, mask, i.slots[1], "a reduction's operand");
-  T all = take<T>(a[__builtin_ctz(mask)]);
-  each_lane(mask & (mask - 1), [&](int l) { all = f(all, take<T>(a[l])); });
-  each_lane(mask, [&](int l) { w.row<U>(i.slots[0])[l] = hold<T>(all); });
-  w.know(i.slots[0], mask, mask);
+void reduce(const Exchange& x) {  // redux.sync
+  T all{};
+  bool first = true;
+  x.each_part([&](const Instruction& i, Mask mask) {
+    must_know(x.w, i, mask, i.slots[1], "a reduction's operand");
+    each_lane(mask, [&](int l) {
+      const T one = take<T>(x.w.row<U>(i.slots[1])[l]);
+      all = first ? one : f(all, one);
+      first = false;
+    });
+  });
+  x.each_part([&](const Instruction& i, Mask mask) {
+    each_lane(mask, [&](int l) { x.w.row<U>(i.slots[0])[l] = hold<T>(all); });
+    x.w.know(i.slots[0], mask, mask);
+  });
 }
-
-void elect(Warp& w, const Instruction& i, Mask mask) {  // d or -1, p, members
-  meet(w, i, mask, i.slots[2]);
-  const int leader = __builtin_ctz(mask);
-  if (i.slots[0] >= 0) {
-    each_lane(mask, [&](int l) { w.row<U>(i.slots[0])[l] = U(leader); });
-    w.know(i.slots[0], mask, mask);
-  }
-  Mask& p = w.predicate(i.slots[1]);
-  p = (p & ~mask) | Mask(1) << leader;
-  w.know(i.slots[1], mask, mask);
+void elect(const Exchange& x) {  // d or -1, p, members
+  const int leader = __builtin_ctz(x.all);
+  x.each_part([&](const Instruction& i, Mask mask) {
+    if (i.slots[0] >= 0) {
+      each_lane(mask, [&](int l) { x.w.row<U>(i.slots[0])[l] = U(leader); });
+      x.w.know(i.slots[0], mask, mask);
+    }
+    Mask& p = x.w.predicate(i.slots[1]);
+    p = (p & ~mask) | (Mask(1) << leader & mask);
+    x.w.know(i.slots[1], mask, mask);
+  });
 }
 
 // --- addresses of shared memory
@@ -183,24 +226,24 @@ const Register control({
     {"trap", trap},
     {"nothing", nothing},
     {"bar.sync", barrier},
-    {"bar.warp.sync", warp_sync},
+    {"bar.warp.sync", meet<0, pass>},
     {"barrier.cluster.arrive", cluster_arrive},
     {"barrier.cluster.wait", cluster_wait},
-    {"shfl.bfly", shuffle<Way::kXor>},
-    {"shfl.idx", shuffle<Way::kIndex>},
-    {"shfl.up", shuffle<Way::kUp>},
-    {"shfl.down", shuffle<Way::kDown>},
-    {"vote.ballot.b32", ballot},
-    {"vote.any.pred", vote<false>},
-    {"vote.all.pred", vote<true>},
-    {"redux.add.u32", reduce<kAdd, U>},
-    {"redux.add.s32", reduce<kAdd, int32_t>},
-    {"redux.min.u32", reduce<kMin, U>},
-    {"redux.min.s32", reduce<kMin, int32_t>},
-    {"redux.max.u32", reduce<kMax, U>},
-    {"redux.max.s32", reduce<kMax, int32_t>},
-    {"redux.or.b32", reduce<kOr, U>},
-    {"elect", elect},
+    {"shfl.bfly", meet<5, shuffle<Way::kXor>>},
+    {"shfl.idx", meet<5, shuffle<Way::kIndex>>},
+    {"shfl.up", meet<5, shuffle<Way::kUp>>},
+    {"shfl.down", meet<5, shuffle<Way::kDown>>},
+    {"vote.ballot.b32", meet<2, ballot>},
+    {"vote.any.pred", meet<2, vote<false>>},
+    {"vote.all.pred", meet<2, vote<true>>},
+    {"redux.add.u32", meet<2, reduce<kAdd, U>>},
+    {"redux.add.s32", meet<2, reduce<kAdd, int32_t>>},
+    {"redux.min.u32", meet<2, reduce<kMin, U>>},
+    {"redux.min.s32", meet<2, reduce<kMin, int32_t>>},
+    {"redux.max.u32", meet<2, reduce<kMax, U>>},
+    {"redux.max.s32", meet<2, reduce<kMax, int32_t>>},
+    {"redux.or.b32", meet<2, reduce<kOr, U>>},
+    {"elect", meet<2, elect>},
     {"mapa.u64", of_rank<uint64_t>},
     {"mapa.u32", of_rank<U>},
     {"shared.address.b64", shared_variable},

@@ -36,7 +36,7 @@ SIGNATURES = {
     "ptx_program_delete": (None, [P]),
     "ptx_memory": (P, []),
     "ptx_memory_delete": (None, [P]),
-    "ptx_add": (None, [P, U64, U64, ctypes.c_char_p, I32, I32, I32]),
+    "ptx_add": (None, [P, U64, U64, ctypes.c_char_p, I32, I32, I32, I32]),
     "ptx_remove": (None, [P, U64, U64]),
     "ptx_write": (None, [P, U64, U64]),
     "ptx_unwritten": (U64, [P, U64, U64]),

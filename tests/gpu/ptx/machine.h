@@ -169,6 +169,11 @@ struct Group {  // lanes that stand elsewhere
   Mask mask;
 };
 
+struct Meeting {  // lanes that wait in an instruction for others that its mask names
+  const Instruction* i;
+  Mask mask, named;
+};
+
 enum class State { kReady, kBarrier, kCluster, kYield, kDone };
 
 struct Warp {
@@ -180,9 +185,10 @@ struct Warp {
   Mask active, live, barred = 0;
   int32_t at, next, stop;  // stop: the first place where others stand
   std::vector<Group> others;
+  std::vector<Meeting> waiting;
   State state = State::kReady;
   int32_t barrier = -1;
-  uint32_t phase = 0, warp_phase = 0, arrivals = 0, waits = 0;  // barriers passed: see Stamp
+  uint32_t phase = 0, warp_phase = 0, arrivals = 0, waits = 0, meets = 0;  // see Stamp
   Mask fenced = 0;
   uint32_t copy_group = 0;
   std::vector<Copy> copies;  // not waited for
@@ -200,7 +206,8 @@ struct Warp {
             phase,
             warp_phase,
             arrivals,
-            waits};
+            waits,
+            meets};
   }
   void know(int32_t slot, Mask mask, Mask is) { known[slot] = (known[slot] & ~mask) | (is & mask); }
   void jump(Mask mask, int32_t target);
@@ -215,8 +222,9 @@ struct Launch {
   std::vector<Fault> faults;
   std::vector<uint64_t> executed, lanes;  // by instruction: warps, lanes
   std::vector<Traffic> loads, stores;
-  std::map<uint64_t, std::map<uint32_t, Released>> released;  // by the atomic's address, by block
-  std::vector<Region*> recent;                                // by instruction: its last region
+  std::map<uint64_t, std::map<uint32_t, Released>> released;   // by the atomic's address, by block
+  std::vector<Region*> recent;                                 // by instruction: its last region
+  std::unordered_map<const Cell*, std::vector<Stamp>> crowds;  // blocks that read one cell
   int grain = 4;  // bytes of shared memory that are watched together
   uint64_t steps = 0;
 

@@ -65,13 +65,23 @@ class Memory:
     def __del__(self) -> None:
         self._library.ptx_memory_delete(self.handle)
 
-    def add(self, t: Tensor, name: str, *, readonly: bool = False, written: bool = True) -> Tensor:
+    def add(
+        self,
+        t: Tensor,
+        name: str,
+        *,
+        readonly: bool = False,
+        torn: bool = False,
+        written: bool = True,
+    ) -> Tensor:
         """The memory from the first to the last entry of a tensor on the CPU, which it is kept for.
 
         Args:
             t: what a kernel is given.
             name: in reports.
             readonly: a kernel that writes it is at fault.
+            torn: vectors may reach into entries that other threads write at the same time, and
+                drop them: a read that meets a write is no fault.
             written: False: a kernel that reads it before it has written is at fault.
         """
         if t.numel() == 0:
@@ -81,12 +91,12 @@ class Memory:
         size = (last + 1) * t.element_size()
         grain = t.element_size()
         self._library.ptx_add(
-            self.handle, t.data_ptr(), size, name.encode(), readonly, written, grain
+            self.handle, t.data_ptr(), size, name.encode(), readonly, torn, written, grain
         )
         return t
 
     def add_bytes(self, base: int, size: int, name: str, grain: int, written: bool) -> None:
-        self._library.ptx_add(self.handle, base, size, name.encode(), False, written, grain)
+        self._library.ptx_add(self.handle, base, size, name.encode(), False, False, written, grain)
 
     def written_by_host(self, base: int, size: int) -> None:
         self._library.ptx_write(self.handle, base, size)

@@ -19,6 +19,7 @@ struct Stamp {
   int32_t thread = -1;             // in the block; kMany of a warp, kAny of a block
   uint32_t phase = 0, warp_phase = 0;  // of the block, of the warp
   uint32_t arrivals = 0, waits = 0;    // of the cluster
+  uint32_t meets = 0;                  // shuffles and votes of the warp
 };
 constexpr int32_t kMany = 1 << 16, kAny = 1 << 20;  // kMany + warp: several lanes of one warp
 
@@ -34,6 +35,9 @@ struct Region {
   uint64_t base, bytes;
   std::string name;
   bool readonly;
+  // Vectors may reach beyond a thread's own entries into those that others write: a read that
+  // meets a write is no race. That no result depends on such bytes is another test's business.
+  bool torn;
   int grain;                          // bytes of a cell
   std::vector<unsigned char> shadow;  // Shadow of each byte
   std::vector<Cell> cells;            // made when a kernel first comes here
@@ -47,10 +51,10 @@ struct Memory {
   std::map<uint64_t, Region> regions;  // by base
   uint32_t launch = 0;                 // the number of the running one
 
-  void add(uint64_t base, uint64_t bytes, const char* name, bool readonly, bool written,
+  void add(uint64_t base, uint64_t bytes, const char* name, bool readonly, bool torn, bool written,
            int grain) {
     remove(base, bytes);
-    Region r{base, bytes, name, readonly, grain, {}, {}};
+    Region r{base, bytes, name, readonly, torn, grain, {}, {}};
     r.shadow.assign(bytes, written ? kAllocated | kWritten : kAllocated);
     regions.emplace(base, std::move(r));
   }

@@ -58,6 +58,7 @@ bool resolve_global(Warp& w, const Instruction& i, int lane, uint64_t address, u
   out.data = reinterpret_cast<unsigned char*>(address);
   out.shadow = region->shadow.data() + offset;
   if (region->readonly) return true;
+  out.torn = region->torn;
   out.grain = region->grain;
   if (region->cells.empty()) region->cells.resize(region->bytes / uint64_t(out.grain) + 1);
   out.cells = region->cells.data() + offset / uint64_t(out.grain);
@@ -69,7 +70,7 @@ bool resolve_global(Warp& w, const Instruction& i, int lane, uint64_t address, u
 constexpr int32_t kBlocks = -2;  // a cell that several blocks have read
 
 bool before(const Stamp& x, const Stamp& now, const Warp& w) {
-  if (x.cta == kBlocks) return false;
+  if (x.cta == kBlocks) return x.cluster == now.cluster && x.arrivals < now.waits;
   if (x.cta == now.cta) {
     if (x.thread == now.thread || x.phase < now.phase || x.arrivals < now.waits) return true;
     const int32_t warp = x.thread >= kAny    ? -1
@@ -83,9 +84,21 @@ bool before(const Stamp& x, const Stamp& now, const Warp& w) {
          (x.phase < known->second.phase || known->second.threads.count(x.thread));
 }
 
+// What lanes have read before they met in a shuffle, others may write behind it: the shuffle has
+// waited for what was read.
+bool met(const Stamp& x, const Stamp& now) {
+  const int32_t warp = x.thread >= kMany ? x.thread - kMany : x.thread / kLanes;
+  return x.cta == now.cta && warp == now.thread / kLanes && x.meets < now.meets;
+}
+
 void merge(Stamp& reader, const Stamp& now) {  // one more who reads at the same time
+  reader.phase = std::max(reader.phase, now.phase);
+  reader.warp_phase = std::max(reader.warp_phase, now.warp_phase);
+  reader.arrivals = std::max(reader.arrivals, now.arrivals);
+  reader.meets = std::max(reader.meets, now.meets);
   if (reader.cta != now.cta) {
     reader.cta = kBlocks;
+    if (reader.cluster != now.cluster) reader.cluster = -1;
   } else if (reader.thread != now.thread) {
     const int32_t warp = now.thread / kLanes;
     const bool one =
@@ -130,15 +143,27 @@ void touch(Warp& w, const Instruction& i, int lane, const Place& at, uint32_t by
       cell.writer = cell.reader = Stamp{};
     }
     const char* kind = at.global ? "race in global memory" : "race in shared memory";
-    if (cell.writer.thread >= 0 && !(write && same) && !before(cell.writer, now, w))
+    if (cell.writer.thread >= 0 && !(write ? same : at.torn) && !before(cell.writer, now, w))
       w.launch->fault(
           kind, w, i, lane,
           std::string(write ? "writes" : "reads") + " what was written by " + who(cell.writer));
     if (write) {
-      if (cell.reader.thread >= 0 && !same && !before(cell.reader, now, w))
-        w.launch->fault(kind, w, i, lane, "writes what was read by " + who(cell.reader));
+      const auto race = [&](const Stamp& reader) {
+        if (reader.thread < 0 || same || at.torn || before(reader, now, w) || met(reader, now))
+          return;
+        w.launch->fault(kind, w, i, lane, "writes what was read by " + who(reader));
+      };
+      race(cell.reader);
+      const auto crowd = w.launch->crowds.find(&cell);
+      if (crowd != w.launch->crowds.end()) {
+        for (const Stamp& reader : crowd->second) race(reader);
+        w.launch->crowds.erase(crowd);
+      }
       cell.writer = now;
     } else if (cell.reader.thread < 0 || before(cell.reader, now, w)) {
+      cell.reader = now;
+    } else if (at.global && cell.reader.cta != now.cta) {
+      w.launch->crowds[&cell].push_back(cell.reader);
       cell.reader = now;
     } else {
       merge(cell.reader, now);

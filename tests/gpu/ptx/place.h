@@ -14,7 +14,7 @@ struct Place {
   Cell* cells = nullptr;  // of the first byte
   uint32_t epoch = 0;
   int grain = 1, skew = 0;  // skew: the first byte's place in its cell
-  bool global = false;
+  bool global = false, torn = false;
 };
 
 // false, with a fault, where there is no such memory

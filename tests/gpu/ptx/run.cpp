@@ -31,6 +31,21 @@ namespace {
 // meet them where the ways join.
 void regroup(Warp& w) {
   if (w.active) w.others.push_back({w.at, w.active});
+  if (w.others.empty()) {  // all that are left wait: for lanes that have gone, or in vain
+    const Meeting last = w.waiting.back();
+    w.waiting.pop_back();
+    if (last.named & w.live & ~last.mask) {
+      Mask same = 0;
+      for (const Meeting& m : w.waiting)
+        if (m.i->run == last.i->run && m.named == last.named) same |= m.mask;
+      if (last.named & w.live & ~last.mask & ~same) {
+        w.launch->fault("lanes apart", w, *last.i, __builtin_ctz(last.mask),
+                        text("%08x wait for others of %08x", last.mask, last.named));
+        throw Stop("lanes apart");
+      }
+    }
+    w.others.push_back({w.launch->place(*last.i), last.mask});
+  }
   int32_t first = INT_MAX;
   for (const Group& g : w.others) first = std::min(first, g.at);
   w.active = 0, w.at = first, w.stop = INT_MAX;
@@ -273,9 +288,9 @@ void ptx_program_delete(Program* p) { delete p; }
 
 Memory* ptx_memory() { return new Memory; }
 void ptx_memory_delete(Memory* m) { delete m; }
-void ptx_add(Memory* m, uint64_t base, uint64_t bytes, const char* name, int readonly, int written,
-             int grain) {
-  m->add(base, bytes, name, readonly, written, grain);
+void ptx_add(Memory* m, uint64_t base, uint64_t bytes, const char* name, int readonly, int torn,
+             int written, int grain) {
+  m->add(base, bytes, name, readonly, torn, written, grain);
 }
 void ptx_remove(Memory* m, uint64_t base, uint64_t bytes) { m->remove(base, bytes); }
 void ptx_write(Memory* m, uint64_t base, uint64_t bytes) {  // by the host
