@@ -4,7 +4,7 @@ results, by CUDA's kernels or Triton's, against the reference in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -188,12 +188,3 @@ def check_weigh(sim: Simulation, ops: Any, reduction: int, masked: bool) -> None
         sim.give(held, readonly=False)
         ops.scale_held_(held, factor)
         close([held], [scaled])
-
-
-def floor(sim: Simulation, run: Callable[[], object], elements: int) -> tuple[float, float]:
-    """(bytes, instructions) an element of what `run` launches."""
-    before = len(sim.reports)
-    run()
-    reports = sim.reports[before:]
-    moved = sum(report.read + report.written for report in reports)
-    return moved / elements, 32 * sum(r.instructions for r in reports) / elements

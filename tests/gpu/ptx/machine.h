@@ -107,16 +107,18 @@ struct Traffic {
   uint64_t bytes = 0, sectors = 0, missed = 0;
 };
 
-// The share of a cache that is a block's: sectors by their last place, each in one slot.
+// The share of a cache that is a block's: 32 KB of sectors, any of which lies in one of 4 places.
 struct Cache {
-  static constexpr size_t kSectors = 1024;  // 32 KB
-  uint64_t held[kSectors] = {};
+  static constexpr size_t kSets = 256, kWays = 4;
+  uint64_t held[kSets][kWays] = {};
+  uint8_t next[kSets] = {};
 
   bool take(uint64_t sector) {  // whether it was there
-    uint64_t& slot = held[sector % kSectors];
-    const bool was = slot == sector;
-    slot = sector;
-    return was;
+    const size_t set = size_t(sector * 0x9e3779b97f4a7c15u >> 56);
+    for (const uint64_t one : held[set])
+      if (one == sector) return true;
+    held[set][next[set]++ % kWays] = sector;
+    return false;
   }
 };
 

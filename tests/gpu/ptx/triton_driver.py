@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from fasttax.triton import MODULES, implementation
 from tests.gpu.ptx.machine import Memory, Module, packed
 from tests.gpu.ptx.simulation import Simulation
 from tests.gpu.ptx.text import PtxError
@@ -181,6 +182,7 @@ class Watch(TorchDispatchMode):
         self._memory.add_bytes(storage.data_ptr(), storage.nbytes(), words, grain, written)
 
 
+OPS = SimpleNamespace(**{op: implementation(op) for op in MODULES})
 DRIVERS = {arch: Driver(arch) for arch in (80, 90)}
 
 
