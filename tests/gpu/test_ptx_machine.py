@@ -363,6 +363,9 @@ BITS: dict[
     "div.s32 %r5, %r20, 7;": lambda t: int(sign(t * 0x9E3779B1 % 2**32, 32) / 7),
     "rem.s32 %r5, %r20, 7;": lambda t: int(math.fmod(sign(t * 0x9E3779B1 % 2**32, 32), 7)),
     "lop3.b32 %r5, %r20, %r1, 12, 0x96;": lambda t: t * 0x9E3779B1 % 2**32 ^ t ^ 12,
+    "cvt.s8.s32 %r6, %r20; cvt.rn.f32.s16 %f1, %r6; cvt.rzi.s32.f32 %r5, %f1;": lambda t: sign(
+        t * 0x9E3779B1 & 255, 8
+    ),
     "cvt.s32.s8 %r5, %r20;": lambda t: sign(t * 0x9E3779B1 & 255, 8),
     "cvt.rn.f32.s32 %f1, %r20; cvt.rzi.s32.f32 %r5, %f1;": lambda t: int(
         torch.tensor(sign(t * 0x9E3779B1 % 2**32, 32), dtype=torch.int32).float().item()

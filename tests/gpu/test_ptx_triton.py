@@ -1,6 +1,6 @@
 """Every Triton kernel's PTX, compiled for sm_90 and executed on the machine of tests/gpu/ptx:
-results against float64, races, bounds, unwritten and uninitialised memory; bytes against the floor and
-instructions against budgets. No GPU and no driver.
+results against float64, races, bounds, unwritten and uninitialised memory; bytes against the floor
+and instructions against budgets. No GPU and no driver.
 
 `make test-ptx` runs the cases marked `full` too.
 """

@@ -21,6 +21,9 @@ inline T take(Held<T> bits) {
 template <class T>
 inline Held<T> hold(T value) {
   if constexpr (sizeof(T) == 8) return std::bit_cast<uint64_t>(value);
+  // a narrow signed result fills its register with its sign
+  else if constexpr (std::is_signed_v<T> && std::is_integral_v<T> && sizeof(T) < 4)
+    return uint32_t(int32_t(value));
   else if constexpr (sizeof(T) == 4) return std::bit_cast<uint32_t>(value);
   else if constexpr (sizeof(T) == 2) return std::bit_cast<uint16_t>(value);
   else return std::bit_cast<uint8_t>(value);
