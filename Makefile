@@ -5,7 +5,8 @@ VENV   ?= .venv
 export OMP_WAIT_POLICY ?= passive
 PY      = $(VENV)/bin/python
 CPP     = $(wildcard $(addprefix csrc/,*.cpp */*.h */*.cpp */*.cu */*.cuh))
-SIMT    = $(wildcard $(addprefix tests/gpu/,simt/*.h simt/*.cpp fake/*.h fake/*.cpp fake/*/*.h))
+SIMT    = $(wildcard $(addprefix tests/gpu/,simt/*.h simt/*.cpp fake/*.h fake/*.cpp fake/*/*.h ptx/*.h \
+  ptx/*.cpp ptx/cuda/*))
 SOURCES = setup.py $(wildcard tools/*_build.py) $(CPP)
 # Stamps of what is done. Both kinds of library are fasttax/_C.abi3.so, so that making one takes
 # the other's stamp away; one that was built by hand is newer than any stamp.
