@@ -5,7 +5,8 @@ VENV   ?= .venv
 export OMP_WAIT_POLICY ?= passive
 PY      = $(VENV)/bin/python
 CPP     = $(wildcard $(addprefix csrc/,*.cpp */*.h */*.cpp */*.cu */*.cuh))
-SIMT    = $(wildcard $(addprefix tests/gpu/,simt/*.h simt/*.cpp fake/*.h fake/*.cpp fake/*/*.h))
+SIMT    = $(wildcard $(addprefix tests/gpu/,simt/*.h simt/*.cpp fake/*.h fake/*.cpp fake/*/*.h ptx/*.h \
+  ptx/*.cpp ptx/cuda/*))
 SOURCES = setup.py $(wildcard tools/*_build.py) $(CPP)
 # Stamps of what is done. Both kinds of library are fasttax/_C.abi3.so, so that making one takes
 # the other's stamp away; one that was built by hand is newer than any stamp.
@@ -26,7 +27,8 @@ QUICK   = $(addprefix tests/, \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-gpu test-trl mutants quick t bench bench-gpu lint format hooks house doctor clean
+.PHONY: help demo demo-tiny test test-gpu test-trl mutants quick t bench bench-gpu lint format hooks wheels house doctor \
+  clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +110,10 @@ format: $(LINTERS) ## apply ruff's fixes, its layout, and clang-format
 
 hooks: $(LINTERS) ## check what a commit touches before it is made (pre-commit, with the tools of .venv)
 	$(VENV)/bin/pre-commit install
+
+wheels: $(INSTALLED) ## a checked CPU wheel and the sdist in dist/; T="2.13.0" tries it beside that torch
+	$(PY) -m pip install -q --group wheels
+	$(PY) tools/wheels.py --torch $(T)
 
 house:           ## the numbers that this house is held to: circles, rooms, floors, wide lines
 	$(PYTHON) tools/house.py

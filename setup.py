@@ -2,12 +2,15 @@
 
 `fasttax._C` (C++, CPU) is built wherever there are a C++ compiler and torch's headers,
 `fasttax._C_cuda` (CUDA C++) where tools/cuda_build.py finds a use for it. With neither, the package
-installs and runs on its PyTorch reference. What is built, and how, is in tools/native_build.py.
+installs and runs on its PyTorch reference, and so it does where compiling fails. FASTTAX_CPP=1
+makes `fasttax._C` or fails with the reason, FASTTAX_CPP=0 leaves it out. What is built, and how, is
+in tools/native_build.py.
 """
 
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,22 @@ HERE = Path(__file__).resolve().parent
 
 def native() -> dict[str, Any]:
     sys.path.insert(0, str(HERE / "tools"))  # pip runs this file without its folder on the path
-    from cuda_build import note
+    from cuda_build import choice, note
 
+    chosen = choice("FASTTAX_CPP", "C++ kernels")
+
+    def without(reason: str, way_out: str) -> dict[str, Any]:
+        if chosen == "1":
+            raise SystemExit(f"fasttax setup: FASTTAX_CPP=1, but {reason}; {way_out}")
+        note(f"{reason}: installing without native kernels; {way_out}")
+        return {}
+
+    if chosen == "0":
+        note("no native kernels, as FASTTAX_CPP=0 says: fasttax runs on its PyTorch reference")
+        return {}
     compilers = os.environ.get("CXX", "c++ g++ clang++").split()
     if not any(shutil.which(name) for name in compilers):
-        note(
-            "no C++ compiler found: installing without native kernels; run on the reference, or "
-            "install g++ and reinstall"
-        )
-        return {}
+        return without("no C++ compiler found", "install g++ and reinstall")
     if Path("/usr/local/cuda/bin/nvcc").exists():
         # At its import torch looks beside the nvcc on PATH, which may be a wrapper elsewhere.
         os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
@@ -35,14 +45,15 @@ def native() -> dict[str, Any]:
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError:
-        note(
-            "torch is not in the build environment: installing without native kernels; "
-            "`pip install torch ninja` first, then `pip install --no-build-isolation .`"
+        return without(
+            "torch is not in the build environment",
+            "`pip install torch ninja` first, then `pip install --no-build-isolation .`",
         )
-        return {}
     from native_build import Build, cpu_kernels
 
     return {"ext_modules": [cpu_kernels()], "cmdclass": {"build_ext": Build}}
 
 
-setup(**native(), options={"bdist_wheel": {"py_limited_api": "cp310"}})
+# A free-threaded Python has no limited API: its wheel is for that Python alone.
+options = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
+setup(**native(), options={"bdist_wheel": options})

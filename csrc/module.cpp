@@ -20,5 +20,10 @@ extern "C" __attribute__((visibility("default"))) PyObject* FASTTAX_INIT(void) {
                                       nullptr,
                                       nullptr,
                                       nullptr};
-  return PyModule_Create(&module);
+  PyObject* const made = PyModule_Create(&module);
+#if defined(Py_GIL_DISABLED)
+  // the module has no state, and what it registers torch guards
+  if (made) PyUnstable_Module_SetGIL(made, Py_MOD_GIL_NOT_USED);
+#endif
+  return made;
 }

@@ -21,26 +21,32 @@ def note(message: str) -> None:
     print(f"fasttax setup: {message}", file=sys.stderr)
 
 
+def choice(variable: str, kernels: str) -> str | None:
+    """What the environment says of a library: 0, 1, or nothing."""
+    chosen = os.environ.get(variable)
+    if chosen not in (None, "0", "1"):
+        raise SystemExit(
+            f"fasttax setup: {variable} must be 0 (no {kernels}) or 1 ({kernels} or fail), "
+            f"got {chosen!r}"
+        )
+    return chosen
+
+
 def cuda_wanted() -> bool:
     """Sets TORCH_CUDA_ARCH_LIST where torch could not find the architectures by itself."""
-    choice = os.environ.get("FASTTAX_CUDA")
-    if choice not in (None, "0", "1"):
-        raise SystemExit(
-            "fasttax setup: FASTTAX_CUDA must be 0 (no CUDA kernels) or 1 (CUDA kernels or fail), "
-            f"got {choice!r}"
-        )
-    if choice == "0":
+    chosen = choice("FASTTAX_CUDA", "CUDA kernels")
+    if chosen == "0":
         return False
     import torch
 
     seen = torch.version.cuda is not None and torch.cuda.is_available()
-    if choice is None and not seen and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+    if chosen is None and not seen and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         note("no CUDA C++ kernels: torch sees no GPU here; FASTTAX_CUDA=1 builds them all the same")
         return False
     if not seen:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _known(ARCHITECTURES))
     problem = _problem()
-    if problem and choice == "1":
+    if problem and chosen == "1":
         raise SystemExit(f"fasttax setup: FASTTAX_CUDA=1, but {problem}")
     if problem:
         note(f"no CUDA C++ kernels: {problem}; GPUs use Triton's, or the reference without Triton")

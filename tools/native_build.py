@@ -1,15 +1,18 @@
 """The two native libraries as extensions, and the command that builds them. Needs torch.
 
 Both use torch's stable C++ ABI and Python's limited API: what is built here loads under every later
-torch and Python.
+torch and Python. A free-threaded Python has no limited API; there they are that Python's alone.
 """
 
+import os
+import sysconfig
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from cuda_build import cuda_wanted
+from cuda_build import cuda_wanted, note
 from setuptools import Extension
+from setuptools.errors import CCompilerError
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 TORCH_FLOOR = "0x020b000000000000"  # 2.11.0: the oldest torch that the built libraries load under
@@ -20,6 +23,8 @@ FLAGS = ["-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", *QUIET
 FAST = ["-O3", "-g0"]
 QUICK = ["-O1", "-g0"]  # compiles 2.3 times sooner than -O3
 DEBUG = ["-O1", "-g"]
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+FORCED_BY = {"fasttax._C": "FASTTAX_CPP", "fasttax._C_cuda": "FASTTAX_CUDA"}
 LEVELS = {"AVX512": "512", "AVX2": "256"}  # torch's names of what this CPU runs; the rest is 128
 ISA_HELP = "compile the CPU kernels for one instruction set only: native, 512, 256 or 128"
 
@@ -37,7 +42,7 @@ def cpu_kernels(isa: str | None = None, debug: bool | None = False) -> Extension
         depends=files("*/*.h"),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_FLOOR), *one],
         extra_compile_args=[*FLAGS, *(DEBUG if debug else optimise)],
-        py_limited_api=True,
+        py_limited_api=LIMITED_API,
     )
 
 
@@ -52,7 +57,7 @@ def cuda_kernels() -> Extension:
             "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"],
         },
         extra_link_args=["-Wl,--exclude-libs,ALL"],
-        py_limited_api=True,
+        py_limited_api=LIMITED_API,
     )
     # The runtime inside, its symbols hidden: the wheel needs the driver and torch, not the toolkit.
     shared = [library for library in kernels.libraries if library != "cudart"]
@@ -98,7 +103,22 @@ class Build(BuildExtension):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Each library has its own folder: module.cpp is in both, with other flags."""
+        """Each library has its own folder: module.cpp is in both, with other flags.
+
+        One that does not compile leaves an installation without it, unless it was asked for.
+        """
+        asked_for = self.inplace and not self.editable_mode
         folder, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
-        super().build_extension(ext)
-        self.build_temp = folder
+        try:
+            super().build_extension(ext)
+        except (CCompilerError, RuntimeError) as error:  # torch's ninja raises RuntimeError
+            variable = FORCED_BY[ext.name]
+            if asked_for or os.environ.get(variable) == "1":
+                raise
+            note(
+                f"{ext.name} did not compile (the compiler's messages are above): installing "
+                f"without it. {variable}=1 makes this an error, {variable}=0 does not try. {error}"
+            )
+            ext.optional = True  # nobody waits for its file
+        finally:
+            self.build_temp = folder

@@ -24,7 +24,7 @@
 namespace fasttax {
 
 struct Call {
-  FloatType type;
+  FloatType type, ref_type;
   int64_t N = 1, V;
   KlOptions options;
   const bool* mask;  // nullptr: every token counts
@@ -32,8 +32,10 @@ struct Call {
   bool live(int64_t n) const { return !mask || mask[n]; }
 };
 
+// own_types: whether the kernels take a policy and a reference of different dtypes.
 inline Call checked_call(const char* op, const Tensor& logits, const Tensor& ref_logits,
-                         const std::optional<Tensor>& mask, const KlOptions& options) {
+                         const std::optional<Tensor>& mask, const KlOptions& options,
+                         bool own_types = false) {
   FASTTAX_CHECK(logits.dim() >= 1 && logits.dim() == ref_logits.dim(), op,
                 "logits and ref_logits: expected the same number of dimensions, at least 1");
   Call c;
@@ -48,11 +50,13 @@ inline Call checked_call(const char* op, const Tensor& logits, const Tensor& ref
       c.N == 0 || c.V == 1 ||
           (logits.stride(logits.dim() - 1) == 1 && ref_logits.stride(ref_logits.dim() - 1) == 1),
       op, "logits and ref_logits: the last dimension must be contiguous");
-  FASTTAX_CHECK(logits.scalar_type() == ref_logits.scalar_type(), op,
-                "logits and ref_logits must have one dtype");
+  c.type = float_type(logits, op, "logits");
+  c.ref_type = float_type(ref_logits, op, "ref_logits");
+  // float64 goes another way than the others
+  const bool apart = c.type == FloatType::kDouble || c.ref_type == FloatType::kDouble || !own_types;
+  FASTTAX_CHECK(c.type == c.ref_type || !apart, op, "logits and ref_logits must have one dtype");
   FASTTAX_CHECK(options.kind >= 0 && options.kind < kKlKinds, op, "kind must be in 0..",
                 kKlKinds - 1, ", got ", options.kind);
-  c.type = float_type(logits, op, "logits");
   c.options = options;
   c.mask = nullptr;
   if (mask.has_value()) {

@@ -37,9 +37,9 @@ struct KlResidence {  // how a row pair is held on chip
   size_t bytes = 0;   // of shared memory a block
 };
 
-// The smallest cluster that leaves room for a second block on the SM, so that one computes while
-// the other loads; else the smallest that fits.
-inline KlResidence kl_residence(KlOp op, int64_t v, int item, int largest_cluster,
+// pair_item: bytes of an entry of both rows. The smallest cluster that leaves room for a second
+// block on the SM, so that one computes while the other loads; else the smallest that fits.
+inline KlResidence kl_residence(KlOp op, int64_t v, int pair_item, int largest_cluster,
                                 size_t block_limit, size_t sm_limit) {
   const int spans = kl_spans(v);
   KlResidence found;
@@ -47,7 +47,7 @@ inline KlResidence kl_residence(KlOp op, int64_t v, int item, int largest_cluste
   for (int cluster = 1; cluster <= largest_cluster; cluster *= 2) {
     const int each = (spans + cluster - 1) / cluster;
     const size_t bytes =
-        kl_shared_bytes(op, each) + 16 + size_t(each) * size_t(kl_span(v)) * 2 * size_t(item);
+        kl_shared_bytes(op, each) + 16 + size_t(each) * size_t(kl_span(v)) * size_t(pair_item);
     // every block has something to hold
     if (bytes > block_limit || (cluster - 1) * each >= spans) continue;
     const bool two = 2 * (bytes + 1024) <= sm_limit;
@@ -78,8 +78,8 @@ __device__ void kl_finish(const Source& rows, const KlArgs& a, int64_t row, cons
       if (a.ids) out[kLogp] = out[kRefLogp] = __builtin_nanf("");
     } else {  // by the sweep's own arithmetic: what it rounds off the id's entry is in the sums too
       float ax, ay, d;
-      const KlDeviceFrame frame(a.k, state.r);
-      float x = rows.x_one(id), y = pair ? rows.y_one(id) : x;
+      const KlDeviceFrame frame(a, state.r);
+      float x = rows.x.one(id), y = pair ? rows.y.one(id) : x;
       frame.careful(x, y, ax, ay, d);
       // equal rows get equal bits
       const bool same = state.forwards.value == 0 && state.forwards.log_ratio == 0;
@@ -125,9 +125,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     if (threadIdx.x == 0 && share == 0) kl_finish_masked<op>(a, row);
     return;
   }
-  const KlGlobal<T, true> rows(
-      reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-      reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)), a.v);
+  const KlGlobal<T, true> rows(a, row, kl_has_ref(op));
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.splits > 1) {  // whole rounds of the block's warps, as even as they go
     const int rounds = (team.spans + kKlWarps - 1) / kKlWarps;
@@ -182,13 +180,13 @@ __device__ void kl_span_second(const Source& rows, const KlDeviceFrame& frame, i
 #pragma unroll 1
   for (; i + kRound <= end; i += kRound) {
     float x[n], y[n];
-    kl_widen(rows.x_at(i + lane * n), x);
-    kl_widen(rows.y_at(i + lane * n), y);
+    kl_widen(rows.x.at(i + lane * n), x);
+    kl_widen(rows.y.at(i + lane * n), y);
 #pragma unroll
     for (int j = 0; j < n; ++j) add(x[j], y[j]);
   }
 #pragma unroll 1
-  for (i += lane; i < end; i += 32) add(rows.x_one(i), rows.y_one(i));
+  for (i += lane; i < end; i += 32) add(rows.x.one(i), rows.y.one(i));
   kl_warp_join<F, DeviceMath>(all);
   if (lane == 0) part[0] = all.value, part[1] = all.first, part[2] = all.second;
 }
@@ -203,17 +201,18 @@ __device__ __forceinline__ JsdLanes kl_mix_lanes(const Source& rows, const KlArg
   const int lane = int(threadIdx.x) % 32;
   [[maybe_unused]] const float to_u = frame.to_u();
   JsdLanes lanes;
-  const auto any = [&](float ax2, float ay2, float u) {
-    lanes.any(a.jsd, frame.k, kl_exp2(ax2) * frame.r.inv_s, kl_exp2(ay2) * frame.r.inv_s_ref, u);
+  const auto any = [&](auto precise, float ax2, float ay2, float u) {
+    lanes.any<decltype(precise)::value>(a.jsd, frame.k, kl_exp2(ax2) * frame.r.inv_s,
+                                        kl_exp2(ay2) * frame.r.inv_s_ref, u);
   };
   const auto one = [&](float x, float y) {
     float ax, ay, d;
     frame.careful(x, y, ax, ay, d);
-    any(ax * kLog2e, ay * kLog2e, d - frame.r.log_ratio);
+    any(std::true_type{}, ax * kLog2e, ay * kLog2e, d - frame.r.log_ratio);
   };
   int64_t i = begin;
   if (begin + kRound <= end) {  // the next vectors are under way while one is summed
-    KlVector<T> x_bits = rows.x_at(i + lane * n), y_bits = rows.y_at(i + lane * n);
+    KlVector<T> x_bits = rows.x.at(i + lane * n), y_bits = rows.y.at(i + lane * n);
 #pragma unroll 1
     for (; i + kRound <= end; i += kRound) {
       float x[n], y[n];
@@ -221,41 +220,47 @@ __device__ __forceinline__ JsdLanes kl_mix_lanes(const Source& rows, const KlArg
       kl_widen(x_bits, x);
       kl_widen(y_bits, y);
       if (i + 2 * kRound <= end) {
-        x_bits = rows.x_at(i + kRound + lane * n);
-        y_bits = rows.y_at(i + kRound + lane * n);
+        x_bits = rows.x.at(i + kRound + lane * n);
+        y_bits = rows.y.at(i + kRound + lane * n);
       }
       if constexpr (kWay == KlWay::kCareful) {
 #pragma unroll
         for (int j = 0; j < n; ++j) one(x[j], y[j]);
       } else {
-        if (kWay == KlWay::kCapped) frame.cap_all(x, y);
+        if (kWay == KlWay::kCapped) KlCap{a.cap}.all(x, y);
 #pragma unroll
         for (int j = 0; j < n; ++j) {
-          u[j] = frame.u(kWay == KlWay::kCapped ? y[j] : x[j] - y[j], to_u);
-          if (kWay == KlWay::kCapped) y[j] = x[j] - y[j];
+          u[j] = frame.gap<kWay>(x[j], y[j], to_u);
           widest = kl_max_or_nan(widest, fabsf(u[j]));
         }
         if (widest <= kJsdUnit) {
 #pragma unroll
-          for (int j = 0; j < n; ++j) lanes.near(a.jsd, kl_exp2(frame.ax2(x[j])), u[j]);
+          for (int j = 0; j < n; ++j) lanes.near(a.jsd, kl_exp2(frame.ax2<kWay>(x[j])), u[j]);
         } else {
 #pragma unroll
-          for (int j = 0; j < n; ++j) any(frame.ax2(x[j]), frame.ay2(y[j]), u[j]);
+          for (int j = 0; j < n; ++j)
+            any(std::false_type{}, frame.ax2<kWay>(x[j]), frame.ay2<kWay>(x[j], y[j]), u[j]);
         }
       }
     }
   }
 #pragma unroll 1
-  for (i += lane; i < end; i += 32) one(rows.x_one(i), rows.y_one(i));
+  for (i += lane; i < end; i += 32) one(rows.x.one(i), rows.y.one(i));
   return lanes;
 }
 
 template <class Source>
 __device__ void kl_span_mix(const Source& rows, const KlArgs& a, const KlDeviceFrame& frame,
                             int64_t begin, int64_t end, float* part) {
-  const JsdLanes lanes = frame.fast     ? kl_mix_lanes<KlWay::kFast>(rows, a, frame, begin, end)
-                         : frame.capped ? kl_mix_lanes<KlWay::kCapped>(rows, a, frame, begin, end)
-                                        : kl_mix_lanes<KlWay::kCareful>(rows, a, frame, begin, end);
+  const auto by = [&](auto way) {
+    return kl_mix_lanes<decltype(way)::value>(rows, a, frame, begin, end);
+  };
+  JsdLanes lanes;
+  switch (frame.way()) {
+    case KlWay::kFast: lanes = by(KlWayIs<KlWay::kFast>()); break;
+    case KlWay::kCapped: lanes = by(KlWayIs<KlWay::kCapped>()); break;
+    default: lanes = by(KlWayIs<KlWay::kCareful>());
+  }
   float sums[2] = {fmaf(lanes.value, frame.r.inv_s, lanes.far_value),
                    fmaf(lanes.log_m, frame.r.inv_s, lanes.far_log_m)};
   const float sum = kl_warp_sums<2>(sums);
@@ -274,7 +279,7 @@ __device__ bool kl_row_second(const Source& rows, const KlArgs& a, KlTeam& team,
     return ticket == nullptr || kl_last_to_arrive(ticket, a.splits, sh);  // 0, or NaN: known
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int64_t span = kl_span(a.v);
-  const KlDeviceFrame frame(a.k, sh.state.r);
+  const KlDeviceFrame frame(a, sh.state.r);
   for (int i = team.begin + warp; i < team.end; i += kKlWarps) {
     const int64_t begin = i * span, end = begin + span < a.v ? begin + span : a.v;
     float* const part = team.own + int64_t(i - team.base) * kSecondParts;
@@ -321,8 +326,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     sh.state.value = a.values[row];
   }
   __syncthreads();
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)), a.v);
+  const KlGlobal<T> rows(a, row, true);
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.splits > 1) {
     team.own = a.parts + row * team.spans * kSecondParts;
@@ -350,8 +354,7 @@ __global__ void __launch_bounds__(kKlThreads, 3)
   const int64_t row = blockIdx.x, first = int64_t(blockIdx.y) * kTile,
                 begin = first + int(threadIdx.x / 32) * kSpan;
   const int64_t end = begin + kSpan < a.v ? begin + kSpan : a.v;
-  T* const dx = a.dx.base ? reinterpret_cast<T*>(kl_row_at<T>(a.dx, row)) : nullptr;
-  T* const dy = kBoth && a.dy.base ? reinterpret_cast<T*>(kl_row_at<T>(a.dy, row)) : nullptr;
+  const KlTarget<T> dx(a.dx, a.x_type, row), dy(kBoth ? a.dy : KlLayout{}, a.y_type, row);
   bool live = !a.mask || a.mask[row];
   if (stats && live) {
     live = false;
@@ -361,9 +364,7 @@ __global__ void __launch_bounds__(kKlThreads, 3)
     if (begin < end) kl_span_zero(begin, end, dx, dy);
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(kl_has_ref(op) ? a.y : a.x, row)),
-                         a.v);
+  const KlGlobal<T> rows(a, row, kl_has_ref(op));
   const KlSlope<op, kBoth> slope(a, kl_saved<op>(a, row), a.upstream + row, a.n);
   if (begin < end) kl_span_gradient(rows, slope, begin, end, dx, dy);
   if constexpr (stats) {
@@ -372,10 +373,10 @@ __global__ void __launch_bounds__(kKlThreads, 3)
     __syncthreads();  // whoever wrote this entry has done so
     if (threadIdx.x == 0) {
       float for_x, for_y;
-      slope.any(rows.x_one(id), kl_has_ref(op) ? rows.y_one(id) : rows.x_one(id), for_x, for_y,
+      slope.any(rows.x.one(id), kl_has_ref(op) ? rows.y.one(id) : rows.x.one(id), for_x, for_y,
                 true);
-      if (dx) dx[id] = kl_narrow<T>(for_x);
-      if (dy) dy[id] = kl_narrow<T>(for_y);
+      dx.one(id, for_x);
+      dy.one(id, for_y);
     }
   }
 }
@@ -394,11 +395,10 @@ __device__ void kl_both_row(const Source& rows, const Again& again, const KlArgs
   if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(again, a, row, sh.state);
   const int64_t span = kl_span(a.v);
   const KlSlope<op, false> slope(a, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
-  T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
+  const KlTarget<T> dx(a.dx, a.x_type, row), dy({}, a.y_type, row);
   // backwards: what was read last is nearest
   for (int i = team.end - 1 - int(threadIdx.x / 32); i >= team.begin; i -= kKlWarps)
-    kl_span_gradient(again, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
-                     static_cast<T*>(nullptr));
+    kl_span_gradient(again, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, dy);
 }
 
 // Two sweeps over rows that do not fit on chip. Grid: n.
@@ -409,18 +409,40 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   const int64_t row = blockIdx.x;
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.mask && !a.mask[row]) {
-    T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
+    const KlTarget<T> dx(a.dx, a.x_type, row), dy({}, a.y_type, row);
     if (threadIdx.x == 0) kl_finish_masked<op>(a, row);
     const int64_t span = kl_span(a.v);
     for (int i = int(threadIdx.x / 32); i < team.spans; i += kKlWarps)
-      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
-                   static_cast<T*>(nullptr));
+      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, dy);
     return;
   }
-  const T *const x = reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                 *const y = reinterpret_cast<const T*>(kl_row_at<T>(a.y, row));
-  kl_both_row<op, false>(KlGlobal<T, true>(x, y, a.v), KlGlobal<T>(x, y, a.v), a, team,
+  kl_both_row<op, false>(KlGlobal<T, true>(a, row, true), KlGlobal<T>(a, row, true), a, team,
                          *reinterpret_cast<KlShared*>(memory));
+}
+
+template <class T>
+__device__ __forceinline__ int kl_item_of(FloatType type) {
+  return std::is_same<T, float>::value ? kl_item(type) : 2;
+}
+
+// Entries [first, last) of a row, to shared memory.
+template <class T>
+__device__ __forceinline__ void kl_stage_bits(const char* row, int64_t v, int64_t first,
+                                              int64_t last, char* to) {
+  constexpr int n = KlVector<T>::kEntries;
+  const KlBits<T> bits(row, v);
+  const int64_t vectors = (last - first) / n;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < vectors; i += kKlThreads)
+    reinterpret_cast<uint4*>(to)[i] = bits.at(first + i * n).bits;
+  for (int64_t i = vectors * n + threadIdx.x; i < last - first; i += kKlThreads)
+    reinterpret_cast<T*>(to)[i] = bits.row[first + i];
+}
+template <class T>
+__device__ __forceinline__ void kl_stage(const char* row, FloatType type, int64_t v, int64_t first,
+                                         int64_t last, char* to) {
+  if (kl_item_of<T>(type) == 4) kl_stage_bits<float>(row, v, first, last, to);
+  else kl_stage_bits<__half>(row, v, first, last, to);
 }
 
 // A row pair held in the shared memory of a.cluster blocks, a slice of whole spans each: logits are
@@ -429,7 +451,6 @@ template <class T, KlOp op>
 __global__ void __launch_bounds__(kKlThreads, 2)
     kl_resident_kernel(const __grid_constant__ KlArgs a) {
   FASTTAX_DYNAMIC_SHARED(memory);
-  constexpr int n = KlVector<T>::kEntries;
   KlShared& sh = *reinterpret_cast<KlShared*>(memory);
   const int64_t row = blockIdx.x / unsigned(a.cluster), span = kl_span(a.v);
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
@@ -440,29 +461,20 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   team.end = team.begin + team.each < team.spans ? team.begin + team.each : team.spans;
   const int64_t first = team.begin * span, last = team.end * span < a.v ? team.end * span : a.v;
   if (a.mask && !a.mask[row]) {
-    T* const dx = reinterpret_cast<T*>(kl_row_at<T>(a.dx, row));
+    const KlTarget<T> dx(a.dx, a.x_type, row), dy({}, a.y_type, row);
     if (threadIdx.x == 0 && team.rank == 0) kl_finish_masked<op>(a, row);
     for (int i = team.begin + int(threadIdx.x / 32); i < team.end; i += kKlWarps)
-      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx,
-                   static_cast<T*>(nullptr));
+      kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, dy);
     return;
   }
-  const KlGlobal<T> rows(reinterpret_cast<const T*>(kl_row_at<T>(a.x, row)),
-                         reinterpret_cast<const T*>(kl_row_at<T>(a.y, row)), a.v);
-  const size_t slices = (kl_shared_bytes(op, team.each) + 15) / 16 * 16;
-  T* const x = reinterpret_cast<T*>(memory + slices);
-  T* const y = x + team.each * span;
-  const int64_t vectors = (last - first) / n;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < vectors; i += kKlThreads) {
-    reinterpret_cast<uint4*>(x)[i] = rows.x_at(first + i * n).bits;
-    reinterpret_cast<uint4*>(y)[i] = rows.y_at(first + i * n).bits;
-  }
-  for (int64_t i = vectors * n + threadIdx.x; i < last - first; i += kKlThreads)
-    x[i] = rows.x[first + i], y[i] = rows.y[first + i];
+  char* const slices = reinterpret_cast<char*>(memory);
+  char* const x = slices + (kl_shared_bytes(op, team.each) + 15) / 16 * 16;
+  char* const y = x + team.each * span * kl_item_of<T>(a.x_type);
+  kl_stage<T>(kl_row_at(a.x, row), a.x_type, a.v, first, last, x);
+  kl_stage<T>(kl_row_at(a.y, row), a.y_type, a.v, first, last, y);
   if (threadIdx.x == 0) sh.team = team;
   __syncthreads();
-  const KlStaged<T> staged{x - first, int(y - x)};
+  const KlStaged<T> staged(a, x, y, first);
   kl_both_row<op, true>(staged, staged, a, sh.team, sh);
   kl_cluster_sync();  // no block may leave while another reads its parts
 }

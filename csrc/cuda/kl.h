@@ -5,7 +5,7 @@
 #include "../math/kl_frame.h"
 #include "../math/kl_kinds.h"
 #include "../math/types.h"
-#include "kl_jsd.h"
+#include "kl_curves.h"
 
 // The CUDA launchers of the ops over logits as their callers see them: raw pointers, sizes and a
 // stream.
@@ -57,14 +57,16 @@ struct KlArgs {
   uint32_t* tickets;      // one a row, 0 before and after a launch
   KlParams k;
   JsdCurves jsd;
+  CapCurves cap;
   int64_t n, v;
-  int32_t splits;  // blocks a row
+  FloatType x_type, y_type;  // of the rows and of their gradients
+  int32_t splits;            // blocks a row
   int32_t cluster;
 };
 
 struct KlLaunch {
   KlOp op;
-  FloatType type;
+  FloatType type;  // of the kernels: the rows', or float32 where the two have types of their own
   KlArgs args;
   void* stream;  // cudaStream_t
 };

@@ -5,7 +5,8 @@ namespace fasttax {
 const char* kl_both(const KlLaunch& x) {
   const KlDevice device;
   if (device.error != cudaSuccess) return cuda_words(device.error);
-  const int item = x.type == FloatType::kFloat ? 4 : 2;
+  const auto item = [](FloatType type) { return type == FloatType::kFloat ? 4 : 2; };
+  const int pair_item = item(x.args.x_type) + item(x.args.y_type);
   KlLaunch launch = x;
   launch.args.splits = 1;
   const auto start = [&](auto entry) {
@@ -15,7 +16,7 @@ const char* kl_both(const KlLaunch& x) {
       // 16 blocks are more than every device of clusters must have, and a slice of a divided device
       // (MIG) may have no 8 multiprocessors beside each other
       for (int largest = device.major >= 9 ? 16 : 1; largest > 0; largest /= 2) {
-        const KlResidence held = kl_residence(x.op, x.args.v, item, largest,
+        const KlResidence held = kl_residence(x.op, x.args.v, pair_item, largest,
                                               size_t(device.block_limit), size_t(device.sm_limit));
         if (!held.cluster) break;  // nor does a smaller one hold it
         launch.args.cluster = held.cluster;

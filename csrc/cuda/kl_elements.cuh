@@ -1,7 +1,6 @@
 #pragma once
 
-// Rows of logits on the device: addresses, 16 bytes at a time, and raw logits turned into what
-// math/kl.h sums.
+// Rows of logits on the device: addresses, and 16 bytes at a time.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,7 +10,6 @@
 #include <type_traits>
 
 #include "../math/kl_frame.h"
-#include "../math/kl_row.h"
 #include "kl.h"
 
 #if !defined(FASTTAX_DYNAMIC_SHARED)  // the SIMT machine of the tests has its own
@@ -100,7 +98,6 @@ __device__ __forceinline__ To kl_bits(From from) {
   return to;
 }
 
-template <class T>
 __device__ __forceinline__ char* kl_row_at(const KlLayout& rows, int64_t row) {
   int64_t offset = 0;
 #pragma unroll
@@ -227,6 +224,16 @@ __device__ __forceinline__ uint4 kl_funnel(const uint4& low, const uint4& high, 
   return {word(0), word(1), word(2), word(3)};
 }
 
+// 8 bytes out of 16, from byte `at` < 8 on.
+__device__ __forceinline__ uint2 kl_funnel(const uint2& low, const uint2& high, unsigned at) {
+  const bool one = at & 4;
+  const uint32_t b[3] = {one ? low.y : low.x, one ? high.x : low.y, one ? high.y : high.x};
+  const auto word = [&](int i) {
+    return uint32_t((uint64_t(b[i + 1]) << 32 | b[i]) >> ((at & 3) * 8));
+  };
+  return {word(0), word(1)};
+}
+
 // Of a row whose vocabulary or offset is odd: the two aligned 16 bytes that hold the entries, of
 // which L1 has one already. The lanes get the same entries as of an aligned row: which lane adds
 // what must not depend on where a row lies, or the batch around a token would change its bits.
@@ -279,180 +286,5 @@ __device__ __forceinline__ void kl_store(T* to, const KlVector<T>& v, bool align
     if (lane == 0 || lane == 31) kl_store_each(to, v, lane == 0 ? 0 : own, lane == 0 ? own : n);
   }
 }
-
-template <class T, bool kKeep = false>
-struct KlGlobal {  // the rows themselves
-  using Entry = T;
-  static constexpr bool kShifts = true;
-  const T *x, *y;
-  bool aligned;
-  int64_t v;
-
-  __device__ __forceinline__ KlGlobal(const T* policy, const T* ref, int64_t entries)
-      : x(policy), y(ref), aligned(kl_aligned(policy) && kl_aligned(ref)), v(entries) {}
-  // whether x_wide and y_wide may be asked for
-  __device__ __forceinline__ bool wide() const { return aligned; }
-  __device__ __forceinline__ KlVector<T> x_wide(int64_t i) const {
-    return kl_load_wide<kKeep>(x + i);
-  }
-  __device__ __forceinline__ KlVector<T> y_wide(int64_t i) const {
-    return kl_load_wide<kKeep>(y + i);
-  }
-  // wrong at a row's ends (at_end), where x_each and y_each are to be asked
-  __device__ __forceinline__ KlVector<T> x_shifted(int64_t i) const {
-    return kl_load_shifted<kKeep>(x + i, x, x + v);
-  }
-  __device__ __forceinline__ KlVector<T> y_shifted(int64_t i) const {
-    return kl_load_shifted<kKeep>(y + i, y, y + v);
-  }
-  __device__ __forceinline__ bool at_end(int64_t i) const {
-    return i == 0 || i + 2 * KlVector<T>::kEntries > v;
-  }
-  __device__ __forceinline__ KlVector<T> x_each(int64_t i) const {
-    return kl_load_each<kKeep>(x + i);
-  }
-  __device__ __forceinline__ KlVector<T> y_each(int64_t i) const {
-    return kl_load_each<kKeep>(y + i);
-  }
-  __device__ __forceinline__ KlVector<T> x_at(int64_t i) const {
-    if (kl_aligned(x)) return x_wide(i);
-    return at_end(i) ? x_each(i) : x_shifted(i);
-  }
-  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const {
-    if (kl_aligned(y)) return y_wide(i);
-    return at_end(i) ? y_each(i) : y_shifted(i);
-  }
-  __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i]); }
-  __device__ __forceinline__ float y_one(int64_t i) const { return kl_widen(y[i]); }
-};
-
-template <class T>
-struct KlStaged {  // the rows' slices in this block's shared memory
-  using Entry = T;
-  static constexpr bool kShifts = false;
-  const T* x;  // less the first entry's index
-  int apart;   // from the policy's to the reference's, in entries
-
-  __device__ __forceinline__ bool wide() const { return true; }
-  __device__ __forceinline__ KlVector<T> x_wide(int64_t i) const { return x_at(i); }
-  __device__ __forceinline__ KlVector<T> y_wide(int64_t i) const { return y_at(i); }
-  __device__ __forceinline__ KlVector<T> x_at(int64_t i) const {
-    return {*reinterpret_cast<const uint4*>(x + i)};
-  }
-  __device__ __forceinline__ KlVector<T> y_at(int64_t i) const { return x_at(i + apart); }
-  __device__ __forceinline__ float x_one(int64_t i) const { return kl_widen(x[i]); }
-  __device__ __forceinline__ float y_one(int64_t i) const { return kl_widen(x[i + apart]); }
-};
-
-// --- frames
-
-// e^-up, relative error 2^-22, 0 below 2^-126
-__device__ __forceinline__ double kl_fall(double up) {
-  const double t = -up * 1.4426950408889634, whole = rint(t);
-  return double(kl_exp2(float(t - whole)) * kl_exp2(float(whole)));
-}
-
-// KlMove by single precision's exponentials: an error in sx moves a span's entries of both rows
-// alike, and so does no harm to a divergence.
-__device__ inline KlMove kl_move(double up_x, double up_y) {
-  KlMove to;
-  to.up_x = up_x;
-  to.delta = up_x - up_y;
-  to.sx = kl_fall(up_x);
-  if (fabs(to.delta) <= double(kMidGap)) {
-    const double toward = double(kl_bregman_mid(float(-to.delta)));
-    to.toward = to.sx * toward;
-    to.rise = to.sx * (toward + to.delta);
-    to.sy = to.sx + to.rise;
-    to.away = to.sy * double(kl_bregman_mid(float(to.delta)));
-  } else {
-    to.sy = kl_fall(up_y);
-    to.rise = to.sy - to.sx;
-    to.toward = to.rise - to.sx * to.delta;
-    to.away = to.sy * to.delta - to.rise;
-  }
-  return to;
-}
-
-// Up to which 2 (x - y) / cap capped logits are near; expm1 of it there, relative error 5e-8.
-constexpr float kCapSeries = 0.125f;
-__device__ __forceinline__ float kl_capped_rest(float t) {
-  return fmaf(fmaf(fmaf(fmaf(t, 1.0f / 120, 1.0f / 24), t, 1.0f / 6), t, 0.5f), t, 1.0f) * t;
-}
-
-// How raw logits become ax and d: fast, for rows that share one scale and lie in like frames, as
-// ax log2 e = (x - mx) s2 and d = (x - y) row_scale + minus_cs; careful() for all.
-struct KlDeviceFrame : KlFrame<DeviceMath> {
-  float s2, scale, minus_cs;
-  bool fast;
-  bool capped;  // fast, of logits that have been through cap_jointly()
-  bool bare;    // ax2() of raw logits is the policy's, whatever the reference is
-
-  __device__ __forceinline__ KlDeviceFrame(const KlParams& params, const KlRow& row)
-      : KlFrame(params, row) {
-    fast = params.plain && alike(row);
-    capped = params.joint_cap && !params.inf_mask && alike(row);
-    bare = !(params.cap > 0) && !params.inf_mask;
-    s2 = params.row_scale * kLog2e;
-    scale = params.row_scale;
-    minus_cs = (row.my - row.mx) * params.row_scale;
-  }
-
-  __device__ __forceinline__ float gap(float x, float y) const {
-    return fmaf(x - y, scale, minus_cs);
-  }
-  // u of x - y, which under a joint cap cap_jointly() has made; to_u()
-  __device__ __forceinline__ float u(float difference, float to_u) const {
-    return fmaf(difference, scale, to_u);
-  }
-  __device__ __forceinline__ float to_u() const { return minus_cs - r.log_ratio; }
-  // cap_jointly() of some entries: y becomes the capped rows' difference. With a, b = e^(2 x / cap)
-  // and that of y, tanh is 1 - 2 / (1 + a), and of logits that are near
-  //   a - b = b expm1(2 (x - y) / cap)     tanh - tanh = 2 (a - b) / ((1 + a) (1 + b))
-  // take one exponential and one division. An entry's result does not depend on the others.
-  template <int n>
-  __device__ __forceinline__ void cap_all(float (&x)[n], float (&y)[n]) const {
-    const float twice = 2 * k.scale / k.cap, to_exp2 = twice * kLog2e, both = 2 * k.cap;
-    float widest = 0;
-#pragma unroll
-    for (int j = 0; j < n; ++j) widest = kl_max_or_nan(widest, fabsf((x[j] - y[j]) * twice));
-    const bool all_near = widest <= kCapSeries;
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      const float delta = (x[j] - y[j]) * twice;
-      const float b = kl_exp2(kl_min_or_nan(y[j] * to_exp2, 60.0f));
-      const float one_b = 1 + b;
-      float change = b * kl_capped_rest(delta), one_a = one_b + change;
-      if (!all_near) {
-        const float a = kl_exp2(kl_min_or_nan(x[j] * to_exp2, 60.0f));
-        const bool near = fabsf(delta) <= kCapSeries;
-        change = near ? change : a - b;
-        one_a = near ? one_a : 1 + a;
-      }
-      const float over = kl_inverse(one_a * one_b) * both;
-      x[j] = fmaf(-over, one_b, k.cap);
-      y[j] = change * over;
-    }
-  }
-  __device__ __forceinline__ float capped_gap(float difference) const {
-    return fmaf(difference, scale, minus_cs);
-  }
-  // not x s2 - mx s2: rounded at 1000, that is 4e-5 off
-  __device__ __forceinline__ float ax2(float x) const { return (x - r.mx) * s2; }
-  __device__ __forceinline__ float ay2(float y) const { return (y - r.my) * s2; }
-  __device__ __forceinline__ float ax(float x) const { return (x - r.mx) * k.row_scale; }
-
-  // x and y become what cap() makes of them
-  __device__ __forceinline__ void careful(float& x, float& y, float& ax_out, float& ay_out,
-                                          float& d) const {
-    if (k.plain) {
-      place<FrameMode::kShared>(x, y, ax_out, d);
-    } else {
-      cap(x, y);
-      place<FrameMode::kGeneral>(x, y, ax_out, d);
-    }
-    ay_out = ay<FrameMode::kGeneral>(x, y);
-  }
-};
 
 }  // namespace fasttax

@@ -1,7 +1,7 @@
 #pragma once
 
 // Jensen-Shannon entry by entry, m = (1 - beta) p + beta q: its second sweep and its gradient
-// (kl_jsd.h). Of |u| up to 1 by the polynomials; beyond, by one exponential and one logarithm of
+// (kl_curves.h). Of |u| up to 1 by the polynomials; beyond, by one exponential and one logarithm of
 // m over the larger of p and q, so that no large u cancels.
 //   x: (1 - beta) p (log p - log m - KL(p||m))     y: beta q (log q - log m - KL(q||m))
 //
@@ -10,8 +10,7 @@
 // sums e^ax and e^ay plainly.
 
 #include "../math/kl_slope.h"
-#include "kl_elements.cuh"
-#include "kl_jsd.h"
+#include "kl_device_frame.cuh"
 
 namespace fasttax {
 
@@ -64,15 +63,19 @@ struct JsdLanes {
     value = fmaf(ex, jsd_curve(curves.value, u) * u, value);
     log_m = fmaf(ex, jsd_curve(curves.log_m, u), log_m);
   }
-  // of any u: beyond 1 the terms of J cancel to a third at most
+  // Of any u: beyond 1 the terms of J cancel to a third at most. kPrecise: L(u) keeps the digits of
+  // a small u, which in a row with a larger one beside it are not missed.
+  template <bool kPrecise>
   __device__ __forceinline__ void any(const JsdCurves& curves, const KlParams& k, float p, float q,
                                       float u) {
     const bool close = fabsf(u) <= kJsdUnit;
     const JsdMix mix(u, k);
     const float l = mix.log_whole(), j = -fmaf(mix.whole, l, mix.less * mix.a),
-                near_j = jsd_curve(curves.value, u) * u, near_l = jsd_curve(curves.log_m, u);
+                near_j = jsd_curve(curves.value, u) * u;
     far_value = fmaf(mix.below && !close ? q : p, close ? near_j : j, far_value);
-    far_log_m = fmaf(p, close ? near_l : mix.log_m(l), far_log_m);
+    float log_m = mix.log_m(l);
+    if (kPrecise && close) log_m = jsd_curve(curves.log_m, u);
+    far_log_m = fmaf(p, log_m, far_log_m);
   }
 };
 
@@ -91,17 +94,19 @@ struct JsdSlope {
     mean_y = to_y * r.ref_center;
   }
 
-  // kNear: |u| is at most 1
-  template <bool kNear, bool kBoth>
+  // kNear: |u| is at most 1; kPrecise: of others, as in JsdLanes::any
+  template <bool kNear, bool kPrecise, bool kBoth>
   __device__ __forceinline__ KlSides<float> at(const KlParams& k, float ex, float ey,
                                                float u) const {
-    float log_m = jsd_curve(curves.log_m, u), log_mq = log_m + u;
-    if (!kNear) {
+    float log_m, log_mq;
+    if (kNear || (kPrecise && fabsf(u) <= kJsdUnit)) {
+      log_m = jsd_curve(curves.log_m, u);
+      log_mq = log_m + u;
+    } else {
       const JsdMix mix(u, k);
       const float l = mix.log_whole();
-      const bool close = fabsf(u) <= kJsdUnit;
-      log_m = close ? log_m : mix.log_m(l);
-      log_mq = close ? log_mq : mix.log_mq(l);
+      log_m = mix.log_m(l);
+      log_mq = mix.log_mq(l);
     }
     KlSides<float> out{ex * fmaf(log_m, to_x, mean_x), 0};
     if (kBoth) out.y = ey * fmaf(log_mq, to_y, mean_y);

@@ -3,7 +3,7 @@
 // What a warp leaves of a span of entries, and how the spans' sums are joined at the row's end.
 
 #include "../math/kl_slope.h"
-#include "kl_elements.cuh"
+#include "kl_device_frame.cuh"
 
 namespace fasttax {
 

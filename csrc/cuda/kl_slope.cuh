@@ -23,10 +23,9 @@ struct KlLogsOf {  // log p and log q, where a slope asks for them
   }
 };
 
-// How a row's entries are taken: raw logits in like frames, such logits under one softcap, or any.
-enum class KlWay { kFast, kCapped, kCareful };
-template <KlWay way>
-using KlWayIs = std::integral_constant<KlWay, way>;
+struct CappedMath : DeviceMath {};
+template <>
+inline constexpr bool kl_finite<CappedMath> = true;
 
 // The gradient at one entry of a row; kBoth: of the reference too.
 template <KlOp op, bool kBoth>
@@ -36,6 +35,7 @@ struct KlSlope {
   };
 
   const KlDeviceFrame frame;
+  const KlCap cap;
   struct NoMixture {
     __device__ __forceinline__ NoMixture(const JsdCurves&, const KlParams&, const KlRow&, float,
                                          float) {}
@@ -48,7 +48,8 @@ struct KlSlope {
 
   __device__ __forceinline__ KlSlope(const KlArgs& a, const StatsRow& row, const float* g,
                                      int64_t stride)
-      : frame(a.k, row.kl),
+      : frame(a, row.kl),
+        cap{a.cap},
         stats(row, g, stride, kl_has_ref(op)),
         gx((kl_is_kind(op) ? g[0] : 1.0f) * a.k.row_slope),
         gy((kl_is_kind(op) ? g[0] : 1.0f) * a.k.ref_row_slope),
@@ -56,34 +57,33 @@ struct KlSlope {
         close(kl_is_kind(op) ? kl_close(row.kl) : stats_close(row.kl)) {}
 
   __device__ __forceinline__ KlWay way() const {
-    if (frame.fast) return KlWay::kFast;
-    return kl_op_capped(op) && frame.capped ? KlWay::kCapped : KlWay::kCareful;
+    const KlWay way = frame.way();
+    return way == KlWay::kCapped && !kl_op_capped(op) ? KlWay::kCareful : way;
   }
 
-  // kWay: way(), of kCapped after cap_all(); kClose: close, of jsd whether |u| is at most 1. at_id:
+  // kWay: way(), of kCapped after KlCap; kClose: close, of jsd whether |u| is at most 1. at_id:
   // of the id's entry.
   template <KlWay kWay, bool kClose>
   __device__ __forceinline__ void at(float x, float y, float& dx, float& dy, bool at_id) const {
     float ax2, ay2, d, ax;
-    if (kWay == KlWay::kFast) {
-      ax2 = frame.ax2(x), ay2 = frame.ay2(y), d = frame.gap(x, y), ax = frame.ax(x);
-    } else if (kWay == KlWay::kCapped) {
-      ax2 = frame.ax2(x), ay2 = frame.ay2(x - y), d = frame.capped_gap(y), ax = frame.ax(x);
-    } else {
+    if (kWay == KlWay::kCareful) {
       float ay;
       frame.careful(x, y, ax, ay, d);
       ax2 = ax * kLog2e, ay2 = ay * kLog2e;
+    } else {
+      ax2 = frame.ax2<kWay>(x), ay2 = frame.ay2<kWay>(x, y), ax = frame.ax<kWay>(x);
+      d = frame.gap<kWay>(x, y);
     }
     const float ex = kl_exp2(ax2), p = ex * frame.r.inv_s;
     const KlRefOf q_of{ay2, frame.r.inv_s_ref};
     KlSides<float> out;
     if constexpr (kl_op_jsd(op)) {
-      out = jsd.template at<kClose, kBoth>(frame.k, ex, kBoth ? kl_exp2(ay2) : 0.0f,
-                                           u_of<kWay>(x, y, d));
+      out = jsd.template at<kClose, kWay == KlWay::kCareful, kBoth>(
+          frame.k, ex, kBoth ? kl_exp2(ay2) : 0.0f, u_of<kWay>(x, y, d));
     } else if constexpr (kl_is_kind(op)) {
       const KlLogsOf logs_of{ax, ay2, frame.r};
-      out = kl_slope<kl_kind(op), DeviceMath, kBoth>(p, d, kClose, q_of, logs_of, frame.r,
-                                                     frame.k.beta);
+      using M = std::conditional_t<kWay == KlWay::kCapped, CappedMath, DeviceMath>;
+      out = kl_slope<kl_kind(op), M, kBoth>(p, d, kClose, q_of, logs_of, frame.r, frame.k.beta);
     } else {
       const bool backwards = kl_has_ref(op) && stats.g_backwards != 0;
       out = stats.template at<true, kBoth>(p, ax, d, kClose, q_of, backwards, at_id);
@@ -93,8 +93,8 @@ struct KlSlope {
       out.y *= gy;
     }
     if (kWay == KlWay::kCapped) {
-      out.x *= kl_bend<DeviceMath>(x, frame.k.cap);
-      if (kBoth) out.y *= kl_bend<DeviceMath>(x - y, frame.k.cap);
+      out.x = KlCap::through(x, out.x);
+      if (kBoth) out.y = KlCap::through(x + y, out.y);
     } else if (kWay == KlWay::kCareful) {
       kl_uncap<DeviceMath>(out, x, y, frame.k);
     }
@@ -112,7 +112,7 @@ struct KlSlope {
   template <KlWay kWay>
   __device__ __forceinline__ float u_of(float x, float y, float d) const {
     if (kWay == KlWay::kCareful) return d - frame.r.log_ratio;
-    return frame.u(kWay == KlWay::kCapped ? y : x - y, frame.to_u());
+    return frame.gap<kWay>(x, y, frame.to_u());
   }
 
   // jsd: whether |u| is at most 1 in all of them
@@ -127,25 +127,26 @@ struct KlSlope {
   }
 };
 
-// Writes the gradients of entries [begin, end), a span; dx and dy may be null, and `dx` the
-// policy's logits themselves.
+// Writes the gradients of entries [begin, end), a span; `dx` may be the policy's logits themselves.
 template <KlOp op, bool kBoth, class Source, class T>
 __device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlope<op, kBoth>& slope,
-                                                 int64_t begin, int64_t end, T* dx, T* dy) {
+                                                 int64_t begin, int64_t end, const KlTarget<T>& dx,
+                                                 const KlTarget<T>& dy) {
   constexpr int n = KlVector<T>::kEntries, kRound = 32 * n;
   constexpr bool pair = kl_has_ref(op);
   const int lane = int(threadIdx.x) % 32;
-  const bool aligned = kl_aligned(dx);
-  [[maybe_unused]] const bool dy_aligned = kl_aligned(dy);
   const auto vectors = [&](auto way, auto close) {
     constexpr KlWay kWay = decltype(way)::value;
     [[maybe_unused]] constexpr int kAtOnce = kWay == KlWay::kFast ? 2 : 1;
 #pragma unroll kAtOnce
     for (int64_t i = begin + lane * n; i + n <= end; i += kRound) {
       float x[n], y[n] = {}, for_x[n], for_y[n];
-      kl_widen(row.x_at(i), x);
-      if (pair) kl_widen(row.y_at(i), y);
-      if (kWay == KlWay::kCapped) slope.frame.cap_all(x, y);
+      kl_widen(row.x.at(i), x);
+      if (pair) kl_widen(row.y.at(i), y);
+      if constexpr (kWay == KlWay::kCapped) {
+        if constexpr (std::is_same<T, __nv_bfloat16>::value) slope.cap.apiece(x, y);
+        else slope.cap.all(x, y);
+      }
       const auto each = [&](auto alike) {
 #pragma unroll
         for (int j = 0; j < n; ++j)
@@ -156,8 +157,8 @@ __device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlop
       else if (slope.template near<kWay>(x, y)) each(std::true_type{});
       else each(std::false_type{});
       const bool whole = i - lane * n + kRound <= end;
-      if (dx) kl_store(dx + i, kl_narrow<T>(for_x), aligned, whole);
-      if (kBoth && dy) kl_store(dy + i, kl_narrow<T>(for_y), dy_aligned, whole);
+      dx.vector(i, for_x, whole);
+      if (kBoth) dy.vector(i, for_y, whole);
     }
   };
   constexpr bool by_difference =
@@ -173,25 +174,26 @@ __device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlop
   else any_close(KlWayIs<KlWay::kCareful>());
   for (int64_t i = end - (end - begin) % n + lane; i < end; i += 32) {
     float for_x, for_y;
-    slope.any(row.x_one(i), pair ? row.y_one(i) : row.x_one(i), for_x, for_y, false);
-    if (dx) dx[i] = kl_narrow<T>(for_x);
-    if (kBoth && dy) dy[i] = kl_narrow<T>(for_y);
+    slope.any(row.x.one(i), pair ? row.y.one(i) : row.x.one(i), for_x, for_y, false);
+    dx.one(i, for_x);
+    if (kBoth) dy.one(i, for_y);
   }
 }
 
 template <class T>
-__device__ inline void kl_span_zero(int64_t begin, int64_t end, T* dx, T* dy) {
+__device__ inline void kl_span_zero(int64_t begin, int64_t end, const KlTarget<T>& dx,
+                                    const KlTarget<T>& dy) {
   constexpr int n = KlVector<T>::kEntries;
   const int lane = int(threadIdx.x) % 32;
-  T* const to[2] = {dx, dy};
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    if (!to[side]) continue;
-    const bool aligned = kl_aligned(to[side]);
-    for (int64_t i = begin + lane * n; i + n <= end; i += 32 * n)
-      kl_store(to[side] + i, KlVector<T>{}, aligned, i - lane * n + 32 * n <= end);
-    for (int64_t i = end - (end - begin) % n + lane; i < end; i += 32)
-      to[side][i] = kl_narrow<T>(0.0f);
+  const float zeros[n] = {};
+  for (int64_t i = begin + lane * n; i + n <= end; i += 32 * n) {
+    const bool whole = i - lane * n + 32 * n <= end;
+    dx.vector(i, zeros, whole);
+    dy.vector(i, zeros, whole);
+  }
+  for (int64_t i = end - (end - begin) % n + lane; i < end; i += 32) {
+    dx.one(i, 0);
+    dy.one(i, 0);
   }
 }
 

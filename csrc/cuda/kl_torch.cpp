@@ -57,24 +57,26 @@ struct Work {
   KlLaunch launch{};
   // kept until the launches are queued; torch's allocator orders reuse by stream
   Tensor x, y, parts, tickets;
-  const Tensor& logits;
+  const Tensor &logits, &ref_logits;
 
   Work(const char* name, KlOp what, const Call& c, const Tensor& policy, const Tensor& ref,
        const std::optional<Tensor>& mask)
-      : op(name), logits(policy) {
+      : op(name), logits(policy), ref_logits(ref) {
     check_place(op, "logits", policy, policy);
     check_place(op, "ref_logits", ref, policy);
     if (mask.has_value()) check_place(op, "mask", *mask, policy);
     FASTTAX_CHECK(c.N < (int64_t(1) << 27) && c.V < (int64_t(1) << 28), op,
                   "logits: more than 2^27 tokens or 2^28 words in one call; split the batch");
     launch.op = what;
-    launch.type = c.type;
+    launch.type = c.type == c.ref_type ? c.type : FloatType::kFloat;
     KlArgs& a = launch.args;
+    a.x_type = c.type, a.y_type = c.ref_type;
     x = with_layout(policy, a.x);
     y = with_layout(ref, a.y);
     a.mask = c.mask;
     a.k = kl_params<float>(c.options);
     if (what == kl_op(KlKind::kJsd)) a.jsd = JsdCurves(c.options.beta);
+    if (a.k.joint_cap) a.cap = CapCurves(c.options.scale, c.options.softcap);
     a.n = c.N, a.v = c.V, a.splits = a.cluster = 1;
   }
 
@@ -82,9 +84,10 @@ struct Work {
     return torch::stable::new_empty(logits, sizes, type);
   }
 
-  Tensor target(bool need, KlLayout& rows) const {
-    const Tensor d = fresh(need ? sizes_of(logits, logits.dim()) : std::vector<int64_t>{0},
-                           logits.scalar_type());
+  // Room for the gradient of `of`, one of the two.
+  Tensor target(const Tensor& of, bool need, KlLayout& rows) const {
+    const Tensor d =
+        fresh(need ? sizes_of(of, of.dim()) : std::vector<int64_t>{0}, of.scalar_type());
     if (need) layout_of(d, rows);
     return d;
   }
@@ -137,7 +140,7 @@ bool is_double(const Tensor& logits) { return logits.scalar_type() == ScalarType
 
 Work kl_work(const char* op, const Tensor& logits, const Tensor& ref_logits,
              const std::optional<Tensor>& mask, const KlOptions& options) {
-  const Call call = checked_call(op, logits, ref_logits, mask, options);
+  const Call call = checked_call(op, logits, ref_logits, mask, options, true);
   return Work(op, kl_op(KlKind(options.kind)), call, logits, ref_logits, mask);
 }
 
@@ -174,8 +177,8 @@ std::tuple<Tensor, Tensor> token_kl_backward(Tensor grad, Tensor logits, Tensor 
     return {out[0], out[1]};
   }
   Work work = kl_work("token_kl_backward", logits, ref_logits, mask, {FASTTAX_KL_VALUES});
-  const Tensor d_logits = work.target(need_policy, work.launch.args.dx),
-               d_ref = work.target(need_ref, work.launch.args.dy);
+  const Tensor d_logits = work.target(logits, need_policy, work.launch.args.dx),
+               d_ref = work.target(ref_logits, need_ref, work.launch.args.dy);
   kl_backward(work, grad, saved);
   return {d_logits, d_ref};
 }
@@ -188,7 +191,7 @@ Tensor token_kl_backward_(Tensor grad, Tensor logits, Tensor ref_logits, std::op
   Work work = kl_work("token_kl_backward_", logits, ref_logits, mask, {FASTTAX_KL_VALUES});
   FASTTAX_CHECK(layout_of(logits, work.launch.args.dx), work.op, "logits: more than ", kKlDims,
                 " dimensions with strides of their own; pass inplace_backward=False");
-  const Tensor d_ref = work.target(need_ref, work.launch.args.dy);
+  const Tensor d_ref = work.target(ref_logits, need_ref, work.launch.args.dy);
   kl_backward(work, grad, saved);
   return d_ref;
 }
@@ -204,7 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> token_kl_grad(Tensor token_weight, Tensor log
   }
   // two launches where one has no kernel: the reference's gradient, and float16, which a scaler's
   // users ask for in backward
-  if (need_ref || !need_policy || logits.scalar_type() == ScalarType::Half) {
+  const bool halves =
+      logits.scalar_type() == ScalarType::Half && ref_logits.scalar_type() == ScalarType::Half;
+  if (need_ref || !need_policy || halves) {
     const auto [kl, saved] = token_kl(logits, ref_logits, mask, FASTTAX_KL_VALUES);
     const auto [d_logits, d_ref] = token_kl_backward(token_weight, logits, ref_logits, mask, saved,
                                                      FASTTAX_KL_VALUES, need_policy, need_ref);
@@ -213,7 +218,8 @@ std::tuple<Tensor, Tensor, Tensor> token_kl_grad(Tensor token_weight, Tensor log
   Work work = kl_work("token_kl_grad", logits, ref_logits, mask, {FASTTAX_KL_VALUES});
   KlArgs& a = work.launch.args;
   Tensor kl = work.fresh(sizes_of(logits, logits.dim() - 1));
-  const Tensor d_logits = work.target(true, a.dx), d_ref = work.target(false, a.dy);
+  const Tensor d_logits = work.target(logits, true, a.dx),
+               d_ref = work.target(ref_logits, false, a.dy);
   a.upstream = checked(work.op, "token_weight", token_weight, a.n, logits);
   a.values = static_cast<float*>(kl.mutable_data_ptr());
   work.then(kl_both);
@@ -227,7 +233,8 @@ Work stats_work(const char* op, const Tensor& logits, const std::optional<Tensor
                 FASTTAX_STATS_OPTIONS) {
   const bool pair = ref_logits.has_value();
   const Tensor& ref = pair ? *ref_logits : logits;
-  const Call call = checked_call(op, logits, ref, mask, stats_options(pair, FASTTAX_STATS_VALUES));
+  const Call call =
+      checked_call(op, logits, ref, mask, stats_options(pair, FASTTAX_STATS_VALUES), true);
   Work work(op, pair ? KlOp::kStats : KlOp::kAlone, call, logits, ref, mask);
   if (ids.has_value()) {
     FASTTAX_CHECK(ids->scalar_type() == ScalarType::Long && ids->is_contiguous() &&
@@ -276,7 +283,8 @@ std::tuple<Tensor, Tensor> token_stats_backward(Tensor grads, Tensor logits,
   KlArgs& a = work.launch.args;
   a.upstream = checked(op, "grads", grads, a.n * kTokenStats, logits);
   a.saved = const_cast<float*>(checked(op, "saved", saved, a.n * kStatsSaved, logits));
-  const Tensor d_logits = work.target(need_policy, a.dx), d_ref = work.target(need_ref, a.dy);
+  const Tensor d_logits = work.target(logits, need_policy, a.dx),
+               d_ref = work.target(work.ref_logits, need_ref, a.dy);
   if (need_policy || need_ref) work.then(kl_gradient);
   return {d_logits, d_ref};
 }

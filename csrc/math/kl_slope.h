@@ -12,6 +12,17 @@
 // the reference's.
 namespace fasttax {
 
+// Whether M's values are finite where no weight is NaN, as under a softcap; else 0 times infinity
+// is to be 0.
+template <class M>
+constexpr bool kl_finite = false;
+
+template <class M>
+FASTTAX_HD typename M::S kl_weighed(typename M::S weight, typename M::S value) {
+  if constexpr (kl_finite<M>) return weight * value;
+  else return times(weight, value);
+}
+
 template <class S>
 struct KlSides {
   S x, y;
@@ -79,7 +90,7 @@ struct KlFormula<KlKind::kPolicyRef> {  // x: p (d - E_p[d])   y: q - p
   template <class M, bool for_y, class Q>
   FASTTAX_HD static KlSides<typename M::S> slope(typename M::S p, typename M::S d, bool close,
                                                  const Q& q_of, const KlRowOf<typename M::R>& row) {
-    KlSides<typename M::S> out{times(p, d - row.mean_gap), {}};
+    KlSides<typename M::S> out{kl_weighed<M>(p, d - row.mean_gap), {}};
     typename M::S q;
     if constexpr (for_y) out.y = -kl_apart<M>(p, d - row.log_ratio, close, false, q_of, q);
     return out;
@@ -93,7 +104,7 @@ struct KlFormula<KlKind::kRefPolicy> {  // x: p - q   y: q (E_q[d] - d)
                                                  const Q& q_of, const KlRowOf<typename M::R>& row) {
     typename M::S q;
     KlSides<typename M::S> out{kl_apart<M>(p, d - row.log_ratio, close, for_y, q_of, q), {}};
-    if constexpr (for_y) out.y = times(q, row.mean_gap - d);
+    if constexpr (for_y) out.y = kl_weighed<M>(q, row.mean_gap - d);
     return out;
   }
 };

@@ -38,6 +38,10 @@ lib = torch.library.Library("fasttax", "DEF")
 OPS: list[str] = []
 problems: dict[str, str] = {}  # library -> why it is not loaded
 on_triton: dict[tuple[str, str], str] = {}  # (op, dispatch key) that Triton serves -> why
+# The device types on which the ops over logits take policy and reference in dtypes of their own:
+# one float32, the other bfloat16 or float16. Elsewhere fasttax.kl gives them one dtype first.
+own_dtypes: set[str] = set()
+_OWN_DTYPES = {"CUDA C++": True, "Triton": triton.OWN_DTYPES, "C++": False, "reference": True}
 
 
 def chosen_backend() -> str:
@@ -192,13 +196,20 @@ def load_native() -> None:
             _load(library)
     if choice == "reference":
         return
+    _register_kernels_of_triton(choice, interpreted)
+    for device in ("cpu", "cuda"):
+        if all(_OWN_DTYPES[active(op, device)[0]] for op in ("token_kl", "token_stats")):
+            own_dtypes.add(device)
+    if not interpreted:
+        _tell_what_is_missing(choice)
+
+
+def _register_kernels_of_triton(choice: str, interpreted: bool) -> None:
     if triton.available() and (choice == "triton" or torch.version.cuda or torch.version.hip):
         why = f"CUDA C++: {problems.get('_C_cuda', 'no kernel for this op yet')}"
         _register_triton("CUDA", "FASTTAX_BACKEND=triton" if choice == "triton" else why)
     if interpreted:
         _register_triton("CPU", "TRITON_INTERPRET=1")
-        return
-    _tell_what_is_missing(choice)
 
 
 def _tell_what_is_missing(choice: str) -> None:

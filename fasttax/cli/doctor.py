@@ -1,6 +1,7 @@
 """`fasttax doctor`: versions; per op, which kernel runs here and why; what is missing.
 
-Each thing that is missing comes with the command that brings it.
+Each thing that is missing comes with the command that brings it. With --warm it compiles every
+Triton kernel for the GPU instead, so that no first step of a training waits for that.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import importlib.util
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 import torch
 
+from fasttax import triton
 from fasttax._base import library
 from fasttax._base.version import __version__
+from fasttax.cli import warm
 
 SIMD = ("portable vectors", "AVX2", "AVX-512")
 BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -115,8 +119,39 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def warm_up() -> int:
+    """Compiles the Triton kernels for the current GPU and says what and how long; 1 without one."""
+    if not torch.cuda.is_available():
+        where = "Triton's kernels are compiled on the GPU that they run on"
+        return _refuse(f"torch sees no GPU here ({gpu()}); {where}")
+    if not triton.available():
+        return _refuse("triton is not installed; `pip install triton`")
+    name = torch.cuda.get_device_name()
+    device = torch.device("cuda", torch.cuda.current_device())
+    done = warm.warm(device, _say)
+    total = sum(of.seconds for of in done)
+    print(f"{len(done)} kinds of calls in {total:.1f} s for {name}; Triton keeps what it compiled")
+    return 0
+
+
+def _say(of: warm.Warmed) -> None:
+    print(f"{of.what:60} {of.seconds:6.1f} s", flush=True)
+
+
+def _refuse(why: str) -> int:
+    print(f"fasttax doctor --warm: {why}", file=sys.stderr)
+    return 1
+
+
 def main(argv: Sequence[str]) -> int:
-    """Prints the report; there are no options but --help."""
-    argparse.ArgumentParser(prog="fasttax doctor", description=__doc__).parse_args(argv)
+    """Prints the report, or warms Triton's cache."""
+    parser = argparse.ArgumentParser(prog="fasttax doctor", description=__doc__)
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="compile every Triton kernel for this machine's GPU; they stay in Triton's cache",
+    )
+    if parser.parse_args(argv).warm:
+        return warm_up()
     print(report())
     return 0

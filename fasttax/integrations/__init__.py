@@ -1,4 +1,4 @@
-"""fasttax in trainers of others: transformers, TRL, Lightning.
+"""fasttax in trainers of others: transformers, TRL, Lightning, Axolotl.
 
 `import fasttax` imports nothing of this; each module needs its trainer's package and says so.
 """
@@ -9,7 +9,7 @@ from typing import Any
 from fasttax.integrations.control import AdaptiveKL as AdaptiveKL
 
 __all__ = ["AdaptiveKL"]
-MODULES = ("transformers", "trl", "lightning", "reference")
+MODULES = ("transformers", "trl", "lightning", "axolotl", "reference")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasttax._base import checks
+from fasttax._base.choices import KlKind
 from fasttax._base.handle import Handle
 from fasttax._base.scalars import number_on
 from fasttax.integrations import _kl_sequence as sequence
@@ -111,7 +112,7 @@ class FullKL(Handle):
         trainer: Any,
         ref_model: RefModel,
         beta: float | AdaptiveKL,
-        kind: str = "policy_ref",
+        kind: KlKind = "policy_ref",
         *,
         temperature: float | None = None,
         jsd_beta: float = 0.5,

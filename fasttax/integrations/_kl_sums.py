@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fasttax._base import checks
+from fasttax._base.choices import Reduction
 from fasttax.integrations._heads import (
     ROWS,
     Head,
@@ -104,7 +105,7 @@ class Policy:
             raise _no_logits("trainer.model", self.model)
         return Rows(given=forward.counted(logits))
 
-    def logp(self, rows: Rows, ids: Tensor, temperature: float, reduction: str) -> Tensor:
+    def logp(self, rows: Rows, ids: Tensor, temperature: float, reduction: Reduction) -> Tensor:
         """Log-probs of the tokens `ids` (N,): of each, or their sum."""
         if rows.hidden is None or rows.head is None:
             stats = token_stats(
@@ -204,7 +205,7 @@ class ModelReference:
         options: Mapping[str, Any],
         scale: Tensor | float,
         log: bool,
-        reduction: str,
+        reduction: Reduction,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         ref = self._kept_rows(forward)
         if ref.vocabulary != policy.vocabulary:
@@ -238,7 +239,7 @@ class ModelReference:
         ref: Rows,
         options: Mapping[str, Any],
         scale: Tensor | float,
-        reduction: str,
+        reduction: Reduction,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast():
             x = policy.logits()

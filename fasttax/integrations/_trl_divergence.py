@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttax._base.choices import KlKind
 from fasttax._base.gemm import pieces
 from fasttax._base.scalars import number_on
 from fasttax.integrations._trl_chunks import (
@@ -29,9 +30,10 @@ from fasttax.reference.rows import ENTROPY, STATS
 REDUCTIONS = ("batchmean", "sum", "mean")
 
 
-def kind_of_beta(beta: float) -> str:
+def kind_of_beta(beta: float) -> KlKind:
     """TRL's beta 0 and 1 are KLs, every other one is the generalised JSD's."""
-    return {0.0: "ref_policy", 1.0: "policy_ref"}.get(float(beta), "jsd")
+    ends: dict[float, KlKind] = {0.0: "ref_policy", 1.0: "policy_ref"}
+    return ends.get(float(beta), "jsd")
 
 
 @dataclass(frozen=True)

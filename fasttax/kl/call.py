@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from fasttax import reference
-from fasttax._base import checks
+from fasttax._base import checks, library
+from fasttax._base.choices import Infinities
 from fasttax.reference.kl import RENYI
 from fasttax.reference.numbers import hide
 from fasttax.reference.tempering import OPTIONS as OPTIONS
@@ -18,7 +19,7 @@ from fasttax.reference.tempering import SIDES as SIDES
 from fasttax.reference.tempering import Side as Side
 from fasttax.reference.tempering import Tempering as Tempering
 
-INF = ("propagate", "mask")
+INF = get_args(Infinities)
 
 
 def share(op: str, argument: str, beta: Any) -> float:
@@ -132,8 +133,15 @@ def _side(op: str, prefix: str, scale: Any, softcap: Any, temperature: Any) -> S
     return side
 
 
-def check_logits(op: str, logits: Any, ref_logits: Any) -> tuple[Tensor, Tensor]:
-    """Both logits with one dtype and a contiguous vocabulary; leading strides stay as they are.
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def check_logits(
+    op: str, logits: Any, ref_logits: Any, *, one_dtype: bool
+) -> tuple[Tensor, Tensor]:
+    """Both logits with a contiguous vocabulary; leading strides stay as they are.
+
+    They get one dtype with `one_dtype`, and where the device's kernels do not read each in its own.
 
     Raises:
         ValueError: the shapes differ, or there is no vocabulary.
@@ -156,10 +164,16 @@ def check_logits(op: str, logits: Any, ref_logits: Any) -> tuple[Tensor, Tensor]
     if logits.shape != ref_logits.shape:
         raise checks.fail(op, "ref_logits", f"shape {tuple(logits.shape)} as logits", ref_logits)
     checks.same_device(op, "ref_logits", ref_logits, "logits", logits)
-    if logits.dtype != ref_logits.dtype:
+    if logits.dtype != ref_logits.dtype and (one_dtype or not _own_dtypes(logits, ref_logits)):
         dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
         logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
     return _with_contiguous_rows(logits), _with_contiguous_rows(ref_logits)
+
+
+def _own_dtypes(logits: Tensor, ref_logits: Tensor) -> bool:
+    dtypes = {logits.dtype, ref_logits.dtype}
+    wide_and_half = torch.float32 in dtypes and not dtypes.isdisjoint(_HALVES)
+    return wide_and_half and logits.device.type in library.own_dtypes
 
 
 def _with_contiguous_rows(logits: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def obstacle_to_gradients(
     given = [t for t in tensors if t is not None]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
         return NO_GRAD
-    if any(t.dtype == torch.float16 for t in given):
+    if any(t.dtype == torch.float16 and t.requires_grad for t in given):
         return FLOAT16
     if weight is not None and weight.requires_grad:
         return "the tokens' weights require grad"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
+from fasttax._base.choices import LogpEstimator, Reduction
 from fasttax.kl.call import check_mask
 from fasttax.kl.weigh import CLIP, weighing
 from fasttax.reference.weigh import K1, K2, K3
@@ -23,13 +24,13 @@ def kl_estimate(
     logp: Tensor,
     ref_logp: Tensor,
     *,
-    kind: str = "k3",
+    kind: LogpEstimator = "k3",
     old_logp: Tensor | None = None,
     grad: str = "estimator",
     clip: float = CLIP,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     scale: float | Tensor = 1.0,
 ) -> Tensor:
     """Monte-Carlo estimate of KL(policy || ref) from the sampled tokens' log-probs.

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 
 import torch
 from torch import Tensor
 
 from fasttax._base import checks
+from fasttax._base.choices import GradMode, Infinities, KlKind, Reduction
 from fasttax._base.modes import autocast_dtype, transforming
 from fasttax._base.optional import given
 from fasttax.kl.call import (
@@ -33,9 +34,66 @@ from fasttax.kl.token_stats import TokenStats, check_outputs
 from fasttax.kl.weigh import weighing
 from fasttax.reference.numbers import hide_rows
 
-GRAD_MODES = ("auto", "forward", "recompute")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of typing itself from Python 3.11
+
+GRAD_MODES = get_args(GradMode)
 
 
+class LinearOptions(TypedDict, total=False):
+    """Those of `linear_token_kl` but for return_entropy, for its overloads."""
+
+    bias: Tensor | None
+    ref_bias: Tensor | None
+    token_weight: Tensor | None
+    grad_mode: GradMode
+    token_chunk: int | None
+    vocab_chunk: int | None
+    kind: KlKind
+    beta: float
+    temperature: float
+    ref_temperature: float | None
+    softcap: float | None
+    ref_softcap: float | None
+    logit_scale: float
+    ref_logit_scale: float
+    mask: Tensor | None
+    reduction: Reduction
+    scale: float | Tensor
+    inf: Infinities
+    tp_group: Any
+
+
+@overload
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+@overload
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    return_entropy: bool,
+    **options: Unpack[LinearOptions],
+) -> Any: ...
 def linear_token_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -46,10 +104,10 @@ def linear_token_kl(
     ref_bias: Tensor | None = None,
     token_weight: Tensor | None = None,
     return_entropy: bool = False,
-    grad_mode: str = "auto",
+    grad_mode: GradMode = "auto",
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,
-    kind: str = "policy_ref",
+    kind: KlKind = "policy_ref",
     beta: float = 0.5,
     temperature: float = 1.0,
     ref_temperature: float | None = None,
@@ -58,11 +116,11 @@ def linear_token_kl(
     logit_scale: float = 1.0,
     ref_logit_scale: float = 1.0,
     mask: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     scale: float | Tensor = 1.0,
-    inf: str = "propagate",
+    inf: Infinities = "propagate",
     tp_group: Any = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`token_kl` of hidden @ weight^T against ref_hidden @ ref_weight^T.
 
     The (N, V) logits never exist whole.
@@ -184,13 +242,13 @@ def linear_token_logprobs(
     *,
     bias: Tensor | None = None,
     outputs: Sequence[str] = ("logp",),
-    grad_mode: str = "auto",
+    grad_mode: GradMode = "auto",
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     scale: float | Tensor = 1.0,
     token_chunk: int | None = None,
     vocab_chunk: int | None = None,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
+from fasttax._base.choices import Infinities, KlKind, Reduction
 from fasttax._base.library import define, lib, no_double_backward, no_second_derivative
 from fasttax.kl.call import (
     OPTIONS,
@@ -44,7 +45,7 @@ def token_kl(
     logits: Tensor,
     ref_logits: Tensor,
     *,
-    kind: str = "policy_ref",
+    kind: KlKind = "policy_ref",
     beta: float = 0.5,
     temperature: float = 1.0,
     ref_temperature: float | None = None,
@@ -54,9 +55,9 @@ def token_kl(
     ref_logit_scale: float = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     scale: float | Tensor = 1.0,
-    inf: str = "propagate",
+    inf: Infinities = "propagate",
     inplace_backward: bool = False,
     tp_group: Any = None,
 ) -> Tensor:
@@ -66,7 +67,9 @@ def token_kl(
 
     Args:
         logits: (..., V), the policy's: float32, bfloat16, float16 or float64; differentiable.
-        ref_logits: (..., V), the reference's; differentiable too.
+        ref_logits: (..., V), the reference's; differentiable too. CUDA kernels read float32 beside
+            bfloat16 or float16 as they are; other pairs of dtypes, and other devices, get copies in
+            the wider one.
         kind: "policy_ref" = KL(policy || ref), "ref_policy" = KL(ref || policy), "jsd" or "renyi"
             (see the module).
         beta: the reference's share of the mixture in "jsd", in [0, 1]; 0 and 1 give 0. The order in
@@ -116,7 +119,7 @@ def token_kl(
         inf=inf,
     )
     given = logits
-    logits, ref_logits = check_logits(op, logits, ref_logits)
+    logits, ref_logits = check_logits(op, logits, ref_logits, one_dtype=tp_group is not None)
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
     w = weighing(op, mask, weight, reduction, scale, logits)
     in_forward = w.reduces and not obstacle_to_gradients((logits, ref_logits), w.weight)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
+from fasttax._base.choices import Infinities, KlKind, Reduction
 from fasttax._base.library import define, lib, no_double_backward
 from fasttax.kl.call import (
     KINDS,
@@ -78,7 +79,7 @@ def token_stats(
     ids: Tensor | None = None,
     *,
     outputs: Sequence[str] = ("logp",),
-    kind: str = "policy_ref",
+    kind: KlKind = "policy_ref",
     beta: float = 0.5,
     temperature: float = 1.0,
     ref_temperature: float | None = None,
@@ -88,9 +89,9 @@ def token_stats(
     ref_logit_scale: float = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     scale: float | Tensor = 1.0,
-    inf: str = "propagate",
+    inf: Infinities = "propagate",
     tp_group: Any = None,
 ) -> TokenStats:
     """Any of OUTPUTS for every token, differentiable.
@@ -138,7 +139,12 @@ def token_stats(
         inf=inf,
     )
     outputs = check_outputs(op, outputs, ids, ref_logits)
-    logits, checked = check_logits(op, logits, logits if ref_logits is None else ref_logits)
+    logits, checked = check_logits(
+        op,
+        logits,
+        logits if ref_logits is None else ref_logits,
+        one_dtype=tp_group is not None,
+    )
     if ref_logits is not None:
         ref_logits = checked
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
@@ -290,7 +296,8 @@ def _backward_fake(
     grads: Tensor, logits: Tensor, ref_logits: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
     need_policy, need_ref = others[-2:]
-    return empty_gradient(logits, need_policy), empty_gradient(logits, need_ref)
+    d_ref = empty_gradient(logits if ref_logits is None else ref_logits, need_ref)
+    return empty_gradient(logits, need_policy), d_ref
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

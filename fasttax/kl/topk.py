@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
+from fasttax._base.choices import Infinities, KlKind, Reduction
 from fasttax._base.modes import compiling, transforming
 from fasttax.kl.call import Side, check_mask, tempering
 from fasttax.kl.token_kl import token_kl
@@ -70,7 +71,7 @@ def topk_kl(
     ref_topk_logp: Tensor,
     ref_topk_ids: Tensor,
     *,
-    kind: str = "ref_policy",
+    kind: KlKind = "ref_policy",
     tail: str = "ghost",
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -78,9 +79,9 @@ def topk_kl(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     scale: float | Tensor = 1.0,
-    inf: str = "propagate",
+    inf: Infinities = "propagate",
 ) -> Tensor:
     """KL against a reference known by its top k log-probs; at k = V the full KL.
 

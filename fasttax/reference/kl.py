@@ -363,4 +363,4 @@ def token_stats_backward(
                 grads[row], x, y, used, saved, *args, need_policy, need_ref
             )
             d_x, d_y = d_x + kl_x, d_y + kl_y
-    return d_x.to(logits.dtype), d_y.to(logits.dtype)
+    return d_x.to(logits.dtype), d_y.to((logits if ref_logits is None else ref_logits).dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fasttax._base import checks
+from fasttax._base.choices import KlKind
 from fasttax.integrations._models import frozen
 from fasttax.kl.token_kl import token_kl
 from fasttax.kl.token_stats import token_stats
@@ -36,7 +37,7 @@ def kl_to_base(
     base: nn.Module,
     batches: Iterable[Batch],
     *,
-    kind: str = "policy_ref",
+    kind: KlKind = "policy_ref",
 ) -> float:
     """Mean KL(model || base) in nats a token over `batches`, exact over the whole vocabulary.
 

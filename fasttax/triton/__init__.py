@@ -35,6 +35,10 @@ MODULES = {  # op -> the module that has it, by the op's own name
     "lora_ewc_penalty": "ewc_lora",
 }
 
+# Whether token_kl*, token_stats* and their gradients read float32 beside bfloat16 or float16 rows
+# as they are (_base/library.py: own_dtypes).
+OWN_DTYPES = True
+
 
 def available() -> bool:
     """Whether triton is installed; it is imported on use."""

@@ -87,8 +87,8 @@ def move_of(up_x, up_y):
 
 
 @triton.jit
-def moved(sums, frame, to, k, OP: tl.constexpr):
-    """Sums of a row in another frame, in float64: KlSums::carry of csrc/math/kl_row.h.
+def rises(frame, to, k):
+    """How far a frame's two sides rise to another, in float64.
 
     A side of which there is nothing yet was in no frame.
     """
@@ -100,7 +100,13 @@ def moved(sums, frame, to, k, OP: tl.constexpr):
     no_x = mx == -INF
     no_y = my == -INF
     up_x = tl.where(no_x, tl.where(no_y, 0.0, up_y), up_x)
-    up_y = tl.where(no_y, up_x, up_y)
+    return up_x, tl.where(no_y, up_x, up_y)
+
+
+@triton.jit
+def moved(sums, frame, to, k, OP: tl.constexpr):
+    """Sums of a row in another frame, in float64: KlSums::carry of csrc/math/kl_row.h."""
+    up_x, up_y = rises(frame, to, k)
     s = sums[0]
     if OP == ALONE:
         sx = fall(up_x)

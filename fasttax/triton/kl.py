@@ -10,20 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasttax import reference
-from fasttax.reference.kl import RENYI as RENYI_KIND
 from fasttax.triton.frames import divergence, log_ratio_of
+from fasttax.triton.jsd import doubtful, mix_slopes, mix_sums_again, with_more_reference
 from fasttax.triton.rows import (
     GRADIENT_ENTRIES,
     INF,
+    JSD,
     LN2,
     LOG2E,
     POLICY_REF,
     REF_POLICY,
+    RENYI,
     SMALL_GAP,
     TRUSTED,
     bend,
     framed,
+    is_short,
     load_pair,
     log1p,
     row_at,
@@ -32,62 +34,59 @@ from fasttax.triton.rows import (
     total,
     zero,
 )
-from fasttax.triton.series import bregman, jensen_gap
-from fasttax.triton.sums import sweep
+from fasttax.triton.series import bregman
+from fasttax.triton.sums import added, sweep, zeros
 
-JSD, RENYI = tl.constexpr(reference.JSD), tl.constexpr(RENYI_KIND)
 MOST = tl.constexpr(3e38)  # a weight's log that float32 has no larger one of
 
 
 @triton.jit
-def log_mix(u, beta):
-    """log(m/p) and log(m/q) of m = (1 - beta) p + beta q, as csrc/math/kl_slope.h, kl_log_mix."""
-    e = tl.exp2(-tl.abs(u) * LOG2E)
-    below = u < 0
-    t = (e - 1.0) * tl.where(below, 1 - beta, beta)
-    w = tl.where(below, beta + (1 - beta) * e, (1 - beta) + beta * e)
-    of_larger = tl.log(w) + tl.where(w > 0.5, (t - (w - 1.0)) / w, 0.0)
-    return tl.where(below, of_larger - u, of_larger), tl.where(below, of_larger, of_larger + u)
+def inverse(mass):
+    """As a row keeps it."""
+    return (1.0 / mass).to(tl.float32)
 
 
 @triton.jit
-def mix_sums(
+def jsd_row(
     x_row,
     y_row,
     V,
-    mx,
-    my,
-    log_ratio,
-    inv_s,
-    inv_s_ref,
+    sums,
+    frame,
+    apart,
     k,
     GENERAL: tl.constexpr,
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
-    """The Jensen gap, KL(p||m) and KL(q||m) of a row whose sums are known."""
-    gap = tl.zeros([LANES], tl.float32)
-    p_to_m = tl.zeros([LANES], tl.float32)
-    q_to_m = tl.zeros([LANES], tl.float32)
-    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
-    for start in range(0, V, LANES * WIDTH):
-        x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, True)
-        ax, ay, d = framed(x, y, live, mx, my, 0.0, k, GENERAL, INF_MASK, SHORT)
-        p = tl.exp2(ax) * inv_s
-        q = tl.exp2(ay) * inv_s_ref
-        u = d - log_ratio
-        over_p, over_q = log_mix(u, k.beta)
-        eps = bregman(u) - u  # e^-u - 1
-        p_part = tl.where(p == 0, 0.0, -p * over_p)
-        q_part = tl.where(q == 0, 0.0, -q * over_q)
-        series = p * (k.beta * jensen_gap(eps) - jensen_gap(k.beta * eps))
-        gap += tl.sum(
-            tl.where(tl.abs(u) <= 0.2, series, k.beta * q_part + (1 - k.beta) * p_part), 1
-        )
-        p_to_m += tl.sum(p_part, 1)
-        q_to_m += tl.sum(q_part, 1)
-    return total(gap), total(p_to_m), total(q_to_m)
+    """A row's value; KL(p||m) and KL(q||m) in units of log 2; log(s / y), s, y and its shift."""
+    mx, my, shift = frame
+    s = sums[0]
+    log_ratio = tl.log(s / sums[1])
+    whole, in_part, in_mean = with_more_reference(sums, log_ratio, k)
+    value = whole[2] / s
+    of_p = -whole[3] / s
+    of_q = (whole[2] + k.beta_rest * whole[3]) / s / k.mixed_beta
+    y = sums[1]
+    if doubtful(sums, whole, in_part + apart[0], in_mean + apart[1], k):
+        y *= tl.exp(-shift.to(tl.float64))  # peaks of both rows have a mass of 1 again
+        shift *= 0.0
+        log_ratio = tl.log(s / y)
+        even = inverse(s) / inverse(y)
+        lanes = zeros(5, LANES)
+        SHORT: tl.constexpr = is_short(x_row, y_row)
+        for start in range(0, V, LANES * WIDTH):
+            x, other, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, True)
+            ax, ay, d = framed(x, other, live, mx, my, shift, k, GENERAL, INF_MASK, SHORT)
+            u = d - log_ratio.to(tl.float32)
+            lanes = added(lanes, mix_sums_again(ax, ay, u, even, tl.log2(even), k, APPROX))
+        mass = total(lanes[0])
+        value = total(lanes[2]) / mass
+        of_p = -total(lanes[3]) / mass
+        of_q = -total(lanes[4]) / total(lanes[1])
+    return value * LN2, of_p, of_q, log_ratio, s, y, shift
 
 
 @triton.jit
@@ -118,7 +117,7 @@ def renyi_sums(
     m = tl.zeros([LANES], tl.float32)
     highest = tl.full([LANES], -MOST, tl.float32)
     above = tl.zeros([LANES], tl.float32)
-    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
+    SHORT: tl.constexpr = is_short(x_row, y_row)
     c = 1 - k.beta
     log_inv_s = tl.log(inv_s)
     log_inv_s_ref = tl.log(inv_s_ref)
@@ -195,13 +194,12 @@ def renyi_slopes(ax, ay, p, q, u, row, a):
 
 
 @triton.jit
-def slopes(ax, ay, d, row, k, OP: tl.constexpr):
+def slopes(ax, ay, d, row, k, OP: tl.constexpr, APPROX: tl.constexpr):
     """D KL / d (tempered logits) of both models; the formulas of csrc/math/kl_slope.h."""
     p = tl.exp2(ax) * row[3]
     q = tl.exp2(ay) * row[7]
     log_ratio = row[4]
     gap = row[5]
-    ref_center = row[6]
     u = d - log_ratio
     # p - q cancels in rows that are close
     by_series = tl.where(tl.abs(gap - log_ratio) < TRUSTED, SMALL_GAP, -1.0)
@@ -215,12 +213,7 @@ def slopes(ax, ay, d, row, k, OP: tl.constexpr):
         dx = apart
         dy = tl.where(q == 0, 0.0, q * (gap - d))
     if OP == JSD:
-        one_sided = (k.beta == 0) | (k.beta == 1)
-        over_p, over_q = log_mix(u, k.beta)
-        for_x = tl.where(p == 0, 0.0, (1 - k.beta) * p * (-over_p - gap))
-        for_y = tl.where(q == 0, 0.0, k.beta * q * (-over_q - ref_center))
-        dx = tl.where(one_sided, p * 0.0, for_x)  # 0, or NaN in a row that has one
-        dy = tl.where(one_sided, q * 0.0, for_y)
+        dx, dy = mix_slopes(ax, ay, u, row, k, APPROX)
     if OP == RENYI:
         dx, dy = renyi_slopes(ax, ay, p, q, u, row, k.beta)
     return dx, dy
@@ -237,41 +230,30 @@ def forward_row(
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
     """A row's value, and the numbers of csrc/math/kl.h, KlRow, that its gradient takes."""
-    sums, frame = sweep(x_row, y_row, V, k, OP, GENERAL, INF_MASK, LANES, WIDTH)
+    sums, frame, apart = sweep(x_row, y_row, V, k, OP, GENERAL, INF_MASK, LANES, WIDTH, APPROX)
     mx, my, shift = frame
     s = sums[0]
     y = sums[1]
+    ref_center = tl.full((), 0.0, tl.float64)
     if OP == POLICY_REF:
         value, gap, log_ratio = divergence(s, y, sums[2], sums[3], True)
     elif OP == REF_POLICY:
         value, gap, log_ratio = divergence(s, y, sums[2], sums[3], False)
+    elif OP == JSD:
+        value, gap, ref_center, log_ratio, s, y, shift = jsd_row(
+            x_row, y_row, V, sums, frame, apart, k, GENERAL, INF_MASK, LANES, WIDTH, APPROX
+        )
+        if (k.beta <= 0) | (k.beta >= 1):
+            value = (s + y) * 0.0  # 0, or NaN for a NaN row
     else:
         log_ratio = log_ratio_of(s, y, sums[2])
         value = s
         gap = s
-    inv_s = (1.0 / s).to(tl.float32)
-    inv_s_ref = (1.0 / y).to(tl.float32)
-    ref_center = tl.full((), 0.0, tl.float64)
-    if OP == JSD:
-        value = (s + y) * 0.0  # 0, or NaN for a NaN row
-        if (k.beta > 0) & (k.beta < 1):
-            value, gap, ref_center = mix_sums(
-                x_row,
-                y_row,
-                V,
-                mx,
-                my,
-                log_ratio.to(tl.float32),
-                inv_s,
-                inv_s_ref,
-                k,
-                GENERAL,
-                INF_MASK,
-                LANES,
-                WIDTH,
-            )
+    inv_s = inverse(s)
+    inv_s_ref = inverse(y)
     if OP == RENYI:
         frame = (mx, my, log_ratio.to(tl.float32), inv_s, inv_s_ref)
         m, highest, above = renyi_sums(x_row, y_row, V, frame, k, GENERAL, INF_MASK, LANES, WIDTH)
@@ -306,12 +288,13 @@ def write_gradients(
     WANT_Y: tl.constexpr,
     GENERAL: tl.constexpr,
     INF_MASK: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
     """The gradients of g * value by raw logits, at the entries `at` of a row."""
-    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
+    SHORT: tl.constexpr = is_short(x_row, y_row)
     x, y, live = load_pair(x_row, y_row, at, V, True)
     ax, ay, d = framed(x, y, live, row[0], row[1], row[2], k, GENERAL, INF_MASK, SHORT)
-    dx, dy = slopes(ax, ay, d, row, k, OP)
+    dx, dy = slopes(ax, ay, d, row, k, OP, APPROX)
     dx = dx * (g * k.row_slope)
     dy = dy * (g * k.ref_row_slope)
     if GENERAL:
@@ -359,6 +342,7 @@ def forward_kernel(
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
     """Grid: rows.
 
@@ -370,12 +354,13 @@ def forward_kernel(
     if mask_ptr is not None:
         live_row = tl.load(mask_ptr + n) != 0
     GRADIENT: tl.constexpr = weight_ptr is not None
-    LANES_BACK: tl.constexpr = min(LANES, GRADIENT_ENTRIES // WIDTH)
+    BACK: tl.constexpr = GRADIENT_ENTRIES // WIDTH
+    LANES_BACK: tl.constexpr = LANES if LANES < BACK else BACK
     tiles = tl.cdiv(V, LANES_BACK * WIDTH)
     if live_row:
         x_row = row_at(x_ptr, x_layout, n)
         y_row = row_at(y_ptr, y_layout, n)
-        value, row = forward_row(x_row, y_row, V, k, OP, GENERAL, INF_MASK, LANES, WIDTH)
+        value, row = forward_row(x_row, y_row, V, k, OP, GENERAL, INF_MASK, LANES, WIDTH, APPROX)
         tl.store(value_ptr + n, value)
         if GRADIENT:
             g = tl.load(weight_ptr + n)
@@ -397,6 +382,7 @@ def forward_kernel(
                     False,
                     GENERAL,
                     INF_MASK,
+                    APPROX,
                 )
         else:
             store(saved_ptr + n.to(tl.int64) * 8, 1, row, 8)
@@ -430,6 +416,7 @@ def gradient_kernel(
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
     """Grid: (rows, tiles). dx may be the policy's logits themselves."""
     n = tl.program_id(0)
@@ -464,6 +451,7 @@ def gradient_kernel(
             WANT_Y,
             GENERAL,
             INF_MASK,
+            APPROX,
         )
     else:
         if WANT_X:

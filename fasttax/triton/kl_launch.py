@@ -15,10 +15,12 @@ from fasttax.triton import on_device
 from fasttax.triton.kl import forward_kernel, gradient_kernel
 from fasttax.triton.rows import (
     Params,
+    approximate,
     geometry,
     gradient_geometry,
     is_general,
     launch_options,
+    narrower,
     params,
     tiles,
     with_layout_if_wanted,
@@ -26,13 +28,15 @@ from fasttax.triton.rows import (
 )
 
 
-def _call(logits: Tensor, options: tuple[Any, ...]) -> tuple[Params, dict[str, Any]]:
+def _call(
+    logits: Tensor, ref_logits: Tensor, options: tuple[Any, ...]
+) -> tuple[Params, dict[str, Any]]:
     """The numbers and the compile-time constants of a call."""
     t = Tempering.of_args(options)
     k = params(t)
     general = is_general(k, t.inf_mask)
-    shape = geometry(logits.shape[-1], logits.dtype, t.kind, general)
-    constants = {"OP": t.kind, "GENERAL": general, "INF_MASK": t.inf_mask}
+    shape = geometry(logits.shape[-1], narrower(logits, ref_logits), t.kind, general)
+    constants = {"OP": t.kind, "GENERAL": general, "INF_MASK": t.inf_mask, "APPROX": approximate()}
     return k, {**constants, **shape, **launch_options()}
 
 
@@ -42,7 +46,7 @@ def token_kl(
     """As reference.token_kl."""
     if logits.dtype == torch.float64:
         return reference.token_kl(logits, ref_logits, mask, *options)
-    k, meta = _call(logits, options)
+    k, meta = _call(logits, ref_logits, options)
     V, tokens = logits.shape[-1], logits.shape[:-1]
     kl = logits.new_empty(tokens, dtype=torch.float32)
     saved = logits.new_empty((*tokens, SAVED_KL), dtype=torch.float32)
@@ -65,7 +69,7 @@ def token_kl_grad(
     if need_ref or not need_policy:  # not the common case: two launches
         kl, saved = token_kl(logits, ref_logits, mask, *args)
         return kl, *token_kl_backward(token_weight, logits, ref_logits, mask, saved, *options)
-    k, meta = _call(logits, tuple(args))
+    k, meta = _call(logits, ref_logits, tuple(args))
     V = logits.shape[-1]
     kl = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
     d_logits = empty_gradient(logits, True)
@@ -126,7 +130,7 @@ def _write_gradients(
     d_ref: Tensor,
 ) -> None:
     """Over `d_logits`, which may be the logits, and `d_ref`; empty ones are not wanted."""
-    k, meta = _call(logits, options)
+    k, meta = _call(logits, ref_logits, options)
     meta = gradient_geometry(meta)
     N, V = grad.numel(), logits.shape[-1]
     if N == 0:

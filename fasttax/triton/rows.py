@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax import reference
+from fasttax.reference.kl import RENYI as RENYI_KIND
+from fasttax.triton.curves import TERMS, curves
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -31,6 +33,7 @@ APART = tl.constexpr(1e-30)
 # what a forward gives: a kind of token_kl, which has its own number, or token_stats of both rows or
 # of the policy's alone, which are numbered apart
 POLICY_REF, REF_POLICY = tl.constexpr(reference.POLICY_REF), tl.constexpr(reference.REF_POLICY)
+JSD, RENYI = tl.constexpr(reference.JSD), tl.constexpr(RENYI_KIND)
 STATS, ALONE = tl.constexpr(-1), tl.constexpr(-2)
 
 THREADS = 256
@@ -53,6 +56,19 @@ class Params(NamedTuple):
     ref_row_scale: float
     row_slope: float
     ref_row_slope: float
+    # jsd's alone: a beta between 0 and 1, 1 - beta, and the polynomials of curves.py
+    mixed_beta: float
+    beta_rest: float
+    mix_0: float
+    mix_1: float
+    mix_2: float
+    mix_3: float
+    mix_4: float
+    part_0: float
+    part_1: float
+    part_2: float
+    part_3: float
+    part_4: float
 
 
 class Layout(NamedTuple):
@@ -61,6 +77,11 @@ class Layout(NamedTuple):
     inner: int
     outer_stride: int
     stride: int
+
+
+def narrower(logits: Tensor, ref_logits: Tensor) -> torch.dtype:
+    """The dtype whose vectors have more entries: a tile is both rows'."""
+    return min(logits.dtype, ref_logits.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, int]:
@@ -97,8 +118,13 @@ def tiles(V: int, meta: dict[str, Any]) -> int:
 def launch_options(hip: bool = torch.version.hip is not None) -> dict[str, Any]:
     """Of every kernel: a warp is 64 threads on AMD, where registers can't be bounded."""
     if hip:
-        return {"num_warps": THREADS // 64}
-    return {"num_warps": THREADS // 32, "maxnreg": REGISTERS}
+        return {"num_warps": THREADS // 64, "enable_fp_fusion": True}
+    return {"num_warps": THREADS // 32, "maxnreg": REGISTERS, "enable_fp_fusion": True}
+
+
+def approximate() -> bool:
+    """Whether the kernels may use an instruction of NVIDIA's: not AMD's, nor the interpreter."""
+    return torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
 def params(t: reference.Tempering) -> Params:
@@ -115,7 +141,19 @@ def params(t: reference.Tempering) -> Params:
         ref_row_scale=ref_row_scale,
         row_slope=t.policy.scale * t.policy.inv_temperature,
         ref_row_slope=t.ref.scale * t.ref.inv_temperature,
+        **_mixture(t),
     )
+
+
+def _mixture(t: reference.Tempering) -> dict[str, float]:
+    """Of a beta of 0 or 1, where the value is 0, and of other kinds some numbers."""
+    beta = t.beta if t.kind == JSD.value and 0 < t.beta < 1 else 0.5
+    names = [f"{curve}_{i}" for curve in ("mix", "part") for i in range(TERMS)]
+    return {
+        "mixed_beta": beta,
+        "beta_rest": 1 - beta,
+        **dict(zip(names, curves(beta), strict=True)),
+    }
 
 
 def _scales(side: reference.Side) -> tuple[float, float]:
@@ -161,6 +199,12 @@ def with_layout_if_wanted(t: Tensor, other: Layout) -> tuple[Tensor | None, Layo
 
 
 # on the device
+
+
+@triton.jit
+def is_short(x, y):
+    """Whether both rows are bfloat16, whose distance from a frame is exact."""
+    return (x.dtype.element_ty == tl.bfloat16) & (y.dtype.element_ty == tl.bfloat16)
 
 
 @triton.jit

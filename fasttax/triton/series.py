@@ -34,19 +34,3 @@ def bregman_slope(d):
 def bregman_unit(d):
     """e^-d - 1 + d for |d| <= 1."""
     return d * d * bregman_slope(d)
-
-
-@triton.jit
-def jensen_gap(t):
-    """g(t) = (1 + t) log1p(t) - t for |t| <= 1/4."""
-    p = t * (-1.0 / 132) + 1.0 / 110
-    p = p * -t + 1.0 / 90
-    p = p * -t + 1.0 / 72
-    p = p * -t + 1.0 / 56
-    p = p * -t + 1.0 / 42
-    p = p * -t + 1.0 / 30
-    p = p * -t + 1.0 / 20
-    p = p * -t + 1.0 / 12
-    p = p * -t + 1.0 / 6
-    p = p * -t + 0.5
-    return t * t * p

@@ -27,8 +27,10 @@ from fasttax.triton.rows import (
     framed,
     geometry,
     is_general,
+    is_short,
     launch_options,
     load_pair,
+    narrower,
     params,
     row_at,
     store,
@@ -64,7 +66,7 @@ def row_stats(
     The frame (mx, my, shift), sum e^ax and the mean of ax under it, sum e^ay; of each KL its value
     and mean gap; log_ratio.
     """
-    sums, frame = sweep(x_row, y_row, V, k, OP, GENERAL, False, LANES, WIDTH)
+    sums, frame, _ = sweep(x_row, y_row, V, k, OP, GENERAL, False, LANES, WIDTH, False)
     mx, my, shift = frame
     mass = sums[0]
     if OP == STATS:
@@ -111,7 +113,7 @@ def log_probs(
 
     Rows that are `equal` get equal bits.
     """
-    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
+    SHORT: tl.constexpr = is_short(x_row, y_row)
     nan = tl.full((), float("nan"), tl.float32)
     inside = (id >= 0) & (id < V)
     safe = tl.where(inside, id, 0)
@@ -276,7 +278,7 @@ def gradient_kernel(
     n = tl.program_id(0)
     at = tl.program_id(1) * (LANES * WIDTH) + tile_lanes(LANES, WIDTH)
     PAIR: tl.constexpr = OP == STATS
-    SHORT: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    SHORT: tl.constexpr = is_short(x_ptr, x_ptr if y_ptr is None else y_ptr)
     WANT_X: tl.constexpr = dx_ptr is not None
     WANT_Y: tl.constexpr = dy_ptr is not None
     HAS_IDS: tl.constexpr = ids_ptr is not None
@@ -332,14 +334,18 @@ def coefficients(first, rows):
 # the ops
 
 
-def _call(logits: Tensor, pair: bool, sides: tuple[float, ...]) -> tuple[Params, dict[str, Any]]:
+def _call(
+    logits: Tensor, ref_logits: Tensor | None, sides: tuple[float, ...]
+) -> tuple[Params, dict[str, Any]]:
     """The numbers and the compile-time constants of a call."""
     t = Tempering.of_sides(sides)
+    pair = ref_logits is not None
     if not pair:  # one row stands for both
         t = Tempering.of_sides(t.alone(t.policy))
     k = params(t)
     op, general = (STATS if pair else ALONE).value, is_general(k, False)
-    shape = geometry(logits.shape[-1], logits.dtype, op, general)
+    dtype = narrower(logits, logits if ref_logits is None else ref_logits)
+    shape = geometry(logits.shape[-1], dtype, op, general)
     return k, {"OP": op, "GENERAL": general, **shape, **launch_options()}
 
 
@@ -353,7 +359,7 @@ def token_stats(
     """As reference.token_stats."""
     if logits.dtype == torch.float64:
         return reference.token_stats(logits, ref_logits, ids, mask, *options)
-    k, meta = _call(logits, ref_logits is not None, options)
+    k, meta = _call(logits, ref_logits, options)
     tokens = logits.shape[:-1]
     values = logits.new_empty((len(VALUES), *tokens), dtype=torch.float32)
     saved = logits.new_empty((*tokens, SAVED_STATS), dtype=torch.float32)
@@ -378,11 +384,12 @@ def token_stats_backward(
     *sides, need_policy, need_ref = options
     if logits.dtype == torch.float64:
         return reference.token_stats_backward(grads, logits, ref_logits, ids, mask, saved, *options)
-    k, meta = _call(logits, ref_logits is not None, tuple(sides))
-    d_logits, d_ref = empty_gradient(logits, need_policy), empty_gradient(logits, need_ref)
+    k, meta = _call(logits, ref_logits, tuple(sides))
+    ref = logits if ref_logits is None else ref_logits
+    d_logits, d_ref = empty_gradient(logits, need_policy), empty_gradient(ref, need_ref)
     N, V = grads[0].numel(), logits.shape[-1]
     if N and (need_policy or need_ref):
-        (x, y), (of_x, of_y) = with_layouts(logits, logits if ref_logits is None else ref_logits)
+        (x, y), (of_x, of_y) = with_layouts(logits, ref)
         dx, of_dx = with_layout_if_wanted(d_logits, of_x)
         dy, of_dy = with_layout_if_wanted(d_ref, of_y)
         grads = grads.contiguous()

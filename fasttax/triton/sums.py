@@ -13,7 +13,8 @@ A lane's sums travel as one tuple, in the order
     of a KL:           s, y, and b, a of policy_ref or c, back of ref_policy
     of both rows:      s, y, b, a, c, back, moment
     of the policy's:   s, moment
-    before a second sweep (jsd, renyi): s, y, g
+    of jsd:            those of jsd.py
+    before renyi's second sweep: s, y, g
 and `moment` in units of log 2. G is b - a, and back - c.
 """
 
@@ -22,16 +23,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasttax.triton.frames import moved, offset, raised
+from fasttax.triton.frames import fall, moved, offset, raised, rises
+from fasttax.triton.jsd import FARTHEST, mix_terms, with_more_reference
 from fasttax.triton.rows import (
     ALONE,
     INF,
+    JSD,
     POLICY_REF,
     REF_POLICY,
     STATS,
     cap_rows,
     frame_of,
     framed,
+    is_short,
     tile_lanes,
     total,
 )
@@ -57,7 +61,7 @@ def widened(x):
 @triton.jit
 def load_step(row, start, V, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """A step's vectors of a row, -inf where there is no entry."""
-    ROWS: tl.constexpr = min(LANES, LANES_OF_STEP)
+    ROWS: tl.constexpr = LANES if LANES < LANES_OF_STEP else LANES_OF_STEP
     vectors = ()
     for j in tl.static_range(LANES // ROWS):
         at = start + j * ROWS * WIDTH + tile_lanes(ROWS, WIDTH)
@@ -97,8 +101,17 @@ def entries(xs, ys, j: tl.constexpr, start, V):
 
 
 @triton.jit
-def vector_sums(ax, ay, d, OP: tl.constexpr, GUARDED: tl.constexpr):
+def vector_sums(ax, ay, d, k, OP: tl.constexpr, GUARDED: tl.constexpr, APPROX: tl.constexpr):
     """Of one vector."""
+    if OP == JSD:
+        return mix_terms(ax, ay, d, k, GUARDED, APPROX)
+    else:
+        return plain_terms(ax, ay, d, OP, GUARDED)
+
+
+@triton.jit
+def plain_terms(ax, ay, d, OP: tl.constexpr, GUARDED: tl.constexpr):
+    """A vector's sums of every kind but jsd."""
     ex = tl.exp2(ax)
     s = tl.sum(ex, 1)
     if OP == ALONE:
@@ -152,6 +165,7 @@ def step_sums(
     INF_MASK: tl.constexpr,
     SHORT: tl.constexpr,
     GUARDED: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
     """Of a step, in `frame`."""
     mx, my, shift = frame
@@ -164,7 +178,7 @@ def step_sums(
         ax, ay, d = framed(
             x, y, live, frame_of(mx), frame_of(my), shift, k, GENERAL, INF_MASK, SHORT
         )
-        more = vector_sums(ax, ay, d, OP, GUARDED)
+        more = vector_sums(ax, ay, d, k, OP, GUARDED, APPROX)
         if GUARDED and ((OP == STATS) or (OP == ALONE)):
             more = with_peaks(more, ax)
         if j == 0:
@@ -195,10 +209,18 @@ def zero_sums(OP: tl.constexpr, ROWS: tl.constexpr):
         if OP == ALONE
         else 7
         if OP == STATS
+        else 6
+        if OP == JSD
         else 4
         if (OP == POLICY_REF) or (OP == REF_POLICY)
         else 3
     )
+    return zeros(COUNT, ROWS)
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """Of as many numbers a lane."""
     sums = ()
     for _ in tl.static_range(COUNT):
         sums = sums + (tl.zeros([ROWS], tl.float32),)
@@ -237,6 +259,7 @@ def slow_step(
     GENERAL: tl.constexpr,
     INF_MASK: tl.constexpr,
     SHORT: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
     """A step in a frame that fits it, and the row so far there: part, sums, apart, frame."""
     ENTROPY: tl.constexpr = (OP == STATS) or (OP == ALONE)
@@ -244,10 +267,13 @@ def slow_step(
     to = raised(frame, top_x, top_y, k, OP)
     anew_x = to[0] != frame[0]
     anew = anew_x | (to[1] != frame[1])
+    if OP == JSD:
+        if anew:
+            to = balanced(xs, ys, start, V, sums, frame, to, k, GENERAL, INF_MASK, SHORT)
     if anew & (start > 0):
         sums, apart = refitted(sums, apart, frame, to, k, OP)
     frame = to
-    part = step_sums(xs, ys, start, V, frame, k, OP, GENERAL, INF_MASK, SHORT, True)
+    part = step_sums(xs, ys, start, V, frame, k, OP, GENERAL, INF_MASK, SHORT, True, APPROX)
     whole = part
     if ENTROPY:
         peaks, part = last_apart(part)
@@ -269,9 +295,56 @@ def slow_step(
 
 
 @triton.jit
+def balanced(
+    xs,
+    ys,
+    start,
+    V,
+    sums,
+    frame,
+    to,
+    k,
+    GENERAL: tl.constexpr,
+    INF_MASK: tl.constexpr,
+    SHORT: tl.constexpr,
+):
+    """The frame `to` shifted so that both rows' masses up to the end of a step are alike."""
+    up_x, up_y = rises(frame, to, k)
+    mass = of_lanes(sums[0]) * fall(up_x)
+    other = of_lanes(sums[1]) * fall(up_y)
+    mx, my, shift = to
+    for j in tl.static_range(len(xs)):
+        x, y, live = entries(xs, ys, j, start, V)
+        ax, ay, _ = framed(
+            x, y, live, frame_of(mx), frame_of(my), shift, k, GENERAL, INF_MASK, SHORT
+        )
+        mass += of_lanes(tl.sum(tl.exp2(ax), 1))
+        other += of_lanes(tl.sum(tl.exp2(ay), 1))
+    gap = tl.log(mass / other).to(tl.float32)
+    return mx, my, tl.where(tl.abs(gap) <= FARTHEST, shift + gap, shift)
+
+
+@triton.jit
+def scaled(sums, factor):
+    """Every number of a tuple times one."""
+    out = ()
+    for i in tl.static_range(len(sums)):
+        out = out + (sums[i] * factor,)
+    return out
+
+
+@triton.jit
 def refitted(sums, apart, frame, to, k, OP: tl.constexpr):
     """A row's sums moved into another frame: the lanes' and those apart."""
-    so_far = moved(with_lanes(apart, sums, OP), frame, to, k, OP)
+    so_far = with_lanes(apart, sums, OP)
+    if OP == JSD:
+        up_x, up_y = rises(frame, to, k)
+        so_far, in_part, in_mean = with_more_reference(so_far, up_x - up_y, k)
+        scale = fall(up_x)
+        so_far = scaled(so_far, scale)
+        apart = (scale * (apart[0] + in_part), scale * (apart[1] + in_mean))
+    else:
+        so_far = moved(so_far, frame, to, k, OP)
     sums = spread(so_far, sums[0].shape[0])
     if (OP == STATS) or (OP == ALONE):
         apart = (so_far[0], so_far[len(so_far) - 1])
@@ -290,14 +363,15 @@ def sweep(
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    APPROX: tl.constexpr,
 ):
-    """A row pair's sums, in float64, and their frame: mx, my, shift."""
+    """A row pair's sums, in float64, their frame: mx, my, shift; and, of jsd, what is in doubt."""
     PAIR: tl.constexpr = OP != ALONE
-    SHORT: tl.constexpr = x_row.dtype.element_ty == tl.bfloat16
-    ROWS: tl.constexpr = min(LANES, LANES_OF_STEP)
+    SHORT: tl.constexpr = is_short(x_row, y_row)
+    ROWS: tl.constexpr = LANES if LANES < LANES_OF_STEP else LANES_OF_STEP
     sums = zero_sums(OP, ROWS)
     nothing = tl.full((), 0.0, tl.float64)
-    apart = (nothing, nothing)  # mass and moment that lanes would round
+    apart = (nothing, nothing)  # mass and moment that lanes would round; of jsd what is in doubt
     nowhere = tl.full((), -INF, tl.float32)
     frame = (nowhere, nowhere, tl.full((), 0.0, tl.float32))
     for start in range(0, V, LANES * WIDTH):
@@ -311,15 +385,17 @@ def sweep(
         part = zero_sums(OP, ROWS)
         most = tl.full((), INF, tl.float32)
         if whole & (INF_MASK == 0) & (frame[0] != -INF) & (frame[1] != -INF):
-            part = step_sums(xs, ys, start, V, frame, k, OP, GENERAL, INF_MASK, SHORT, False)
+            part = step_sums(
+                xs, ys, start, V, frame, k, OP, GENERAL, INF_MASK, SHORT, False, APPROX
+            )
             most = crowd(part, OP)
         if (most <= CROWDED) == 0:
             part, sums, apart, frame = slow_step(
-                xs, ys, start, V, sums, apart, frame, k, OP, GENERAL, INF_MASK, SHORT
+                xs, ys, start, V, sums, apart, frame, k, OP, GENERAL, INF_MASK, SHORT, APPROX
             )
         sums = added(sums, part)
     frame = (frame_of(frame[0]), frame_of(frame[1]), frame[2])
-    return with_lanes(apart, sums, OP), frame
+    return with_lanes(apart, sums, OP), frame, apart
 
 
 @triton.jit

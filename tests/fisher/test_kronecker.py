@@ -400,9 +400,9 @@ def test_wrong_options() -> None:
     with pytest.raises(ValueError, match="max_dim"):
         kron(model, x, max_dim=0)
     with pytest.raises(ValueError, match="max_dim"):
-        fasttax.estimate_fisher(model, x, max_dim=3, progress=False)  # type: ignore[call-overload]
+        fasttax.estimate_fisher(model, x, max_dim=3, progress=False)
     with pytest.raises(ValueError, match="structure"):
-        fasttax.estimate_fisher(model, x, structure="block", progress=False)  # type: ignore[call-overload]
+        fasttax.estimate_fisher(model, x, structure="block", progress=False)
     with pytest.raises(ValueError, match="linear layer"):
         kron(model, x, params=["*norm*"])
     with pytest.raises(TypeError, match="observe"), KroneckerFisher(model).observe():

@@ -2,7 +2,7 @@
 machine code.
 
 tests/gpu/simt/kl_main.cpp holds every kernel, dtype and op against a float64 textbook and the same
-bits from one block a row, several, and clusters, and counts what is read and summed; seven faults
+bits from one block a row, several, and clusters, and counts what is read and summed; nine faults
 injected into copies show that each of these checks can fail.
 """
 
@@ -31,18 +31,28 @@ from tests.tools.cuda_tools import (
     steps,
 )
 
-SUMS, ROW = "cuda/kl_sums.cuh", "cuda/kl_row.cuh"
+SUMS, ROW, ENTRIES = "cuda/kl_sums.cuh", "cuda/kl_row.cuh", "cuda/kl_entries.cuh"
 TEAM, TOTAL = "  kl_team_sync<kCluster>();\n", "  if (warp == 0) kl_join_spans"
 FAULTS = {
     "reads past the end": Fault(
-        ASAN, SUMS, "count == kSpan && row.wide()", "row.wide()", "heap-buffer-overflow"
+        ASAN,
+        "cuda/kl_span.cuh",
+        "    if (count == kSpan) {",
+        "    if (true) {",
+        "heap-buffer-overflow",
     ),
     "ignores alignment": Fault(
         ASAN,
-        "cuda/kl_elements.cuh",
-        "bool wide() const { return aligned; }",
-        "bool wide() const { return true; }",
+        ENTRIES,
+        "aligned(kl_aligned(base)) {}",
+        "aligned(true) {}",
         "misaligned address",
+    ),
+    "one type for both rows": Fault(
+        (), ENTRIES, "has_ref ? a.y_type : a.x_type", "a.x_type", "own types, op 0"
+    ),
+    "neighbours of another round": Fault(
+        (), ENTRIES, "next = to[j + 1 < n ? j + 1 : j];", "next = to[j];", "FAILED", quick=False
     ),
     "no barrier": Fault(TSAN, ROW, TEAM + TOTAL, TOTAL, "data race"),
     "no cluster barrier": Fault(
@@ -66,7 +76,7 @@ KINDS, TWO_SWEEPS = 4, 2
 
 
 simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
-    "kl", FAULTS, lambda build: 426 if build == "thread" else 2672
+    "kl", FAULTS, lambda build: 433 if build == "thread" else 3060
 )
 
 

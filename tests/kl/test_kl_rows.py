@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import fasttax
-from fasttax.kl.call import tempering
+from fasttax._base import library
+from fasttax.kl.call import check_logits, tempering
 from tests.tools.kl_cases import DTYPES, INF, KINDS, NAN, check, device_of, functions, oracle, run
 
 # -inf, NaN, masks
@@ -240,6 +241,57 @@ def test_mixed_dtypes() -> None:
     assert (x.grad.dtype, y.grad.dtype) == (torch.bfloat16, torch.float32)
     assert fasttax.token_kl(x, y.double()).dtype == torch.float64
     assert fasttax.token_kl(x, y.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float16")], ids=str)
+def test_own_dtypes(monkeypatch: pytest.MonkeyPatch, dtypes: tuple[str, str]) -> None:
+    """Where a device's kernels read each row in its own dtype, none is widened into a copy."""
+    x, y = (torch.randn(3, 65).to(getattr(torch, dtype)) for dtype in dtypes)
+    monkeypatch.setattr(library, "own_dtypes", {"cpu"})
+    kept = check_logits("token_kl", x, y, one_dtype=False)
+    assert kept[0] is x
+    assert kept[1] is y
+    for one in (
+        check_logits("token_kl", x, y, one_dtype=True),
+        check_logits("token_kl", x, y.double(), one_dtype=False),
+        check_logits("token_kl", x.half(), y.bfloat16(), one_dtype=False),
+    ):
+        assert one[0].dtype == one[1].dtype
+    monkeypatch.setattr(library, "own_dtypes", {"cuda"})
+    assert {t.dtype for t in check_logits("token_kl", x, y, one_dtype=False)} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float16")], ids=str)
+def test_ops_of_own_dtypes(dtypes: tuple[str, str]) -> None:
+    """Reference and shape functions: values are of widened rows, gradients in their dtypes."""
+    ops = torch.ops.fasttax
+    x, y = (torch.randn(3, 65).to(getattr(torch, dtype)) for dtype in dtypes)
+    t = tempering("token_kl")
+    kl_inputs = (None, *t.args())
+    stats_inputs = (None, None, *t.sides())
+    calls = [
+        ("token_kl", "", (), kl_inputs, ()),
+        ("token_kl_grad", "", (torch.rand(3),), kl_inputs, (True, True)),
+        ("token_stats", "", (), stats_inputs, ()),
+        ("token_kl", "_backward", (torch.rand(3),), kl_inputs, (True, True)),
+        ("token_stats", "_backward", (torch.rand(6, 3),), stats_inputs, (True, True)),
+    ]
+    for name, suffix, first, inputs, last in calls:
+        n = 1 if name == "token_kl" else 2  # mask; ids and mask
+        saved: tuple[torch.Tensor, ...] = ()
+        if suffix:
+            saved = (getattr(ops, f"_reference_{name}")(x, y, *inputs)[1],)
+        others = (*inputs[:n], *saved, *inputs[n:], *last)
+        own = getattr(ops, f"_reference_{name}{suffix}")(*first, x, y, *others)
+        one = getattr(ops, f"_reference_{name}{suffix}")(*first, x.float(), y.float(), *others)
+        meta = getattr(ops, f"{name}{suffix}")(
+            *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in (*first, x, y, *others))
+        )
+        for a, b, shape in zip(own, one, meta, strict=True):
+            assert torch.equal(a, b.to(a.dtype)), name
+            assert (a.dtype, a.shape) == (shape.dtype, shape.shape), name
+        if last:
+            assert [t.dtype for t in own[-2:]] == [x.dtype, y.dtype]
 
 
 # invariance

@@ -70,8 +70,9 @@ def _over_ranks(tokens: int) -> dict[str, Callable[[], Tensor]]:
         for reduction in ("none", "sum", "mean"):
             options: dict[str, Any] = {"kind": kind, "reduction": reduction, "tp_group": group}
             ops[f"token_kl {kind} {reduction}"] = partial(fasttax.token_kl, x, y, **options)
+            linear: Callable[..., Tensor] = fasttax.linear_token_kl
             ops[f"linear {kind} {reduction}"] = partial(
-                fasttax.linear_token_kl, h, w, h.detach() + 0.1, w, **options
+                linear, h, w, h.detach() + 0.1, w, **options
             )
     return ops
 

@@ -4,6 +4,7 @@
 // wrong value.
 #include <string>
 
+#include "kl_own_types.h"
 #include "kl_run.h"
 
 namespace {
@@ -205,43 +206,47 @@ bool check_kinds() {
   constexpr int64_t n = 4, v = 8 * kSpan;
   bool ok = true;
   for (const Kind& kind : kDataKinds)
-    for (const double offset : {0.0, 1000.0}) {
-      if (offset > 0 && sizeof(T) == 2) continue;  // no digits left there
-      std::mt19937 random(7);
-      std::normal_distribution<double> draw;
-      Matrix<T> x(n, v, v, 0), y(n, v, v, 0);
-      for (int64_t r = 0; r < n; ++r)
-        for (int64_t i = 0; i < v; ++i) {
-          const bool high = kind.confident && (i == 100 * r || i == 5000 + r);
-          const double a = high ? (i < 5000 ? 20 : 14) : kind.size * draw(random);
-          y.set(r, i, offset + a), x.set(r, i, offset + a + kind.apart * draw(random));
-        }
-      std::vector<int64_t> ids(size_t(n), 3);
-      Run<T, op> run(x, y, {}, nullptr, kl_is_kind(op) ? nullptr : ids.data(), nullptr);
-      simt::Machine& m = simt::machine();
-      m.streamed = m.opaque = 0;
-      run.forward(1);
-      const size_t read = size_t(2 * n * v) * sizeof(T) * (kl_op_two_sweeps(op) ? 2 : 1),
-                   once = size_t(n * v) / KlVector<T>::kEntries * 4;
-      if (m.streamed != read || m.opaque != once) {
-        printf("%s, op %d: %zu bytes read of %zu, %zu vectors summed of %zu\n", kind.name, int(op),
-               m.streamed, read, m.opaque / 4, once / 4);
-        ok = false;
-      }
-      const float g[kTokenStats] = {};
-      for (int64_t r = 0; r < n; ++r) {
-        const Textbook<double> truth(op, x.row(r), y.row(r), {}, g, 3);
-        for (int s : {0, int(kEntropy), int(kKlPolicyRef), int(kKlRefPolicy)}) {
-          if (kl_is_kind(op) ? s > 0 : s == 0) continue;
-          const double want = truth.values[s], got = double(run.values[size_t(s * n + r)]);
-          const double error = kind.apart == 0 && s != kEntropy ? got : std::fabs(got / want - 1);
-          if (error <= 2e-6) continue;
-          printf("%s, op %d, value %d: relative error %.3e of %.3e\n", kind.name, int(op), s, error,
-                 want);
+    for (const double cap : {0.0, 30.0})
+      for (const double offset : {0.0, 1000.0}) {
+        if (offset > 0 && (sizeof(T) == 2 || cap > 0)) continue;  // no digits left there
+        std::mt19937 random(7);
+        std::normal_distribution<double> draw;
+        Matrix<T> x(n, v, v, 0), y(n, v, v, 0);
+        for (int64_t r = 0; r < n; ++r)
+          for (int64_t i = 0; i < v; ++i) {
+            const bool high = kind.confident && (i == 100 * r || i == 5000 + r);
+            const double a = high ? (i < 5000 ? 20 : 14) : kind.size * draw(random);
+            y.set(r, i, offset + a), x.set(r, i, offset + a + kind.apart * draw(random));
+          }
+        std::vector<int64_t> ids(size_t(n), 3);
+        Options options;
+        options.cap = options.ref_cap = cap;
+        Run<T, op> run(x, y, options, nullptr, kl_is_kind(op) ? nullptr : ids.data(), nullptr);
+        simt::Machine& m = simt::machine();
+        m.streamed = m.opaque = 0;
+        run.forward(1);
+        const size_t read = size_t(2 * n * v) * sizeof(T) * (kl_op_two_sweeps(op) ? 2 : 1),
+                     once = size_t(n * v) / KlVector<T>::kEntries * 4;
+        if (m.streamed != read || m.opaque != once) {
+          printf("%s, op %d: %zu bytes read of %zu, %zu vectors summed of %zu\n", kind.name,
+                 int(op), m.streamed, read, m.opaque / 4, once / 4);
           ok = false;
         }
+        const float g[kTokenStats] = {};
+        for (int64_t r = 0; r < n; ++r) {
+          const Textbook<double> truth(op, x.row(r), y.row(r), options, g, 3);
+          for (int s : {0, int(kEntropy), int(kKlPolicyRef), int(kKlRefPolicy)}) {
+            if (kl_is_kind(op) ? s > 0 : s == 0) continue;
+            const double want = truth.values[s], got = double(run.values[size_t(s * n + r)]);
+            const double error = kind.apart == 0 && s != kEntropy ? got : std::fabs(got / want - 1);
+            // capped logits are rounded as logits of the cap's size are
+            if (error <= (cap > 0 ? 5e-6 : 2e-6)) continue;
+            printf("%s, op %d, cap %g, value %d: relative error %.3e of %.3e\n", kind.name, int(op),
+                   cap, s, error, want);
+            ok = false;
+          }
+        }
       }
-    }
   return ok;
 }
 
@@ -292,6 +297,7 @@ int main(int arguments, char**) {
                           4,
                           true});
   ok &= check_ops<__nv_bfloat16>({"off alignment", 2051, normal(2, 0.1), {}, 3, 1, 1});
+  ok &= check_own_types<__nv_bfloat16, float, kl_op(KlKind::kPolicyRef)>(2051, 1, 0);
   if (quick) {
     printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
     return ok ? 0 : 1;
@@ -415,6 +421,8 @@ int main(int arguments, char**) {
         check_kinds<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>() &
         check_kinds<__nv_bfloat16, KlOp::kStats>() & check_entropy<float>() &
         check_entropy<__nv_bfloat16>();
+  ok &= check_own_types<__nv_bfloat16, float>() & check_own_types<float, __half>() &
+        check_own_types<__half, __nv_bfloat16>() & check_float_off_alignment();
   printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
   return ok ? 0 : 1;
 }

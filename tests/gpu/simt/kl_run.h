@@ -46,18 +46,28 @@ struct Matrix {
   }
 };
 
-template <class T, KlOp op>
+template <class T>
+constexpr FloatType type_of() {
+  if (sizeof(T) == 4) return FloatType::kFloat;
+  return std::is_same<T, __half>::value ? FloatType::kFloat16 : FloatType::kBFloat16;
+}
+
+// Tx, Ty: of the rows; T: of the kernels.
+template <class Tx, KlOp op, class Ty = Tx>
 struct Run {
+  using T = std::conditional_t<std::is_same<Tx, Ty>::value, Tx, float>;
   static constexpr bool kStatsOp = !kl_is_kind(op);
   static constexpr int kValues = kStatsOp ? int(kTokenStats) : 1,
                        kSaved = int((kStatsOp ? sizeof(StatsRow) : sizeof(KlRow)) / sizeof(float));
-  const Matrix<T>&x, &y;
-  Matrix<T> dx, dy;
+  const Matrix<Tx>& x;
+  const Matrix<Ty>& y;
+  Matrix<Tx> dx;
+  Matrix<Ty> dy;
   std::vector<float> values, saved, parts;
   std::vector<uint32_t> tickets;
   KlArgs a{};
 
-  Run(const Matrix<T>& policy, const Matrix<T>& ref, const Options& options, const bool* mask,
+  Run(const Matrix<Tx>& policy, const Matrix<Ty>& ref, const Options& options, const bool* mask,
       const int64_t* ids, const float* upstream, int shift = 0)
       : x(policy),
         y(ref),
@@ -69,7 +79,9 @@ struct Run {
     a.mask = mask, a.ids = ids, a.upstream = upstream, a.values = values.data(),
     a.saved = saved.data();
     a.jsd = JsdCurves(options.beta);
+    a.cap = CapCurves(options.scale, options.cap);
     a.k = options.params(op), a.n = x.n, a.v = x.v, a.splits = 1, a.cluster = 1;
+    a.x_type = type_of<Tx>(), a.y_type = type_of<Ty>();
   }
   void forward(int splits) {
     a.splits = splits;
@@ -101,8 +113,8 @@ struct Run {
                      [&] { kl_two_sweeps_kernel<T, op>(a); });
       } else {
         const int each = (kl_spans(a.v) + cluster - 1) / cluster;
-        const size_t bytes =
-            kl_shared_bytes(op, each) + 16 + size_t(each * kl_span(a.v)) * 2 * sizeof(T);
+        const size_t bytes = kl_shared_bytes(op, each) + 16 +
+                             size_t(each * kl_span(a.v)) * (sizeof(Tx) + sizeof(Ty));
         simt::launch(
             dim3(unsigned(a.n * cluster)), dim3(kKlThreads), bytes,
             [&] { kl_resident_kernel<T, op>(a); }, cluster);
