@@ -49,7 +49,7 @@ def test_what_is_predicted_says_so() -> None:
         ("spilled", "8"),
         ("stack", "16"),
         ("registers", "64 / 129 / 64 / 64"),
-        ("KB under way", "39"),
+        ("KB under way", "31"),
     ],
 )
 def test_what_is_over_budget_is_seen(column: str, cell: str) -> None:
