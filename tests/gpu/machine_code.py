@@ -172,6 +172,9 @@ PREDICTED = {
 }
 
 
+KL_OP = re.compile("KlOpE0E(?!Lb1)")  # policy_ref's, with the policy's gradient alone
+
+
 def predicted(card: Card, what: str, families: Mapping[str, Mapping[str, list[sass.Code]]]) -> str:
     """TB/s, and what bounds it: memory, bytes under way, or instructions."""
     case, op, size, name = PREDICTED[what]
@@ -183,7 +186,8 @@ def predicted(card: Card, what: str, families: Mapping[str, Mapping[str, list[sa
     if nvidia:
         of_arch = families[name]
         arch = card.arch if card.arch in of_arch else max(of_arch, key=int)
-        least = min(code.in_flight(arch) for code in of_arch[arch])
+        those = [c for c in of_arch[arch] if KL_OP.search(c.name) or "KlOp" not in c.name]
+        least = min(code.in_flight(arch) for code in those)
         bounds["latency"] = least * card.multiprocessors / card.latency / 1e6
     bound = min(bounds, key=lambda key: bounds[key])
     return f"{bounds[bound]:.2f} ({bound})"
@@ -197,8 +201,8 @@ Written by `make machine-code`; no GPU was asked. Of each kernel's variants the 
 {archs} where there are several numbers: registers of a thread,
 accesses of spilled registers, bytes of stack and of static shared memory, the share of a
 multiprocessor's threads that are there by registers, threads and static shared memory, the widest
-access and how much of all bytes in the code goes by 16 at once, and the KB that a multiprocessor has
-under way before it uses the first: on the way through the code that has most, of aligned rows.
+access and how much of all bytes in the code goes by 16 at once, and the KB that a multiprocessor
+has under way before it uses the first: on the way through the code that has most, of aligned rows.
 tests/gpu/ptx/budgets.py has the budgets, tests/gpu/test_machine_code.py holds them.
 """
 PREDICTION = f"""
