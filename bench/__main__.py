@@ -24,6 +24,7 @@ from bench import (
     bench_kl,
     bench_linear_kl,
     bench_trainers,
+    marked,
     timing,
 )
 
@@ -39,7 +40,6 @@ FAMILIES: dict[str, Callable[[], Iterator[timing.Case]]] = {
     "trainers": bench_trainers.cases,
     GPU: bench_gpu.cases,
 }
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def results_of(family: str) -> Path:
@@ -117,10 +117,7 @@ def table() -> str:
 
 def renew_readme() -> None:
     """Puts `table` between README's marks."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    head, tail = text.index(BEGIN) + len(BEGIN), text.index(END)
-    readme.write_text(f"{text[:head]}\n{table()}\n{text[tail:]}")
+    marked.renew(ROOT / "README.md", "bench", table())
 
 
 def main() -> int:

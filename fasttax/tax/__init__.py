@@ -10,6 +10,8 @@ from fasttax.tax.measure import kl_both_ways as kl_both_ways
 from fasttax.tax.measure import kl_quadratic as kl_quadratic
 from fasttax.tax.measure import kl_to_base as kl_to_base
 from fasttax.tax.measurements import Stage as Stage
+from fasttax.tax.published import Published as Published
+from fasttax.tax.published import published as published
 from fasttax.tax.quadratic import QuadraticLaw as QuadraticLaw
 from fasttax.tax.quadratic import fit_quadratic as fit_quadratic
 from fasttax.tax.report import TaxReport as TaxReport
@@ -18,6 +20,7 @@ __all__ = [
     "BothWays",
     "Checkpoint",
     "PowerLaw",
+    "Published",
     "QuadraticLaw",
     "ShiftedLaw",
     "Stage",
@@ -28,4 +31,5 @@ __all__ = [
     "kl_both_ways",
     "kl_quadratic",
     "kl_to_base",
+    "published",
 ]
