@@ -140,7 +140,7 @@ def test_refusals(project: Any, words: str, tmp_path: Path) -> None:
 
 def test_replay_beside_it_and_a_second_one_are_refused(tmp_path: Path) -> None:
     trainer = plain(tmp_path)
-    with pytest.raises(ValueError, match="none beside replay.*leave out one of the two"):
+    with pytest.raises(ValueError, match=r"none beside replay.*leave out one of the two"):
         attach(trainer, project={"general": texts()}, replay=texts())
     with (
         attach(trainer, project={"general": texts()}),
