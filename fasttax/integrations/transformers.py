@@ -28,6 +28,7 @@ try:
 
     from fasttax.integrations._full_kl import FullKL
     from fasttax.integrations._project import Asked, add_project
+    from fasttax.integrations._quadratic_log import Watched, add_quadratic_log
     from fasttax.integrations._replay import Options, add_replay
     from fasttax.integrations._trainer import (
         add_callback,
@@ -164,6 +165,7 @@ def attach(
     kl: Mapping[str, Any] | None = None,
     replay: Any = None,
     project: Mapping[str, Any] | None = None,
+    log_quadratic: Mapping[str, Any] | None = None,
     where: str = "pre_clip",
 ) -> Handle:
     """Puts EWC, an exact KL, replay, a projection, or several into a trainer that exists already.
@@ -193,22 +195,26 @@ def attach(
             float32. It holds that many float32 copies of the trained parameters. What the optimizer
             makes of the gradient (moments, scaling, weight decay) is not projected. Logs
             `project/removed`, the share of the gradient's norm that is taken out.
+        log_quadratic: {"ref_model": base, "batches": general_text}: each training log gets
+            `kl/to_base`, KL(model || base) on those batches, and `kl/quadratic`, 1/2 d^T F d of the
+            base's whole Fisher beside it (`fasttax.tax.kl_quadratic`), at the cost of three
+            forwards and a forward-mode pass over them.
         where: as in `EWCCallback`.
 
     Returns:
         A handle whose `undo()` takes them out; also a context manager.
 
     Raises:
-        ValueError, TypeError: none of the four; DeepSpeed; a loader or reference that does not
+        ValueError, TypeError: none of them; DeepSpeed; a loader or reference that does not
             fit; replay and projection at once; or as `EWCCallback` and `FullKL`.
     """
     op = "attach"
     check_trainer(op, trainer, "a transformers.Trainer")
-    if ewc is None and kl is None and replay is None and project is None:
+    if all(given is None for given in (ewc, kl, replay, project, log_quadratic)):
         raise checks.fail(
             op,
             "ewc and kl",
-            "at least one of the two, or replay, or project",
+            "at least one of the two, or replay, project or log_quadratic",
             "None and None",
             "pass ewc=fasttax.EWC(...), kl={'ref_model': ..., 'beta': ...}, "
             "replay={'loader': ...} or project={'general': ...}",
@@ -225,6 +231,7 @@ def attach(
     arguments = {} if kl is None else _kl_arguments(op, kl)
     options = None if replay is None else Options.of(op, replay, arguments.get("ref_model"))
     asked = None if project is None else Asked.of(op, project)
+    watched = None if log_quadratic is None else Watched.of(op, log_quadratic)
     handle = Handle()
     try:
         if asked is not None:
@@ -233,6 +240,8 @@ def attach(
             handle.on_undo(FullKL(trainer, **arguments).undo)
         if options is not None:
             add_replay(handle, trainer, options)
+        if watched is not None:
+            add_quadratic_log(handle, trainer, watched)
     except BaseException:
         handle.undo()
         raise
