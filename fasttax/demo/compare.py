@@ -7,6 +7,7 @@ end of every grid: strength 0, alpha 1, the whole learning rate, the last step.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,14 +121,14 @@ class Comparison:
         return max(map(min, of_seed)), min(map(max, of_seed))
 
     def step_time(self, method: str) -> float | None:
-        """Seconds of a training step over the plain run's, least over the grid; None for none."""
+        """Seconds of training over those of the seed's plain run, the median; None for none."""
         ratios = [
             row["train_seconds"] / self._plain[seed]["train_seconds"]
             for seed, rows in self.rows[method].items()
             for row in rows
             if row["train_seconds"]
         ]
-        return min(ratios) if ratios else None
+        return statistics.median(ratios) if ratios else None
 
     def as_json(self) -> dict[str, Any]:
         """For results.json: method -> share -> tax with error and interval."""

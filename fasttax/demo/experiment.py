@@ -82,6 +82,7 @@ class Experiment:
         """Adds the verdicts on what is there, and saves; `status` is "complete" or why not."""
         self.results["status"] = status
         self.results["seconds"] = time.perf_counter() - self.begin
+        self.results["processor_seconds"] = time.process_time()
         self.results["comparison"] = Comparison(self.results["points"]).as_json()
         self.results["verdicts"] = verdicts.sentences(self.results)
         self.save()

@@ -30,7 +30,7 @@ the NLL of held-out answers. A method's tax at a share is read off its own front
 through its grid to the plain run, linear between neighbours; every point is measured on the same
 held-out items, so that all frontiers are a little lucky. Passages of one topic are not fully
 independent, so errors over items are rather too small than too large. A step's time is that of
-training, over the plain run's; stopped and merged models train nothing.
+training (on a CPU processor time) over the plain run's; stopped and merged models train nothing.
 Last word: each word of three letters or more in the last two thirds of a passage, taken as the last
 word of the passage up to it; it counts when greedy decoding gets all of its tokens right.
 Preference: the good answer has the higher mean token log-probability. KL is KL(model || base).
@@ -71,7 +71,8 @@ def markdown(results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     return (
         f"{rows}\n\n{_caption(results)} {machine['cpu']}, {machine['threads']} threads, torch "
-        f"{versions['torch']}, {results['started'][:10]}, {results['seconds']:.0f} s.\n"
+        f"{versions['torch']}, {results['started'][:10]}, {results['seconds']:.0f} s "
+        f"({results['processor_seconds']:.0f} s of processor time).\n"
     )
 
 
