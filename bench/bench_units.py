@@ -16,8 +16,6 @@ from torch import Tensor
 import fasttax
 from fasttax.demo import models, settings, texts
 
-UNITS = ("example", "batch", "token")
-
 
 @dataclass(frozen=True)
 class Error:
@@ -33,35 +31,36 @@ class Error:
 
 
 class Texts:
-    """The model and its passages in batches.
+    """The model and its passages.
 
     Args:
         examples: passages.
-        batch: passages in a batch.
     """
 
-    def __init__(self, examples: int, batch: int) -> None:
+    def __init__(self, examples: int) -> None:
         asked = settings.parse(["--tiny"])
         general = texts.general_text()["fisher"]
         loaded = models.load(asked, torch.device("cpu"), general)
         items = texts.passages(general, loaded.codec, asked.length, examples, asked.seed)
         self.model = loaded.model
-        self.batches = []
-        for at in range(0, examples, batch):
-            found = texts.collate(items[at : at + batch], loaded.codec.pad_id, torch.device("cpu"))
-            self.batches.append({k: found[k] for k in ("input_ids", "attention_mask")})
+        found = texts.collate(items, loaded.codec.pad_id, torch.device("cpu"))
+        self.inputs = {k: found[k] for k in ("input_ids", "attention_mask")}
+        # the mean over tokens, of which an example has so many, is a sum over an example's
+        self.tokens = asked.length - 1
 
-    def fisher(self, unit: str, labels: str, seed: int) -> Tensor:
-        """An estimate, flat, in float64."""
+    def fisher(self, unit: str, labels: str, seed: int, batch: int = 8) -> Tensor:
+        """An estimate of an example's Fisher, flat, in float64."""
+        parts = {k: v.split(batch) for k, v in self.inputs.items()}
         estimate = fasttax.estimate_fisher(
             self.model,
-            self.batches,
+            [dict(zip(parts, rows, strict=True)) for rows in zip(*parts.values(), strict=True)],
             unit=unit,
             labels=labels,
             progress=False,
             generator=torch.Generator().manual_seed(seed),
         )
-        return torch.cat([value.double().flatten() for value in estimate.values()])
+        flat = torch.cat([value.double().flatten() for value in estimate.values()])
+        return flat * self.tokens if unit == "token" else flat
 
 
 def error(draws: Sequence[Tensor], truth: Tensor, truth_noise: float) -> Error:
@@ -78,25 +77,29 @@ def error(draws: Sequence[Tensor], truth: Tensor, truth_noise: float) -> Error:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table of README's sentence."""
     parser = argparse.ArgumentParser(prog="python -m bench.bench_units", description=__doc__)
-    parser.add_argument("--draws", type=int, default=24)
+    parser.add_argument("--draws", type=int, default=12)
     parser.add_argument("--examples", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4, 8])
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    data = Texts(args.examples, args.batch)
+    data = Texts(args.examples)
     # the truth has draws of its own
     own = torch.stack([data.fisher("example", "sample", 1000 + k) for k in range(args.draws)])
     truth = own.mean(0)
     noise = float((own - truth).square().sum(1).sum()) / (args.draws - 1) / args.draws
     print("| unit | labels | bias | spread | trace |")
     print("|---|---|---:|---:|---:|")
-    for unit in UNITS:
-        draws = [data.fisher(unit, "sample", k) for k in range(args.draws)]
+    cases = [("example", 8), *(("batch", size) for size in args.batches), ("token", 8)]
+    for unit, size in cases:
+        draws = [data.fisher(unit, "sample", k, size) for k in range(args.draws)]
         e = error(draws, truth, noise)
-        print(f"| {unit} | sample | {e.bias:.3f} | {e.spread:.3f} | {e.trace:.3f} |", flush=True)
+        name = f"batch of {size}" if unit == "batch" else unit
+        print(f"| {name} | sampled | {e.bias:.2f} | {e.spread:.2f} | {e.trace:.2f} |", flush=True)
     true = data.fisher("example", "true", 0)
     e = error([data.fisher("token", "true", 0)], true, 0.0)
-    print(f"| token | true, against examples' | {e.bias:.3f} | 0 | {e.trace:.3f} |")
+    print(f"| token, of true labels' examples | true | {e.bias:.2f} | | {e.trace:.2f} |")
+    e = error([true], truth, noise)
+    print(f"| example, of sampled labels' | true | {e.bias:.2f} | | {e.trace:.2f} |")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fasttax.demo import environment, folders, models, verdicts
 from fasttax.demo.compare import Comparison
 from fasttax.demo.measure import Bench, Vectors, difference, summary
 from fasttax.demo.methods import MERGE, STOP, Recipe, title, trained
-from fasttax.demo.settings import Settings
+from fasttax.demo.settings import DemoError, Settings
 from fasttax.demo.texts import Item, collate, general_text, pairs, passages, read_alignment
 from fasttax.demo.timing import measure_step
 from fasttax.demo.training import Batch, Diverged, reset, train, training_batches
@@ -164,7 +164,10 @@ class Experiment:
         kind = fasttax.FisherEstimate if name == "ewc" else fasttax.KroneckerEstimate
         fisher: fasttax.FisherEstimate | fasttax.KroneckerEstimate
         if path is not None and reused:
-            fisher = kind.load(path)
+            try:
+                fisher = kind.load(path)
+            except (OSError, ValueError) as error:
+                raise DemoError(f"{error}; delete that file, or add --no-cache") from None
             self._say(f"reused from {path}")
         else:
             batches = (

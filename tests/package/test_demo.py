@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,27 @@ def test_user_errors(
     assert demo.main([*options, *output]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "fisher"])
+def test_a_damaged_cache_is_named(
+    file: str,
+    finished: tuple[str, Path],
+    cache: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = tmp_path / "cache"
+    shutil.copytree(Path(cache["XDG_CACHE_HOME"]), kept)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))
+    pattern = "tiny-*/model.safetensors" if file.startswith("model") else "fisher-diagonal-*"
+    (path,) = (kept / "fasttax").glob(pattern)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert demo.main(["--tiny", "--output", str(tmp_path / "out"), "--methods", "kl"]) == 2
+    said = capsys.readouterr().err
+    assert str(path if file == "fisher" else path.parent) in said
+    assert "add --no-cache" in said
 
 
 def test_missing_extra(
