@@ -27,8 +27,8 @@ QUICK   = $(addprefix tests/, \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-gpu test-trl mutants quick t bench bench-gpu lint format hooks wheels house doctor \
-  clean
+.PHONY: help demo demo-tiny demo-full test test-gpu test-trl mutants quick t bench bench-gpu lint format hooks wheels \
+  house doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,11 +60,14 @@ $(ONE_ISA): $(INSTALLED) $(SOURCES) $(BUILT)
 	$(PY) setup.py -q build_ext --inplace --isa native
 	@touch $@
 
-demo: $(LIBRARY) ## align SmolLM2-135M four ways and write the report (about 8 minutes on 2 cores)
+demo: $(LIBRARY) ## align SmolLM2-135M by every method, one seed, and write the report (12 minutes on 2 cores)
 	$(PY) -m fasttax demo
 
-demo-tiny: $(LIBRARY) ## the same on a small model trained from scratch (about 90 seconds, no download)
+demo-tiny: $(LIBRARY) ## the same on a small model trained from scratch, 3 seeds (4 minutes, no download)
 	$(PY) -m fasttax demo --tiny
+
+demo-full: $(LIBRARY) ## make demo with 3 training seeds (half an hour)
+	$(PY) -m fasttax demo --seeds 3
 
 test: $(LIBRARY) ## the test suite, two files at a time
 	$(PY) -m pytest -n 2 --dist loadfile

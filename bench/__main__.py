@@ -31,6 +31,7 @@ from bench import (
     gpu_clock,
     gpu_run,
     gpu_table,
+    marked,
     timing,
 )
 
@@ -45,7 +46,6 @@ FAMILIES: dict[str, Callable[[], Iterator[timing.Case]]] = {
     "fisher": bench_fisher.cases,
     "trainers": bench_trainers.cases,
 }
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def results_of(family: str) -> Path:
@@ -144,10 +144,9 @@ def measure_gpu(dry: bool, budget: float, folder: Path) -> Path:
 def renew_readme() -> None:
     """Puts both tables between README's marks."""
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    head, tail = text.index(BEGIN) + len(BEGIN), text.index(END)
-    text = f"{text[:head]}\n{table()}\n{text[tail:]}"
-    readme.write_text(gpu_table.renewed(text, RESULTS))
+    marked.renew(readme, "bench", table())
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(gpu_table.renewed(text, RESULTS), encoding="utf-8")
 
 
 def main() -> int:

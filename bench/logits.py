@@ -114,8 +114,8 @@ def _real() -> dict[str, Tensor]:
 
 def _made() -> dict[str, Tensor]:
     """Half of the rows are general text, half answers that the training teaches, all held out."""
-    import fasttax
     from fasttax.demo import models, texts, training
+    from fasttax.demo.methods import Recipe
     from fasttax.demo.settings import REAL as PRESET
     from fasttax.demo.settings import SMOLLM2, Settings
 
@@ -130,18 +130,19 @@ def _made() -> dict[str, Tensor]:
     read = texts.passages(general["test"], codec, settings.length, 8, settings.seed)
     batches = [texts.collate(items, codec.pad_id, device) for items in (read, answers["test"][:16])]
     out = {BASE: _logits(reference, batches)}
-    ewc = fasttax.EWC(
-        loaded.model,
-        {n: torch.zeros_like(p) for n, p in loaded.model.named_parameters()},
-        strength=0.0,
-    )
     taught = training.training_batches(
         answers["train"], settings.steps, settings.batch_size, settings.seed, codec, device
     )
     for steps in STEPS:
-        recipe = training.Recipe("plain")
         training.train(
-            loaded.model, reference, ewc, taught[:steps], recipe, settings.lr, f"{steps} steps"
+            loaded.model,
+            reference,
+            {},
+            taught[:steps],
+            [],
+            Recipe(),
+            settings.lr,
+            f"{steps} steps",
         )
         out[_name(steps)] = _logits(loaded.model.eval(), batches)
     return out

@@ -18,7 +18,7 @@ from fasttax._base import page as pages
 from fasttax.cli import _language_model, _texts
 from fasttax.cli._texts import Row
 from fasttax.integrations._models import frozen
-from fasttax.tax.measure import token_kls
+from fasttax.integrations.to_base import token_kls
 from fasttax.tax.words import Table, aligned
 
 OP = "fasttax kl measure"

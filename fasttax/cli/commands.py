@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "merge": Command(
         "average models weight by weight: linear between a base and its aligned model, or by their "
-        "Fishers"
+        "Fishers; mergekit's configurations"
     ),
     "tax": Command(
         "report what each checkpoint gained and lost against its base: table, laws of forgetting, "

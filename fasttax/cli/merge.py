@@ -1,4 +1,7 @@
-"""`fasttax merge linear BASE ALIGNED` and `fasttax merge fisher MODEL...`: one model of several."""
+"""`fasttax merge linear BASE ALIGNED` and `fasttax merge fisher MODEL...`: one model of several.
+
+`fasttax merge config` writes what mergekit reads, `fasttax merge run` makes what such a file asks.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from fasttax import merge
 from fasttax.cli.commands import COMMANDS
+from fasttax.merge.mergekit import METHODS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,7 +26,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _merged(args: argparse.Namespace) -> Path:
-    """Where the average lies."""
+    """Where the average, or the configuration, lies."""
+    if args.way == "run":
+        asked = merge.read_mergekit(args.config)
+        return merge.linear(asked.base, asked.aligned, asked.alpha, output=args.output)
+    if args.way == "config":
+        return merge.write_mergekit(
+            args.output,
+            args.base,
+            args.aligned,
+            _alpha(args.alpha),
+            method=args.method,
+            density=args.density,
+        )
     if args.way == "linear":
         return merge.linear(args.base, args.aligned, _alpha(args.alpha), output=args.output)
     return merge.fisher_average(
@@ -57,21 +73,30 @@ def _alpha(words: Sequence[str]) -> float | dict[str, float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command's arguments; `way` is "linear" or "fisher"."""
+    """Of the command's arguments; `way` is the first of them."""
     parser = argparse.ArgumentParser(prog="fasttax merge", description=COMMANDS["merge"].summary)
     ways = parser.add_subparsers(dest="way", required=True)
     linear = ways.add_parser("linear", help="(1 - alpha) BASE + alpha ALIGNED")
-    linear.add_argument(
-        "base", help="a folder of safetensors as transformers saves it, or one file"
+    config = ways.add_parser("config", help="a configuration for mergekit-yaml: linear, TIES, DARE")
+    for way in (linear, config):
+        way.add_argument(
+            "base", help="a folder of safetensors as transformers saves it, or one file"
+        )
+        way.add_argument("aligned", help="the same of the aligned model")
+        way.add_argument(
+            "--alpha",
+            action="append",
+            required=True,
+            metavar="NUMBER or PATTERN=NUMBER",
+            help="0 is BASE, 1 is ALIGNED; with patterns the first that a name fits decides",
+        )
+    config.add_argument("--method", choices=METHODS, default="ties", help="default: ties")
+    config.add_argument(
+        "--density", type=float, help="share of the task vector that is kept (default 0.5)"
     )
-    linear.add_argument("aligned", help="the same of the aligned model")
-    linear.add_argument(
-        "--alpha",
-        action="append",
-        required=True,
-        metavar="NUMBER or PATTERN=NUMBER",
-        help="0 is BASE, 1 is ALIGNED; with patterns the first that a name fits decides",
-    )
+    config.add_argument("--output", required=True, metavar="FILE", help="the YAML to write")
+    run = ways.add_parser("run", help="the merge that a mergekit configuration asks for: linear")
+    run.add_argument("config", metavar="FILE", help="mergekit's YAML")
     fisher = ways.add_parser("fisher", help="sum of w F MODEL over sum of w F")
     fisher.add_argument("models", nargs="+", metavar="MODEL")
     fisher.add_argument(
@@ -96,6 +121,6 @@ def parser() -> argparse.ArgumentParser:
     fisher.add_argument(
         "--normalize", choices=("l2",), help="divide each Fisher by its norm over all parameters"
     )
-    for way in (linear, fisher):
+    for way in (linear, fisher, run):
         way.add_argument("--output", required=True, help="a new folder, or a new .safetensors file")
     return parser

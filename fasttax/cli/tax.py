@@ -1,4 +1,7 @@
-"""`fasttax tax REPORT.json`, `fasttax tax BASE CHECKPOINT...`: what checkpoints gained and lost."""
+"""`fasttax tax REPORT.json`, `fasttax tax BASE CHECKPOINT...`: what checkpoints gained and lost.
+
+`fasttax tax --published NAME` reads a published table in their place.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from pathlib import Path
 
 from fasttax._base import placed
 from fasttax.cli.commands import COMMANDS
-from fasttax.tax import TaxReport
+from fasttax.tax import TaxReport, published
+from fasttax.tax.published import NAMES
 
 OP = "fasttax tax"
 
@@ -20,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     for path in outputs:
         placed.in_a_folder(OP, path)
     report = _report(args)
-    print(report)
+    print(report if args.published is None else published(args.published))
     for path, write in (
         (args.html, report.html),
         (args.png, report.plot),
@@ -32,7 +36,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _report(args: argparse.Namespace) -> TaxReport:
-    """Of one file of TaxReport's, or of several of lm-evaluation-harness's."""
+    """Of one file of TaxReport's, of several of lm-evaluation-harness's, or a published one."""
+    if bool(args.files) == (args.published is not None):
+        raise ValueError(
+            f"{OP}: expected REPORT, or --published with one of {', '.join(NAMES)}; not both"
+        )
+    if args.published is not None:
+        return published(args.published).report
     if len(args.files) == 1 and not Path(args.files[0]).is_dir():
         return TaxReport.load(args.files[0])
     metrics = dict(pair.split("=", 1) for pair in args.metric if "=" in pair)
@@ -48,13 +58,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["tax"].summary)
     parser.add_argument(
         "files",
-        nargs="+",
+        nargs="*",
         metavar="REPORT",
         help=(
             "one JSON: base and checkpoints with capability and alignment, and kl, distance, run, "
             "stage, step, se, seed, n, task_kl where measured; or results of lm-evaluation-harness "
             "(files or folders), the base's first"
         ),
+    )
+    parser.add_argument(
+        "--published",
+        metavar="NAME",
+        choices=NAMES,
+        help=f"a published table in place of a file: {', '.join(NAMES)}",
     )
     parser.add_argument(
         "--alignment",

@@ -1,4 +1,4 @@
-"""`fasttax demo`: align a small real model four ways, and report what each way costs."""
+"""`fasttax demo`: align a small real model by every method, and report what each costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from collections.abc import Sequence
 
 from fasttax.demo.settings import SMOLLM2, DemoError, Settings, parse
 
-NEEDS = {"transformers": "demo", "gguf": "demo", "rich": "demo", "matplotlib": "report"}
+NEEDS = {
+    "transformers": "demo",
+    "gguf": "demo",
+    "rich": "demo",
+    "matplotlib": "report",
+    "scipy": "report",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +57,8 @@ def _run(settings: Settings) -> int:
         "a tiny byte-level model, trained from scratch first" if settings.tiny else settings.model
     )
     print(
-        f"fasttax demo: {what}, aligned plain, with KL, with EWC and with both; results go to "
-        f"{settings.output}",
+        f"fasttax demo: {what}, aligned plainly and by {len(settings.grids)} methods, "
+        f"{settings.seeds} training seeds; results go to {settings.output}",
         flush=True,
     )
     import torch

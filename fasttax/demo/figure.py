@@ -1,129 +1,91 @@
-"""The Pareto figure: alignment to the right, capability upwards, the base model as a mark."""
+"""The figure: every method's frontier of tax against gain, and the taxes at one share of it."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-STYLE = {
-    "base": ("#4d4d4d", "*"),
-    "plain": ("#d1495b", "o"),
-    "kl": ("#2e6f9e", "s"),
-    "ewc": ("#3c8d5a", "^"),
-    "both": ("#7b4fa3", "D"),
-}
-Point = tuple[float, float, float | None, float | None]
+from fasttax.demo.compare import Comparison, Estimate
+from fasttax.demo.methods import METHODS, PLAIN, TARGET, title
+
+COLORS = (
+    "#8d99ae",
+    "#4d4d4d",
+    "#c98a1b",
+    "#3c8d5a",
+    "#1b5e3a",
+    "#2e6f9e",
+    "#17becf",
+    "#d1495b",
+    "#e377c2",
+    "#7b4fa3",
+)
+STEPS = 40  # places at which a frontier is drawn
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Writes a PNG of the runs that were measured."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = (
-        {"base": results["base"], **results["runs"]} if "base" in results else dict(results["runs"])
+    comparison = Comparison(results["points"])
+    # no pyplot: the caller's figures and backend stay as they are
+    figure = Figure(figsize=(11, 4.8), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#eeeeee", zorder=0)
+    colors = dict(zip(METHODS, COLORS, strict=True))
+    for method in comparison.rows:
+        _frontier(left, comparison, method, colors[method])
+    for row in results["points"]:
+        if row["method"] == PLAIN and row["share"] is not None:
+            left.plot(row["share"], row["tax"], "*", color="#222222", markersize=11, zorder=4)
+    left.plot(0, 0, "o", color="#222222", zorder=4)
+    left.set(
+        xlabel="share of plain fine-tuning's gain on held-out answers (right is better)",
+        ylabel="tax: nats a token lost on general text (reversed)",
     )
-    with plt.rc_context(
-        {
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": "#888888",
-        }
-    ):
-        figure, (left, right) = plt.subplots(
-            1, 2, figsize=(11, 4.8), dpi=140, width_ratios=(1.5, 1), layout="constrained"
-        )
-        points = {name: _point(row, "answer_nll", "perplexity") for name, row in rows.items()}
-        _panel(left, points, rows)
-        left.set(
-            xlabel="held-out answer NLL, nats a token (reversed: right is better)",
-            ylabel="held-out general perplexity (reversed: up is better)",
-        )
-        left.invert_xaxis()
-        left.invert_yaxis()
-        _frontier(left, points)
-        left.set_title("Capability against alignment", loc="left", fontweight="bold")
-        words = {name: _point(row, "preference", "last_word", 100) for name, row in rows.items()}
-        _panel(right, words, rows)
-        right.set(
-            xlabel="preference accuracy, % (right is better)",
-            ylabel="last-word accuracy, % (up is better)",
-        )
-        right.set_title("The same in accuracies", loc="left", fontweight="bold")
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        title = (
-            f"{results['model']['name']}: {results['settings']['steps']} steps each, bars are one "
-            "standard error of the paired change from the base"
-        )
-        figure.suptitle(title, fontsize=10, color="#555555")
-        figure.savefig(path, format="png")
-        plt.close(figure)
-
-
-def _point(row: dict[str, Any], x: str, y: str, scale: float = 1.0) -> Point:
-    return (
-        scale * row["metrics"][x]["mean"],
-        scale * row["metrics"][y]["mean"],
-        _bar(row, x, scale),
-        _bar(row, y, scale),
+    left.invert_yaxis()
+    left.set_title("Frontiers: ● the base, ★ plain fine-tuning", loc="left", fontsize=10)
+    found = {m: at for m in comparison.rows if (at := comparison.at(m, TARGET)) is not None}
+    _bars(right, found, colors)
+    figure.suptitle(
+        f"{results['model']['name']}: bands and bars are 95 % intervals over {comparison.over}",
+        fontsize=10,
+        color="#555555",
     )
+    figure.savefig(path, format="png")
 
 
-def _bar(row: dict[str, Any], metric: str, scale: float) -> float | None:
-    """Error of the paired change from the base model.
-
-    What separates runs, where items differ far more than runs do.
-    """
-    if "against_base" not in row:
-        return None
-    if metric == "perplexity":
-        return float(row["metrics"][metric]["mean"] * row["against_base"]["general_nll"]["se"])
-    return float(scale * row["against_base"][metric]["se"])
-
-
-def _panel(axes: Axes, points: dict[str, Point], rows: dict[str, Any]) -> None:
-    for name, (x, y, dx, dy) in points.items():
-        color, marker = STYLE[name]
-        axes.errorbar(
-            x,
-            y,
-            xerr=dx,
-            yerr=dy,
-            color=color,
-            marker=marker,
-            markersize=14 if name == "base" else 9,
-            markeredgecolor="white",
-            elinewidth=1,
-            capsize=2,
-            alpha=0.95,
-            linestyle="none",
-            label=rows[name]["label"],
-            zorder=3,
-        )
-    if "base" in points:
-        x, y = points["base"][:2]
-        axes.axhline(y, color="#bbbbbb", linewidth=0.8, linestyle=":", zorder=1)
-        axes.axvline(x, color="#bbbbbb", linewidth=0.8, linestyle=":", zorder=1)
-    axes.grid(color="#eeeeee", zorder=0)
-    axes.margins(0.12)
+def _frontier(axes: Axes, comparison: Comparison, method: str, color: str) -> None:
+    """The points, and the mean over seeds with its interval."""
+    rows = [row for of_seed in comparison.rows[method].values() for row in of_seed]
+    axes.plot([r["share"] for r in rows], [r["tax"] for r in rows], ".", color=color, zorder=3)
+    found = [(x, comparison.at(method, float(x))) for x in np.linspace(0.05, 1, STEPS)]
+    known = [(x, at) for x, at in found if at is not None]
+    if not known:
+        return
+    x = [x for x, _ in known]
+    axes.plot(x, [at.mean for _, at in known], color=color, linewidth=1.3, zorder=3)
+    if all(math.isfinite(at.high) for _, at in known):
+        low, high = [at.low for _, at in known], [at.high for _, at in known]
+        axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0, zorder=1)
 
 
-def _frontier(axes: Axes, points: dict[str, Point]) -> None:
-    """A line through the points that no other one beats in both; lower is better on either axis."""
-    xy = sorted(p[:2] for p in points.values())
-    best = [p for p in xy if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in xy)]
-    if len(best) > 1:
-        axes.plot(
-            [p[0] for p in best],
-            [p[1] for p in best],
-            color="#999999",
-            linewidth=1,
-            linestyle="--",
-            zorder=2,
-            label="not beaten in both",
-        )
+def _bars(axes: Axes, found: dict[str, Estimate], colors: dict[str, str]) -> None:
+    """The taxes at TARGET, the lowest on top."""
+    order = sorted(found, key=lambda method: -found[method].mean)
+    for y, method in enumerate(order):
+        at = found[method]
+        axes.barh(y, at.mean, color=colors[method], height=0.6, zorder=2)
+        if math.isfinite(at.high):
+            reach = at.high - at.mean
+            axes.errorbar(at.mean, y, xerr=reach, color="#222222", capsize=2, linewidth=1, zorder=3)
+    axes.set_yticks(range(len(order)), [title(method) for method in order], fontsize=8)
+    axes.set_xlabel("tax, nats a token (left is better)")
+    axes.set_title(f"At {TARGET:.0%} of plain fine-tuning's gain", loc="left", fontsize=10)

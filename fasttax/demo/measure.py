@@ -98,48 +98,39 @@ Vectors = dict[str, Tensor]
 
 
 class Bench:
-    """Held-out items of one split: the good and bad answers, and general passages."""
+    """Held-out items: the good and bad answers, and general passages."""
 
-    def __init__(
-        self, pairs: Sequence[Pair], passages: Sequence[Item], codec: Codec, *, full: bool
-    ) -> None:
-        self.codec, self.full = codec, full
+    def __init__(self, pairs: Sequence[Pair], passages: Sequence[Item], codec: Codec) -> None:
+        self.codec = codec
         self.passages = passages
-        self.general = ItemSet(passages, keep_base=full)
-        self.good = ItemSet([p.good for p in pairs], keep_base=full)
-        self.bad = ItemSet([p.bad for p in pairs], keep_base=False) if full else None
+        self.general = ItemSet(passages, keep_base=True)
+        self.good = ItemSet([p.good for p in pairs], keep_base=True)
+        self.bad = ItemSet([p.bad for p in pairs], keep_base=False)
 
-    def measure(self, model: PreTrainedModel, name: str) -> Vectors:
-        """Metric -> a value for each item.
-
-        The validation bench (full=False) has answer_nll and general_nll only.
-        """
-        total = (
-            len(self.general.items)
-            + len(self.good.items)
-            + (len(self.bad.items) if self.bad else 0)
-        )
-        with progress_bar(
-            total=total,
-            desc=f"measuring {name} on {'test' if self.full else 'validation'} items",
-            unit="item",
-        ) as bar:
+    def measure(self, model: PreTrainedModel, name: str, *, preference: bool) -> Vectors:
+        """Metric -> a value for each item; `preference` reads the bad answers, too."""
+        total = len(self.general.items) + (1 + preference) * len(self.good.items)
+        with progress_bar(total=total, desc=f"measuring {name}", unit="item") as bar:
             good = self.good.score(model, self.codec, bar)
             general = self.general.score(model, self.codec, bar)
-            found = {"answer_nll": _means(good.nll), "general_nll": _means(general.nll)}
-            if self.bad is not None:
+            # token t of a passage is scored at t - 1, since a passage's first token is not
+            # predicted
+            right = [
+                [bool(hit[a - 1 : b - 1].all()) for a, b in p.words]
+                for p, hit in zip(self.passages, general.hit, strict=True)
+            ]
+            found = {
+                "answer_nll": _means(good.nll),
+                "general_nll": _means(general.nll),
+                "last_word": torch.tensor(
+                    [sum(r) / len(r) for r in right if r], dtype=torch.float64
+                ),
+                "kl_general": _means(general.kl),
+                "kl_answers": _means(good.kl),
+            }
+            if preference:
                 bad = self.bad.score(model, self.codec, bar)
                 found["preference"] = (_means(good.nll) < _means(bad.nll)).double()
-                # token t of a passage is scored at t - 1, since a passage's first token is not
-                # predicted
-                right = [
-                    [bool(hit[a - 1 : b - 1].all()) for a, b in p.words]
-                    for p, hit in zip(self.passages, general.hit, strict=True)
-                ]
-                found["last_word"] = torch.tensor(
-                    [sum(r) / len(r) for r in right if r], dtype=torch.float64
-                )
-                found |= {"kl_general": _means(general.kl), "kl_answers": _means(good.kl)}
         return found
 
 
@@ -170,6 +161,8 @@ def difference(ours: Vectors, theirs: Vectors) -> dict[str, dict[str, float | st
     """
     result: dict[str, dict[str, float | str]] = {}
     for name, (_, direction) in METRICS.items():
+        if name not in ours or name not in theirs:
+            continue
         paired = mean_and_error(ours[name] - theirs[name])
         result[name] = {**paired, "verdict": _verdict(paired, direction)}
     return result

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -80,7 +81,7 @@ def _pretrained(source: str | Path, name: str, origin: str) -> Loaded:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DemoError(
             f"cannot load the model {str(source)!r}: expected a Hub id that can be reached from "
@@ -182,7 +183,7 @@ def _tiny(settings: Settings, device: torch.device, general: dict[str, str]) -> 
                 name,
                 f"{origin}; kept in {folder}",
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise DemoError(
                 f"cannot read {folder} ({error}); delete that folder, or add --no-cache"
             ) from None

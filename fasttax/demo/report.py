@@ -1,4 +1,4 @@
-"""The demo's output: a table on the terminal, the figure, and one self-contained HTML page."""
+"""The demo's report: a table on the terminal and in a file, pareto.png, and one HTML page."""
 
 from __future__ import annotations
 
@@ -11,110 +11,105 @@ from rich.table import Table
 from fasttax._base import files
 from fasttax._base import page as html
 from fasttax._base.page import escape, table
-from fasttax.demo import figure, verdicts
+from fasttax.demo import figure
+from fasttax.demo.compare import Comparison, tax_report
+from fasttax.demo.methods import SHARES, title
 
 COLUMNS = (  # metric, heading, factor, digits
     ("answer_nll", "answer NLL ↓", 1.0, 3),
-    ("preference", "preference % ↑", 100.0, 0),
     ("perplexity", "perplexity ↓", 1.0, 2),
     ("last_word", "last word % ↑", 100.0, 1),
     ("kl_general", "KL general", 1.0, 4),
     ("kl_answers", "KL answers", 1.0, 3),
     ("fisher_distance", "Fisher distance", 1.0, 4),
 )
-PARTS = {"plain": (), "kl": ("kl",), "ewc": ("ewc",), "both": ("kl", "ewc")}
+HEADINGS = ("method", *(f"share {share:g}" for share in SHARES), "step's time")
 NOTES = """
-± is one standard error over held-out items. Runs are compared in pairs over the same items, and
-called better or worse only beyond two standard errors of the paired difference. Passages of one
-topic are not fully independent, so errors on general text are rather too small than too large.
+Tax: NLL on held-out general text beyond the base's, nats a token. Share: of the plain run's gain in
+the NLL of held-out answers. A method's tax at a share is read off its own frontier, from the base
+through its grid to the plain run, linear between neighbours; every point is measured on the same
+held-out items, so that all frontiers are a little lucky. Passages of one topic are not fully
+independent, so errors over items are rather too small than too large. A step's time is that of
+training (on a CPU processor time) over the plain run's; stopped and merged models train nothing.
 Last word: each word of three letters or more in the last two thirds of a passage, taken as the last
 word of the passage up to it; it counts when greedy decoding gets all of its tokens right.
 Preference: the good answer has the higher mean token log-probability. KL is KL(model || base).
-Fisher distance: sum of Fisher times squared weight change. + %: of a plain step, medians of
-interleaved rounds in this run.
+Fisher distance: sum of the diagonal Fisher times squared weight change.
 """
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}"
+def _comparison(results: dict[str, Any]) -> list[list[str]]:
+    """A row a method: its tax at each share, and its step's time."""
+    comparison = Comparison(results["points"])
+    rows = []
+    for method in comparison.rows:
+        found = [comparison.at(method, share) for share in SHARES]
+        time = comparison.step_time(method)
+        rows.append(
+            [
+                title(method),
+                *("not reached" if at is None else str(at) for at in found),
+                "none" if time is None else f"{time:.1f}x",
+            ]
+        )
+    return rows
 
 
-def _rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Label and, for each column, the number and its error."""
-    found = []
-    measured = {"base": results["base"], **results["runs"]} if "base" in results else {}
-    for name, row in measured.items():
-        cells = []
-        for metric, _, factor, digits in COLUMNS:
-            value = row["metrics"][metric]
-            cells.append(
-                (
-                    _number(factor * value["mean"], digits),
-                    "" if value["se"] is None else f"± {_number(factor * value['se'], digits)}",
-                )
-            )
-        cells += _added(results, name)
-        found.append((str(row["label"]), cells))
-    return found
+def _caption(results: dict[str, Any]) -> str:
+    s, over = results["settings"], Comparison(results["points"]).over
+    return (
+        f"Tax in nats a token at shares of plain fine-tuning's gain, mean ± standard error over "
+        f"{over}. {results['model']['name']}, {s['steps']} steps of {s['batch_size']} answers, "
+        f"replay of {s['replay_batch']} passages a step."
+    )
 
 
-def _added(results: dict[str, Any], name: str) -> list[tuple[str, str]]:
-    """Percent that fasttax, the composition and the reference's forward add to a plain step."""
-    if "timing" not in results or name == "base":
-        return [("", "")] * 3
-    percent = results["timing"]["percent_of_plain_step"]
-    sums = [
-        sum(percent[f"{part} {kind}"] for part in PARTS[name]) for kind in ("fasttax", "composed")
-    ]
-    reference = percent["reference forward"] if "kl" in PARTS[name] else 0.0
-    return [(_number(value, 1), "") for value in (*sums, reference)]
-
-
-HEADINGS = [heading for _, heading, _, _ in COLUMNS] + [
-    "+ % fasttax",
-    "+ % PyTorch",
-    "+ % reference forward",
-]
+def markdown(results: dict[str, Any]) -> str:
+    """The comparison as a table with its caption below."""
+    lines = [HEADINGS, ("---", *("---:" for _ in HEADINGS[1:])), *_comparison(results)]
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    machine, versions = results["machine"], results["versions"]
+    return (
+        f"{rows}\n\n{_caption(results)} {machine['cpu']}, {machine['threads']} threads, torch "
+        f"{versions['torch']}, {results['started'][:10]}, {results['seconds']:.0f} s "
+        f"({results['processor_seconds']:.0f} s of processor time).\n"
+    )
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """A row a run, a column a measure, on the terminal."""
-    rows = _rows(results)
+    """The comparison on the terminal."""
+    rows = _comparison(results)
     if not rows:
-        print("No run was measured yet.")
+        print("No method can be compared yet.")
         return
-    title = (
-        f"{results['model']['name']}: {results['settings']['steps']} steps each; ± one standard "
-        "error; + % of a plain step"
-    )
-    table = Table(title=title, title_justify="left")
-    table.add_column("run", no_wrap=True)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right")
-    for label, cells in rows:
-        table.add_row(
-            label, *(f"{value}\n[dim]{error}[/dim]" if error else value for value, error in cells)
-        )
+    shown = Table(title=_caption(results), title_justify="left")
+    for i, heading in enumerate(HEADINGS):
+        shown.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
     # a table squeezed into the 80 columns of a pipe cannot be read
-    Console(width=max(Console().width, 150)).print(table)
+    Console(width=max(Console().width, 100)).print(shown)
 
 
 def write(results: dict[str, Any], folder: Path) -> Path:
-    """Writes pareto.png (where there is a run to show) and report.html; returns the page's path."""
+    """Writes what there is to show, and report.html; returns the page's path."""
     picture = folder / "pareto.png"
-    has_picture = "base" in results
-    if has_picture:
+    compared = bool(Comparison(results["points"]).rows)
+    if compared:
+        text = markdown(results)
         files.whole("demo", picture, lambda path: figure.draw(results, path))
+        files.whole("demo", folder / "table.md", lambda path: path.write_text(text, "utf-8"))
+        tax_report(results).save(folder / "tax.json")
     page = folder / "report.html"
-    text = _page(results, picture if has_picture else None)
-    files.whole("demo", page, lambda path: path.write_text(text, encoding="utf-8"))
+    body = _page(results, picture if compared else None)
+    files.whole("demo", page, lambda path: path.write_text(body, encoding="utf-8"))
     return page
 
 
 def _page(results: dict[str, Any], picture: Path | None) -> str:
     name = results.get("model", {}).get("name", "model not loaded")
     sub = f"{escape(name)}, {escape(results['started'])}, {results['seconds']:.0f} s in total"
-    parts = [f"<h1>What alignment cost, four ways</h1><p class=sub>{sub}</p>"]
+    parts = [f"<h1>What alignment costs, and what lowers it</h1><p class=sub>{sub}</p>"]
     if results["status"] != "complete":
         parts.append(
             "<p class=partial>Partial: the demo was interrupted. What was finished is shown; the "
@@ -122,24 +117,38 @@ def _page(results: dict[str, Any], picture: Path | None) -> str:
         )
     parts.append("<ul>" + "".join(f"<li>{escape(s)}</li>" for s in results["verdicts"]) + "</ul>")
     if picture is not None:
-        parts.append(
-            html.picture(picture.read_bytes(), "Capability against alignment, a point for each run")
-        )
-    parts.append(
-        "<h2>Measures on held-out items</h2>"
-        + table(
-            ["run", *HEADINGS],
-            [[escape(label), *map(_cell, cells)] for label, cells in _rows(results)],
-        )
-    )
-    parts.append(f"<p class=note>{NOTES}</p>")
-    parts.append(_timing(results) + _strengths(results) + _provenance(results))
+        parts.append(html.picture(picture.read_bytes(), "Tax against the share of plain's gain"))
+        rows = [[escape(cell) for cell in row] for row in _comparison(results)]
+        parts.append("<h2>Tax at equal alignment</h2>" + table(HEADINGS, rows))
+        parts.append(f"<p class=note>{escape(_caption(results))}</p>")
+    parts.append(_points(results) + f"<p class=note>{NOTES}</p>")
+    parts.append(_timing(results) + _provenance(results))
     return html.page("fasttax demo", "".join(parts))
 
 
-def _cell(cell: tuple[str, str]) -> str:
-    value, error = cell
-    return f"{value}<br><small>{error}</small>" if error else value
+def _points(results: dict[str, Any]) -> str:
+    """Every model that was measured."""
+    if "base" not in results:
+        return ""
+    rows = [["base", "", "0", "0", *_measures(results["base"])]]
+    for row in results["points"]:
+        share = "" if row["share"] is None else f"{row['share']:.3f}"
+        method = f"{escape(title(row['method']))}: {escape(row['label'])}"
+        rows.append([method, str(row["seed"]), share, f"{row['tax']:+.4f}", *_measures(row)])
+    headings = ["run", "seed", "share", "tax", *(heading for _, heading, _, _ in COLUMNS)]
+    return "<h2>Every point, on held-out items</h2>" + table(headings, rows)
+
+
+def _measures(row: dict[str, Any]) -> list[str]:
+    """A cell for each of COLUMNS, with its error over items."""
+    cells = []
+    for metric, _, factor, digits in COLUMNS:
+        value = row["metrics"][metric]
+        cell = f"{factor * value['mean']:.{digits}f}"
+        if value["se"] is not None:
+            cell += f"<br><small>± {factor * value['se']:.{digits}f}</small>"
+        cells.append(cell)
+    return cells
 
 
 def _timing(results: dict[str, Any]) -> str:
@@ -165,35 +174,6 @@ def _timing(results: dict[str, Any]) -> str:
     )
 
 
-def _strengths(results: dict[str, Any]) -> str:
-    candidates = results["candidates"]
-    if not candidates:
-        return ""
-    rows = []
-    for c in candidates:
-        v = c["validation"]
-        numbers = [
-            f"{v[m]['mean']:.3f} <small>± {v[m]['se']:.3f}</small>"
-            for m in ("answer_nll", "general_nll")
-        ]
-        rows.append(
-            [
-                f"{c['family'].upper()} {c['strength']:g}",
-                *numbers,
-                escape(c.get("reason", "")) if c["chosen"] else "",
-            ]
-        )
-    for name, v in results["validation"].items():
-        rows.append([name, f"{v['answer_nll']:.3f}", f"{v['general_nll']:.3f}", ""])
-    chosen = {i for i, c in enumerate(candidates) if c["chosen"]}
-    headings = ["candidate", "validation answer NLL", "validation general NLL", "chosen because"]
-    rule = verdicts.rule(results["settings"]["keep_gain"])
-    return (
-        f"<h2>How the strengths were chosen</h2><p>{escape(rule)}</p>"
-        f"{table(headings, rows, chosen)}"
-    )
-
-
 def _origin(fisher: dict[str, Any]) -> str:
     """Where a Fisher came from and where it lies."""
     if fisher["reused"]:
@@ -209,7 +189,7 @@ def _provenance(results: dict[str, Any]) -> str:
     facts = {
         "settings": (
             f"{s['steps']} steps of {s['batch_size']} answers, {optimizer}; at most {s['length']} "
-            f"tokens; seed {s['seed']}"
+            f"tokens; {s['seeds']} training seeds from {s['seed']} on"
         )
     }
     if "model" in results:
@@ -217,26 +197,25 @@ def _provenance(results: dict[str, Any]) -> str:
         facts["model"] = (
             f"{m['origin']}; {m['parameters']:,} parameters; hash {m['hash']}; on {m['device']}"
         )
-        sizes = (
-            f"{a['train']} train, {a['validation']} validation, {a['test']} test; "
-            f"{a['cut_answers']} answers cut"
+        facts["alignment set"] = (
+            f"{a['file']} (sha256 {a['sha256'][:16]}): {a['train']} train, {a['held_out']} held "
+            f"out; {a['cut_answers']} answers cut"
         )
-        facts["alignment set"] = f"{a['file']} (sha256 {a['sha256'][:16]}): {sizes}"
         counts = ", ".join(
-            f"{n} {part} passages from {len(g['topics'][part])} topics"
-            for part, n in g["passages"].items()
+            f"{g[part]['passages']} {words} passages from {len(g[part]['topics'])} topics"
+            for part, words in (("fisher", "Fisher's and replay's"), ("held_out", "held-out"))
         )
         facts["general text"] = f"{g['source']}, split by topic: {counts}"
-    if "fisher" in results:
-        f = results["fisher"]
-        facts["Fisher"] = (
+    for structure, f in results["fishers"].items():
+        facts[f"Fisher, {structure}"] = (
             f"{f['metadata'].get('examples')} examples, labels {f['metadata'].get('labels')}, "
             f"{_origin(f)}"
         )
     facts["machine"] = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
     facts["versions"] = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     facts["files"] = (
-        "results.json (all numbers and curves), pareto.png, report.html, in this folder"
+        "results.json (all numbers and curves), tax.json (for `fasttax tax`), table.md, "
+        "pareto.png, report.html, in this folder"
     )
     return (
         "<h2>Where it comes from</h2><dl>"

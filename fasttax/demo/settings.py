@@ -6,11 +6,14 @@ options, presets for the real and the tiny model, and where things are kept.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fasttax.demo.methods import METHODS, STOP, Grids, Strength, numbers
 
 ALIGNMENT = Path(__file__).with_name("alignment.jsonl")
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -23,21 +26,30 @@ class DemoError(Exception):
     """
 
 
+def _grid(*values: float) -> tuple[Strength, ...]:
+    return tuple((value,) for value in values)
+
+
 @dataclass(frozen=True)
 class Preset:
-    """Settings that depend on the model's size."""
+    """Settings that depend on the model's size.
+
+    Every method's grid reaches from above 0.9 of plain fine-tuning's gain to below 0.6: the plain
+    run is the end of each, as its strength 0.
+    """
 
     steps: int
     batch_size: int
     length: int  # tokens of a general-text passage, and at most of prompt + answer
     fisher_examples: int
     fisher_batch: int
+    replay_batch: int  # passages in a step, of those that the Fisher reads
     lr: float
-    kl_strengths: tuple[float, ...]
-    ewc_strengths: tuple[float, ...]
+    grids: Grids
+    test_answers: int  # held-out prompts with their good and bad answer
     test_passages: int
-    validation_passages: int
     timing_rounds: int
+    seeds: int
 
 
 REAL = Preset(
@@ -46,25 +58,49 @@ REAL = Preset(
     length=96,
     fisher_examples=32,
     fisher_batch=4,
+    replay_batch=2,
     lr=5e-4,
-    kl_strengths=(0.3, 1.0),
-    ewc_strengths=(3.0, 30.0),
-    test_passages=24,
-    validation_passages=10,
-    timing_rounds=3,
+    grids={
+        "lr": _grid(0.5, 0.2),
+        STOP: _grid(3, 6),
+        "merge": _grid(0.3, 0.5, 0.7),
+        "ewc": _grid(3.0, 30.0),
+        "kron": _grid(0.3, 3.0),
+        "kl": _grid(0.5, 2.0),
+        "kl_ewc": ((0.5, 1.0), (1.0, 10.0)),
+        "lm": _grid(1.0, 4.0),
+        "replay_kl": _grid(2.0, 8.0),
+        "kl_lm": ((0.3, 1.0), (1.0, 3.0)),
+    },
+    test_answers=36,
+    test_passages=20,
+    timing_rounds=4,
+    seeds=1,
 )
 TINY = Preset(
-    steps=40,
-    batch_size=8,
+    steps=30,
+    batch_size=6,
     length=128,
     fisher_examples=128,
     fisher_batch=16,
+    replay_batch=8,
     lr=1e-3,
-    kl_strengths=(0.3, 1.0),
-    ewc_strengths=(10.0, 100.0),
-    test_passages=96,
-    validation_passages=48,
-    timing_rounds=9,
+    grids={
+        "lr": _grid(0.6, 0.27, 0.13),
+        STOP: _grid(2, 4, 8, 14, 22),
+        "merge": _grid(0.3, 0.42, 0.6, 0.75),
+        "ewc": _grid(0.8, 3.5, 12.0),
+        "kron": _grid(0.13, 0.4, 1.2),
+        "kl": _grid(0.9, 1.9, 3.9),
+        "kl_ewc": ((0.35, 0.45), (0.8, 1.5), (1.3, 5.0)),
+        "lm": _grid(1.1, 2.8, 6.5),
+        "replay_kl": _grid(1.3, 3.7, 9.0),
+        "kl_lm": ((0.3, 0.8), (0.8, 1.8), (1.8, 3.7)),
+    },
+    test_answers=48,
+    test_passages=64,
+    timing_rounds=15,
+    seeds=3,
 )
 
 
@@ -73,13 +109,13 @@ class Settings(Preset):
     """A preset with what does not depend on the model's size.
 
     `cache` is None where nothing is kept; `threads` is None for PyTorch's choice, and 1 for the
-    tiny model, whose matrices are too small to share.
+    tiny model, whose matrices are too small to share. `seed` is that of the base model, the
+    passages and the Fisher; training takes `seeds` seeds from it on.
     """
 
     model: str = SMOLLM2
     tiny: bool = False
     seed: int = 0
-    keep_gain: float = 0.75
     output: Path = Path("fasttax-demo")
     alignment: Path = ALIGNMENT
     cache: Path | None = None
@@ -102,26 +138,85 @@ def _positive(text: str) -> int:
     return value
 
 
-def _strengths(text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
+def _strengths(text: str) -> tuple[str, tuple[Strength, ...]]:
+    """METHOD=A,B, or METHOD=A+B,C+D of a method of two parts."""
+    method, equals, rest = text.partition("=")
+    if method not in METHODS or not equals:
         raise argparse.ArgumentTypeError(
-            f"expected numbers with commas between them, such as 0.3,1 (got {text!r})"
-        ) from None
-    if not all(0 < v < float("inf") for v in values):
-        raise argparse.ArgumentTypeError(f"expected finite numbers > 0, got {text!r}")
-    return values
+            f"expected METHOD=A,B with a method of {', '.join(METHODS)} (got {text!r})"
+        )
+    parts = numbers(method)
+    try:
+        values = tuple(tuple(float(n) for n in one.split("+")) for one in rest.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(
+        len(one) == parts and all(n > 0 and math.isfinite(n) for n in one) for one in values
+    ):
+        example = ",".join(["0.3" + "+1" * (parts - 1), "1" + "+3" * (parts - 1)])
+        raise argparse.ArgumentTypeError(
+            f"expected finite numbers > 0 with commas between them, as {method}={example} (got "
+            f"{text!r})"
+        )
+    return method, values
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    strange = [name for name in names if name not in METHODS]
+    if strange:
+        raise argparse.ArgumentTypeError(
+            f"expected methods of {', '.join(METHODS)} with commas between them, got {strange[0]!r}"
+        )
+    return names
 
 
 def parse(argv: Sequence[str] | None) -> Settings:
     """The settings that a command line asks for; exits with what is wrong with it."""
+    parser = _parser()
+    args = vars(parser.parse_args(argv))
+    preset = {k: getattr(TINY if args["tiny"] else REAL, k) for k in Preset.__dataclass_fields__}
+    preset |= {k: args[k] for k in preset if args.get(k) is not None}
+    chosen = args["methods"] or tuple(METHODS)
+    preset["grids"] = {
+        name: dict(args["strengths"]).get(name, grid)
+        for name, grid in preset["grids"].items()
+        if name in chosen
+    }
+    steps = preset["steps"]
+    if STOP in preset["grids"]:
+        stops = {(min(round(at), steps - 1),) for (at,) in preset["grids"][STOP]}
+        preset["grids"][STOP] = tuple(sorted(at for at in stops if at[0] > 0))
+    if args["tiny"] and args["model"] != SMOLLM2:
+        parser.error("--tiny trains its own model; leave out --model, or leave out --tiny")
+    if preset["length"] < 32:
+        parser.error("--length: expected at least 32 tokens")
+    if not 0 < preset["lr"] < 1:
+        parser.error("--lr: expected a number between 0 and 1")
+    alphas = [alpha for (alpha,) in preset["grids"].get("merge", ())]
+    if any(alpha >= 1 for alpha in alphas):
+        parser.error("--strengths merge: expected alphas between 0 and 1, which is the plain run")
+    if preset["replay_batch"] > preset["fisher_examples"]:
+        parser.error("--replay-batch: expected at most --fisher-examples, whose passages it reads")
+    rest = {name: args[name] for name in ("tiny", "seed", "output", "alignment")}
+    threads = args["threads"] or (1 if args["tiny"] else None)
+    return Settings(
+        **preset,
+        **rest,
+        model="tiny" if args["tiny"] else args["model"],
+        cache=None if args["no_cache"] else cache_folder(),
+        threads=threads,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fasttax demo",
         description=(
-            "Aligns a language model four ways (plain, with KL, with EWC, with both) and measures "
-            "what each costs in capability. Writes results.json, pareto.png and report.html; the "
-            "last line printed is the report's path."
+            "Aligns a language model plainly and by every method of fasttax, and compares what "
+            "each costs in capability at equal alignment. Writes results.json, tax.json (for "
+            "`fasttax tax`), table.md, pareto.png and report.html; the last line printed is the "
+            "report's path."
         ),
     )
     parser.add_argument(
@@ -135,7 +230,7 @@ def parse(argv: Sequence[str] | None) -> Settings:
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="train a small byte-level model from scratch instead: no download, under 90 seconds",
+        help="train a small byte-level model from scratch instead: no download, under 4 minutes",
     )
     parser.add_argument(
         "--output",
@@ -152,15 +247,22 @@ def parse(argv: Sequence[str] | None) -> Settings:
         help="prompts and answers instead of the ones that come with fasttax",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of batches, passages and label sampling (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="of the base model, passages and label sampling, and the first of training (0)",
     )
-    numbers = {
+    counts = {
+        "seeds": "training seeds",
         "steps": "optimizer steps of each run",
         "batch-size": "answers in a step",
+        "replay-batch": "passages of general text in a step of replay",
         "length": "tokens of a passage; longer answers are cut",
         "fisher-examples": "passages for the Fisher",
+        "test-answers": "held-out prompts that alignment is measured on",
+        "test-passages": "held-out passages that capability is measured on",
     }
-    for name, meaning in numbers.items():
+    for name, meaning in counts.items():
         field = name.replace("-", "_")
         parser.add_argument(
             f"--{name}",
@@ -173,13 +275,15 @@ def parse(argv: Sequence[str] | None) -> Settings:
         help=f"AdamW's peak learning rate (default: {REAL.lr:g}; tiny: {TINY.lr:g})",
     )
     parser.add_argument(
-        "--kl-strengths",
-        type=_strengths,
-        metavar="A,B",
-        help="candidates for the weight of the KL term",
+        "--methods", type=_methods, metavar="A,B", help=f"some of {', '.join(METHODS)} (all)"
     )
     parser.add_argument(
-        "--ewc-strengths", type=_strengths, metavar="A,B", help="candidates for the strength of EWC"
+        "--strengths",
+        type=_strengths,
+        action="append",
+        default=[],
+        metavar="METHOD=A,B",
+        help="another grid for a method, once for each; of two parts: kl_lm=0.3+1,1+3",
     )
     parser.add_argument(
         "--threads", type=_positive, help="CPU threads (default: PyTorch's choice; tiny: 1)"
@@ -189,21 +293,4 @@ def parse(argv: Sequence[str] | None) -> Settings:
         action="store_true",
         help="neither read nor keep a Fisher or a tiny model (the downloaded model is kept)",
     )
-    args = vars(parser.parse_args(argv))
-    preset = asdict(TINY if args["tiny"] else REAL)
-    preset |= {k: args[k] for k in preset if args.get(k) is not None}
-    if args["tiny"] and args["model"] != SMOLLM2:
-        parser.error("--tiny trains its own model; leave out --model, or leave out --tiny")
-    if preset["length"] < 32:
-        parser.error("--length: expected at least 32 tokens")
-    if not 0 < preset["lr"] < 1:
-        parser.error("--lr: expected a number between 0 and 1")
-    rest = {name: args[name] for name in ("tiny", "seed", "output", "alignment")}
-    threads = args["threads"] or (1 if args["tiny"] else None)
-    return Settings(
-        **preset,
-        **rest,
-        model="tiny" if args["tiny"] else args["model"],
-        cache=None if args["no_cache"] else cache_folder(),
-        threads=threads,
-    )
+    return parser

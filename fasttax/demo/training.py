@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,28 +17,14 @@ from transformers import PreTrainedModel
 
 import fasttax
 from fasttax.demo.codecs import Codec
+from fasttax.demo.methods import Recipe
 from fasttax.demo.progress import bar as progress_bar
 from fasttax.demo.settings import DemoError
 from fasttax.demo.texts import Item, collate
 
 Batch = dict[str, Tensor]
 WARMUP = 0.1  # share of the steps
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Weight of KL(policy || base) over the batch's tokens, and strength of EWC; 0 is without."""
-
-    name: str
-    kl: float = 0.0
-    ewc: float = 0.0
-
-    @property
-    def label(self) -> str:
-        """What holds the model, and how strongly; "plain" for nothing."""
-        strengths = {"KL": self.kl, "EWC": self.ewc}
-        held = [f"{name} {value:g}" for name, value in strengths.items() if value]
-        return " + ".join(held) or "plain"
+PENALTIES = ("ewc", "kron")
 
 
 def training_batches(
@@ -74,7 +59,7 @@ def forward(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the answers' tokens."""
+    """Mean cross-entropy of the scored tokens: an answer's, or a passage's all but the first."""
     scored = batch["scored"][:, 1:]
     return F.cross_entropy(logits[:, :-1][scored], batch["input_ids"][:, 1:][scored])
 
@@ -92,70 +77,120 @@ def reset(model: PreTrainedModel, reference: PreTrainedModel) -> None:
             p.grad = None
 
 
+class Diverged(DemoError):
+    """The loss of a run is not finite any more."""
+
+
 def train(
     model: PreTrainedModel,
     reference: PreTrainedModel,
-    ewc: fasttax.EWC,
-    batches: Sequence[Batch],
+    ewcs: Mapping[str, fasttax.EWC],
+    answers: Sequence[Batch],
+    general: Sequence[Batch],
     recipe: Recipe,
     lr: float,
     title: str,
+    at: Mapping[int, Callable[[], None]] | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` from the base weights.
 
+    Args:
+        model: becomes the reference's descendant.
+        reference: the base.
+        ewcs: over the model, for the recipe's `ewc` and `kron`.
+        answers: a batch a step.
+        general: as many, of general text, for the recipes that replay it.
+        recipe: what holds the model.
+        lr: the peak learning rate, before the recipe's factor.
+        title: of the progress bar.
+        at: what is called after so many steps, in evaluation mode, outside of the seconds.
+
     Returns:
-        The curve: a row of loss, kl, penalty, lr and seconds for each step.
+        The curve: a row of loss, kl, penalty, replay, lr and seconds for each step; on a CPU
+        these are processor time, which other programs slow down less.
 
     Raises:
-        DemoError: the loss is not finite any more.
+        Diverged: the loss is not finite any more.
     """
     reset(model, reference)
     model.train()
-    ewc.strength = recipe.ewc
-    optimizer = new_optimizer(model, lr)
-    warmup = max(1, round(WARMUP * len(batches)))
+    held = [ewcs[name] for name in PENALTIES if getattr(recipe, name)]
+    for name in PENALTIES:
+        if getattr(recipe, name):
+            ewcs[name].strength = getattr(recipe, name)
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+    peak = lr * recipe.lr
+    optimizer = new_optimizer(model, peak)
+    warmup = max(1, round(WARMUP * len(answers)))
     curve = []
-    with progress_bar(batches, desc=title, unit="step") as bar:
+    with progress_bar(answers, desc=title, unit="step") as bar:
         for step, batch in enumerate(bar):
-            begin = time.perf_counter()
+            begin = clock()
             # linear up, then linear down; never 0, so that no step is without effect
-            now = lr * min((step + 1) / warmup, (len(batches) - step) / (len(batches) - warmup + 1))
+            rate = min((step + 1) / warmup, (len(answers) - step) / (len(answers) - warmup + 1))
             for group in optimizer.param_groups:
-                group["lr"] = now
+                group["lr"] = peak * rate
             optimizer.zero_grad(set_to_none=True)
-            logits = forward(model, batch)
-            loss = answer_loss(logits, batch)
-            kl = penalty = torch.zeros(())
-            total = loss
-            if recipe.kl:
-                with torch.no_grad():
-                    ref_logits = forward(reference, batch)
-                kl = fasttax.token_kl(
-                    logits, ref_logits, mask=batch["attention_mask"] != 0, reduction="mean"
-                )
-                total = loss + recipe.kl * kl
-            total.backward()
-            if recipe.ewc:
-                penalty = ewc.add_grad_()
+            loss, kl = _answers_gradient(model, reference, batch, recipe)
+            replay = torch.zeros(())
+            if recipe.replays:
+                replay = _replay_gradient(model, reference, general[step], recipe)
+            penalty = sum(float(ewc.add_grad_()) for ewc in held)
             optimizer.step()
-            if not math.isfinite(float(loss.detach())):
-                raise DemoError(
-                    f"training diverged at step {step + 1} of {recipe.label} (loss "
-                    f"{float(loss.detach())}); try a lower --lr than {lr:g}"
-                )
             row = {
-                "step": step,
-                "loss": float(loss.detach()),
-                "kl": float(kl.detach()),
-                "penalty": float(penalty),
-                "lr": now,
+                "loss": float(loss),
+                "kl": float(kl),
+                "replay": float(replay),
+                "penalty": penalty,
+                "lr": peak * rate,
+                "seconds": clock() - begin,
             }
-            curve.append({**row, "seconds": time.perf_counter() - begin})
-            shown = [f"loss {row['loss']:.3f}"]
-            if recipe.kl:
-                shown.append(f"KL {row['kl']:.4f}")
-            if recipe.ewc:
-                shown.append(f"EWC {row['penalty']:.4f}")
-            bar.set_postfix_str(", ".join(shown), refresh=False)
+            if not all(map(math.isfinite, row.values())):
+                raise Diverged(
+                    f"training diverged at step {step + 1} of {recipe.label} (loss "
+                    f"{row['loss']}); try a lower --lr than {lr:g}"
+                )
+            curve.append(row)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
+            if at is not None and step + 1 in at:
+                model.eval()
+                at[step + 1]()
+                model.train()
     model.eval()
     return curve
+
+
+def _answers_gradient(
+    model: PreTrainedModel, reference: PreTrainedModel, batch: Batch, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """(the answers' loss, KL(policy || base) over the batch's tokens), their gradient added."""
+    logits = forward(model, batch)
+    loss = answer_loss(logits, batch)
+    kl = torch.zeros(())
+    total = loss
+    if recipe.kl:
+        with torch.no_grad():
+            ref_logits = forward(reference, batch)
+        mask = batch["attention_mask"] != 0
+        kl = fasttax.token_kl(logits, ref_logits, mask=mask, reduction="mean")
+        total = loss + recipe.kl * kl
+    total.backward()
+    return loss.detach(), kl.detach()
+
+
+def _replay_gradient(
+    model: PreTrainedModel, reference: PreTrainedModel, batch: Batch, recipe: Recipe
+) -> Tensor:
+    """The replayed text's loss with the recipe's weights, its gradient added."""
+    logits = forward(model, batch)
+    total = torch.zeros((), device=logits.device)
+    if recipe.lm:
+        total = total + recipe.lm * answer_loss(logits, batch)
+    if recipe.replay_kl:
+        with torch.no_grad():
+            ref_logits = forward(reference, batch)
+        scored = batch["scored"].roll(-1, 1)  # a passage's last token predicts nothing
+        kl = fasttax.token_kl(logits, ref_logits, mask=scored, reduction="mean")
+        total = total + recipe.replay_kl * kl
+    total.backward()
+    return total.detach()

@@ -1,163 +1,167 @@
-"""Words from numbers: which strength is chosen, and what the report may say.
+"""Words from numbers: what the report may say.
 
-Nothing here knows the outcome beforehand.
-
-A difference counts when the paired mean over the same held-out items is more than two standard
-errors from zero.
+Nothing here knows the outcome beforehand. A difference counts where its 95 % interval, in pairs
+over seeds or over the same held-out items, leaves out zero; a claim that does not hold is printed
+as one that fails.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
-NAMES = {"plain": "Plain fine-tuning", "kl": "KL", "ewc": "EWC", "both": "KL and EWC together"}
+from fasttax.demo.compare import Comparison, Estimate
+from fasttax.demo.methods import MERGE, METHODS, PLAIN, SHARES, STOP, TARGET, title
 
-
-def rule(keep: float) -> str:
-    """How a strength is chosen, for the report; `keep` is a share of plain fine-tuning's gain."""
-    return (
-        "Every candidate strength is trained with the full budget. On the validation split, among "
-        f"the candidates that keep at least {keep:.0%} of plain "
-        "fine-tuning's gain in answer NLL, the one with the lowest perplexity on general text is "
-        "chosen; if none keeps that much, the one with the lowest "
-        "answer NLL. The combined run takes both chosen strengths. Test items are measured for the "
-        "chosen runs only."
-    )
-
-
-def choose(
-    candidates: Sequence[dict[str, Any]],
-    base: dict[str, float],
-    plain: dict[str, float],
-    keep: float,
-) -> tuple[int, str]:
-    """Index of the candidate that the rule picks, and why."""
-
-    def mean(c: dict[str, Any], metric: str) -> float:
-        return float(c["validation"][metric]["mean"])
-
-    needed = base["answer_nll"] - keep * (base["answer_nll"] - plain["answer_nll"])
-    good = [i for i, c in enumerate(candidates) if mean(c, "answer_nll") <= needed]
-    if good:
-        best = min(good, key=lambda i: mean(candidates[i], "general_nll"))
-        return best, f"lowest general NLL of the {len(good)} with answer NLL up to {needed:.3f}"
-    best = min(range(len(candidates)), key=lambda i: mean(candidates[i], "answer_nll"))
-    return best, f"none reached answer NLL {needed:.3f}; this one comes nearest"
+KRONECKER = 0.65  # of the diagonal's tax: what Kronecker factors are to bring
+LOWEST = 0.03  # nats a token: what the best method may cost on the tiny model
+HOLDS, FAILS, OPEN = "HOLDS", "FAILS", "NOT DECIDED"
 
 
 def sentences(results: dict[str, Any]) -> list[str]:
     """The verdicts for what is there; a partial result gives fewer of them."""
-    runs = results["runs"]
-    said = []
-    if "plain" in runs:
-        said.append(_plain(results["base"], runs["plain"]))
+    plain = [row for row in results["points"] if row["method"] == PLAIN]
+    if not plain:
+        return []
+    comparison = Comparison(results["points"])
+    said = [_plain(results["base"]["metrics"], plain)]
+    if comparison.seeds:
+        said += [*_best(comparison), *_against_merging(comparison)]
+        said += [*_claims(comparison, results["settings"]["tiny"]), *_unreached(comparison)]
     said += [
-        _against_plain(name, results["base"], runs["plain"], runs[name])
-        for name in ("kl", "ewc", "both")
-        if name in runs and "plain" in runs
+        f"{FAILS}: {title(f['method'])}, seed {f['seed']}: {f['reason']}"
+        for f in results["failures"]
     ]
     if "timing" in results:
-        said.append(_timing(results["timing"]))
+        said += _timing(results["timing"])
     return said
 
 
-def _change(d: dict[str, Any], digits: int = 3) -> str:
-    return f"{d['mean']:+.{digits}f} ± {d['se']:.{digits}f}"
+def _at(share: float) -> str:
+    return f"at {share:.0%} of plain fine-tuning's gain"
 
 
-def _plain(base: dict[str, Any], plain: dict[str, Any]) -> str:
-    b, p, d = base["metrics"], plain["metrics"], plain["against_base"]
-    aligned = {"better": "improved", "worse": "worsened", "same": "did not measurably change"}[
-        d["answer_nll"]["verdict"]
-    ]
+def _plain(base: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """What plain fine-tuning won and lost; of several seeds the first has the item-wise verdict."""
+    first = rows[0]
+    metrics, change = first["metrics"], first["against_base"]
+    count = "" if len(rows) == 1 else f" (seed {first['seed']})"
     text = (
-        f"Plain fine-tuning {aligned} the held-out answers (NLL {b['answer_nll']['mean']:.3f} to "
-        f"{p['answer_nll']['mean']:.3f}, paired change "
-        f"{_change(d['answer_nll'])}; preference accuracy {b['preference']['mean']:.0%} to "
-        f"{p['preference']['mean']:.0%}). "
+        f"Plain fine-tuning{count} took held-out answers from NLL "
+        f"{base['answer_nll']['mean']:.3f} to {metrics['answer_nll']['mean']:.3f} (preference "
+        f"accuracy {base['preference']['mean']:.0%} to {metrics['preference']['mean']:.0%}) "
     )
-    general = d["general_nll"]
+    if change["answer_nll"]["verdict"] != "better":
+        return f"{FAILS}: {text.rstrip()}: no measurable gain, so that no method can be compared."
+    tax = change["general_nll"]
     numbers = (
-        f"perplexity on general text {b['perplexity']['mean']:.2f} to "
-        f"{p['perplexity']['mean']:.2f}, paired change in NLL {_change(general)}"
+        f"perplexity on general text {base['perplexity']['mean']:.2f} to "
+        f"{metrics['perplexity']['mean']:.2f}, {tax['mean']:+.3f} ± {tax['se']:.3f} nats a token"
     )
-    if general["verdict"] == "worse":
-        more = math.expm1(general["mean"])
-        return f"{text}It paid an alignment tax: {numbers}, that is {more:+.1%} perplexity."
-    if general["verdict"] == "better":
-        return (
-            f"{text}It paid no tax on general text, which it even models better: {numbers}. There "
-            "is nothing for a regulariser to win back here."
-        )
-    return (
-        f"{text}No tax beyond noise was measured ({numbers}), so there is little for a regulariser "
-        "to win back here."
-    )
+    if tax["verdict"] == "worse":
+        return f"{text}and paid a tax: {numbers}."
+    return f"{text}and paid no measurable tax ({numbers}): there is little to win back."
 
 
-def _against_plain(
-    name: str, base: dict[str, Any], plain: dict[str, Any], run: dict[str, Any]
-) -> str:
-    text = (
-        f"{NAMES[name]} ({run['label']}) {_capability(plain, run)}. {_alignment(base, plain, run)}."
-    )
-    for metric, label in (
-        ("preference", "Preference accuracy"),
-        ("last_word", "Last-word accuracy"),
+def _best(comparison: Comparison) -> Iterator[str]:
+    best = comparison.best(TARGET)
+    if best is None:
+        return
+    at, time = comparison.at(best, TARGET), comparison.step_time(best)
+    cost = "no training of its own" if time is None else f"{time:.1f} of a plain step's time"
+    yield f"Lowest tax {_at(TARGET)}: {title(best)}, {at} nats a token, at {cost}."
+
+
+def _against_merging(comparison: Comparison) -> Iterator[str]:
+    """Every method that trains beside the merge of plain and base, which costs nothing."""
+    if comparison.at(MERGE, TARGET) is None:
+        return
+    better: list[str] = []
+    worse: list[str] = []
+    alike: list[str] = []
+    for method in comparison.rows:
+        change = comparison.difference(method, MERGE, TARGET)
+        if method in (MERGE, STOP) or change is None:
+            continue
+        group = alike
+        if change.high < 0:
+            group = better
+        elif change.low > 0:
+            group = worse
+        group.append(f"{title(method)} ({change.mean:+.3f} ± {change.se:.3f})")
+    start = f"Against merging plain with the base, which costs nothing, {_at(TARGET)}:"
+    for names, words in (
+        (better, "lower tax"),
+        (worse, "HIGHER tax"),
+        (alike, "no difference beyond noise"),
     ):
-        change = run["against_plain"][metric]
-        if change["verdict"] != "same":
-            points = f"{abs(change['mean']) * 100:.1f} ± {change['se'] * 100:.1f} points"
-            text += f" {label} was {change['verdict']} than plain's by {points}."
-    return text
+        if names:
+            yield f"{start} {words}: {', '.join(names)}."
 
 
-def _capability(plain: dict[str, Any], run: dict[str, Any]) -> str:
-    """What a run did to general text, and how much of the tax it won back."""
-    general, tax = run["against_plain"]["general_nll"], plain["against_base"]["general_nll"]
-    here, there = run["metrics"]["perplexity"]["mean"], plain["metrics"]["perplexity"]["mean"]
-    numbers = (
-        f"perplexity {here:.2f} against plain's {there:.2f}, paired change in NLL "
-        f"{_change(general)}"
-    )
-    if general["verdict"] == "worse":
-        return (
-            "did not help at this strength: it kept less capability than plain fine-tuning "
-            f"({numbers})"
+def _claims(comparison: Comparison, tiny: bool) -> Iterator[str]:
+    """What this demo is to show, held against its numbers."""
+    best = comparison.best(TARGET)
+    if tiny and best is not None:
+        found = comparison.at(best, TARGET)
+        if found is not None:
+            text = f"the best method's tax {_at(TARGET)} is at most {LOWEST} nats a token"
+            yield _claim(text, found, LOWEST)
+    kron = comparison.difference("kron", "ewc", TARGET, KRONECKER)
+    if kron is not None:
+        yield _claim(
+            f"Kronecker EWC's tax {_at(TARGET)} is at most {KRONECKER} of diagonal EWC's "
+            f"({comparison.at('kron', TARGET)} and {comparison.at('ewc', TARGET)})",
+            kron,
+            0.0,
         )
-    if general["verdict"] != "better":
-        return f"did not measurably help capability at this strength ({numbers})"
-    text = f"kept more capability than plain fine-tuning ({numbers})"
-    if tax["verdict"] != "worse":
-        return text
-    back = -general["mean"] / tax["mean"]
-    share = f"{back:.0%}" if back < 1 else "all"
-    return f"{text}, winning back {share} of the tax"
+    for share in SHARES:
+        other = comparison.best(share, without="kl_lm")
+        apart = other and comparison.difference("kl_lm", other, share)
+        if other and apart:
+            text = (
+                f"{title('kl_lm')} has the lowest tax {_at(share)} (the lowest other is "
+                f"{title(other)})"
+            )
+            yield _claim(text, apart, 0.0)
 
 
-def _alignment(base: dict[str, Any], plain: dict[str, Any], run: dict[str, Any]) -> str:
-    """What a run did to the answers, and how much of plain fine-tuning's gain it has."""
-    answers = run["against_plain"]["answer_nll"]
-    start, there, here = (row["metrics"]["answer_nll"]["mean"] for row in (base, plain, run))
-    numbers = f"answer NLL {here:.3f}, paired change {_change(answers)}"
-    if plain["against_base"]["answer_nll"]["verdict"] == "better":
-        numbers += f", {(start - here) / (start - there):.0%} of plain's gain"
-    aligned = {
-        "better": "aligned better",
-        "worse": "aligned less well",
-        "same": "aligned as well as plain within noise",
-    }[answers["verdict"]]
-    return f"It {aligned} ({numbers})"
+def _claim(text: str, found: Estimate, most: float) -> str:
+    """Whether a number is at most `most`, by its interval."""
+    outcome = OPEN
+    if found.high <= most:
+        outcome = HOLDS
+    elif found.low > most:
+        outcome = FAILS
+    seen = f"{found.mean:+.4f} in [{found.low:+.4f}, {found.high:+.4f}], at most {most:g} wanted"
+    return f"{outcome}: {text}: {seen}."
 
 
-def _timing(timing: dict[str, Any]) -> str:
-    p, s = timing["percent_of_plain_step"], timing["seconds"]
-    return (
-        f"fasttax added {p['kl fasttax']:.1f} % to a plain step of {s['plain step']:.2f} s for KL "
-        f"and {p['ewc fasttax']:.1f} % for EWC; composed in plain "
-        f"PyTorch, the same quantities added {p['kl composed']:.1f} % and {p['ewc composed']:.1f} "
-        "%. KL also needs the reference model's forward, "
-        f"{p['reference forward']:.0f} % of a plain step with either."
-    )
+def _unreached(comparison: Comparison) -> Iterator[str]:
+    """Grids that leave a share to the line between plain or the base and their last point."""
+    for method in comparison.rows:
+        low, high = comparison.reach(method)
+        trained = METHODS[method].parts
+        if trained and not (low <= SHARES[0] and high >= SHARES[-1]):
+            yield (
+                f"{FAILS}: the grid of {title(method)} reaches shares {low:.2f} to {high:.2f}, "
+                f"not {SHARES[0]:g} to {SHARES[-1]:g}: beyond it the tax is the straight line to "
+                f"the base or the plain run (--strengths {method}=...)"
+            )
+
+
+def _timing(timing: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each part whose difference from plain PyTorch is beyond noise."""
+    plain = timing["seconds"]["plain step"]
+    for part, name in (("kl", "KL"), ("ewc", "EWC (diagonal)")):
+        saved = Estimate(**timing["saved_seconds"][part])
+        if not math.isfinite(saved.low) or saved.low <= 0 <= saved.high:
+            continue
+        less = "less" if saved.mean > 0 else "MORE"
+        low, high = sorted(abs(100 * end / plain) for end in (saved.low, saved.high))
+        yield (
+            f"{name} by fasttax took {abs(100 * saved.mean / plain):.1f} % of a plain step {less} "
+            f"than composed in plain PyTorch ([{low:.1f}, {high:.1f}] %, {timing['rounds']} "
+            "rounds)."
+        )

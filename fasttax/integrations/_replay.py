@@ -101,13 +101,14 @@ class Batches:
     Args:
         op: for errors.
         loader: anything that can be iterated over again and again.
+        argument: its name, for errors.
 
     Raises:
         ValueError, TypeError: it is empty, or holds no batches.
     """
 
-    def __init__(self, op: str, loader: Any) -> None:
-        self.op, self.loader = op, loader
+    def __init__(self, op: str, loader: Any, argument: str = "replay['loader']") -> None:
+        self.op, self.loader, self.argument = op, loader, argument
         self._iterator: Iterator[Any] | None = None
         self._passes = 0
         wrong = isinstance(loader, (str, bytes, Mapping, Tensor))
@@ -117,7 +118,7 @@ class Batches:
             raise self._error("at least one batch", "an empty loader", error=ValueError)
 
     def _error(self, expected: str, got: Any, way_out: str = "", error: Any = TypeError) -> Any:
-        return checks.fail(self.op, "replay['loader']", expected, got, way_out, error)
+        return checks.fail(self.op, self.argument, expected, got, way_out, error)
 
     def take(self) -> Any:
         """The next batch.
@@ -220,7 +221,7 @@ class Replay(TrainerCallback):
         modes = [(m, m.training) for m in self.trainer.model.modules()]
         self.trainer.model.train()
         try:
-            total, tokens = self._sum(self.options.batches.take())
+            total, tokens = self.summed(self.options.batches.take())
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -237,7 +238,7 @@ class Replay(TrainerCallback):
         """The gradient is used."""
         self._primed = False
 
-    def _sum(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def summed(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The loss summed over a batch's tokens, with its graph, and their number."""
         model, lm = self.trainer.model, self.policy.model
         device = self.trainer.accelerator.device
@@ -245,11 +246,11 @@ class Replay(TrainerCallback):
         read = batches.read(
             self.options.op, batch, device, self.task, vocabulary(lm), positions=positions
         )
-        if read.counted.dim() != 2:
+        if read.counted.dim() != 2 or read.counted.shape != read.targets.shape:
             raise checks.fail(
                 self.options.op,
-                "replay['loader']",
-                "batches with input_ids (B, T), and labels (B, T) or none",
+                self.options.batches.argument,
+                "batches with input_ids (B, T) of 2 tokens or more, and labels (B, T) or none",
                 f"labels {tuple(read.targets.shape)}",
             )
         inputs = dict(read.inputs)

@@ -27,6 +27,8 @@ try:
     from transformers import TrainerCallback
 
     from fasttax.integrations._full_kl import FullKL
+    from fasttax.integrations._project import Asked, add_project
+    from fasttax.integrations._quadratic_log import Watched, add_quadratic_log
     from fasttax.integrations._replay import Options, add_replay
     from fasttax.integrations._trainer import (
         add_callback,
@@ -162,9 +164,11 @@ def attach(
     ewc: EWC | None = None,
     kl: Mapping[str, Any] | None = None,
     replay: Any = None,
+    project: Mapping[str, Any] | None = None,
+    log_quadratic: Mapping[str, Any] | None = None,
     where: str = "pre_clip",
 ) -> Handle:
-    """Puts EWC, an exact KL to a reference, replay, or several into a trainer that exists already.
+    """Puts EWC, an exact KL, replay, a projection, or several into a trainer that exists already.
 
     Replay adds weight * the mean loss over the tokens of a batch of general text to the gradient of
     every k-th optimizer step: once a step whatever the accumulation, before clipping. Under DDP and
@@ -185,35 +189,59 @@ def attach(
             loader's sequences, without which it is that of `kl`, the trainer's own, or under PEFT
             the model without its adapter; "weight" 1.0; "every" 1: it acts on every k-th step, with
             the same weight.
+        project: {"general": batches, "directions": 8}: each step's gradient, after accumulation,
+            averaging and clipping, without its part along the LM loss's gradients of that many
+            batches of general text at the weights of the moment, perpendicular to them to 1e-5 in
+            float32. It holds that many float32 copies of the trained parameters. What the optimizer
+            makes of the gradient (moments, scaling, weight decay) is not projected. Logs
+            `project/removed`, the share of the gradient's norm that is taken out.
+        log_quadratic: {"ref_model": base, "batches": general_text}: each training log gets
+            `kl/to_base`, KL(model || base) on those batches, and `kl/quadratic`, 1/2 d^T F d of the
+            base's whole Fisher beside it (`fasttax.tax.kl_quadratic`), at the cost of three
+            forwards and a forward-mode pass over them.
         where: as in `EWCCallback`.
 
     Returns:
         A handle whose `undo()` takes them out; also a context manager.
 
     Raises:
-        ValueError, TypeError: none of the three; DeepSpeed; a loader or reference that does not
-            fit; or as `EWCCallback` and `FullKL`.
+        ValueError, TypeError: none of them; DeepSpeed; a loader or reference that does not
+            fit; replay and projection at once; or as `EWCCallback` and `FullKL`.
     """
     op = "attach"
     check_trainer(op, trainer, "a transformers.Trainer")
-    if ewc is None and kl is None and replay is None:
+    if all(given is None for given in (ewc, kl, replay, project, log_quadratic)):
         raise checks.fail(
             op,
             "ewc and kl",
-            "at least one of the two, or replay",
+            "at least one of the two, or replay, project or log_quadratic",
             "None and None",
-            "pass ewc=fasttax.EWC(...), kl={'ref_model': ..., 'beta': ...} or "
-            "replay={'loader': ...}",
+            "pass ewc=fasttax.EWC(...), kl={'ref_model': ..., 'beta': ...}, "
+            "replay={'loader': ...} or project={'general': ...}",
+        )
+    if replay is not None and project is not None:
+        raise checks.fail(
+            op,
+            "project",
+            "none beside replay, whose gradient it would take out again",
+            "both",
+            "leave out one of the two",
         )
     callback = None if ewc is None else EWCCallback(ewc, where)
     arguments = {} if kl is None else _kl_arguments(op, kl)
     options = None if replay is None else Options.of(op, replay, arguments.get("ref_model"))
+    asked = None if project is None else Asked.of(op, project)
+    watched = None if log_quadratic is None else Watched.of(op, log_quadratic)
     handle = Handle()
     try:
+        if asked is not None:
+            add_project(handle, trainer, asked)
         if kl is not None:
             handle.on_undo(FullKL(trainer, **arguments).undo)
         if options is not None:
             add_replay(handle, trainer, options)
+        if watched is not None:
+            add_quadratic_log(handle, trainer, watched)
     except BaseException:
         handle.undo()
         raise

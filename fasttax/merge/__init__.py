@@ -8,8 +8,10 @@ from typing import Any
 
 from fasttax.merge.average import fisher_average as fisher_average
 from fasttax.merge.average import linear as linear
+from fasttax.merge.mergekit import read_mergekit as read_mergekit
+from fasttax.merge.mergekit import write_mergekit as write_mergekit
 
-__all__ = ["fisher_average", "linear"]
+__all__ = ["fisher_average", "linear", "read_mergekit", "write_mergekit"]
 
 
 def __getattr__(name: str) -> Any:

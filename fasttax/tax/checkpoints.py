@@ -21,7 +21,8 @@ class Checkpoint:
     `capability` and `alignment` are by benchmark, `kl` is in nats a token from the base, `distance`
     is the sum of Fisher times squared change. `se` has standard errors by benchmark, or under
     "capability" and "alignment" of the means; `n` numbers of items by benchmark; `task_kl` the KL
-    on the new task's prompts by kind.
+    on the new task's prompts by kind; `quadratic` 1/2 d^T F d beside `kl`, as `kl_quadratic` has
+    it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Checkpoint:
     se: Mapping[str, float] = field(default_factory=dict)
     n: Mapping[str, int] = field(default_factory=dict)
     task_kl: Mapping[str, float] = field(default_factory=dict)
+    quadratic: float | None = None
 
     @property
     def label(self) -> str:

@@ -79,18 +79,21 @@ class Curve:
         """The largest gain."""
         return self.gains[-1]
 
-    def at(self, gain: float) -> tuple[float, float | None, float]:
-        """(tax, its standard error, share of checkpoints in it), linear between neighbours.
+    def between(self, gain: float) -> list[tuple[float, Point]]:
+        """The two points that a gain lies between, with their shares of it.
 
         Left of the first point it is that one's: who gains more for less need not gain less.
         """
         right = int(np.searchsorted(self.gains, gain))
         if right == 0 or self.gains[right] == gain:
-            one, other, share = self.points[right], self.points[right], 0.0
-        else:
-            one, other = self.points[right - 1], self.points[right]
-            share = (gain - one.gain) / (other.gain - one.gain)
-        parts = [((1 - share), one), (share, other)]
+            return [(1.0, self.points[right])]
+        one, other = self.points[right - 1], self.points[right]
+        share = (gain - one.gain) / (other.gain - one.gain)
+        return [(1 - share, one), (share, other)]
+
+    def at(self, gain: float) -> tuple[float, float | None, float]:
+        """(tax, its standard error, share of checkpoints in it), linear between neighbours."""
+        parts = self.between(gain)
         tax = sum(weight * p.tax for weight, p in parts)
         moved = sum(weight for weight, p in parts if p is not BASE)
         if any(weight and p.error is None for weight, p in parts):

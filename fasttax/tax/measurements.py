@@ -74,6 +74,7 @@ class Measurements:
             alignment=aligned,
             kl=0.0,
             distance=0.0,
+            quadratic=0.0,
             se=checkpoints.errors(op, se, able, aligned),
             n=checkpoints.items(op, n, able, aligned),
         )
@@ -94,6 +95,7 @@ class Measurements:
         seed: int | None = None,
         n: int | Mapping[str, int] | None = None,
         task_kl: Mapping[str, float] | None = None,
+        quadratic: float | None = None,
     ) -> Checkpoint:
         """A checkpoint of `run`, in the order of training.
 
@@ -113,6 +115,9 @@ class Measurements:
                 then read as shares of them, whose standard errors follow where `se` has none.
             task_kl: {"ref_policy": KL(base||policy), "policy_ref": KL(policy||base)} in nats a
                 token on the NEW task's text, as `kl_both_ways` gives them, for `tax_vs_task_kl`.
+            quadratic: 1/2 d^T F d in nats a token with the whole F, as `kl_quadratic` gives it on
+                the text of `kl`: beside that it says how far the second order holds, beside
+                `distance` what the diagonal leaves out.
 
         Raises:
             ValueError: a name that the run has already with the seed, other benchmarks than the
@@ -138,6 +143,7 @@ class Measurements:
             se=checkpoints.errors(op, se, able, aligned),
             n=checkpoints.items(op, n, able, aligned),
             task_kl=checkpoints.task_kls(op, task_kl),
+            quadratic=checkpoints.at_least_0(op, "quadratic", quadratic),
         )
         self.checkpoints.append(made)
         return made

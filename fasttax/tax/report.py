@@ -15,7 +15,7 @@ from fasttax.tax.measurements import Measurements
 
 FORMAT = "fasttax.TaxReport"
 # of a checkpoint, where there is one
-MEASURED = ("kl", "distance", "run", "stage", "step", "se", "seed", "n", "task_kl")
+MEASURED = ("kl", "distance", "run", "stage", "step", "se", "seed", "n", "task_kl", "quadratic")
 
 
 class TaxReport(Measurements):
@@ -105,6 +105,7 @@ class TaxReport(Measurements):
             "se": dict(c.se),
             "n": dict(c.n),
             "task_kl": dict(c.task_kl),
+            "quadratic": c.quadratic,
             "tax": self.tax(c),
             "tax_se": self.tax_error(c),
             "tax_by_benchmark": self.taxes(c),

@@ -21,7 +21,14 @@ from fasttax.merge.average import Model, linear
 from fasttax.tax.report import TaxReport
 
 OP = "merge.sweep"
-MEASURED = ("kl", "distance", "se", "n", "task_kl")  # beside the scores, as TaxReport.add takes it
+MEASURED = (
+    "kl",
+    "distance",
+    "se",
+    "n",
+    "task_kl",
+    "quadratic",
+)  # beside the scores, as TaxReport.add takes it
 
 Measure = Callable[[Any], Any]
 
@@ -49,8 +56,8 @@ def sweep(
         measure: called with a merged model of base's kind: a module (a copy of base, whose weights
             are the merged ones: its eval mode and device are base's), a folder or file that
             is deleted afterwards, or a mapping of names to tensors. Returns (capability,
-            alignment), or a mapping of those two and what else of kl, distance, se, n, task_kl
-            `TaxReport.add` takes.
+            alignment), or a mapping of those two and what else of kl, distance, se, n, task_kl,
+            quadratic `TaxReport.add` takes.
         run: the report's.
         lower_is_better: the report's.
         title: the report's.

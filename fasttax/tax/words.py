@@ -22,6 +22,7 @@ HEADINGS = (
     "KL to base",
     "EWC distance",
 )
+QUADRATIC = "KL to 2nd order"  # a column where a checkpoint has it
 SHARES = (0.5, 0.75, 1.0)  # of the gain that every method reaches, at which taxes are compared
 
 
@@ -38,7 +39,12 @@ def checkpoints(measured: Measurements) -> Table:
     """The base, then every checkpoint; * marks those on the frontier."""
     best = {id(c) for c in measured.pareto()}
     rows = [_row(measured, c, " *" if id(c) in best else "") for c in measured.with_base()]
-    return Table(HEADINGS, rows, "* no other one is better in both gain and tax")
+    headings = list(HEADINGS)
+    if any(c.quadratic is not None for c in measured.checkpoints):
+        headings.append(QUADRATIC)
+        for row, c in zip(rows, measured.with_base(), strict=True):
+            row.append(_cell(c.quadratic))
+    return Table(headings, rows, "* no other one is better in both gain and tax")
 
 
 def _row(measured: Measurements, c: Checkpoint, mark: str) -> list[str]:

@@ -441,3 +441,11 @@ def test_a_masked_model_is_refused(tmp_path: Path) -> None:
         ValueError, match="a model that predicts the next token, for replay, got BertForMaskedLM"
     ):
         attach(plain(tmp_path, model=BertForMaskedLM(config)), replay=texts())
+
+
+@pytest.mark.parametrize("kind", ["lm", "kl"])
+def test_rows_of_one_token_are_named(kind: str, tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    attach(trainer, replay=replay(kind, loader=[torch.ones(2, 1, dtype=torch.long)]))
+    with pytest.raises(ValueError, match=r"replay\['loader'\]: .* of 2 tokens or more"):
+        train(trainer)

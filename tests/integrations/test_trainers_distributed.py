@@ -89,6 +89,20 @@ def replayed(folder: Path, rows: slice, each: int, **changes: Any) -> Any:
     return trainer, [history(trainer, f"replay/{kind}") for kind in ("lm", "kl")]
 
 
+def projected(folder: Path, rows: slice, each: int, **changes: Any) -> Any:
+    """Three steps perpendicular to the gradients of two batches, each rank's rows its own."""
+    general = [{name: x[rows] for name, x in batch.items()} for batch in texts(2)]
+    trainer = Trainer(
+        tiny_lm.model(),
+        arguments(folder, per_device_train_batch_size=each, **changes),
+        train_dataset=Rows(tiny_lm.ids()),
+    )
+    attach(trainer, project={"general": general, "directions": 2})
+    transformers.set_seed(5)
+    trainer.train()
+    return trainer
+
+
 def loss_and_gradient(folder: Path, shard: bool, rows: slice) -> dict[str, Tensor]:
     """Of SFT with FullKL on `rows` of a batch of 28 counted tokens."""
     trainer: Any = make("sft", folder)
@@ -162,6 +176,8 @@ def everything(rank: int, folder: Path) -> None:
     ddp(rank, folder)
     trainer, logged = replayed(folder, slice(2 * rank, 2 * rank + 2), 1, ddp_backend="gloo")
     save(rank, folder / "replay.pt", (dict(trainer.model.state_dict()), logged))
+    model = projected(folder, slice(2 * rank, 2 * rank + 2), 1, ddp_backend="gloo").model
+    save(rank, folder / "project.pt", dict(model.state_dict()))
     ewc_under_fsdp2(rank, folder)
     save(rank, folder / "fsdp.pt", loss_and_gradient(folder, True, slice(2 * rank, 2 * rank + 2)))
 
@@ -214,6 +230,14 @@ def test_replay_under_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
     for found, own in zip(logged, wanted, strict=True):
         assert found == pytest.approx(own, rel=1e-5)
         assert len(found) == 3
+
+
+@pytest.mark.slow
+def test_projection_under_ddp_is_one_process(ranks: Path, tmp_path: Path) -> None:
+    """The directions are gradients of a mean over all ranks' tokens, 14 and 3 of a batch."""
+    alone = projected(tmp_path, slice(None), 2)
+    state = torch.load(ranks / "project.pt")
+    assert difference(load(tiny_lm.model(), state), alone.model) <= 4 * ROUNDING
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,15 +21,18 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
 
 from fasttax import demo
 from fasttax.demo import measure, settings, texts, verdicts
 from fasttax.demo.codecs import ByteCodec
+from fasttax.demo.compare import Comparison
+from fasttax.demo.methods import METHODS, SHARES
+from fasttax.tax import TaxReport
 
 ROWS = texts.read_alignment(settings.ALIGNMENT)
 METRICS = (
     "answer_nll",
-    "preference",
     "perplexity",
     "general_nll",
     "last_word",
@@ -36,7 +40,10 @@ METRICS = (
     "kl_answers",
     "fisher_distance",
 )
-QUICK = ("--steps", "6", "--kl-strengths", "1", "--ewc-strengths", "10")
+SMALL = ("--test-answers", "12", "--test-passages", "12", "--replay-batch", "2")
+STRENGTHS = ("kl=0.3,3", "ewc=3,30", "kron=0.3,3", "lm=3", "replay_kl=3", "kl_ewc=1+3", "kl_lm=1+1")
+GRIDS = [word for strength in STRENGTHS for word in ("--strengths", strength)]
+SEEDS = 2
 
 
 def command(output: Path, *options: str) -> list[str]:
@@ -66,7 +73,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     output = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    done = subprocess.run(command(output), env=cache, capture_output=True, text=True, timeout=300)
+    options = ["--steps", "8", "--seeds", str(SEEDS), *SMALL, *GRIDS]
+    done = subprocess.run(
+        command(output, *options), env=cache, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, output
 
@@ -85,56 +95,88 @@ def test_last_line_is_the_report(finished: tuple[str, Path]) -> None:
     assert page.samefile(output / "report.html")
     text = page.read_text(encoding="utf-8")
     assert "data:image/png;base64," in text
-    assert "How the strengths were chosen" in text
+    assert "Tax at equal alignment" in text
     assert "Partial" not in text
     # self-contained: nothing is loaded from elsewhere
     assert "http" not in text.split("<dl>")[0].split("base64")[0]
     assert (output / "pareto.png").read_bytes()[:4] == b"\x89PNG"
-    assert sorted(p.name for p in output.iterdir()) == ["pareto.png", "report.html", "results.json"]
+    names = ["pareto.png", "report.html", "results.json", "table.md", "tax.json"]
+    assert sorted(p.name for p in output.iterdir()) == names
 
 
 def test_results(finished: tuple[str, Path]) -> None:
     results = json.loads((finished[1] / "results.json").read_text())
     assert results["status"] == "complete"
-    assert list(results["runs"]) == ["plain", "kl", "ewc", "both"]
-    for name, row in {"base": results["base"], **results["runs"]}.items():
-        assert set(row["metrics"]) == set(METRICS)
-        for metric, value in row["metrics"].items():
-            assert finite(value["mean"]), (name, metric)
-            assert metric == "fisher_distance" or finite(value["se"]), (name, metric)
-        assert len(row["curve"]) == (0 if name == "base" else results["settings"]["steps"])
-        assert all(finite(v) for step in row["curve"] for v in step.values())
-    base, plain = results["base"]["metrics"], results["runs"]["plain"]["metrics"]
-    assert (
-        base["kl_general"]["mean"]
-        == base["kl_answers"]["mean"]
-        == base["fisher_distance"]["mean"]
-        == 0
-    )
-    assert plain["answer_nll"]["mean"] < base["answer_nll"]["mean"]
-    assert plain["kl_general"]["mean"] > 0
-    first = {results["runs"][name]["curve"][0]["loss"] for name in results["runs"]}
-    assert len(first) == 1  # one seed, one order of batches, one start
-    assert sum(c["chosen"] for c in results["candidates"]) == 2
-    for family, run in (("kl", "kl"), ("ewc", "ewc"), ("kl", "both"), ("ewc", "both")):
-        chosen = next(c for c in results["candidates"] if c["family"] == family and c["chosen"])
-        assert results["runs"][run][f"{family}_strength"] == chosen["strength"]
+    points = results["points"]
+    grids = results["settings"]["grids"]
+    assert list(grids) == list(METHODS)
+    for seed in range(SEEDS):
+        mine = [row for row in points if row["seed"] == seed]
+        counts = collections.Counter(row["method"] for row in mine)
+        assert counts == {"plain": 1} | {name: len(grid) for name, grid in grids.items()}
+        # one seed, one order of batches, one start
+        trained = [row for row in mine if row["curve"]]
+        assert len({row["curve"]["loss"][0] for row in trained}) == 1
+    starts = {row["curve"]["loss"][0] for row in points if row["method"] == "plain"}
+    assert len(starts) == SEEDS  # seeds have orders of their own
+    base = results["base"]["metrics"]
+    for row in points:
+        assert set(METRICS) <= set(row["metrics"])
+        assert all(finite(value["mean"]) for value in row["metrics"].values())
+        tax = row["metrics"]["general_nll"]["mean"] - base["general_nll"]["mean"]
+        assert row["tax"] == pytest.approx(tax) == pytest.approx(sum(row["changes"]) / 12, abs=1e-5)
+        assert finite(row["share"])
+        trains = row["method"] not in ("stop", "merge")
+        assert {len(c) for c in row["curve"].values()} == ({8} if trains else set())
+        assert (row["train_seconds"] > 0) == trains
+    assert base["kl_general"]["mean"] == base["fisher_distance"]["mean"] == 0
+    plain = [row for row in points if row["method"] == "plain"]
+    assert all(row["share"] == 1 and "preference" in row["metrics"] for row in plain)
     assert all(finite(v) for v in results["timing"]["percent_of_plain_step"].values())
     # the composition computes the same two numbers
     assert max(results["timing"]["relative_difference"].values()) < 1e-3
-    assert len(results["verdicts"]) == 5
+    for row in points:  # what holds the model is in its curve
+        held = {k for k in ("kl", "replay", "penalty") if any(row["curve"].get(k, [])[1:])}
+        parts = {"ewc": "penalty", "kron": "penalty", "lm": "replay", "replay_kl": "replay"}
+        names = () if row["method"] == "plain" else METHODS[row["method"]].parts
+        if row["method"] != "lr" and row["curve"]:
+            assert held == {parts.get(name, name) for name in names}, row["label"]
+
+
+def test_the_comparison_is_the_tax_reports(finished: tuple[str, Path]) -> None:
+    results = json.loads((finished[1] / "results.json").read_text())
+    report = TaxReport.load(finished[1] / "tax.json")
+    assert results["comparison"]["over"] == f"{SEEDS} training seeds"
+    for share in SHARES:
+        theirs = report.tax_at(share)
+        for method, row in results["comparison"]["methods"].items():
+            found, at = row["tax"][f"{share:g}"], theirs[METHODS[method].title]
+            assert found["mean"] == pytest.approx(at.tax, abs=1e-6)
+            assert (found["low"], found["high"]) == pytest.approx((at.low, at.high), abs=1e-6)
+            assert found["units"] == at.seeds == SEEDS
+    table = (finished[1] / "table.md").read_text()
+    assert all(f"| {method.title} |" in table for method in METHODS.values())
+    assert f"standard error over {SEEDS} training seeds" in table
+    assert finished[0].count("%") > 3
 
 
 def test_rerun_reuses_fisher(
     finished: tuple[str, Path], cache: dict[str, str], tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        command(tmp_path, *QUICK), env=cache, capture_output=True, text=True, timeout=200
+        command(tmp_path, "--steps", "3", "--seeds", "1", "--methods", "kron", *SMALL),
+        env=cache,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "reused from" in done.stdout
-    assert json.loads((tmp_path / "results.json").read_text())["fisher"]["reused"]
-    assert not json.loads((finished[1] / "results.json").read_text())["fisher"]["reused"]
+    assert done.stdout.count("reused from") == 2
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert all(fisher["reused"] for fisher in again["fishers"].values())
+    assert "the held-out passages of one training seed" in again["comparison"]["over"]
+    first = json.loads((finished[1] / "results.json").read_text())
+    assert not any(fisher["reused"] for fisher in first["fishers"].values())
 
 
 def test_ctrl_c_keeps_finished_runs(
@@ -144,7 +186,7 @@ def test_ctrl_c_keeps_finished_runs(
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     process = subprocess.Popen(
-        command(tmp_path, "--steps", "40"),
+        command(tmp_path, "--steps", "40", "--methods", "merge,kl,ewc", *SMALL),
         env=cache,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -153,14 +195,17 @@ def test_ctrl_c_keeps_finished_runs(
     )
     assert process.stdout is not None
     # mid-training: plain is done, KL begins
-    seen = list(itertools.takewhile(lambda line: "candidate KL" not in line, process.stdout))
+    seen = list(itertools.takewhile(lambda line: "KL on the answers" not in line, process.stdout))
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, (seen, rest, errors[-2000:])
     assert "Traceback" not in errors
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["status"] == "interrupted"
-    assert list(results["runs"]) == ["plain"]
+    assert [row["method"] for row in results["points"]].count("plain") == 1
+    methods = {row["method"] for row in results["points"]}
+    assert "ewc" in methods
+    assert "kl" not in methods
     page = Path(rest.rstrip("\n").splitlines()[-1])
     assert "Partial" in page.read_text(encoding="utf-8")
 
@@ -191,6 +236,27 @@ def test_user_errors(
     assert all(word in error for word in words), error
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "fisher"])
+def test_a_damaged_cache_is_named(
+    file: str,
+    finished: tuple[str, Path],
+    cache: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = tmp_path / "cache"
+    shutil.copytree(Path(cache["XDG_CACHE_HOME"]), kept)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))
+    pattern = "tiny-*/model.safetensors" if file.startswith("model") else "fisher-diagonal-*"
+    (path,) = (kept / "fasttax").glob(pattern)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert demo.main(["--tiny", "--output", str(tmp_path / "out"), "--methods", "kl"]) == 2
+    said = capsys.readouterr().err
+    assert str(path if file == "fisher" else path.parent) in said
+    assert "add --no-cache" in said
+
+
 def test_missing_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -208,7 +274,13 @@ def test_missing_extra(
     "options",
     [
         ["--steps", "0"],
-        ["--kl-strengths", "a"],
+        ["--strengths", "kl"],
+        ["--strengths", "kl=a"],
+        ["--strengths", "kl=1+2"],
+        ["--strengths", "kl_lm=1"],
+        ["--strengths", "merge=1.5"],
+        ["--methods", "kl,ppo"],
+        ["--replay-batch", "99"],
         ["--lr", "2"],
         ["--tiny", "--model", "x"],
         ["--length", "8"],
@@ -319,41 +391,115 @@ def test_difference_counts_beyond_two_errors() -> None:
     ]
 
 
-def candidate(answer: float, general: float) -> dict[str, Any]:
-    return {"validation": {"answer_nll": {"mean": answer}, "general_nll": {"mean": general}}}
+def point(method: str, seed: int, share: float, changes: list[float]) -> dict[str, Any]:
+    return {
+        "method": method,
+        "seed": seed,
+        "label": f"{method} {share}",
+        "share": share,
+        "tax": sum(changes) / len(changes),
+        "changes": changes,
+        "train_seconds": 0.0 if method == "merge" else 2.0,
+    }
 
 
-def test_choice_of_strength() -> None:
-    base, plain = {"answer_nll": 3.0}, {"answer_nll": 1.0}
-    assert (
-        verdicts.choose(
-            [candidate(1.1, 2.9), candidate(1.4, 2.5), candidate(2.0, 2.0)], base, plain, 0.75
-        )[0]
-        == 1
-    )
-    index, reason = verdicts.choose([candidate(2.9, 2.0), candidate(2.2, 2.5)], base, plain, 0.75)
-    assert index == 1
-    assert "none reached" in reason
+def test_frontiers_end_at_the_plain_run() -> None:
+    points = [
+        row
+        for seed in (0, 1, 2)
+        for row in (
+            point("plain", seed, 1.0, [0.4, 0.4]),
+            point("kl", seed, 0.5, [0.1, 0.1 + 0.02 * seed]),
+        )
+    ]
+    found = Comparison(points)
+    # halfway between the point and the plain run; 0.6 of it towards the base
+    assert found.units("kl", 0.75) == pytest.approx({0: 0.25, 1: 0.255, 2: 0.26})
+    assert found.units("kl", 0.3) == pytest.approx({0: 0.06, 1: 0.066, 2: 0.072})
+    at = found.at("kl", 0.75)
+    assert at is not None
+    assert at.se == pytest.approx(0.005 / math.sqrt(3))
+    assert at.high - at.mean == pytest.approx(4.3027 * at.se, rel=1e-4)  # Student's t, 2 degrees
+    assert found.reach("kl") == (0.5, 0.5)
+    assert found.best(0.75) == "kl"
+    assert found.at("ewc", 0.75) is None
+
+
+def test_one_seed_is_compared_over_items() -> None:
+    noise = [0.3 * math.sin(k) for k in range(40)]
+    points = [
+        point("plain", 0, 1.0, [0.4 + n for n in noise]),
+        point("ewc", 0, 0.75, [0.2 + n for n in noise]),
+        point("kl", 0, 0.75, [0.1 + n + 0.01 * math.cos(3 * n) for n in noise]),
+    ]
+    found = Comparison(points)
+    one, apart = found.at("kl", 0.75), found.difference("kl", "ewc", 0.75)
+    assert one is not None
+    assert apart is not None
+    assert apart.se < one.se / 20  # items' own spread is in both
+    assert apart.high < 0
+
+
+def test_a_plain_run_without_gain_is_no_measure() -> None:
+    rows = [point("plain", 0, 1.0, [0.1]) | {"share": None}, point("kl", 0, 0.5, [0.1])]
+    found = Comparison(rows)
+    assert found.rows == {}
+    assert found.best(0.75) is None
+
+
+def results(kl: float, kron: float, tax: float = 0.4) -> dict[str, Any]:
+    """Three seeds whose taxes at 75 % of the gain are given, with a spread of 0.001."""
+    found = {"base": vectors(), "plain": vectors(answer_nll=-1, general_nll=tax)}
+    metrics = {name: measure.summary(v) for name, v in found.items()}
+    against = measure.difference(found["plain"], found["base"])
+    points = []
+    for seed in (0, 1, 2):
+        off = 0.001 * (seed - 1)
+        plain = point("plain", seed, 1.0, [0.4])
+        points += [plain | {"metrics": metrics["plain"], "against_base": against}]
+        taxes = {"merge": 0.1, "ewc": 0.1, "kl": kl, "kron": kron, "kl_lm": 0.02}
+        points += [point(m, seed, 0.75, [value + off]) for m, value in taxes.items()]
+    return {
+        "base": {"metrics": metrics["base"]},
+        "points": points,
+        "failures": [],
+        "settings": {"tiny": True},
+    }
 
 
 @pytest.mark.parametrize(
-    ("tax", "regularised", "words"),
+    ("found", "words"),
     [
-        (0.5, 0.1, ["paid an alignment tax", "kept more capability", "80% of the tax"]),
-        (0.5, 0.8, ["paid an alignment tax", "did not help"]),
-        (0.5, 0.5, ["did not measurably help"]),
-        (0.0, 0.0, ["No tax beyond noise", "did not measurably help"]),
-        (-0.3, -0.3, ["no tax on general text"]),
+        (results(0.05, 0.05), ["paid a tax", "HOLDS: Kronecker EWC", "lower tax: EWC, Kronecker"]),
+        (results(0.05, 0.08), ["FAILS: Kronecker EWC's tax"]),
+        (results(0.05, 0.065), ["NOT DECIDED: Kronecker EWC's tax"]),
+        (results(0.01, 0.05), ["FAILS: KL + replay (LM loss) has the lowest tax"]),
+        (results(0.05, 0.05), ["HOLDS: the best method's tax", "HOLDS: KL + replay"]),
+        (results(0.2, 0.05), ["HIGHER tax: KL on the answers (+0.100", "noise: EWC, diagonal"]),
+        (results(0.05, 0.05), ["FAILS: the grid of KL on the answers reaches shares 0.75 to 0.75"]),
+        (results(0.05, 0.05, 0.0), ["paid no measurable tax"]),
     ],
 )
-def test_verdicts_follow_the_numbers(tax: float, regularised: float, words: list[str]) -> None:
-    found = {
-        "base": vectors(),
-        "plain": vectors(answer_nll=-1, general_nll=tax),
-        "kl": vectors(answer_nll=-0.9, general_nll=regularised),
-    }
-    rows = {name: {"label": name, "metrics": measure.summary(v)} for name, v in found.items()}
-    rows["plain"]["against_base"] = measure.difference(found["plain"], found["base"])
-    rows["kl"]["against_plain"] = measure.difference(found["kl"], found["plain"])
-    text = " ".join(verdicts.sentences({"base": rows.pop("base"), "runs": rows}))
+def test_verdicts_follow_the_numbers(found: dict[str, Any], words: list[str]) -> None:
+    text = "\n".join(verdicts.sentences(found))
     assert all(word in text for word in words), text
+
+
+def test_what_diverged_is_said() -> None:
+    failure = {"method": "lr", "seed": 1, "label": "lr 9", "reason": "the loss is nan"}
+    text = verdicts.sentences(results(0.05, 0.05) | {"failures": [failure]})
+    assert "FAILS: lower learning rate, seed 1: the loss is nan" in text
+
+
+@pytest.mark.parametrize(
+    ("mean", "reach", "said"),
+    [(0.01, 0.005, "less"), (0.01, 0.02, ""), (-0.01, 0.005, "MORE"), (0.01, math.inf, "")],
+)
+def test_speed_is_said_where_it_is_beyond_noise(mean: float, reach: float, said: str) -> None:
+    saved = {"mean": mean, "se": reach / 2, "low": mean - reach, "high": mean + reach}
+    timing = {"seconds": {"plain step": 0.1}, "rounds": 9}
+    timing["saved_seconds"] = {"kl": saved, "ewc": saved | {"low": -1.0, "high": 1.0}}
+    text = verdicts.sentences(results(0.05, 0.05) | {"timing": timing})
+    spoken = [line for line in text if "plain step" in line and "rounds" in line]
+    assert len(spoken) == bool(said)
+    assert all(f"took 10.0 % of a plain step {said}" in line for line in spoken)

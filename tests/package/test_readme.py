@@ -118,7 +118,7 @@ def test_extras_exist() -> None:
 
 
 def test_files_exist() -> None:
-    metrics = ("kl/", "ewc/", "replay/")
+    metrics = ("kl/", "ewc/", "replay/", "project/")
     paths = {word for word in CODE if re.fullmatch(r"[a-z_]+/[a-z_/.]*", word)}
     files = {path for path in paths if not path.startswith(metrics)}
     assert files >= {"examples/", "bench/results"}

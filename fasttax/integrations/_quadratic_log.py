@@ -1,0 +1,106 @@
+"""The KL to a base and its second-order form in a trainer's log: `log_quadratic`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from fasttax._base import checks
+from fasttax._base.handle import Handle
+from fasttax.integrations._trainer import add_callback, publish
+from fasttax.integrations.to_base import Batch, kl_quadratic, kl_to_base
+
+KEYS = ("ref_model", "batches")
+EXAMPLE = "{'ref_model': base, 'batches': general_text}"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A `log_quadratic` argument, checked."""
+
+    op: str
+    base: nn.Module
+    batches: list[Batch]
+
+    @staticmethod
+    def of(op: str, given: Any) -> Watched:
+        """Of a mapping with a model and a few batches, which are kept.
+
+        Raises:
+            ValueError, TypeError: a key or a value does not fit.
+        """
+        if not isinstance(given, Mapping) or {*KEYS} - {*given}:
+            raise checks.fail(op, "log_quadratic", f"as {EXAMPLE}", given, error=TypeError)
+        for key in given:
+            checks.choice(op, "log_quadratic", key, KEYS)
+        base, batches = given["ref_model"], given["batches"]
+        if not isinstance(base, nn.Module):
+            name = "log_quadratic['ref_model']"
+            raise checks.fail(op, name, "a model", base, error=TypeError)
+        if isinstance(batches, (str, bytes, Mapping, torch.Tensor)) or not hasattr(
+            batches, "__iter__"
+        ):
+            name = "log_quadratic['batches']"
+            raise checks.fail(op, name, "an iterable of batches", batches, error=TypeError)
+        return Watched(op, base, list(batches))
+
+
+class QuadraticLog(TrainerCallback):
+    """At every training log the model's KL to a base, and half d^T F d of its whole Fisher.
+
+    A log costs two forwards of each model and a forward-mode pass over the batches.
+
+    Args:
+        trainer: a transformers Trainer, or one of TRL's.
+        asked: the base and the batches.
+
+    Raises:
+        ValueError, NotImplementedError: as `kl_quadratic`, which is tried on the first batch.
+    """
+
+    def __init__(self, trainer: Any, asked: Watched) -> None:
+        self.trainer, self.asked = trainer, asked
+        kl_quadratic(trainer.model, asked.base, asked.batches[:1])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuses parameters that no rank holds whole.
+
+        Raises:
+            ValueError: FSDP.
+        """
+        shards = any(hasattr(p, "full_tensor") for p in self.trainer.model_wrapped.parameters())
+        if shards or "FSDP" in str(getattr(self.trainer.accelerator, "distributed_type", "")):
+            raise checks.fail(
+                self.asked.op,
+                "log_quadratic",
+                "parameters that are whole on every rank",
+                "sharded ones",
+                "leave it out and measure checkpoints with fasttax.tax.kl_quadratic",
+            )
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Measures, and publishes the means over the ranks."""
+        if logs is None or "loss" not in logs:
+            return
+        model, asked = self.trainer.model, self.asked
+        pair = torch.tensor(
+            [
+                kl_to_base(model, asked.base, asked.batches),
+                kl_quadratic(model, asked.base, asked.batches),
+            ],
+            device=self.trainer.accelerator.device,
+        )
+        mean = self.trainer.accelerator.reduce(pair, reduction="mean").tolist()
+        publish(state, logs, dict(zip(("kl/to_base", "kl/quadratic"), mean, strict=True)))
+
+
+def add_quadratic_log(handle: Handle, trainer: Any, asked: Watched) -> None:
+    """Puts the measure into a trainer's log until the handle undoes it."""
+    add_callback(handle, trainer, QuadraticLog(trainer, asked))

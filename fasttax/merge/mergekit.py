@@ -1,0 +1,265 @@
+"""mergekit's configurations: written from alphas by pattern, and read where fasttax has the form.
+
+mergekit (github.com/arcee-ai/mergekit, read at 007d093) looks up a parameter by the first `filter`
+that is a part of a tensor's name; "*" and none fit every name. A merge of one base and one aligned
+model is `linear` with weights 1 - alpha and alpha, or `task_arithmetic` with weight alpha; `ties`,
+`dare_linear` and `dare_ties` sparsify the task vector and are mergekit's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttax._base import checks, files
+from fasttax.merge import alphas
+from fasttax.merge.alphas import Alpha
+
+METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+OURS = ("linear", "task_arithmetic")  # of one base and one aligned model
+SPARSE = ("ties", "dare_linear", "dare_ties")  # those with a density
+WILD = set("*?[")
+# what may stand in a configuration whose outcome is `merge.linear`'s
+KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
+
+
+@dataclass(frozen=True)
+class Configured:
+    """What a configuration asks of `merge.linear`."""
+
+    base: str
+    aligned: str
+    alpha: float | dict[str, float]
+
+
+def write_mergekit(
+    path: str | os.PathLike[str],
+    base: str,
+    aligned: str,
+    alpha: Alpha,
+    *,
+    method: str = "linear",
+    density: float | None = None,
+    dtype: str = "float32",
+) -> Path:
+    """A configuration for `mergekit-yaml PATH OUTPUT`, in YAML.
+
+    Args:
+        path: of the file, written whole or not at all.
+        base: a Hub id or folder, as mergekit takes it.
+        aligned: the same.
+        alpha: as for `merge.linear`; a pattern must be `*`, or a part of a name between two `*`,
+            which is what mergekit can say.
+        method: one of `linear`, `task_arithmetic` (both are `merge.linear`'s result), `ties`,
+            `dare_linear`, `dare_ties`, whose task vector keeps a share `density`.
+        density: from 0 (not included) to 1; of the last three, 0.5 by default, of them alone.
+        dtype: in which mergekit computes.
+
+    Raises:
+        ValueError: a pattern that mergekit can't say, or an argument that does not fit.
+    """
+    op = "merge.write_mergekit"
+    checks.choice(op, "method", method, METHODS)
+    given = alphas.checked(op, alpha)
+    share = _density(op, method, density)
+    weight = {"weight": _conditions(op, given, 1.0)}
+    if method == "linear":
+        rest = {"weight": _conditions(op, given, -1.0)}
+        models = [{"model": base, "parameters": rest}, {"model": aligned, "parameters": weight}]
+        content: dict[str, Any] = {"merge_method": method, "models": models}
+    else:
+        own: dict[str, Any] = weight if share is None else {**weight, "density": share}
+        content = {"merge_method": method, "base_model": base}
+        content["models"] = [{"model": aligned, "parameters": own}]
+    # mergekit's default divides by the sum of the weights, which is not the alpha of one task
+    content |= {"parameters": {"normalize": False}, "dtype": dtype}
+    text = "\n".join(_lines(content, "")) + "\n"
+    return files.whole(op, path, lambda name: name.write_text(text, encoding="utf-8"))
+
+
+def _density(op: str, method: str, density: float | None) -> float | None:
+    if method not in SPARSE:
+        if density is not None:
+            expected, way_out = f"none with method {method!r}", f"choose one of {', '.join(SPARSE)}"
+            raise checks.fail(op, "density", expected, density, way_out)
+        return None
+    if density is None:
+        return 0.5
+    return checks.number(op, "density", density, low=0, open_low=True, high=1)
+
+
+def _conditions(op: str, alpha: float | dict[str, float], sign: float) -> Any:
+    """A weight's setting: alpha itself for sign 1, 1 - alpha for -1, by mergekit's filters."""
+
+    def weight(value: float) -> float:
+        return value if sign > 0 else 1 - value
+
+    if isinstance(alpha, float):
+        return weight(alpha)
+    found = []
+    for pattern, value in alpha.items():
+        part = pattern[1:-1] if len(pattern) > 1 else ""
+        said = pattern[:1] == pattern[-1:] == "*" and not WILD & set(part)
+        if not said:
+            raise checks.fail(
+                op,
+                "alpha",
+                "'*', or a part of names between two '*' as '*.mlp.*', which mergekit's filter is",
+                repr(pattern),
+                "use such patterns, or merge with merge.linear, which takes any",
+            )
+        found.append({"filter": part or "*", "value": weight(value)})
+    return found
+
+
+def _lines(value: Mapping[str, Any], indent: str) -> list[str]:
+    """A mapping of scalars, mappings and lists of mappings in YAML's block style."""
+    lines: list[str] = []
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            lines += [f"{indent}{key}:", *_lines(item, indent + "  ")]
+        elif isinstance(item, list):
+            lines.append(f"{indent}{key}:")
+            for row in item:
+                first, *others = _lines(row, indent + "    ")
+                lines += [f"{indent}  - {first.lstrip()}", *others]
+        else:
+            lines.append(f"{indent}{key}: {json.dumps(item)}")  # YAML reads JSON's scalars
+    return lines
+
+
+def read_mergekit(path: str | os.PathLike[str]) -> Configured:
+    """What a configuration asks for, where it is a merge of a base and an aligned model by weight.
+
+    >>> found = read_mergekit("merge.yml")
+    >>> merge.linear(found.base, found.aligned, found.alpha, output="merged")
+
+    Raises:
+        ValueError: no such configuration; for TIES, DARE, slices and other methods the text names
+            mergekit's command.
+        ModuleNotFoundError: PyYAML is not installed.
+    """
+    op = "merge.read_mergekit"
+    content = _parsed(op, Path(path))
+    method = content.get("merge_method")
+    theirs = f"run `mergekit-yaml {path} OUTPUT`, which makes it"
+    if method not in OURS:
+        expected = f"merge_method {' or '.join(OURS)}"
+        raise checks.fail(op, "path", expected, f"{path} with {method!r}", theirs)
+    strange = [str(key) for key in content if key not in KEYS]
+    if strange:
+        expected, got = f"none but {', '.join(KEYS)}", f"{path} with {', '.join(strange)}"
+        raise checks.fail(op, "path", expected, got, theirs)
+    models = content.get("models")
+    if not isinstance(models, list) or not all(
+        isinstance(m, Mapping) and isinstance(m.get("model"), str) for m in models
+    ):
+        raise checks.fail(op, "path", "models, a list of mappings with `model`", str(path), theirs)
+    normalize = (content.get("parameters") or {}).get("normalize", method == "linear")
+    named = {m["model"]: (m.get("parameters") or {}).get("weight", 1.0) for m in models}
+    base, others = _sides(op, path, content, method, named, theirs)
+    alpha = _alpha(op, path, named, base, others, method, normalize, theirs)
+    return Configured(base, others, alpha)
+
+
+def _sides(
+    op: str,
+    path: str | os.PathLike[str],
+    content: Mapping[str, Any],
+    method: str,
+    named: Mapping[str, Any],
+    theirs: str,
+) -> tuple[str, str]:
+    """The base and the one aligned model."""
+    base = content.get("base_model")
+    if base is None and method == "linear":
+        base = next(iter(named), None)
+    others = [name for name in named if name != base]
+    complete = base in named or method == "task_arithmetic"
+    if not isinstance(base, str) or len(others) != 1 or not complete:
+        got = f"{path} with base_model {base!r} and models {', '.join(named)}"
+        raise checks.fail(op, "path", "one base and one aligned model", got, theirs)
+    return base, others[0]
+
+
+def _alpha(
+    op: str,
+    path: str | os.PathLike[str],
+    named: Mapping[str, Any],
+    base: str,
+    aligned: str,
+    method: str,
+    normalize: Any,
+    theirs: str,
+) -> float | dict[str, float]:
+    """The share of the aligned model, alone or by pattern."""
+    weight = _setting(op, path, named[aligned], theirs)
+    if method == "task_arithmetic":
+        if normalize:
+            got = f"{path} with normalize: true, under which the weight says nothing"
+            raise checks.fail(op, "path", "normalize: false with task_arithmetic", got, theirs)
+        return weight
+    rest = _setting(op, path, named[base], theirs)
+    if isinstance(weight, float) and isinstance(rest, float):
+        return _share(op, path, rest, weight, normalize, theirs)
+    if isinstance(weight, dict) and isinstance(rest, dict) and list(weight) == list(rest):
+        return {p: _share(op, path, rest[p], weight[p], normalize, theirs) for p in weight}
+    expected = "weights of both models, as numbers or with the same filters in the same order"
+    raise checks.fail(op, "path", expected, f"{path} with others", theirs)
+
+
+def _share(
+    op: str,
+    path: str | os.PathLike[str],
+    rest: float,
+    weight: float,
+    normalize: Any,
+    theirs: str,
+) -> float:
+    total = rest + weight
+    if total == 0 or (not normalize and abs(total - 1) > 1e-6):
+        expected = "weights whose sum is 1, or normalize: true and a sum other than 0"
+        raise checks.fail(op, "path", expected, f"{path} with {rest:g} and {weight:g}", theirs)
+    return weight / total
+
+
+def _setting(
+    op: str, path: str | os.PathLike[str], value: Any, theirs: str
+) -> float | dict[str, float]:
+    """A number, or numbers by the pattern that a filter is."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return checks.number(op, "weight", value)
+    rows = value if isinstance(value, list) else [value]
+    found: dict[str, float] = {}
+    for row in rows:
+        fits = isinstance(row, Mapping) and isinstance(row.get("value"), int | float)
+        if not fits or not {*row} <= {"filter", "value"}:
+            expected = "weights that are numbers, or lists of `filter` and `value`"
+            got = f"{path} with {json.dumps(value, default=str)[:80]}"
+            raise checks.fail(op, "path", expected, got, theirs)
+        part = row.get("filter")
+        pattern = "*" if part in (None, "*") else f"*{part}*"
+        found.setdefault(pattern, checks.number(op, "weight", row["value"]))
+    return found
+
+
+def _parsed(op: str, path: Path) -> dict[str, Any]:
+    """The file's mapping."""
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{op}: PyYAML is not installed; run `pip install pyyaml`", name="yaml"
+        ) from error
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise checks.fail(op, "path", "YAML", f"{path} ({reason})") from None
+    if not isinstance(content, dict) or "merge_method" not in content:
+        raise checks.fail(op, "path", "a mapping with merge_method", str(path))
+    return content

@@ -1,0 +1,157 @@
+"""Gradients projected onto the complement of general text's, in trainers and by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_full_kl import make, train
+from test_replay import by_hand, plain, texts
+from test_transformers import difference, held, history
+from torch import Tensor
+
+from fasttax.integrations.transformers import attach
+from tests.tools import tiny_lm
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0},
+    {"gradient_accumulation_steps": 3, "max_steps": 5},
+    {"gradient_checkpointing": True},
+]
+
+
+# rows of one token, after which nothing is predicted
+NOTHING = {
+    "input_ids": torch.ones(2, 3, dtype=torch.long),
+    "attention_mask": torch.tensor([[1, 0, 0], [1, 0, 0]]),
+}
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+
+
+def directions(count: int) -> Tensor:
+    """The gradients of the texts' losses at the base, one a row, by autograd in float64."""
+    model = tiny_lm.model().eval()
+    rows = []
+    for batch in texts(count):
+        loss = by_hand(model, batch, "lm")
+        rows.append(flat(torch.autograd.grad(loss, list(model.parameters()))))
+    return torch.stack(rows)
+
+
+class Seen(transformers.TrainerCallback):
+    """The gradients that the optimizer takes: it is asked after all others of the event."""
+
+    def __init__(self) -> None:
+        self.gradients: list[Tensor] = []
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.gradients.append(flat(p.grad for p in model.parameters()))
+
+
+class ByHand(transformers.TrainerCallback):
+    """The oracle: the part along the directions' span taken out, by least squares in float64."""
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        g, rows = flat(p.grad for p in model.parameters()), directions(3)
+        along = rows.T @ torch.linalg.lstsq(rows.T, g[:, None]).solution[:, 0]
+        left = torch.split(g - along, [p.numel() for p in model.parameters()])
+        for p, value in zip(model.parameters(), left, strict=True):
+            p.grad.copy_(value.view_as(p))
+
+
+@pytest.mark.parametrize("changes", CASES, ids=lambda c: "-".join(c) or "plain")
+def test_every_step_is_perpendicular(changes: dict[str, Any], tmp_path: Path) -> None:
+    seen = Seen()
+    ours, theirs = plain(tmp_path, [seen], **changes), plain(tmp_path, [ByHand()], **changes)
+    with attach(ours, project={"general": texts(), "directions": 3}):
+        train(ours)
+    train(theirs)
+    rows = directions(3)
+    assert len(seen.gradients) == ours.args.max_steps
+    for gradient in seen.gradients:
+        cosine = (rows @ gradient) / (rows.norm(dim=1) * gradient.norm())
+        assert cosine.abs().max() < 1e-5
+    assert difference(ours.model, theirs.model) < 1e-6
+    assert difference(train(plain(tmp_path, **changes)).model, ours.model) > 1e-4
+    removed = history(ours, "project/removed")
+    assert len(removed) == ours.args.max_steps
+    assert all(0 < share < 1 for share in removed)
+
+
+@pytest.mark.parametrize("where", ["pre_clip", "post_clip"])
+def test_the_penalty_is_projected_with_it(where: str, tmp_path: Path) -> None:
+    seen = Seen()
+    trainer = plain(tmp_path, [seen])
+    with attach(trainer, ewc=held(trainer.model), project={"general": texts()}, where=where):
+        train(trainer)
+    rows = directions(3)
+    for gradient in seen.gradients:
+        assert ((rows @ gradient).abs() < 1e-5 * rows.norm(dim=1) * gradient.norm()).all()
+
+
+def test_trl_and_bf16_autocast(tmp_path: Path) -> None:
+    seen = Seen()
+    trainer: Any = make("sft", tmp_path, bf16=True)
+    trainer.add_callback(seen)
+    with attach(trainer, project={"general": texts(), "directions": 2}):
+        trainer.train()
+    assert 0 < history(trainer, "project/removed")[0] < 1
+    assert seen.gradients
+
+
+def test_undone(tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    handle = attach(trainer, project={"general": texts()})
+    handle.undo()
+    handle.undo()
+    assert difference(train(trainer).model, train(plain(tmp_path)).model) == 0
+
+
+@pytest.mark.parametrize(
+    ("project", "words"),
+    [
+        ("general", "expected general text to read, as {'general': batches, 'directions': 8}"),
+        ({"loader": []}, "expected general text to read"),
+        ({"general": texts(), "rank": 3}, "one of 'general', 'directions'"),
+        ({"general": texts(), "directions": 0}, "an integer >= 1"),
+        ({"general": []}, r"project\['general'\]: expected at least one batch"),
+        ({"general": [torch.ones(1, 1, dtype=torch.long)]}, "input_ids .B, T. of 2 tokens or more"),
+        ({"general": [NOTHING]}, "gradients of 0"),
+    ],
+)
+def test_refusals(project: Any, words: str, tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    before = list(trainer.callback_handler.callbacks)
+    with pytest.raises((ValueError, TypeError), match=words):
+        attach(trainer, project=project)
+    assert trainer.callback_handler.callbacks == before
+
+
+def test_replay_beside_it_and_a_second_one_are_refused(tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    with pytest.raises(ValueError, match=r"none beside replay.*leave out one of the two"):
+        attach(trainer, project={"general": texts()}, replay=texts())
+    with (
+        attach(trainer, project={"general": texts()}),
+        pytest.raises(ValueError, match="one that has it already; undo"),
+    ):
+        attach(trainer, project={"general": texts()})
+
+
+def test_parameters_made_anew_are_refused(tmp_path: Path) -> None:
+    trainer = plain(tmp_path)
+    attach(trainer, project={"general": texts()})
+    trainer.model_wrapped = trainer.model = tiny_lm.model()
+    with pytest.raises(ValueError, match="made anew by model_init; train with DDP"):
+        trainer.train()
