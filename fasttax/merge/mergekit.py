@@ -8,6 +8,7 @@ model is `linear` with weights 1 - alpha and alpha, or `task_arithmetic` with we
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -25,6 +26,12 @@ SPARSE = ("ties", "dare_linear", "dare_ties")  # those with a density
 WILD = set("*?[")
 # what may stand in a configuration whose outcome is `merge.linear`'s
 KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
+# and what of parameters: of all models ("lambda" is of task_arithmetic), and of one
+SHARED = {
+    "linear": ("normalize", "weight"),
+    "task_arithmetic": ("normalize", "weight", "lambda", "int8_mask"),
+}
+OWN = ("weight",)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def write_mergekit(
         method: one of `linear`, `task_arithmetic` (both are `merge.linear`'s result), `ties`,
             `dare_linear`, `dare_ties`, whose task vector keeps a share `density`.
         density: from 0 (not included) to 1; of the last three, 0.5 by default, of them alone.
-        dtype: in which mergekit computes.
+        dtype: in which mergekit computes, and of the weights that it saves.
 
     Raises:
         ValueError: a pattern that mergekit can't say, or an argument that does not fit.
@@ -128,8 +135,16 @@ def _lines(value: Mapping[str, Any], indent: str) -> list[str]:
                 first, *others = _lines(row, indent + "    ")
                 lines += [f"{indent}  - {first.lstrip()}", *others]
         else:
-            lines.append(f"{indent}{key}: {json.dumps(item)}")  # YAML reads JSON's scalars
+            lines.append(f"{indent}{key}: {_scalar(item)}")
     return lines
+
+
+def _scalar(value: Any) -> str:
+    """JSON's form, which YAML reads, but that a number with an exponent needs a point there."""
+    text = json.dumps(value)
+    if isinstance(value, float) and "e" in text and "." not in text:
+        return text.replace("e", ".0e")
+    return text
 
 
 def read_mergekit(path: str | os.PathLike[str]) -> Configured:
@@ -154,16 +169,65 @@ def read_mergekit(path: str | os.PathLike[str]) -> Configured:
     if strange:
         expected, got = f"none but {', '.join(KEYS)}", f"{path} with {', '.join(strange)}"
         raise checks.fail(op, "path", expected, got, theirs)
-    models = content.get("models")
+    shared = _parameters(op, path, content.get("parameters"), SHARED[method], theirs)
+    named = _models(op, path, content.get("models"), theirs)
+    weights: dict[str, Any] = {}
+    for name, given in named.items():
+        weights[name] = _parameters(op, path, given, OWN, theirs).get(
+            "weight", shared.get("weight")
+        )
+    normalize = shared.get("normalize", method == "linear")
+    if not isinstance(normalize, bool):
+        got = f"{path} with {normalize!r}"
+        raise checks.fail(op, "path", "normalize: true or false", got, theirs)
+    base, aligned = _sides(op, path, content, method, weights, theirs)
+    alpha = _alpha(op, path, weights, base, aligned, method, normalize, theirs)
+    alpha = _scaled(op, path, alpha, shared.get("lambda", 1.0), theirs)
+    return Configured(base, aligned, alpha)
+
+
+def _parameters(
+    op: str, path: str | os.PathLike[str], given: Any, accepted: tuple[str, ...], theirs: str
+) -> Mapping[str, Any]:
+    """What stands under `parameters`, all of which must be understood: each changes the outcome."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not {*given} <= {*accepted}:
+        expected, got = f"parameters of {', '.join(accepted)} alone", f"{path} with {given}"
+        raise checks.fail(op, "path", expected, got, theirs)
+    return given
+
+
+def _models(op: str, path: str | os.PathLike[str], models: Any, theirs: str) -> dict[str, Any]:
+    """Each model's parameters, by its name."""
     if not isinstance(models, list) or not all(
         isinstance(m, Mapping) and isinstance(m.get("model"), str) for m in models
     ):
         raise checks.fail(op, "path", "models, a list of mappings with `model`", str(path), theirs)
-    normalize = (content.get("parameters") or {}).get("normalize", method == "linear")
-    named = {m["model"]: (m.get("parameters") or {}).get("weight", 1.0) for m in models}
-    base, others = _sides(op, path, content, method, named, theirs)
-    alpha = _alpha(op, path, named, base, others, method, normalize, theirs)
-    return Configured(base, others, alpha)
+    strange = sorted({str(key) for m in models for key in m} - {"model", "parameters"})
+    if strange:
+        got = f"{path} with {', '.join(strange)}"
+        raise checks.fail(op, "path", "models with `model` and `parameters` alone", got, theirs)
+    named = {m["model"]: m.get("parameters") for m in models}
+    if len(named) < len(models):
+        got = f"{path} with one of {', '.join(named)} twice"
+        raise checks.fail(op, "path", "each model once", got, theirs)
+    return named
+
+
+def _scaled(
+    op: str,
+    path: str | os.PathLike[str],
+    alpha: float | dict[str, float],
+    scale: Any,
+    theirs: str,
+) -> float | dict[str, float]:
+    """By task_arithmetic's lambda."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise checks.fail(op, "path", "lambda, a number", f"{path} with {scale!r}", theirs)
+    if isinstance(alpha, float):
+        return alpha * scale
+    return {pattern: value * scale for pattern, value in alpha.items()}
 
 
 def _sides(
@@ -233,6 +297,9 @@ def _setting(
     """A number, or numbers by the pattern that a filter is."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return checks.number(op, "weight", value)
+    if value is None or value == []:
+        expected, got = "a weight for each model", f"{path} with a model that has none"
+        raise checks.fail(op, "path", expected, got, "mergekit asks for it, too")
     rows = value if isinstance(value, list) else [value]
     found: dict[str, float] = {}
     for row in rows:
@@ -242,7 +309,8 @@ def _setting(
             got = f"{path} with {json.dumps(value, default=str)[:80]}"
             raise checks.fail(op, "path", expected, got, theirs)
         part = row.get("filter")
-        pattern = "*" if part in (None, "*") else f"*{part}*"
+        # a filter is no pattern: its own `*`, `?` and `[` stand for themselves
+        pattern = "*" if part in (None, "*") else f"*{glob.escape(str(part))}*"
         found.setdefault(pattern, checks.number(op, "weight", row["value"]))
     return found
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fasttax import cli, merge
 
 yaml = pytest.importorskip("yaml")
-ALPHAS: list[Any] = [0.3, {"*.mlp.*": 0.5, "*embed*": 0.25, "*": 1.0}]
+ALPHAS: list[Any] = [0.3, 1e-05, {"*.mlp.*": 0.5, "*embed*": 0.25, "*": 1.0}]
 NAMES = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
 
 
@@ -34,7 +34,7 @@ def alpha_of(alpha: Any, name: str) -> float:
     return next(value for pattern, value in alpha.items() if fnmatchcase(name, pattern))
 
 
-@pytest.mark.parametrize("alpha", ALPHAS, ids=["number", "patterns"])
+@pytest.mark.parametrize("alpha", ALPHAS, ids=["number", "exponent", "patterns"])
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_ties"])
 def test_written_weights_are_the_alphas(method: str, alpha: Any, tmp_path: Path) -> None:
     path = merge.write_mergekit(tmp_path / "m.yml", "org/base: #1", 'a"b', alpha, method=method)
@@ -54,7 +54,7 @@ def test_written_weights_are_the_alphas(method: str, alpha: Any, tmp_path: Path)
     assert ("density" in by_model['a"b']) == (method in ("ties", "dare_ties"))
 
 
-@pytest.mark.parametrize("alpha", ALPHAS, ids=["number", "patterns"])
+@pytest.mark.parametrize("alpha", ALPHAS, ids=["number", "exponent", "patterns"])
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_read_back(method: str, alpha: Any, tmp_path: Path) -> None:
     path = merge.write_mergekit(tmp_path / "m.yml", "base", "aligned", alpha, method=method)
@@ -90,13 +90,33 @@ def linear(one: str, two: str, more: str = "") -> str:
     return "merge_method: linear\n" + TWO.replace("W1", one).replace("W2", two) + more
 
 
+SCALED = {"*mlp*": 1.0, "*": 2.0}
+
+
+def arithmetic(own: str, shared: str) -> str:
+    return (
+        "merge_method: task_arithmetic\nbase_model: a\n"
+        f"models: [{{model: b, parameters: {{{own}}}}}]\nparameters: {{{shared}}}\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "alpha"),
     [
         (linear("1", "3"), 0.75),
         (linear("0.5", "0.5", "parameters: {normalize: false}\n"), 0.5),
         (linear("{value: 1}", "{value: 1}"), {"*": 0.5}),
-        ("merge_method: linear\nmodels: [{model: a}, {model: b}]\n", 0.5),
+        # a weight of all models is that of those without one of their own
+        (
+            "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 2}\n",
+            0.5,
+        ),
+        (arithmetic("weight: 0.5", "lambda: 0.5"), 0.25),
+        (arithmetic("weight: [{filter: mlp, value: 0.5}, {value: 1}]", "lambda: 2"), SCALED),
+        (arithmetic("", "weight: 0.3"), 0.3),
+        (arithmetic("weight: 0.5", "weight: 0.3, normalize: false, int8_mask: true"), 0.5),
+        # a filter is a part of a name, literally
+        (arithmetic("weight: [{filter: '*.a[0]', value: 0.5}]", ""), {"*[*].a[[]0]*": 0.5}),
     ],
 )
 def test_mergekits_own_forms(text: str, alpha: Any, tmp_path: Path) -> None:
@@ -117,6 +137,14 @@ def test_mergekits_own_forms(text: str, alpha: Any, tmp_path: Path) -> None:
         ("merge_method: linear\nmodels: [{model: a}]\n", "one base and one aligned model"),
         ("merge_method: task_arithmetic\nmodels: [{model: a}]\n", "one base and one aligned"),
         ("merge_method: linear\nmodels: 3\n", "a list of mappings"),
+        ("merge_method: linear\nmodels: [{model: a}, {model: b}]\n", "a weight for each model"),
+        (arithmetic("weight: 1", "gamma: 0.1"), "parameters of normalize.*gamma.*mergekit-yaml"),
+        (arithmetic("weight: 1, density: 0.5", ""), "parameters of weight alone"),
+        (arithmetic("weight: 1", "lambda: [1, 2]"), "lambda, a number"),
+        (arithmetic("weight: 1", "normalize: 'false'"), "normalize: true or false"),
+        ("merge_method: linear\nparameters: 3\nmodels: [{model: a}]\n", "parameters of"),
+        (linear("1", "1") + "  - {model: b, parameters: {weight: 1}}\n", "each model once"),
+        (linear("1", "1") + "  - {model: c, slice: 1}\n", "`model` and `parameters` alone"),
         ("- 1\n", "a mapping with merge_method"),
         ("a: [\n", "expected YAML"),
     ],
