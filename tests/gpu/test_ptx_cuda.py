@@ -45,15 +45,18 @@ def cases(names: dict[str, Rows], ordinary: dict[str, str]) -> list[Any]:
         for name, rows in names.items()
         for kind in KINDS
         for dtype in DTYPES
+        if (name, kind) not in LEFT_OUT
     ]
 
 
+# models that agree in nothing, or all but so: the gradients are 1e-9, less than p's own rounding
+LEFT_OUT = (("far", "jsd"),)
 ROWS = {
     "odd": Rows(2051),
     "one": Rows(1),
     "off": Rows(1203, stride=3, shift=1),
     "tail": Rows(9001, tokens=2, apart=0.02),
-    "far": Rows(1500, size=100.0, apart=30.0),
+    "far": Rows(9001, tokens=2, size=300.0, apart=30.0),
     "masked": Rows(1100, masked=True),
     "ruled out": Rows(1300, ruled_out=True, options={"inf": "mask"}),
     "softcap": Rows(2100, options={"softcap": 5.0, "ref_softcap": 5.0, "temperature": 0.8}),
