@@ -383,6 +383,10 @@ __global__ void __launch_bounds__(kKlThreads, 3)
 
 // --- forward and the policy's gradient
 
+// Both rows are of T: kernels that hold all that both sweeps need have no registers to look at
+// types while they run. Halves have theirs in T.
+constexpr FloatType kKlOwn = FloatType::kFloat;
+
 // again_of(): where the rows are read from for the last time.
 template <KlOp op, bool kCluster, class Source, class Again>
 __device__ void kl_both_row(const Source& rows, const Again& again_of, const KlArgs& a,
@@ -396,7 +400,7 @@ __device__ void kl_both_row(const Source& rows, const Again& again_of, const KlA
   if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(again, a, row, sh.state);
   const int64_t span = kl_span(a.v);
   const KlSlope<op, false> slope(a, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
-  const KlTarget<T> dx(a.dx, a.x_type, row), dy({}, a.y_type, row);
+  const KlTarget<T> dx(a.dx, kKlOwn, row), dy({}, kKlOwn, row);
   // backwards: what was read last is nearest
   for (int i = team.end - 1 - int(threadIdx.x / 32); i >= team.begin; i -= kKlWarps)
     kl_span_gradient(again, slope, i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, dy);
@@ -410,7 +414,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   const int64_t row = blockIdx.x;
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   if (a.mask && !a.mask[row]) {
-    const KlTarget<T> dx(a.dx, a.x_type, row), dy({}, a.y_type, row);
+    const KlTarget<T> dx(a.dx, kKlOwn, row), dy({}, kKlOwn, row);
     if (threadIdx.x == 0) kl_finish_masked<op>(a, row);
     const int64_t span = kl_span(a.v);
     for (int i = int(threadIdx.x / 32); i < team.spans; i += kKlWarps)
@@ -422,19 +426,14 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   if (kShared && threadIdx.x == 0) sh.team = team;
   if (kShared) __syncthreads();
   kl_both_row<op, false>(
-      KlGlobal<T, true>(a, row, true), [&] { return KlGlobal<T>(a, blockIdx.x, true); }, a,
+      KlGlobal<T, true>(a, row, kKlOwn), [&] { return KlGlobal<T>(a, blockIdx.x, kKlOwn); }, a,
       kShared ? sh.team : team, sh);
-}
-
-template <class T>
-__device__ __forceinline__ int kl_item_of(FloatType type) {
-  return std::is_same<T, float>::value ? kl_item(type) : 2;
 }
 
 // Entries [first, last) of a row, to shared memory.
 template <class T>
-__device__ __forceinline__ void kl_stage_bits(const char* row, int64_t v, int64_t first,
-                                              int64_t last, char* to) {
+__device__ __forceinline__ void kl_stage(const char* row, int64_t v, int64_t first, int64_t last,
+                                         char* to) {
   constexpr int n = KlVector<T>::kEntries;
   const KlBits<T> bits(row, v);
   const int64_t vectors = (last - first) / n;
@@ -443,12 +442,6 @@ __device__ __forceinline__ void kl_stage_bits(const char* row, int64_t v, int64_
     reinterpret_cast<uint4*>(to)[i] = bits.at(first + i * n).bits;
   for (int64_t i = vectors * n + threadIdx.x; i < last - first; i += kKlThreads)
     reinterpret_cast<T*>(to)[i] = bits.row[first + i];
-}
-template <class T>
-__device__ __forceinline__ void kl_stage(const char* row, FloatType type, int64_t v, int64_t first,
-                                         int64_t last, char* to) {
-  if (kl_item_of<T>(type) == 4) kl_stage_bits<float>(row, v, first, last, to);
-  else kl_stage_bits<__half>(row, v, first, last, to);
 }
 
 // A row pair held in the shared memory of a.cluster blocks, a slice of whole spans each: logits are
@@ -467,7 +460,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   team.end = team.begin + team.each < team.spans ? team.begin + team.each : team.spans;
   const int64_t first = team.begin * span, last = team.end * span < a.v ? team.end * span : a.v;
   if (a.mask && !a.mask[row]) {
-    const KlTarget<T> dx(a.dx, a.x_type, row), dy({}, a.y_type, row);
+    const KlTarget<T> dx(a.dx, kKlOwn, row), dy({}, kKlOwn, row);
     if (threadIdx.x == 0 && team.rank == 0) kl_finish_masked<op>(a, row);
     for (int i = team.begin + int(threadIdx.x / 32); i < team.end; i += kKlWarps)
       kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, dy);
@@ -475,12 +468,12 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   }
   char* const slices = reinterpret_cast<char*>(memory);
   char* const x = slices + (kl_shared_bytes(op, team.each) + 15) / 16 * 16;
-  char* const y = x + team.each * span * kl_item_of<T>(a.x_type);
-  kl_stage<T>(kl_row_at(a.x, row), a.x_type, a.v, first, last, x);
-  kl_stage<T>(kl_row_at(a.y, row), a.y_type, a.v, first, last, y);
+  char* const y = x + team.each * span * int64_t(sizeof(T));
+  kl_stage<T>(kl_row_at(a.x, row), a.v, first, last, x);
+  kl_stage<T>(kl_row_at(a.y, row), a.v, first, last, y);
   if (threadIdx.x == 0) sh.team = team;
   __syncthreads();
-  const KlStaged<T> staged(a, x, y, first);
+  const KlStaged<T> staged(x, y, kKlOwn, first);
   kl_both_row<op, true>(staged, [&] { return staged; }, a, sh.team, sh);
   kl_cluster_sync();  // no block may leave while another reads its parts
 }

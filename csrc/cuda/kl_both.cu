@@ -5,8 +5,7 @@ namespace fasttax {
 const char* kl_both(const KlLaunch& x) {
   const KlDevice device;
   if (device.error != cudaSuccess) return cuda_words(device.error);
-  const auto item = [](FloatType type) { return type == FloatType::kFloat ? 4 : 2; };
-  const int pair_item = item(x.args.x_type) + item(x.args.y_type);
+  const int pair_item = x.type == FloatType::kFloat ? 8 : 4;
   KlLaunch launch = x;
   launch.args.splits = 1;
   const auto start = [&](auto entry) {

@@ -275,12 +275,16 @@ struct KlGlobal
       : KlPairOf<KlEntries<T, kKeep>>{
             {kl_row_at(a.x, row), a.x_type, a.v},
             {kl_row_at(has_ref ? a.y : a.x, row), has_ref ? a.y_type : a.x_type, a.v}} {}
+  // both of one type, which is known when this is compiled
+  __device__ __forceinline__ KlGlobal(const KlArgs& a, int64_t row, FloatType of)
+      : KlPairOf<KlEntries<T, kKeep>>{{kl_row_at(a.x, row), of, a.v},
+                                      {kl_row_at(a.y, row), of, a.v}} {}
 };
 template <class T>
 struct KlStaged : KlPairOf<KlStagedEntries<T>> {  // their slices, from entry `first` on
   using Entry = T;
-  __device__ __forceinline__ KlStaged(const KlArgs& a, const char* x, const char* y, int64_t first)
-      : KlPairOf<KlStagedEntries<T>>{{x, a.x_type, first}, {y, a.y_type, first}} {}
+  __device__ __forceinline__ KlStaged(const char* x, const char* y, FloatType of, int64_t first)
+      : KlPairOf<KlStagedEntries<T>>{{x, of, first}, {y, of, first}} {}
 };
 
 // --- where a gradient goes

@@ -225,6 +225,8 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlArgs& a,
   using T = typename Source::Entry;
   using P = KlParts<op>;
   constexpr int n = KlVector<T>::kEntries, kStride = 32 / P::kPadded;
+  // Of float32 a span is half of all registers, which leaves none for some capped entries at once.
+  constexpr bool kCaps = kl_op_capped(op) && sizeof(T) == 2;
   const int lane = int(threadIdx.x) % 32;
   KlSpanEntries<T> span;
   span.template load<P::kPair>(row, begin, count);
@@ -242,7 +244,7 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlArgs& a,
     const KlDeviceFrame frame(a, r);
     const bool whole = !guarded && count == kSpan,
                fast = whole && (P::kPair ? frame.fast : frame.bare),
-               capped = kl_op_capped(op) && whole && frame.capped;
+               capped = kCaps && whole && frame.capped;
     KlLanes<op> lanes;
     KlSpanWay way{frame, {a.cap}};
     span.forget();

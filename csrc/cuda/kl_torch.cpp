@@ -205,11 +205,11 @@ std::tuple<Tensor, Tensor, Tensor> token_kl_grad(Tensor token_weight, Tensor log
                                   FASTTAX_KL_VALUES, need_policy, need_ref);
     return {out[0], out[1], out[2]};
   }
-  // two launches where one has no kernel: the reference's gradient, and float16, which a scaler's
-  // users ask for in backward
-  const bool halves =
-      logits.scalar_type() == ScalarType::Half && ref_logits.scalar_type() == ScalarType::Half;
-  if (need_ref || !need_policy || halves) {
+  // two launches where one has no kernel: the reference's gradient, rows of two types, and float16,
+  // which a scaler's users ask for in backward
+  const bool no_kernel =
+      logits.scalar_type() != ref_logits.scalar_type() || logits.scalar_type() == ScalarType::Half;
+  if (need_ref || !need_policy || no_kernel) {
     const auto [kl, saved] = token_kl(logits, ref_logits, mask, FASTTAX_KL_VALUES);
     const auto [d_logits, d_ref] = token_kl_backward(token_weight, logits, ref_logits, mask, saved,
                                                      FASTTAX_KL_VALUES, need_policy, need_ref);
