@@ -27,8 +27,8 @@ QUICK   = $(addprefix tests/, \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny demo-full test test-gpu test-trl mutants quick t bench bench-gpu lint format hooks wheels \
-  house doctor clean
+.PHONY: help demo demo-tiny demo-full test test-gpu test-ptx machine-code test-trl mutants quick t bench bench-gpu \
+  lint format hooks wheels house doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,12 @@ test: $(LIBRARY) ## the test suite, two files at a time
 
 test-gpu: $(LIBRARY) ## the device cases of the suite on this machine's GPU; without one it says so
 	$(PY) -m tests.gpu
+
+test-ptx: $(LIBRARY) ## every case of the kernels' PTX on the simulator of tests/gpu/ptx; needs nvcc, no GPU
+	$(PY) -m pytest -n 2 --dist load -m "full or not full" tests/gpu/test_ptx_*.py
+
+machine-code: $(LIBRARY) ## registers, spills, widths and bytes under way of every kernel: docs/machine-code.md
+	$(PY) -m tests.gpu.machine_code
 
 # Torch and all that this version is content with are $(VENV)'s own.
 test-trl: $(LIBRARY) ## patch and FullKL on another TRL: make test-trl V=1.9.2 (transformers: HF=5.16.1)

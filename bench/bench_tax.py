@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import marked
 from fasttax import demo
+from fasttax.demo.settings import cache_folder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu-tax.json"
@@ -27,10 +28,13 @@ def keep(results: dict[str, Any], table: str, options: Sequence[str]) -> None:
     points = [{k: v for k, v in row.items() if k not in LEFT_OUT} for row in results["points"]]
     command = " ".join([COMMAND, *options])
     kept = {"command": command, **results, "points": points}
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(kept, indent=1) + "\n"
+    for here, name in ((f"{ROOT}/", ""), (str(cache_folder()), "~/.cache/fasttax")):
+        text = text.replace(here, name)
+    RESULTS.write_text(text, encoding="utf-8")
     said = "\n".join(f"- {sentence}" for sentence in results["verdicts"])
-    text = f"{table.strip()} Made by `{command}`.\n\n{said}"
-    marked.renew(ROOT / "docs" / "tax.md", "tax", text)
+    section = f"{table.strip()} Made by `{command}`.\n\n{said}"
+    marked.renew(ROOT / "docs" / "tax.md", "tax", section)
 
 
 def main(options: Sequence[str]) -> int:

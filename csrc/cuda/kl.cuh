@@ -383,15 +383,16 @@ __global__ void __launch_bounds__(kKlThreads, 3)
 
 // --- forward and the policy's gradient
 
-// `again`: where the rows are read from for the last time.
+// again_of(): where the rows are read from for the last time.
 template <KlOp op, bool kCluster, class Source, class Again>
-__device__ void kl_both_row(const Source& rows, const Again& again, const KlArgs& a, KlTeam& team,
-                            KlShared& sh) {
+__device__ void kl_both_row(const Source& rows, const Again& again_of, const KlArgs& a,
+                            KlTeam& team, KlShared& sh) {
   using T = typename Source::Entry;
   kl_row_sums<op, kCluster>(rows, a, team, sh);
   if constexpr (kl_op_two_sweeps(op)) kl_row_second<op, kCluster>(rows, a, team, nullptr, sh);
   __syncthreads();
   const int64_t row = team.row;
+  const auto again = again_of();
   if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(again, a, row, sh.state);
   const int64_t span = kl_span(a.v);
   const KlSlope<op, false> slope(a, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
@@ -416,8 +417,13 @@ __global__ void __launch_bounds__(kKlThreads, 2)
       kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, dy);
     return;
   }
-  kl_both_row<op, false>(KlGlobal<T, true>(a, row, true), KlGlobal<T>(a, row, true), a, team,
-                         *reinterpret_cast<KlShared*>(memory));
+  KlShared& sh = *reinterpret_cast<KlShared*>(memory);
+  constexpr bool kShared = sizeof(T) == 4;  // whose entries leave no registers for it
+  if (kShared && threadIdx.x == 0) sh.team = team;
+  if (kShared) __syncthreads();
+  kl_both_row<op, false>(
+      KlGlobal<T, true>(a, row, true), [&] { return KlGlobal<T>(a, blockIdx.x, true); }, a,
+      kShared ? sh.team : team, sh);
 }
 
 template <class T>
@@ -475,7 +481,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   if (threadIdx.x == 0) sh.team = team;
   __syncthreads();
   const KlStaged<T> staged(a, x, y, first);
-  kl_both_row<op, true>(staged, staged, a, sh.team, sh);
+  kl_both_row<op, true>(staged, [&] { return staged; }, a, sh.team, sh);
   kl_cluster_sync();  // no block may leave while another reads its parts
 }
 

@@ -231,15 +231,18 @@ struct KlStagedEntries {
 template <>
 struct KlStagedEntries<float> {
   using Beyond = int;
-  const char* row;
+  int at_bytes;  // from the start of shared memory to entry 0: half of a pointer's registers
   FloatType type;
 
   __device__ __forceinline__ KlStagedEntries(const char* slice, FloatType of, int64_t first)
-      : row(slice - first * kl_item(of)), type(of) {}
-  __device__ __forceinline__ float one(int64_t i) const { return kl_widen_one(row, type, i); }
+      : type(of) {
+    FASTTAX_DYNAMIC_SHARED(memory);
+    at_bytes = int(slice - reinterpret_cast<const char*>(memory) - first * kl_item(of));
+  }
+  __device__ __forceinline__ float one(int64_t i) const { return kl_widen_one(row(), type, i); }
   __device__ __forceinline__ KlVector<float> at(int64_t i) const {
-    if (type == FloatType::kFloat) return {*reinterpret_cast<const uint4*>(row + 4 * i)};
-    return kl_widen(*reinterpret_cast<const uint2*>(row + 2 * i), type);
+    if (type == FloatType::kFloat) return {*reinterpret_cast<const uint4*>(row() + 4 * i)};
+    return kl_widen(*reinterpret_cast<const uint2*>(row() + 2 * i), type);
   }
   template <int n>
   __device__ __forceinline__ Beyond load_span(KlVector<float> (&to)[n], int64_t own) const {
@@ -249,6 +252,12 @@ struct KlStagedEntries<float> {
   }
   template <int n>
   __device__ __forceinline__ void settle_span(KlVector<float> (&)[n], int64_t, Beyond) const {}
+
+ private:
+  __device__ __forceinline__ const char* row() const {
+    FASTTAX_DYNAMIC_SHARED(memory);
+    return reinterpret_cast<const char*>(memory) + at_bytes;
+  }
 };
 
 // --- a row pair

@@ -63,8 +63,8 @@ def part_near(u, k):
 
 @triton.jit
 def mixture(ex, ey, to_p, k, APPROX: tl.constexpr):
-    """M = to_p P + beta Q, and its logarithm, of base 2."""
-    mix = tl.maximum(tl.fma(ey, k.mixed_beta, ex * to_p), LEAST)
+    """M = to_p P + beta Q, never 0, and its logarithm, of base 2."""
+    mix = tl.fma(ey, k.mixed_beta, tl.fma(ex, to_p, LEAST))
     return mix, log2(mix, APPROX)
 
 

@@ -35,7 +35,7 @@ from fasttax.triton.rows import (
     zero,
 )
 from fasttax.triton.series import bregman
-from fasttax.triton.sums import added, sweep, zeros
+from fasttax.triton.sums import LANES_OF_STEP, added, sweep, zeros
 
 MOST = tl.constexpr(3e38)  # a weight's log that float32 has no larger one of
 
@@ -75,10 +75,11 @@ def jsd_row(
         shift *= 0.0
         log_ratio = tl.log(s / y)
         even = inverse(s) / inverse(y)
-        lanes = zeros(5, LANES)
+        ROWS: tl.constexpr = LANES if LANES < LANES_OF_STEP else LANES_OF_STEP
+        lanes = zeros(5, ROWS)
         SHORT: tl.constexpr = is_short(x_row, y_row)
-        for start in range(0, V, LANES * WIDTH):
-            x, other, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, True)
+        for start in range(0, V, ROWS * WIDTH):
+            x, other, live = load_pair(x_row, y_row, start + tile_lanes(ROWS, WIDTH), V, True)
             ax, ay, d = framed(x, other, live, mx, my, shift, k, GENERAL, INF_MASK, SHORT)
             u = d - log_ratio.to(tl.float32)
             lanes = added(lanes, mix_sums_again(ax, ay, u, even, tl.log2(even), k, APPROX))

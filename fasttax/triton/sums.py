@@ -6,7 +6,7 @@ closed form (`moved`), and the step is summed again, from registers. So is one w
 0 * inf = 0, the row's first, and a last one that is not whole. No entry is read from memory twice,
 and there is no loop but that over the row.
 
-Every lane's terms are accurate by themselves: f(d) by a polynomial for |d| <= 1, where beyond the
+Every lane's terms are accurate by themselves: f(d) by a polynomial for |d| <= 3/4, where beyond the
 terms of (e^ay - e^ax) + e^ax d cancel to a sixth at most.
 
 A lane's sums travel as one tuple, in the order
@@ -39,7 +39,7 @@ from fasttax.triton.rows import (
     tile_lanes,
     total,
 )
-from fasttax.triton.series import UNIT_GAP, bregman_slope
+from fasttax.triton.series import NEAR_GAP, bregman_slope
 
 # The threads of a program, each of which has a lane of every vector of a step.
 LANES_OF_STEP = tl.constexpr(256)
@@ -119,7 +119,7 @@ def plain_terms(ax, ay, d, OP: tl.constexpr, GUARDED: tl.constexpr):
     else:
         ey = tl.exp2(ay)
         y = tl.sum(ey, 1)
-        near = tl.abs(d) <= UNIT_GAP
+        near = tl.abs(d) <= NEAR_GAP
         change = ey - ex
         p = bregman_slope(d)
         if OP == REF_POLICY:

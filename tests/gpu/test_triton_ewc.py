@@ -24,7 +24,7 @@ from fasttax import reference
 from fasttax._base.packed import SPLIT, encode, encode_anchor
 from fasttax.triton import ewc, ewc_adamw, ewc_lora, tables
 from tests.tools.cuda_tools import ROOT, steps
-from tests.tools.triton_tools import compiled
+from tests.tools.triton_tools import TARGETS, compiled
 
 # none, one, beyond a block of 256, whole blocks of the loop, beyond a program
 SIZES = (0, 1, 257, 4096, tables.CHUNK + 2048 + 5)
@@ -269,7 +269,7 @@ def wide_accesses(code: str, step: str) -> int:
     return sum(bool(re.match(step + r"\.E.*\.128", word)) for word in steps(code))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_compiles_for_gpus_without_spills_and_with_wide_loads(target: str, tmp_path: Path) -> None:
     """The addresses and the sizes lie in memory: nothing tells the compiler what divides them but
     the kernels themselves.
@@ -327,7 +327,7 @@ def test_compiles_for_gpus_without_spills_and_with_wide_loads(target: str, tmp_p
         assert compiled(kernel, target, types_of(kernel), constants, warps, tmp_path).spills == 0
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_lora_compiles_without_spills(target: str, tmp_path: Path) -> None:
     meta = {"U8": False, "R": 16, "ROWS": 32, "COLS": 64}
     types = {

@@ -40,6 +40,18 @@ def arguments(pair: tuple[int, ...], reduction: int, weighed: bool, masked: bool
 CASES = list(itertools.product(((0, 1), (0, 1, 2)), range(3), (False, True), (False, True)))
 
 
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_more_tokens_than_a_block_takes(reduction: int) -> None:
+    """2500: Triton's programs take 1024 at a time, CUDA's blocks as many."""
+    value = torch.rand(1, 2500)
+    mask = torch.arange(2500) % 7 != 0
+    (got,) = torch.ops.fasttax.weigh_tokens(
+        [value], [0], [], mask, None, reduction, 1.0, 3.0, False
+    )
+    (want,) = weigh.weigh_tokens([value.double()], [0], [], mask, None, reduction, 1.0, 3.0, False)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case: Any, reverse: bool) -> None:

@@ -53,3 +53,32 @@ def test_the_command_measures_and_writes(
     assert "--tokens" in capsys.readouterr().err
     assert cli.main(["bench", "--device", "abacus"]) == 2
     assert "'cpu'" in capsys.readouterr().err
+
+
+def test_tax_is_kept_without_paths_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    from bench import bench_tax
+    from fasttax.demo.settings import cache_folder
+
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "tax.md"
+    page.write_text("before\n<!-- tax:begin -->\nold\n<!-- tax:end -->\nafter\n")
+    monkeypatch.setattr(bench_tax, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_tax, "RESULTS", tmp_path / "cpu-tax.json")
+    results = {
+        "points": [{"tax": 0.1, "curve": {}, "changes": [1.0]}],
+        "verdicts": ["HOLDS: it."],
+        "model": {"origin": f"kept in {cache_folder()}/tiny"},
+        "file": f"{tmp_path}/fasttax/demo/alignment.jsonl",
+    }
+    bench_tax.keep(results, "| a |\n", ["--seeds", "5"])
+    kept = json.loads((tmp_path / "cpu-tax.json").read_text())
+    assert kept["points"] == [{"tax": 0.1}]
+    assert kept["command"] == "python -m bench.bench_tax --seeds 5"
+    assert kept["model"]["origin"] == "kept in ~/.cache/fasttax/tiny"
+    assert kept["file"] == "fasttax/demo/alignment.jsonl"
+    text = page.read_text()
+    assert text.startswith("before\n<!-- tax:begin -->\n| a | Made by `python -m bench.bench_tax")
+    assert text.endswith("\n- HOLDS: it.\n<!-- tax:end -->\nafter\n")

@@ -99,6 +99,7 @@ _OF_ALL = (2, 1.5, 5.0, False)  # mean, scale, clip, reverse
 ARGUMENTS: dict[str, Callable[[], list[Any]]] = {
     "token_kl": lambda: [*_rows(), MASK, *KL],
     "token_kl of bfloat16": lambda: [*_rows(torch.bfloat16), None, *KL],
+    "token_kl of bfloat16 and float32": lambda: [_rows(torch.bfloat16)[0], _rows()[1], None, *KL],
     "token_kl of jsd": lambda: [*_rows(), None, *JSD],
     "token_kl_grad": lambda: [_random(N, 2), *_rows(), MASK, *KL, True, False],
     "token_kl_backward": lambda: _kl_backward(KL),

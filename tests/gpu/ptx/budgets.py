@@ -15,7 +15,7 @@ SLACK = 1.05  # of bytes
 KL_PASSES = {"forward": 2, "gradient": 3, "gradients": 4, "both": 3}
 TWO_SWEEPS = ("jsd", "renyi")  # whose second sweep needs what the first has summed
 # bytes an element
-LIST_BYTES = {
+LIST_BYTES: dict[str, dict[str, float]] = {
     "float32": {"penalty": 12, "add_grad_": 20, "prox_": 16, "adamw_": 36, "squares_": 12},
     # 4 of theta, 3 of the anchor, 1 + 8 / 256 of the Fisher; the gradient in bfloat16
     "packed": {
@@ -75,6 +75,36 @@ INSTRUCTIONS: dict[str, dict[str, float]] = {
         "adamw_": 72,
         "squares_": 9,
     },
+}
+# registers of a thread, by kernel, on every architecture: 2 blocks of 256 on an SM, or 3, 4, 8
+REGISTERS = {
+    "kl_forward_kernel": 128,
+    "kl_second_kernel": 128,
+    "kl_resident_kernel": 128,
+    "kl_two_sweeps_kernel": 128,
+    "kl_gradient_kernel": 80,
+    "ewc_kernel": 56,
+    "ewc_finish": 32,
+    "adamw_kernel": 80,
+    "adamw_finish": 32,
+    "square_kernel": 40,
+    "scale_held_kernel": 32,
+    "weigh_weights_kernel": 32,
+    "weigh_backward_kernel": 32,
+    "weigh_tokens_kernel": 32,
+    "weigh_sum_kernel": 32,
+}
+# KB that an SM must have under way: 40 are 90 % of an H100's bandwidth. A row of one model alone is
+# half of a pair; a gradient has three blocks on an SM, whose loads and arithmetic take turns.
+KB_UNDER_WAY = {
+    "kl_forward_kernel": 32,
+    "kl_resident_kernel": 40,
+    "kl_two_sweeps_kernel": 40,
+    "kl_gradient_kernel": 24,
+    "ewc_kernel": 40,
+    "adamw_kernel": 40,
+    "square_kernel": 40,
+    "scale_held_kernel": 40,
 }
 
 

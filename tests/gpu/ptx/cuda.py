@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -27,6 +28,7 @@ from tests.tools.cuda_tools import ROOT, cuda_homes, first
 
 SOURCES = ("kl_gradient", "kl_both", "kl", "ewc", "adamw", "weigh", "fisher")  # the longest first
 TORCH_FLOOR = "0x020b000000000000"
+NAME = "libfasttax_ptx.so"
 HIDDEN = "-Xcompiler=-fPIC,-fvisibility=hidden"
 OPS = (
     "token_kl",
@@ -91,28 +93,40 @@ def build(folder: Path, arch: str, csrc: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, jobs))
     libraries = [f"-L{path}" for path in library_paths()]
-    run(["g++", "-shared", *objects, *libraries, "-ltorch_cpu", "-o", folder / "libfasttax_ptx.so"])
+    run(["g++", "-shared", *objects, *libraries, "-ltorch_cpu", "-o", folder / NAME])
     for done in objects:
         done.unlink()
 
 
-@cache
-def library(arch: str) -> ctypes.CDLL:
-    """Loaded once in a process: its ops take the place of any other architecture's."""
+def built(arch: str) -> Path:
+    """The folder of the library."""
     csrc = ROOT / "csrc"
     sources = [p for p in csrc.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
     sources = [p for p in sources if p.parent.name != "cpu"]
-    built = kept(
+    return kept(
         f"cuda{arch}",
         [*sources, *(HERE / "cuda").iterdir()],
         lambda folder: build(folder, arch, csrc),
         f"{arch} {torch.__version__} {os.environ.get('CUDA_HOME')}",
     )
+
+
+def modules(arch: str) -> list[str]:
+    """The PTX that is in it."""
+    data = (built(arch) / NAME).read_bytes()
+    texts = (found[0].rstrip(b"\0").decode() for found in re.finditer(rb"\n\.version[^\0]*", data))
+    return [text for text in texts if ".entry" in text]
+
+
+@cache
+def library(arch: str) -> ctypes.CDLL:
+    """Loaded once in a process: its ops take the place of any other architecture's."""
+    folder = built(arch)
     schemas = torch.library.Library("fasttax_ptx", "DEF")
     for op in OPS:
         schema = str(getattr(torch.ops.fasttax, op).default._schema)
         schemas.define(schema.removeprefix("fasttax::"))
-    loaded = ctypes.CDLL(str(built / "libfasttax_ptx.so"))
+    loaded = ctypes.CDLL(str(folder / NAME))
     loaded._schemas = schemas  # type: ignore[attr-defined]  # alive as long as the library
     return loaded
 
@@ -126,7 +140,7 @@ ON_LAUNCH = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_void_p),
 )
 ON_MADE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
-_modules: dict[bytes, Module] = {}
+_modules: dict[str, Module] = {}
 
 
 def arguments_of(module: Module, name: str, given: Any) -> bytes:
@@ -140,17 +154,24 @@ def arguments_of(module: Module, name: str, given: Any) -> bytes:
 
 
 class CudaSimulation(Simulation):
-    """torch.ops.fasttax_ptx, whose own tensors are known."""
+    """torch.ops.fasttax_ptx, whose own tensors are known.
+
+    Attributes:
+        ops: they.
+        edit: what is made of each module's PTX before it runs: a fault, to see it found.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.ops: Any = torch.ops.fasttax_ptx
+        self.edit: Callable[[str], str] = str
 
     def launch(self, name: bytes, source: bytes, geometry: Any, shared: int, given: Any) -> int:
         try:
-            module = _modules.get(source)
+            text = self.edit(source.decode())
+            module = _modules.get(text)
             if module is None:
-                module = _modules[source] = Module(source.decode())
+                module = _modules[text] = Module(text)
             x, y, z, a, b, c, cluster = geometry[:7]
             kernel = name.decode()
             self.reports.append(

@@ -99,10 +99,10 @@ def check_kl(sim: Simulation, ops: Any, rows: Rows) -> None:
     if mask is not None:
         for got in (kl, dx, dy):
             assert not got[~mask].any()
-    sides = [live(t, mask).contiguous() for t in (x, y)]
+    a, b = (live(t, mask).contiguous() for t in (x, y))
     up = live(upstream, mask)
-    truth = run_oracle(*sides, up, torch.float64, **rows.options)
-    own = run_oracle(*sides, up, torch.float32, **rows.options)
+    truth = run_oracle(a, b, up, torch.float64, **rows.options)
+    own = run_oracle(a, b, up, torch.float32, **rows.options)
     judge(rows, [live(t, mask) for t in (kl, dx, dy)], own, truth)
 
 

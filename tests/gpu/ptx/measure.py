@@ -63,7 +63,19 @@ def lists(sim: Simulation, ops: Any, mix: str) -> Found:
     lr = torch.tensor(0.01)
     sim.give(*x.anchors, *x.fishers, *x.scales, lr)
     sim.give(*x.params, *x.grads, *x.first, *x.second, *x.steps, readonly=False)
-    adamw = (x.params, x.grads, x.first, x.second, [], x.steps, *x.held, True, 0.4, 0.0, lr)
+    adamw: tuple[Any, ...] = (
+        x.params,
+        x.grads,
+        x.first,
+        x.second,
+        [],
+        x.steps,
+        *x.held,
+        True,
+        0.4,
+        0.0,
+        lr,
+    )
     sums = [torch.rand(t.shape) for t in x.grads]
     sim.give(*sums, readonly=False)
     calls = {
