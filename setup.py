@@ -3,8 +3,8 @@
 `fasttax._C` (C++, CPU) is built wherever there are a C++ compiler and torch's headers,
 `fasttax._C_cuda` (CUDA C++) where tools/cuda_build.py finds a use for it. With neither, the package
 installs and runs on its PyTorch reference, and so it does where compiling fails. FASTTAX_CPP=1
-makes `fasttax._C` or fails with the reason, FASTTAX_CPP=0 leaves it out. What is built, and how, is
-in tools/native_build.py.
+makes `fasttax._C` or fails with the reason, FASTTAX_CPP=0 leaves both out. What is built, and how,
+is in tools/native_build.py.
 """
 
 import os
@@ -24,13 +24,20 @@ def native() -> dict[str, Any]:
     from cuda_build import choice, note
 
     chosen = choice("FASTTAX_CPP", "C++ kernels")
+    cuda = choice("FASTTAX_CUDA", "CUDA kernels")
 
     def without(reason: str, way_out: str) -> dict[str, Any]:
-        if chosen == "1":
-            raise SystemExit(f"fasttax setup: FASTTAX_CPP=1, but {reason}; {way_out}")
+        for variable, value in (("FASTTAX_CPP", chosen), ("FASTTAX_CUDA", cuda)):
+            if value == "1":
+                raise SystemExit(f"fasttax setup: {variable}=1, but {reason}; {way_out}")
         note(f"{reason}: installing without native kernels; {way_out}")
         return {}
 
+    if chosen == "0" and cuda == "1":
+        raise SystemExit(
+            "fasttax setup: FASTTAX_CUDA=1, but FASTTAX_CPP=0 leaves all native kernels out; set "
+            "one of the two alone"
+        )
     if chosen == "0":
         note("no native kernels, as FASTTAX_CPP=0 says: fasttax runs on its PyTorch reference")
         return {}

@@ -77,6 +77,7 @@ class Build(BuildExtension):
     def initialize_options(self) -> None:
         super().initialize_options()
         self.isa: str | None = None
+        self.asked_for = False  # in place, for whoever runs build_ext
 
     def finalize_options(self) -> None:
         if self.isa == "native":
@@ -92,6 +93,8 @@ class Build(BuildExtension):
         super().finalize_options()
 
     def run(self) -> None:
+        # to be seen here: setuptools' run() says False while it compiles
+        self.asked_for = bool(self.inplace) and not self.editable_mode
         if self.inplace:
             folder = f"isa{self.isa}" if self.isa else "all"
             self.build_temp = f"build/{folder}{'-debug' if self.debug else ''}"
@@ -107,13 +110,12 @@ class Build(BuildExtension):
 
         One that does not compile leaves an installation without it, unless it was asked for.
         """
-        asked_for = self.inplace and not self.editable_mode
         folder, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
         try:
             super().build_extension(ext)
         except (CCompilerError, RuntimeError) as error:  # torch's ninja raises RuntimeError
             variable = FORCED_BY[ext.name]
-            if asked_for or os.environ.get(variable) == "1":
+            if self.asked_for or os.environ.get(variable) == "1":
                 raise
             note(
                 f"{ext.name} did not compile (the compiler's messages are above): installing "

@@ -73,12 +73,12 @@ def wheel(cuda: bool) -> Path:
 
 
 def check_beside(torch: str, built: Path) -> None:
-    """The wheel in an empty environment with that torch."""
+    """The wheel in an empty environment with that torch, whatever PYTHONPATH says (-I)."""
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "venv", folder)
         python = Path(folder, "bin", "python")
-        run(python, "-m", "pip", "install", "-q", f"torch=={torch}", built)
-        print(run(python, "-c", SMOKE, cwd=Path(folder)))
+        run(python, "-I", "-m", "pip", "install", "-q", f"torch=={torch}", built)
+        print(run(python, "-I", "-c", SMOKE, cwd=Path(folder)))
 
 
 def main() -> None:

@@ -41,9 +41,17 @@ def _report(args: argparse.Namespace) -> TaxReport:
         raise ValueError(
             f"{OP}: expected REPORT, or --published with one of {', '.join(NAMES)}; not both"
         )
+    one = len(args.files) == 1 and not Path(args.files[0]).is_dir()
+    idle = [f"--{name}" for name in ("alignment", "metric", "task") if vars(args)[name]]
+    if idle and (one or args.published is not None):
+        raise ValueError(
+            f"{OP}: {idle[0]}: expected with results of lm-evaluation-harness, the base's and a "
+            f"checkpoint's, got {args.published or args.files[0]}, which says itself what "
+            f"measures what; leave out {', '.join(idle)}"
+        )
     if args.published is not None:
         return published(args.published).report
-    if len(args.files) == 1 and not Path(args.files[0]).is_dir():
+    if one:
         return TaxReport.load(args.files[0])
     metrics = dict(pair.split("=", 1) for pair in args.metric if "=" in pair)
     if len(metrics) < len(args.metric):

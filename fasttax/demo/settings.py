@@ -158,6 +158,9 @@ def _strengths(text: str) -> tuple[str, tuple[Strength, ...]]:
             f"expected finite numbers > 0 with commas between them, as {method}={example} (got "
             f"{text!r})"
         )
+    # as labels have them: a report has a point of a name once
+    if len({tuple(f"{n:g}" for n in one) for one in values}) < len(values):
+        raise argparse.ArgumentTypeError(f"expected each strength once (got {text!r})")
     return method, values
 
 
@@ -178,6 +181,12 @@ def parse(argv: Sequence[str] | None) -> Settings:
     preset = {k: getattr(TINY if args["tiny"] else REAL, k) for k in Preset.__dataclass_fields__}
     preset |= {k: args[k] for k in preset if args.get(k) is not None}
     chosen = args["methods"] or tuple(METHODS)
+    given = [method for method, _ in args["strengths"]]
+    idle = [m for m in given if m not in chosen or given.count(m) > 1]
+    if idle:
+        parser.error(
+            f"--strengths {idle[0]}: expected once for each of --methods, {', '.join(chosen)}"
+        )
     preset["grids"] = {
         name: dict(args["strengths"]).get(name, grid)
         for name, grid in preset["grids"].items()

@@ -7,7 +7,6 @@ along what is left changes the loss of those batches by nothing to first order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,17 @@ from transformers import TrainerCallback
 
 from fasttax._base import checks
 from fasttax._base.handle import Handle
+from fasttax.ewc.attach import innermost
 from fasttax.integrations._replay import Batches, Options, Replay
-from fasttax.integrations._trainer import publish
+from fasttax.integrations._trainer import add_callback, publish
 
 KEYS = ("general", "directions")
 DIRECTIONS = 8
 # a direction counts whose part beside those before it is more than rounding of a float32 sum
 DISTINCT = 1e-4
+# What fp16 multiplies the loss by, as GradScaler does: activations' gradients of a mean over
+# thousands of tokens are below 6e-8, its least number. The next one where a gradient overflows.
+FP16_SCALES = tuple(2.0**power for power in (16, 12, 8, 4, 0))
 EXAMPLE = "{'general': batches, 'directions': 8}"
 
 
@@ -91,25 +94,28 @@ class Complement:
                 p.grad.copy_(value)
             elif bool(value.any()):
                 p.grad = value.to(p.dtype)
-        return 1 - _norm(vector) / before.clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.where(before == 0, 0.0, 1 - _norm(vector) / before)
 
 
 def _norm(vector: Sequence[Tensor]) -> Tensor:
-    return torch.stack([v.double().square().sum() for v in vector]).sum().sqrt().float()
+    """Over all tensors, on the first one's device; a model may lie on several."""
+    norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in vector]
+    return torch.stack([n.to(vector[0].device) for n in norms]).norm().float()
 
 
 def _subtract(vector: list[Tensor], basis: Sequence[Sequence[Tensor]]) -> None:
     """Takes the basis out of a vector, twice: what one pass leaves is its own rounding's."""
+    first = vector[0].device
     for _ in range(2):
         for direction in basis:
             along = torch.stack(
                 [
-                    torch.dot(v.flatten(), q.flatten()).double()
+                    torch.dot(v.flatten(), q.flatten()).double().to(first)
                     for v, q in zip(vector, direction, strict=True)
                 ]
             ).sum()
             for v, q in zip(vector, direction, strict=True):
-                v.sub_(q * along.to(v.dtype))
+                v.sub_(q * along.to(v))
 
 
 class Project(TrainerCallback):
@@ -130,23 +136,18 @@ class Project(TrainerCallback):
         self.complement = Complement([p for _, p in named if p.requires_grad])
         if not self.complement.parameters:
             raise checks.fail(asked.op, "project", "parameters that are trained", "none")
-        self._removed: list[Tensor] = []
+        self.removed: list[Tensor] = []  # the share of each step's gradient since the last log
         self._find()
 
     def _find(self) -> None:
         """Reads the general text and keeps the directions of its gradients."""
         options = Options(self.asked.op, self.asked.batches, "lm", 1.0, 1, None)
         reader = Replay(self.trainer, options)
-        accelerator = self.trainer.accelerator
         modes = [(m, m.training) for m in self.trainer.model.modules()]
         self.trainer.model.eval()
         try:
             for _ in range(self.asked.directions):
-                total, tokens = reader.summed(self.asked.batches.take())
-                # a mean over all ranks' tokens, the same on every rank
-                everywhere = accelerator.reduce(tokens.detach().clone(), reduction="sum")
-                gradient = self._gradient(total / everywhere.clamp(min=1))
-                self.complement.add([accelerator.reduce(g, reduction="sum") for g in gradient])
+                self.complement.add(self._direction(reader, self.asked.batches.take()))
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -160,21 +161,49 @@ class Project(TrainerCallback):
                 "pass batches with tokens that count",
             )
 
-    def _gradient(self, loss: Tensor) -> list[Tensor]:
+    def _direction(self, reader: Replay, batch: Any) -> list[Tensor]:
+        """A batch's gradient up to a factor, the same on every rank.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        accelerator = self.trainer.accelerator
+        total, tokens = reader.summed(batch)
+        # a mean over all ranks' tokens
+        everywhere = accelerator.reduce(tokens.detach().clone(), reduction="sum")
+        loss = total / everywhere.clamp(min=1)
+        half = accelerator.mixed_precision == "fp16"
+        for scale in FP16_SCALES if half else (1.0,):
+            own = self._gradient(loss * scale, half)
+            gradient = [accelerator.reduce(g, reduction="sum") for g in own]
+            if bool(_norm(gradient).isfinite()):
+                return gradient
+        raise checks.fail(
+            self.asked.op,
+            "project['general']",
+            "text whose loss has a finite gradient at the weights of the moment",
+            "nan or inf",
+            "leave out the batches whose loss is not finite",
+        )
+
+    def _gradient(self, loss: Tensor, again: bool) -> list[Tensor]:
         """Of the loss in the parameters; 0 in those that it does not reach."""
         parameters = self.complement.parameters
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=again)
         return [
             torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
         ]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Refuses gradients that are not whole on each rank, and other parameters than it read.
 
         Raises:
-            ValueError: parameters that are sharded or were made anew.
+            ValueError: parameters that are sharded or were made anew, or an optimizer of a part of
+                them, whose part of the gradient is not perpendicular.
         """
-        self._removed = []
+        self.removed = []
         mine = {id(p) for p in self.complement.parameters}
         wrapped = self.trainer.model_wrapped
         there = {id(p) for p in wrapped.parameters() if p.requires_grad}
@@ -183,24 +212,54 @@ class Project(TrainerCallback):
                 self.asked.op,
                 "project",
                 "the parameters that attach saw, whole on every rank",
-                "others: sharded by FSDP, or made anew by model_init",
-                "train with DDP or on one device and pass the model itself, or leave project out "
-                "and use replay",
+                "others: frozen or not since then, sharded by FSDP, or made anew by model_init",
+                "train with DDP or on one device and pass the model itself, attach once it is "
+                "known which parameters are trained, or leave project out and use replay",
             )
+        self._move_to_the_end()
+        if optimizer is None:
+            return
+        taken = {id(p) for group in innermost(optimizer).param_groups for p in group["params"]}
+        if mine - taken:
+            raise checks.fail(
+                self.asked.op,
+                "project",
+                f"an optimizer of all {len(mine)} parameters that are trained",
+                f"{type(innermost(optimizer)).__name__} of {len(mine & taken)} of them",
+                "requires_grad_(False) on the others before attach; an optimizer that steps "
+                "inside backward, as layer-wise ones do, can't be projected",
+            )
+
+    def _move_to_the_end(self) -> None:
+        """Behind callbacks that the trainer was given since, which may add to a gradient."""
+        handler = self.trainer.callback_handler
+        # a new list: the old one is being iterated over
+        handler.callbacks = [*(c for c in handler.callbacks if c is not self), self]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Projects what the optimizer is about to take."""
-        self._removed.append(self.complement.project_())
+        self.removed.append(self.complement.project_())
+
+
+class RemovedLog(TrainerCallback):
+    """`project/removed`: the mean share of the gradient's norm that was taken out since a log.
+
+    A callback of its own: it comes before the reporters, and the projection after all others.
+    """
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Publishes the mean share of the gradient's norm that was taken out since the last log."""
-        if logs is None or "loss" not in logs or not self._removed:
+        """Publishes it over the steps whose gradient was finite; fp16 skips the others."""
+        if logs is None or "loss" not in logs or not self.project.removed:
             return
-        removed, self._removed = torch.stack(self._removed), []
-        mean = float(removed.mean())
-        publish(state, logs, {"project/removed": mean if math.isfinite(mean) else 0.0})
+        removed, self.project.removed = torch.stack(self.project.removed), []
+        removed = removed[removed.isfinite()]
+        if len(removed):
+            publish(state, logs, {"project/removed": removed.mean()})
 
 
 def add_project(handle: Handle, trainer: Any, asked: Asked) -> None:
@@ -225,3 +284,4 @@ def add_project(handle: Handle, trainer: Any, asked: Asked) -> None:
         handler.callbacks = [c for c in handler.callbacks if c is not callback]
 
     handle.on_undo(restore)
+    add_callback(handle, trainer, RemovedLog(callback))

@@ -53,7 +53,8 @@ class Watched:
 class QuadraticLog(TrainerCallback):
     """At every training log the model's KL to a base, and half d^T F d of its whole Fisher.
 
-    A log costs two forwards of each model and a forward-mode pass over the batches.
+    A log costs a forward of each model and a forward-mode pass over the batches. The KL is that of
+    the two models under the trainer's autocast, the second order is taken without it.
 
     Args:
         trainer: a transformers Trainer, or one of TRL's.
@@ -89,15 +90,15 @@ class QuadraticLog(TrainerCallback):
         """Measures, and publishes the means over the ranks."""
         if logs is None or "loss" not in logs:
             return
-        model, asked = self.trainer.model, self.asked
+        model, asked, accelerator = self.trainer.model, self.asked, self.trainer.accelerator
+        # accelerate has put autocast around the model's forward: the KL of a base without it would
+        # be the rounding's, too
+        with accelerator.autocast():
+            kl = kl_to_base(model, asked.base, asked.batches)
         pair = torch.tensor(
-            [
-                kl_to_base(model, asked.base, asked.batches),
-                kl_quadratic(model, asked.base, asked.batches),
-            ],
-            device=self.trainer.accelerator.device,
+            [kl, kl_quadratic(model, asked.base, asked.batches)], device=accelerator.device
         )
-        mean = self.trainer.accelerator.reduce(pair, reduction="mean").tolist()
+        mean = accelerator.reduce(pair, reduction="mean").tolist()
         publish(state, logs, dict(zip(("kl/to_base", "kl/quadratic"), mean, strict=True)))
 
 

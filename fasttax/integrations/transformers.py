@@ -192,9 +192,11 @@ def attach(
         project: {"general": batches, "directions": 8}: each step's gradient, after accumulation,
             averaging and clipping, without its part along the LM loss's gradients of that many
             batches of general text at the weights of the moment, perpendicular to them to 1e-5 in
-            float32. It holds that many float32 copies of the trained parameters. What the optimizer
-            makes of the gradient (moments, scaling, weight decay) is not projected. Logs
-            `project/removed`, the share of the gradient's norm that is taken out.
+            float32; a batch whose gradient those before it make up, as one that is read again, adds
+            no direction. The optimizer must have all parameters that are trained. It holds that
+            many float32 copies of them. What the optimizer makes of the gradient (moments, scaling,
+            weight decay) is not projected. Logs `project/removed`, the share of the gradient's norm
+            that is taken out, a mean over the steps whose gradient is finite.
         log_quadratic: {"ref_model": base, "batches": general_text}: each training log gets
             `kl/to_base`, KL(model || base) on those batches, and `kl/quadratic`, 1/2 d^T F d of the
             base's whole Fisher beside it (`fasttax.tax.kl_quadratic`), at the cost of three

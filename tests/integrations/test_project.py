@@ -13,6 +13,7 @@ from test_replay import by_hand, plain, texts
 from test_transformers import difference, held, history
 from torch import Tensor
 
+from fasttax.integrations._project import Project
 from fasttax.integrations.transformers import attach
 from tests.tools import tiny_lm
 
@@ -155,3 +156,112 @@ def test_parameters_made_anew_are_refused(tmp_path: Path) -> None:
     trainer.model_wrapped = trainer.model = tiny_lm.model()
     with pytest.raises(ValueError, match="made anew by model_init; train with DDP"):
         trainer.train()
+
+
+class Reporter(transformers.TrainerCallback):
+    """What wandb and the progress bar see of a log: they stand behind those that add to it."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.seen.append(logs["project/removed"])
+
+
+class Push(transformers.TrainerCallback):
+    """Adds to the gradient: a callback of the user's own, given after attach."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            for p in model.parameters():
+                p.grad.add_(self.value)
+
+
+def test_reporters_and_callbacks_of_others(tmp_path: Path) -> None:
+    seen, reporter = Seen(), Reporter()
+    trainer = plain(tmp_path, [reporter, seen])
+    with attach(trainer, project={"general": texts()}):
+        trainer.add_callback(Push(0.01))
+        train(trainer)
+    rows = directions(3)
+    for gradient in seen.gradients:
+        assert ((rows @ gradient).abs() < 1e-5 * rows.norm(dim=1) * gradient.norm()).all()
+    assert reporter.seen == history(trainer, "project/removed")
+    assert len(reporter.seen) == trainer.args.max_steps
+
+
+class Emptied(transformers.TrainerCallback):
+    """Every gradient times a factor: none, as of batches that are masked, or overflown."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        for p in model.parameters():
+            p.grad.mul_(self.factor)
+
+
+def test_the_share_that_is_removed(tmp_path: Path) -> None:
+    """0 of nothing; what is not finite is no share, of which 0 would say that all is well."""
+    for factor, expected in ((0.0, 0.0), (float("inf"), None)):
+        trainer = plain(tmp_path, [Emptied(factor)], max_steps=1)
+        with attach(trainer, project={"general": texts()}):
+            train(trainer)
+        assert history(trainer, "project/removed") == ([] if expected is None else [expected])
+
+
+def test_an_optimizer_of_a_part_is_refused(tmp_path: Path) -> None:
+    """The part of a perpendicular gradient that it takes is not perpendicular."""
+    model = tiny_lm.model()
+    part = torch.optim.SGD(model.lm_head.parameters(), lr=0.1)
+    trainer = plain(tmp_path, model=model)
+    trainer.optimizer = part
+    attach(trainer, project={"general": texts()})
+    with pytest.raises(ValueError, match=r"SGD of 1 of them; requires_grad_\(False\)"):
+        trainer.train()
+    # the way out
+    model = tiny_lm.model().requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    trainer = plain(tmp_path, model=model)
+    trainer.optimizer = torch.optim.SGD(model.lm_head.parameters(), lr=0.1)
+    with attach(trainer, project={"general": texts()}):
+        train(trainer)
+    assert history(trainer, "project/removed")
+
+
+def test_text_without_a_finite_loss_is_refused(tmp_path: Path) -> None:
+    model = tiny_lm.model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    broken = {"input_ids": torch.full((1, 4), 7)}
+    trainer = plain(tmp_path, model=model)
+    with pytest.raises(ValueError, match="a finite gradient at the weights of the moment"):
+        attach(trainer, project={"general": [*texts(1), broken], "directions": 2})
+
+
+def test_fp16_keeps_small_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the states is 1e-8 here, which fp16 has only where the loss is scaled."""
+    model = tiny_lm.model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-5)
+    trainer = plain(tmp_path, model=model)
+    # accelerate has fp16 on GPUs only; torch's autocast has it on CPUs as well
+    accelerator = trainer.accelerator
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    attach(trainer, project={"general": texts(1), "directions": 1})
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, Project))
+    (found,) = callback.complement.basis
+    body = [i for i, (name, _) in enumerate(model.named_parameters()) if "lm_head" not in name]
+    parameters = list(model.parameters())
+    exact = torch.autograd.grad(by_hand(model.eval(), texts(1)[0], "lm"), parameters)
+    x, y = flat(found[i] for i in body), flat(exact[i] for i in body)
+    assert x @ y > 0.99 * x.norm() * y.norm() > 0

@@ -47,6 +47,14 @@ def test_the_log_has_what_the_functions_give(tmp_path: Path) -> None:
     assert len(history(trainer, "kl/quadratic")) < len(trainer.state.log_history)
 
 
+def test_autocast_is_no_distance(tmp_path: Path) -> None:
+    """Equal weights have no KL: both models run as the trainer runs its own."""
+    trainer = plain(tmp_path, bf16=True, learning_rate=0.0, max_steps=2)
+    with attach(trainer, log_quadratic={"ref_model": tiny_lm.model(), "batches": texts(2)}):
+        trainer.train()
+    assert history(trainer, "kl/to_base") == history(trainer, "kl/quadratic") == [0.0, 0.0]
+
+
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def setup(**environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("FASTTAX_CPP", "CXX")}
+    kept = {k: v for k, v in os.environ.items() if k not in ("FASTTAX_CPP", "FASTTAX_CUDA", "CXX")}
     command = [sys.executable, "setup.py", "--name"]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=kept | environment, timeout=300
@@ -84,8 +84,29 @@ def test_a_failed_compile_installs_without(
         build.build_extension(native_build.cpu_kernels())
 
 
-def test_a_failed_build_in_place_is_an_error(native_build: ModuleType) -> None:
+def test_a_failed_build_in_place_is_an_error(
+    native_build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the whole command: while setuptools compiles, `inplace` says False."""
+    monkeypatch.setenv("FASTTAX_CUDA", "0")
+    monkeypatch.chdir(tmp_path)  # run() deletes the libraries that are there
     build = native_build.Build(Distribution())
-    build.build_temp, build.inplace = "nowhere", True
+    build.inplace = True
+    build.ensure_finalized()
+    (extension,) = build.extensions
+    extension.sources = ["module.cpp"]
     with pytest.raises(RuntimeError, match="Error compiling"):
-        build.build_extension(native_build.cpu_kernels())
+        build.run()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"FASTTAX_CPP": "0"}, "FASTTAX_CUDA=1, but FASTTAX_CPP=0 leaves all native kernels out"),
+        ({"CXX": "no-such-compiler"}, "FASTTAX_CUDA=1, but no C++ compiler found; install g++"),
+    ],
+)
+def test_cuda_kernels_that_were_asked_for(environment: dict[str, str], words: str) -> None:
+    done = setup(FASTTAX_CUDA="1", **environment)
+    assert done.returncode != 0
+    assert words in done.stderr

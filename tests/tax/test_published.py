@@ -57,3 +57,17 @@ def test_the_second_order_is_a_column(tmp_path: Path) -> None:
     assert str(again) == str(report)
     with pytest.raises(ValueError, match="quadratic"):
         report.add("c", 0.5, 0.4, quadratic=-1)
+
+
+@pytest.mark.parametrize("option", ["--alignment", "--metric", "--task"])
+def test_options_of_the_harness_are_refused_elsewhere(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(published("llama2-7b").report.save(tmp_path / "r.json"))
+    for source in (["--published", "llama2-7b"], [file]):
+        assert cli.main(["tax", *source, option, "a=b"]) == 2
+        said = capsys.readouterr()
+        assert f"leave out {option}" in said.err
+        assert not said.out
+        assert cli.main(["tax", *source]) == 0
+        capsys.readouterr()
