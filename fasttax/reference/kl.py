@@ -45,9 +45,10 @@ class Pair(NamedTuple):
 
 
 def policy_ref(pair: Pair, beta: float) -> Tensor:
-    """KL(p || q) = sum p (e^-u - 1 + u), every term >= 0."""
+    """KL(p || q) = sum p (e^-u - 1 + u), every term >= 0; p e^-u is q where e^-u overflows."""
     p, q, u = pair[:3]
-    return torch.where(p > 0, times(p, torch.expm1(-u) + u), q).sum(-1)
+    near = times(p, torch.expm1(-u) + u)
+    return torch.where(u.abs() <= 1, near, q - p + times(p, u)).sum(-1)
 
 
 def policy_ref_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
@@ -57,9 +58,10 @@ def policy_ref_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def ref_policy(pair: Pair, beta: float) -> Tensor:
-    """KL(q || p) = sum q (e^u - 1 - u), every term >= 0."""
+    """KL(q || p) = sum q (e^u - 1 - u), every term >= 0; q e^u is p where e^u overflows."""
     p, q, u = pair[:3]
-    return torch.where(q > 0, times(q, torch.expm1(u) - u), p).sum(-1)
+    near = times(q, torch.expm1(u) - u)
+    return torch.where(u.abs() <= 1, near, p - q - times(q, u)).sum(-1)
 
 
 def ref_policy_slopes(pair: Pair, beta: float) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fasttax.triton.curves import REACH
+from fasttax.triton.frames import fall
 from fasttax.triton.rows import LN2, LOG2E
 
 NEAR = tl.constexpr(REACH)
@@ -30,6 +31,7 @@ DOUBT, DOUBT_MEAN = tl.constexpr(1e-5), tl.constexpr(1e-5)
 HIDES = tl.constexpr(16.0)  # how many times its value a row's sum may be before it moves
 LOPSIDED = tl.constexpr(8.0)
 FARTHEST = tl.constexpr(60.0)  # the largest gap of the masses that a frame is moved by
+NARROW = tl.constexpr(1.0)  # and up to which two nodes stand for all entries
 
 
 @triton.jit
@@ -153,9 +155,23 @@ def node(s, eps, rise):
 
 
 @triton.jit
-def with_more_reference(sums, eps, k):
-    """Sums once Q is e^eps as much, and what is in doubt: of P J, and of P L."""
+def within(v, low, high):
+    """The number between two; NaN passes through."""
+    return tl.where(v < low, low, tl.where(v > high, high, v))
+
+
+@triton.jit
+def refitted_mix(sums, up_x, up_y, k):
+    """Sums in a frame that has risen so far for P and for Q; what is in doubt of P J and of P L.
+
+    Beyond an e^eps of e those may be anything that the masses allow: what float32 rounded off P L,
+    or a share of 0 that is none, would grow by it.
+    """
     s, y, part, log_mix, pull, square = sums
+    eps = up_x - up_y
+    scale = fall(up_x)
+    far = tl.abs(eps) > FARTHEST
+    eps = within(eps, -FARTHEST, FARTHEST)
     rise = expm1_wide(eps)
     beta = k.mixed_beta
     mean = pull / s * beta
@@ -174,18 +190,28 @@ def with_more_reference(sums, eps, k):
     to_pull = s / beta
     to_square = to_pull / beta
     still = (eps == 0) | (pull == 0)
+    mass = scale * s
+    other = tl.where(far, y * fall(up_y), scale * (y * (1 + rise)))
+    # -log w of P and -log beta of Q are the most; and log M / P <= beta (Q / P - 1)
+    none = tl.full((), 0.0, tl.float64)
+    most_p = -(mass * tl.log(none + k.beta_rest) * LOG2E)
+    most_part = k.beta_rest * most_p - beta * other * (tl.log(none + beta) * LOG2E)
+    most_mean = beta * other * LOG2E
+    part += rise * (part + k.beta_rest * log_mix) + tl.where(still, 0.0, over * by_j)
+    log_mix = tl.where(still, log_mix, log_mix + (s * LOG2E) * by_l)
+    by_square = weight * high_s * high_s + (1 - weight) * low_s * low_s
     moved = (
-        s,
-        y * (1 + rise),
-        tl.where(still, part, part + rise * (part + k.beta_rest * log_mix) + over * by_j),
-        tl.where(still, log_mix, log_mix + (s * LOG2E) * by_l),
-        tl.where(still, pull, to_pull * (weight * high_s + (1 - weight) * low_s)),
-        tl.where(
-            still, square, to_square * (weight * high_s * high_s + (1 - weight) * low_s * low_s)
-        ),
+        mass,
+        other,
+        within(scale * part, 0.0, most_part),
+        within(scale * log_mix, -most_p, most_mean),
+        scale * tl.where(still, pull, to_pull * (weight * high_s + (1 - weight) * low_s)),
+        scale * tl.where(still, square, to_square * by_square),
     )
-    cube = tl.where(still, 0.0, tl.abs(eps * eps * eps) * (variance * s))
-    return moved, cube * (tl.abs(eps) * root), cube
+    wide = tl.abs(eps) > NARROW
+    cube = tl.where(still, 0.0, tl.abs(eps * eps * eps) * (variance * mass))
+    in_part = tl.where(wide, most_part, cube * (tl.abs(eps) * root))
+    return moved, in_part, tl.where(wide, most_p + most_mean, cube)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fasttax.triton.frames import divergence, log_ratio_of
-from fasttax.triton.jsd import doubtful, mix_slopes, mix_sums_again, with_more_reference
+from fasttax.triton.jsd import doubtful, mix_slopes, mix_sums_again, refitted_mix
 from fasttax.triton.rows import (
     GRADIENT_ENTRIES,
     INF,
@@ -65,7 +65,7 @@ def jsd_row(
     mx, my, shift = frame
     s = sums[0]
     log_ratio = tl.log(s / sums[1])
-    whole, in_part, in_mean = with_more_reference(sums, log_ratio, k)
+    whole, in_part, in_mean = refitted_mix(sums, log_ratio * 0.0, -log_ratio, k)
     value = whole[2] / s
     of_p = -whole[3] / s
     of_q = (whole[2] + k.beta_rest * whole[3]) / s / k.mixed_beta

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from fasttax.triton.frames import fall, moved, offset, raised, rises
-from fasttax.triton.jsd import FARTHEST, mix_terms, with_more_reference
+from fasttax.triton.jsd import FARTHEST, mix_terms, refitted_mix
 from fasttax.triton.rows import (
     ALONE,
     INF,
@@ -325,24 +325,15 @@ def balanced(
 
 
 @triton.jit
-def scaled(sums, factor):
-    """Every number of a tuple times one."""
-    out = ()
-    for i in tl.static_range(len(sums)):
-        out = out + (sums[i] * factor,)
-    return out
-
-
-@triton.jit
 def refitted(sums, apart, frame, to, k, OP: tl.constexpr):
     """A row's sums moved into another frame: the lanes' and those apart."""
     so_far = with_lanes(apart, sums, OP)
     if OP == JSD:
         up_x, up_y = rises(frame, to, k)
-        so_far, in_part, in_mean = with_more_reference(so_far, up_x - up_y, k)
-        scale = fall(up_x)
-        so_far = scaled(so_far, scale)
-        apart = (scale * (apart[0] + in_part), scale * (apart[1] + in_mean))
+        so_far, in_part, in_mean = refitted_mix(so_far, up_x, up_y, k)
+        # of either mass, whichever has grown in the other's terms
+        scale = tl.maximum(fall(up_x), fall(up_y))
+        apart = (scale * apart[0] + in_part, scale * apart[1] + in_mean)
     else:
         so_far = moved(so_far, frame, to, k, OP)
     sums = spread(so_far, sums[0].shape[0])

@@ -31,9 +31,10 @@ INTERPRETED: dict[
     ),
     "hard rows": (
         "kl/test_kl.py",
-        18,
+        20,
         [
             "test_peaks and 60-3000-apart",
+            "rises_far and jsd",
             "test_peaks and 39-9000-ref and renyi",
             "test_small_kl and 1003",
             "test_equal and float32-policy_ref",

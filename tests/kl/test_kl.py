@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tools.kl_cases import DTYPES, INF, KINDS, check, oracle, run
+from tests.tools.kl_cases import DTYPES, INF, KINDS, check, oracle, run, run_oracle
 
 # V, each with a reason; AVX-512 has 16 lanes and takes 4 vectors at a time, AVX2 8, portable 4;
 # sums fold every 2048 entries
@@ -133,6 +133,25 @@ def test_flat_against_peaked(kind: str, backend: str | int) -> None:
     for x, y in ((flat, peak), (peak, flat)):
         for options in ({}, {"ref_temperature": 1.1}, {"inf": "mask"}):
             check(backend, x, y, kind=kind, **options)
+
+
+@pytest.mark.parametrize("kind", ["policy_ref", "ref_policy", "jsd"])
+@pytest.mark.parametrize("rise", [90.0, 1000.0])
+def test_one_row_rises_far(rise: float, kind: str, backend: str | int) -> None:
+    """Every further part of a row above the last, or its entries far apart, beside a row that is
+    level: what has been summed of both is nothing to one of them, and e^-u is no float.
+    """
+    g = torch.Generator().manual_seed(0)
+    level = torch.randn(2, 8208, generator=g)
+    spread = torch.randn(2, 8208, generator=g) * rise
+    for rising in (level + torch.arange(8208) // 2048 * rise, spread):
+        for x, y in ((rising, 5 * torch.tanh(rising / 5)), (level, rising), (rising, level)):
+            out = run(backend, x, y, kind=kind, beta=0.9)
+            truth = run_oracle(x, y, torch.ones(2), torch.float64, kind=kind, beta=0.9)
+            torch.testing.assert_close(out[0].double(), truth[0], rtol=1e-5, atol=0)
+            for d, of in zip(out[1:], truth[1:], strict=True):
+                scale = float(of.abs().max().clamp(min=1))
+                torch.testing.assert_close(d.double(), of, rtol=0, atol=1e-6 * scale)
 
 
 @pytest.mark.parametrize(
