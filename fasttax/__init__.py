@@ -1,7 +1,7 @@
 """fasttax: exact token-level KL, diagonal Fisher and EWC, fast enough to leave on in every run."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
 
 from fasttax import functional as functional
 from fasttax import merge as merge
@@ -47,19 +47,14 @@ __all__ = [
 
 _ON_USE = ("demo", "integrations", "tax")
 
-if TYPE_CHECKING:
-    from fasttax import demo as demo
-    from fasttax import integrations as integrations
-    from fasttax import tax as tax
-else:
 
-    def __getattr__(name: str) -> Any:
-        # on use: they need extras, or nothing else needs them
-        if name in _ON_USE:
-            return importlib.import_module(f"fasttax.{name}")
-        raise AttributeError(
-            f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}"
-        )
+def __getattr__(name: str) -> ModuleType:
+    # on use: they need extras, or nothing else needs them
+    if name in _ON_USE:
+        return importlib.import_module(f"fasttax.{name}")
+    raise AttributeError(
+        f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}"
+    )
 
 
 def __dir__() -> list[str]:
