@@ -169,11 +169,11 @@ def read_mergekit(path: str | os.PathLike[str]) -> Configured:
     if strange:
         expected, got = f"none but {', '.join(KEYS)}", f"{path} with {', '.join(strange)}"
         raise checks.fail(op, "path", expected, got, theirs)
-    shared = _parameters(op, path, content.get("parameters"), SHARED[method], theirs)
+    shared = _read_parameters(op, path, content.get("parameters"), SHARED[method], theirs)
     named = _models(op, path, content.get("models"), theirs)
     weights: dict[str, Any] = {}
     for name, given in named.items():
-        weights[name] = _parameters(op, path, given, OWN, theirs).get(
+        weights[name] = _read_parameters(op, path, given, OWN, theirs).get(
             "weight", shared.get("weight")
         )
     normalize = shared.get("normalize", method == "linear")
@@ -186,7 +186,7 @@ def read_mergekit(path: str | os.PathLike[str]) -> Configured:
     return Configured(base, aligned, alpha)
 
 
-def _parameters(
+def _read_parameters(
     op: str, path: str | os.PathLike[str], given: Any, accepted: tuple[str, ...], theirs: str
 ) -> Mapping[str, Any]:
     """What stands under `parameters`, all of which must be understood: each changes the outcome."""
