@@ -110,8 +110,7 @@ inline void cap_chunk(const T* x, const T* y, int64_t n, const KlParams& k, floa
       store(to_y + i + j * kLanes, yv[j]);
     }
   }
-  cap_entries(x, y, i, n, to_x, to_y,
-              [&](VF& xv, VF& yv) { joint.apply<false, false>(xv, yv); });
+  cap_entries(x, y, i, n, to_x, to_y, [&](VF& xv, VF& yv) { joint.apply<false, false>(xv, yv); });
 }
 
 }  // namespace FASTTAX_ISA_NS

@@ -193,7 +193,8 @@ inline void jsd_kept_gradient(const KlKept& kept, int64_t V, const KlParams& k, 
   };
   constexpr int64_t kTwo = 2 * kLanes;
   const int64_t whole = V / kTwo * kTwo;
-  for (int64_t i = whole; i < V; i += kLanes) store(dx + i, at(i), std::min<int64_t>(kLanes, V - i));
+  for (int64_t i = whole; i < V; i += kLanes)
+    store(dx + i, at(i), std::min<int64_t>(kLanes, V - i));
   for (int64_t i = whole - kTwo; i >= 0; i -= kTwo) store_pair(dx + i, at(i), at(i + kLanes));
 }
 
