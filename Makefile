@@ -60,13 +60,13 @@ $(ONE_ISA): $(INSTALLED) $(SOURCES) $(BUILT)
 	$(PY) setup.py -q build_ext --inplace --isa native
 	@touch $@
 
-demo: $(LIBRARY) ## align SmolLM2-135M by every method, one seed, and write the report (12 minutes on 2 cores)
+demo: $(LIBRARY) ## align SmolLM2-135M by every method, one seed, and write the report
 	$(PY) -m fasttax demo
 
-demo-tiny: $(LIBRARY) ## the same on a small model trained from scratch, 3 seeds (4 minutes, no download)
+demo-tiny: $(LIBRARY) ## the same on a small model trained from scratch, 3 seeds, no download
 	$(PY) -m fasttax demo --tiny
 
-demo-full: $(LIBRARY) ## make demo with 3 training seeds (half an hour)
+demo-full: $(LIBRARY) ## make demo with 3 training seeds
 	$(PY) -m fasttax demo --seeds 3
 
 test: $(LIBRARY) ## the test suite, two files at a time
@@ -91,7 +91,7 @@ test-trl: $(LIBRARY) ## patch and FullKL on another TRL: make test-trl V=1.9.2 (
 	$(VENV)/trl-$(V)/bin/python -m pytest -q tests/integrations/test_patch.py \
 	  tests/integrations/test_full_kl.py::test_is_the_kl_in_the_loss
 
-mutants: $(LIBRARY) ## plant 200 faults in the kernels, one at a time: who finds each (half an hour; N=20 for a sample)
+mutants: $(LIBRARY) ## plant 200 faults in the kernels, one at a time: who finds each (N=20 for a sample)
 	$(PY) -m tests.mutants $(if $(N),--sample $(N) --seed $(or $(SEED),0)) --only "$(K)"
 
 quick: $(ONE_ISA) ## after an edit of a CPU kernel: build one instruction set, run the tests it breaks first
