@@ -37,7 +37,7 @@ def _call(
     general = is_general(k, t.inf_mask)
     shape = geometry(logits.shape[-1], narrower(logits, ref_logits), t.kind, general)
     constants = {"OP": t.kind, "GENERAL": general, "INF_MASK": t.inf_mask, "APPROX": approximate()}
-    return k, {**constants, **shape, **launch_options()}
+    return k, {**constants, **shape, **launch_options(t.kind, general)}
 
 
 def token_kl(

@@ -115,11 +115,22 @@ def tiles(V: int, meta: dict[str, Any]) -> int:
     return triton.cdiv(V, meta["LANES"] * meta["WIDTH"])
 
 
-def launch_options(hip: bool = torch.version.hip is not None) -> dict[str, Any]:
+def registers(op: int, general: bool) -> int:
+    """The most that a thread has: one program on an SM where two would spill."""
+    return 168 if op == JSD.value and general else REGISTERS
+
+
+def launch_options(
+    op: int, general: bool, hip: bool = torch.version.hip is not None
+) -> dict[str, Any]:
     """Of every kernel: a warp is 64 threads on AMD, where registers can't be bounded."""
     if hip:
         return {"num_warps": THREADS // 64, "enable_fp_fusion": True}
-    return {"num_warps": THREADS // 32, "maxnreg": REGISTERS, "enable_fp_fusion": True}
+    return {
+        "num_warps": THREADS // 32,
+        "maxnreg": registers(op, general),
+        "enable_fp_fusion": True,
+    }
 
 
 def approximate() -> bool:

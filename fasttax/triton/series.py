@@ -32,11 +32,17 @@ def bregman_slope(d):
 
 
 @triton.jit
-def bregman_unit(d):
-    """e^-d - 1 + d for |d| <= 1, within 2e-7 of it."""
+def bregman_slope_unit(d):
+    """As `bregman_slope`, for |d| <= 1 and within 2e-7 of it."""
     p = tl.fma(d, 2.496081175e-5, -2.032548412e-4)
     p = tl.fma(p, d, 1.389133537e-3)
     p = tl.fma(p, d, -8.330930478e-3)
     p = tl.fma(p, d, 4.166651558e-2)
     p = tl.fma(p, d, -1.666669619e-1)
-    return d * d * tl.fma(p, d, 5.000000099e-1)
+    return tl.fma(p, d, 5.000000099e-1)
+
+
+@triton.jit
+def bregman_unit(d):
+    """e^-d - 1 + d for |d| <= 1."""
+    return d * d * bregman_slope_unit(d)

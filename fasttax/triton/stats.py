@@ -346,7 +346,7 @@ def _call(
     op, general = (STATS if pair else ALONE).value, is_general(k, False)
     dtype = narrower(logits, logits if ref_logits is None else ref_logits)
     shape = geometry(logits.shape[-1], dtype, op, general)
-    return k, {"OP": op, "GENERAL": general, **shape, **launch_options()}
+    return k, {"OP": op, "GENERAL": general, **shape, **launch_options(op, general)}
 
 
 def token_stats(

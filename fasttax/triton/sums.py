@@ -39,7 +39,7 @@ from fasttax.triton.rows import (
     tile_lanes,
     total,
 )
-from fasttax.triton.series import NEAR_GAP, bregman_slope
+from fasttax.triton.series import NEAR_GAP, UNIT_GAP, bregman_slope, bregman_slope_unit
 
 # The threads of a program, each of which has a lane of every vector of a step.
 LANES_OF_STEP = tl.constexpr(256)
@@ -119,9 +119,13 @@ def plain_terms(ax, ay, d, OP: tl.constexpr, GUARDED: tl.constexpr):
     else:
         ey = tl.exp2(ay)
         y = tl.sum(ey, 1)
-        near = tl.abs(d) <= NEAR_GAP
         change = ey - ex
-        p = bregman_slope(d)
+        if OP == STATS:  # whose both KLs have no register left for the shorter series' constants
+            near = tl.abs(d) <= UNIT_GAP
+            p = bregman_slope_unit(d)
+        else:
+            near = tl.abs(d) <= NEAR_GAP
+            p = bregman_slope(d)
         if OP == REF_POLICY:
             # f(-d) e^-d = d^2 - f(d) (1 + d)
             pull = times(ey, d, GUARDED)

@@ -122,7 +122,7 @@ def test_machine_code(name: str, policy: str, tmp_path: Path) -> None:
     if "gradients" in name:
         shape = rows.gradient_geometry(shape)
     constants = {"OP": op, "GENERAL": False, "INF_MASK": False, "APPROX": True, **shape}
-    options = rows.launch_options(hip=False)
+    options = rows.launch_options(op, False, hip=False)
     binary = compiled(kernel, "sm_90", types, constants, options, tmp_path)
     assert binary.spills == 0
     vectors = shape["LANES"] // rows.THREADS
