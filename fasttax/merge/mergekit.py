@@ -32,6 +32,7 @@ SHARED = {
     "task_arithmetic": ("normalize", "weight", "lambda", "int8_mask"),
 }
 OWN = ("weight",)
+READ = "merge.read_mergekit"
 
 
 @dataclass(frozen=True)
@@ -158,176 +159,139 @@ def read_mergekit(path: str | os.PathLike[str]) -> Configured:
             mergekit's command.
         ModuleNotFoundError: PyYAML is not installed.
     """
-    op = "merge.read_mergekit"
-    content = _parsed(op, Path(path))
+    file = _File(path)
+    content = _parsed(Path(path))
     method = content.get("merge_method")
-    theirs = f"run `mergekit-yaml {path} OUTPUT`, which makes it"
     if method not in OURS:
-        expected = f"merge_method {' or '.join(OURS)}"
-        raise checks.fail(op, "path", expected, f"{path} with {method!r}", theirs)
+        raise file.error(f"merge_method {' or '.join(OURS)}", repr(method))
     strange = [str(key) for key in content if key not in KEYS]
     if strange:
-        expected, got = f"none but {', '.join(KEYS)}", f"{path} with {', '.join(strange)}"
-        raise checks.fail(op, "path", expected, got, theirs)
-    shared = _read_parameters(op, path, content.get("parameters"), SHARED[method], theirs)
-    named = _models(op, path, content.get("models"), theirs)
-    weights: dict[str, Any] = {}
-    for name, given in named.items():
-        weights[name] = _read_parameters(op, path, given, OWN, theirs).get(
-            "weight", shared.get("weight")
-        )
+        raise file.error(f"none but {', '.join(KEYS)}", ", ".join(strange))
+    shared = file.parameters(content.get("parameters"), SHARED[method])
+    weights = {
+        name: file.parameters(given, OWN).get("weight", shared.get("weight"))
+        for name, given in file.models(content.get("models")).items()
+    }
     normalize = shared.get("normalize", method == "linear")
     if not isinstance(normalize, bool):
-        got = f"{path} with {normalize!r}"
-        raise checks.fail(op, "path", "normalize: true or false", got, theirs)
-    base, aligned = _sides(op, path, content, method, weights, theirs)
-    alpha = _alpha(op, path, weights, base, aligned, method, normalize, theirs)
-    alpha = _scaled(op, path, alpha, shared.get("lambda", 1.0), theirs)
-    return Configured(base, aligned, alpha)
+        raise file.error("normalize: true or false", repr(normalize))
+    base, aligned = file.sides(content.get("base_model"), method, weights)
+    weight = file.setting(weights[aligned])
+    if method == "linear":
+        alpha = file.shares(file.setting(weights[base]), weight, normalize)
+    elif normalize:
+        raise file.error(
+            "normalize: false with task_arithmetic",
+            "normalize: true, under which the weight says nothing",
+        )
+    else:
+        alpha = weight
+    return Configured(base, aligned, file.scaled(alpha, shared.get("lambda", 1.0)))
 
 
-def _read_parameters(
-    op: str, path: str | os.PathLike[str], given: Any, accepted: tuple[str, ...], theirs: str
-) -> Mapping[str, Any]:
-    """What stands under `parameters`, all of which must be understood: each changes the outcome."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping) or not {*given} <= {*accepted}:
-        expected, got = f"parameters of {', '.join(accepted)} alone", f"{path} with {given}"
-        raise checks.fail(op, "path", expected, got, theirs)
-    return given
+@dataclass(frozen=True)
+class _File:
+    """What a configuration's parts say; what `merge.linear` can't do is an error of the file."""
+
+    path: str | os.PathLike[str]
+
+    def error(self, expected: str, got: str) -> Exception:
+        """With mergekit's own command as the way out."""
+        theirs = f"run `mergekit-yaml {self.path} OUTPUT`, which makes it"
+        return checks.fail(READ, "path", expected, f"{self.path} with {got}", theirs)
+
+    def parameters(self, given: Any, accepted: tuple[str, ...]) -> Mapping[str, Any]:
+        """What stands under `parameters`, all of which must be understood: each has effects."""
+        if given is None:
+            return {}
+        if not isinstance(given, Mapping) or not {*given} <= {*accepted}:
+            raise self.error(f"parameters of {', '.join(accepted)} alone", str(given))
+        return given
+
+    def models(self, models: Any) -> dict[str, Any]:
+        """Each model's parameters, by its name."""
+        if not isinstance(models, list) or not all(
+            isinstance(m, Mapping) and isinstance(m.get("model"), str) for m in models
+        ):
+            raise self.error("models, a list of mappings with `model`", "others or none")
+        strange = sorted({str(key) for m in models for key in m} - {"model", "parameters"})
+        if strange:
+            raise self.error("models with `model` and `parameters` alone", ", ".join(strange))
+        named = {m["model"]: m.get("parameters") for m in models}
+        if len(named) < len(models):
+            raise self.error("each model once", f"one of {', '.join(named)} twice")
+        return named
+
+    def sides(self, base: Any, method: str, named: Mapping[str, Any]) -> tuple[str, str]:
+        """The base and the one aligned model."""
+        if base is None and method == "linear":
+            base = next(iter(named), None)
+        others = [name for name in named if name != base]
+        complete = base in named or method == "task_arithmetic"
+        if not isinstance(base, str) or len(others) != 1 or not complete:
+            got = f"base_model {base!r} and models {', '.join(named)}"
+            raise self.error("one base and one aligned model", got)
+        return base, others[0]
+
+    def setting(self, value: Any) -> float | dict[str, float]:
+        """A number, or numbers by the pattern that a filter is."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return checks.number(READ, "weight", value)
+        if value is None or value == []:
+            expected, got = "a weight for each model", f"{self.path} with a model that has none"
+            raise checks.fail(READ, "path", expected, got, "mergekit asks for it, too")
+        rows = value if isinstance(value, list) else [value]
+        found: dict[str, float] = {}
+        for row in rows:
+            fits = isinstance(row, Mapping) and isinstance(row.get("value"), int | float)
+            if not fits or not {*row} <= {"filter", "value"}:
+                expected = "weights that are numbers, or lists of `filter` and `value`"
+                raise self.error(expected, json.dumps(value, default=str)[:80])
+            part = row.get("filter")
+            # a filter is no pattern: its own `*`, `?` and `[` stand for themselves
+            pattern = "*" if part in (None, "*") else f"*{glob.escape(str(part))}*"
+            found.setdefault(pattern, checks.number(READ, "weight", row["value"]))
+        return found
+
+    def shares(self, rest: Any, weight: Any, normalize: bool) -> float | dict[str, float]:
+        """Of the aligned model beside the base's `rest`, alone or by pattern."""
+        if isinstance(weight, float) and isinstance(rest, float):
+            return self.share(rest, weight, normalize)
+        if isinstance(weight, dict) and isinstance(rest, dict) and list(weight) == list(rest):
+            return {p: self.share(rest[p], weight[p], normalize) for p in weight}
+        expected = "weights of both models, as numbers or with the same filters in the same order"
+        raise self.error(expected, "others")
+
+    def share(self, rest: float, weight: float, normalize: bool) -> float:
+        """Of one number each."""
+        total = rest + weight
+        if total == 0 or (not normalize and abs(total - 1) > 1e-6):
+            expected = "weights whose sum is 1, or normalize: true and a sum other than 0"
+            raise self.error(expected, f"{rest:g} and {weight:g}")
+        return weight / total
+
+    def scaled(self, alpha: float | dict[str, float], scale: Any) -> float | dict[str, float]:
+        """By task_arithmetic's lambda."""
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise self.error("lambda, a number", repr(scale))
+        if isinstance(alpha, float):
+            return alpha * scale
+        return {pattern: value * scale for pattern, value in alpha.items()}
 
 
-def _models(op: str, path: str | os.PathLike[str], models: Any, theirs: str) -> dict[str, Any]:
-    """Each model's parameters, by its name."""
-    if not isinstance(models, list) or not all(
-        isinstance(m, Mapping) and isinstance(m.get("model"), str) for m in models
-    ):
-        raise checks.fail(op, "path", "models, a list of mappings with `model`", str(path), theirs)
-    strange = sorted({str(key) for m in models for key in m} - {"model", "parameters"})
-    if strange:
-        got = f"{path} with {', '.join(strange)}"
-        raise checks.fail(op, "path", "models with `model` and `parameters` alone", got, theirs)
-    named = {m["model"]: m.get("parameters") for m in models}
-    if len(named) < len(models):
-        got = f"{path} with one of {', '.join(named)} twice"
-        raise checks.fail(op, "path", "each model once", got, theirs)
-    return named
-
-
-def _scaled(
-    op: str,
-    path: str | os.PathLike[str],
-    alpha: float | dict[str, float],
-    scale: Any,
-    theirs: str,
-) -> float | dict[str, float]:
-    """By task_arithmetic's lambda."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise checks.fail(op, "path", "lambda, a number", f"{path} with {scale!r}", theirs)
-    if isinstance(alpha, float):
-        return alpha * scale
-    return {pattern: value * scale for pattern, value in alpha.items()}
-
-
-def _sides(
-    op: str,
-    path: str | os.PathLike[str],
-    content: Mapping[str, Any],
-    method: str,
-    named: Mapping[str, Any],
-    theirs: str,
-) -> tuple[str, str]:
-    """The base and the one aligned model."""
-    base = content.get("base_model")
-    if base is None and method == "linear":
-        base = next(iter(named), None)
-    others = [name for name in named if name != base]
-    complete = base in named or method == "task_arithmetic"
-    if not isinstance(base, str) or len(others) != 1 or not complete:
-        got = f"{path} with base_model {base!r} and models {', '.join(named)}"
-        raise checks.fail(op, "path", "one base and one aligned model", got, theirs)
-    return base, others[0]
-
-
-def _alpha(
-    op: str,
-    path: str | os.PathLike[str],
-    named: Mapping[str, Any],
-    base: str,
-    aligned: str,
-    method: str,
-    normalize: Any,
-    theirs: str,
-) -> float | dict[str, float]:
-    """The share of the aligned model, alone or by pattern."""
-    weight = _setting(op, path, named[aligned], theirs)
-    if method == "task_arithmetic":
-        if normalize:
-            got = f"{path} with normalize: true, under which the weight says nothing"
-            raise checks.fail(op, "path", "normalize: false with task_arithmetic", got, theirs)
-        return weight
-    rest = _setting(op, path, named[base], theirs)
-    if isinstance(weight, float) and isinstance(rest, float):
-        return _share(op, path, rest, weight, normalize, theirs)
-    if isinstance(weight, dict) and isinstance(rest, dict) and list(weight) == list(rest):
-        return {p: _share(op, path, rest[p], weight[p], normalize, theirs) for p in weight}
-    expected = "weights of both models, as numbers or with the same filters in the same order"
-    raise checks.fail(op, "path", expected, f"{path} with others", theirs)
-
-
-def _share(
-    op: str,
-    path: str | os.PathLike[str],
-    rest: float,
-    weight: float,
-    normalize: Any,
-    theirs: str,
-) -> float:
-    total = rest + weight
-    if total == 0 or (not normalize and abs(total - 1) > 1e-6):
-        expected = "weights whose sum is 1, or normalize: true and a sum other than 0"
-        raise checks.fail(op, "path", expected, f"{path} with {rest:g} and {weight:g}", theirs)
-    return weight / total
-
-
-def _setting(
-    op: str, path: str | os.PathLike[str], value: Any, theirs: str
-) -> float | dict[str, float]:
-    """A number, or numbers by the pattern that a filter is."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return checks.number(op, "weight", value)
-    if value is None or value == []:
-        expected, got = "a weight for each model", f"{path} with a model that has none"
-        raise checks.fail(op, "path", expected, got, "mergekit asks for it, too")
-    rows = value if isinstance(value, list) else [value]
-    found: dict[str, float] = {}
-    for row in rows:
-        fits = isinstance(row, Mapping) and isinstance(row.get("value"), int | float)
-        if not fits or not {*row} <= {"filter", "value"}:
-            expected = "weights that are numbers, or lists of `filter` and `value`"
-            got = f"{path} with {json.dumps(value, default=str)[:80]}"
-            raise checks.fail(op, "path", expected, got, theirs)
-        part = row.get("filter")
-        # a filter is no pattern: its own `*`, `?` and `[` stand for themselves
-        pattern = "*" if part in (None, "*") else f"*{glob.escape(str(part))}*"
-        found.setdefault(pattern, checks.number(op, "weight", row["value"]))
-    return found
-
-
-def _parsed(op: str, path: Path) -> dict[str, Any]:
+def _parsed(path: Path) -> dict[str, Any]:
     """The file's mapping."""
     try:
         import yaml
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{op}: PyYAML is not installed; run `pip install pyyaml`", name="yaml"
+            f"{READ}: PyYAML is not installed; run `pip install pyyaml`", name="yaml"
         ) from error
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise checks.fail(op, "path", "YAML", f"{path} ({reason})") from None
+        raise checks.fail(READ, "path", "YAML", f"{path} ({reason})") from None
     if not isinstance(content, dict) or "merge_method" not in content:
-        raise checks.fail(op, "path", "a mapping with merge_method", str(path))
+        raise checks.fail(READ, "path", "a mapping with merge_method", str(path))
     return content
