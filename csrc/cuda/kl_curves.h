@@ -57,8 +57,9 @@ struct CapCurves {
 
   CapCurves() = default;
   CapCurves(double scale, double cap) {
+    // the 6th powers are floats; and a tanh's last digit is 2^-23 of the cap in the capped logit
     const double inside = 2 * scale / cap;
-    if (!(cap > 0 && inside > 1e-4 && inside < 1e4)) return;  // whose 6th powers are floats
+    if (!(cap > 0 && inside >= 0.02 && inside < 1e4)) return;
     to_exp2 = float(inside * 1.4426950408889634);
     fit(few, few_reach, kFewReach, inside);
     fit(all, reach, kReach, inside);
