@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import site
 import subprocess
 import sys
@@ -46,23 +47,34 @@ class Framework:
     test: tuple[str, ...]
 
 
+DEEPSPEED = "deepspeed==0.19.8"
+OF_DEEPSPEED = ("wheel", "setuptools<81", "hjson", "msgpack", "py-cpuinfo", "einops")
 FRAMEWORKS = (
     Framework(
         "Axolotl 0.19.0",
-        ("axolotl==0.19.0", "trl==1.9.0", "transformers==5.16.1"),
-        (),
+        ("axolotl==0.19.0",),
+        ("trl==1.9.0", "transformers==5.16.1", "addict", "colorama"),
         ("tests/integrations/test_axolotl.py",),
     ),
     Framework(
         "LLaMA-Factory 0.9.5",
-        ("llamafactory==0.9.5",),
-        (),
+        ("llamafactory==0.9.5", "trl==0.24.0", "peft==0.18.1", "torchaudio"),
+        ("transformers==5.6.0", "fire", "omegaconf"),
         ("tests/integrations/test_llamafactory.py",),
     ),
-    Framework("verl 0.9.1", ("verl==0.9.1",), (), ("tests/integrations/test_rlhf.py",)),
-    Framework("OpenRLHF 0.11.2", ("openrlhf==0.11.2",), (), ("tests/integrations/test_rlhf.py",)),
+    Framework(
+        "verl 0.9.1",
+        ("verl==0.9.1",),
+        ("ray", "tensordict", "orjson", "hydra-core", "codetiming", "dill"),
+        ("tests/integrations/test_rlhf.py",),
+    ),
+    Framework(
+        "OpenRLHF 0.11.2",
+        ("openrlhf==0.11.2", DEEPSPEED),
+        (*OF_DEEPSPEED, "pylatexenc"),
+        ("tests/integrations/test_rlhf.py",),
+    ),
 )
-DEEPSPEED = "deepspeed==0.19.8"
 
 
 @dataclass
@@ -114,8 +126,11 @@ def environment(folder: Path, name: str, alone: Sequence[str], needed: Sequence[
         if needed:
             subprocess.run([*pip, *needed], check=True)
         settings = {**os.environ, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
-        isolated = ["--no-deps", "--no-build-isolation"]
-        subprocess.run([*pip, *isolated, *alone], check=True, env=settings)
+        if alone:
+            isolated = ["--no-deps", "--no-build-isolation"]
+            subprocess.run([*pip, *isolated, *alone], check=True, env=settings)
+        # verl's wheel and OpenRLHF's have a package of this name, which would hide this one
+        shutil.rmtree(Path(place) / "tests", ignore_errors=True)
         (made / "made").touch()
     return python
 
@@ -128,6 +143,7 @@ def run(python: str, module: str, *arguments: str) -> subprocess.CompletedProces
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
+        "DISABLE_VERSION_CHECK": "1",  # LLaMA-Factory's, of packages that are newer here
     }
     return subprocess.run(
         [python, "-m", module, *arguments],
@@ -145,7 +161,7 @@ def pair_columns(envs: Path, words: Sequence[str]) -> dict[str, dict[str, tuple[
     """By column's title the answers of `tests.integrations.features`."""
     columns: dict[str, dict[str, tuple[str, str]]] = {}
     pythons = [
-        environment(envs, f"trl-{v}", (f"trl=={v}", f"transformers=={hf}")) for v, hf in PAIRS
+        environment(envs, f"trl-{v}", (), (f"trl=={v}", f"transformers=={hf}")) for v, hf in PAIRS
     ]
     for python in (*pythons, sys.executable):
         with tempfile.TemporaryDirectory() as folder:
@@ -176,9 +192,7 @@ def pairs_table(cells: Cells, columns: dict[str, dict[str, tuple[str, str]]]) ->
 
 def launchers_table(cells: Cells, envs: Path) -> list[str]:
     """EWC and the KL under `accelerate launch` on two gloo processes."""
-    python = environment(
-        envs, "deepspeed", (DEEPSPEED,), ("wheel", "hjson", "msgpack", "py-cpuinfo", "einops")
-    )
+    python = environment(envs, "deepspeed", (DEEPSPEED,), OF_DEEPSPEED)
     lines = [f"| `accelerate launch` ({DEEPSPEED}) | EWC | KL |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"

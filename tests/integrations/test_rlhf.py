@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -248,3 +249,99 @@ def test_what_does_not_fit_is_refused(call: Any, error: type[Exception], said: s
 def test_without_verl_its_name_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModuleNotFoundError, match="verl"):
         verl.patch()
+
+
+# --- the frameworks' own functions, where they are installed (`make matrix`) ----------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl is not installed")
+def test_in_verls_own_losses() -> None:
+    """Nested batches through distillation_loss, whose clamp has nothing to do; agg_loss."""
+    from tensordict import TensorDict
+    from verl.trainer.distillation import losses as own
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    kl = response_kl(logits(0), logits(1), MASK)
+    mean = agg_loss(loss_mat=kl, loss_mask=MASK, loss_agg_mode="token-mean")
+    assert float(mean) == pytest.approx(float(exact(logits(0), logits(1)).sum() / MASK.sum()))
+
+    ref = logits(1, 0.5).reshape(-1, V)[:11]
+    student = (3 * ref).unsqueeze(0).requires_grad_()  # surer than its teacher
+    offsets = torch.tensor([0, 7, 11])
+    top = fasttax.topk_logprobs(ref, K)
+    logp, ids = (torch.nested.nested_tensor_from_jagged(t, offsets) for t in top)
+    parts = {
+        "prompts": [torch.zeros(4, dtype=torch.long), torch.zeros(2, dtype=torch.long)],
+        "responses": [torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.long)],
+        "response_mask": [torch.ones(3), torch.ones(2)],
+    }
+    nested = {k: torch.nested.as_nested_tensor(v, layout=torch.jagged) for k, v in parts.items()}
+    data = TensorDict({**nested, "teacher_logprobs": logp, "teacher_ids": ids}, batch_size=[2])
+    actor: Any = SimpleNamespace(strategy="fsdp2")
+    settings: Any = SimpleNamespace(
+        distillation_loss=SimpleNamespace(log_prob_min_clamp=-10.0, topk=K, use_chunked_topk=False)
+    )
+
+    def counted() -> tuple[Tensor, Tensor]:
+        """The losses of the responses' tokens, and which of the five have a gradient."""
+        made = own.distillation_ppo_loss(actor, settings, data=data, student_logits=student)
+        out = {
+            k: torch.nested.nested_tensor_from_jagged(v.squeeze(0), offsets)
+            for k, v in made.items()
+        }
+        found, _ = own.compute_forward_kl_topk(actor, settings, out, data)
+        (gradient,) = torch.autograd.grad(found.sum(), student)
+        rows = gradient[0, [3, 4, 5, 8, 9]]  # by which the responses' tokens are predicted
+        return found, rows.abs().amax(-1) > 1e-3
+
+    plain_loss, reached = counted()
+    assert not bool(reached.any())  # all are clamped
+    assert float(plain_loss.detach().sum()) == 0.0
+    with verl.patch(quiet=True):
+        kl, reached = counted()
+    assert bool(reached.all())
+    assert bool((kl.flatten()[[0, 1, 2, 3, 4]] > 0).all())
+
+
+def _without_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What OpenRLHF imports for packed rows, which needs a GPU to build, under its names."""
+    for name, names in {
+        "flash_attn": (),
+        "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
+        "flash_attn.utils": (),
+        "flash_attn.utils.distributed": ("all_gather",),
+    }.items():
+        module: Any = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)  # transformers asks for it
+        for attribute in names:
+            setattr(module, attribute, None)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("openrlhf") is None, reason="openrlhf is not installed"
+)
+def test_in_openrlhfs_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Actor's logits, tempered already, and its aggregate_loss: the mean of the exact KL."""
+    if importlib.util.find_spec("flash_attn") is None:
+        _without_flash_attention(monkeypatch)
+    from openrlhf.models.actor import Actor
+    from openrlhf.models.loss import aggregate_loss
+
+    from tests.tools import tiny_lm
+
+    policy, ref = (Actor(tiny_lm.model(seed, 4.0), temperature=0.7) for seed in (0, 1))
+    for actor in (policy, ref):
+        actor.packing_samples = False
+    ids = tiny_lm.ids(B, P + R)
+    given = {"attention_mask": torch.ones_like(ids), "return_output": True}
+    _, output = policy(ids, MASK, **given)
+    with torch.no_grad():
+        _, ref_output = ref(ids, MASK, **given)
+    kl = response_kl(output["logits"], ref_output["logits"], MASK)
+    loss = aggregate_loss(kl, MASK, token_level_loss=True)
+    wanted = exact(*(a.model(ids).logits / 0.7 for a in (policy, ref))).sum() / MASK.sum()
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    assert float(wanted.detach()) > 0.1
+    loss.backward()
+    assert float(policy.model.lm_head.weight.grad.abs().max()) > 1e-3
