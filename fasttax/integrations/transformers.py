@@ -93,7 +93,7 @@ class EWCCallback(TrainerCallback):
         self._primed = False
         self._seen = False  # the events of the step that is being made
         self._claim: Claim | None = None
-        self._trainer: Any = None  # that `attach` was given
+        self.trainer: Any = None  # that `attach` was given
         self._steps: Handle | None = None  # on DeepSpeed's engine, or PPO's optimizer
 
     # --- the gradient -----------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class EWCCallback(TrainerCallback):
         self.release()
         if under_deepspeed(args, optimizer):
             self._steps = deepspeed.attach(self._engine(), self.ewc)
-        elif has_own_loop(self._trainer):
+        elif has_own_loop(self.trainer):
             self._steps = self.ewc.attach(optimizer)
         elif optimizer is not None:
             holder, steps = f"EWCCallback(where={self.where!r})", innermost(optimizer)
@@ -173,7 +173,7 @@ class EWCCallback(TrainerCallback):
 
     def _engine(self) -> Any:
         """DeepSpeed's, which the trainer that `attach` was given has made by now."""
-        if self._trainer is None:
+        if self.trainer is None:
             raise checks.fail(
                 "EWCCallback",
                 "trainer",
@@ -183,7 +183,7 @@ class EWCCallback(TrainerCallback):
                 "callback could add to them; use attach(trainer, ewc=ewc), which works on the "
                 "engine",
             )
-        found = [getattr(self._trainer, name, None) for name in ("model_wrapped", "model")]
+        found = [getattr(self.trainer, name, None) for name in ("model_wrapped", "model")]
         return next((m for m in found if hasattr(m, "zero_optimization_stage")), found[0])
 
     def on_log(
@@ -313,7 +313,7 @@ def attach(
 def _callback(op: str, trainer: Any, ewc: EWC, where: str) -> EWCCallback:
     """For a trainer that is known: its engine or optimizer, too."""
     callback = EWCCallback(ewc, where)
-    callback._trainer = trainer  # noqa: SLF001
+    callback.trainer = trainer
     if where == "post_clip" and under_deepspeed(trainer.args, trainer.optimizer):
         raise checks.fail(
             op,

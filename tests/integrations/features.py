@@ -15,6 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ def theirs() -> Iterator[None]:
     """What is raised here is of TRL and transformers alone."""
     try:
         yield
-    except (ImportError, AttributeError) as error:
-        raise Absent(str(error)) from error
     except Exception as error:
+        of_trl = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("trl.")
+        if of_trl or (isinstance(error, AttributeError) and "module trl" in str(error)):
+            raise Absent(str(error)) from error
         raise Theirs(f"{type(error).__name__}: {error}") from error
 
 
@@ -162,7 +164,7 @@ def replayed(folder: Path) -> None:
     """`attach(replay=)`: the loss of other text added to the loss."""
     rows = tiny_lm.ids(2, seed=9)
 
-    class WithReplay(trl.SFTTrainer):  # type: ignore[misc, name-defined]
+    class WithReplay(trl.SFTTrainer):
         def training_step(self, *given: Any, **others: Any) -> Any:
             loss = super().training_step(*given, **others)
             (self.model(input_ids=rows, labels=rows).loss / 2).backward()  # of two micro-batches
@@ -233,22 +235,16 @@ def kl_in_trainer(folder: Path) -> None:
     same(ours, train(with_kl(plain_trainer(folder))), plain)
 
 
-def _maker(name: str) -> Callable[..., Any]:
-    return lambda folder, **changes: make(name, folder, **changes)
-
-
+UNCLIPPED: dict[str, Any] = {"max_grad_norm": 0.0}
 FEATURES: dict[str, Callable[[Path], None]] = {
-    **{f"patch: {CHOICES[n]}": lambda f, n=n: patched(n, f) for n in CHOICES},
+    **{f"patch: {CHOICES[n]}": partial(patched, n) for n in CHOICES},
     "FullKL: transformers.Trainer": kl_in_trainer,
-    **{f"FullKL: {CHOICES[n]}": lambda f, n=n: full_kl(n, f) for n in TRAINERS},
-    "FullKL: RewardTrainer": lambda f: full_kl_of(value_trainers.reward, f),
-    "FullKL: PPOTrainer": lambda f: full_kl_of(value_trainers.ppo, f),
-    "EWC: transformers.Trainer": lambda f: ewc_in(plain_trainer, f, max_grad_norm=0.0),
-    **{
-        f"EWC: {CHOICES[n]}": lambda f, n=n: ewc_in(_maker(n), f, max_grad_norm=0.0)
-        for n in TRAINERS
-    },
-    "EWC: RewardTrainer": lambda f: ewc_in(value_trainers.reward, f, max_grad_norm=0.0),
+    **{f"FullKL: {CHOICES[n]}": partial(full_kl, n) for n in TRAINERS},
+    "FullKL: RewardTrainer": partial(full_kl_of, value_trainers.reward),
+    "FullKL: PPOTrainer": partial(full_kl_of, value_trainers.ppo),
+    "EWC: transformers.Trainer": partial(ewc_in, plain_trainer, **UNCLIPPED),
+    **{f"EWC: {CHOICES[n]}": partial(ewc_in, partial(make, n), **UNCLIPPED) for n in TRAINERS},
+    "EWC: RewardTrainer": partial(ewc_in, value_trainers.reward, **UNCLIPPED),
     "EWC: PPOTrainer": ewc_in_ppo,
     "replay: SFTTrainer": replayed,
     "projection: SFTTrainer": projected,

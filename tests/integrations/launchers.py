@@ -30,8 +30,8 @@ def tried(name: str, what: str, port: int, wanted: dict[str, Tensor]) -> tuple[s
         if "refused" in found:
             return "refused", found["refused"]
         weights = torch.load(Path(folder) / "out.pt")
-    error = max(float((weights[n] - wanted[n]).abs().max()) for n in wanted)
-    return ("ok", "") if error <= ROUNDING else ("failed", f"parameters differ by {error:.1e}")
+    apart = max(float((weights[n] - wanted[n]).abs().max()) for n in wanted)
+    return ("ok", "") if apart <= ROUNDING else ("failed", f"parameters differ by {apart:.1e}")
 
 
 def main(arguments: list[str]) -> None:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -190,16 +191,22 @@ def pairs_table(cells: Cells, columns: dict[str, dict[str, tuple[str, str]]]) ->
     return lines
 
 
-def launchers_table(cells: Cells, envs: Path) -> list[str]:
-    """EWC and the KL under `accelerate launch` on two gloo processes."""
+def launched(envs: Path) -> dict[str, dict[str, tuple[str, str]]]:
+    """EWC and the KL under `accelerate launch` on two gloo processes, by launcher."""
     python = environment(envs, "deepspeed", (DEEPSPEED,), OF_DEEPSPEED)
-    lines = [f"| `accelerate launch` ({DEEPSPEED}) | EWC | KL |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         said = run(python, "tests.integrations.launchers", str(out), *LAUNCHERS)
         if not out.is_file():
             raise RuntimeError(said.stderr[-4000:])
-        found = json.loads(out.read_text())
+        print(said.stderr[-4000:], file=sys.stderr)
+        found: dict[str, dict[str, tuple[str, str]]] = json.loads(out.read_text())
+        return found
+
+
+def launchers_table(cells: Cells, found: dict[str, dict[str, tuple[str, str]]]) -> list[str]:
+    """Launchers down."""
+    lines = [f"| `accelerate launch` ({DEEPSPEED}) | EWC | KL |", "|---|---|---|"]
     for name in LAUNCHERS:
         answers = [cells.cell(f"{name}: {what}", *found[name][what]) for what in ("ewc", "kl")]
         lines.append(f"| {name} | " + " | ".join(answers) + " |")
@@ -233,9 +240,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     options = parser.parse_args(arguments)
     cells = Cells()
-    lines = pairs_table(cells, pair_columns(options.envs, options.only))
-    if not options.pairs:
-        lines += ["", *launchers_table(cells, options.envs)]
+    with ThreadPoolExecutor(2) as both:
+        others = both.submit(lambda: None if options.pairs else launched(options.envs))
+        lines = pairs_table(cells, pair_columns(options.envs, options.only))
+        found = others.result()
+    if found is not None:
+        lines += ["", *launchers_table(cells, found)]
         lines += ["", *frameworks_table(cells, options.envs)]
     lines += ["", *(f"{i}. {text}" for i, text in enumerate(cells.notes.texts, 1))]
     head = [

@@ -68,7 +68,7 @@ class Engine:
         if self.is_gradient_accumulation_boundary():
             with torch.no_grad():
                 for p in self.module.parameters():
-                    p -= 0.1 * p.grad
+                    p.sub_(0.1 * p.grad)
             self.module.zero_grad()
         self.micro += 1
 

@@ -66,8 +66,8 @@ def test_a_row_of_the_mask_is_never_read() -> None:
 
 def test_rows_of_the_responses_alone() -> None:
     policy, ref = logits(0), logits(1)
-    rows = (x[:, P - 1 : -1] for x in (policy, ref))
-    assert torch.equal(response_kl(*rows, MASK), response_kl(policy, ref, MASK))
+    mine, own = (x[:, P - 1 : -1] for x in (policy, ref))
+    assert torch.equal(response_kl(mine, own, MASK), response_kl(policy, ref, MASK))
 
 
 def test_from_hidden_states() -> None:

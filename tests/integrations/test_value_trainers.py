@@ -87,7 +87,9 @@ def test_a_kl_of_a_reward_model_is_refused(tmp_path: Path) -> None:
 class PPOTrainer(Trainer):
     """TRL's PPO in its calls: no events but a step's end, and no compute_loss."""
 
-    def train(self) -> None:  # type: ignore[override]
+    control: Any
+
+    def train(self) -> None:
         self.create_optimizer_and_scheduler(2)
         handler = self.callback_handler
         handler.model, handler.optimizer = self.model, self.optimizer

@@ -22,6 +22,7 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from fasttax import EWC
@@ -48,10 +49,13 @@ def _deepspeed(stage: int) -> dict[str, Any]:
 
 
 def _fsdp(version: int) -> dict[str, Any]:
-    wrap = {
+    wrap: dict[str, Any] = {
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
         "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_use_orig_params": True,
+        "fsdp_cpu_ram_efficient_loading": False,
+        "fsdp_sync_module_states": False,  # which asks for an accelerator by name
     }
     return {
         "distributed_type": "FSDP",
@@ -77,7 +81,12 @@ def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, out = folder / "accelerate.json", folder / "out.json"
-    shared = {"num_processes": RANKS, "num_machines": 1, "machine_rank": 0, "use_cpu": False}
+    shared: dict[str, Any] = {
+        "num_processes": RANKS,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "use_cpu": False,
+    }
     shared |= {"main_process_port": port, "mixed_precision": "no", "debug": False}
     config.write_text(json.dumps({**shared, **CONFIGS[name]}))
     words = [*what, "gpus"] if name.startswith("FSDP") else what
@@ -153,10 +162,16 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     return Trainer(tiny_lm.model(), args, train_dataset=Rows(), callbacks=callbacks)
 
 
-def whole(model: Any) -> dict[str, Tensor]:
+def whole(made: Any) -> dict[str, Tensor]:
     """The trained weights, by name; every rank calls it."""
+    if isinstance(made.model_wrapped, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(made.model_wrapped):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+                for name, p in made.model_wrapped.named_parameters()
+            }
     out = {}
-    for name, p in model.named_parameters():
+    for name, p in made.model.named_parameters():
         with gathered([p]):
             full = p.full_tensor() if hasattr(p, "full_tensor") else p
             out[name] = full.detach().clone()
@@ -179,7 +194,7 @@ def trained(folder: Path, what: list[str]) -> tuple[dict[str, Tensor], list[dict
         attach(made, **options)
     transformers.set_seed(5)
     made.train()
-    return whole(made.model), [e for e in made.state.log_history if "loss" in e]
+    return whole(made), [e for e in made.state.log_history if "loss" in e]
 
 
 def _as_if_gpus() -> None:
