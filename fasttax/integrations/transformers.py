@@ -146,11 +146,12 @@ class EWCCallback(TrainerCallback):
     ) -> None:
         """Checks that the penalty reaches the weights that are trained, and resumes."""
         self._primed = self._seen = False
+        engine = self._engine() if under_deepspeed(args, optimizer) else None
         if model is not None:
             self.ewc = on_model("EWCCallback", self.ewc, model)
         self.release()
-        if under_deepspeed(args, optimizer):
-            self._steps = deepspeed.attach(self._engine(), self.ewc)
+        if engine is not None:
+            self._steps = deepspeed.attach(engine, self.ewc)
         elif has_own_loop(self.trainer):
             self._steps = self.ewc.attach(optimizer)
         elif optimizer is not None:

@@ -142,6 +142,14 @@ def test_a_second_holder_and_strangers_are_refused() -> None:
         deepspeed.attach(engine, None)
 
 
+def test_a_gradient_that_zero_would_take_away_is_refused() -> None:
+    made = model()
+    ewc = held(made)
+    made[0].weight._hp_mapping = object()
+    with pytest.raises(ValueError, match=r"0.weight: .*use fasttax.integrations.deepspeed.attach"):
+        ewc.add_grad_()
+
+
 # --- ZeRO-3: a share of every parameter on each of two ranks --------------------------------------
 
 

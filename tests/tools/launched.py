@@ -81,13 +81,9 @@ def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, out = folder / "accelerate.json", folder / "out.json"
-    shared: dict[str, Any] = {
-        "num_processes": RANKS,
-        "num_machines": 1,
-        "machine_rank": 0,
-        "use_cpu": False,
-    }
+    shared: dict[str, Any] = {"num_processes": RANKS, "num_machines": 1, "machine_rank": 0}
     shared |= {"main_process_port": port, "mixed_precision": "no", "debug": False}
+    shared["use_cpu"] = False
     config.write_text(json.dumps({**shared, **CONFIGS[name]}))
     words = [*what, "gpus"] if name.startswith("FSDP") else what
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
