@@ -31,6 +31,7 @@ from tests.tools import tiny_lm
 
 STRENGTH, BETA = 20.0, 0.3
 RANKS = 2
+OURS = ("attach:", "EWCCallback:", "FullKL:", "EWC:", "deepspeed.attach:")  # how refusals begin
 
 # --- the launchers --------------------------------------------------------------------------------
 
@@ -212,6 +213,8 @@ def main(arguments: list[str]) -> None:
     try:
         weights, result["log"] = trained(path.parent, what)
     except (ValueError, TypeError) as error:
+        if not str(error).startswith(OURS):
+            raise
         result["refused"] = str(error)
     if int(os.environ.get("RANK", "0")) == 0:
         if "log" in result:
