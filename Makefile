@@ -27,7 +27,7 @@ QUICK   = $(addprefix tests/, \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny demo-full test test-gpu test-ptx machine-code test-trl mutants quick t bench bench-gpu \
+.PHONY: help demo demo-tiny demo-full test test-gpu test-ptx machine-code test-trl pairs matrix mutants quick t bench bench-gpu \
   lint format hooks wheels house doctor clean
 
 help:            ## this list
@@ -90,6 +90,13 @@ test-trl: $(LIBRARY) ## patch and FullKL on another TRL: make test-trl V=1.9.2 (
 	$(VENV)/trl-$(V)/bin/python -m pip install -q "trl==$(V)" $(if $(HF),"transformers==$(HF)")
 	$(VENV)/trl-$(V)/bin/python -m pytest -q tests/integrations/test_patch.py \
 	  tests/integrations/test_full_kl.py::test_is_the_kl_in_the_loss
+
+pairs: $(LIBRARY)  ## patch, FullKL and EWC in three other pairs of TRL and transformers, a few each
+	$(PY) -m tests.integrations.matrix --envs $(VENV) --pairs \
+	  --only "EWC: SFT" "EWC: PPO" "FullKL: SFT" "patch: GKD"
+
+matrix: $(LIBRARY) ## versions x features, launchers and frameworks, each cell run: docs/versions.md
+	$(PY) -m tests.integrations.matrix --envs $(VENV) --write
 
 mutants: $(LIBRARY) ## plant 200 faults in the kernels, one at a time: who finds each (N=20 for a sample)
 	$(PY) -m tests.mutants $(if $(N),--sample $(N) --seed $(or $(SEED),0)) --only "$(K)"

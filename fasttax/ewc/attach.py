@@ -15,7 +15,7 @@ from torch import Tensor
 from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax.ewc.claims import claim
-from fasttax.ewc.hold import Hold, Part, refuse_sparse
+from fasttax.ewc.hold import Hold, Part, refuse_lost, refuse_sparse
 from fasttax.ewc.ops import beside
 
 PROX = "prox_euclidean"  # "prox" is its short name here
@@ -159,7 +159,8 @@ def check_optimizer(op: str, argument: str, hold: Hold, param_groups: list[dict[
             "an optimizer over parameters that this EWC holds",
             "one that holds none of them",
             "build the EWC on the model being trained; where the optimizer steps copies of the "
-            "parameters (DeepSpeed ZeRO, apex master weights) add ewc.penalty() to the loss",
+            "parameters add ewc.penalty() to the loss (apex master weights), or use "
+            "fasttax.integrations.deepspeed.attach(engine, ewc) (DeepSpeed ZeRO)",
         )
 
 
@@ -244,6 +245,7 @@ def during_backward(hold: Hold, scale: float) -> Attached:
     under_way: dict[str, Any] = {}  # the one that is expected next
 
     def ready(name: str, parameter: Tensor) -> None:
+        refuse_lost(op, name, parameter)
         refuse_sparse(op, name, parameter)
         store = hold.store
         block = [store.held[name]]

@@ -81,8 +81,8 @@ class EWC:
     Raises:
         ValueError, TypeError: names, shapes, values or options do not fit; name and shape
             differences come in one list. DoRA, IA3, LoHa, LoKr, VeRA, OFT and other adapters over a
-            held weight, frozen weights under a learned prompt, FSDP1 and DeepSpeed ZeRO-3 are
-            refused with the reason. (ZeRO-1 and 2: `loss + ewc.penalty()`.)
+            held weight, frozen weights under a learned prompt, FSDP1, and what DeepSpeed's ZeRO-3
+            has scattered, are refused with the reason. (`integrations.deepspeed.attach`.)
 
     It is bound to the model's own parameters: where one was replaced since (a new head, a resized
     embedding, load_state_dict(assign=True)) every use is a ValueError that names it.

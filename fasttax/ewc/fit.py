@@ -57,8 +57,9 @@ def refuse_layout(op: str, model: nn.Module) -> None:
                 "DeepSpeed ZeRO-3 placeholders of size 0: outside its module's forward a "
                 "parameter lies scattered over the ranks, so neither a penalty nor a gradient of "
                 "it can be taken here",
-                "use ZeRO-1 or 2 with `loss + ewc.penalty()`, or FSDP2 (fully_shard), whose shards "
-                "EWC works on",
+                "make it while they are whole, `with deepspeed.zero.GatheredParameters("
+                "list(model.parameters())):`, for fasttax.integrations.deepspeed.attach(engine, "
+                "ewc) or attach(trainer, ewc=ewc); or use FSDP2 (fully_shard)",
             )
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise checks.fail(

@@ -208,6 +208,7 @@ class Hold:
         touched = None if only is None else {id(p) for p in only}
         for name, p in self.parameters().items():
             if touched is None or id(p) in touched:
+                refuse_lost("EWC.add_grad_", name, p)
                 refuse_sparse("EWC.add_grad_", name, p)
         parts = self.add_product_grad_parts_(scale, only, times)
         with torch.no_grad():
@@ -324,6 +325,19 @@ def one_value(op: str, argument: str, value: Tensor, like: Tensor) -> Tensor:
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
     return ops.beside(value, like.device)
+
+
+def refuse_lost(op: str, name: str, p: Tensor) -> None:
+    """An error where p.grad is not what is stepped by: DeepSpeed's ZeRO takes it as it comes."""
+    if hasattr(p, "ds_id") or getattr(p, "_hp_mapping", None) is not None:
+        raise checks.fail(
+            op,
+            f"the gradient of {name}",
+            "one that an optimizer reads from p.grad",
+            "one that DeepSpeed's ZeRO takes away within the backward",
+            "use fasttax.integrations.deepspeed.attach(engine, ewc), or in a Trainer "
+            "fasttax.integrations.transformers.attach(trainer, ewc=ewc)",
+        )
 
 
 def refuse_sparse(op: str, name: str, p: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""fasttax in trainers of others: transformers, TRL, Lightning, Axolotl.
+"""fasttax in trainers of others: transformers, TRL, DeepSpeed, Lightning, Axolotl and more.
 
 `import fasttax` imports nothing of this; each module needs its trainer's package and says so.
 """
@@ -9,7 +9,10 @@ from typing import Any
 from fasttax.integrations.control import AdaptiveKL as AdaptiveKL
 
 __all__ = ["AdaptiveKL"]
-MODULES = ("transformers", "trl", "lightning", "axolotl", "reference")
+MODULES = (
+    *("transformers", "trl", "deepspeed", "lightning", "axolotl", "llamafactory"),
+    *("verl", "rlhf", "reference"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,6 @@ The KL is made of what the trainer's own forward computed.
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from fasttax._base.scalars import number_on
 from fasttax.integrations import _kl_sequence as sequence
 from fasttax.integrations._heads import backbones, logits_of
 from fasttax.integrations._kl_cached import CachedReference
+from fasttax.integrations._kl_checks import GENERATING, OP, check_served, is_a
 from fasttax.integrations._kl_events import KLEvents
 from fasttax.integrations._kl_forward import (
     Forward,
@@ -35,14 +34,11 @@ from fasttax.integrations._kl_reference import Reference, RefModel, loaded, refe
 from fasttax.integrations._kl_sums import Asked, ModelReference, Policy, Rows
 from fasttax.integrations._models import causal_lm
 from fasttax.integrations._replay import Options, add_replay
-from fasttax.integrations._trainer import add_callback, check_trainer
+from fasttax.integrations._trainer import add_callback, refuse_deepspeed
 from fasttax.integrations.control import AdaptiveKL
 from fasttax.integrations.reference import TopKReference
 from fasttax.kl.call import KINDS
 
-OP = "FullKL"
-GENERATING = ("GRPOTrainer", "RLOOTrainer")
-COUNTED_SINCE_1_9 = (*GENERATING, "DPOTrainer", "KTOTrainer")
 # GRPO losses that divide by the tokens of the whole accumulation window
 TOKEN_LOSSES = ("cispo", "dapo", "vespo")
 
@@ -101,8 +97,9 @@ class FullKL(Handle):
 
     Raises:
         ValueError, TypeError: an argument does not fit, as a reference of another vocabulary; GRPO
-            with beta != 0; DeepSpeed; a second FullKL on one trainer; in the first step, a loss
-            that calls the model with embeddings or a cache that the policy has computed.
+            with beta != 0; PPO and Reward; DeepSpeed's ZeRO-3; a second FullKL on one trainer; in
+            the first step, a loss that calls the model with embeddings or a cache that the policy
+            has computed.
         RuntimeError: in training, when the policy's forward was not seen, so that the KL would
             silently be missing.
     """
@@ -120,12 +117,12 @@ class FullKL(Handle):
         replay: Any = None,
     ) -> None:
         super().__init__()
-        _check(trainer)
+        check_served(trainer)
         self.kind = checks.choice(OP, "kind", kind, KINDS)
         self.control = beta if isinstance(beta, AdaptiveKL) else None
         self._beta = 0.0 if isinstance(beta, AdaptiveKL) else checks.number(OP, "beta", beta, low=0)
         if temperature is None:
-            temperature = trainer.temperature if _is_a(trainer, *GENERATING) else 1.0
+            temperature = trainer.temperature if is_a(trainer, *GENERATING) else 1.0
         self.options: dict[str, Any] = {
             "kind": kind,
             "beta": KINDS[kind].check_beta(OP, "jsd_beta", jsd_beta),
@@ -133,10 +130,12 @@ class FullKL(Handle):
         }
         self.estimator = checks.choice(OP, "estimator", estimator, sequence.ESTIMATORS)
         if estimator == "sequence":
-            generates, rloo = _is_a(trainer, *GENERATING), _is_a(trainer, "RLOOTrainer")
+            generates, rloo = is_a(trainer, *GENERATING), is_a(trainer, "RLOOTrainer")
             sequence.check(OP, trainer, self.options, generates=generates, rloo=rloo)
         self.trainer = trainer
         self._ref_model = loaded(ref_model)
+        if replay is not None:
+            refuse_deepspeed(OP, trainer, "replay")
         more = None if replay is None else Options.of(OP, replay, self._ref_model)
         self._hooks: list[RemovableHandle] = []
         self._watch()
@@ -364,66 +363,10 @@ def _total(values: Iterable[Tensor]) -> Tensor:
     return sum(others, start=first)
 
 
-def _is_a(trainer: Any, *names: str) -> bool:
-    """Whether one of the trainer's classes has such a name: TRL need not be imported for it."""
-    return any(c.__name__ in names for c in type(trainer).__mro__)
-
-
-def _check(trainer: Any) -> None:
-    """Refuses a trainer in which the KL would be wrong or missing."""
-    check_trainer(OP, trainer, "a transformers.Trainer or one of TRL's")
-    if trainer.args.n_gpu > 1:
-        raise checks.fail(
-            OP,
-            "trainer",
-            "one GPU a process",
-            f"DataParallel over {trainer.args.n_gpu}",
-            "launch with torchrun or accelerate",
-        )
-    _check_trl(trainer)
-    if hasattr(trainer.compute_loss, "fasttax_full_kl"):
-        raise checks.fail(
-            OP,
-            "trainer",
-            "one without a FullKL",
-            "one that has it already",
-            "undo() that one first",
-        )
-    if _is_a(trainer, "GRPOTrainer") and trainer.beta != 0:
-        raise checks.fail(
-            OP,
-            "trainer",
-            "GRPO with beta=0.0, whose k3 estimate this takes the place of",
-            f"beta={trainer.beta:g}",
-            "pass GRPOConfig(beta=0.0) and the coefficient here",
-        )
-
-
-def _check_trl(trainer: Any) -> None:
-    """Refuses trainers of a TRL in which their losses' tokens are not known.
-
-    Raises:
-        RuntimeError: DPO, KTO, GRPO or RLOO of TRL before 1.9.
-    """
-    trl: Any = sys.modules.get("trl")
-    of_trl = [c for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
-    if trl is None or not any(c.__name__ in COUNTED_SINCE_1_9 for c in of_trl):
-        return
-    if tuple(map(int, re.findall(r"\d+", trl.__version__)[:2])) < (1, 9):
-        raise checks.fail(
-            OP,
-            "trainer",
-            f"{of_trl[0].__name__} of trl >= 1.9",
-            f"that of trl {trl.__version__}",
-            "install trl>=1.9; or take SFTTrainer, which is served in every version",
-            RuntimeError,
-        )
-
-
 def _reference_of(trainer: Any, policy: Any, ref_model: Any, temperature: float) -> Reference:
     """What `ref_model` stands for."""
     asked = Asked(OP)
-    if isinstance(ref_model, TopKReference) and _is_a(trainer, *GENERATING):
+    if isinstance(ref_model, TopKReference) and is_a(trainer, *GENERATING):
         raise checks.fail(
             *asked,
             "a model: the sequences of GRPO and RLOO are new at every step",

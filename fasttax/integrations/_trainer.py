@@ -18,28 +18,63 @@ from fasttax._base.handle import Handle
 
 
 def check_trainer(op: str, trainer: Any, expected: str) -> None:
-    """Refuses what has no callbacks or computes no loss, and a run under DeepSpeed."""
+    """Refuses what has no callbacks or computes no loss."""
     if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "compute_loss"):
         raise checks.fail(op, "trainer", expected, trainer, error=TypeError)
-    refuse_deepspeed(op, trainer.args, trainer.optimizer)
 
 
-def refuse_deepspeed(op: str, args: Any, optimizer: Any) -> None:
-    """Refuses DeepSpeed, under which a callback's gradient would be lost."""
-    kind = str(getattr(getattr(args, "distributed_state", None), "distributed_type", ""))
-    if (
-        getattr(args, "deepspeed", None)
-        or kind.endswith("DEEPSPEED")
-        or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
-    ):
+def has_own_loop(trainer: Any) -> bool:
+    """Whether it steps without Trainer's events and losses: TRL's PPO before 1.10, and its kin."""
+    return any(c.__name__ == "PPOTrainer" for c in type(trainer).__mro__)
+
+
+def refuse_own_loop(op: str, trainer: Any, what: str, way_out: str) -> None:
+    """An error where a trainer's own loop would leave out what hangs on Trainer's."""
+    if has_own_loop(trainer):
         raise checks.fail(
             op,
             "trainer",
-            "a run without DeepSpeed",
+            f"one whose steps are Trainer's, for {what}",
+            f"{type(trainer).__name__}, which computes its loss and steps in a loop of its own",
+            way_out,
+        )
+
+
+def under_deepspeed(args: Any, optimizer: Any) -> bool:
+    """Whether DeepSpeed's engine makes the steps."""
+    kind = str(getattr(getattr(args, "distributed_state", None), "distributed_type", ""))
+    return bool(
+        getattr(args, "deepspeed", None)
+        or kind.endswith("DEEPSPEED")
+        or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
+    )
+
+
+def refuse_deepspeed(op: str, trainer: Any, what: str) -> None:
+    """Refuses DeepSpeed, under which a callback's gradient would be lost."""
+    if under_deepspeed(trainer.args, trainer.optimizer):
+        raise checks.fail(
+            op,
+            "trainer",
+            f"a run without DeepSpeed, for {what}",
             "one under DeepSpeed",
             "its engine clips, steps and clears the gradients inside backward(), before any "
-            "callback could add to them, and ZeRO-3 keeps parameters empty outside the forward; "
-            "use DDP or FSDP2, or under ZeRO-1 or 2 add ewc.penalty() to the loss",
+            "callback could add to them; use DDP or FSDP2",
+        )
+
+
+def refuse_scattered(op: str, trainer: Any) -> None:
+    """Refuses DeepSpeed's ZeRO-3, under which heads are empty outside their own forward."""
+    if not under_deepspeed(trainer.args, trainer.optimizer):
+        return
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or int(plugin.zero_stage) >= 3:
+        raise checks.fail(
+            op,
+            "trainer",
+            "parameters that are whole on every rank, or FSDP2's",
+            "DeepSpeed's ZeRO-3, which scatters the head as its forward ends",
+            "use ZeRO-2 (zero_stage: 2), or FSDP2 (fsdp_version: 2)",
         )
 
 

@@ -26,6 +26,7 @@ from fasttax.integrations._models import on_model
 try:
     from transformers import TrainerCallback
 
+    from fasttax.integrations import deepspeed
     from fasttax.integrations._full_kl import FullKL
     from fasttax.integrations._project import Asked, add_project
     from fasttax.integrations._quadratic_log import Watched, add_quadratic_log
@@ -34,10 +35,13 @@ try:
         add_callback,
         check_trainer,
         checkpoint_folder,
+        has_own_loop,
         loss_scale,
         move_to_the_front,
         publish,
         refuse_deepspeed,
+        refuse_own_loop,
+        under_deepspeed,
         write_state,
     )
 except ModuleNotFoundError as error:
@@ -69,10 +73,14 @@ class EWCCallback(TrainerCallback):
             parameters then exists from the step's begin on. "post_clip": added after clipping, so
             that clipping never weakens it.
 
+    Under DeepSpeed, and in trainers with a loop of their own (PPO), only `attach` knows the engine
+    or optimizer that steps: there take `attach(trainer, ewc=ewc)`.
+
     Raises:
         TypeError, ValueError: when made; or as training begins, where the penalty would be lost:
-            DeepSpeed (steps inside backward), FSDP1 (flattens parameters), parameters that are not
-            the model's or all frozen, a checkpoint made with another anchor.
+            DeepSpeed without `attach`, FSDP1 (flattens parameters), parameters that are not the
+            model's or all frozen, a checkpoint made with another anchor.
+        RuntimeError: a step was made without the events that the gradient hangs on.
     """
 
     def __init__(self, ewc: EWC, where: str = "pre_clip") -> None:
@@ -83,7 +91,10 @@ class EWCCallback(TrainerCallback):
         self.ewc = ewc
         self.where = checks.choice(op, "where", where, WHERE)
         self._primed = False
+        self._seen = False  # the events of the step that is being made
         self._claim: Claim | None = None
+        self.trainer: Any = None  # that `attach` was given
+        self._steps: Handle | None = None  # on DeepSpeed's engine, or PPO's optimizer
 
     # --- the gradient -----------------------------------------------------------------------------
 
@@ -93,7 +104,8 @@ class EWCCallback(TrainerCallback):
         p.grad is None at this point. A window that was broken off keeps its gradient, and with it
         the penalty's.
         """
-        if self.where == "pre_clip" and not self._primed:
+        self._seen = True
+        if self.where == "pre_clip" and not self._primed and self._steps is None:
             device = next(iter(self.ewc.parameters().values())).device
             self.ewc.add_grad_(loss_scale(kwargs.get("optimizer"), device))
             self._primed = True
@@ -104,8 +116,22 @@ class EWCCallback(TrainerCallback):
         fp16's gradients are unscaled by then, by clipping or by the norm's computation.
         """
         self._primed = False
-        if self.where == "post_clip":
+        if self.where == "post_clip" and self._steps is None:
             self.ewc.add_grad_()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sees that the step had the events that the gradient is added at.
+
+        Raises:
+            RuntimeError: a trainer with a loop of its own, in which the penalty would be missing.
+        """
+        if not self._seen and self._steps is None:
+            raise RuntimeError(
+                "EWCCallback: the trainer made a step without on_step_begin, so the penalty would "
+                "be missing: it has a loop of its own; use attach(trainer, ewc=ewc), or "
+                "ewc.attach(optimizer)"
+            )
+        self._seen = False
 
     # --- logs and checkpoints ---------------------------------------------------------------------
 
@@ -119,12 +145,16 @@ class EWCCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Checks that the penalty reaches the weights that are trained, and resumes."""
-        self._primed = False
-        refuse_deepspeed("EWCCallback", args, optimizer)
+        self._primed = self._seen = False
+        engine = self._engine() if under_deepspeed(args, optimizer) else None
         if model is not None:
             self.ewc = on_model("EWCCallback", self.ewc, model)
-        self._release()
-        if optimizer is not None:
+        self.release()
+        if engine is not None:
+            self._steps = deepspeed.attach(engine, self.ewc)
+        elif has_own_loop(self.trainer):
+            self._steps = self.ewc.attach(optimizer)
+        elif optimizer is not None:
             holder, steps = f"EWCCallback(where={self.where!r})", innermost(optimizer)
             self._claim = claim("EWCCallback", "ewc", holder, self.ewc.parameters(), steps)
         _check_resumed(self.ewc, checkpoint_folder(args, state) / _state_file(self.ewc, args))
@@ -132,20 +162,39 @@ class EWCCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets others hold the parameters."""
-        self._release()
+        self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Lets others hold the parameters, and takes off what steps by itself."""
         if self._claim is not None:
             self._claim.release()
-        self._claim = None
+        if self._steps is not None:
+            self._steps.undo()
+        self._claim = self._steps = None
+
+    def _engine(self) -> Any:
+        """DeepSpeed's, which the trainer that `attach` was given has made by now."""
+        if self.trainer is None:
+            raise checks.fail(
+                "EWCCallback",
+                "trainer",
+                "a run without DeepSpeed",
+                "one under DeepSpeed",
+                "its engine clips, steps and clears the gradients inside backward(), before this "
+                "callback could add to them; use attach(trainer, ewc=ewc), which works on the "
+                "engine",
+            )
+        found = [getattr(self.trainer, name, None) for name in ("model_wrapped", "model")]
+        return next((m for m in found if hasattr(m, "zero_optimization_stage")), found[0])
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Adds `ewc/penalty` and `ewc/distance` to a training log."""
-        if logs is None or "loss" not in logs:  # an evaluation's, or the summary
+        if logs is None or not _of_training(logs):
             return
-        penalty, distance = self.ewc.penalty().detach(), self.ewc.distance().total
+        held = self._steps if isinstance(self._steps, deepspeed.UnderDeepSpeed) else self.ewc
+        penalty, distance = held.penalty().detach(), held.distance().total
         publish(state, logs, {"ewc/penalty": penalty, "ewc/distance": distance})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -207,8 +256,9 @@ def attach(
         A handle whose `undo()` takes them out; also a context manager.
 
     Raises:
-        ValueError, TypeError: none of them; DeepSpeed; a loader or reference that does not
-            fit; replay and projection at once; or as `EWCCallback` and `FullKL`.
+        ValueError, TypeError: none of them; replay, projection or the quadratic log under
+            DeepSpeed; all but EWC in a trainer with a loop of its own (PPO); a loader or reference
+            that does not fit; replay and projection at once; or as `EWCCallback` and `FullKL`.
     """
     op = "attach"
     check_trainer(op, trainer, "a transformers.Trainer")
@@ -229,7 +279,15 @@ def attach(
             "both",
             "leave out one of the two",
         )
-    callback = None if ewc is None else EWCCallback(ewc, where)
+    for what, given in {
+        "replay": replay,
+        "project": project,
+        "log_quadratic": log_quadratic,
+    }.items():
+        if given is not None:
+            refuse_deepspeed(op, trainer, what)
+            refuse_own_loop(op, trainer, what, "GRPO and RLOO have no such loop")
+    callback = None if ewc is None else _callback(op, trainer, ewc, where)
     arguments = {} if kl is None else _kl_arguments(op, kl)
     options = None if replay is None else Options.of(op, replay, arguments.get("ref_model"))
     asked = None if project is None else Asked.of(op, project)
@@ -248,8 +306,24 @@ def attach(
         handle.undo()
         raise
     if callback is not None:
+        handle.on_undo(callback.release)
         add_callback(handle, trainer, callback)
     return handle
+
+
+def _callback(op: str, trainer: Any, ewc: EWC, where: str) -> EWCCallback:
+    """For a trainer that is known: its engine or optimizer, too."""
+    callback = EWCCallback(ewc, where)
+    callback.trainer = trainer
+    if where == "post_clip" and under_deepspeed(trainer.args, trainer.optimizer):
+        raise checks.fail(
+            op,
+            "where",
+            "'pre_clip' under DeepSpeed, whose engine clips within its step",
+            "'post_clip'",
+            "leave where out",
+        )
+    return callback
 
 
 def _kl_arguments(op: str, kl: Any) -> dict[str, Any]:
@@ -265,6 +339,11 @@ def _kl_arguments(op: str, kl: Any) -> dict[str, Any]:
     names = tuple(inspect.signature(FullKL).parameters)[1:]
     accepted = tuple(name for name in names if name != "replay")  # attach has it itself
     return {checks.choice(op, "kl", name, accepted): value for name, value in kl.items()}
+
+
+def _of_training(logs: Mapping[str, Any]) -> bool:
+    """Whether a log is a training step's: not an evaluation's, nor the summary."""
+    return "loss" in logs or any(name.startswith("loss/") for name in logs)  # PPO's
 
 
 def _state_file(ewc: EWC, args: Any) -> str:

@@ -180,7 +180,7 @@ def test_zero_3_placeholders_and_fsdp1_are_refused() -> None:
     for i, p in enumerate(model.parameters()):
         p.ds_id = i  # type: ignore[attr-defined]  # what DeepSpeed's ZeRO-3 leaves outside a module's forward
         p.data = torch.empty(0)
-    with pytest.raises(ValueError, match=r"ZeRO-3 placeholders.*ZeRO-1 or 2"):
+    with pytest.raises(ValueError, match=r"ZeRO-3 placeholders.*GatheredParameters"):
         EWC(model, FisherEstimate(fisher), strength=1.0)
     model = TokenModel()
     model.up.__class__ = type("FullyShardedDataParallel", (nn.Linear,), {})
@@ -197,7 +197,7 @@ def test_zero_1_and_2_take_the_penalty_in_the_loss() -> None:
     flat = torch.nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
     engine = SimpleNamespace(optimizer=torch.optim.AdamW([flat], lr=1e-2))
     with pytest.raises(
-        ValueError, match=r"holds none.*DeepSpeed ZeRO.*ewc.penalty\(\) to the loss"
+        ValueError, match=r"holds none.*deepspeed.attach\(engine, ewc\) \(DeepSpeed ZeRO"
     ):
         ewc.attach(engine)
     torch.nn.utils.vector_to_parameters(flat.detach() + 0.1, model.parameters())

@@ -142,3 +142,19 @@ def test_a_wrong_block_is_refused_and_nothing_is_attached(
     with pytest.raises(error, match=said):
         plugin.FasttaxPlugin().post_trainer_create({"fasttax": block}, made)
     assert made.callback_handler.callbacks == before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="axolotl is not installed")
+def test_axolotls_own_manager_finds_and_calls_it(fisher: str, tmp_path: Path) -> None:
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.dict import DictDefault
+
+    manager = PluginManager.get_instance()
+    manager.register("fasttax.integrations.axolotl.FasttaxPlugin")
+    assert "fasttax.integrations.axolotl.FasttaxArgs" in manager.get_input_args()
+    made = trainer(tmp_path)
+    block = {"ewc": {"fisher": fisher, "strength": 2.0}, "kl": {"beta": 0.5}}
+    manager.post_trainer_create(DictDefault({"fasttax": block}), made)
+    made.train()
+    logged = {key for entry in made.state.log_history for key in entry}
+    assert {"ewc/penalty", "kl/policy_ref"} <= logged

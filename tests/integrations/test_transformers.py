@@ -477,14 +477,18 @@ def test_settings_that_would_lose_the_penalty_are_refused(tmp_path: Path) -> Non
     args.deepspeed = deepspeed
     with pytest.raises(
         ValueError,
-        match="trainer: expected a run without DeepSpeed, got one under DeepSpeed; its engine "
-        "clips, steps",
+        match=r"trainer: expected a run without DeepSpeed, got one under DeepSpeed; its engine "
+        r"clips, steps.*use attach\(trainer, ewc=ewc\)",
     ):
         callback.on_train_begin(args, FakeState(), None, model=model)
     trainer = Trainer(tiny_lm.model(), arguments(tmp_path), train_dataset=Rows(tiny_lm.ids()))
     trainer.args.deepspeed = "zero3.json"
-    with pytest.raises(ValueError, match="attach: trainer: expected a run without DeepSpeed"):
-        attach(trainer, ewc=held(trainer.model))
+    with pytest.raises(ValueError, match="'pre_clip' under DeepSpeed, whose engine clips within"):
+        attach(trainer, ewc=held(trainer.model), where="post_clip")
+    with pytest.raises(ValueError, match="trainer: expected a run without DeepSpeed, for replay"):
+        attach(trainer, replay={"loader": [tiny_lm.ids(2)]})
+    with pytest.raises(ValueError, match="DeepSpeed's ZeRO-3, which scatters the head"):
+        attach(trainer, kl={"ref_model": tiny_lm.model(1), "beta": 0.1})
 
 
 def test_a_kl_that_would_be_missing_is_an_error(tmp_path: Path) -> None:

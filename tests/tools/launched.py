@@ -1,0 +1,226 @@
+"""What `accelerate launch` runs on each rank: `-m tests.tools.launched OUT.json WHAT...`.
+
+Four steps of transformers' Trainer with EWC and the exact KL, or the reason why they are refused.
+
+WHAT is "ewc" and "kl"; "callback" for an EWCCallback among the trainer's callbacks; "gpus" to have
+Accelerate take gloo on CPUs for a GPU's backend, without which it has no FSDP.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import Trainer, TrainingArguments
+
+from fasttax import EWC
+from fasttax.integrations.transformers import EWCCallback, attach
+from tests.tools import tiny_lm
+
+STRENGTH, BETA = 20.0, 0.3
+RANKS = 2
+OURS = ("attach:", "EWCCallback:", "FullKL:", "EWC:", "deepspeed.attach:")  # how refusals begin
+
+# --- the launchers --------------------------------------------------------------------------------
+
+
+def _deepspeed(stage: int) -> dict[str, Any]:
+    return {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {
+            "zero_stage": stage,
+            "gradient_accumulation_steps": 2,
+            "zero3_init_flag": stage == 3,
+            "offload_optimizer_device": "none",
+            "offload_param_device": "none",
+        },
+    }
+
+
+def _fsdp(version: int) -> dict[str, Any]:
+    wrap: dict[str, Any] = {
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_use_orig_params": True,
+        "fsdp_cpu_ram_efficient_loading": False,
+        "fsdp_sync_module_states": False,  # which asks for an accelerator by name
+    }
+    return {
+        "distributed_type": "FSDP",
+        "fsdp_config": {"fsdp_version": version, **wrap},
+    }
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "DDP": {"distributed_type": "MULTI_CPU", "use_cpu": True},
+    "FSDP1": _fsdp(1),
+    "FSDP2": _fsdp(2),
+    "ZeRO-1": _deepspeed(1),
+    "ZeRO-2": _deepspeed(2),
+    "ZeRO-3": _deepspeed(3),
+}
+
+
+def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any]:
+    """Runs this module under `accelerate launch` and returns what rank 0 wrote.
+
+    Raises:
+        RuntimeError: it wrote nothing; with what it said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config, out = folder / "accelerate.json", folder / "out.json"
+    shared: dict[str, Any] = {"num_processes": RANKS, "num_machines": 1, "machine_rank": 0}
+    shared |= {"main_process_port": port, "mixed_precision": "no", "debug": False}
+    shared["use_cpu"] = False
+    config.write_text(json.dumps({**shared, **CONFIGS[name]}))
+    words = [*what, "gpus"] if name.startswith("FSDP") else what
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["-m", "tests.tools.launched", str(out), *words]
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    ran = subprocess.run(
+        command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300
+    )
+    if not out.is_file():
+        raise RuntimeError(f"{name}: {ran.stdout[-2000:]}\n{ran.stderr[-6000:]}")
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+# --- on each rank ---------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Rows of which the first 1 to 5 tokens do not count."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = tiny_lm.ids()[i]
+        labels = ids.clone()
+        labels[: 1 + i % 5] = -100
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def held(model: Any) -> EWC:
+    """An EWC whose gradient is not 0 at the first step."""
+    fisher, anchor = {}, {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        generator = torch.Generator().manual_seed(i)
+        fisher[name] = torch.rand(p.shape, generator=generator)
+        anchor[name] = p.detach() + 0.02 * torch.randn(p.shape, generator=generator)
+    return EWC(model, fisher, strength=STRENGTH, anchor=anchor)
+
+
+def gathered(parameters: list[Any]) -> Any:
+    """Whole parameters within, where ZeRO-3 has scattered them."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def trainer(folder: Path, **changes: Any) -> Trainer:
+    """The one that every launcher runs: 4 rows a step, by accumulation and ranks."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2 // ranks,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 5,
+        "ddp_backend": "gloo" if ranks > 1 else None,
+    }
+    callbacks = changes.pop("callbacks", None)
+    args = TrainingArguments(**{**options, **changes})
+    return Trainer(tiny_lm.model(), args, train_dataset=Rows(), callbacks=callbacks)
+
+
+def whole(made: Any) -> dict[str, Tensor]:
+    """The trained weights, by name; every rank calls it."""
+    if isinstance(made.model_wrapped, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(made.model_wrapped):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+                for name, p in made.model_wrapped.named_parameters()
+            }
+    out = {}
+    for name, p in made.model.named_parameters():
+        with gathered([p]):
+            full = p.full_tensor() if hasattr(p, "full_tensor") else p
+            out[name] = full.detach().clone()
+    return out
+
+
+def trained(folder: Path, what: list[str]) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """The weights and the log after four steps."""
+    made = trainer(folder, use_cpu="WORLD_SIZE" not in os.environ)
+    options: dict[str, Any] = {}
+    if "kl" in what:
+        options["kl"] = {"ref_model": tiny_lm.model(1), "beta": BETA}
+    with gathered(list(made.model.parameters())):
+        ewc = held(made.model)
+    if "callback" in what:
+        made.add_callback(EWCCallback(ewc))
+    if "ewc" in what:
+        options["ewc"] = ewc
+    if options:
+        attach(made, **options)
+    transformers.set_seed(5)
+    made.train()
+    return whole(made), [e for e in made.state.log_history if "loss" in e]
+
+
+def _as_if_gpus() -> None:
+    """Accelerate shards on accelerators alone; gloo does what NCCL would."""
+    from accelerate import PartialState
+
+    def prepared(self: Any, *given: Any, **others: Any) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.MULTI_GPU
+
+    PartialState._prepare_backend = prepared  # noqa: SLF001
+
+
+def main(arguments: list[str]) -> None:
+    """Writes the log, or the refusal, of rank 0; the weights beside it."""
+    path, what = Path(arguments[0]), arguments[1:]
+    if "gpus" in what:
+        _as_if_gpus()
+    result: dict[str, Any] = {}
+    try:
+        weights, result["log"] = trained(path.parent, what)
+    except (ValueError, TypeError) as error:
+        if not str(error).startswith(OURS):
+            raise
+        result["refused"] = str(error)
+    if int(os.environ.get("RANK", "0")) == 0:
+        if "log" in result:
+            torch.save(weights, path.with_suffix(".pt"))
+        path.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
