@@ -38,7 +38,8 @@ from fasttax.triton.rows import (
     zero,
 )
 from fasttax.triton.series import bregman
-from fasttax.triton.sums import LANES_OF_STEP, added, sweep, zeros
+from fasttax.triton.sums import LANES_OF_STEP, sweep
+from fasttax.triton.tuples import added, zeros
 
 MOST = tl.constexpr(3e38)  # a weight's log that float32 has no larger one of
 

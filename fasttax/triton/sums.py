@@ -43,12 +43,8 @@ from fasttax.triton.rows import (
     total,
     widened,
 )
-from fasttax.triton.series import (
-    NEAR_GAP,
-    UNIT_GAP,
-    bregman_slope,
-    bregman_slope_unit,
-)
+from fasttax.triton.series import NEAR_GAP, UNIT_GAP, bregman_slope, bregman_slope_unit
+from fasttax.triton.tuples import added, last_apart, with_ends, with_first, zeros
 
 # The threads of a program, each of which has a lane of every vector of a step.
 LANES_OF_STEP = tl.constexpr(256)
@@ -93,15 +89,6 @@ def times(a, b, GUARDED: tl.constexpr):
         return tl.where(a == 0, 0.0, a * b)
     else:
         return a * b
-
-
-@triton.jit
-def added(sums, more):
-    """Two tuples, number by number."""
-    both = ()
-    for i in tl.static_range(len(sums)):
-        both = both + (sums[i] + more[i],)
-    return both
 
 
 @triton.jit
@@ -255,15 +242,6 @@ def zero_sums(OP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr):
-    """Of as many numbers a lane."""
-    sums = ()
-    for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros([ROWS], tl.float32),)
-    return sums
-
-
-@triton.jit
 def crowd(part, right, OP: tl.constexpr):
     """The largest sum of a lane, of the other row's on its scale.
 
@@ -282,6 +260,38 @@ def crowd(part, right, OP: tl.constexpr):
         if OP == STATS:
             check += part[4]
     return tl.max(tl.where((check == check) & right, most, INF), 0)
+
+
+@triton.jit
+def fast_step(
+    xs,
+    ys,
+    start,
+    V,
+    frame,
+    wide,
+    k,
+    OP: tl.constexpr,
+    FRAME: tl.constexpr,
+    SHORT: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """A whole step in the row's frame, and its `crowd`."""
+    if FRAME == CAPPED:
+        if wide:
+            part = step_sums(
+                xs, ys, start, V, frame, k, OP, FRAME, False, SHORT, False, False, APPROX
+            )
+            most = crowd(part, True, OP)
+        else:
+            part = step_sums(
+                xs, ys, start, V, frame, k, OP, FRAME, False, SHORT, False, True, APPROX
+            )
+            most = crowd(part, near_lanes(xs, ys, frame, k), OP)
+    else:
+        part = step_sums(xs, ys, start, V, frame, k, OP, FRAME, False, SHORT, False, False, APPROX)
+        most = crowd(part, True, OP)
+    return part, most
 
 
 @triton.jit
@@ -414,17 +424,7 @@ def sweep(
         part = zero_sums(OP, ROWS)
         most = tl.full((), INF, tl.float32)
         if whole & (INF_MASK == 0) & (frame[0] != -INF) & (frame[1] != -INF):
-            if (FRAME == CAPPED) & (wide == 0):
-                right = near_lanes(xs, ys, frame, k)
-                part = step_sums(
-                    xs, ys, start, V, frame, k, OP, FRAME, INF_MASK, SHORT, False, True, APPROX
-                )
-                most = crowd(part, right, OP)
-            else:
-                part = step_sums(
-                    xs, ys, start, V, frame, k, OP, FRAME, INF_MASK, SHORT, False, False, APPROX
-                )
-                most = crowd(part, True, OP)
+            part, most = fast_step(xs, ys, start, V, frame, wide, k, OP, FRAME, SHORT, APPROX)
         if (most <= CROWDED) == 0:
             part, sums, apart, frame = slow_step(
                 xs, ys, start, V, sums, apart, frame, k, OP, FRAME, INF_MASK, SHORT, APPROX
@@ -466,30 +466,3 @@ def of_lanes(lanes):
     """Their sum: 32 of them in float32, as the lanes' own sums are, and all in float64."""
     groups: tl.constexpr = lanes.shape[0] // 32
     return total(tl.sum(tl.reshape(lanes, [groups, 32]), 1))
-
-
-@triton.jit
-def with_ends(numbers, end):
-    """A tuple with another first and last number."""
-    out = (end,)
-    for i in tl.static_range(1, len(numbers) - 1):
-        out = out + (numbers[i],)
-    return out + (end,)
-
-
-@triton.jit
-def last_apart(numbers):
-    """The last number of a tuple, and the others."""
-    others = ()
-    for i in tl.static_range(len(numbers) - 1):
-        others = others + (numbers[i],)
-    return numbers[len(numbers) - 1], others
-
-
-@triton.jit
-def with_first(numbers, first):
-    """A tuple with another first number."""
-    out = (first,)
-    for i in tl.static_range(1, len(numbers)):
-        out = out + (numbers[i],)
-    return out

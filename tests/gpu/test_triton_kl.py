@@ -82,6 +82,14 @@ INTERPRETED: dict[
         10,
         ["test_the_same_bits and float32", "upstream", "only_what"],
     ),
+    "shards": (
+        "kl/test_shard_merge.py",
+        6,
+        [
+            "test_values_and_gradients and (apart or confident) and bfloat16",
+            "test_infinities and propagate",
+        ],
+    ),
     "autograd": (
         "kl/test_kl_autograd.py",
         10,
@@ -279,7 +287,7 @@ def test_instructions_an_entry(role: str, op: str, dtype: str, most: int, folder
     assert min(sweeps) / entries <= most
 
 
-@pytest.mark.parametrize(("op", "near", "far"), [("policy_ref", 37, 43), ("ref_policy", 41, 45)])
+@pytest.mark.parametrize(("op", "near", "far"), [("policy_ref", 35, 41), ("ref_policy", 39, 43)])
 def test_instructions_of_a_capped_entry(op: str, near: int, far: int, folder: Path) -> None:
     """Of a step whose entries are near each other, with one exponential and one division for both
     rows' tanh, and of any other, with two; an entry's widening is in them.
@@ -288,12 +296,13 @@ def test_instructions_of_a_capped_entry(op: str, near: int, far: int, folder: Pa
     entries = shape["LANES"] * shape["WIDTH"] // rows.THREADS
     binary = build("forward", op, "bf16", "sm_90", folder, CAPPED)
     assert binary.spills == 0
-    steps_of = {
-        sum(step.startswith("MUFU.EX2") for step in block): len(block) / entries
-        for block in reversed(basic_blocks(binary.code))
-    }
-    assert steps_of[2 * entries] <= near
-    assert steps_of[4 * entries] <= far
+    sweeps = sorted(
+        len(block) / entries
+        for block in basic_blocks(binary.code)
+        if sum(step.startswith("MUFU.RCP") for step in block) >= entries
+    )
+    assert sweeps[0] <= near
+    assert sweeps[1] <= far
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(
     library.active("token_kl", "cpu")[0] == "reference",
     reason="the reference leaves no sums: its shards meet by the chain rule",
 )
-TOKENS, V = 1024, 96
+V = 96
+# Triton's interpreter runs them one by one
+TOKENS, MANY = (1024, 8192) if library.active("token_kl", "cpu")[0] == "C++" else (6, 24)
 CUTS = (0, 40, 41, 96)  # one of a single entry
 KLS = ("policy_ref", "ref_policy")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -107,8 +109,8 @@ def test_as_exact_as_the_whole_row(kind: str) -> None:
     """By p50, p90, p99 and the most, of rows near each other and moved."""
     args = tempering("test", kind=kind)
     for case in ("near", "moved", "offset", "one shard", "confident"):
-        x, y = rows(case, 8192)
-        upstream = torch.ones(8192)
+        x, y = rows(case, MANY)
+        upstream = torch.ones(MANY)
         exact = run_oracle(x, y, upstream, torch.float64, kind=kind)[0]
         whole = torch.ops.fasttax.token_kl(x, y, None, *args.args())[0]
         shards = of_shards(x, y, args, upstream)[0]
