@@ -40,6 +40,7 @@ from fasttax.triton.rows import (
     is_short,
     tanh,
     tile_lanes,
+    times,
     total,
     widened,
 )
@@ -80,15 +81,6 @@ def load_step(
             vector = widened(vector)
         vectors = vectors + (vector,)
     return vectors
-
-
-@triton.jit
-def times(a, b, GUARDED: tl.constexpr):
-    """The product, of which 0 * inf is 0 where that is asked for."""
-    if GUARDED:
-        return tl.where(a == 0, 0.0, a * b)
-    else:
-        return a * b
 
 
 @triton.jit
