@@ -93,9 +93,9 @@ def token_kl(
             either way.
         inplace_backward: write the policy's gradient over `logits` (saves an N x V buffer; refused
             if anything else needs their values, as autograd's version check sees).
-        tp_group: a torch.distributed group whose ranks hold consecutive shards of the vocabulary. A
-            few floats a token cross the ranks. jsd keeps a shard of log m in float32 for its
-            backward, inf="mask" copies of the shards. Not with "renyi".
+        tp_group: a torch.distributed group whose ranks hold consecutive shards of the vocabulary.
+            Eight floats a token cross the ranks, once. jsd tempers copies of the shards in float32,
+            and keeps one of log m for its backward. Not with "renyi".
 
     Returns:
         float32 (float64 for float64 logits), (...) or 0-d; never negative; NaN for an unmasked row

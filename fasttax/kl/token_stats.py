@@ -198,7 +198,7 @@ def stats_of_rows(
     tp_group: Any,
 ) -> StatsRows:
     """What the outputs of every token are made of, of checked tensors, for `op`."""
-    plan = _plan(outputs, t, sharded=tp_group is not None)
+    plan = _plan(outputs, t)
     rows = StatsRows([], {})
     if plan.wanted and tp_group is not None:
         over_ranks = combine_shards(op, logits, ref_logits, ids, mask, t, plan.wanted, tp_group)
@@ -228,7 +228,7 @@ class _Plan(NamedTuple):
         return {*self.rows.values(), *(("logp", "ref_logp") if self.estimates else ())}
 
 
-def _plan(outputs: Sequence[str], t: Tempering, sharded: bool) -> _Plan:
+def _plan(outputs: Sequence[str], t: Tempering) -> _Plan:
     """A KL is a row of the sweep that gives the others, but where that has none like it.
 
     That is where the kind has no row, or inf="mask" restricts the rows; a KL that is asked for
@@ -242,7 +242,7 @@ def _plan(outputs: Sequence[str], t: Tempering, sharded: bool) -> _Plan:
         if kind is None:
             if name not in ESTIMATORS:
                 plan.rows[name] = name
-        elif not kind.row or t.inf_mask or (set(outputs) == {name} and not sharded):
+        elif not kind.row or t.inf_mask or set(outputs) == {name}:
             plan.kls[name] = kind.number
         else:
             plan.rows[name] = kind.row

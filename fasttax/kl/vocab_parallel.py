@@ -2,9 +2,9 @@
 
 Every rank of `tp_group` holds a consecutive shard of the last dimension.
 
-A few floats a token cross the ranks. With P_k, Q_k the shares of the two models' mass that lie in
-shard k (from the shards' lse) and p_k, q_k the distributions within it, the chain rule combines
-what each rank has of its own:
+A few floats a token cross the ranks. token_kl's shards meet by their sums (shard_merge.py); what
+token_stats gives of them, by the chain rule. With P_k, Q_k the shares of the two models' mass that
+lie in shard k (from the shards' lse) and p_k, q_k the distributions within it
 
     KL(p || q) = sum_k P_k KL(p_k || q_k) + KL(P || Q)        H(p) = sum_k P_k H(p_k) + H(P)
 
@@ -12,8 +12,8 @@ Every term is >= 0, so a small KL keeps its digits. The order of the sum is that
 of them get the same bits.
 
 The mixture m of jsd is where beta KL(q || m) + (1 - beta) KL(p || m) is smallest, so its gradient
-through m is 0: with log m known from the two global lse, jsd is two such KLs against a constant.
-It, and inf="mask", work on float32 copies of the shards.
+through m is 0: with log m known from the two global lse, jsd is two KLs against a constant, on
+float32 copies of the shards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch import Tensor
 from fasttax import reference
 from fasttax._base import checks
 from fasttax.kl.call import KINDS, Tempering, kind_of
-from fasttax.reference.numbers import hide, hide_rows
+from fasttax.kl.shard_merge import can_merge, merged_kl
+from fasttax.reference.numbers import hide, hide_rows, wide_dtype
 from fasttax.reference.rows import STATS
 
 KL_ROWS = {kind.row for kind in KINDS.values() if kind.row}
@@ -77,6 +78,12 @@ def _widths(op: str, shard: Tensor, group: Any) -> Tensor:
     return widths
 
 
+def _check_tokens(op: str, shard: Tensor, group: Any) -> None:
+    """That ranks of CPUs hold the same number of tokens."""
+    if shard.device.type == "cpu":
+        _widths(op, shard, group)
+
+
 class _Gather(torch.autograd.Function):
     """(ranks, ...) from everyone's `part`.
 
@@ -111,7 +118,11 @@ def combine_shards(
     The tensors are checked, the logits of one dtype; `ids` are global.
     """
     _check_group(op)
-    widths = _widths(op, logits, group)
+    widths = None
+    if ids is None:
+        _check_tokens(op, logits, group)
+    else:
+        widths = _widths(op, logits, group)
     return _combined(op, logits, ref_logits, ids, mask, t, wanted, widths, group)
 
 
@@ -123,11 +134,11 @@ def _combined(
     mask: Tensor | None,
     t: Tempering,
     wanted: set[str],
-    widths: Tensor,
+    widths: Tensor | None,
     group: Any,
 ) -> dict[str, Tensor]:
     parts, local = {}, None
-    if ids is not None:
+    if ids is not None and widths is not None:
         if ids.device.type == "cpu":
             checks.ids_in_range(op, "ids", ids, int(widths.sum()))
         local = ids - widths[: dist.get_rank(group)].sum()
@@ -219,23 +230,45 @@ def combine_kl(
     kind = kind_of(t)
     _check_kind(op, t)
     _check_group(op)
-    if t.inf_mask or kind.mixture:
+    _check_tokens(op, logits, group)
+    if kind.mixture:
+        return _jsd(op, logits, ref_logits, mask, t, group)
+    return _kl(op, logits, ref_logits, mask, t, group)
+
+
+def _kl(
+    op: str, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering, group: Any
+) -> Tensor:
+    """A divergence that is a row of token_stats."""
+    if can_merge(logits):
+        return merged_kl(logits, ref_logits, mask, t, group)
+    if t.inf_mask:
         logits, ref_logits = _tempered(logits, ref_logits, mask, t)
-        t = Tempering.none(t.kind, t.beta)
-    widths = _widths(op, logits, group)
+        t = Tempering.none(t.kind)
+    row = kind_of(t).row
+    # what float32 rounds off an lse, of large logits above all, the shares of mass would lack
+    x, y = logits.double(), ref_logits.double()
+    kl = _combined(op, x, y, None, mask, t, {row}, None, group)[row]
+    return kl.to(wide_dtype(logits))
 
-    def row(x: Tensor, y: Tensor | None, name: str) -> Tensor:
-        return _combined(op, x, y, None, mask, t, {name}, widths, group)[name]
 
-    if not kind.mixture:
-        return row(logits, ref_logits, kind.row)
-    lse, ref_lse = row(logits, None, "lse"), row(ref_logits, None, "lse")
+def _jsd(
+    op: str, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering, group: Any
+) -> Tensor:
+    """Jensen-Shannon as two KLs to the mixture."""
+    x, y = _tempered(logits, ref_logits, mask, t)
+    plain = Tempering.none(KINDS["policy_ref"].number)
+
+    def lse_of(z: Tensor) -> Tensor:
+        return _combined(op, z, None, None, mask, plain, {"lse"}, None, group)["lse"]
+
+    lse, ref_lse = lse_of(x), lse_of(y)
     if t.beta in (0.0, 1.0):  # 0; NaN for a row of NaN
         return (lse + ref_lse) * 0
     # a KL does not see the shift
-    lp, lq = logits - lse.detach()[..., None], ref_logits - ref_lse.detach()[..., None]
+    lp, lq = x - lse.detach()[..., None], y - ref_lse.detach()[..., None]
     log_m = _log_mixture(lp, lq, t.beta)
-    of_policy, of_ref = row(lp, log_m, "kl_policy_ref"), row(lq, log_m, "kl_policy_ref")
+    of_policy, of_ref = (_kl(op, z, log_m, mask, plain, group) for z in (lp, lq))
     return (1 - t.beta) * of_policy + t.beta * of_ref
 
 
@@ -288,6 +321,6 @@ def to_group(op: str, x: Tensor, t: Tempering, group: Any) -> Tensor:
     """`x`, (tokens, features), whose gradient is summed over the group's ranks."""
     _check_kind(op, t)
     _check_group(op)
-    _widths(op, x, group)
+    _check_tokens(op, x, group)
     shared: Tensor = _ToGroup.apply(x, group)
     return shared

@@ -35,6 +35,11 @@ class Side:
             return capped * self.inv_temperature
         return x * (self.scale * self.inv_temperature)
 
+    @property
+    def frame_scale(self) -> float:
+        """What makes tempered logits of capped ones, or of raw ones without a softcap."""
+        return self.inv_temperature * (1.0 if self.softcap > 0 else self.scale)
+
     def slope(self, logits: Tensor) -> Tensor | float:
         """The derivative of `temper` by the logits: a number where there is no softcap."""
         slope = self.scale * self.inv_temperature

@@ -10,9 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fasttax.triton.caps import framed_capped, through_cap
 from fasttax.triton.frames import divergence, log_ratio_of
 from fasttax.triton.jsd import doubtful, mix_slopes, mix_sums_again, refitted_mix
 from fasttax.triton.rows import (
+    CAPPED,
+    GENERAL,
     GRADIENT_ENTRIES,
     INF,
     JSD,
@@ -35,7 +38,8 @@ from fasttax.triton.rows import (
     zero,
 )
 from fasttax.triton.series import bregman
-from fasttax.triton.sums import LANES_OF_STEP, added, sweep, zeros
+from fasttax.triton.sums import LANES_OF_STEP, sweep
+from fasttax.triton.tuples import added, zeros
 
 MOST = tl.constexpr(3e38)  # a weight's log that float32 has no larger one of
 
@@ -55,7 +59,7 @@ def jsd_row(
     frame,
     apart,
     k,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -80,7 +84,7 @@ def jsd_row(
         SHORT: tl.constexpr = is_short(x_row, y_row)
         for start in range(0, V, ROWS * WIDTH):
             x, other, live = load_pair(x_row, y_row, start + tile_lanes(ROWS, WIDTH), V, True)
-            ax, ay, d = framed(x, other, live, mx, my, shift, k, GENERAL, INF_MASK, SHORT)
+            ax, ay, d = framed(x, other, live, mx, my, shift, k, FRAME, INF_MASK, SHORT)
             u = d - log_ratio.to(tl.float32)
             lanes = added(lanes, mix_sums_again(ax, ay, u, even, tl.log2(even), k, APPROX))
         mass = total(lanes[0])
@@ -108,7 +112,7 @@ def renyi_sums(
     V,
     frame,
     k,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -124,7 +128,7 @@ def renyi_sums(
     log_inv_s_ref = tl.log(inv_s_ref)
     for start in range(0, V, LANES * WIDTH):
         x, y, live = load_pair(x_row, y_row, start + tile_lanes(LANES, WIDTH), V, True)
-        ax, ay, d = framed(x, y, live, mx, my, 0.0, k, GENERAL, INF_MASK, SHORT)
+        ax, ay, d = framed(x, y, live, mx, my, 0.0, k, FRAME, INF_MASK, SHORT)
         p = tl.exp2(ax) * inv_s
         q = tl.exp2(ay) * inv_s_ref
         u = d - log_ratio
@@ -227,14 +231,14 @@ def forward_row(
     V,
     k,
     OP: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     """A row's value, and the numbers of csrc/math/kl.h, KlRow, that its gradient takes."""
-    sums, frame, apart = sweep(x_row, y_row, V, k, OP, GENERAL, INF_MASK, LANES, WIDTH, APPROX)
+    sums, frame, apart = sweep(x_row, y_row, V, k, OP, FRAME, INF_MASK, LANES, WIDTH, APPROX)
     mx, my, shift = frame
     s = sums[0]
     y = sums[1]
@@ -245,7 +249,7 @@ def forward_row(
         value, gap, log_ratio = divergence(s, y, sums[2], sums[3], False)
     elif OP == JSD:
         value, gap, ref_center, log_ratio, s, y, shift = jsd_row(
-            x_row, y_row, V, sums, frame, apart, k, GENERAL, INF_MASK, LANES, WIDTH, APPROX
+            x_row, y_row, V, sums, frame, apart, k, FRAME, INF_MASK, LANES, WIDTH, APPROX
         )
         if (k.beta <= 0) | (k.beta >= 1):
             value = (s + y) * 0.0  # 0, or NaN for a NaN row
@@ -257,7 +261,7 @@ def forward_row(
     inv_s_ref = inverse(y)
     if OP == RENYI:
         frame = (mx, my, log_ratio.to(tl.float32), inv_s, inv_s_ref)
-        m, highest, above = renyi_sums(x_row, y_row, V, frame, k, GENERAL, INF_MASK, LANES, WIDTH)
+        m, highest, above = renyi_sums(x_row, y_row, V, frame, k, FRAME, INF_MASK, LANES, WIDTH)
         value, gap, ref_center = renyi_finish(m, highest, above, k.beta)
     value = tl.where(value < 0, 0.0, value)  # NaN passes through
     row = (
@@ -287,18 +291,24 @@ def write_gradients(
     OP: tl.constexpr,
     WANT_X: tl.constexpr,
     WANT_Y: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     """The gradients of g * value by raw logits, at the entries `at` of a row."""
     SHORT: tl.constexpr = is_short(x_row, y_row)
     x, y, live = load_pair(x_row, y_row, at, V, True)
-    ax, ay, d = framed(x, y, live, row[0], row[1], row[2], k, GENERAL, INF_MASK, SHORT)
+    if FRAME == CAPPED:
+        ax, ay, d, r, gap = framed_capped(x, y, row[0], row[1], row[2], k, False, True, APPROX)
+    else:
+        ax, ay, d = framed(x, y, live, row[0], row[1], row[2], k, FRAME, INF_MASK, SHORT)
     dx, dy = slopes(ax, ay, d, row, k, OP, APPROX)
     dx = dx * (g * k.row_slope)
     dy = dy * (g * k.ref_row_slope)
-    if GENERAL:
+    if FRAME == CAPPED:
+        dx = through_cap(r, dx)
+        dy = through_cap(r + gap, dy)
+    elif FRAME == GENERAL:
         if WANT_X:
             dx = tl.where(k.cap > 0, dx * bend(x, k.over_cap), dx)
         if WANT_Y:
@@ -339,7 +349,7 @@ def forward_kernel(
     dx_layout,
     k,
     OP: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -361,7 +371,7 @@ def forward_kernel(
     if live_row:
         x_row = row_at(x_ptr, x_layout, n)
         y_row = row_at(y_ptr, y_layout, n)
-        value, row = forward_row(x_row, y_row, V, k, OP, GENERAL, INF_MASK, LANES, WIDTH, APPROX)
+        value, row = forward_row(x_row, y_row, V, k, OP, FRAME, INF_MASK, LANES, WIDTH, APPROX)
         tl.store(value_ptr + n, value)
         if GRADIENT:
             g = tl.load(weight_ptr + n)
@@ -381,7 +391,7 @@ def forward_kernel(
                     OP,
                     True,
                     False,
-                    GENERAL,
+                    FRAME,
                     INF_MASK,
                     APPROX,
                 )
@@ -413,7 +423,7 @@ def gradient_kernel(
     dy_layout,
     k,
     OP: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -450,7 +460,7 @@ def gradient_kernel(
             OP,
             WANT_X,
             WANT_Y,
-            GENERAL,
+            FRAME,
             INF_MASK,
             APPROX,
         )

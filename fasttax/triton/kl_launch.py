@@ -16,9 +16,9 @@ from fasttax.triton.kl import forward_kernel, gradient_kernel
 from fasttax.triton.rows import (
     Params,
     approximate,
+    frame_for,
     geometry,
     gradient_geometry,
-    is_general,
     launch_options,
     narrower,
     params,
@@ -34,10 +34,10 @@ def _call(
     """The numbers and the compile-time constants of a call."""
     t = Tempering.of_args(options)
     k = params(t)
-    general = is_general(k, t.inf_mask)
-    shape = geometry(logits.shape[-1], narrower(logits, ref_logits), t.kind, general)
-    constants = {"OP": t.kind, "GENERAL": general, "INF_MASK": t.inf_mask, "APPROX": approximate()}
-    return k, {**constants, **shape, **launch_options(t.kind, general)}
+    frame = frame_for(k, t.inf_mask, t.kind, logits.dtype, ref_logits.dtype)
+    shape = geometry(logits.shape[-1], narrower(logits, ref_logits), t.kind, frame)
+    constants = {"OP": t.kind, "FRAME": frame, "INF_MASK": t.inf_mask, "APPROX": approximate()}
+    return k, {**constants, **shape, **launch_options(t.kind, frame)}
 
 
 def token_kl(

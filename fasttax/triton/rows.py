@@ -35,7 +35,11 @@ APART = tl.constexpr(1e-30)
 POLICY_REF, REF_POLICY = tl.constexpr(reference.POLICY_REF), tl.constexpr(reference.REF_POLICY)
 JSD, RENYI = tl.constexpr(reference.JSD), tl.constexpr(RENYI_KIND)
 STATS, ALONE = tl.constexpr(-1), tl.constexpr(-2)
+# How a call's rows are brought into their frames: by one scale of both, as rows of 16-bit logits
+# under one softcap (caps.py), or by all that a call may ask for.
+PLAIN, CAPPED, GENERAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
+LARGEST_CAP = 100.0  # times the row's scale: r of caps.py is rounded at 2^-24
 THREADS = 256
 REGISTERS = 128  # a thread: two programs on an SM
 GRADIENT_ENTRIES = tl.constexpr(16 * THREADS)  # the most in a gradient's tile
@@ -84,7 +88,7 @@ def narrower(logits: Tensor, ref_logits: Tensor) -> torch.dtype:
     return min(logits.dtype, ref_logits.dtype, key=lambda dtype: dtype.itemsize)
 
 
-def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, int]:
+def geometry(V: int, dtype: torch.dtype, op: int, frame: int) -> dict[str, int]:
     """LANES and WIDTH.
 
     Of either row a thread starts four 16-byte loads before it needs the first (two for token_stats
@@ -93,9 +97,9 @@ def geometry(V: int, dtype: torch.dtype, op: int, general: bool) -> dict[str, in
     entry.
     """
     vectors = 2
-    if general:
+    if frame == GENERAL.value:
         vectors = 1
-    elif op in (POLICY_REF.value, REF_POLICY.value):
+    elif frame == PLAIN.value and op in (POLICY_REF.value, REF_POLICY.value):
         vectors = 4
     width = 16 // dtype.itemsize if V % 16 == 0 else 1
     most = THREADS * vectors * (1 if width > 1 else 2)
@@ -115,20 +119,20 @@ def tiles(V: int, meta: dict[str, Any]) -> int:
     return triton.cdiv(V, meta["LANES"] * meta["WIDTH"])
 
 
-def registers(op: int, general: bool) -> int:
+def registers(op: int, frame: int) -> int:
     """The most that a thread has: one program on an SM where two would spill."""
-    return 168 if op == JSD.value and general else REGISTERS
+    return 168 if op == JSD.value and frame == GENERAL.value else REGISTERS
 
 
 def launch_options(
-    op: int, general: bool, hip: bool = torch.version.hip is not None
+    op: int, frame: int, hip: bool = torch.version.hip is not None
 ) -> dict[str, Any]:
     """Of every kernel: a warp is 64 threads on AMD, where registers can't be bounded."""
     if hip:
         return {"num_warps": THREADS // 64, "enable_fp_fusion": True}
     return {
         "num_warps": THREADS // 32,
-        "maxnreg": registers(op, general),
+        "maxnreg": registers(op, frame),
         "enable_fp_fusion": True,
     }
 
@@ -169,14 +173,24 @@ def _mixture(t: reference.Tempering) -> dict[str, float]:
 
 def _scales(side: reference.Side) -> tuple[float, float]:
     """(row_scale, over_cap): the scale stands before a softcap, the temperature behind it."""
-    if side.softcap > 0:
-        return side.inv_temperature, side.scale / side.softcap
-    return side.scale * side.inv_temperature, 0.0
+    return side.frame_scale, side.scale / side.softcap if side.softcap > 0 else 0.0
 
 
-def is_general(k: Params, inf_mask: bool) -> bool:
-    """Whether the rows need more than one scale on both."""
-    return inf_mask or k.cap > 0 or k.ref_cap > 0 or k.row_scale != k.ref_row_scale
+def frame_for(k: Params, inf_mask: bool, op: int, *dtypes: torch.dtype) -> int:
+    """Which of the frames rows of these dtypes need.
+
+    A cap beyond LARGEST_CAP would cost ax digits by caps.py.
+    """
+    if inf_mask or k.row_scale != k.ref_row_scale:
+        return GENERAL.value
+    if k.cap == 0 and k.ref_cap == 0:
+        return PLAIN.value
+    joint = k.cap == k.ref_cap and k.over_cap == k.ref_over_cap
+    small = k.cap * k.row_scale <= LARGEST_CAP
+    kl = op in (POLICY_REF.value, REF_POLICY.value)
+    if joint and small and kl and all(dtype.itemsize == 2 for dtype in dtypes):
+        return CAPPED.value
+    return GENERAL.value
 
 
 def with_layout(t: Tensor) -> tuple[Tensor, Layout]:
@@ -216,6 +230,15 @@ def with_layout_if_wanted(t: Tensor, other: Layout) -> tuple[Tensor | None, Layo
 def is_short(x, y):
     """Whether both rows are bfloat16, whose distance from a frame is exact."""
     return (x.dtype.element_ty == tl.bfloat16) & (y.dtype.element_ty == tl.bfloat16)
+
+
+@triton.jit
+def widened(x):
+    """In float32. Of bfloat16 by its bits: two instructions for two entries, not four."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -263,9 +286,9 @@ def bend(raw, over_cap):
 
 
 @triton.jit
-def cap_rows(x, y, live, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
+def cap_rows(x, y, live, k, FRAME: tl.constexpr, INF_MASK: tl.constexpr):
     """Raw logits through their softcaps; filler stays -inf, where a softcap would make it -cap."""
-    if GENERAL:
+    if FRAME != PLAIN:
         gone = live == 0
         if INF_MASK:
             gone = gone | (x == -INF) | (y == -INF)
@@ -288,7 +311,7 @@ def capped_gap(raw_x, raw_y, x, y, k):
 
 @triton.jit
 def framed(
-    x, y, live, mx, my, shift, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr, SHORT: tl.constexpr
+    x, y, live, mx, my, shift, k, FRAME: tl.constexpr, INF_MASK: tl.constexpr, SHORT: tl.constexpr
 ):
     """Both rows in their frames, ax and ay in units of log 2, and their gap d = ax - ay.
 
@@ -297,8 +320,8 @@ def framed(
     spelled out, for the gradient's d has to be that of the sums to the bit.
     """
     raw_x, raw_y = x, y
-    x, y = cap_rows(x, y, live, k, GENERAL, INF_MASK)
-    if GENERAL:
+    x, y = cap_rows(x, y, live, k, FRAME, INF_MASK)
+    if FRAME != PLAIN:
         ax = (x - mx) * k.row_scale
         ay = tl.fma(y - my, k.ref_row_scale, shift)
         d = ax - ay

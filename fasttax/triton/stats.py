@@ -19,14 +19,15 @@ from fasttax.triton.frames import divergence
 from fasttax.triton.rows import (
     ALONE,
     LN2,
+    PLAIN,
     SMALL_GAP,
     STATS,
     TRUSTED,
     Params,
     bend,
+    frame_for,
     framed,
     geometry,
-    is_general,
     is_short,
     launch_options,
     load_pair,
@@ -57,7 +58,7 @@ def row_stats(
     V,
     k,
     OP: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -66,7 +67,7 @@ def row_stats(
     The frame (mx, my, shift), sum e^ax and the mean of ax under it, sum e^ay; of each KL its value
     and mean gap; log_ratio.
     """
-    sums, frame, _ = sweep(x_row, y_row, V, k, OP, GENERAL, False, LANES, WIDTH, False)
+    sums, frame, _ = sweep(x_row, y_row, V, k, OP, FRAME, False, LANES, WIDTH, False)
     mx, my, shift = frame
     mass = sums[0]
     if OP == STATS:
@@ -107,7 +108,7 @@ def log_probs(
     equal,
     k,
     PAIR: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
 ):
     """Of the id under both models; NaN outside the vocabulary: a look on the host would be a sync.
 
@@ -121,7 +122,7 @@ def log_probs(
     raw_y = raw_x
     if PAIR:
         raw_y = tl.load(y_row + safe).to(tl.float32)
-    ax, ay, d = framed(raw_x, raw_y, inside, mx, my, shift, k, GENERAL, False, SHORT)
+    ax, ay, d = framed(raw_x, raw_y, inside, mx, my, shift, k, FRAME, False, SHORT)
     logp = tl.where(inside, at_most(ax * LN2 - log_mass, 0.0).to(tl.float32), nan)
     ref_logp = tl.full((), 0.0, tl.float32)
     if PAIR:
@@ -144,7 +145,7 @@ def forward_kernel(
     y_layout,
     k,
     OP: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -168,14 +169,14 @@ def forward_kernel(
         if PAIR:
             y_row = row_at(y_ptr, y_layout, n)
         mx, my, shift, mass, mean, y, value_f, gap_f, value_b, gap_b, log_ratio = row_stats(
-            x_row, y_row, V, k, OP, GENERAL, LANES, WIDTH
+            x_row, y_row, V, k, OP, FRAME, LANES, WIDTH
         )
         log_mass = tl.log(mass)
         if ids_ptr is not None:
             equal = (value_f == 0) & (log_ratio == 0)
             id = tl.load(ids_ptr + n)
             logp, ref_logp = log_probs(
-                x_row, y_row, id, V, mx, my, shift, log_mass, y, equal, k, PAIR, GENERAL
+                x_row, y_row, id, V, mx, my, shift, log_mass, y, equal, k, PAIR, FRAME
             )
         spread = log_mass - mean
         entropy = tl.where(spread < 0, 0.0, spread).to(tl.float32)
@@ -270,7 +271,7 @@ def gradient_kernel(
     dy_layout,
     k,
     OP: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -296,19 +297,19 @@ def gradient_kernel(
         mx = tl.load(saved)
         my = tl.load(saved + 1)
         shift = tl.load(saved + 2)
-        ax, ay, d = framed(x, y, live, mx, my, shift, k, GENERAL, False, SHORT)
+        ax, ay, d = framed(x, y, live, mx, my, shift, k, FRAME, False, SHORT)
         id = tl.full((), -1, tl.int64)
         if HAS_IDS:
             id = tl.load(ids_ptr + n)
         dx, dy = slopes(ax, ay, d, at == id, saved, g, HAS_IDS, PAIR)
         if WANT_X:
             dx = dx * k.row_slope
-            if GENERAL:
+            if FRAME != PLAIN:
                 dx = tl.where(k.cap > 0, dx * bend(x, k.over_cap), dx)
             tl.store(row_at(dx_ptr, dx_layout, n) + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
         if WANT_Y:
             dy = dy * k.ref_row_slope
-            if GENERAL:
+            if FRAME != PLAIN:
                 dy = tl.where(k.ref_cap > 0, dy * bend(y, k.ref_over_cap), dy)
             tl.store(row_at(dy_ptr, dy_layout, n) + at, dy.to(dy_ptr.dtype.element_ty), mask=live)
     else:
@@ -343,10 +344,11 @@ def _call(
     if not pair:  # one row stands for both
         t = Tempering.of_sides(t.alone(t.policy))
     k = params(t)
-    op, general = (STATS if pair else ALONE).value, is_general(k, False)
+    op = (STATS if pair else ALONE).value
+    frame = frame_for(k, False, op)
     dtype = narrower(logits, logits if ref_logits is None else ref_logits)
-    shape = geometry(logits.shape[-1], dtype, op, general)
-    return k, {"OP": op, "GENERAL": general, **shape, **launch_options(op, general)}
+    shape = geometry(logits.shape[-1], dtype, op, frame)
+    return k, {"OP": op, "FRAME": frame, **shape, **launch_options(op, frame)}
 
 
 def token_stats(

@@ -23,10 +23,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fasttax.triton.caps import framed_capped, near_lanes, near_terms
 from fasttax.triton.frames import fall, moved, offset, raised, rises
 from fasttax.triton.jsd import FARTHEST, mix_terms, refitted_mix
 from fasttax.triton.rows import (
     ALONE,
+    CAPPED,
     INF,
     JSD,
     POLICY_REF,
@@ -36,11 +38,14 @@ from fasttax.triton.rows import (
     frame_of,
     framed,
     is_short,
+    tanh,
     tile_lanes,
     times,
     total,
+    widened,
 )
 from fasttax.triton.series import NEAR_GAP, UNIT_GAP, bregman_slope, bregman_slope_unit
+from fasttax.triton.tuples import added, last_apart, with_ends, with_first, zeros
 
 # The threads of a program, each of which has a lane of every vector of a step.
 LANES_OF_STEP = tl.constexpr(256)
@@ -51,17 +56,19 @@ OTHER = tl.constexpr(2.0**-102)
 
 
 @triton.jit
-def widened(x):
-    """In float32. Of bfloat16 by its bits: two instructions for two entries, not four."""
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
+def load_step(
+    row,
+    start,
+    V,
+    WHOLE: tl.constexpr,
+    FRAME: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A step's vectors of a row, -inf where there is no entry.
 
-
-@triton.jit
-def load_step(row, start, V, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """A step's vectors of a row, -inf where there is no entry."""
+    Under a softcap as they lie in memory, where the registers are short: who takes them widens.
+    """
     ROWS: tl.constexpr = LANES if LANES < LANES_OF_STEP else LANES_OF_STEP
     vectors = ()
     for j in tl.static_range(LANES // ROWS):
@@ -70,17 +77,10 @@ def load_step(row, start, V, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl
             vector = tl.load(row + at)
         else:
             vector = tl.load(row + at, mask=at < V, other=-INF)
-        vectors = vectors + (widened(vector),)
+        if FRAME != CAPPED:
+            vector = widened(vector)
+        vectors = vectors + (vector,)
     return vectors
-
-
-@triton.jit
-def added(sums, more):
-    """Two tuples, number by number."""
-    both = ()
-    for i in tl.static_range(len(sums)):
-        both = both + (sums[i] + more[i],)
-    return both
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def entries(xs, ys, j: tl.constexpr, start, V):
     ROWS: tl.constexpr = xs[j].shape[0]
     WIDTH: tl.constexpr = xs[j].shape[1]
     live = start + j * ROWS * WIDTH + tile_lanes(ROWS, WIDTH) < V
-    return xs[j], ys[j], live
+    return widened(xs[j]), widened(ys[j]), live
 
 
 @triton.jit
@@ -157,24 +157,34 @@ def step_sums(
     frame,
     k,
     OP: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     SHORT: tl.constexpr,
     GUARDED: tl.constexpr,
+    NEAR: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """Of a step, in `frame`."""
+    """Of a step, in `frame`. NEAR: of one that is `all_near`."""
     mx, my, shift = frame
+    mx = frame_of(mx)
+    my = frame_of(my)
     sums = ()
     for j in tl.static_range(len(xs)):
-        x, y = xs[j], ys[j]
+        x, y = widened(xs[j]), widened(ys[j])
         live = True
         if GUARDED:
             x, y, live = entries(xs, ys, j, start, V)
-        ax, ay, d = framed(
-            x, y, live, frame_of(mx), frame_of(my), shift, k, GENERAL, INF_MASK, SHORT
-        )
-        more = vector_sums(ax, ay, d, k, OP, GUARDED, APPROX)
+        if FRAME == CAPPED:
+            ax, ay, d, _, _ = framed_capped(x, y, mx, my, shift, k, NEAR, GUARDED, APPROX)
+            if GUARDED:
+                ax = tl.where(live, ax, -INF)
+                ay = tl.where(live, ay, -INF)
+        else:
+            ax, ay, d = framed(x, y, live, mx, my, shift, k, FRAME, INF_MASK, SHORT)
+        if NEAR:
+            more = near_terms(ax, d, OP)
+        else:
+            more = vector_sums(ax, ay, d, k, OP, GUARDED, APPROX)
         if GUARDED and ((OP == STATS) or (OP == ALONE)):
             more = with_peaks(more, ax)
         if j == 0:
@@ -185,16 +195,25 @@ def step_sums(
 
 
 @triton.jit
-def step_maxima(xs, ys, start, V, k, GENERAL: tl.constexpr, INF_MASK: tl.constexpr):
+def step_maxima(xs, ys, start, V, k, FRAME: tl.constexpr, INF_MASK: tl.constexpr):
     """Of both rows, -inf where there is nothing. NaN is passed over: it reaches the sums by exp."""
     top_x = -INF
     top_y = -INF
     for j in tl.static_range(len(xs)):
         x, y, live = entries(xs, ys, j, start, V)
-        x, y = cap_rows(x, y, live, k, GENERAL, INF_MASK)
+        if FRAME == CAPPED:  # which keeps their order
+            x = tl.where(live, x, -INF)
+            y = tl.where(live, y, -INF)
+        else:
+            x, y = cap_rows(x, y, live, k, FRAME, INF_MASK)
         top_x = tl.maximum(top_x, tl.max(x, 1))
         top_y = tl.maximum(top_y, tl.max(y, 1))
-    return tl.max(top_x, 0), tl.max(top_y, 0)
+    top_x = tl.max(top_x, 0)
+    top_y = tl.max(top_y, 0)
+    if FRAME == CAPPED:
+        top_x = tanh(top_x * k.over_cap) * k.cap
+        top_y = tanh(top_y * k.over_cap) * k.cap
+    return top_x, top_y
 
 
 @triton.jit
@@ -215,17 +234,11 @@ def zero_sums(OP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr):
-    """Of as many numbers a lane."""
-    sums = ()
-    for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros([ROWS], tl.float32),)
-    return sums
+def crowd(part, right, OP: tl.constexpr):
+    """The largest sum of a lane, of the other row's on its scale.
 
-
-@triton.jit
-def crowd(part, OP: tl.constexpr):
-    """The largest sum of a lane, of the other row's on its scale; infinite where there is a NaN."""
+    Infinite where there is a NaN, or a lane is not `right`.
+    """
     most = part[0]
     check = part[1]
     if OP != ALONE:
@@ -238,7 +251,39 @@ def crowd(part, OP: tl.constexpr):
             most = tl.maximum(part[0], part[1])
         if OP == STATS:
             check += part[4]
-    return tl.max(tl.where(check == check, most, INF), 0)
+    return tl.max(tl.where((check == check) & right, most, INF), 0)
+
+
+@triton.jit
+def fast_step(
+    xs,
+    ys,
+    start,
+    V,
+    frame,
+    wide,
+    k,
+    OP: tl.constexpr,
+    FRAME: tl.constexpr,
+    SHORT: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """A whole step in the row's frame, and its `crowd`."""
+    if FRAME == CAPPED:
+        if wide:
+            part = step_sums(
+                xs, ys, start, V, frame, k, OP, FRAME, False, SHORT, False, False, APPROX
+            )
+            most = crowd(part, True, OP)
+        else:
+            part = step_sums(
+                xs, ys, start, V, frame, k, OP, FRAME, False, SHORT, False, True, APPROX
+            )
+            most = crowd(part, near_lanes(xs, ys, frame, k), OP)
+    else:
+        part = step_sums(xs, ys, start, V, frame, k, OP, FRAME, False, SHORT, False, False, APPROX)
+        most = crowd(part, True, OP)
+    return part, most
 
 
 @triton.jit
@@ -252,24 +297,24 @@ def slow_step(
     frame,
     k,
     OP: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     SHORT: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     """A step in a frame that fits it, and the row so far there: part, sums, apart, frame."""
     ENTROPY: tl.constexpr = (OP == STATS) or (OP == ALONE)
-    top_x, top_y = step_maxima(xs, ys, start, V, k, GENERAL, INF_MASK)
+    top_x, top_y = step_maxima(xs, ys, start, V, k, FRAME, INF_MASK)
     to = raised(frame, top_x, top_y, k, OP)
     anew_x = to[0] != frame[0]
     anew = anew_x | (to[1] != frame[1])
     if OP == JSD:
         if anew:
-            to = balanced(xs, ys, start, V, sums, frame, to, k, GENERAL, INF_MASK, SHORT)
+            to = balanced(xs, ys, start, V, sums, frame, to, k, FRAME, INF_MASK, SHORT)
     if anew & (start > 0):
         sums, apart = refitted(sums, apart, frame, to, k, OP)
     frame = to
-    part = step_sums(xs, ys, start, V, frame, k, OP, GENERAL, INF_MASK, SHORT, True, APPROX)
+    part = step_sums(xs, ys, start, V, frame, k, OP, FRAME, INF_MASK, SHORT, True, False, APPROX)
     whole = part
     if ENTROPY:
         peaks, part = last_apart(part)
@@ -300,7 +345,7 @@ def balanced(
     frame,
     to,
     k,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     SHORT: tl.constexpr,
 ):
@@ -311,9 +356,7 @@ def balanced(
     mx, my, shift = to
     for j in tl.static_range(len(xs)):
         x, y, live = entries(xs, ys, j, start, V)
-        ax, ay, _ = framed(
-            x, y, live, frame_of(mx), frame_of(my), shift, k, GENERAL, INF_MASK, SHORT
-        )
+        ax, ay, _ = framed(x, y, live, frame_of(mx), frame_of(my), shift, k, FRAME, INF_MASK, SHORT)
         mass += of_lanes(tl.sum(tl.exp2(ax), 1))
         other += of_lanes(tl.sum(tl.exp2(ay), 1))
     gap = tl.log(mass / other).to(tl.float32)
@@ -346,7 +389,7 @@ def sweep(
     V,
     k,
     OP: tl.constexpr,
-    GENERAL: tl.constexpr,
+    FRAME: tl.constexpr,
     INF_MASK: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -361,25 +404,26 @@ def sweep(
     apart = (nothing, nothing)  # mass and moment that lanes would round; of jsd what is in doubt
     nowhere = tl.full((), -INF, tl.float32)
     frame = (nowhere, nowhere, tl.full((), 0.0, tl.float32))
+    wide = V < 0  # whether a step was seen whose capped entries are not near each other
     for start in range(0, V, LANES * WIDTH):
         whole = start + LANES * WIDTH <= V
         if whole:
-            xs = load_step(x_row, start, V, True, LANES, WIDTH)
-            ys = load_step(y_row, start, V, True, LANES, WIDTH) if PAIR else xs
+            xs = load_step(x_row, start, V, True, FRAME, LANES, WIDTH)
+            ys = load_step(y_row, start, V, True, FRAME, LANES, WIDTH) if PAIR else xs
         else:
-            xs = load_step(x_row, start, V, False, LANES, WIDTH)
-            ys = load_step(y_row, start, V, False, LANES, WIDTH) if PAIR else xs
+            xs = load_step(x_row, start, V, False, FRAME, LANES, WIDTH)
+            ys = load_step(y_row, start, V, False, FRAME, LANES, WIDTH) if PAIR else xs
         part = zero_sums(OP, ROWS)
         most = tl.full((), INF, tl.float32)
         if whole & (INF_MASK == 0) & (frame[0] != -INF) & (frame[1] != -INF):
-            part = step_sums(
-                xs, ys, start, V, frame, k, OP, GENERAL, INF_MASK, SHORT, False, APPROX
-            )
-            most = crowd(part, OP)
+            part, most = fast_step(xs, ys, start, V, frame, wide, k, OP, FRAME, SHORT, APPROX)
         if (most <= CROWDED) == 0:
             part, sums, apart, frame = slow_step(
-                xs, ys, start, V, sums, apart, frame, k, OP, GENERAL, INF_MASK, SHORT, APPROX
+                xs, ys, start, V, sums, apart, frame, k, OP, FRAME, INF_MASK, SHORT, APPROX
             )
+            if FRAME == CAPPED:
+                right = near_lanes(xs, ys, frame, k)
+                wide = wide | (whole & (tl.min(right.to(tl.int32), 0) == 0))
         sums = added(sums, part)
     frame = (frame_of(frame[0]), frame_of(frame[1]), frame[2])
     return with_lanes(apart, sums, OP), frame, apart
@@ -414,30 +458,3 @@ def of_lanes(lanes):
     """Their sum: 32 of them in float32, as the lanes' own sums are, and all in float64."""
     groups: tl.constexpr = lanes.shape[0] // 32
     return total(tl.sum(tl.reshape(lanes, [groups, 32]), 1))
-
-
-@triton.jit
-def with_ends(numbers, end):
-    """A tuple with another first and last number."""
-    out = (end,)
-    for i in tl.static_range(1, len(numbers) - 1):
-        out = out + (numbers[i],)
-    return out + (end,)
-
-
-@triton.jit
-def last_apart(numbers):
-    """The last number of a tuple, and the others."""
-    others = ()
-    for i in tl.static_range(len(numbers) - 1):
-        others = others + (numbers[i],)
-    return numbers[len(numbers) - 1], others
-
-
-@triton.jit
-def with_first(numbers, first):
-    """A tuple with another first number."""
-    out = (first,)
-    for i in tl.static_range(1, len(numbers)):
-        out = out + (numbers[i],)
-    return out

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench import logits
 from fasttax import reference
+from fasttax.kl.call import tempering
 from tests.gpu.ptx import budgets, measure
 from tests.gpu.ptx.kl import Rows, check_kl, check_stats
 from tests.gpu.ptx.lists import (
@@ -179,6 +181,28 @@ def test_kl_moves_what_it_must(kind: str, dtype: str) -> None:
             floor += 2 * DTYPES[dtype].itemsize
         assert moved <= budgets.SLACK * floor, (op, moved, floor)
     assert not budgets.over(f"Triton {kind} {dtype}", measure.steps(found))
+
+
+@pytest.mark.parametrize("kind", ["policy_ref", pytest.param("ref_policy", marks=full)])
+@pytest.mark.parametrize(
+    ("data", "most"),
+    [("moved .3", 1.5), ("confident", 1.5), ("equal", 1.5), pytest.param("far", 1.8, marks=full)],
+)
+def test_a_softcap_costs_half_as_much_again(data: str, most: float, kind: str) -> None:
+    """Of bfloat16 rows under one cap, none of which is read twice; those far apart take two
+    exponentials for the two tanhs of an entry.
+    """
+    x, y = logits.pair(data, 1, 4 * measure.WORDS, torch.bfloat16)
+    taken = []
+    for options in ({}, {"softcap": 30.0, "ref_softcap": 30.0}):
+        args = tempering("test", kind=kind, **options).args()
+        with simulated() as sim:
+            sim.give(x, y)
+            OPS.token_kl(x, y, None, *args)
+            taken.append(sim.reports[-1])
+    plain, capped = taken
+    assert capped.instructions <= most * plain.instructions
+    assert capped.read <= 1.02 * x.numel() * 2 * x.element_size()
 
 
 @pytest.mark.parametrize("mix", ["float32", pytest.param("packed", marks=full)])

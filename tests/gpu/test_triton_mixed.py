@@ -99,11 +99,12 @@ def test_machine_code(name: str, policy: str, tmp_path: Path) -> None:
     types |= {"k": rows.Params(*["fp32"] * len(rows.Params._fields)), "V": "i32"}
     if "N" in kernel.arg_names:
         types["N"] = "i32"
-    shape = rows.geometry(151936, torch.bfloat16, op, False)
+    plain = rows.PLAIN.value
+    shape = rows.geometry(151936, torch.bfloat16, op, plain)
     if "gradients" in name:
         shape = rows.gradient_geometry(shape)
-    constants = {"OP": op, "GENERAL": False, "INF_MASK": False, "APPROX": True, **shape}
-    options = rows.launch_options(op, False, hip=False)
+    constants = {"OP": op, "FRAME": plain, "INF_MASK": False, "APPROX": True, **shape}
+    options = rows.launch_options(op, plain, hip=False)
     binary = compiled(kernel, "sm_90", types, constants, options, tmp_path)
     assert binary.spills == 0
     vectors = shape["LANES"] // rows.THREADS

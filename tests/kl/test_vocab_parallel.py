@@ -116,6 +116,7 @@ def work(rank: int, folder: Path) -> None:
         "stats": lambda: fasttax.token_stats(
             x[:, part], y[:, part], ids, outputs=NAMES, tp_group=group
         ),
+        "kl": lambda: fasttax.token_kl(x[:, part], y[:, part], tp_group=group),
         "jsd": lambda: fasttax.token_kl(
             x[:, part], y[:, part], kind="jsd", inf="mask", tp_group=group
         ),
@@ -209,8 +210,10 @@ def test_a_few_floats_a_token_cross(ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
         # lse, logp and entropy, both KLs, owner; the reference's lse and logp; sizes
         assert result["floats a token, stats"] <= 9
-        # two lse; for each model its lse and its KL to the mixture and the mixture's lse; sizes
-        assert result["floats a token, jsd"] <= 9
+        # what a sweep leaves; sizes
+        assert result["floats a token, kl"] <= 9
+        # two lse; what two sweeps leave; sizes
+        assert result["floats a token, jsd"] <= 19
 
 
 def test_a_jsd_beside_other_outputs(ranks: list[dict[str, Any]]) -> None:
