@@ -29,6 +29,9 @@ OPTIONS = {
 }
 
 
+MOST = 20_000  # characters that are shown of a process's reports
+
+
 def say(text: str) -> None:
     print(f"[sanitize] {text}", flush=True)
 
@@ -60,20 +63,31 @@ def built(kind: str, folder: Path) -> None:
     subprocess.run([*command, "--isa", "native"], cwd=folder, env=environment, check=True)
 
 
+def _found(library: str) -> str:
+    command = ["g++", f"-print-file-name={library}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def tried(kind: str, folder: Path, tests: list[str]) -> int:
     """Pytest's exit code, with the sanitizer's runtime before all other libraries."""
-    found = subprocess.run(
-        ["g++", f"-print-file-name={RUNTIMES[kind]}"], capture_output=True, text=True, check=True
-    )
+    # libstdc++ too: ASan looks for its exceptions when it begins, and Python is no C++
+    libraries = [_found(RUNTIMES[kind]), _found("libstdc++.so")]
+    reports = folder / "build/report"  # pytest keeps what is written to stderr
+    for old in reports.parent.glob("report.*"):
+        old.unlink()
     environment = {
         **os.environ,
-        **OPTIONS,
-        "LD_PRELOAD": found.stdout.strip(),
+        **{name: f"{options}:log_path={reports}" for name, options in OPTIONS.items()},
+        "LD_PRELOAD": " ".join(libraries),
         "PYTHONPATH": str(folder),
         "PYTHONMALLOC": "malloc",  # each object's memory has bounds
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", *tests]
-    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    code = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    for report in sorted(reports.parent.glob("report.*")):
+        print(report.read_text(errors="replace")[:MOST], flush=True)
+        code = code or 66
+    return code
 
 
 def main() -> int:

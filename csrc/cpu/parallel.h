@@ -50,36 +50,30 @@ class Watch {
 };
 
 // What one thread does before a parallel region is done before what the others do in it, and that
-// before what follows. ThreadSanitizer does not see it, for libgomp is not built for it.
-class Ordered {
- public:
+// before what follows. ThreadSanitizer does not see it, for libgomp is not built for it, and is
+// told by these two places in memory.
 #if defined(__SANITIZE_THREAD__)
-  Ordered() { __tsan_release(&begun_); }
-  void begin() { __tsan_acquire(&begun_); }
-  void end() { __tsan_release(&ended_); }
-  void join() { __tsan_acquire(&ended_); }
-
- private:
-  char begun_, ended_;
+inline char region_begun, region_ended;
+inline void done_before(char& place) { __tsan_release(&place); }
+inline void comes_after(char& place) { __tsan_acquire(&place); }
+#define FASTTAX_ORDER(call) call
 #else
-  void begin() {}
-  void end() {}
-  void join() {}
+#define FASTTAX_ORDER(call) ((void)0)
 #endif
-};
 
 // f(begin, end) on parts of the range, in torch's threads.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (begin >= end) return;
   if (end - begin <= grain || !has_threads()) return f(begin, end);
-  Ordered ordered;
-  torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
-    ordered.begin();
+  const auto part = [&](int64_t from, int64_t to) {
+    FASTTAX_ORDER(comes_after(region_begun));
     f(from, to);
-    ordered.end();
-  });
-  ordered.join();
+    FASTTAX_ORDER(done_before(region_ended));
+  };
+  FASTTAX_ORDER(done_before(region_begun));
+  torch::stable::parallel_for(begin, end, grain, part);
+  FASTTAX_ORDER(comes_after(region_ended));
 }
 
 // The same for an op that Ctrl-C ends, with an error: one that writes to memory of its own. The

@@ -165,7 +165,7 @@ def linear_sqgrad(
             losses.
         cu_seqlens: (N + 1,), boundaries of the examples over flat inputs.
         example_weight: w, (N,).
-        out: (O, I), accumulated into.
+        out: (O, I), accumulated into; after an exception, Ctrl-C too, it has a part of the sum.
 
     Raises:
         ValueError, TypeError: a shape, dtype or boundary does not fit.
