@@ -20,7 +20,7 @@ import torch
 from fasttax import triton
 from fasttax._base import library
 from fasttax._base.version import __version__
-from fasttax.cli import warm
+from fasttax.cli import _warm
 
 SIMD = ("portable vectors", "AVX2", "AVX-512")
 BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -128,13 +128,13 @@ def warm_up() -> int:
         return _refuse("triton is not installed; `pip install triton`")
     name = torch.cuda.get_device_name()
     device = torch.device("cuda", torch.cuda.current_device())
-    done = warm.warm(device, _say)
+    done = _warm.warm(device, _say)
     total = sum(of.seconds for of in done)
     print(f"{len(done)} kinds of calls in {total:.1f} s for {name}; Triton keeps what it compiled")
     return 0
 
 
-def _say(of: warm.Warmed) -> None:
+def _say(of: _warm.Warmed) -> None:
     print(f"{of.what:60} {of.seconds:6.1f} s", flush=True)
 
 
