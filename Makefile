@@ -27,8 +27,8 @@ QUICK   = $(addprefix tests/, \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny demo-full test test-gpu test-ptx machine-code test-trl pairs matrix mutants quick t bench bench-gpu \
-  lint format hooks wheels house doctor clean
+.PHONY: help demo demo-tiny demo-full test test-gpu test-ptx machine-code test-trl pairs matrix soak \
+  sanitize mutants quick t bench bench-gpu lint format hooks wheels house doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,15 @@ pairs: $(LIBRARY)  ## patch, FullKL and EWC in three other pairs of TRL and tran
 
 matrix: $(LIBRARY) ## versions x features, launchers and frameworks, each cell run: docs/versions.md
 	$(PY) -m tests.integrations.matrix --envs $(VENV) --write
+
+soak: $(LIBRARY) ## the long forms of tests/faults: files, kills, forks, threads, Ctrl-C, growth (K="kill")
+	$(PY) -m pytest -q tests/faults --soak -k "$(K)"
+	TRITON_INTERPRET=1 FASTTAX_BACKEND=triton $(PY) -m pytest -q --soak tests/faults/test_calls.py
+
+sanitize: $(INSTALLED) ## the CPU kernels under ASan and UBSan, then TSan, in build/sanitize
+	$(PY) tools/sanitize.py address $(QUICK) tests/faults/test_calls.py -k "not reference-"
+	$(PY) tools/sanitize.py thread $(QUICK) tests/faults/test_processes.py \
+	  -k "not reference- and not fork and not ctrl and not loader and not handler and not another"
 
 mutants: $(LIBRARY) ## plant 200 faults in the kernels, one at a time: who finds each (N=20 for a sample)
 	$(PY) -m tests.mutants $(if $(N),--sample $(N) --seed $(or $(SEED),0)) --only "$(K)"

@@ -15,6 +15,17 @@ import fasttax  # noqa: F401  (loads the native library)
 from tests.tools import kernels
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make soak`: what tests/faults tries a few times it tries for hours."""
+    parser.addoption("--soak", action="store_true", help="the long forms of tests/faults")
+
+
+@pytest.fixture
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether a test is to be its long form."""
+    return bool(request.config.getoption("--soak"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

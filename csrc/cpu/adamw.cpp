@@ -4,6 +4,7 @@
 // own slot: the sum does not depend on threads.
 #include "../call/adamw_lists.h"
 #include "../math/adamw.h"
+#include "parallel.h"
 
 #define FASTTAX_KERNELS "adamw_kernels.h"
 #include "isa.h"
@@ -81,7 +82,7 @@ Tensor ewc_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads,
         tasks.push_back({i, begin, std::min(tensors[i].numel, begin + kTask)});
     }
     std::vector<double> parts(tasks.size());
-    torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const Task& task = tasks[i];
         const AdamWTensor& t = tensors[task.tensor];

@@ -3,6 +3,7 @@
 // region runs them all, and each task leaves its part of the penalty in its own slot: the sum in
 // slot order does not depend on threads.
 #include "../call/ewc_lists.h"
+#include "parallel.h"
 
 #include <limits>
 
@@ -33,7 +34,7 @@ double run_double(EwcMode mode, const EwcTask& t, double scale) {
 
 double run(EwcMode mode, const std::vector<EwcTask>& tasks, double scale) {
   std::vector<double> parts(tasks.size());
-  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const EwcTask& t = tasks[i];
       parts[i] = t.types[0] == EwcType::kDouble

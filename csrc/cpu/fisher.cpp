@@ -8,6 +8,7 @@
 
 #include "../call/float_type.h"
 #include "gemm.h"
+#include "parallel.h"
 
 #define FASTTAX_KERNELS "fisher_kernels.h"
 #include "isa.h"
@@ -29,7 +30,7 @@ constexpr int64_t kAsideTokens = 1 << 15, kAsideRows = 256;
 void sqgrad_double(const double* a, int64_t a_stride, const double* d, int64_t d_stride,
                    const int64_t* starts, int64_t examples, const double* weights, int64_t I,
                    int64_t O, double* out) {
-  torch::stable::parallel_for(0, O, 1, [&](int64_t begin, int64_t end) {
+  interruptible_for("linear_sqgrad_", 0, O, 1, [&](int64_t begin, int64_t end, Watch&) {
     std::vector<double> g(I);
     for (int64_t o = begin; o < end; ++o)
       for (int64_t n = 0; n < examples; ++n) {
@@ -165,7 +166,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
                      last - first, from, total, blocks, width, dst, stride);
   };
   const int64_t count = int64_t(batches.size()) - 1;
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  interruptible_for("linear_sqgrad_", 0, count, 1, [&](int64_t begin, int64_t end, Watch&) {
     for (int64_t k = begin; k < end; ++k)
       pack(inputs, a_type, k, 0, I, col_blocks, cols, a + bounds[batches[size_t(k)]] * cols,
            a_stride);
@@ -185,7 +186,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
   const bool sets_aside = examples > kAsideExamples;
   // a block's last step may be written a vector long
   const int64_t d_stride = longest * rows + cols;
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  interruptible_for("linear_sqgrad_", 0, groups, 1, [&](int64_t begin, int64_t end, Watch& watch) {
     const std::unique_ptr<float[]> memory(
         new float[size_t(group * d_stride + (chunk + 1) * tiles + cols)]);
     // whole cache lines
@@ -201,6 +202,7 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
         if (sets_aside) aside.assign(size_t(size), 0.0);
         int64_t kept_from = 0;  // the first example whose squares are in the panels
         for (int64_t k = 0; k < count; ++k) {
+          if (watch.stops()) return;
           pack(grad_outputs, d_type, k, first * rows, O, blocks, rows, d, d_stride);
           FisherBatch x;
           x.a = a;

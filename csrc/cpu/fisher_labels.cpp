@@ -1,6 +1,7 @@
 // label_variance_: logits -> p (1 - p), row by row in place. A row stays in L2 between its three
 // sweeps: one read and one write of memory, where softmax and its complement take five passes.
 #include "../call/check.h"
+#include "parallel.h"
 
 #define FASTTAX_KERNELS "fisher_labels_kernels.h"
 #include "isa.h"
@@ -31,7 +32,7 @@ void label_variance_(Tensor logits) {
   const int64_t V = logits.size(1), stride = logits.stride(0);
   void* data = logits.mutable_data_ptr();
   if (V == 0) return;
-  torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+  interruptible_for(op, 0, logits.size(0), 1, [&](int64_t begin, int64_t end, Watch&) {
     for (int64_t n = begin; n < end; ++n)
       if (wide) label_variance_double(static_cast<double*>(data) + n * stride, V);
       else FASTTAX_DISPATCH(label_variance_row, static_cast<float*>(data) + n * stride, V);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../call/float_type.h"
+#include "parallel.h"
 
 #define FASTTAX_KERNELS "fisher_rows_kernels.h"
 #include "isa.h"
@@ -39,7 +40,7 @@ void square(const char* op, const Runs& runs, const Tensor* x, const Tensor& d, 
     auto from = static_cast<const double*>(d.const_data_ptr());
     auto other = x ? static_cast<const double*>(x->const_data_ptr()) : nullptr;
     auto f = static_cast<double*>(out.mutable_data_ptr());
-    torch::stable::parallel_for(0, width, 16, [&](int64_t begin, int64_t end) {
+    interruptible_for(op, 0, width, 16, [&](int64_t begin, int64_t end, Watch&) {
       for (int64_t r = 0; r < count; ++r)
         for (int64_t j = begin; j < end; ++j) {
           double sum = 0;
@@ -56,7 +57,7 @@ void square(const char* op, const Runs& runs, const Tensor* x, const Tensor& d, 
   const std::vector<float> weights(runs.weights.begin(), runs.weights.end());
   const void *from = d.const_data_ptr(), *other = x ? x->const_data_ptr() : nullptr;
   float* f = static_cast<float*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, (width + 63) / 64, 1, [&](int64_t begin, int64_t end) {
+  interruptible_for(op, 0, (width + 63) / 64, 1, [&](int64_t begin, int64_t end, Watch&) {
     FASTTAX_DISPATCH(square_runs_of, type, other, x_stride, from, d.stride(0), order,
                      runs.starts.data(), count, to, runs.weighted ? weights.data() : nullptr,
                      begin * 64, std::min(width, end * 64) - begin * 64, f, out_stride);

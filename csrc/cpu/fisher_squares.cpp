@@ -1,6 +1,7 @@
 // accumulate_sqgrad_: sums += weight * grad^2 over a model's whole gradient list in one call, in
 // ewc.cpp's tasks. Three passes: read sum and gradient, write the sum.
 #include "../call/square_lists.h"
+#include "parallel.h"
 
 #define FASTTAX_KERNELS "fisher_squares_kernels.h"
 #include "ewc_tasks.h"
@@ -11,7 +12,7 @@ namespace {
 
 void accumulate_sqgrad_(std::vector<Tensor> sums, std::vector<Tensor> grads, double weight) {
   const auto tasks = ewc_tasks(square_lists(sums, grads));
-  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
       const EwcTask& t = tasks[k];
       if (t.types[0] == EwcType::kDouble) {

@@ -10,6 +10,7 @@
 
 #include "../call/float_type.h"
 #include "gemm_amx.h"
+#include "parallel.h"
 
 #define FASTTAX_KERNELS "gemm_kernels.h"
 #include "isa.h"
@@ -74,12 +75,12 @@ void with_b_packed_once(const Gemm& g) {
   const int64_t b_size = g.steps * g.cols, a_size = g.steps * g.rows + g.cols,
                 col_blocks = g.col_blocks(), row_blocks = g.row_blocks();
   const Floats b(col_blocks * b_size + g.cols);
-  torch::stable::parallel_for(0, col_blocks, 1, [&](int64_t from, int64_t to) {
+  interruptible_for("_gemm_", 0, col_blocks, 1, [&](int64_t from, int64_t to, Watch&) {
     g.pack_b(0, g.steps, from, to - from, b.data + from * b_size, b_size);
   });
   const int64_t group = std::clamp<int64_t>(kRowFloats / a_size, 1, 24);
-  torch::stable::parallel_for(
-      0, (row_blocks + group - 1) / group, 1, [&](int64_t from, int64_t to) {
+  interruptible_for(
+      "_gemm_", 0, (row_blocks + group - 1) / group, 1, [&](int64_t from, int64_t to, Watch&) {
         const Floats a(group * a_size);
         for (int64_t block = from * group; block < std::min(row_blocks, to * group);
              block += group) {
@@ -102,26 +103,28 @@ void fold_by_fold(const Gemm& g) {
   const int64_t col_group = (col_blocks + wanted - 1) / wanted,
                 col_groups = (col_blocks + col_group - 1) / col_group;
   const int64_t a_size = g.fold * g.rows + g.cols, b_size = g.fold * g.cols;
-  torch::stable::parallel_for(0, row_groups * col_groups, 1, [&](int64_t from, int64_t to) {
-    const Floats a(row_group * a_size), b(col_group * b_size + g.cols);
-    for (int64_t task = from; task < to; ++task) {
-      const int64_t row = task / col_groups * row_group,
-                    rows = std::min(row_group, row_blocks - row);
-      const int64_t col = task % col_groups * col_group,
-                    cols = std::min(col_group, col_blocks - col);
-      for (int64_t s = 0; s < g.steps; s += g.fold) {
-        const int64_t last = std::min(g.steps, s + g.fold);
-        g.pack_a(s, last, row, rows, a.data, a_size);
-        g.pack_b(s, last, col, cols, b.data, b_size);
-        const int64_t then = std::min(g.steps, last + g.fold);
-        GemmAhead upcoming[2] = {
-            g.ahead(g.a, last, then, row * g.rows, std::min(g.M, (row + rows) * g.rows)),
-            g.ahead(g.b, last, then, col * g.cols, std::min(g.N, (col + cols) * g.cols))};
-        FASTTAX_DISPATCH(gemm_blocks, g, a.data, a_size, rows, row * g.rows, b.data, b_size, cols,
-                         col * g.cols, last - s, g.fold, g.add || s > 0, upcoming);
-      }
-    }
-  });
+  interruptible_for(
+      "_gemm_", 0, row_groups * col_groups, 1, [&](int64_t from, int64_t to, Watch& watch) {
+        const Floats a(row_group * a_size), b(col_group * b_size + g.cols);
+        for (int64_t task = from; task < to; ++task) {
+          const int64_t row = task / col_groups * row_group,
+                        rows = std::min(row_group, row_blocks - row);
+          const int64_t col = task % col_groups * col_group,
+                        cols = std::min(col_group, col_blocks - col);
+          for (int64_t s = 0; s < g.steps; s += g.fold) {
+            if (watch.stops()) return;
+            const int64_t last = std::min(g.steps, s + g.fold);
+            g.pack_a(s, last, row, rows, a.data, a_size);
+            g.pack_b(s, last, col, cols, b.data, b_size);
+            const int64_t then = std::min(g.steps, last + g.fold);
+            GemmAhead upcoming[2] = {
+                g.ahead(g.a, last, then, row * g.rows, std::min(g.M, (row + rows) * g.rows)),
+                g.ahead(g.b, last, then, col * g.cols, std::min(g.N, (col + cols) * g.cols))};
+            FASTTAX_DISPATCH(gemm_blocks, g, a.data, a_size, rows, row * g.rows, b.data, b_size,
+                             cols, col * g.cols, last - s, g.fold, g.add || s > 0, upcoming);
+          }
+        }
+      });
 }
 
 }  // namespace
@@ -187,7 +190,7 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   for (int64_t row = 0; row < M; row += at_once) {
     const int64_t rows = std::min(at_once, M - row);
     product(row, rows, sums.data, N);
-    torch::stable::parallel_for(0, rows, 32, [&](int64_t from, int64_t to) {
+    interruptible_for("_gemm_", 0, rows, 32, [&](int64_t from, int64_t to, Watch&) {
       FASTTAX_DISPATCH(round_rows, sums.data + from * N, to - from, N, out.mutable_data_ptr(),
                        row + from, out.stride(0));
     });

@@ -14,6 +14,7 @@
 
 #include "../call/float_type.h"
 #include "level.h"
+#include "parallel.h"
 
 #if defined(__linux__) && defined(__x86_64__) && FASTTAX_HAS_ISA(512) && \
     (defined(__clang__) || __GNUC__ >= 11)
@@ -341,7 +342,7 @@ void gemm_amx(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMa
   const bool once = packed_once(N, K);
   const Words all_b(once ? col_blocks * whole : 0);
   if (once) {
-    torch::stable::parallel_for(0, col_blocks, 8, [&](int64_t from, int64_t to) {
+    interruptible_for("_gemm_", 0, col_blocks, 8, [&](int64_t from, int64_t to, Watch&) {
       pack_b(b, {from, to - from, N, 0, steps, K}, all_b.data + from * whole, whole);
     });
     x.whole_b = all_b.data;
@@ -357,8 +358,8 @@ void gemm_amx(int64_t M, int64_t N, int64_t K, const GemmMatrix& a, const GemmMa
                                     (threads + row_groups - 1) / row_groups);
     x.col_group = (col_blocks + wanted - 1) / wanted;
   }
-  torch::stable::parallel_for(0, x.groups(), 1,
-                              [&](int64_t from, int64_t to) { x.compute(from, to); });
+  interruptible_for("_gemm_", 0, x.groups(), 1,
+                    [&](int64_t from, int64_t to, Watch&) { x.compute(from, to); });
 }
 
 namespace {

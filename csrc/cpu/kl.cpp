@@ -3,6 +3,7 @@
 // 2, backward 3; both at once (token_kl_grad) 3.
 #include "kl_double.h"
 #include "kl_layout.h"
+#include "parallel.h"
 
 #define FASTTAX_KERNELS "kl_kernels.h"
 #include "isa.h"
@@ -15,6 +16,7 @@ static_assert(sizeof(KlRow) == kKlSaved * sizeof(float), "`saved` holds one KlRo
 // One call's rows: forward and backward of row n, in whichever of the two precisions the logits ask
 // for. `saved` is what the forward leaves for the backward.
 struct RowWork {
+  const char* const name;
   const Call c;
   const KlParams narrow;
   const DoubleParams exact;
@@ -23,7 +25,8 @@ struct RowWork {
 
   RowWork(const char* op, const Tensor& logits, const Tensor& ref_logits,
           const std::optional<Tensor>& mask, const KlOptions& options)
-      : c(checked_call(op, logits, ref_logits, mask, options)),
+      : name(op),
+        c(checked_call(op, logits, ref_logits, mask, options)),
         narrow(kl_params<float>(options)),
         exact(kl_params<double>(options)),
         x(logits),
@@ -61,7 +64,7 @@ struct RowWork {
 
   template <class R>
   void forward(R* kl, KlRowOf<R>* saved) const {
-    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+    interruptible_for(name, 0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end, Watch&) {
       const KlKeptRows kept(narrow, c.V, false, false);
       for (int64_t n = begin; n < end; ++n) {
         saved[n] = {};
@@ -72,7 +75,7 @@ struct RowWork {
 
   template <class R>
   void gradient(R* kl, const R* weight, const Target& d_logits, const Target& d_ref) const {
-    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+    interruptible_for(name, 0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end, Watch&) {
       const KlKeptRows kept(narrow, c.V, true, d_logits.layout && !d_ref.layout);
       for (int64_t n = begin; n < end; ++n) {
         kl[n] = c.live(n) ? gradient_row(n, weight[n], kept.rows(), d_logits[n], d_ref[n]) : R(0);
@@ -84,7 +87,7 @@ struct RowWork {
   template <class R>
   void backward(const R* upstream, const KlRowOf<R>* saved, const Target& d_logits,
                 const Target& d_ref) const {
-    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+    interruptible_for(name, 0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end, Watch&) {
       for (int64_t n = begin; n < end; ++n) {
         if (c.live(n)) backward_row(n, upstream[n], saved[n], d_logits[n], d_ref[n]);
         else zero_rows(c, x.item, d_logits[n], d_ref[n]);

@@ -2,6 +2,7 @@
 // Rows of F are cut into at most 32 chunks, each with its own d_A, added up in order: the same bits
 // for any number of threads.
 #include "../call/ewc_lists.h"
+#include "parallel.h"
 
 #define FASTTAX_KERNELS "lora_kernels.h"
 #include "isa.h"
@@ -89,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
                 chunks = (O + rows - 1) / rows;
   std::vector<float> partial(gradient ? chunks * int64_t(a.size()) : 0);
   std::vector<double> parts(chunks);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  interruptible_for(op, 0, chunks, 1, [&](int64_t begin, int64_t end, Watch&) {
     std::vector<float> scratch(strip * r * lanes);
     for (int64_t c = begin; c < end; ++c)
       parts[c] = FASTTAX_DISPATCH(lora_chunk, a.data(), b.data(), ewc_pointer(fisher), f_type,
@@ -103,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
   if (!gradient) return {value, d_a, d_b};
   float *to_a = static_cast<float*>(d_a.mutable_data_ptr()),
         *to_b = static_cast<float*>(d_b.mutable_data_ptr());
-  torch::stable::parallel_for(0, r, 1, [&](int64_t begin, int64_t end) {
+  interruptible_for(op, 0, r, 1, [&](int64_t begin, int64_t end, Watch&) {
     std::vector<double> sums(cols);
     for (int64_t k = begin; k < end; ++k)
       for (int64_t i = 0; i < I; i += cols) {

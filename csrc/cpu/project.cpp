@@ -3,6 +3,7 @@
 // number of tokens and threads.
 #include "../call/float_type.h"
 #include "gemm_amx.h"
+#include "parallel.h"
 
 #define FASTTAX_KERNELS "project_kernels.h"
 #include "isa.h"
@@ -42,7 +43,7 @@ void project_(Tensor out, Tensor hidden, Tensor weight) {
   float* to = static_cast<float*>(out.mutable_data_ptr());
   const void* from = weight.const_data_ptr();
   const int64_t out_stride = out.stride(0), weight_stride = weight.stride(0);
-  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+  interruptible_for(op, 0, units, 1, [&](int64_t begin, int64_t end, Watch&) {
     std::vector<float> scratch(size_t(unit * steps));
     FASTTAX_DISPATCH(project_words, weight_type, bf16x2, from, weight_stride, packed.data(), N, H,
                      begin * unit, std::min(V, end * unit), to, out_stride, scratch.data());

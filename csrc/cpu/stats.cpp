@@ -2,6 +2,7 @@
 // sweep back the gradient of any mix of them. Passes over memory: forward 2, backward 2 and one for
 // each gradient.
 #include "kl_layout.h"
+#include "parallel.h"
 #include "stats_double.h"
 
 #define FASTTAX_KERNELS "stats_kernels.h"
@@ -27,6 +28,7 @@ const int64_t* checked_ids(const char* op, const std::optional<Tensor>& ids, con
 
 // One call's rows. `saved` is what the forward leaves for the backward.
 struct StatsWork {
+  const char* const name;
   const Call c;
   const KlParams narrow;
   const DoubleParams exact;
@@ -38,7 +40,8 @@ struct StatsWork {
   StatsWork(const char* op, const Tensor& logits, const std::optional<Tensor>& ref_logits,
             const std::optional<Tensor>& wanted, const std::optional<Tensor>& mask,
             const KlOptions& options)
-      : c(checked_call(op, logits, ref_logits.has_value() ? *ref_logits : logits, mask, options)),
+      : name(op),
+        c(checked_call(op, logits, ref_logits.has_value() ? *ref_logits : logits, mask, options)),
         narrow(kl_params<float>(options)),
         exact(kl_params<double>(options)),
         x(logits),
@@ -88,7 +91,7 @@ struct StatsWork {
 
   template <class R>
   void forward_rows(void* values, void* saved) const {
-    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+    interruptible_for(name, 0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end, Watch&) {
       for (int64_t n = begin; n < end; ++n)
         forward(n, static_cast<R*>(values), static_cast<StatsRowOf<R>*>(saved));
     });
@@ -96,7 +99,7 @@ struct StatsWork {
   template <class R>
   void backward_rows(const void* grads, const void* saved, const Target& d_logits,
                      const Target& d_ref) const {
-    torch::stable::parallel_for(0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end) {
+    interruptible_for(name, 0, c.N, rows_per_task(c.V), [&](int64_t begin, int64_t end, Watch&) {
       for (int64_t n = begin; n < end; ++n)
         backward(n, static_cast<const R*>(grads), static_cast<const StatsRowOf<R>*>(saved),
                  d_logits[n], d_ref[n]);

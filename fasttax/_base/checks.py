@@ -149,7 +149,11 @@ def number(
         except (TypeError, ValueError):
             expected = _bounds(low, high, open_low)
             raise fail(op, argument, expected, value, error=TypeError) from None
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:  # an integer beyond float64
+        came = "an integer beyond float64's range"
+        raise fail(op, argument, _bounds(low, high, open_low), came) from None
     inside = low < value <= high if open_low else low <= value <= high
     if not inside or abs(value) == math.inf:  # NaN is never inside
         raise fail(op, argument, _bounds(low, high, open_low), repr(value))

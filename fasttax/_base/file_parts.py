@@ -95,6 +95,7 @@ def _written(folder: Path, kind: str, metadata: Mapping[str, Any]) -> Iterator[_
     Yields:
         The parts, none at first.
     """
+    placed.sweep(folder)
     old = [*folder.glob("part-*.safetensors")]
     parts = _Parts(folder, kind)
     try:

@@ -76,6 +76,22 @@ def opened(
         raise ValueError(f"fasttax: {error}; write it anew with .save()") from None
 
 
+def read_json(op: str, path: str | os.PathLike[str], way_out: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: it holds none; names the file and the way out.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = f"{os.fspath(path)}: expected JSON, got none ({error})"
+        raise ValueError(f"{op}: {reason}; {way_out}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{op}: {os.fspath(path)}: expected a JSON object; {way_out}")
+    return found
+
+
 def kind_of(path: str | os.PathLike[str]) -> str:
     """The kind that a file's header names; "" of a folder, or where it has none."""
     target = Path(path)

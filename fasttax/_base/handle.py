@@ -59,10 +59,12 @@ class Handle:
         the attribute since, `undo` raises a RuntimeError that names `label` and leaves it alone.
         """
         before = vars(owner).get(name, _MISSING)
-        setattr(owner, name, value)
 
         def restore() -> None:
-            if vars(owner).get(name, _MISSING) is not value:
+            now = vars(owner).get(name, _MISSING)
+            if now is before:
+                return  # an exception came before it was replaced
+            if now is not value:
                 raise RuntimeError(
                     f"{label} was replaced again after fasttax did, by something that is still in "
                     "place; undo that first"
@@ -73,3 +75,4 @@ class Handle:
                 setattr(owner, name, before)
 
         self.on_undo(restore)
+        setattr(owner, name, value)

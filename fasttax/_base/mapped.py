@@ -25,6 +25,7 @@ FORMAT_KEY = "fasttax"
 CHECKSUM, CHECKSUMS = "checksum", "checksums"  # header entries: of the header, of each tensor
 KNOWN = {FORMAT_KEY, "metadata", CHECKSUM, CHECKSUMS, "format"}
 LONGEST = 100_000_000  # bytes of a header, safetensors' own limit
+DIMENSIONS, ENTRIES = 64, 2**63 - 1  # the most that a tensor of torch has
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 CODES = {
@@ -56,33 +57,42 @@ def write_streamed(
     metadata: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
     more: Mapping[str, str] | None = None,
-    lasting: bool = True,
 ) -> None:
     """A file with one tensor in memory at a time; `specs` says beforehand what each will be.
 
-    `more`: header entries of other readers. `lasting`: False for a file that only this process
-    reads: it need not be on the disk.
+    `more`: header entries of other readers.
 
     Raises:
         AssertionError: a tensor is not what `specs` said.
     """
+    with placed.file(Path(path)) as temporary, open(temporary, "r+b") as file:
+        write_into(file, kind, specs, metadata, tensors, more)
+
+
+def write_into(
+    file: BinaryIO,
+    kind: str,
+    specs: Mapping[str, Spec],
+    metadata: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """The same into an open empty file."""
     sums = dict.fromkeys(specs, 0)
     facts = {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata)), **(more or {})}
     entries, size = _laid_out(specs)
     text = _header(facts, sums, entries)
-    with placed.file(Path(path), lasting) as temporary, open(temporary, "r+b") as file:
-        for name, t in tensors:
-            if (t.dtype, tuple(t.shape)) != specs[name]:
-                raise AssertionError(
-                    f"{name}: {t.dtype} {tuple(t.shape)}, announced as {specs[name]}"
-                )
-            data = _bytes_of(t.detach().cpu().contiguous().reshape(-1))
-            sums[name] = zlib.crc32(data)
-            file.seek(8 + len(text) + entries[name]["data_offsets"][0])
-            file.write(data)
-        file.truncate(8 + len(text) + size)
-        file.seek(0)
-        file.write(len(text).to_bytes(8, "little") + _header(facts, sums, entries))
+    for name, t in tensors:
+        if (t.dtype, tuple(t.shape)) != specs[name]:
+            raise AssertionError(f"{name}: {t.dtype} {tuple(t.shape)}, announced as {specs[name]}")
+        data = _bytes_of(t.detach().cpu().contiguous().reshape(-1))
+        sums[name] = zlib.crc32(data)
+        file.seek(8 + len(text) + entries[name]["data_offsets"][0])
+        file.write(data)
+    file.truncate(8 + len(text) + size)
+    file.seek(0)
+    file.write(len(text).to_bytes(8, "little") + _header(facts, sums, entries))
+    file.flush()
 
 
 def _laid_out(specs: Mapping[str, Spec]) -> tuple[dict[str, Any], int]:
@@ -126,13 +136,17 @@ class TensorFile(Mapping[str, Tensor]):
 
     A file that takes its place meanwhile changes nothing. `about` is the header's metadata.
 
+    Args:
+        path: of the file.
+        file: it, open at its beginning, where it has no name.
+
     Raises:
         BadFileError: it is no whole safetensors file, or a tensor does not match its checksum.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], file: Any = None) -> None:
         self.path = Path(path)
-        self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+        self._file = file or open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
         try:
             self.about, self._entries, self._start = _parsed(self.path, self._file)
             self._sums = self._listed()
@@ -177,7 +191,7 @@ class TensorFile(Mapping[str, Tensor]):
         self._file.seek(self._start + begin)
         done = 0
         while done < len(data):
-            more = self._file.readinto(data[done:])  # type: ignore[attr-defined]
+            more = self._file.readinto(data[done:])
             if not more:
                 raise _bad(self.path, f"{name} ends early")
             done += more
@@ -278,9 +292,16 @@ def _extent(path: Path, name: str, entry: Any) -> tuple[int, int]:
         raise _bad(path, f"{name} has no dtype, shape and place") from None
     if not isinstance(code, str) or not isinstance(shape, list) or not whole or end < begin:
         raise _bad(path, f"{name} has no dtype, shape and place")
+    if len(shape) > DIMENSIONS or max(shape, default=0) > ENTRIES or _spans(shape) > ENTRIES:
+        raise _bad(path, f"{name} has a shape that no tensor has")
     if code in DTYPES and end - begin != math.prod(shape) * DTYPES[code].itemsize:
         raise _bad(path, f"{name} of {code} {shape} has {end - begin} bytes")
     return begin, end
+
+
+def _spans(shape: list[int]) -> int:
+    """What torch multiplies to strides, where a dimension of 0 counts as 1."""
+    return math.prod(n or 1 for n in shape)
 
 
 class Mapped:

@@ -1,14 +1,27 @@
-"""Files and folders that take their place whole or not at all, power losses included."""
+"""Files and folders that take their place whole or not at all, power losses included.
+
+What is being written has a temporary name, and its writer holds a lock on it. A writer that was
+killed holds none: who writes to that place next takes what it left away.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a posix system: what a killed writer leaves stays
+    fcntl = None  # type: ignore[assignment]
+
+ADVICE = "; free space there, or save elsewhere: what stood there before stands"
+LONGEST = 40  # characters of the place's name that a temporary one has, which may have 255 bytes
 
 
 def in_a_folder(op: str, path: str | os.PathLike[str]) -> Path:
@@ -26,30 +39,29 @@ def in_a_folder(op: str, path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def file(target: Path, lasting: bool = True) -> Iterator[Path]:
+def file(target: Path) -> Iterator[Path]:
     """An empty file beside `target`, whose place it takes if the block ends well.
 
     It vanishes if not. Its mode is that of the file that it replaces, or what the umask leaves of
-    0666. If `lasting`, contents are on the disk before the name is, and it before this returns.
+    0666. Contents are on the disk before the name is, and it before this returns.
 
     Yields:
         The temporary name.
+
+    Raises:
+        OSError: the system does not write; names `target` and says what to do.
     """
-    temporary = _beside(target)
-    try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+    def new(temporary: Path) -> int:
+        return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+
+    with _temporary(target, new) as temporary:
         yield temporary
         with contextlib.suppress(FileNotFoundError):
             os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
-        if lasting:
-            sync(temporary)
+        sync(temporary)
         os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    if lasting:
-        sync(target.parent)
+    sync(target.parent)
 
 
 @contextlib.contextmanager
@@ -58,23 +70,109 @@ def folder(target: Path) -> Iterator[Path]:
 
     Yields:
         The temporary folder.
+
+    Raises:
+        OSError: the system does not write; names `target` and says what to do.
     """
-    temporary = _beside(target)
-    try:
+
+    def new(temporary: Path) -> int:
         temporary.mkdir()
+        return os.open(temporary, os.O_RDONLY) if fcntl else -1
+
+    with _temporary(target, new) as temporary:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             sync(path)
         os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     sync(target.parent)
 
 
-def _beside(target: Path) -> Path:
-    """A free name in the folder of `target`, within the 255 bytes that a name may have."""
-    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial")
+@contextlib.contextmanager
+def _temporary(target: Path, new: Callable[[Path], int]) -> Iterator[Path]:
+    """A name beside `target` under which `new` makes something; it is gone if the block fails."""
+    with told(target):
+        sweep(target.parent, target.name)
+        temporary, descriptor = _locked(target, new)
+        try:
+            yield temporary
+        except BaseException:
+            _remove(temporary)
+            raise
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def told(target: str | os.PathLike[str]) -> Iterator[None]:
+    """The system's error of a full disk names no file: it is given one, and the way out."""
+    try:
+        yield
+    except OSError as error:
+        told_already = str(error.strerror).endswith(ADVICE)  # of a file in a folder that is to be
+        if error.errno is None or (error.filename is not None and not told_already):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno) + ADVICE, str(target)) from error
+
+
+def _locked(target: Path, new: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new temporary name and its descriptor, which holds the lock; -1 where there are none."""
+    while True:
+        temporary = target.with_name(f".{target.name[:LONGEST]}.{secrets.token_hex(8)}.partial")
+        descriptor = new(temporary)
+        if fcntl is None or (_lock(descriptor) and _is_at(descriptor, temporary)):
+            return temporary, descriptor
+        # another writer came between the two and took it for what a killed one left
+        os.close(descriptor)
+        _remove(temporary)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether nobody else has it. Where the system has no locks nobody can take it away either."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what killed writers left in `folder`, of the place `name` or of all places there."""
+    if fcntl is None:
+        return
+    stem = ".*" if name is None else re.escape(name[:LONGEST])
+    left = re.compile(rf"\.{stem}\.[0-9a-f]{{16}}\.partial", re.DOTALL)
+    for entry in os.listdir(folder):
+        if left.fullmatch(entry):
+            with contextlib.suppress(OSError):  # another one was faster, or it is another user's
+                _remove_if_left(folder / entry)
+
+
+def _remove_if_left(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(path)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder; it need not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def sync(path: Path) -> None:

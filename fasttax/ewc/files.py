@@ -73,9 +73,23 @@ def _check_base(op: str, argument: str, saved: str | None, updates: Sequence[Lor
 
 def _dtype_of(text: str | None) -> torch.dtype | str | None:
     """The anchor_dtype that `_facts` wrote."""
-    if text is None or not text.startswith("torch."):
+    if not isinstance(text, str) or not text.startswith("torch."):
         return text
-    return getattr(torch, text.removeprefix("torch."))
+    found = getattr(torch, text.removeprefix("torch."), text)
+    return found if isinstance(found, torch.dtype) else text
+
+
+def _recipe(op: str, facts: Mapping[str, Any]) -> tuple[float, str, torch.dtype | str | None]:
+    """The strength, storage and anchor_dtype that `_facts` wrote.
+
+    Raises:
+        TypeError, ValueError: one is none.
+    """
+    return (
+        checks.number(op, "strength", facts["strength"], low=0),
+        checks.choice(op, "storage", facts["storage"], STORAGES),
+        checked_anchor_dtype(op, _dtype_of(facts.get("anchor_dtype"))),
+    )
 
 
 def anchor_hash(hold: Hold) -> str:
@@ -135,26 +149,34 @@ def load(
     op = "EWC.load"
     with files.opened(path, "EWC") as (file, metadata):
         tensors, in_file = files.checked(file), mapped.Mapped(file)
-    facts = metadata.pop("ewc")
-    parts = Parts.of(tensors)
-    if not same_weights(weights_hash(parts.anchors.items()), facts["anchor_hash"]):
+    facts = metadata.pop("ewc", None)
+    if not isinstance(facts, dict) or not {"strength", "storage", "offload"} <= {*facts}:
+        raise _damaged(op, path, "no strength, storage and offload in its header")
+    try:
+        parts = Parts.of(tensors)
+    except ValueError as error:
+        raise _damaged(op, path, str(error)) from None
+    if not same_weights(weights_hash(parts.anchors.items()), str(facts.get("anchor_hash"))):
         raise _damaged(op, path, "the anchor does not match its hash")
     missing = [n for n in parts.anchors if n not in parts.fishers and n not in parts.sides]
     if missing:
         raise _damaged(op, path, f"no Fisher for {', '.join(missing[:5])}")
+    try:
+        strength, storage, dtype = _recipe(op, facts)
+        factored = _mapping(op, facts, "factored") if "factored" in facts else {}
+        saved = facts["offload"]
+        if saved not in OFFLOAD:
+            raise checks.fail(op, "offload", "None or 'cpu'", repr(saved))
+    except (TypeError, ValueError) as error:
+        raise _damaged(op, path, str(error)) from None
     if offload == "as saved":
-        offload = facts["offload"]
+        offload = saved
     if offload not in OFFLOAD:
         raise checks.fail(op, "offload", "None, 'cpu', or 'as saved'", repr(offload))
-    factored = _mapping(op, facts, "factored") if "factored" in facts else {}
     targets = match(op, model, _shapes(op, path, parts, factored), rename)
+    watch = watch_over(model, targets)
     hold = Hold(
-        checks.number(op, "strength", facts["strength"], low=0),
-        checks.choice(op, "storage", facts["storage"], STORAGES),
-        _dtype_of(facts.get("anchor_dtype")),
-        Store(offload),
-        watch_over(model, targets),
-        metadata=facts_of(metadata, targets),
+        strength, storage, dtype, Store(offload), watch, metadata=facts_of(metadata, targets)
     )
     plain = [t for t in targets if t.lora is None]
     missing = [t.given for t in plain if t.given not in parts.anchors]
@@ -203,6 +225,9 @@ def _shapes(
     shapes = {n: s.values for n, s in parts.fishers.items()}
     if set(factored) != set(parts.sides):
         raise _damaged(op, where, "shapes of other weights than its Kronecker factors")
+    for name, shape in factored.items():
+        if not isinstance(shape, Sequence) or not all(type(n) is int and n >= 0 for n in shape):
+            raise _damaged(op, where, f"no shape of {name}")
     return shapes | {n: shaped(factored[n]) for n in parts.sides}
 
 
@@ -275,15 +300,16 @@ def load_state_dict(hold: Hold, state: Mapping[str, Any]) -> None:
     tensors, metadata = (_mapping(op, state, key) for key in ("tensors", "metadata"))
     for name, t in tensors.items():
         checks.tensor(op, f"state['tensors'][{name!r}]", t, (*checks.FLOATS, torch.uint8))
-    parts = Parts.of(tensors)
+    try:
+        parts = Parts.of(tensors)
+    except ValueError as error:
+        raise ValueError(f"{op}: state: {error}; write it anew with .state_dict()") from None
     held = {h.name: h.fisher.values for h in hold.entries()}
     held |= {name: shaped(shape) for name, shape in hold.shapes().items()}
     factored = _mapping(op, state, "factored") if "factored" in state else {}
     given = _shapes(op, "state", parts, factored)
     differences(op, "state", unlike(held, given, "held with"))
-    strength = checks.number(op, "strength", state["strength"], low=0)
-    storage = checks.choice(op, "storage", state["storage"], STORAGES)
-    dtype = checked_anchor_dtype(op, _dtype_of(state.get("anchor_dtype")))
+    strength, storage, dtype = _recipe(op, state)
     shapes = {name: tuple(values.shape) for name, values in held.items()}
     check_parts(op, "state", shapes, parts)
     differing = set(hold.factored()) ^ set(parts.sides)

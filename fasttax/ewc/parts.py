@@ -14,6 +14,23 @@ from fasttax.ewc.fit import survey
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.factor import problem_of, rows_of
 
+# what a tensor's name begins with, and what must be there beside it under that name
+PAIRS = {
+    "fisher": "",
+    "scales": "fisher",
+    "anchor": "",
+    "lora_b": "lora_a",
+    "lora_a": "lora_b",
+    "left": "right",
+    "right": "left",
+}
+
+
+def _goes_with(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensor is one of an EWC's, and what it goes with is there."""
+    kind, _, name = key.partition(".")
+    return kind in PAIRS and (not PAIRS[kind] or f"{PAIRS[kind]}.{name}" in tensors)
+
 
 @dataclass
 class Parts:
@@ -29,7 +46,17 @@ class Parts:
         """From names that begin with what a tensor is.
 
         It is one of fisher, scales, anchor, lora_b, lora_a, left, right.
+
+        Raises:
+            ValueError: one is none of these, or lacks the one that it goes with.
         """
+        lone = [n for n in tensors if not _goes_with(n, tensors)]
+        if lone:
+            known = ", ".join(PAIRS)
+            raise ValueError(
+                f"expected tensors {known} of a parameter, scales with fisher, lora_b with lora_a, "
+                f"left with right, got {lone[0]} alone"
+            )
 
         def named(kind: str) -> dict[str, Tensor]:
             start = kind + "."

@@ -5,7 +5,6 @@ They lie beside the parameters, in pinned host memory, or in a memory-mapped fil
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax._base import checks, dtensor, mapped, packed
+from fasttax._base import checks, dtensor, mapped, packed, placed
 from fasttax._base.packed import Stored
 
 ANCHORS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -199,14 +198,13 @@ class Store:
         self, specs: dict[str, mapped.Spec], held: Iterable[Held], params: dict[str, Tensor]
     ) -> None:
         tensors = (item for h in held for item in h.tensors().items())
-        handle, path = tempfile.mkstemp(prefix="fasttax-ewc-", suffix=".safetensors")
-        os.close(handle)
-        try:
-            mapped.write_streamed(path, "EWC", specs, {}, tensors, lasting=False)
-            with mapped.TensorFile(path) as file:
-                self.adopt(mapped.Mapped(file), params)
-        finally:
-            os.unlink(path)  # the mapping keeps it
+        # without a name, so that a killed process leaves none; the mapping keeps it
+        with tempfile.TemporaryFile(prefix="fasttax-ewc-") as file:
+            where = f"{tempfile.gettempdir()} (offload='cpu')"
+            with placed.told(where):
+                mapped.write_into(file, "EWC", specs, {}, tensors)
+            file.seek(0)
+            self.adopt(mapped.Mapped(mapped.TensorFile(where, file)), params)
 
     # --- what comes out ----------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from fasttax.fisher.observation import Loss, Observation
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.plan import TIED, Filter, plan, select
 from fasttax.fisher.products import fast_linear
-from fasttax.fisher.resuming import differing
+from fasttax.fisher.resuming import differing, lacking
 from fasttax.fisher.rules.routing import RoutingBlock
 from fasttax.fisher.sums import Slot, Sums
 from fasttax.fisher.tap import Tap
@@ -471,13 +471,16 @@ class DiagonalFisher:
                 + "\n  ".join(differences[:20])
                 + "\ndelete the file to begin anew, or give the model and options that wrote it"
             )
+        wrong = lacking(metadata, tensors, self.error.state())
+        if wrong:
+            raise ValueError(
+                f"DiagonalFisher.resume: {os.fspath(path)} has no whole {wrong}; delete the file "
+                "to begin anew"
+            )
+        self.generator.set_state(tensors["generator"])
+        self.error.restore({k: tensors[f"error.{k}"] for k in self.error.state()})
         for n, t in self.sums.tensors().items():
             t.copy_(tensors[n])
-        prefix = "error."
-        self.error.restore(
-            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        )
-        self.generator.set_state(tensors["generator"])
         self.examples, self.tokens = metadata["examples"], metadata["tokens"]
         self.batches = metadata["batches"]
         self.hashed = self.batches, metadata.get("batches_hash", "")

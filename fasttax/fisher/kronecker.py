@@ -133,9 +133,13 @@ class KroneckerEstimate(Mapping[str, Tensor]):
         """
         tensors, metadata = files.read(path, KIND)
         names = [n.removeprefix("A.") for n in tensors if n.startswith("A.")]
-        lone = [n for n in names if f"G.{n}" not in tensors]
+        others = [n.removeprefix("G.") for n in tensors if n.startswith("G.")]
+        lone = sorted({*names} ^ {*others})
         if lone:
-            raise ValueError(f"{KIND}.load: {os.fspath(path)}: no G.{lone[0]}; write it anew")
+            lacking = "G" if lone[0] in names else "A"
+            raise ValueError(
+                f"{KIND}.load: {os.fspath(path)}: no {lacking}.{lone[0]}; write it anew"
+            )
         factors = {n: (tensors[f"A.{n}"], tensors[f"G.{n}"]) for n in names}
         try:
             return KroneckerEstimate(

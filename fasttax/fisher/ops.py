@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fasttax._base import checks, waits
+from fasttax._base.interrupts import surfaced
 from fasttax._base.library import define
 from fasttax.fisher import head
 from fasttax.reference import fisher as reference
@@ -143,6 +144,7 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
+@surfaced
 def linear_sqgrad(
     inputs: Tensor,
     grad_outputs: Tensor,
@@ -163,7 +165,7 @@ def linear_sqgrad(
             losses.
         cu_seqlens: (N + 1,), boundaries of the examples over flat inputs.
         example_weight: w, (N,).
-        out: (O, I), accumulated into.
+        out: (O, I), accumulated into; after an exception, Ctrl-C too, it has a part of the sum.
 
     Raises:
         ValueError, TypeError: a shape, dtype or boundary does not fit.
@@ -178,6 +180,7 @@ def linear_sqgrad(
     return result
 
 
+@surfaced
 def bias_sqgrad(
     grad_outputs: Tensor,
     *,
@@ -202,6 +205,7 @@ def bias_sqgrad(
     return result
 
 
+@surfaced
 def norm_sqgrad(
     inputs: Tensor,
     grad_outputs: Tensor,
@@ -233,6 +237,7 @@ def norm_sqgrad(
     return result
 
 
+@surfaced
 def embedding_sqgrad(
     ids: Tensor,
     grad_outputs: Tensor,
@@ -303,6 +308,7 @@ def _ids_in_range(op: str, ids: Tensor, count: int) -> Tensor:
     return ids
 
 
+@surfaced
 def lm_head_fisher(
     hidden: Tensor,
     weight: Tensor,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+COUNTS = ("examples", "tokens", "batches")
 SUMS = ("sum", "left", "right", "tokens")  # what names of sums in a file begin with
 
 
@@ -38,3 +40,27 @@ def differing(
         if there != mine:
             found.append(f"{n.removeprefix('sum.')}: {there} in the file, {mine} here")
     return found
+
+
+def lacking(
+    metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], error: Mapping[str, Tensor]
+) -> str:
+    """What of a checkpoint's state is missing or no such thing, "" for nothing.
+
+    Args:
+        metadata: the file's.
+        tensors: the file's.
+        error: the running sums of the sampling error, as the estimation has them.
+    """
+    for name in COUNTS:
+        count = metadata.get(name)
+        if type(count) is not int or count < 0:
+            return name
+    for name, mine in error.items():
+        found = tensors.get(f"error.{name}")
+        if found is None or found.shape != mine.shape or found.dtype != mine.dtype:
+            return f"error.{name}"
+    generator = tensors.get("generator")
+    if generator is None or generator.dtype != torch.uint8 or generator.dim() != 1:
+        return "generator"
+    return ""

@@ -138,17 +138,16 @@ class FullKL(Handle):
             refuse_deepspeed(OP, trainer, "replay")
         more = None if replay is None else Options.of(OP, replay, self._ref_model)
         self._hooks: list[RemovableHandle] = []
-        self._watch()
         self.events = KLEvents(trainer, self.control)
         self._inputs: dict[str, Any] | None = None  # the batch whose loss is being computed
         self._num_items: Any = None  # that its loss is given
         self._states: dict[nn.Module, Any] = {}  # outputs of the policy's backbones
         self._terms: list[_Term] = []  # of the batch's forwards
-        self.replace(trainer, "compute_loss", self._with_kl(trainer.compute_loss), "compute_loss")
-        self.on_undo(self._unwatch)
-        add_callback(self, trainer, self.events)
-        if more is not None:
-            self._add_replay(more)
+        try:
+            self._install(more)
+        except BaseException:
+            self.undo()
+            raise
 
     def __repr__(self) -> str:
         ended = "" if self.active else ", undone"
@@ -160,12 +159,14 @@ class FullKL(Handle):
         """The coefficient, an AdaptiveKL's as it is at present."""
         return self._beta if self.control is None else self.control.beta
 
-    def _add_replay(self, options: Options) -> None:
-        try:
-            add_replay(self, self.trainer, options)
-        except BaseException:
-            self.undo()
-            raise
+    def _install(self, replay: Options | None) -> None:
+        trainer = self.trainer
+        self.on_undo(self._unwatch)
+        self._watch()
+        self.replace(trainer, "compute_loss", self._with_kl(trainer.compute_loss), "compute_loss")
+        add_callback(self, trainer, self.events)
+        if replay is not None:
+            add_replay(self, trainer, replay)
 
     # --- seeing the policy's forward --------------------------------------------------------------
 

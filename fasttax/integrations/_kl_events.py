@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from fasttax._base import files
 from fasttax.integrations._trainer import checkpoint_folder, publish, write_state
 from fasttax.integrations.control import AdaptiveKL
 
@@ -57,7 +57,8 @@ class KLEvents(TrainerCallback):
         """Resumes the coefficient."""
         path = checkpoint_folder(args, state) / STATE_FILE
         if self.control is not None and path.is_file():
-            self.control.load_state_dict(json.loads(path.read_text()))
+            way_out = "resume from another checkpoint, or delete the file to begin with beta anew"
+            self.control.load_state_dict(files.read_json("FullKL", path, way_out))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the coefficient beside the checkpoint."""

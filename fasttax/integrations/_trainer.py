@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from fasttax._base import checks
+from fasttax._base import checks, files
 from fasttax._base.handle import Handle
 
 
@@ -96,12 +96,12 @@ def loss_scale(optimizer: Any, device: torch.device) -> float | Tensor:
 def add_callback(handle: Handle, trainer: Any, callback: TrainerCallback) -> None:
     """Puts a callback in front of the reporters, which then see what it adds to a log."""
     handler = trainer.callback_handler
-    _put_in_front(handler, callback)
 
     def restore() -> None:
         handler.callbacks = [c for c in handler.callbacks if c is not callback]
 
     handle.on_undo(restore)
+    _put_in_front(handler, callback)
 
 
 def move_to_the_front(callback: TrainerCallback) -> None:
@@ -157,6 +157,5 @@ def checkpoint_folder(args: Any, state: Any) -> Path:
 def write_state(path: Path, values: Mapping[str, Any]) -> None:
     """JSON beside a checkpoint's files, under its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dict(values)))
-    partial.replace(path)
+    text = json.dumps(dict(values))
+    files.whole("Trainer", path, lambda name: name.write_text(text, encoding="utf-8"))

@@ -11,12 +11,11 @@ clip, on_pre_optimizer_step, step.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttax._base import checks
+from fasttax._base import checks, files
 from fasttax._base.handle import Handle
 from fasttax._base.hashes import same_weights, weights_hash
 from fasttax.ewc.attach import innermost
@@ -361,7 +360,9 @@ def _check_resumed(ewc: EWC, path: Path) -> None:
     """Refuses another anchor than the one that the checkpoint was trained with."""
     if not path.is_file():
         return
-    saved, now = json.loads(path.read_text())["anchor_hash"], _anchor_hash(ewc)
+    way_out = "resume from another checkpoint, or delete the file to go on without this check"
+    saved = str(files.read_json("EWCCallback", path, way_out).get("anchor_hash"))
+    now = _anchor_hash(ewc)
     if not same_weights(saved, now):
         raise checks.fail(
             "EWCCallback",

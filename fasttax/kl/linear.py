@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fasttax._base import checks
 from fasttax._base.choices import GradMode, Infinities, KlKind, Reduction
+from fasttax._base.interrupts import surfaced
 from fasttax._base.modes import autocast_dtype, transforming
 from fasttax._base.optional import given
 from fasttax.kl.call import (
@@ -94,6 +95,7 @@ def linear_token_kl(
     return_entropy: bool,
     **options: Unpack[LinearOptions],
 ) -> Any: ...
+@surfaced
 def linear_token_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -235,6 +237,7 @@ def linear_token_kl(
     return (values["kl"], values["entropy"]) if return_entropy else values["kl"]
 
 
+@surfaced
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,

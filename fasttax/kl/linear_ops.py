@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks
+from fasttax._base.interrupts import surfaced
 from fasttax._base.library import (
     define,
     lib,
@@ -86,6 +87,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(*output[1:])
 
 
+@surfaced
 def _backward(ctx: Any, d_rows: Tensor | None, *others: Any) -> Any:
     if d_rows is None:
         return (None,) * (TENSORS + 2 + len(ctx.rest))

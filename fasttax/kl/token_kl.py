@@ -25,6 +25,7 @@ from torch import Tensor
 from fasttax import reference
 from fasttax._base import checks
 from fasttax._base.choices import Infinities, KlKind, Reduction
+from fasttax._base.interrupts import surfaced
 from fasttax._base.library import define, lib, no_double_backward, no_second_derivative
 from fasttax.kl.call import (
     OPTIONS,
@@ -41,6 +42,7 @@ from fasttax.reference.numbers import empty_gradient, wide_dtype
 from fasttax.reference.rows import SAVED_KL
 
 
+@surfaced
 def token_kl(
     logits: Tensor,
     ref_logits: Tensor,
@@ -228,6 +230,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
+@surfaced
 def _backward(ctx: Any, d_kl: Tensor | None, d_saved: None) -> Any:
     if d_kl is None:
         return (None,) * (3 + len(ctx.options))
@@ -282,6 +285,7 @@ class _InplaceTokenKL(torch.autograd.Function):
         return kl
 
     @staticmethod
+    @surfaced
     def backward(ctx: Any, d_kl: Tensor) -> Any:
         checks.no_tangent("token_kl", "the gradient of its result", d_kl)
         logits, ref_logits, mask, saved = ctx.saved_tensors

@@ -12,6 +12,7 @@ from torch import Tensor
 from fasttax import reference
 from fasttax._base import checks
 from fasttax._base.choices import Infinities, KlKind, Reduction
+from fasttax._base.interrupts import surfaced
 from fasttax._base.library import define, lib, no_double_backward
 from fasttax.kl.call import (
     KINDS,
@@ -73,6 +74,7 @@ def check_outputs(op: str, outputs: Sequence[str], ids: Any, ref: Any) -> tuple[
     return tuple(outputs)
 
 
+@surfaced
 def token_stats(
     logits: Tensor,
     ref_logits: Tensor | None = None,
@@ -307,6 +309,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
+@surfaced
 def _backward(ctx: Any, d_values: Tensor | None, d_saved: None) -> Any:
     if d_values is None:
         return (None,) * (4 + len(ctx.options))

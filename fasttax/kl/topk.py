@@ -11,6 +11,7 @@ from torch import Tensor
 from fasttax import reference
 from fasttax._base import checks
 from fasttax._base.choices import Infinities, KlKind, Reduction
+from fasttax._base.interrupts import surfaced
 from fasttax._base.modes import compiling, transforming
 from fasttax.kl.call import Side, check_mask, tempering
 from fasttax.kl.token_kl import token_kl
@@ -66,6 +67,7 @@ def _tail_logp(top: Tensor) -> Tensor:
     return torch.log(mass.clamp_min(2.0**-24)).to(top.dtype)
 
 
+@surfaced
 def topk_kl(
     logits: Tensor,
     ref_topk_logp: Tensor,

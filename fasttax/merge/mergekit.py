@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ def read_mergekit(path: str | os.PathLike[str]) -> Configured:
     content = _parsed(Path(path))
     method = content.get("merge_method")
     if method not in OURS:
-        raise file.error(f"merge_method {' or '.join(OURS)}", repr(method))
+        raise file.error(f"merge_method {' or '.join(OURS)}", _said(method))
     strange = [str(key) for key in content if key not in KEYS]
     if strange:
         raise file.error(f"none but {', '.join(KEYS)}", ", ".join(strange))
@@ -174,7 +175,7 @@ def read_mergekit(path: str | os.PathLike[str]) -> Configured:
     }
     normalize = shared.get("normalize", method == "linear")
     if not isinstance(normalize, bool):
-        raise file.error("normalize: true or false", repr(normalize))
+        raise file.error("normalize: true or false", _said(normalize))
     base, aligned = file.sides(content.get("base_model"), method, weights)
     weight = file.setting(weights[aligned])
     if method == "linear":
@@ -205,7 +206,7 @@ class _File:
         if given is None:
             return {}
         if not isinstance(given, Mapping) or not {*given} <= {*accepted}:
-            raise self.error(f"parameters of {', '.join(accepted)} alone", str(given))
+            raise self.error(f"parameters of {', '.join(accepted)} alone", _said(given))
         return given
 
     def models(self, models: Any) -> dict[str, Any]:
@@ -229,14 +230,18 @@ class _File:
         others = [name for name in named if name != base]
         complete = base in named or method == "task_arithmetic"
         if not isinstance(base, str) or len(others) != 1 or not complete:
-            got = f"base_model {base!r} and models {', '.join(named)}"
+            got = f"base_model {_said(base)} and models {', '.join(named)}"
             raise self.error("one base and one aligned model", got)
         return base, others[0]
+
+    def number(self, value: Any) -> float:
+        """A weight."""
+        return checks.number(READ, f"{self.path}: weight", value)
 
     def setting(self, value: Any) -> float | dict[str, float]:
         """A number, or numbers by the pattern that a filter is."""
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return checks.number(READ, "weight", value)
+            return self.number(value)
         if value is None or value == []:
             expected, got = "a weight for each model", f"{self.path} with a model that has none"
             raise checks.fail(READ, "path", expected, got, "mergekit asks for it, too")
@@ -246,11 +251,13 @@ class _File:
             fits = isinstance(row, Mapping) and isinstance(row.get("value"), int | float)
             if not fits or not {*row} <= {"filter", "value"}:
                 expected = "weights that are numbers, or lists of `filter` and `value`"
-                raise self.error(expected, json.dumps(value, default=str)[:80])
+                raise self.error(expected, _said(value))
             part = row.get("filter")
             # a filter is no pattern: its own `*`, `?` and `[` stand for themselves
+            if not isinstance(part, str | int | float | None):
+                raise self.error("filters that are parts of names", _said(part))
             pattern = "*" if part in (None, "*") else f"*{glob.escape(str(part))}*"
-            found.setdefault(pattern, checks.number(READ, "weight", row["value"]))
+            found.setdefault(pattern, self.number(row["value"]))
         return found
 
     def shares(self, rest: Any, weight: Any, normalize: bool) -> float | dict[str, float]:
@@ -273,10 +280,17 @@ class _File:
     def scaled(self, alpha: float | dict[str, float], scale: Any) -> float | dict[str, float]:
         """By task_arithmetic's lambda."""
         if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise self.error("lambda, a number", repr(scale))
+            raise self.error("lambda, a number", _said(scale))
         if isinstance(alpha, float):
             return alpha * scale
         return {pattern: value * scale for pattern, value in alpha.items()}
+
+
+def _said(value: Any) -> str:
+    """Some of a value, which may be aliases of aliases that would fill the memory, or a loop."""
+    shown = reprlib.Repr()
+    shown.maxlevel = 2
+    return shown.repr(value)
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -289,7 +303,8 @@ def _parsed(path: Path) -> dict[str, Any]:
         ) from error
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # ValueError: numbers and dates that are none; RecursionError: thousands of brackets
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise checks.fail(READ, "path", "YAML", f"{path} ({reason})") from None
     if not isinstance(content, dict) or "merge_method" not in content:

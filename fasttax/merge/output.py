@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fasttax._base import mapped, placed
+from fasttax._base import files, mapped, placed
 from fasttax._base.version import __version__
 from fasttax.merge.weights import INDEX, WEIGHTS, Weights
 
@@ -104,13 +104,7 @@ def _config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none; names the file.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"merge: {path} is no JSON ({error}); copy it anew") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"merge: {path} is no JSON object; copy it anew")
-    return found
+    return files.read_json("merge", path, "copy it anew")
 
 
 def _with_dtype(config: Any, text: str) -> Any:

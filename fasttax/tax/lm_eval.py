@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fasttax._base import checks
+from fasttax._base import checks, files
 from fasttax.tax.measurements import Measurements
 
 OP = "TaxReport.from_lm_eval"
@@ -51,7 +50,7 @@ class Results:
     @property
     def name(self) -> str:
         """The model's: the last part of its path."""
-        arguments = self.content.get("config", {}).get("model_args")
+        arguments = (self.content.get("config") or {}).get("model_args")
         model = self.content.get("model_name")
         if not model and isinstance(arguments, dict):
             model = arguments.get("pretrained")
@@ -88,7 +87,8 @@ class Results:
         if not found:
             raise checks.fail(OP, "metrics", f"one of {task!r}'s metrics, {keys}", repr(metric))
         name, _, filtered = found[0].partition(",")
-        up = self.content.get("higher_is_better", {}).get(task, {}).get(name)
+        directions = self.content.get("higher_is_better") or {}
+        up = directions.get(task, {}).get(name)
         if up is False:
             raise checks.fail(
                 OP,
@@ -102,14 +102,15 @@ class Results:
         se = _number(error)
         return Scored(found[0], float(row[found[0]]), se, self._items(task))
 
-    def _items(self, task: str) -> int | None:
-        """How many items were run; of a group all of its tasks'."""
+    def _items(self, task: str, groups: frozenset[str] = frozenset()) -> int | None:
+        """How many items were run; of a group all of its tasks'. `groups`: those that it is in."""
         samples = self.content.get("n-samples") or {}
         if task in samples:
             count = samples[task].get("effective")
             return count if isinstance(count, int) and count > 0 else None
         parts = (self.content.get("group_subtasks") or {}).get(task) or []
-        counts = [self._items(part) for part in parts if part != task]
+        within = groups | {task}
+        counts = [self._items(part, within) for part in parts if part not in within]
         known = [count for count in counts if count is not None]
         return sum(known) if known and len(known) == len(counts) else None
 
@@ -179,18 +180,43 @@ def read(path: str | os.PathLike[str]) -> Results:
                 f"{OP}: {target} has no results_*.json; run lm_eval with --output_path {target}"
             )
         target = found[-1]
-    try:
-        content = json.loads(target.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise checks.fail(OP, "paths", "JSON", f"{target} ({error})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
-        raise checks.fail(
-            OP, "paths", 'a result file of lm-evaluation-harness, with "results"', str(target)
-        )
+    content = files.read_json(
+        OP, target, "take a result file of lm-evaluation-harness, results_*.json"
+    )
+    strange = _strange(content)
+    if strange:
+        expected = 'a result file of lm-evaluation-harness, with "results"'
+        raise checks.fail(OP, "paths", expected, f"{target} with other {strange}")
     results = Results(target, content)
     if not results.tasks():
         raise checks.fail(OP, "paths", "tasks with scores", f"{target} without one")
     return results
+
+
+# what of a file is read: mappings, and of what their values must be
+PARTS: dict[str, type] = {
+    "results": object,
+    "config": object,
+    "group_subtasks": list,
+    "higher_is_better": dict,
+    "n-samples": dict,
+    **dict.fromkeys(SAME, object),
+}
+
+
+def _strange(content: Mapping[str, Any]) -> str:
+    """The first part of a file that is not of its kind, "" for none."""
+    if content.get("results") is None:
+        return "results"
+    for name, kind in PARTS.items():
+        part = content.get(name)
+        if part is None:
+            continue
+        if not isinstance(part, dict) or not all(isinstance(v, kind) for v in part.values()):
+            return name
+        if kind is list and not all(isinstance(text, str) for v in part.values() for text in v):
+            return name
+    return ""
 
 
 def _metrics(row: Mapping[str, Any]) -> list[str]:
@@ -208,7 +234,10 @@ def _number(value: object) -> float | None:
     """A finite number, or None; the harness writes "N/A" and " " too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond float64
+        return None
 
 
 def _same_questions(base: Results, other: Results, tasks: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fasttax.tax import figure, lm_eval, page, words
 from fasttax.tax.checkpoints import SIDES, Checkpoint, Score
 from fasttax.tax.measurements import Measurements
 
-FORMAT = "fasttax.TaxReport"
+FORMAT, CHECKSUM = "fasttax.TaxReport", "checksum"
 # of a checkpoint, where there is one
 MEASURED = ("kl", "distance", "run", "stage", "step", "se", "seed", "n", "task_kl", "quadratic")
 
@@ -113,8 +114,10 @@ class TaxReport(Measurements):
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """JSON, written whole or not at all."""
-        text = json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"
+        """JSON, written whole or not at all, with a checksum of what it says."""
+        content = self.as_dict()
+        content[CHECKSUM] = _checksum(content)
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         return files.whole("TaxReport", path, lambda name: name.write_text(text, encoding="utf-8"))
 
     @classmethod
@@ -127,7 +130,8 @@ class TaxReport(Measurements):
         with what else `add` takes, where it was measured.
 
         Raises:
-            ValueError: no JSON, or no such object; the text names the file and what is missing.
+            ValueError: no JSON, or no such object; the text names the file and what is missing. Or
+                other numbers than those of its checksum, where it has one.
         """
         op = "TaxReport.load"
         given = _read(op, path)
@@ -192,17 +196,24 @@ class TaxReport(Measurements):
         return files.whole("TaxReport", path, lambda name: name.write_text(text, encoding="utf-8"))
 
 
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of a report's object without its checksum, whatever the order and layout of its text."""
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
 def _read(op: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     """The file's object, with a base and checkpoints that have what `add` must be given."""
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise checks.fail(op, "path", "JSON", f"{path} ({error})") from None
-    if (
-        not isinstance(given, dict)
-        or not isinstance(given.get("base"), dict)
-        or not isinstance(given.get("checkpoints"), list)
-    ):
+    way_out = 'write it anew with .save(), or by hand with "base" and "checkpoints" as load says'
+    given = files.read_json(op, path, way_out)
+    if CHECKSUM in given and given.pop(CHECKSUM) != _checksum(given):
+        raise checks.fail(
+            op,
+            "path",
+            "what was saved",
+            f"{path}, whose checksum is of other numbers",
+            "write it anew with .save(); after a change by hand delete its line 'checksum'",
+        )
+    if not isinstance(given.get("base"), dict) or not isinstance(given.get("checkpoints"), list):
         raise checks.fail(
             op,
             "path",
