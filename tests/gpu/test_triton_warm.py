@@ -35,7 +35,7 @@ def kernels() -> set[tuple[str, str]]:
 def check_all() -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
-    from fasttax.cli import warm
+    from fasttax.cli import _warm as warm
 
     started = set()
     run = InterpretedFunction.run
@@ -96,7 +96,7 @@ def test_without_triton_it_says_what_brings_it(
 def test_it_tells_what_it_compiled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fasttax.cli import warm
+    from fasttax.cli import _warm as warm
 
     def stands_in(device: torch.device, say: Any) -> list[warm.Warmed]:
         assert device.type == "cuda"
