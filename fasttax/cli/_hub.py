@@ -24,10 +24,10 @@ def check(op: str, word: str, name: str, expected: str, kind: str = "model") -> 
     if not ID.fullmatch(name):
         raise checks.fail(op, word, expected, repr(name))
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # which the Hub's errors are, and what it raises without a network
-    errors: tuple[type[Exception], ...] = (*_network_errors(), OSError, HFValidationError)
+    # of the client that this huggingface_hub has (requests, httpx, httpx2), without a network too
+    errors = (*HfHubHTTPError.__bases__, OSError, HFValidationError)
     config = "config.json" if kind == "model" else "README.md"
     cached = try_to_load_from_cache(name, config, repo_type=kind)
     if constants.HF_HUB_OFFLINE or isinstance(cached, str):
@@ -42,12 +42,3 @@ def check(op: str, word: str, name: str, expected: str, kind: str = "model") -> 
             expected,
             f"{name!r}: no file or folder here, and of the Hub: {_options.brief(error)}",
         ) from error
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """Of the client that this huggingface_hub has: httpx, or before 1.0 requests."""
-    try:
-        from httpx import HTTPError
-    except ModuleNotFoundError:
-        return ()
-    return (HTTPError,)

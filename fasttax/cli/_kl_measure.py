@@ -106,6 +106,7 @@ def add_parser(tools: Any) -> None:
     """The tool's arguments."""
     parser = tools.add_parser(
         "measure",
+        help="both KLs of two models on text, token by token",
         description=(
             "Exact KL between POLICY and REF in both directions, in nats a token: by domain, the "
             "tokens where it is largest, and a page with the tokens coloured by it."

@@ -93,10 +93,11 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fasttax kl", description="Tools for the KL to a reference."
     )
-    tools = parser.add_subparsers(dest="what", required=True, metavar="measure | cache")
+    tools = parser.add_subparsers(dest="what", required=True, metavar="TOOL")
     _kl_measure.add_parser(tools)
     cache = tools.add_parser(
         "cache",
+        help="a reference's top-k log-probs, for training without it",
         description=(
             "Keep a reference model's k largest log-probs after every token of DATA; "
             "FullKL(trainer, 'FILE', beta) reads them. They go to disk as they come: after an "

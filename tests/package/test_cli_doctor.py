@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import fasttax
 from fasttax import cli
 from fasttax._base import library
 from fasttax.cli import doctor
+from fasttax.cli.commands import COMMANDS
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +166,26 @@ def test_completion_knows_every_command(capsys: pytest.CaptureFixture[str]) -> N
     for shell in ("bash", "zsh", "tcsh"):
         assert cli.main(["completion", shell]) == 0
         script = capsys.readouterr().out
-        assert all(word in script for word in ("fisher", "kl", "doctor", "--temperature"))
+        assert all(name in script for name in COMMANDS)
+
+
+def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert cli.main(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    for words, completed in (
+        ("he", "help"),
+        ("kl ca", "cache"),
+        ("kl cache --te", "--temperature"),
+    ):
+        command = (
+            f"source script; COMP_WORDS=(fasttax {words}); COMP_CWORD={len(words.split())}; "
+            "_shtab_fasttax; echo ${COMPREPLY[@]}"
+        )
+        run = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == completed
 
 
 def test_completion_without_shtab(

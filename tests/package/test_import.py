@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fasttax.cli.commands import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[2]
 # which a training may never need; torch brings jinja2, sympy and networkx itself where it wants
 HEAVY = (
@@ -65,6 +67,14 @@ def python(code: str, root: Path = ROOT) -> str:
 def test_nothing_heavy_is_imported() -> None:
     loaded = json.loads(python(LOADED))
     assert "fasttax.kl.token_kl" in loaded
+    assert [name for name in loaded if name in HEAVY] == []
+
+
+def test_no_command_is_slow_to_refuse() -> None:
+    """What a command imports before it has looked at what it was given."""
+    imported = "\n".join(f"import fasttax.cli.{name}" for name in COMMANDS)
+    loaded = json.loads(python(LOADED.replace("import fasttax\n", f"import fasttax\n{imported}\n")))
+    assert "fasttax.cli.kl" in loaded
     assert [name for name in loaded if name in HEAVY] == []
 
 
