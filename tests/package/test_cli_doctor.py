@@ -179,7 +179,7 @@ def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("kl cache --te", "--temperature"),
     ):
         command = (
-            f"source script; COMP_WORDS=(fasttax {words}); COMP_CWORD={len(words.split())}; "
+            f"source ./script; COMP_WORDS=(fasttax {words}); COMP_CWORD={len(words.split())}; "
             "_shtab_fasttax; echo ${COMPREPLY[@]}"
         )
         run = subprocess.run(
