@@ -9,6 +9,7 @@ EXTRAS = {  # package -> the extra that has it
     "lightning": "lightning",
     "matplotlib": "report",
     "scipy": "report",
+    "jinja2": "report",
     "rich": "demo",
     "gguf": "demo",
     "shtab": "completion",

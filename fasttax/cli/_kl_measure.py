@@ -24,11 +24,6 @@ from fasttax.tax.words import Table, aligned
 OP = "fasttax kl measure"
 LENGTH = 512
 CONTEXT = 8  # tokens before a token that the list of the worst shows
-COLOR = "209,73,91"
-CSS = (
-    "<style>.row{white-space:pre-wrap;font:14px/1.7 ui-monospace,monospace;margin:.6rem 0;"
-    "border-left:3px solid #ddd;padding-left:.6rem}</style>"
-)
 
 
 @dataclass(frozen=True)
@@ -263,31 +258,26 @@ def _page(
     every = every[torch.isfinite(every)]
     full = max(float(every.quantile(0.99)) if 0 < len(every) <= 1 << 24 else 1.0, 1e-12)
     shown = sorted(measured, key=lambda m: -float(m.policy_ref.mean()))[: args.rows]
-    title = f"KL of {Path(args.policy).name} to {Path(args.ref).name}"
-    parts = [CSS, f"<h1>{pages.escape(title)}</h1>"]
-    for heading, table in (("By domain", _domains(domains)), ("Largest", worst)):
-        cells = [[pages.escape(cell) for cell in row] for row in table.rows]
-        parts.append(f"<h2>{heading}</h2>" + pages.table(table.headings, cells))
-        parts.append(f"<p class=note>{pages.escape(table.note)}</p>")
-    parts.append(
-        f"<h2>Tokens</h2><p class=note>{len(shown)} of {len(measured)} sequences, the largest "
-        f"means first; full colour from {full:.3g} nats on, KL(policy||ref); point at a token for "
-        "its numbers.</p>"
+    return pages.render(
+        "cli/kl_measure.html",
+        title=f"KL of {Path(args.policy).name} to {Path(args.ref).name}",
+        domains=_domains(domains),
+        worst=worst,
+        rows=[list(_coloured(m, tokenizer, full)) for m in shown],
+        count=len(measured),
+        full=full,
     )
-    parts.extend(f"<div class=row>{_coloured(m, tokenizer, full)}</div>" for m in shown)
-    return pages.page(title, "".join(parts))
 
 
-def _coloured(m: Measured, tokenizer: Any, full: float) -> str:
-    """A sequence's tokens, each with the strength of its KL."""
-    spans = [pages.escape(tokenizer.decode(m.row.ids[:1]))]
+def _coloured(m: Measured, tokenizer: Any, full: float) -> Iterator[tuple[str, float, str]]:
+    """A sequence's tokens, the strength of each one's KL, and its numbers.
+
+    Yields:
+        Of the first token, of which nothing is predicted, no numbers.
+    """
+    yield tokenizer.decode(m.row.ids[:1]), 0.0, ""
     for token, one, other in zip(
         m.row.ids[1:], m.policy_ref.tolist(), m.ref_policy.tolist(), strict=True
     ):
-        strength = min(1.0, one / full)
         said = f"{one:.3g} policy||ref, {other:.3g} ref||policy"
-        spans.append(
-            f'<span style="background:rgba({COLOR},{strength:.2f})" title="{said}">'
-            f"{pages.escape(tokenizer.decode([token]))}</span>"
-        )
-    return "".join(spans)
+        yield tokenizer.decode([token]), min(1.0, one / full), said
