@@ -27,7 +27,7 @@ def check(op: str, word: str, name: str, expected: str, kind: str = "model") -> 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     # of the client that this huggingface_hub has (requests, httpx, httpx2), without a network too
-    errors = (*HfHubHTTPError.__bases__, OSError, HFValidationError)
+    errors: Any = (*HfHubHTTPError.__bases__, OSError, HFValidationError)
     config = "config.json" if kind == "model" else "README.md"
     cached = try_to_load_from_cache(name, config, repo_type=kind)
     if constants.HF_HUB_OFFLINE or isinstance(cached, str):

@@ -206,6 +206,37 @@ def test_nothing_is_loaded_before_the_rest_is_right(
         assert cli.main(line) == 2, case
 
 
+def test_the_hub_is_asked_once(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    m0, text = str(models / "m0"), str(models / "text.txt")
+    asked: list[tuple[str, float]] = []
+    of_client: Any = HfHubHTTPError.__bases__[0]
+    for error in (ConnectionError("no route"), of_client("not known")):
+
+        def ask(_: Any, name: str, timeout: float, error: Exception = error) -> None:
+            asked.append((name, timeout))
+            raise error
+
+        for kind in ("model_info", "dataset_info"):
+            monkeypatch.setattr(huggingface_hub.HfApi, kind, ask)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        for line, word in (
+            (["fisher", "nobody/nothing", text], "model"),
+            (["kl", "cache", m0, "nobody/nothing"], "data"),
+            (["kl", "measure", m0, "nobody/nothing", text], "ref"),
+            (["plan", "nobody/nothing"], "model"),
+        ):
+            assert cli.main(line) == 2
+            said = capsys.readouterr().err
+            assert f": {word}: expected " in said
+            assert f"'nobody/nothing': no file or folder here, and of the Hub: {error}" in said
+    assert asked == [("nobody/nothing", 5.0)] * 8
+
+
 def test_json_of_fisher_and_cache(models: Path, tmp_path: Path) -> None:
     m0, text = str(models / "m0"), str(models / "text.txt")
     out = str(tmp_path / "f.safetensors")
