@@ -15,7 +15,7 @@ struct JointCap {
   static constexpr float kGap = 0.3f;  // 9 of logits capped at 30
   float inside, cap;
 
-  explicit JointCap(const KlParams& k) : inside(k.scale / k.cap), cap(k.cap) {}
+  explicit JointCap(const KlParams& k) : inside(k.inside), cap(k.cap) {}
   // The inf mask goes by the raw logits too, so it stays with KlFrame's formula.
   static bool fits(const KlParams& k) { return k.joint_cap && !k.inf_mask; }
 

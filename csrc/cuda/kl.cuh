@@ -109,8 +109,7 @@ __device__ inline void kl_finish_masked(const KlArgs& a, int64_t row) {
 }
 
 __device__ __forceinline__ KlTeam kl_whole_team(const KlArgs& a, float* own, int64_t row) {
-  const int spans = kl_spans(a.v);
-  return {own, spans, 0, spans, 0, 0, 1, spans, int(row)};
+  return {own, a.spans, 0, a.spans, 0, 0, 1, a.spans, int(row)};
 }
 
 // Grid: n rows times `splits` blocks, a row's blocks beside each other.
@@ -134,8 +133,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     team.end = int(int64_t(rounds) * (share + 1) / a.splits) * kKlWarps;
     team.end = team.end < team.spans ? team.end : team.spans;
   }
-  // on sm_80 float32's entries leave no registers for it
-  constexpr bool kShared = sizeof(T) == 4 && !FASTTAX_CLUSTERS;
+  constexpr bool kShared = sizeof(T) == 4;  // whose entries leave no registers for it
   if (kShared && threadIdx.x == 0) sh.team = team;
   if (kShared) __syncthreads();
   const KlTeam& own = kShared ? sh.team : team;
@@ -238,8 +236,10 @@ __device__ __forceinline__ JsdLanes kl_mix_lanes(const Source& rows, const KlArg
           for (int j = 0; j < n; ++j) lanes.near(a.jsd, kl_exp2(frame.ax2<kWay>(x[j])), u[j]);
         } else {
 #pragma unroll
-          for (int j = 0; j < n; ++j)
-            any(std::false_type{}, frame.ax2<kWay>(x[j]), frame.ay2<kWay>(x[j], y[j]), u[j]);
+          for (int j = 0; j < n; ++j) {
+            const float ax2 = frame.ax2<kWay>(x[j]);
+            any(std::false_type{}, ax2, frame.ay2<kWay>(ax2, y[j]), u[j]);
+          }
         }
       }
     }
@@ -278,7 +278,7 @@ __device__ bool kl_row_second(const Source& rows, const KlArgs& a, KlTeam& team,
   if (KlFormula<kind>::is_zero(a.k.beta))
     return ticket == nullptr || kl_last_to_arrive(ticket, a.splits, sh);  // 0, or NaN: known
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int64_t span = kl_span(a.v);
+  const int64_t span = a.span;
   const KlDeviceFrame frame(a, sh.state.r);
   for (int i = team.begin + warp; i < team.end; i += kKlWarps) {
     const int64_t begin = i * span, end = begin + span < a.v ? begin + span : a.v;
@@ -398,7 +398,7 @@ __device__ void kl_both_row(const Source& rows, const Again& again_of, const KlA
   const int64_t row = team.row;
   const auto again = again_of();
   if (threadIdx.x == 0 && team.rank == 0) kl_finish<op>(again, a, row, sh.state);
-  const int64_t span = kl_span(a.v);
+  const int64_t span = a.span;
   const KlSlope<op, false> slope(a, StatsRow{sh.state.r, 0, 0, 0}, a.upstream + row, a.n);
   const KlTarget<T> dx(a.dx, kKlOwn, row), dy({}, kKlOwn, row);
   // backwards: what was read last is nearest
@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   if (a.mask && !a.mask[row]) {
     const KlTarget<T> dx(a.dx, kKlOwn, row), dy({}, kKlOwn, row);
     if (threadIdx.x == 0) kl_finish_masked<op>(a, row);
-    const int64_t span = kl_span(a.v);
+    const int64_t span = a.span;
     for (int i = int(threadIdx.x / 32); i < team.spans; i += kKlWarps)
       kl_span_zero(i * span, (i + 1) * span < a.v ? (i + 1) * span : a.v, dx, dy);
     return;
@@ -451,7 +451,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
     kl_resident_kernel(const __grid_constant__ KlArgs a) {
   FASTTAX_DYNAMIC_SHARED(memory);
   KlShared& sh = *reinterpret_cast<KlShared*>(memory);
-  const int64_t row = blockIdx.x / unsigned(a.cluster), span = kl_span(a.v);
+  const int64_t row = blockIdx.x / unsigned(a.cluster), span = a.span;
   KlTeam team = kl_whole_team(a, reinterpret_cast<float*>(memory + kl_header()), row);
   team.size = a.cluster;
   team.rank = int(blockIdx.x % unsigned(a.cluster));
@@ -473,7 +473,7 @@ __global__ void __launch_bounds__(kKlThreads, 2)
   kl_stage<T>(kl_row_at(a.y, row), a.v, first, last, y);
   if (threadIdx.x == 0) sh.team = team;
   __syncthreads();
-  const KlStaged<T> staged(x, y, kKlOwn, first);
+  const KlStaged<T> staged(x, y, first);
   kl_both_row<op, true>(staged, [&] { return staged; }, a, sh.team, sh);
   kl_cluster_sync();  // no block may leave while another reads its parts
 }

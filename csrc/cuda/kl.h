@@ -36,6 +36,14 @@ FASTTAX_HD constexpr bool kl_op_capped(KlOp op) {
   return kl_is_kind(op) && kl_kind(op) != KlKind::kRenyi;
 }
 
+constexpr int kSpan = 1024;  // entries of one warp in a row of up to 2^19; a multiple of it beyond
+constexpr int kMaxSpans = 512;
+
+inline int64_t kl_span(int64_t v) {
+  return (v + int64_t(kSpan) * kMaxSpans - 1) / (int64_t(kSpan) * kMaxSpans) * kSpan;
+}
+inline int kl_spans(int64_t v) { return int((v + kl_span(v) - 1) / kl_span(v)); }
+
 constexpr int kKlDims = 4;
 
 // rows of (..., V) whose last stride is 1: row n lies at base + sum over d of index_d * strides[d]
@@ -58,10 +66,18 @@ struct KlArgs {
   KlParams k;
   JsdCurves jsd;
   CapCurves cap;
-  int64_t n, v;
+  int64_t n, v;              // rows and their entries: see set_size()
+  int32_t span, spans;       // kl_span(v), kl_spans(v)
   FloatType x_type, y_type;  // of the rows and of their gradients
   int32_t splits;            // blocks a row
   int32_t cluster;
+
+  // Every block would divide 64 bits by 64 to find the same spans.
+  void set_size(int64_t rows, int64_t entries) {
+    n = rows, v = entries;
+    span = int32_t(kl_span(v)), spans = kl_spans(v);
+    splits = cluster = 1;
+  }
 };
 
 struct KlLaunch {

@@ -83,9 +83,9 @@ struct KlDeviceFrame : KlFrame<DeviceMath> {
     return (x - r.mx) * s2;
   }
   template <KlWay kWay>
-  __device__ __forceinline__ float ay2(float x, float y) const {
+  __device__ __forceinline__ float ay2(float of_ax2, float y) const {
     // on from ax, whose rounding p and q then share
-    if (kWay == KlWay::kCapped) return fmaf(y, -2 * k.cap * s2, ax2<kWay>(x) + (r.mx - r.my) * s2);
+    if (kWay == KlWay::kCapped) return fmaf(y, -2 * k.cap * s2, of_ax2 + (r.mx - r.my) * s2);
     return (y - r.my) * s2;
   }
   template <KlWay kWay>

@@ -14,7 +14,7 @@
 
 #if !defined(FASTTAX_DYNAMIC_SHARED)  // the SIMT machine of the tests has its own
 #define FASTTAX_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
-#define FASTTAX_OPAQUE(a, b) asm volatile("" : "+r"(a), "+r"(b))  // new values to the compiler
+#define FASTTAX_OPAQUE(a) asm volatile("" : "+r"(a))  // a new value to the compiler
 #endif
 
 namespace fasttax {

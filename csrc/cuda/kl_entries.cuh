@@ -212,7 +212,7 @@ struct KlStagedEntries {
   using Beyond = int;
   const T* row;  // less the first entry's index
 
-  __device__ __forceinline__ KlStagedEntries(const char* slice, FloatType, int64_t first)
+  __device__ __forceinline__ KlStagedEntries(const char* slice, int64_t first)
       : row(reinterpret_cast<const T*>(slice) - first) {}
   __device__ __forceinline__ float one(int64_t i) const { return kl_widen(row[i]); }
   __device__ __forceinline__ KlVector<T> at(int64_t i) const {
@@ -226,38 +226,6 @@ struct KlStagedEntries {
   }
   template <int n>
   __device__ __forceinline__ void settle_span(KlVector<T> (&)[n], int64_t, Beyond) const {}
-};
-
-template <>
-struct KlStagedEntries<float> {
-  using Beyond = int;
-  int at_bytes;  // from the start of shared memory to entry 0: half of a pointer's registers
-  FloatType type;
-
-  __device__ __forceinline__ KlStagedEntries(const char* slice, FloatType of, int64_t first)
-      : type(of) {
-    FASTTAX_DYNAMIC_SHARED(memory);
-    at_bytes = int(slice - reinterpret_cast<const char*>(memory) - first * kl_item(of));
-  }
-  __device__ __forceinline__ float one(int64_t i) const { return kl_widen_one(row(), type, i); }
-  __device__ __forceinline__ KlVector<float> at(int64_t i) const {
-    if (type == FloatType::kFloat) return {*reinterpret_cast<const uint4*>(row() + 4 * i)};
-    return kl_widen(*reinterpret_cast<const uint2*>(row() + 2 * i), type);
-  }
-  template <int n>
-  __device__ __forceinline__ Beyond load_span(KlVector<float> (&to)[n], int64_t own) const {
-#pragma unroll
-    for (int j = 0; j < n; ++j) to[j] = at(own + j * 128);
-    return 0;
-  }
-  template <int n>
-  __device__ __forceinline__ void settle_span(KlVector<float> (&)[n], int64_t, Beyond) const {}
-
- private:
-  __device__ __forceinline__ const char* row() const {
-    FASTTAX_DYNAMIC_SHARED(memory);
-    return reinterpret_cast<const char*>(memory) + at_bytes;
-  }
 };
 
 // --- a row pair
@@ -283,8 +251,8 @@ struct KlGlobal
 template <class T>
 struct KlStaged : KlPairOf<KlStagedEntries<T>> {  // their slices, from entry `first` on
   using Entry = T;
-  __device__ __forceinline__ KlStaged(const char* x, const char* y, FloatType of, int64_t first)
-      : KlPairOf<KlStagedEntries<T>>{{x, of, first}, {y, of, first}} {}
+  __device__ __forceinline__ KlStaged(const char* x, const char* y, int64_t first)
+      : KlPairOf<KlStagedEntries<T>>{{x, first}, {y, first}} {}
 };
 
 // --- where a gradient goes

@@ -9,16 +9,6 @@ namespace fasttax {
 
 constexpr int kKlThreads = 256;
 constexpr int kKlWarps = kKlThreads / 32;
-constexpr int kSpan = 1024;  // entries of one warp in a row of up to 2^19; a multiple of it beyond
-constexpr int kMaxSpans = 512;
-
-__host__ __device__ inline int64_t kl_span(int64_t v) {
-  return (v + int64_t(kSpan) * kMaxSpans - 1) / (int64_t(kSpan) * kMaxSpans) * kSpan;
-}
-__host__ __device__ inline int kl_spans(int64_t v) {
-  return int((v + kl_span(v) - 1) / kl_span(v));
-}
-
 // How many floats a span leaves.
 FASTTAX_HD constexpr int kl_parts_count(KlOp op) {
   const int want = kl_op_wants(op),

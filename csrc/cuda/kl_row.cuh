@@ -166,7 +166,13 @@ __device__ bool kl_row_sums(const Source& row, const KlArgs& a, const KlTeam& te
   constexpr int kCount = KlParts<op>::kCount;
   const int warp = int(threadIdx.x) / 32;
   for (int i = team.begin + warp; i < team.end; i += kKlWarps)
-    kl_span_sums<op, kCluster>(row, a, i, team.own + (i - team.base) * kCount, sh.scratch[warp]);
+    kl_span_sums<op, kCluster>(
+        row, a, i, [&] { return team.own + (i - team.base) * kCount; },
+        [&] {
+          unsigned thread = threadIdx.x;
+          FASTTAX_OPAQUE(thread);  // not an address held through all spans
+          return sh.scratch[thread / 32];
+        });
   if (!kCluster && a.splits > 1 && !kl_last_to_arrive(a.tickets + team.row, a.splits, sh))
     return false;
   kl_team_sync<kCluster>();

@@ -71,7 +71,7 @@ struct KlSlope {
       frame.careful(x, y, ax, ay, d);
       ax2 = ax * kLog2e, ay2 = ay * kLog2e;
     } else {
-      ax2 = frame.ax2<kWay>(x), ay2 = frame.ay2<kWay>(x, y), ax = frame.ax<kWay>(x);
+      ax2 = frame.ax2<kWay>(x), ay2 = frame.ay2<kWay>(ax2, y), ax = frame.ax<kWay>(x);
       d = frame.gap<kWay>(x, y);
     }
     const float ex = kl_exp2(ax2), p = ex * frame.r.inv_s;

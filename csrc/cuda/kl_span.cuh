@@ -149,7 +149,10 @@ struct KlSpanEntries {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j)
 #pragma unroll
-      for (int w = 0; w < 4; ++w) FASTTAX_OPAQUE(x[j].word(w), y[j].word(w));
+      for (int w = 0; w < 4; ++w) {
+        FASTTAX_OPAQUE(x[j].word(w));
+        FASTTAX_OPAQUE(y[j].word(w));
+      }
   }
 
   // Their maxima, NaN passed over; -inf where there is none.
@@ -178,9 +181,9 @@ struct KlSpanEntries {
     }
     // the caps rise with the logits
     if (k.cap > 0 && !(k.inf_mask && most.x == -kl_infinity()))
-      most.x = kl_capped<DeviceMath>(most.x, k.scale, k.cap);
+      most.x = kl_capped<DeviceMath>(most.x, k.inside, k.cap);
     if (kPair && k.ref_cap > 0 && !(k.inf_mask && most.y == -kl_infinity()))
-      most.y = kl_capped<DeviceMath>(most.y, k.ref_scale, k.ref_cap);
+      most.y = kl_capped<DeviceMath>(most.y, k.ref_inside, k.ref_cap);
     if (!kPair) most.y = most.x;
     return most;
   }

@@ -120,16 +120,16 @@ __device__ __forceinline__ void kl_fast_vector(float (&x)[n], float (&y)[n], KlS
                                                KlLanes<op>& lanes) {
   using P = KlParts<op>;
   const KlDeviceFrame& frame = way.frame;
-  float d[n], ay2[n];
-  // x becomes ax log2 e; e^ay by itself: from ax and d it has the rounding of ax, large where y
-  // peaks
-  const auto place = [&] {
+  float d[n];
+  const auto place = [&] {  // x becomes ax log2 e
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      if (P::kPair) d[j] = frame.gap<kWay>(x[j], y[j]), ay2[j] = frame.ay2<kWay>(x[j], y[j]);
+      if (P::kPair) d[j] = frame.gap<kWay>(x[j], y[j]);
       x[j] = frame.ax2<kWay>(x[j]);
     }
   };
+  // by itself: from ax and d it has the rounding of ax, large where y peaks
+  const auto ey = [&](int j) { return kl_exp2(frame.ay2<kWay>(x[j], y[j])); };
   const auto each = [&](auto add) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void kl_fast_vector(float (&x)[n], float (&y)[n], KlS
     }
   };
   const auto near = [&] { each([&](float ex, int j) { lanes.near.add(ex, d[j]); }); };
-  const auto plain = [&] { each([&](float ex, int j) { lanes.plain(ex, kl_exp2(ay2[j])); }); };
+  const auto plain = [&] { each([&](float ex, int j) { lanes.plain(ex, ey(j)); }); };
   const auto all_within = [&](float widest, float reach) {
     return __ballot_sync(kWholeWarp, !(widest <= reach)) == 0;
   };
@@ -166,7 +166,7 @@ __device__ __forceinline__ void kl_fast_vector(float (&x)[n], float (&y)[n], KlS
     if (all_within(widest, kMidGap)) return each([&](float ex, int j) { lanes.middle(ex, d[j]); });
     way.wide = true;
   }
-  each([&](float ex, int j) { lanes.template any<false>(ex, kl_exp2(ay2[j]), d[j]); });
+  each([&](float ex, int j) { lanes.template any<false>(ex, ey(j), d[j]); });
 }
 
 // Mass and moment of a span around its highest entry, which is counted apart: where that entry
@@ -217,10 +217,11 @@ __device__ __forceinline__ bool kl_hidden(float b, float g, float s) {
   return (tau - log1pf(tau)) * s > room;
 }
 
-// Of `count` entries from `begin`, up to kSpan, to `part`.
-template <KlOp op, class Source>
+// Of `count` entries from `begin`, up to kSpan, to part_of(): an address is made when it is written
+// to, for while sums are taken there is no register to hold it.
+template <KlOp op, class Source, class PartOf>
 __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlArgs& a, int64_t begin,
-                                             int count, float* part) {
+                                             int count, const PartOf& part_of) {
   const KlParams& k = a.k;
   using T = typename Source::Entry;
   using P = KlParts<op>;
@@ -295,6 +296,7 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlArgs& a,
       break;
     }
   }
+  float* const part = part_of();
   if (lane % kStride == 0 && lane / kStride < P::kSums) part[lane / kStride] = sum;
   const bool no_x = total(P::kMass) == 0, no_y = P::kPair ? total(0) == 0 : no_x;
   if (lane == 0) {
@@ -312,22 +314,22 @@ __device__ __forceinline__ void kl_unit_sums(const Source& row, const KlArgs& a,
   }
 }
 
-// Of span `index` of a row of v. kOnChip: a span is one unit. `scratch`: kMostParts floats of this
-// warp.
-template <KlOp op, bool kOnChip, class Source>
+// Of span `index` of a row, to part_of(). kOnChip: a span is one unit. scratch_of(): kMostParts
+// floats of this warp.
+template <KlOp op, bool kOnChip, class Source, class PartOf, class ScratchOf>
 __device__ __forceinline__ void kl_span_sums(const Source& row, const KlArgs& a, int index,
-                                             float* part, float* scratch) {
+                                             const PartOf& part_of, const ScratchOf& scratch_of) {
   const int64_t v = a.v;
-  const int units = kOnChip ? 1 : int(kl_span(v) / kSpan);
+  const int units = kOnChip ? 1 : a.span / kSpan;
 #pragma unroll 1
   for (int i = 0; i < units; ++i) {
     const int64_t begin = (int64_t(index) * units + i) * kSpan;
     if (begin >= v) return;
     kl_unit_sums<op>(row, a, begin, int(v - begin < kSpan ? v - begin : kSpan),
-                     i == 0 ? part : scratch);
+                     [&] { return i == 0 ? part_of() : scratch_of(); });
     if (i == 0) continue;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) kl_join_parts<op>(a.k, part, scratch);
+    if (threadIdx.x % 32 == 0) kl_join_parts<op>(a.k, part_of(), scratch_of());
     __syncwarp();
   }
 }

@@ -77,7 +77,7 @@ struct Work {
     a.k = kl_params<float>(c.options);
     if (what == kl_op(KlKind::kJsd)) a.jsd = JsdCurves(c.options.beta);
     if (a.k.joint_cap) a.cap = CapCurves(c.options.scale, c.options.softcap);
-    a.n = c.N, a.v = c.V, a.splits = a.cluster = 1;
+    a.set_size(c.N, c.V);
   }
 
   Tensor fresh(const std::vector<int64_t>& sizes, ScalarType type = ScalarType::Float) const {

@@ -26,8 +26,8 @@ struct KlParamsOf {
   // one scale, softcap and temperature on both rows: their capped difference keeps digits (cap())
   bool joint_cap;
   R beta;
-  R scale, ref_scale;          // inside the softcap
   R cap, ref_cap;              // 0: none
+  R inside, ref_inside;        // scale / cap, where there is one
   R row_scale, ref_row_scale;  // from frame units to tempered logits
   R row_slope, ref_row_slope;  // d tempered / d raw (times 1 - tanh^2 under a softcap)
   R beta_rest;                 // 1 - beta, which a beta near 1 in R would not give
@@ -41,16 +41,16 @@ KlParamsOf<R> kl_params(const KlOptions& x) {
   k.inf_mask = x.inf_mask;
   k.beta = R(x.beta);
   k.beta_rest = R(1 - x.beta);
-  k.scale = R(x.scale);
-  k.ref_scale = R(x.ref_scale);
   k.cap = R(x.softcap);
   k.ref_cap = R(x.ref_softcap);
+  k.inside = k.cap > 0 ? R(x.scale / x.softcap) : R(0);
+  k.ref_inside = k.ref_cap > 0 ? R(x.ref_scale / x.ref_softcap) : R(0);
   k.row_slope = R(x.scale * x.inv_temperature);
   k.ref_row_slope = R(x.ref_scale * x.ref_inv_temperature);
   k.row_scale = x.softcap > 0 ? R(x.inv_temperature) : k.row_slope;
   k.ref_row_scale = x.ref_softcap > 0 ? R(x.ref_inv_temperature) : k.ref_row_slope;
   k.joint_cap = !std::is_same<R, double>::value && k.cap > 0 && k.cap == k.ref_cap &&
-                k.scale == k.ref_scale && k.row_scale == k.ref_row_scale;
+                k.inside == k.ref_inside && k.row_scale == k.ref_row_scale;
   k.plain = !k.inf_mask && k.cap == 0 && k.ref_cap == 0 && k.row_scale == k.ref_row_scale;
   return k;
 }
@@ -70,8 +70,8 @@ using KlRow = KlRowOf<float>;
 constexpr int kKlSaved = 8;
 
 template <class M>
-FASTTAX_HD typename M::S kl_capped(typename M::S raw, typename M::R scale, typename M::R cap) {
-  return M::tanh(raw * (scale / cap)) * cap;
+FASTTAX_HD typename M::S kl_capped(typename M::S raw, typename M::R inside, typename M::R cap) {
+  return M::tanh(raw * inside) * cap;
 }
 
 // Up to which gap of the tanhs' arguments their difference is by the series: 0.1^6 * 17/315 < 6e-8.
@@ -138,8 +138,8 @@ struct KlFrame {
     if (k.joint_cap) {
       cap_jointly(x, y);
     } else {
-      if (k.cap > 0) x = kl_capped<M>(x, k.scale, k.cap);
-      if (k.ref_cap > 0) y = kl_capped<M>(y, k.ref_scale, k.ref_cap);
+      if (k.cap > 0) x = kl_capped<M>(x, k.inside, k.cap);
+      if (k.ref_cap > 0) y = kl_capped<M>(y, k.ref_inside, k.ref_cap);
     }
     if (!k.inf_mask) return;
     const S filler = M::splat(y_filler());
@@ -147,8 +147,7 @@ struct KlFrame {
     y = M::if_le(raw_x, none, filler, M::if_le(raw_y, none, filler, y));
   }
   FASTTAX_HD void cap_jointly(S& x, S& y) const {
-    const R inside = k.scale / k.cap;
-    const S delta = (x - y) * inside, a = M::tanh(x * inside), b = M::tanh(y * inside);
+    const S delta = (x - y) * k.inside, a = M::tanh(x * k.inside), b = M::tanh(y * k.inside);
     x = a * k.cap;
     y = M::if_le(M::abs(delta), constant<S>(kCapGap), kl_tanh_gap(delta, a, b) * k.cap,
                  x - b * k.cap);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import random
 import sys
 import time
@@ -89,7 +90,7 @@ class Experiment:
 
     def save(self) -> None:
         """Writes results.json whole, over the one before."""
-        text = json.dumps(self.results, indent=1, default=str)
+        text = json.dumps(_without_nan(self.results), indent=1, default=str, allow_nan=False)
         files.whole(
             "demo",
             self.settings.output / "results.json",
@@ -307,3 +308,12 @@ class Experiment:
             f"{label}: {share}, tax {row['tax']:+.4f} nats a token (answer NLL "
             f"{metrics['answer_nll']['mean']:.3f}, perplexity {metrics['perplexity']['mean']:.2f})"
         )
+
+
+def _without_nan(value: Any) -> Any:
+    """For JSON, which has no inf and no NaN: null in their places."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from fasttax.triton.curves import REACH
 from fasttax.triton.frames import fall
-from fasttax.triton.rows import LN2, LOG2E
+from fasttax.triton.rows import LN2, LOG2E, times
 
 NEAR = tl.constexpr(REACH)
 LEAST = tl.constexpr(1.1754943508222875e-38)  # a normal float32
@@ -71,15 +71,6 @@ def mixture(ex, ey, to_p, k, APPROX: tl.constexpr):
 
 
 @triton.jit
-def guarded(a, b, GUARDED: tl.constexpr):
-    """The product, of which 0 * inf is 0 where that is asked for."""
-    if GUARDED:
-        return tl.where(a == 0, 0.0, a * b)
-    else:
-        return a * b
-
-
-@triton.jit
 def mix_terms(ax, ay, u, k, GUARDED: tl.constexpr, APPROX: tl.constexpr):
     """A vector's sums."""
     ex = tl.exp2(ax)
@@ -88,8 +79,8 @@ def mix_terms(ax, ay, u, k, GUARDED: tl.constexpr, APPROX: tl.constexpr):
     share = tl.exp2(ay - log_m)
     far_l = log_m - ax
     if GUARDED:
-        of_p = guarded(ex * k.beta_rest, far_l, True)
-        far = -(of_p + guarded(ey * k.mixed_beta, log_m - ay, True))
+        of_p = times(ex * k.beta_rest, far_l, True)
+        far = -(of_p + times(ey * k.mixed_beta, log_m - ay, True))
     else:
         far = -tl.fma(mix, far_l, ey * (u * (k.mixed_beta * LOG2E)))
     near = tl.abs(u) <= NEAR
@@ -100,7 +91,7 @@ def mix_terms(ax, ay, u, k, GUARDED: tl.constexpr, APPROX: tl.constexpr):
         tl.sum(ex, 1),
         tl.sum(ey, 1),
         tl.sum(part, 1),
-        tl.sum(guarded(ex, log_mix, GUARDED), 1),
+        tl.sum(times(ex, log_mix, GUARDED), 1),
         tl.sum(pull, 1),
         tl.sum(pull * share, 1),
     )
@@ -116,8 +107,8 @@ def mix_sums_again(ax, ay, u, even, log_even, k, APPROX: tl.constexpr):
     over_p, over_q = log_ratios(ax, ay, u, k.beta_rest * even, log_even, k, APPROX)
     ex = tl.exp2(ax)
     ey = tl.exp2(ay)
-    of_p = guarded(ex, over_p, True)
-    of_q = guarded(ey, over_q, True)
+    of_p = times(ex, over_p, True)
+    of_q = times(ey, over_q, True)
     far = -(k.beta_rest * of_p + (k.mixed_beta / even) * of_q)
     part = tl.where(tl.abs(u) <= NEAR, ex * part_near(u, k), far)
     return tl.sum(ex, 1), tl.sum(ey, 1), tl.sum(part, 1), tl.sum(of_p, 1), tl.sum(of_q, 1)

@@ -346,6 +346,15 @@ def frame_of(top):
 
 
 @triton.jit
+def times(a, b, GUARDED: tl.constexpr):
+    """The product, of which 0 * inf is 0 where that is asked for."""
+    if GUARDED:
+        return tl.where(a == 0, 0.0, a * b)
+    else:
+        return a * b
+
+
+@triton.jit
 def total(lanes):
     """The lanes' sum, in float64."""
     return tl.sum(lanes.to(tl.float64), 0)

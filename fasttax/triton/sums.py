@@ -37,6 +37,7 @@ from fasttax.triton.rows import (
     framed,
     is_short,
     tile_lanes,
+    times,
     total,
 )
 from fasttax.triton.series import NEAR_GAP, UNIT_GAP, bregman_slope, bregman_slope_unit
@@ -71,15 +72,6 @@ def load_step(row, start, V, WHOLE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl
             vector = tl.load(row + at, mask=at < V, other=-INF)
         vectors = vectors + (widened(vector),)
     return vectors
-
-
-@triton.jit
-def times(a, b, GUARDED: tl.constexpr):
-    """The product, of which 0 * inf is 0 where that is asked for."""
-    if GUARDED:
-        return tl.where(a == 0, 0.0, a * b)
-    else:
-        return a * b
 
 
 @triton.jit

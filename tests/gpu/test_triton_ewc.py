@@ -6,10 +6,7 @@ The interpreter checks results, not bounds, races or speed.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,8 +20,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from fasttax import reference
 from fasttax._base.packed import SPLIT, encode, encode_anchor
 from fasttax.triton import ewc, ewc_adamw, ewc_lora, tables
-from tests.tools.cuda_tools import ROOT, steps
-from tests.tools.triton_tools import TARGETS, compiled
+from tests.tools.cuda_tools import steps
+from tests.tools.triton_tools import TARGETS, check_in_the_interpreter, compiled
 
 # none, one, beyond a block of 256, whole blocks of the loop, beyond a program
 SIZES = (0, 1, 257, 4096, tables.CHUNK + 2048 + 5)
@@ -156,27 +153,12 @@ def check_lora() -> None:
 
 
 def test_in_the_interpreter() -> None:
-    """In one process of its own: Triton chooses the interpreter when it is imported."""
-    code = (
-        "import test_triton_ewc as t; from fasttax._base import library; "
+    check_in_the_interpreter(
+        __file__,
+        "from fasttax._base import library; "
         "assert library.active('ewc_adamw_', 'cpu')[0] == 'Triton'; "
-        "t.check_lists(); t.check_adamw(); t.check_lora(); t.check_launches(); t.check_alignment()"
+        "t.check_lists(); t.check_adamw(); t.check_lora(); t.check_launches(); t.check_alignment()",
     )
-    environment = {
-        **os.environ,
-        "FASTTAX_BACKEND": "triton",
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # --- what one launch takes ------------------------------------------------------------------------

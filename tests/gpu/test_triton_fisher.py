@@ -4,9 +4,6 @@ their machine code for GPUs that are not there.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,12 @@ import fasttax  # noqa: F401  (registers the ops)
 from tests.tools.utils import assert_within
 
 pytest.importorskip("triton", reason="Triton kernels need triton: `pip install triton`")
-from tests.tools.cuda_tools import ROOT
-from tests.tools.triton_tools import TARGETS, compiled, run_in_the_interpreter
+from tests.tools.triton_tools import (
+    TARGETS,
+    check_in_the_interpreter,
+    compiled,
+    run_in_the_interpreter,
+)
 
 CASES: dict[str, tuple[tuple[int, ...], int, int]] = {  # lengths of the examples, in, out
     "tiles": ((32, 64), 64, 64),  # whole tiles of F and of tokens
@@ -81,21 +82,7 @@ def check_words(d: Tensor, cu: Tensor, weight: Tensor | None) -> None:
 
 
 def test_results_in_the_interpreter() -> None:
-    environment = {
-        **os.environ,
-        "FASTTAX_BACKEND": "triton",
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent))),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_triton_fisher as t; t.check()"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == "right"
+    assert check_in_the_interpreter(__file__, "t.check()").strip() == "right"
 
 
 @pytest.mark.parametrize("file", ["fisher/test_fisher_head.py", "fisher/test_accumulate_sqgrad.py"])

@@ -4,10 +4,7 @@ read as it is, in Triton's interpreter and in machine code.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,11 +13,10 @@ import pytest
 import torch
 
 import fasttax
-from tests.tools.cuda_tools import ROOT
 
 pytest.importorskip("triton", reason="Triton kernels need triton: `pip install triton`")
 from fasttax.triton import kl, rows, stats
-from tests.tools.triton_tools import compiled
+from tests.tools.triton_tools import check_in_the_interpreter, compiled
 
 HALVES = (torch.bfloat16, torch.float16)
 PAIRS = [pair for half in HALVES for pair in ((half, torch.float32), (torch.float32, half))]
@@ -73,22 +69,7 @@ def check_stats(x: torch.Tensor, y: torch.Tensor) -> None:
 
 
 def test_each_row_is_read_as_it_is() -> None:
-    """In a process of its own: Triton chooses the interpreter when it is imported."""
-    environment = {
-        **os.environ,
-        "FASTTAX_BACKEND": "triton",
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import test_triton_mixed as t; t.check()"],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_in_the_interpreter(__file__, "t.check()")
 
 
 FORWARD = {"x_ptr", "y_ptr", "value_ptr", "saved_ptr"}

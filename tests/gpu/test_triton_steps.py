@@ -7,11 +7,7 @@ sums hold a NaN: 0 * inf, of a logit of -inf, or a NaN itself. Counted in Triton
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,10 +16,10 @@ import torch
 from torch import Tensor
 
 import fasttax
-from tests.tools.cuda_tools import ROOT
 
 pytest.importorskip("triton", reason="Triton kernels need triton: `pip install triton`")
 from fasttax.triton import jsd, kl, sums
+from tests.tools.triton_tools import check_in_the_interpreter
 
 ROWS, V = 2, 4 * 8192  # a step has 8192 bfloat16 entries of a KL at most
 FINITE = {
@@ -126,29 +122,9 @@ def check_jsd_is_read_once() -> None:
 
 
 def test_jsd_is_read_once() -> None:
-    _run("t.check_jsd_is_read_once()")
+    check_in_the_interpreter(__file__, "t.check_jsd_is_read_once()")
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_slow_steps(name: str) -> None:
-    _run(f"t.check_finite_rows({name!r}); t.check_odd_rows({name!r})")
-
-
-def _run(checks: str) -> None:
-    """In a process of its own: Triton chooses the interpreter when it is imported."""
-    code = f"import test_triton_steps as t; {checks}"
-    environment = {
-        **os.environ,
-        "FASTTAX_BACKEND": "triton",
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_in_the_interpreter(__file__, f"t.check_finite_rows({name!r}); t.check_odd_rows({name!r})")

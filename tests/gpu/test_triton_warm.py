@@ -4,9 +4,6 @@ what it says where there is no GPU.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +13,9 @@ import torch
 
 from fasttax import triton as ours
 from fasttax.cli import doctor
-from tests.tools.cuda_tools import ROOT
 
 pytest.importorskip("triton", reason="Triton kernels need triton: `pip install triton`")
+from tests.tools.triton_tools import check_in_the_interpreter
 
 
 def kernels() -> set[tuple[str, str]]:
@@ -35,7 +32,7 @@ def kernels() -> set[tuple[str, str]]:
 def check_all() -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
-    from fasttax.cli import _warm as warm
+    from fasttax.cli import _warm
 
     started = set()
     run = InterpretedFunction.run
@@ -44,9 +41,9 @@ def check_all() -> None:
         started.add((Path(self.fn.__code__.co_filename).name, self.fn.__name__))
         return run(self, *args, **options)
 
-    said: list[warm.Warmed] = []
+    said: list[_warm.Warmed] = []
     with mock.patch.object(InterpretedFunction, "run", counted):
-        done = warm.warm(torch.device("cpu"), said.append, vocabularies=(48,))
+        done = _warm.warm(torch.device("cpu"), said.append, vocabularies=(48,))
     assert started == kernels(), kernels() ^ started
     assert said == done
     names = [of.what for of in done]
@@ -55,22 +52,7 @@ def check_all() -> None:
 
 
 def test_every_kernel_is_warmed() -> None:
-    """In a process of its own: Triton chooses the interpreter when it is imported."""
-    environment = {
-        **os.environ,
-        "FASTTAX_BACKEND": "triton",
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import test_triton_warm as t; t.check_all()"],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_in_the_interpreter(__file__, "t.check_all()")
 
 
 def test_without_a_gpu_it_says_so(
@@ -96,18 +78,18 @@ def test_without_triton_it_says_what_brings_it(
 def test_it_tells_what_it_compiled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fasttax.cli import _warm as warm
+    from fasttax.cli import _warm
 
-    def stands_in(device: torch.device, say: Any) -> list[warm.Warmed]:
+    def stands_in(device: torch.device, say: Any) -> list[_warm.Warmed]:
         assert device.type == "cuda"
-        for of in (done := [warm.Warmed("token_kl jsd", 1.25), warm.Warmed("EWC", 0.5)]):
+        for of in (done := [_warm.Warmed("token_kl jsd", 1.25), _warm.Warmed("EWC", 0.5)]):
             say(of)
         return done
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(warm, "warm", stands_in)
+    monkeypatch.setattr(_warm, "warm", stands_in)
     assert doctor.main(["--warm"]) == 0
     said = capsys.readouterr().out
     assert "token_kl jsd" in said

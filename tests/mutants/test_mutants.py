@@ -17,7 +17,7 @@ from tests.mutants.killers import Killers, launch_of
 
 KINDS = {"off by one", "missing barrier", "32-bit offset", "wrong merge", "dropped mask"}
 CATALOG = catalog()
-# what compiles in seconds; test_launches.py has the launches, and CI no time for the rest
+# what compiles in seconds; test_gpu_launches.py has the launches, and CI no time for the rest
 QUICK = [m for m in CATALOG if m.killer in ("simt fisher", "simt ewc", "simt weigh") and not m.why]
 
 

@@ -104,7 +104,8 @@ def test_last_line_is_the_report(finished: tuple[str, Path]) -> None:
 
 
 def test_results(finished: tuple[str, Path]) -> None:
-    results = json.loads((finished[1] / "results.json").read_text())
+    # Infinity and NaN are no JSON
+    results = json.loads((finished[1] / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["status"] == "complete"
     points = results["points"]
     grids = results["settings"]["grids"]

@@ -63,3 +63,9 @@ def test_figures_of_a_small_tree(tmp_path: Path) -> None:
     values = {what: float(line.removeprefix(what).split()[0]) for what, line in found.items()}
     assert values == FIGURES
     assert "    fasttax/base.py fasttax/store.py" in done.stdout.splitlines()
+
+
+def test_names_of_test_files() -> None:
+    """Pytest imports each by its name alone: of two of one name it collects one."""
+    names = [path.name for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    assert sorted(set(names)) == sorted(names)

@@ -54,6 +54,29 @@ def run_in_the_interpreter(file: str, expression: str) -> int:
     return int(passed[1])
 
 
+def check_in_the_interpreter(file: str, checks: str) -> str:
+    """Runs `checks` of a test file, `t`, with Triton's interpreter behind the CPU's ops; what they
+    print. In a process of its own: Triton chooses the interpreter when it is imported.
+    """
+    place = Path(file)
+    environment = {
+        **os.environ,
+        "FASTTAX_BACKEND": "triton",
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import {place.stem} as t; {checks}"],
+        cwd=place.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 class Binary(NamedTuple):
     registers: int
     spills: int  # bytes of stack

@@ -1,4 +1,4 @@
-"""Every launch of csrc/cuda on the fake CUDA; test_launches.py runs this where it is preloaded."""
+"""Every launch of csrc/cuda on the fake CUDA, preloaded; test_gpu_launches.py runs this."""
 
 from __future__ import annotations
 

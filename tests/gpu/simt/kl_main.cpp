@@ -226,10 +226,10 @@ bool check_kinds() {
         m.streamed = m.opaque = 0;
         run.forward(1);
         const size_t read = size_t(2 * n * v) * sizeof(T) * (kl_op_two_sweeps(op) ? 2 : 1),
-                     once = size_t(n * v) / KlVector<T>::kEntries * 4;
+                     once = size_t(n * v) / KlVector<T>::kEntries * 8;
         if (m.streamed != read || m.opaque != once) {
           printf("%s, op %d: %zu bytes read of %zu, %zu vectors summed of %zu\n", kind.name,
-                 int(op), m.streamed, read, m.opaque / 4, once / 4);
+                 int(op), m.streamed, read, m.opaque / 8, once / 8);
           ok = false;
         }
         const float g[kTokenStats] = {};

@@ -80,7 +80,8 @@ struct Run {
     a.saved = saved.data();
     a.jsd = JsdCurves(options.beta);
     a.cap = CapCurves(options.scale, options.cap);
-    a.k = options.params(op), a.n = x.n, a.v = x.v, a.splits = 1, a.cluster = 1;
+    a.k = options.params(op);
+    a.set_size(x.n, x.v);
     a.x_type = type_of<Tx>(), a.y_type = type_of<Ty>();
   }
   void forward(int splits) {

@@ -164,4 +164,4 @@ T atomicAdd(T* p, T v) {
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define FASTTAX_DYNAMIC_SHARED(name) unsigned char* const name = simt::dynamic_shared()
-#define FASTTAX_OPAQUE(a, b) simt::count(simt::machine().opaque, 1)
+#define FASTTAX_OPAQUE(a) simt::count(simt::machine().opaque, 1)
