@@ -2,9 +2,9 @@
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fasttax import functional as functional
-from fasttax import merge as merge
 from fasttax._base.library import load_native as _load_native
 from fasttax._base.version import __version__ as __version__
 from fasttax.ewc import EWC as EWC
@@ -22,6 +22,9 @@ from fasttax.kl import token_kl as token_kl
 from fasttax.kl import token_stats as token_stats
 from fasttax.kl import topk_kl as topk_kl
 from fasttax.kl import topk_logprobs as topk_logprobs
+
+if TYPE_CHECKING:
+    from fasttax import merge as merge
 
 _load_native()
 
@@ -45,7 +48,7 @@ __all__ = [
     "topk_logprobs",
 ]
 
-_ON_USE = ("demo", "integrations", "tax")
+_ON_USE = ("demo", "integrations", "merge", "tax")
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -58,4 +61,4 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_ON_USE, "__version__"])
+    return sorted({*__all__, *_ON_USE, "__version__"})

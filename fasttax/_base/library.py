@@ -36,6 +36,7 @@ BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 # deregisters when collected, so it lives as long as the process
 lib = torch.library.Library("fasttax", "DEF")
 OPS: list[str] = []
+COMPOSED: dict[str, tuple[str, ...]] = {}  # op -> the ops that it calls beside GEMMs
 problems: dict[str, str] = {}  # library -> why it is not loaded
 on_triton: dict[tuple[str, str], str] = {}  # (op, dispatch key) that Triton serves -> why
 # The device types on which the ops over logits take policy and reference in dtypes of their own:
@@ -59,14 +60,23 @@ def chosen_backend() -> str:
     return choice
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    calls: Sequence[str] = (),
+) -> None:
     """Defines an op by schema, with its reference on every device and its shape function.
+
+    `calls`: the ops between whose GEMMs it is made, if it is, and so needs no kernel of its own.
 
     `_reference_<op>` is the reference whatever is registered over it: a GPU's kernels hand float64
     to it.
     """
     name = schema.partition("(")[0]
     OPS.append(name)
+    if calls:
+        COMPOSED[name] = tuple(calls)
     lib.define("_reference_" + schema)
     lib.impl("_reference_" + name, reference, "CompositeExplicitAutograd")
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -206,7 +216,7 @@ def load_native() -> None:
 
 def _register_kernels_of_triton(choice: str, interpreted: bool) -> None:
     if triton.available() and (choice == "triton" or torch.version.cuda or torch.version.hip):
-        why = f"CUDA C++: {problems.get('_C_cuda', 'no kernel for this op yet')}"
+        why = f"CUDA C++: {problems.get('_C_cuda', 'no kernel of its own for this op')}"
         _register_triton("CUDA", "FASTTAX_BACKEND=triton" if choice == "triton" else why)
     if interpreted:
         _register_triton("CPU", "TRITON_INTERPRET=1")
@@ -227,11 +237,19 @@ def _tell_what_is_missing(choice: str) -> None:
 
 
 def active(name: str, device: str) -> tuple[str, str]:
-    """(backend, reason) of op `name` on "cpu" or "cuda"."""
+    """(backend, reason) of op `name` on "cpu" or "cuda".
+
+    The backend is "composed" of an op made of others, whose backends the reason says.
+    """
+    if name in COMPOSED:
+        called = [f"{op} ({active(op, device)[0]})" for op in COMPOSED[name]]
+        return "composed", f"calls {', '.join(called)} between GEMMs"
     key = device.upper()
     if (name, key) in on_triton:
         return "Triton", on_triton[name, key]
     library, language = {"CPU": ("_C", "C++"), "CUDA": ("_C_cuda", "CUDA C++")}[key]
     if _has_kernel(name, key):
         return language, "built and registered"
-    return "reference", problems.get(library, f"no {language} kernel for this op yet")
+    return "reference", problems.get(
+        library, f"no {language} kernel of its own: PyTorch's operations do it"
+    )

@@ -26,6 +26,8 @@ CHECKSUM, CHECKSUMS = "checksum", "checksums"  # header entries: of the header, 
 KNOWN = {FORMAT_KEY, "metadata", CHECKSUM, CHECKSUMS, "format"}
 LONGEST = 100_000_000  # bytes of a header, safetensors' own limit
 DIMENSIONS, ENTRIES = 64, 2**63 - 1  # the most that a tensor of torch has
+HEADER = 4096  # bytes that a Filled file keeps free for its header
+READ = 1 << 24  # bytes that are read at a time for a checksum
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 CODES = {
@@ -109,12 +111,14 @@ def _laid_out(specs: Mapping[str, Spec]) -> tuple[dict[str, Any], int]:
     return entries, end
 
 
-def _header(facts: Mapping[str, str], sums: Mapping[str, int], entries: Mapping[str, Any]) -> bytes:
-    """The header, of one length whatever the sums are."""
+def _header(
+    facts: Mapping[str, str], sums: Mapping[str, int], entries: Mapping[str, Any], least: int = 0
+) -> bytes:
+    """The header, of one length whatever the sums are, filled up with spaces to `least` bytes."""
     listed = json.dumps({name: _hex(value) for name, value in sums.items()})
     about = {CHECKSUM: _hex(0), **facts, CHECKSUMS: listed}
     text = json.dumps({"__metadata__": about, **entries}).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, least - len(text))
     return text.replace(_hex(0).encode(), _hex(zlib.crc32(text)).encode(), 1)
 
 
@@ -126,6 +130,83 @@ def _bytes_of(flat: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, in one dimension."""
     data: memoryview = flat.view(torch.uint8).numpy().data
     return data
+
+
+def crc(t: Tensor, start: int = 0) -> int:
+    """The CRC-32 of a contiguous CPU tensor's bytes, going on from that of others."""
+    return zlib.crc32(_bytes_of(t.reshape(-1)), start)
+
+
+class Filled:
+    """A file whose tensors are written some rows at a time, in any order, in a process or several.
+
+    Until `finish` it has no header, and nothing reads it as a safetensors file. `specs` says what
+    the tensors will be; what the file already holds of them stays.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], specs: Mapping[str, Spec]) -> None:
+        self._specs = dict(specs)
+        self._entries, size = _laid_out(self._specs)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)
+        self._file.truncate(8 + HEADER + size)
+
+    def close(self) -> None:
+        """Gives the descriptor back."""
+        self._file.close()
+
+    def __enter__(self) -> Filled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _place(self, name: str, row: int) -> int:
+        """Where a row begins in the file."""
+        dtype, shape = self._specs[name]
+        begin: int = self._entries[name]["data_offsets"][0]
+        return 8 + HEADER + begin + row * math.prod(shape[1:]) * dtype.itemsize
+
+    def write(self, name: str, row: int, values: Tensor) -> None:
+        """Puts `values` (rows, ...) where the tensor's rows from `row` on lie.
+
+        Raises:
+            AssertionError: they are not of the tensor's dtype and shape, or beyond its end.
+        """
+        dtype, shape = self._specs[name]
+        fits = values.dtype == dtype and tuple(values.shape[1:]) == shape[1:]
+        if not fits or not 0 <= row <= shape[0] - values.shape[0]:
+            raise AssertionError(
+                f"{name}: {values.dtype} {tuple(values.shape)} at row {row}, announced as "
+                f"{self._specs[name]}"
+            )
+        self._file.seek(self._place(name, row))
+        data = _bytes_of(values.contiguous().reshape(-1))
+        done = 0
+        while done < len(data):
+            done += self._file.write(data[done:]) or 0
+
+    def checksum(self, name: str, row: int, rows: int, start: int = 0) -> int:
+        """The CRC-32 of some rows as they lie in the file, going on from that of others."""
+        left = self._place(name, row + rows) - self._place(name, row)
+        self._file.seek(self._place(name, row))
+        while left:
+            data = self._file.read(min(left, READ))
+            if not data:
+                raise AssertionError(f"{name}: the file ends before row {row + rows}")
+            start = zlib.crc32(data, start)
+            left -= len(data)
+        return start
+
+    def finish(self, kind: str, metadata: Mapping[str, Any]) -> None:
+        """Writes the header, with which the file is one of `kind`."""
+        sums = {name: self.checksum(name, 0, spec[1][0]) for name, spec in self._specs.items()}
+        facts = {FORMAT_KEY: kind, "metadata": json.dumps(dict(metadata))}
+        text = _header(facts, sums, self._entries, HEADER)
+        if len(text) > HEADER:
+            raise AssertionError(f"a header of {len(text)} bytes, where {HEADER} are kept free")
+        self._file.seek(0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from fasttax._base import checks, files
 from fasttax._base import page as pages
-from fasttax.cli import _language_model, _texts
-from fasttax.cli._texts import Row
+from fasttax.cli import _language_model, _options, _rows
+from fasttax.cli._rows import Row
 from fasttax.integrations._models import frozen
 from fasttax.integrations.to_base import token_kls
 from fasttax.tax.words import Table, aligned
@@ -24,11 +24,6 @@ from fasttax.tax.words import Table, aligned
 OP = "fasttax kl measure"
 LENGTH = 512
 CONTEXT = 8  # tokens before a token that the list of the worst shows
-COLOR = "209,73,91"
-CSS = (
-    "<style>.row{white-space:pre-wrap;font:14px/1.7 ui-monospace,monospace;margin:.6rem 0;"
-    "border-left:3px solid #ddd;padding-left:.6rem}</style>"
-)
 
 
 @dataclass(frozen=True)
@@ -66,28 +61,31 @@ def main(args: argparse.Namespace) -> int:
     if min(sizes) < 1:
         raise ValueError("--length must be at least 2, --batch-size, --worst and --rows at least 1")
     models = {"policy": args.policy, "ref": args.ref}
-    _language_model.check(OP, args, models, *filter(None, [args.html]))
-    device = _language_model.device_of(OP, args.device)
-    texts = {Path(path): _texts.read(path) for path in args.text}
+    device = _options.device_of(OP, args.device)
+    _options.check_outputs(OP, args.html, args.json)
+    texts = [_rows.opened(OP, name, args.split, args.config) for name in args.text]
+    for word, name in models.items():
+        _language_model.check_model(OP, word, name)
     tokenizer = _language_model.tokenizer_of(args.policy)
     _same_tokenizers(tokenizer, _language_model.tokenizer_of(args.ref))
     length = _language_model.length_of(args.length, LENGTH, *models.values())
-    every = [row for p, text in texts.items() for row in _texts.rows(p, text, tokenizer, length)]
-    rows = [row for row in every if len(row.ids) > 1]
+    rows = [row for text in texts for row in text.rows(tokenizer, length)]
     if not rows:
         raise checks.fail(OP, "text", "a sequence of at least 2 tokens", f"none in {args.text}")
-    policy, ref = (_language_model.load(name, device, args.dtype) for name in models.values())
-    for name, model in ((args.policy, policy), (args.ref, ref)):
-        _language_model.check_rows(OP, name, model, [row.ids for row in rows])
-    measured = list(_measured(policy, ref, rows, args.batch_size))
+    for name in models.values():
+        _language_model.check_rows(OP, name, [row.ids for row in rows])
+    policy, ref = (_language_model.load(name, device, args) for name in models.values())
+    shown = _options.shown(args)
+    measured = list(_measured(policy, ref, rows, args.batch_size, shown))
     domains = by_domain(measured)
     worst = _worst(measured, tokenizer, args.worst)
     for table in (_domains(domains), worst):
-        print("\n".join(aligned(table)), end="\n\n")
+        _options.say(args, "\n".join([*aligned(table), ""]))
     if args.html:
         text = _page(args, domains, worst, measured, tokenizer)
-        print(files.whole(OP, args.html, lambda name: name.write_text(text, encoding="utf-8")))
-    _language_model.write_json(
+        page = files.whole(OP, args.html, lambda name: name.write_text(text, encoding="utf-8"))
+        _options.say(args, page)
+    _options.write_json(
         OP,
         args.json,
         {
@@ -103,6 +101,7 @@ def add_parser(tools: Any) -> None:
     """The tool's arguments."""
     parser = tools.add_parser(
         "measure",
+        help="both KLs of two models on text, token by token",
         description=(
             "Exact KL between POLICY and REF in both directions, in nats a token: by domain, the "
             "tokens where it is largest, and a page with the tokens coloured by it."
@@ -113,8 +112,9 @@ def add_parser(tools: Any) -> None:
     parser.add_argument(
         "text",
         nargs="+",
-        help="UTF-8 text, or .jsonl as for `kl cache`; a file is a domain, or its rows' `domain`",
+        help="UTF-8 text, or data as for `kl cache`; each is a domain, or its rows' `domain`",
     )
+    _rows.add_options(parser)
     parser.add_argument("--html", metavar="FILE", help="write a page, tokens coloured by KL")
     parser.add_argument(
         "--length",
@@ -146,13 +146,13 @@ def _same_tokenizers(one: Any, other: Any) -> None:
 
 
 def _measured(
-    policy: nn.Module, ref: nn.Module, rows: Sequence[Row], batch_size: int
+    policy: nn.Module, ref: nn.Module, rows: Sequence[Row], batch_size: int, shown: bool
 ) -> Iterator[Measured]:
     """Each sequence's KLs, the longest first, so that batches are even."""
     rows = sorted(rows, key=lambda row: -len(row.ids))
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    with frozen(policy), frozen(ref), tqdm(parts, desc=OP, unit="batch", disable=None) as bar:
-        for part in bar:
+    with frozen(policy), frozen(ref):
+        for part in tqdm(parts, desc=OP, unit="batch", disable=not shown):
             batch = _batch([row.ids for row in part])
             found = next(token_kls(OP, policy, ref, [batch], False))
             forward, backward = found[0].float().cpu(), found[1].float().cpu()
@@ -258,31 +258,26 @@ def _page(
     every = every[torch.isfinite(every)]
     full = max(float(every.quantile(0.99)) if 0 < len(every) <= 1 << 24 else 1.0, 1e-12)
     shown = sorted(measured, key=lambda m: -float(m.policy_ref.mean()))[: args.rows]
-    title = f"KL of {Path(args.policy).name} to {Path(args.ref).name}"
-    parts = [CSS, f"<h1>{pages.escape(title)}</h1>"]
-    for heading, table in (("By domain", _domains(domains)), ("Largest", worst)):
-        cells = [[pages.escape(cell) for cell in row] for row in table.rows]
-        parts.append(f"<h2>{heading}</h2>" + pages.table(table.headings, cells))
-        parts.append(f"<p class=note>{pages.escape(table.note)}</p>")
-    parts.append(
-        f"<h2>Tokens</h2><p class=note>{len(shown)} of {len(measured)} sequences, the largest "
-        f"means first; full colour from {full:.3g} nats on, KL(policy||ref); point at a token for "
-        "its numbers.</p>"
+    return pages.render(
+        "cli/kl_measure.html",
+        title=f"KL of {Path(args.policy).name} to {Path(args.ref).name}",
+        domains=_domains(domains),
+        worst=worst,
+        rows=[list(_coloured(m, tokenizer, full)) for m in shown],
+        count=len(measured),
+        full=full,
     )
-    parts.extend(f"<div class=row>{_coloured(m, tokenizer, full)}</div>" for m in shown)
-    return pages.page(title, "".join(parts))
 
 
-def _coloured(m: Measured, tokenizer: Any, full: float) -> str:
-    """A sequence's tokens, each with the strength of its KL."""
-    spans = [pages.escape(tokenizer.decode(m.row.ids[:1]))]
+def _coloured(m: Measured, tokenizer: Any, full: float) -> Iterator[tuple[str, float, str]]:
+    """A sequence's tokens, the strength of each one's KL, and its numbers.
+
+    Yields:
+        Of the first token, of which nothing is predicted, no numbers.
+    """
+    yield tokenizer.decode(m.row.ids[:1]), 0.0, ""
     for token, one, other in zip(
         m.row.ids[1:], m.policy_ref.tolist(), m.ref_policy.tolist(), strict=True
     ):
-        strength = min(1.0, one / full)
         said = f"{one:.3g} policy||ref, {other:.3g} ref||policy"
-        spans.append(
-            f'<span style="background:rgba({COLOR},{strength:.2f})" title="{said}">'
-            f"{pages.escape(tokenizer.decode([token]))}</span>"
-        )
-    return "".join(spans)
+        yield tokenizer.decode([token]), min(1.0, one / full), said

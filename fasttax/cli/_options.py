@@ -1,9 +1,21 @@
-"""The library's advice in the words of a command."""
+"""What commands have in common: options, files that they write, the library's advice in words."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fasttax._base import checks, files, placed
+
+STDOUT = "-"  # as the name of a --json
 
 ARGUMENT = re.compile(r"\b(?P<name>[a-z]+(?:_[a-z]+)*)=(?:'(?P<value>[^'\s]*)')?(?=[\s,;:.()]|$)")
 
@@ -24,3 +36,98 @@ def in_options(text: str, parser: argparse.ArgumentParser) -> str:
         return " ".join(part for part in (flag, found["value"]) if part)
 
     return ARGUMENT.sub(option, text)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`, which `device_of` reads."""
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`, which `write_json` writes."""
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON, too; - prints it")
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """`--quiet`, which `shown` reads."""
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress bars, of which files get none anyway"
+    )
+
+
+def shown(args: argparse.Namespace) -> bool:
+    """Whether to show progress: on a terminal, unless asked not to."""
+    return not args.quiet and sys.stderr.isatty()
+
+
+def say(args: argparse.Namespace, text: object) -> None:
+    """Prints what a person reads: to stderr where --json takes stdout for itself."""
+    print(text, file=sys.stderr if args.json == STDOUT else sys.stdout, flush=True)
+
+
+def device_of(op: str, name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        ValueError: there is no such device here; lists those that are.
+    """
+    here = ["cpu"]
+    if torch.cuda.is_available():
+        here += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device(here[min(1, len(here) - 1)])
+    checks.choice(op, "--device", name, ["auto", *here])
+    return torch.device(name)
+
+
+def check_outputs(op: str, *paths: str | None) -> None:
+    """That files can be written where they are to go, which is tried.
+
+    Raises:
+        OSError: a folder is not there, or takes no file.
+        ValueError: a name is a folder's.
+    """
+    for path in paths:
+        if not path or path == STDOUT:
+            continue
+        target = placed.in_a_folder(op, path)
+        if target.is_dir():
+            raise checks.fail(op, path, "a file's name", "a folder")
+        try:
+            tempfile.TemporaryFile(dir=target.parent).close()
+        except OSError as error:
+            raise OSError(
+                f"{op}: cannot write {target}: {error.strerror}; give a folder that takes files"
+            ) from None
+
+
+def write_json(op: str, path: str | None, content: Any) -> None:
+    """The result, written whole or not at all, and where; "-" prints it; nothing without a path.
+
+    JSON has no inf and nan: they are null.
+    """
+    if path:
+        text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+        if path == STDOUT:
+            print(text, end="")
+            return
+        print(files.whole(op, path, lambda target: target.write_text(text, encoding="utf-8")))
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for numbers that are none."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error, whose others explain the Hub."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fasttax
-from fasttax._base import checks, files, timing
+from fasttax._base import checks, timing
 from fasttax._base.timing import Case, Result
+from fasttax.cli import _options
+from fasttax.cli._language_model import DTYPES
 
 OP = "fasttax bench"
+KEPT = ("name", "shape", "milliseconds", "ratios")  # of a result, in --json
 
 
 def eager_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -89,11 +90,12 @@ HELP = {
 }
 
 
-def cases(sizes: Sizes, device: str) -> Iterator[Case]:
-    """Five cases, each made when its turn comes."""
-    yield kl_case(sizes, device, torch.float32)
-    yield kl_case(sizes, device, torch.bfloat16)
-    yield linear_kl_case(sizes, device)
+def cases(sizes: Sizes, device: str, dtype: str | None) -> Iterator[Case]:
+    """Five cases, or with one dtype four, each made when its turn comes."""
+    chosen = [DTYPES[dtype]] if dtype else [torch.float32, torch.bfloat16]
+    for of_logits in chosen:
+        yield kl_case(sizes, device, of_logits)
+    yield linear_kl_case(sizes, device, chosen[0])
     yield ewc_case(sizes, device)
     yield fisher_case(sizes, device)
 
@@ -106,7 +108,7 @@ def kl_case(sizes: Sizes, device: str, dtype: torch.dtype) -> Case:
         "fasttax": step(fused_kl, (x,), (y,)),
     }
     return Case(
-        f"token_kl forward+backward, {str(dtype).removeprefix('torch.')}",
+        f"token_kl forward+backward, {_name(dtype)}",
         f"{sizes.tokens} x {sizes.vocab}",
         contenders,
         floor_bytes=3.0 * x.nbytes,
@@ -114,19 +116,25 @@ def kl_case(sizes: Sizes, device: str, dtype: torch.dtype) -> Case:
     )
 
 
-def linear_kl_case(sizes: Sizes, device: str) -> Case:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def linear_kl_case(sizes: Sizes, device: str, dtype: torch.dtype) -> Case:
     """Floor: four GEMMs of 2 tokens hidden vocab flops."""
     N, V, H = sizes.tokens, sizes.vocab, sizes.hidden
-    h, w, ref_h, ref_w = (torch.randn(n, H, device=device) * H**-0.5 for n in (N, V, N, V))
+    h, w, ref_h, ref_w = (
+        (torch.randn(n, H, device=device) * H**-0.5).to(dtype) for n in (N, V, N, V)
+    )
     contenders: dict[str, Callable[[], Any]] = {
         "eager": step(eager_linear_kl, (h, w), (ref_h, ref_w)),
         "fasttax": step(fused_linear_kl, (h, w), (ref_h, ref_w)),
     }
     return Case(
-        "linear_token_kl forward+backward, float32",
+        f"linear_token_kl forward+backward, {_name(dtype)}",
         f"{N} tokens, {H} -> {V}",
         contenders,
-        floor_bytes=4.0 * (2 * h.numel() + 3 * w.numel()),
+        floor_bytes=float(2 * h.nbytes + 3 * w.nbytes),
         floor_flops=8.0 * N * H * V,
         rounds=sizes.rounds,
     )
@@ -174,27 +182,29 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; sizes below 1 and a device that is not there are errors before anything is measured.
     """
-    args = parse(argv)
+    args = parser().parse_args(argv)
     sizes = Sizes(**{name: checks.count(OP, f"--{name}", getattr(args, name)) for name in HELP})
-    checks.choice(OP, "--device", args.device, devices())
+    device = str(_options.device_of(OP, args.device))
+    _options.check_outputs(OP, args.json)
     torch.manual_seed(0)
-    rate = timing.bandwidth(args.device)
-    print(
-        f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, copies "
-        f"{rate / 1e9:.0f} GB/s; contenders take turns, medians"
+    rate = timing.bandwidth(device)
+    _options.say(
+        args,
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, copies "
+        f"{rate / 1e9:.0f} GB/s; contenders take turns, medians",
     )
     results = []
-    for case in cases(sizes, args.device):
+    for case in cases(sizes, device, args.dtype):
         result = timing.run(case, rate)
         results.append(result)
-        print(line_of(result), flush=True)
-    if args.json:
-        print(write(results, args.json))
+        _options.say(args, line_of(result))
+    rows = [{name: getattr(result, name) for name in KEPT} for result in results]
+    _options.write_json(OP, args.json, rows)
     return 0
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments."""
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog=OP,
         description=(
@@ -206,16 +216,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", type=int, default=value, help=f"{HELP[name]} (default {value})"
         )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers")
-    return parser.parse_args(argv)
-
-
-def devices() -> list[str]:
-    """What --device takes here."""
-    if not torch.cuda.is_available():
-        return ["cpu"]
-    return ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of the KLs' logits and heads (default: float32, and token_kl in bfloat16, too)",
+    )
+    _options.add_device(parser)
+    _options.add_json(parser)
+    return parser
 
 
 def line_of(result: Result) -> str:
@@ -225,11 +233,3 @@ def line_of(result: Result) -> str:
         for name, ratio in result.ratios.items()
     )
     return f"{result.name}, {result.shape}: {result.milliseconds['fasttax']:.1f} ms; {others}"
-
-
-def write(results: Sequence[Result], path: str) -> Path:
-    """The measured numbers as JSON, written whole or not at all."""
-    kept = ("name", "shape", "milliseconds", "ratios")
-    rows = [{name: getattr(result, name) for name in kept} for result in results]
-    text = json.dumps(rows, indent=1) + "\n"
-    return files.whole(OP, path, lambda target: target.write_text(text, encoding="utf-8"))

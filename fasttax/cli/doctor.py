@@ -1,5 +1,7 @@
 """`fasttax doctor`: versions; per op, which kernel runs here and why; what is missing.
 
+It also tries what `fasttax.integrations.trl.patch` would replace in the TRL that is installed.
+
 Each thing that is missing comes with the command that brings it. With --warm it compiles every
 Triton kernel for the GPU instead, so that no first step of a training waits for that.
 """
@@ -12,26 +14,31 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import torch
 
 from fasttax import triton
 from fasttax._base import library
 from fasttax._base.version import __version__
-from fasttax.cli import _warm
+from fasttax.cli import _extras, _options, _warm
 
 SIMD = ("portable vectors", "AVX2", "AVX-512")
 BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
-EXTRAS = {
-    "transformers": "transformers",
-    "trl": "trl",
-    "lightning": "lightning",
-    "matplotlib": "report",
-    "rich": "demo",
-    "gguf": "demo",
-}
+PEERS = (
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "lightning",
+    "axolotl",
+)
+OP = "fasttax doctor"
 
 
 def version_of(package: str) -> str:
@@ -63,10 +70,8 @@ def missing() -> list[tuple[str, str]]:
                 f"FASTTAX_CUDA=1 {BUILD}   (needs nvcc; CUDA_HOME names its folder)",
             )
         )
-    for package, extra in EXTRAS.items():
-        if importlib.util.find_spec(package) is None:
-            rows.append((f"{package} (optional)", f"pip install 'fasttax[{extra}]'"))
-    return rows
+    absent = [p for p in _extras.EXTRAS if importlib.util.find_spec(p) is None]
+    return rows + [(f"{p} (optional)", _extras.install(p)) for p in absent]
 
 
 def simd() -> str:
@@ -95,28 +100,110 @@ def driver_problem() -> str:
     return ""
 
 
-def report() -> str:
-    """What the command prints: versions, a line an op, what is missing."""
+def peers() -> dict[str, str]:
+    """The versions of the packages that fasttax works in or beside."""
+    return {package: version_of(package) for package in PEERS}
+
+
+def patchable() -> list[dict[str, Any]]:
+    """What `fasttax.integrations.trl.patch` would do of each name in the installed TRL, and why.
+
+    Each is looked up, and gives its numbers on a few tokens, which nothing is replaced for.
+    """
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from fasttax.integrations._trl_targets import TARGETS, Unfit
+
+    rows: list[dict[str, Any]] = []
+    for target in TARGETS:
+        tried = target.tried(())
+        row = {"target": target.label, "trainers": list(target.trainers), "fits": True, "why": ""}
+        if isinstance(tried, Unfit):
+            row |= {"fits": False, "why": str(tried)}
+        else:
+            row["target"] = tried.label
+        rows.append(row)
+    return rows
+
+
+def patch_of_trl() -> dict[str, Any]:
+    """The targets of `patch`; or, where TRL can't be imported or is not there, why there are none.
+
+    A TRL beside a transformers that it does not fit raises anything as it is imported.
+    """
+    if importlib.util.find_spec("trl") is None:
+        return {"works": False, "why": "trl is not installed", "targets": []}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            targets = patchable()
+    except Exception as error:
+        said = f"{type(error).__name__}: {_options.brief(error)}"
+        return {"works": False, "why": f"trl does not import ({said})", "targets": []}
+    works = any(row["fits"] for row in targets)
+    why = "" if works else "nothing in this TRL is what fasttax knows"
+    return {"works": works, "why": why, "targets": targets}
+
+
+def found() -> dict[str, Any]:
+    """All that the command says, as JSON has it."""
+    ops = []
+    for name in sorted(library.OPS):
+        row = {"op": name}
+        for device in ("cpu", "cuda"):
+            row[device], row[f"{device}_why"] = library.active(name, device)
+        ops.append(row)
+    return {
+        "fasttax": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "backend": os.environ.get("FASTTAX_BACKEND", "auto (not set)"),
+        "simd": simd(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu(),
+        "cuda": torch.version.cuda or "none",
+        "triton": version_of("triton"),
+        "peers": peers(),
+        "ops": ops,
+        "patch": patch_of_trl(),
+        "missing": [{"what": what, "command": command} for what, command in missing()],
+    }
+
+
+def report(facts: Mapping[str, Any]) -> str:
+    """The facts in words: versions, a line an op, a line a target of `patch`, what is missing."""
+    peers = "   ".join(f"{name} {version}" for name, version in facts["peers"].items())
     lines = [
-        f"fasttax {__version__}   torch {torch.__version__}   python {platform.python_version()}   "
-        f"{platform.system()} {platform.machine()}",
-        f"FASTTAX_BACKEND={os.environ.get('FASTTAX_BACKEND', 'auto (not set)')}   SIMD: {simd()}   "
-        f"threads: {torch.get_num_threads()}",
-        f"GPU: {gpu()}   torch's "
-        f"CUDA: {torch.version.cuda or 'none'}   "
-        f"triton: {version_of('triton')}",
+        f"fasttax {facts['fasttax']}   torch {facts['torch']}   python {facts['python']}   "
+        f"{facts['system']}",
+        f"FASTTAX_BACKEND={facts['backend']}   SIMD: {facts['simd']}   threads: {facts['threads']}",
+        f"GPU: {facts['gpu']}   torch's CUDA: {facts['cuda']}   triton: {facts['triton']}",
+        peers,
         "",
         f"{'op':28} {'cpu':10} {'cuda':10} why",
     ]
-    for name in sorted(library.OPS):
-        (cpu, cpu_why), (cuda, cuda_why) = library.active(name, "cpu"), library.active(name, "cuda")
-        lines.append(f"{name:28} {cpu:10} {cuda:10} cpu: {cpu_why}; cuda: {cuda_why}")
-    rows = missing()
-    if not rows:
+    for row in facts["ops"]:
+        why = f"cpu: {row['cpu_why']}; cuda: {row['cuda_why']}"
+        lines.append(f"{row['op']:28} {row['cpu']:10} {row['cuda']:10} {why}")
+    lines += ["", *_patch_lines(facts["patch"])]
+    if not facts["missing"]:
         return "\n".join([*lines, "", "nothing is missing"])
     lines += ["", "missing:"]
-    lines += [f"  {what:44} {command}" for what, command in rows]
+    lines += [f"  {row['what']:44} {row['command']}" for row in facts["missing"]]
     return "\n".join(lines)
+
+
+def _patch_lines(patch: Mapping[str, Any]) -> list[str]:
+    """What `patch` replaces for whom, what it leaves alone, and why."""
+    if not patch["targets"]:
+        return [f"fasttax.integrations.trl.patch: {patch['why']}"]
+    rows = patch["targets"]
+    fitting = sum(row["fits"] for row in rows)
+    lines = [f"fasttax.integrations.trl.patch: {fitting} of {len(rows)} targets fit this TRL"]
+    for row in rows:
+        said = "fits" if row["fits"] else f"left alone: {row['why']}"
+        lines.append(f"  {row['target']} ({', '.join(row['trainers'])}): {said}")
+    return lines
 
 
 def warm_up() -> int:
@@ -144,14 +231,31 @@ def _refuse(why: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the report, or warms Triton's cache."""
-    parser = argparse.ArgumentParser(prog="fasttax doctor", description=__doc__)
+    """Prints the report or its JSON, or warms Triton's cache."""
+    args = parser().parse_args(argv)
+    if args.warm:
+        return warm_up()
+    _options.check_outputs(OP, args.json)
+    facts = found()
+    if args.json != _options.STDOUT:
+        print(report(facts))
+    _options.write_json(OP, args.json, facts)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments."""
+    parser = argparse.ArgumentParser(prog=OP, description=__doc__)
     parser.add_argument(
         "--warm",
         action="store_true",
         help="compile every Triton kernel for this machine's GPU; they stay in Triton's cache",
     )
-    if parser.parse_args(argv).warm:
-        return warm_up()
-    print(report())
-    return 0
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=_options.STDOUT,
+        metavar="FILE",
+        help="write what it found as JSON, or without FILE print that alone",
+    )
+    return parser

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax.cli import _language_model, _texts
-from fasttax.cli._options import in_options
+from fasttax.cli import _language_model, _options, _texts
 from fasttax.cli.commands import COMMANDS
 from fasttax.fisher import FisherEstimate, KroneckerEstimate, estimate_fisher
 
@@ -30,9 +29,10 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(
             "fasttax fisher: --length must be at least 2, --batch-size and --examples at least 1"
         )
-    _language_model.check(OP, args, {"model": args.model}, args.output)
-    device = _language_model.device_of(OP, args.device)
+    device = _options.device_of(OP, args.device)
+    _options.check_outputs(OP, args.output, args.json)
     text = _texts.read(args.text)
+    _language_model.check_model(OP, "model", args.model)
     tokenizer = _language_model.tokenizer_of(args.model)
     rows = rows_of(text, tokenizer, args.length)[: args.examples]
     if not len(rows):
@@ -41,13 +41,13 @@ def main(argv: Sequence[str]) -> int:
             f"fasttax fisher: {args.text} has {tokens} tokens; expected at least --length "
             f"{args.length}"
         )
-    model = _language_model.load(args.model, device, args.dtype)
-    _language_model.check_rows(OP, args.model, model, rows.tolist())
+    _language_model.check_rows(OP, args.model, rows)
+    model = _language_model.load(args.model, device, args)
     rows = rows.to(device)
     estimate = _estimated(model, rows.split(args.batch_size), len(rows), args)
     estimate.save(args.output)
-    print(f"{estimate}\n{args.output}")
-    _language_model.write_json(OP, args.json, {**estimate.metadata, "output": args.output})
+    _options.say(args, f"{estimate}\n{args.output}")
+    _options.write_json(OP, args.json, {**estimate.metadata, "output": args.output})
     return 0
 
 
@@ -60,7 +60,7 @@ def _estimated(
     except torch.OutOfMemoryError:
         raise
     except REFUSED as error:
-        raise ValueError(in_options(str(error), parser())) from error
+        raise ValueError(_options.in_options(str(error), parser())) from error
     except RuntimeError as error:
         labels = args.labels
         if labels == "exact_head":
@@ -102,6 +102,7 @@ def _estimate(
         "params": args.params,
         "fallback": fallback,
         "storage": args.storage,
+        "progress": _options.shown(args),
     }
     if args.structure == "kron":
         return estimate_fisher(model, batches, structure="kron", max_dim=args.max_dim, **options)
@@ -110,10 +111,10 @@ def _estimate(
 
 def parser() -> argparse.ArgumentParser:
     """Of the command's arguments."""
-    parser = argparse.ArgumentParser(prog="fasttax fisher", description=COMMANDS["fisher"].summary)
+    parser = argparse.ArgumentParser(prog="fasttax fisher", description=COMMANDS["fisher"])
     parser.add_argument("model", help="a folder or Hub id of a causal language model")
     parser.add_argument("text", help="a UTF-8 text file")
-    parser.add_argument("--output", default="fisher.safetensors")
+    parser.add_argument("--output", default="fisher.safetensors", metavar="FILE")
     parser.add_argument("--labels", choices=("sample", "true", "exact_head"), default="sample")
     parser.add_argument("--length", type=int, default=128, help="tokens an example (default 128)")
     parser.add_argument("--batch-size", type=int, default=8)

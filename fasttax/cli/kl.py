@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fasttax._base import checks
-from fasttax.cli import _kl_measure, _language_model, _texts
+from fasttax.cli import _kl_measure, _language_model, _options, _rows
 from fasttax.integrations.reference import TopKReference
 
 OP = "fasttax kl cache"
@@ -19,72 +20,95 @@ LENGTH = 1024
 
 def main(argv: Sequence[str]) -> int:
     """Runs the tool that was asked for."""
-    args = parse(argv)
+    args = parser().parse_args(argv)
     return _kl_measure.main(args) if args.what == "measure" else cache(args)
 
 
 def cache(args: argparse.Namespace) -> int:
-    """Runs MODEL over DATA's sequences and writes the cache.
+    """Runs MODEL over DATA's sequences and writes the cache, batch by batch.
 
     Raises:
-        ValueError: a size below its least, or a row of DATA that is none of the forms.
+        ValueError: a size below its least, a row of DATA that is none of the forms, or an
+            interrupted run of other options.
     """
-    sizes = [args.batch_size, args.k]
-    if args.length is not None:
-        sizes.append(args.length - 1)
-    if min(sizes) < 1:
-        raise ValueError("--length must be at least 2, --batch-size and --k at least 1")
+    for name in ("batch_size", "k"):
+        checks.count(OP, f"--{name.replace('_', '-')}", getattr(args, name))
+    if args.length is not None and args.length < 2:
+        raise checks.fail(OP, "--length", "at least 2", args.length)
     checks.positive(OP, "--temperature", args.temperature)
-    _language_model.check(OP, args, {"model": args.model}, args.output)
-    device = _language_model.device_of(OP, args.device)
-    path = Path(args.data)
-    text = _texts.read(path)
+    device = _options.device_of(OP, args.device)
+    _options.check_outputs(OP, args.output, args.json)
+    data = _rows.opened(OP, args.data, args.split, args.config)
+    _language_model.check_model(OP, "model", args.model)
     length = _language_model.length_of(args.length, LENGTH, args.model)
-    rows = _texts.rows(path, text, _language_model.tokenizer_of(args.model), length)
-    model = _language_model.load(args.model, device, args.dtype)
-    _language_model.check_rows(OP, args.model, model, [row.ids for row in rows])
-    batches = -(-len(rows) // args.batch_size)
-    with tqdm(total=batches, desc=OP, unit="batch", disable=None) as bar:
-        counting = model.register_forward_hook(lambda *_: bar.update() and None)
-        try:
-            reference = TopKReference.make(
-                model,
-                [row.ids for row in rows],
-                k=args.k,
-                batch_size=args.batch_size,
-                temperature=args.temperature,
-            )
-        finally:
-            counting.remove()
-    reference.save(args.output)
-    print(f"{reference}\n{args.output}")
-    _language_model.write_json(OP, args.json, {**reference.metadata, "output": args.output})
+    rows = _tokenized(args, data, length)
+    _language_model.check_rows(OP, args.model, rows)
+    model = _language_model.load(args.model, device, args)
+    try:
+        metadata = TopKReference.make_file(
+            args.output,
+            model,
+            rows,
+            k=args.k,
+            batch_size=args.batch_size,
+            temperature=args.temperature,
+            restart=args.restart,
+            progress=_options.shown(args),
+        )
+    except KeyboardInterrupt:
+        partial = Path(f"{args.output}.partial")
+        if not partial.exists():
+            raise
+        raise KeyboardInterrupt(
+            f"what is done is kept in {partial}; the same command goes on there"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise type(error)(_options.in_options(str(error), args.parser)) from error
+    counts = f"{metadata['sequences']} sequences, {metadata['tokens']} tokens, k={metadata['k']}"
+    _options.say(args, f"{counts}\n{args.output}")
+    _options.write_json(OP, args.json, {**metadata, "output": args.output})
     return 0
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments."""
+def _tokenized(args: argparse.Namespace, data: _rows.Data, length: int) -> list[Tensor]:
+    """The sequences that a trainer would make of the data, 4 bytes a token.
+
+    Raises:
+        ValueError: there is none of two tokens.
+    """
+    tokenizer = _language_model.tokenizer_of(args.model)
+    every = data.rows(tokenizer, length)
+    hidden = not _options.shown(args)
+    rows = [
+        torch.tensor(row.ids, dtype=torch.int32)
+        for row in tqdm(every, desc="reading", unit="row", disable=hidden)
+    ]
+    if not rows:
+        raise checks.fail(OP, "data", "a sequence of at least 2 tokens", f"none in {args.data}")
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="fasttax kl", description="Tools for the KL to a reference."
     )
-    tools = parser.add_subparsers(dest="what", required=True, metavar="measure | cache")
+    tools = parser.add_subparsers(dest="what", required=True, metavar="TOOL")
     _kl_measure.add_parser(tools)
     cache = tools.add_parser(
         "cache",
+        help="a reference's top-k log-probs, for training without it",
         description=(
             "Keep a reference model's k largest log-probs after every token of DATA; "
-            "FullKL(trainer, 'FILE', beta) reads them."
+            "FullKL(trainer, 'FILE', beta) reads them. They go to disk as they come: after an "
+            "interruption the same command goes on with what FILE.partial holds."
         ),
     )
+    cache.set_defaults(parser=cache)
     cache.add_argument("model", help="a folder or Hub id of a causal language model")
-    cache.add_argument(
-        "data",
-        help=(
-            "a .jsonl with input_ids, messages, text, or prompt with completion, chosen, rejected; "
-            "or a UTF-8 text file"
-        ),
-    )
-    cache.add_argument("--output", default="reference.safetensors")
+    cache.add_argument("data", help=_rows.HELP)
+    _rows.add_options(cache)
+    cache.add_argument("--output", metavar="FILE", default="reference.safetensors")
     cache.add_argument(
         "--k", type=int, default=64, help="log-probs kept a token, 8 bytes each (default 64)"
     )
@@ -101,10 +125,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=1.0,
         help="that the logits are divided by, as FullKL's (default 1)",
     )
+    cache.add_argument(
+        "--restart", action="store_true", help="begin anew where a FILE.partial was left"
+    )
     _language_model.add_options(cache)
-    return parser.parse_args(argv)
-
-
-def sequences(path: Path, tokenizer: Any, length: int) -> list[list[int]]:
-    """The token ids that a trainer would make of a file, cut to `length`."""
-    return [row.ids for row in _texts.rows(path, _texts.read(path), tokenizer, length)]
+    return parser

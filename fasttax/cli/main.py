@@ -10,20 +10,22 @@ from collections.abc import Sequence
 import torch
 
 from fasttax._base.version import __version__
+from fasttax.cli import _extras
 from fasttax.cli.commands import COMMANDS
 
-OPTIONAL = ("transformers", "gguf", "rich", "matplotlib", "scipy")  # packages that an extra brings
 USER_ERROR = 2  # the exit code of what the user can put right
 CLOSED_PIPE = 141  # 128 and the number of SIGPIPE
 INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
+HELP = ("-h", "--help", "help")
 
 
 def usage() -> str:
     """The commands, a line each."""
-    lines = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items())
     return (
         f"usage: fasttax COMMAND [options]\n\ncommands:\n{lines}\n\n"
-        "`fasttax COMMAND --help` lists a command's options."
+        "`fasttax help COMMAND` lists a command's options, `fasttax --version` says the version.\n"
+        "exit codes: 0; 2 what you can put right; 130 after Ctrl-C; 141 where the reader left."
     )
 
 
@@ -38,16 +40,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The command's exit code; 2 for no command, an unknown one, or an error that the user can put
-        right: a missing optional package, a ValueError or an OSError.
+        right: a missing optional package, a ValueError or an OSError; 130 after Ctrl-C, 141 where
+        what reads the output has gone.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _picked(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is no second error at exit
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def _picked(words: list[str]) -> int:
     if not words:
         print(usage())
         return USER_ERROR
     name, rest = words[0], words[1:]
-    if name in ("-h", "--help", "help"):
-        print(usage())
-        return 0
+    if name in HELP:
+        if not rest:
+            print(usage())
+            return 0
+        name, rest = rest[0], [*rest[1:], "--help"]
     if name in ("-V", "--version"):
         print(__version__)
         return 0
@@ -62,26 +77,40 @@ def run(name: str, argv: Sequence[str]) -> int:
         code: int = importlib.import_module(f"fasttax.cli.{name}").main(argv)
         return code
     except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL:
+        package = (error.name or "").partition(".")[0]
+        if package not in _extras.EXTRAS:
             raise
         return complain(
-            f"fasttax {name}: {error.name} is not installed; run `pip install "
-            f"'fasttax[{COMMANDS[name].extra}]'`"
+            f"fasttax {name}: {package} is not installed; run `{_extras.install(package)}`"
         )
-    except torch.OutOfMemoryError as error:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        return complain(_line(f"fasttax {name}", _said(error)))
+    except RuntimeError as error:
         first = str(error).partition("\n")[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in first:
+            raise
         return complain(
             f"fasttax {name}: {first}; take a smaller --batch-size or --length, --dtype bfloat16, "
             "or --device cpu"
         )
-    except BrokenPipeError:
-        # what reads the output has gone (`| head`): no more of it, and no second error at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
-    except (ValueError, OSError) as error:
-        prefix = f"fasttax {name}"
-        text = str(error)
-        return complain(text if text.startswith(prefix) else f"{prefix}: {text}")
-    except KeyboardInterrupt:
-        complain(f"fasttax {name}: interrupted; no file was left half written")
+    except KeyboardInterrupt as error:
+        said = str(error) or "no file was left half written"
+        complain(f"fasttax {name}: interrupted; {said}")
         return INTERRUPTED
+
+
+def _said(error: Exception) -> str:
+    """An error's text; the system's own without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}"
+    return str(error)
+
+
+def _line(prefix: str, text: str) -> str:
+    """`text` under the command's name, which it may begin with, or with the library's."""
+    if text.startswith(prefix):
+        return text
+    return f"{prefix}: {text.removeprefix('fasttax: ')}"

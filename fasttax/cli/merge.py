@@ -10,18 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fasttax import merge
+from fasttax.cli import _options
 from fasttax.cli.commands import COMMANDS
 from fasttax.merge.mergekit import METHODS
+
+OP = "fasttax merge"
 
 
 def main(argv: Sequence[str]) -> int:
     """Writes the average to --output and prints what was written."""
     args = parser().parse_args(argv)
+    _options.check_outputs(OP, args.json)
     try:
-        print(_merged(args))
+        output = _merged(args)
     except (ValueError, TypeError) as error:
         # argparse lists a command's options by way; these are all that the library may advise
         raise ValueError(str(error).replace("missing='mean'", "--missing mean")) from error
+    _options.say(args, output)
+    given = {key: value for key, value in vars(args).items() if key not in ("json", "quiet")}
+    _options.write_json(OP, args.json, {**given, "output": str(output)})
     return 0
 
 
@@ -29,7 +36,13 @@ def _merged(args: argparse.Namespace) -> Path:
     """Where the average, or the configuration, lies."""
     if args.way == "run":
         asked = merge.read_mergekit(args.config)
-        return merge.linear(asked.base, asked.aligned, asked.alpha, output=args.output)
+        return merge.linear(
+            asked.base,
+            asked.aligned,
+            asked.alpha,
+            output=args.output,
+            progress=_options.shown(args),
+        )
     if args.way == "config":
         return merge.write_mergekit(
             args.output,
@@ -40,7 +53,13 @@ def _merged(args: argparse.Namespace) -> Path:
             density=args.density,
         )
     if args.way == "linear":
-        return merge.linear(args.base, args.aligned, _alpha(args.alpha), output=args.output)
+        return merge.linear(
+            args.base,
+            args.aligned,
+            _alpha(args.alpha),
+            output=args.output,
+            progress=_options.shown(args),
+        )
     return merge.fisher_average(
         args.models,
         args.fisher,
@@ -49,6 +68,7 @@ def _merged(args: argparse.Namespace) -> Path:
         floor=args.floor,
         normalize=args.normalize,
         output=args.output,
+        progress=_options.shown(args),
     )
 
 
@@ -74,7 +94,7 @@ def _alpha(words: Sequence[str]) -> float | dict[str, float]:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command's arguments; `way` is the first of them."""
-    parser = argparse.ArgumentParser(prog="fasttax merge", description=COMMANDS["merge"].summary)
+    parser = argparse.ArgumentParser(prog="fasttax merge", description=COMMANDS["merge"])
     ways = parser.add_subparsers(dest="way", required=True)
     linear = ways.add_parser("linear", help="(1 - alpha) BASE + alpha ALIGNED")
     config = ways.add_parser("config", help="a configuration for mergekit-yaml: linear, TIES, DARE")
@@ -122,5 +142,13 @@ def parser() -> argparse.ArgumentParser:
         "--normalize", choices=("l2",), help="divide each Fisher by its norm over all parameters"
     )
     for way in (linear, fisher, run):
-        way.add_argument("--output", required=True, help="a new folder, or a new .safetensors file")
+        way.add_argument(
+            "--output",
+            metavar="PATH",
+            required=True,
+            help="a new folder, or a new .safetensors file",
+        )
+    for way in (linear, config, run, fisher):
+        _options.add_json(way)
+        _options.add_quiet(way)
     return parser

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fasttax._base import checks, placed
-from fasttax.cli import _language_model
+from fasttax._base import checks
+from fasttax.cli import _language_model, _options
 from fasttax.cli._costs import GB, GPUS, Cost, Job, Shape, costs
 from fasttax.cli.commands import COMMANDS
 from fasttax.tax.words import Table, aligned
@@ -24,24 +24,24 @@ def main(argv: Sequence[str]) -> int:
     for name in COUNTS:
         checks.count(OP, f"--{name}", getattr(args, name))
     use = checks.number(OP, "--use", args.use, low=0, high=1, open_low=True)
-    if args.json:
-        placed.in_a_folder(OP, args.json)
+    _options.check_outputs(OP, args.json)
     shape = _shape(args.model)
     counts = {name: getattr(args, name) for name in COUNTS}
     job = Job(gpu=GPUS[args.gpu], use=use, checkpointing=args.checkpointing, **counts)
     found = list(costs(shape, job))
-    print(
+    _options.say(
+        args,
         f"{args.model}: {shape.parameters / 1e9:.3g} B parameters, {shape.multiplied / 1e9:.3g} B "
         f"of them at every token, {shape.layers} layers of {shape.hidden}, vocabulary "
         f"{shape.vocabulary}\n{args.gpus} x {args.gpu}: {job.gpu.memory / GB:.0f} GB, "
         f"{job.gpu.flops / 1e12:.0f} TFLOP/s in bf16 of which {use:.0%} are taken, "
         f"{job.gpu.bandwidth / 1e12:.2f} TB/s; {args.tokens} tokens a GPU and step in sequences "
-        f"of {args.length}\n"
+        f"of {args.length}\n",
     )
-    print("\n".join(aligned(_table(found, job))))
+    _options.say(args, "\n".join(aligned(_table(found, job))))
     rows = [vars(cost) | {"fits": _fits(found[0], cost, job)} for cost in found]
     content = {"model": args.model, "gpu": args.gpu, **counts, "use": use}
-    _language_model.write_json(OP, args.json, {**content, "shape": vars(shape), "costs": rows})
+    _options.write_json(OP, args.json, {**content, "shape": vars(shape), "costs": rows})
     return 0
 
 
@@ -103,13 +103,13 @@ def _shape(model: str) -> Shape:
         config: Any = AutoConfig.from_pretrained(path if path.exists() else model)
         return Shape.of(config)
     except _language_model.UNLOADABLE as error:
-        said = _language_model.brief(error)
+        said = _options.brief(error)
         raise ValueError(f"{model}: no config of a causal language model: {said}") from error
 
 
 def parser() -> argparse.ArgumentParser:
     """Of the command's arguments."""
-    parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["plan"].summary)
+    parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["plan"])
     parser.add_argument("model", help="a config.json, a folder with one, or a Hub id")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
     parser.add_argument("--gpus", type=int, default=1, help="that share the parameters (FSDP2)")
@@ -122,5 +122,5 @@ def parser() -> argparse.ArgumentParser:
         "--use", type=float, default=0.4, help="share of the peak that training reaches"
     )
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers")
+    _options.add_json(parser)
     return parser

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fasttax._base import checks, files
-from fasttax.cli import _language_model
+from fasttax.cli import _language_model, _options
 from fasttax.cli.commands import COMMANDS
 
 OP = "fasttax sample"
@@ -28,13 +28,14 @@ def main(argv: Sequence[str]) -> int:
     for option in ("number", "length", "batch_size"):
         checks.count(OP, f"--{option.replace('_', '-')}", getattr(args, option))
     checks.positive(OP, "--temperature", args.temperature)
-    _language_model.check(OP, args, {"model": args.model}, args.output)
-    device = _language_model.device_of(OP, args.device)
+    device = _options.device_of(OP, args.device)
+    _options.check_outputs(OP, args.output, args.json)
+    _language_model.check_model(OP, "model", args.model)
     tokenizer = _language_model.tokenizer_of(args.model)
     first = first_token(args.model, tokenizer)
     length = _language_model.length_of(args.length, args.length, args.model)
-    model = _language_model.load(args.model, device, args.dtype)
-    _language_model.check_rows(OP, args.model, model, [[first] * (length + 1)])
+    _language_model.check_rows(OP, args.model, [[first] * (length + 1)])
+    model = _language_model.load(args.model, device, args)
     lines = []
     for ids in sampled(model, first, args):
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -43,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
     def write(target: Path) -> None:
         target.write_text("".join(lines), encoding="utf-8")
 
-    print(files.whole(OP, args.output, write))
+    _options.say(args, files.whole(OP, args.output, write))
     facts = {"output": args.output, "texts": len(lines), "temperature": args.temperature}
-    _language_model.write_json(OP, args.json, {**facts, "seed": args.seed})
+    _options.write_json(OP, args.json, {**facts, "seed": args.seed})
     return 0
 
 
@@ -71,11 +72,12 @@ def sampled(model: Any, first: int, args: argparse.Namespace) -> Iterator[list[i
         A text's ids.
     """
     device = next(model.parameters()).device
+    shown = _options.shown(args)
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else {*(ends or ())}
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        tqdm(total=args.number, unit="text", desc="Sample") as bar,
+        tqdm(total=args.number, unit="text", desc=OP, disable=not shown) as bar,
     ):
         torch.manual_seed(args.seed)
         for begin in range(0, args.number, args.batch_size):
@@ -106,7 +108,7 @@ def _to_its_end(ids: list[int], ends: set[int]) -> list[int]:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command's arguments."""
-    parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["sample"].summary)
+    parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["sample"])
     parser.add_argument("model", help="a folder or Hub id of a causal language model")
     parser.add_argument("--output", default="samples.jsonl", help="rows of text and input_ids")
     parser.add_argument("--number", type=int, default=128, help="texts (default 128)")

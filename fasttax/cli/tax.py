@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fasttax._base import placed
+from fasttax.cli import _options
 from fasttax.cli.commands import COMMANDS
 from fasttax.tax import TaxReport, published
 from fasttax.tax.published import NAMES
@@ -19,19 +19,15 @@ OP = "fasttax tax"
 
 def main(argv: Sequence[str]) -> int:
     """Prints the report, then the name of each file that was asked for."""
-    args = parse(argv)
-    outputs = [path for path in (args.html, args.png, args.json) if path]
-    for path in outputs:
-        placed.in_a_folder(OP, path)
+    args = parser().parse_args(argv)
+    _options.check_outputs(OP, args.html, args.png, args.json)
     report = _report(args)
-    print(report if args.published is None else published(args.published))
-    for path, write in (
-        (args.html, report.html),
-        (args.png, report.plot),
-        (args.json, report.save),
-    ):
+    said = report if args.published is None else published(args.published)
+    _options.say(args, said)
+    for path, write in ((args.html, report.html), (args.png, report.plot)):
         if path:
-            print(write(path))
+            _options.say(args, write(path))
+    _options.write_json(OP, args.json, report.as_dict())
     return 0
 
 
@@ -61,9 +57,9 @@ def _report(args: argparse.Namespace) -> TaxReport:
     )
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments."""
-    parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["tax"].summary)
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments."""
+    parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["tax"])
     parser.add_argument(
         "files",
         nargs="*",
@@ -102,4 +98,4 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--json", metavar="FILE", help="write the measurements with tax, gain, frontier and fits"
     )
-    return parser.parse_args(argv)
+    return parser

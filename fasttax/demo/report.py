@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fasttax._base import files
-from fasttax._base import page as html
-from fasttax._base.page import escape, table
+from fasttax._base import page as pages
 from fasttax.demo import figure
 from fasttax.demo.compare import Comparison, tax_report
 from fasttax.demo.methods import SHARES, title
@@ -101,77 +100,65 @@ def write(results: dict[str, Any], folder: Path) -> Path:
         files.whole("demo", folder / "table.md", lambda path: path.write_text(text, "utf-8"))
         tax_report(results).save(folder / "tax.json")
     page = folder / "report.html"
-    body = _page(results, picture if compared else None)
+    body = page_of(results, picture if compared else None)
     files.whole("demo", page, lambda path: path.write_text(body, encoding="utf-8"))
     return page
 
 
-def _page(results: dict[str, Any], picture: Path | None) -> str:
+def page_of(results: dict[str, Any], picture: Path | None) -> str:
+    """What there is to show as HTML; without the picture, nothing is compared yet."""
     name = results.get("model", {}).get("name", "model not loaded")
-    sub = f"{escape(name)}, {escape(results['started'])}, {results['seconds']:.0f} s in total"
-    parts = [f"<h1>What alignment costs, and what lowers it</h1><p class=sub>{sub}</p>"]
-    if results["status"] != "complete":
-        parts.append(
-            "<p class=partial>Partial: the demo was interrupted. What was finished is shown; the "
-            "rest is missing, not zero.</p>"
-        )
-    parts.append("<ul>" + "".join(f"<li>{escape(s)}</li>" for s in results["verdicts"]) + "</ul>")
-    if picture is not None:
-        parts.append(html.picture(picture.read_bytes(), "Tax against the share of plain's gain"))
-        rows = [[escape(cell) for cell in row] for row in _comparison(results)]
-        parts.append("<h2>Tax at equal alignment</h2>" + table(HEADINGS, rows))
-        parts.append(f"<p class=note>{escape(_caption(results))}</p>")
-    parts.append(_points(results) + f"<p class=note>{NOTES}</p>")
-    parts.append(_timing(results) + _provenance(results))
-    return html.page("fasttax demo", "".join(parts))
+    return pages.render(
+        "demo/report.html",
+        title="fasttax demo",
+        sub=f"{name}, {results['started']}, {results['seconds']:.0f} s in total",
+        complete=results["status"] == "complete",
+        verdicts=results["verdicts"],
+        picture="" if picture is None else pages.picture(picture.read_bytes()),
+        headings=HEADINGS,
+        comparison=[] if picture is None else _comparison(results),
+        caption="" if picture is None else _caption(results),
+        points=_points(results),
+        notes=NOTES,
+        timing=results.get("timing"),
+        parts=_parts(results),
+        provenance=_provenance(results),
+    )
 
 
-def _points(results: dict[str, Any]) -> str:
-    """Every model that was measured."""
+def _points(results: dict[str, Any]) -> list[list[Any]]:
+    """Headings, then every model that was measured."""
     if "base" not in results:
-        return ""
-    rows = [["base", "", "0", "0", *_measures(results["base"])]]
+        return []
+    rows = [["run", "seed", "share", "tax", *(heading for _, heading, _, _ in COLUMNS)]]
+    rows.append(["base", "", "0", "0", *_measures(results["base"])])
     for row in results["points"]:
         share = "" if row["share"] is None else f"{row['share']:.3f}"
-        method = f"{escape(title(row['method']))}: {escape(row['label'])}"
+        method = f"{title(row['method'])}: {row['label']}"
         rows.append([method, str(row["seed"]), share, f"{row['tax']:+.4f}", *_measures(row)])
-    headings = ["run", "seed", "share", "tax", *(heading for _, heading, _, _ in COLUMNS)]
-    return "<h2>Every point, on held-out items</h2>" + table(headings, rows)
+    return rows
 
 
-def _measures(row: dict[str, Any]) -> list[str]:
-    """A cell for each of COLUMNS, with its error over items."""
-    cells = []
+def _measures(row: dict[str, Any]) -> list[Any]:
+    """A cell for each of COLUMNS, with its error over items where there is one."""
+    cells: list[Any] = []
     for metric, _, factor, digits in COLUMNS:
         value = row["metrics"][metric]
         cell = f"{factor * value['mean']:.{digits}f}"
-        if value["se"] is not None:
-            cell += f"<br><small>± {factor * value['se']:.{digits}f}</small>"
-        cells.append(cell)
+        if value["se"] is None:
+            cells.append(cell)
+        else:
+            cells.append((cell, f"{factor * value['se']:.{digits}f}"))
     return cells
 
 
-def _timing(results: dict[str, Any]) -> str:
+def _parts(results: dict[str, Any]) -> list[list[str]]:
+    """The parts of a step: milliseconds, and percent of a plain one."""
     if "timing" not in results:
-        return ""
+        return []
     timing = results["timing"]
-    percent = timing["percent_of_plain_step"]
-    names = ("plain step", *percent)
-    rows = [
-        [
-            escape(n),
-            f"{timing['seconds'][n] * 1e3:.1f}",
-            f"{percent[n]:.1f}" if n in percent else "100",
-        ]
-        for n in names
-    ]
-    note = (
-        f"<p>Medians of {timing['rounds']} interleaved rounds; the first batch has "
-        f"{timing['tokens']} tokens.</p>"
-    )
-    return f"<h2>Time of a step's parts</h2>{note}" + table(
-        ["part", "ms", "% of a plain step"], rows
-    )
+    percent = {"plain step": 100.0, **timing["percent_of_plain_step"]}
+    return [[n, f"{timing['seconds'][n] * 1e3:.1f}", f"{percent[n]:.1f}"] for n in percent]
 
 
 def _origin(fisher: dict[str, Any]) -> str:
@@ -183,7 +170,7 @@ def _origin(fisher: dict[str, Any]) -> str:
     return f"estimated in this run, kept in {fisher['path']}"
 
 
-def _provenance(results: dict[str, Any]) -> str:
+def _provenance(results: dict[str, Any]) -> dict[str, str]:
     s = results["settings"]
     optimizer = f"AdamW at {s['lr']:g}, warmed up and decayed linearly, without weight decay"
     facts = {
@@ -217,8 +204,4 @@ def _provenance(results: dict[str, Any]) -> str:
         "results.json (all numbers and curves), tax.json (for `fasttax tax`), table.md, "
         "pareto.png, report.html, in this folder"
     )
-    return (
-        "<h2>Where it comes from</h2><dl>"
-        + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
-        + "</dl>"
-    )
+    return facts

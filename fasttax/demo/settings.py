@@ -176,15 +176,15 @@ def _methods(text: str) -> tuple[str, ...]:
 
 def parse(argv: Sequence[str] | None) -> Settings:
     """The settings that a command line asks for; exits with what is wrong with it."""
-    parser = _parser()
-    args = vars(parser.parse_args(argv))
+    options = parser()
+    args = vars(options.parse_args(argv))
     preset = {k: getattr(TINY if args["tiny"] else REAL, k) for k in Preset.__dataclass_fields__}
     preset |= {k: args[k] for k in preset if args.get(k) is not None}
     chosen = args["methods"] or tuple(METHODS)
     given = [method for method, _ in args["strengths"]]
     idle = [m for m in given if m not in chosen or given.count(m) > 1]
     if idle:
-        parser.error(
+        options.error(
             f"--strengths {idle[0]}: expected once for each of --methods, {', '.join(chosen)}"
         )
     preset["grids"] = {
@@ -197,16 +197,16 @@ def parse(argv: Sequence[str] | None) -> Settings:
         stops = {(min(round(at), steps - 1),) for (at,) in preset["grids"][STOP]}
         preset["grids"][STOP] = tuple(sorted(at for at in stops if at[0] > 0))
     if args["tiny"] and args["model"] != SMOLLM2:
-        parser.error("--tiny trains its own model; leave out --model, or leave out --tiny")
+        options.error("--tiny trains its own model; leave out --model, or leave out --tiny")
     if preset["length"] < 32:
-        parser.error("--length: expected at least 32 tokens")
+        options.error("--length: expected at least 32 tokens")
     if not 0 < preset["lr"] < 1:
-        parser.error("--lr: expected a number between 0 and 1")
+        options.error("--lr: expected a number between 0 and 1")
     alphas = [alpha for (alpha,) in preset["grids"].get("merge", ())]
     if any(alpha >= 1 for alpha in alphas):
-        parser.error("--strengths merge: expected alphas between 0 and 1, which is the plain run")
+        options.error("--strengths merge: expected alphas between 0 and 1, which is the plain run")
     if preset["replay_batch"] > preset["fisher_examples"]:
-        parser.error("--replay-batch: expected at most --fisher-examples, whose passages it reads")
+        options.error("--replay-batch: expected at most --fisher-examples, whose passages it reads")
     rest = {name: args[name] for name in ("tiny", "seed", "output", "alignment")}
     threads = args["threads"] or (1 if args["tiny"] else None)
     return Settings(
@@ -218,7 +218,8 @@ def parse(argv: Sequence[str] | None) -> Settings:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="fasttax demo",
         description=(

@@ -440,4 +440,5 @@ define(
     "-> ()",
     head.lm_head_fisher_,
     lambda out, hidden, weight, bias, token_chunk: None,
+    ("label_variance_",),
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fasttax._base import checks
 
@@ -31,7 +31,7 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
         ValueError: FSDP1, parameters that are not the model's, or none that is trained.
     """
     held = ewc.parameters()
-    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+    if has_fsdp1(model):
         raise checks.fail(
             op,
             "model",
@@ -66,6 +66,14 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
             "under PEFT hold the adapter's parameters (DiagonalFisher(model, lora='factors'))",
         )
     return ewc
+
+
+def has_fsdp1(model: nn.Module) -> bool:
+    """Whether a part of it is FSDP1's: who has made one has imported its module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return False
+    return any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
 
 
 def causal_lm(op: str, argument: str, model: Any) -> Any:

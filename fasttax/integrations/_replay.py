@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback
 
 from fasttax._base import checks
@@ -24,7 +23,7 @@ from fasttax.integrations._heads import logits_of, vocabulary, watched
 from fasttax.integrations._kl_forward import Forward
 from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
 from fasttax.integrations._kl_sums import Asked, Policy
-from fasttax.integrations._models import causal_lm
+from fasttax.integrations._models import causal_lm, has_fsdp1
 from fasttax.integrations._trainer import add_callback, loss_scale, publish
 
 KINDS = ("lm", "kl")
@@ -197,7 +196,7 @@ class Replay(TrainerCallback):
         """
         self._primed, self._since_log = False, None
         trained = self.trainer.model_wrapped
-        if any(isinstance(m, FullyShardedDataParallel) for m in trained.modules()):
+        if has_fsdp1(trained):
             raise checks.fail(
                 self.options.op,
                 "replay",

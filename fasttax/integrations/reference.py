@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fasttax._base import checks, files
-from fasttax.integrations._models import frozen
+from fasttax.integrations import _reference_file
 from fasttax.integrations._prompt_logprobs import UNKNOWN, tensors
-from fasttax.kl.topk import topk_logprobs
 
 KIND = "TopKReference"
 CHECKED = 1 << 16  # rows of a file that are checked at a time
@@ -79,7 +78,6 @@ class TopKReference:
         return self.logp.shape[-1]
 
     @staticmethod
-    @torch.no_grad()
     def make(
         model: nn.Module,
         sequences: Iterable[Sequence[int] | Tensor],
@@ -97,62 +95,52 @@ class TopKReference:
             temperature: that the logits are divided by, as FullKL's where it is not 1.
 
         Raises:
-            ValueError: a sequence without a prediction, a temperature <= 0, an encoder-decoder.
+            ValueError: a sequence without a prediction, a temperature <= 0, an encoder-decoder, a
+                model whose logits are NaN.
         """
-        op = "TopKReference.make"
-        temperature = checks.positive(op, "temperature", temperature)
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise checks.fail(
-                op,
-                "model",
-                "a causal language model, whose predictions are found by its ids alone",
-                f"{type(model).__name__}, an encoder-decoder",
-                "pass FullKL the model itself",
-            )
-        rows = [torch.as_tensor(s, dtype=torch.int64).cpu() for s in sequences]
-        if not rows or min(r.numel() for r in rows) < 2:
-            raise checks.fail(
-                op,
-                "sequences",
-                "at least one, each of at least 2 tokens",
-                f"{len(rows)}, the shortest of {min(map(len, rows), default=0)}",
-            )
-        order = sorted(range(len(rows)), key=lambda i: -rows[i].numel())
-        kept: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
-        device = next(model.parameters()).device
-        with frozen(model):
-            for first in range(0, len(order), batch_size):
-                chosen = order[first : first + batch_size]
-                # on the right: what is behind a token is not seen
-                padded = nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True)
-                mask = (
-                    torch.arange(padded.shape[1])
-                    < torch.tensor([rows[i].numel() for i in chosen])[:, None]
-                )
-                logits = model(
-                    input_ids=padded.to(device),
-                    attention_mask=mask.to(device, torch.int64),
-                    use_cache=False,
-                ).logits
-                for i, row in zip(chosen, logits, strict=True):
-                    logp, ids = topk_logprobs(row[: rows[i].numel()] / temperature, k)
-                    kept[i] = (logp.float().cpu(), ids.to(torch.int32).cpu())
-        lengths = torch.tensor([0] + [r.numel() for r in rows])
-        metadata = {
-            "k": k,
-            "sequences": len(rows),
-            "tokens": int(lengths.sum()),
-            "vocabulary": logits.shape[-1],
-            "temperature": temperature,
-            "model_hash": files.weights_hash(model.named_parameters()),
-        }
-        return TopKReference(
-            torch.cat(rows),
-            lengths.cumsum(0),
-            torch.cat([a for a, _ in kept]),
-            torch.cat([b for _, b in kept]),
-            metadata,
-        )
+        job = _job("TopKReference.make", model, sequences, k, batch_size, temperature)
+        return TopKReference(*_reference_file.in_memory(job))
+
+    @staticmethod
+    def make_file(
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        sequences: Iterable[Sequence[int] | Tensor],
+        k: int = 64,
+        batch_size: int = 8,
+        temperature: float = 1.0,
+        *,
+        restart: bool = False,
+        progress: bool = True,
+    ) -> dict[str, Any]:
+        """As `make`, but to a file that `load` reads, batch by batch, with none kept in memory.
+
+        An interrupted call leaves the folder PATH.partial. The same call goes on there, after it
+        has verified what it holds, and makes the same file, to the bit, as one that was not.
+
+        Args:
+            path: of the file; an older one stays until the new one is whole.
+            model: as of `make`, and so on.
+            sequences: token ids, each at least 2.
+            k: log-probs to keep a token.
+            batch_size: sequences at a time.
+            temperature: that the logits are divided by.
+            restart: begin anew where a PATH.partial is.
+            progress: show a bar where stderr is a terminal.
+
+        Returns:
+            The file's metadata.
+
+        Raises:
+            ValueError: as of `make`; or PATH.partial is of other arguments.
+            OSError: the disk has no room, or another process is writing the file.
+
+        Example:
+            >>> TopKReference.make_file("reference.safetensors", model, rows, k=64)
+            >>> FullKL(trainer, "reference.safetensors", beta=0.1)
+        """
+        job = _job("TopKReference.make_file", model, sequences, k, batch_size, temperature)
+        return _reference_file.in_a_file(job, path, KIND, restart, progress)
 
     @staticmethod
     def from_prompt_logprobs(
@@ -311,6 +299,18 @@ class TopKReference:
                 found_logp, found_ids = self.lookup(row[part])
                 logp[b, part[:-1]], ids[b, part[:-1]] = found_logp, found_ids
         return logp.to(input_ids.device), ids.to(input_ids.device)
+
+
+def _job(
+    op: str,
+    model: nn.Module,
+    sequences: Iterable[Sequence[int] | Tensor],
+    k: int,
+    batch_size: int,
+    temperature: float,
+) -> _reference_file.Job:
+    rows = [torch.as_tensor(s, dtype=torch.int32, device="cpu") for s in sequences]
+    return _reference_file.Job(op, model, rows, k, batch_size, temperature)
 
 
 def _wrong(tensors: Mapping[str, Tensor], vocabulary: Any) -> str:

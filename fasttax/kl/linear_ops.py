@@ -29,6 +29,9 @@ from fasttax.reference.rows import LINEAR
 NAMES = "linear_token_kl or linear_token_logprobs"
 OF_RESULT = "the gradient of its result"
 TENSORS = 6  # of the inputs: those with gradients
+# what a Sweep calls
+FORWARD = ("token_kl", "token_stats")
+BACKWARD = ("token_kl_backward_", "token_stats_backward")
 
 
 def _gradients(sweep: Sweep, like: Tensor) -> tuple[Tensor, ...]:
@@ -185,12 +188,14 @@ define(
     f"linear_token_rows({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     _rows,
     _rows_fake,
+    FORWARD,
 )
 define(
     "linear_token_rows_backward(Tensor d_rows, Tensor kl_saved, Tensor saved, Tensor ref_saved, "
     f"{SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _rows_backward,
     _rows_backward_fake,
+    BACKWARD,
 )
 torch.library.register_autograd(
     "fasttax::linear_token_rows", _backward, setup_context=_setup, lib=lib
@@ -201,6 +206,7 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _total,
     _total_fake,
+    (*FORWARD, "token_kl_grad", *BACKWARD),
 )
 torch.library.register_autograd(
     "fasttax::linear_token_total", _backward_total, setup_context=_setup_total, lib=lib

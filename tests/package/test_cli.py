@@ -7,11 +7,11 @@ import inspect
 from pathlib import Path
 
 import pytest
-import torch
 
 import fasttax
 from fasttax import cli
 from fasttax.cli.commands import COMMANDS
+from tests.tools import tiny_lm
 
 FOLDER = Path(cli.__file__).parent
 PLUMBING = ("__init__", "main", "commands")
@@ -21,8 +21,9 @@ def test_every_command_is_a_module() -> None:
     modules = {p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_")} - set(PLUMBING)
     assert modules == set(COMMANDS)
     for name in COMMANDS:
-        run = importlib.import_module(f"fasttax.cli.{name}").main
-        assert list(inspect.signature(run).parameters) == ["argv"]
+        module = importlib.import_module(f"fasttax.cli.{name}")
+        assert list(inspect.signature(module.main).parameters) == ["argv"]
+        assert module.parser().prog == f"fasttax {name}"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -30,22 +31,38 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: fasttax {name}")
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: fasttax {name}")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["help", name])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == said
 
 
 def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == cli.main(["help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"  {name:8} {command.summary}\n" in printed for name, command in COMMANDS.items())
+    assert all(f"  {name:10} {summary}\n" in printed for name, summary in COMMANDS.items())
     assert cli.main(["--version"]) == cli.main(["-V"]) == 0
     assert capsys.readouterr().out == f"{fasttax.__version__}\n" * 2
     assert cli.main(["taxes"]) == 2
     assert "unknown command 'taxes'; choose one of demo, fisher" in capsys.readouterr().err
+    assert cli.main(["help", "taxes"]) == 2
+    assert "unknown command 'taxes'; choose one of demo, fisher" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["help", "kl", "cache"])
+    assert capsys.readouterr().out.startswith("usage: fasttax kl cache")
 
 
 @pytest.mark.parametrize(
-    ("package", "extra"), [("matplotlib", "report"), ("transformers", "report"), ("numpy", None)]
+    ("package", "extra"),
+    [
+        ("matplotlib", "report"),
+        ("transformers", "transformers"),
+        ("datasets", "trl"),
+        ("numpy", None),
+    ],
 )
 def test_what_is_not_installed(
     package: str,
@@ -74,9 +91,6 @@ def test_fisher_wants_a_whole_row(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_fisher_writes_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("transformers")
-    from tests.tools import tiny_lm
-
     model, output = tiny_lm.save(tmp_path / "model"), str(tmp_path / "fisher.safetensors")
     text = tmp_path / "text.txt"
     text.write_text("water boils at a hundred degrees " * 4)
@@ -87,29 +101,3 @@ def test_fisher_writes_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == f"{estimate}\n{output}\n"
     assert cli.main(["fisher", model, str(text), "--length", "1000"]) == 2
     assert "has 132 tokens; expected at least --length 1000" in capsys.readouterr().err
-
-
-def test_doctor_says_why_a_gpu_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    old = "The NVIDIA driver on your system is too old (found version 11040)."
-
-    def init() -> None:
-        raise RuntimeError(f"{old} Please update\nand more")
-
-    monkeypatch.setattr(torch.cuda, "init", init)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    assert cli.main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert f"GPU: none ({old}" in out
-    assert "install a driver for CUDA 13.0" in out
-
-
-def test_doctor_names_every_op(capsys: pytest.CaptureFixture[str]) -> None:
-    from fasttax._base import library
-
-    assert cli.main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    assert all(f"\n{op} " in printed for op in library.OPS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from fasttax import DiagonalFisher, FisherEstimate, cli
-from fasttax.cli import kl
 from fasttax.cli._options import in_options
 from tests.tools import tiny_lm
 
@@ -134,18 +132,6 @@ def test_merge_says_its_own_option(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--missing mean" in said
     assert "missing=" not in said
     assert cli.main([*command, "--missing", "mean"]) == 0
-
-
-def test_jsonl_with_separators_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    raw = json.dumps({"text": "a\u2028b\u2029c\x85d"}, ensure_ascii=False)
-    path.write_text(f"{raw}\r\n\n{raw}\n", encoding="utf-8", newline="")
-    tokenizer = tiny_lm.tokenizer()
-    want = tokenizer("a\u2028b\u2029c\x85d")["input_ids"]
-    assert kl.sequences(path, tokenizer, 100) == [want, want]
-    path.write_text(f"{raw}\nno JSON\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="row 2: no JSON"):
-        kl.sequences(path, tokenizer, 100)
 
 
 def test_interrupted(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +145,20 @@ def broken(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
             "row 2: expected a JSON object",
         ),
         "ids of another kind": (measure(file=str(tmp_path / "ids.jsonl")), "list of integers"),
-        "weights: ids beyond": (measure(file=str(tmp_path / "far.jsonl")), "below 260"),
-        "weights: too long": (measure(m0, m1, text, "--length", "300"), "pass --length 256"),
-        "fisher: weights, too long": (fisher(m0, text, "--length", "300"), "pass --length 256"),
-        "cache: weights, too long": (cache(m0, text, "--length", "300"), "pass --length 256"),
+        "ids beyond": (measure(file=str(tmp_path / "far.jsonl")), "below 260"),
+        "too long": (measure(m0, m1, text, "--length", "300"), "pass --length 256"),
+        "fisher: too long": (fisher(m0, text, "--length", "300"), "pass --length 256"),
+        "cache: too long": (cache(m0, text, "--length", "300"), "pass --length 256"),
         "page without a folder": (measure(m0, m1, text, "--html", none), "create it first"),
+        "page where nothing is written": (
+            measure(m0, m1, text, "--html", "/proc/x"),
+            "cannot write",
+        ),
+        "fisher: read-only": (["fisher", m0, text, "--output", "/proc/x"], "cannot write /proc/x"),
+        "cache: read-only": (
+            ["kl", "cache", m0, text, "--output", "/proc/x"],
+            "cannot write /proc",
+        ),
         "page that is a folder": (measure(m0, m1, text, "--html", str(tmp_path)), "a file's name"),
         "device": (measure(m0, m1, text, "--device", "cuda:99"), "one of 'auto', 'cpu'"),
         "size": (measure(m0, m1, text, "--batch-size", "0"), "at least 1"),
@@ -187,11 +197,44 @@ def test_nothing_is_loaded_before_the_rest_is_right(
     def loaded(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
+    monkeypatch.setattr(time, "sleep", loaded)  # as the Hub's clients do between two tries
+
     monkeypatch.setattr(_language_model, "load", loaded)
     early = [case for case in broken(models, tmp_path).items() if "weights" not in case[0]]
-    assert len(early) > 15
+    assert len(early) > 25
     for case, (line, _) in early:
         assert cli.main(line) == 2, case
+
+
+def test_the_hub_is_asked_once(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    m0, text = str(models / "m0"), str(models / "text.txt")
+    asked: list[tuple[str, float]] = []
+    of_client: Any = HfHubHTTPError.__bases__[0]
+    for error in (ConnectionError("no route"), of_client("not known")):
+
+        def ask(_: Any, name: str, timeout: float, error: Exception = error) -> None:
+            asked.append((name, timeout))
+            raise error
+
+        for kind in ("model_info", "dataset_info"):
+            monkeypatch.setattr(huggingface_hub.HfApi, kind, ask)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        for line, word in (
+            (["fisher", "nobody/nothing", text], "model"),
+            (["kl", "cache", m0, "nobody/nothing"], "data"),
+            (["kl", "measure", m0, "nobody/nothing", text], "ref"),
+            (["plan", "nobody/nothing"], "model"),
+        ):
+            assert cli.main(line) == 2
+            said = capsys.readouterr().err
+            assert f": {word}: expected " in said
+            assert f"'nobody/nothing': no file or folder here, and of the Hub: {error}" in said
+    assert asked == [("nobody/nothing", 5.0)] * 8
 
 
 def test_json_of_fisher_and_cache(models: Path, tmp_path: Path) -> None:
@@ -282,17 +325,84 @@ def test_out_of_memory_says_what_is_smaller(
     assert "more\n" not in said
 
 
-def test_a_reader_that_leaves_is_no_error(models: Path) -> None:
-    line = (
-        f"{sys.executable} -m fasttax kl measure {models}/m0 {models}/m1 {models}/text.txt | true"
-    )
-    run = subprocess.run(
+def test_an_interrupted_cache_is_gone_on_with(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, out = (str(tmp_path / f"{name}.safetensors") for name in ("whole", "out"))
+    line = ["kl", "cache", str(models / "m0"), str(models / "text.txt"), "--length", "16"]
+    assert cli.main([*line, "--output", whole]) == 0
+    load, made = _language_model.load, []
+
+    def stopped(*args: Any) -> Any:
+        model = load(*args)
+
+        def count(*_: Any) -> None:
+            made.append(1)
+            if len(made) == 2:
+                raise KeyboardInterrupt
+
+        model.register_forward_pre_hook(count)
+        return model
+
+    monkeypatch.setattr(_language_model, "load", stopped)
+    assert cli.main([*line, "--output", out]) == 130
+    assert f"kept in {out}.partial; the same command goes on there" in capsys.readouterr().err
+    assert cli.main([*line, "--output", out, "--k", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "k 64, now 3" in said
+    assert "or pass --restart" in said
+    assert cli.main([*line, "--output", out]) == 0
+    assert Path(out).read_bytes() == Path(whole).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.safetensors", "whole.safetensors"]
+
+
+def test_json_alone_on_stdout(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    m0, text = str(models / "m0"), str(models / "text.txt")
+    short = ["--length", "8", "--output"]
+    two = [str(models / name / "model.safetensors") for name in ("m0", "m1")]
+    for line in (
+        ["fisher", m0, text, "--examples", "2", *short, str(tmp_path / "f")],
+        ["kl", "cache", m0, text, *short, str(tmp_path / "c")],
+        ["kl", "measure", m0, m0, text, "--length", "8"],
+        ["sample", m0, "--number", "2", *short, str(tmp_path / "s")],
+        ["merge", "linear", *two, "--alpha", "0.5", "--output", str(tmp_path / "m.safetensors")],
+        ["plan", m0],
+        ["tax", "--published", "llama2-7b"],
+    ):
+        assert cli.main([*line, "--json", "-"]) == 0, line
+        printed = capsys.readouterr()
+        assert isinstance(json.loads(printed.out), dict), line
+        assert printed.err
+
+
+def command(models: Path, line: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash, in which `fasttax` is the command."""
+    line = line.replace("fasttax", f"{sys.executable} -m fasttax")
+    return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line}"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(fasttax.__file__).parents[1])},
+        cwd=models,
         check=False,
     )
-    assert "Errno" not in run.stderr
-    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["fasttax kl measure m0 m1 text.txt | true", "fasttax help kl | true"]
+)
+def test_a_reader_that_leaves_is_no_error(line: str, models: Path) -> None:
+    run = command(models, line)
+    assert run.stderr == ""
     assert run.returncode in (0, 141)
+
+
+def test_nothing_is_shown_where_stderr_is_a_file(models: Path, tmp_path: Path) -> None:
+    run = command(models, f"fasttax kl cache m0 text.txt --output {tmp_path}/c")
+    assert run.stderr == ""
+    assert run.stdout == f"2 sequences, 330 tokens, k=64\n{tmp_path}/c\n"

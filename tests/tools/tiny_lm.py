@@ -11,6 +11,9 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.utils import logging
+
+logging.get_logger("transformers")  # keeps the stderr that it first sees: no test's own
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ "

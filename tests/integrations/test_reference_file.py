@@ -1,0 +1,237 @@
+"""A cache that is written as it is made: whole, and to the bit, whatever stops it in between."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fasttax.integrations.reference import TopKReference
+
+ROOT = Path(__file__).resolve().parents[2]
+V, K = 23, 5
+
+
+class Toy(nn.Module):
+    """Logits by the token alone; the forward of a number stops."""
+
+    def __init__(self, stop_at: int | None = None, vocabulary: int = V) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(vocabulary, vocabulary)
+        self.calls, self.stop_at = 0, stop_at
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return SimpleNamespace(logits=self.table(input_ids))
+
+
+def sequences(count: int = 9) -> list[list[int]]:
+    lengths = [2 + (7 * i) % 11 for i in range(count)]
+    return [[(i * n + i) % V for i in range(n)] for n in lengths]
+
+
+def make(path: Path, model: nn.Module, **options: Any) -> dict[str, Any]:
+    given = {"k": K, "batch_size": 2, "progress": False, **options}
+    return TopKReference.make_file(path, model, sequences(), **given)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bytes:
+    """The file of a run that nothing stopped: 5 batches."""
+    path = tmp_path / "whole.safetensors"
+    make(path, Toy())
+    return path.read_bytes()
+
+
+def test_the_file_is_what_make_keeps_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "cache.safetensors"
+    metadata = make(path, Toy())
+    made = TopKReference.make(Toy(), sequences(), k=K, batch_size=2)
+    read = TopKReference.load(path)
+    assert metadata == read.metadata == made.metadata
+    for name in ("tokens", "offsets", "logp", "ids"):
+        assert torch.equal(getattr(read, name), getattr(made, name)), name
+        assert getattr(read, name).dtype == getattr(made, name).dtype
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:  # what others read it with
+        assert torch.equal(file.get_tensor("logp"), made.logp)
+
+
+@pytest.mark.parametrize("stops", [(1,), (4,), (1, 2, 1)])
+def test_it_goes_on_where_it_was_stopped(
+    stops: tuple[int, ...], tmp_path: Path, whole: bytes
+) -> None:
+    path = tmp_path / "cache.safetensors"
+    path.write_bytes(b"old")
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            make(path, Toy(stop))
+        assert path.read_bytes() == b"old"
+    last = Toy()
+    make(path, last)
+    assert last.calls == 5 - sum(stops)
+    assert path.read_bytes() == whole
+    assert not (tmp_path / "cache.safetensors.partial").exists()
+
+
+def test_what_a_power_loss_takes_is_made_again(tmp_path: Path, whole: bytes) -> None:
+    """Values of which the line is there, a line that is torn, and all of the values."""
+    path = tmp_path / "cache.safetensors"
+    partial = tmp_path / "cache.safetensors.partial"
+
+    def values_lost() -> None:
+        data = bytearray((partial / "values").read_bytes())
+        data[8 + 4096 + 500 :] = bytes(len(data) - 8 - 4096 - 500)
+        (partial / "values").write_bytes(data)
+
+    def line_torn() -> None:
+        text = (partial / "done.jsonl").read_bytes()
+        (partial / "done.jsonl").write_bytes(text[:-9])
+
+    def line_garbled() -> None:
+        lines = (partial / "done.jsonl").read_bytes().splitlines(keepends=True)
+        (partial / "done.jsonl").write_bytes(b"".join([*lines[:2], b"\0\0\n", *lines[3:]]))
+
+    def no_values() -> None:
+        (partial / "values").unlink()
+
+    for harm, again in ((values_lost, 5), (line_torn, 3), (line_garbled, 4), (no_values, 5)):
+        with pytest.raises(KeyboardInterrupt):
+            make(path, Toy(3))
+        harm()
+        last = Toy()
+        make(path, last)
+        assert 0 < last.calls <= again, harm.__name__
+        assert path.read_bytes() == whole, harm.__name__
+
+
+def test_another_run_is_not_gone_on_with(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "cache.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        make(path, Toy(2))
+    other = Toy()
+    with torch.no_grad():
+        other.table.weight.add_(1)
+    for options, says in (
+        ({"k": 4}, "k 5, now 4"),
+        ({"batch_size": 3}, "batch_size 2, now 3"),
+        ({"temperature": 2.0}, "temperature 1.0, now 2.0"),
+    ):
+        with pytest.raises(ValueError, match=f"{says}; .*restart="):
+            make(path, Toy(), **options)
+    with pytest.raises(ValueError, match="model '"):
+        make(path, other)
+    with pytest.raises(ValueError, match="sequences '"):
+        TopKReference.make_file(path, Toy(), [[1, 2]], k=K, batch_size=2)
+    shutil.copytree(tmp_path / "cache.safetensors.partial", tmp_path / "b.safetensors.partial")
+    last = Toy()
+    make(path, last)
+    assert last.calls == 3
+    assert path.read_bytes() == whole
+    anew = Toy()
+    make(tmp_path / "b.safetensors", anew, restart=True, temperature=2.0)
+    assert anew.calls == 5
+    assert TopKReference.load(tmp_path / "b.safetensors").temperature == 2.0
+
+
+def test_two_at_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "cache.safetensors"
+    refused: list[BlockingIOError] = []
+
+    class Second(Toy):
+        def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+            try:
+                make(path, Toy())
+            except BlockingIOError as error:
+                refused.append(error)
+            return super().forward(input_ids)
+
+    make(path, Second())
+    assert len(refused) == 5
+    assert "another process is writing" in str(refused[0])
+    assert len(TopKReference.load(path)) == 9
+
+
+@contextlib.contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    yield
+    assert list(folder.iterdir()) == []
+
+
+def test_what_fails_before_the_first_batch_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache.safetensors"
+    broken = Toy()
+    with torch.no_grad():
+        broken.table.weight.fill_(torch.nan)
+    with nothing_left(tmp_path), pytest.raises(ValueError, match="NaN for sequence"):
+        make(path, broken)
+    with nothing_left(tmp_path), pytest.raises(ValueError, match="from 1 to V = 23"):
+        make(path, Toy(), k=24)
+    with nothing_left(tmp_path), pytest.raises(ValueError, match="at least 2 tokens"):
+        TopKReference.make_file(path, Toy(), [[1, 2], [3]])
+    with nothing_left(tmp_path), pytest.raises(FileNotFoundError, match="create it first"):
+        make(tmp_path / "none" / "x", Toy())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with nothing_left(tmp_path), pytest.raises(OSError, match="make room"):
+        make(path, Toy())
+
+
+KILLED = """
+import os, resource, signal, sys
+from tests.integrations.test_reference_file import Toy
+from fasttax.integrations.reference import TopKReference
+
+class Killed(Toy):
+    def forward(self, input_ids, **_):
+        if self.calls == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(input_ids)
+
+rows = [[(i * n) % 64 for i in range(1000)] for n in range(200)]
+model = Killed(vocabulary=64)
+TopKReference.make_file(sys.argv[1] + "x", model, rows[:2], k=64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model.calls = 0
+TopKReference.make_file(sys.argv[1], model, rows, k=64, batch_size=2)
+print(model.calls, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_killed_process_loses_nothing_and_memory_does_not_grow(tmp_path: Path) -> None:
+    """102 MB of log-probs; what a batch of 2 x 1000 tokens takes is a few."""
+    path = tmp_path / "cache.safetensors"
+
+    def run(stop: int, at: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED, str(at), str(stop)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert run(60, path).returncode == -signal.SIGKILL
+    assert not path.exists()
+    done = run(-1, path)
+    assert done.returncode == 0, done.stderr
+    calls, grown = map(int, done.stdout.split())
+    assert calls == 40
+    assert grown < 60_000  # KB
+    assert path.stat().st_size > 100_000_000
+    rows = [[(i * n) % 64 for i in range(1000)] for n in range(200)]
+    made = TopKReference.make(Toy(vocabulary=64), rows, k=64, batch_size=2)
+    read = TopKReference.load(path)
+    assert torch.equal(read.logp, made.logp)
+    assert torch.equal(read.ids, made.ids)
