@@ -4,8 +4,8 @@
 // sweeps: twice); gradient reads them and writes one or two; kl_both does forward and the policy's
 // gradient with the row pair on chip (2 reads, 1 write) where shared memory holds it, and in two
 // sweeps, the second backwards into what the first left in L2, where not. In flight: 128 bytes a
-// thread (float32: 256) while sums are taken, 64 in gradients; with 2 and 4 blocks of 256 on an SM
-// that is 64 KB and more, where an H100 needs about 25. Deterministic and batch invariant: see
+// thread (float32: 256) while sums are taken, 64 in gradients; with 2 and 3 blocks of 256 on an SM
+// that is 48 KB and more, where an H100 needs about 40. Deterministic and batch invariant: see
 // kl_sums.cuh. No host sync, and no atomics but a ticket a split row.
 
 #include "../math/double_math.h"
@@ -348,7 +348,7 @@ __device__ __forceinline__ StatsRow kl_saved(const KlArgs& a, int64_t row) {
 
 // Grid: (n rows, tiles of kTile entries). kBoth: the reference's gradient too; dx may then be null.
 template <class T, KlOp op, bool kBoth>
-__global__ void __launch_bounds__(kKlThreads, 3)
+__global__ void __launch_bounds__(kKlThreads, kBoth && sizeof(T) == 4 ? 2 : 3)
     kl_gradient_kernel(const __grid_constant__ KlArgs a) {
   constexpr bool stats = !kl_is_kind(op);
   const int64_t row = blockIdx.x, first = int64_t(blockIdx.y) * kTile,

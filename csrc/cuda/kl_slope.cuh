@@ -137,28 +137,41 @@ __device__ __forceinline__ void kl_span_gradient(const Source& row, const KlSlop
   const int lane = int(threadIdx.x) % 32;
   const auto vectors = [&](auto way, auto close) {
     constexpr KlWay kWay = decltype(way)::value;
-    [[maybe_unused]] constexpr int kAtOnce = kWay == KlWay::kFast ? 2 : 1;
-#pragma unroll kAtOnce
-    for (int64_t i = begin + lane * n; i + n <= end; i += kRound) {
-      float x[n], y[n] = {}, for_x[n], for_y[n];
-      kl_widen(row.x.at(i), x);
-      if (pair) kl_widen(row.y.at(i), y);
-      if constexpr (kWay == KlWay::kCapped) {
-        if constexpr (std::is_same<T, __nv_bfloat16>::value) slope.cap.apiece(x, y);
-        else slope.cap.all(x, y);
-      }
-      const auto each = [&](auto alike) {
+    // All are loaded before the first is stored, for a store may be to what is loaded.
+    constexpr int kAtOnce = kWay == KlWay::kFast ? 2 : 1;
+#pragma unroll 1
+    for (int64_t i = begin + lane * n; i + n <= end; i += kAtOnce * kRound) {
+      KlVector<T> of_x[kAtOnce], of_y[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < n; ++j)
-          slope.template at<kWay, decltype(alike)::value>(x[j], pair ? y[j] : x[j], for_x[j],
-                                                          for_y[j], false);
-      };
-      if constexpr (!kl_op_jsd(op)) each(close);
-      else if (slope.template near<kWay>(x, y)) each(std::true_type{});
-      else each(std::false_type{});
-      const bool whole = i - lane * n + kRound <= end;
-      dx.vector(i, for_x, whole);
-      if (kBoth) dy.vector(i, for_y, whole);
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (i + k * kRound + n > end) continue;
+        of_x[k] = row.x.at(i + k * kRound);
+        if (pair) of_y[k] = row.y.at(i + k * kRound);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t first = i + k * kRound;
+        if (first + n > end) continue;
+        float x[n], y[n] = {}, for_x[n], for_y[n];
+        kl_widen(of_x[k], x);
+        if (pair) kl_widen(of_y[k], y);
+        if constexpr (kWay == KlWay::kCapped) {
+          if constexpr (std::is_same<T, __nv_bfloat16>::value) slope.cap.apiece(x, y);
+          else slope.cap.all(x, y);
+        }
+        const auto each = [&](auto alike) {
+#pragma unroll
+          for (int j = 0; j < n; ++j)
+            slope.template at<kWay, decltype(alike)::value>(x[j], pair ? y[j] : x[j], for_x[j],
+                                                            for_y[j], false);
+        };
+        if constexpr (!kl_op_jsd(op)) each(close);
+        else if (slope.template near<kWay>(x, y)) each(std::true_type{});
+        else each(std::false_type{});
+        const bool whole = first - lane * n + kRound <= end;
+        dx.vector(first, for_x, whole);
+        if (kBoth) dy.vector(first, for_y, whole);
+      }
     }
   };
   constexpr bool by_difference =

@@ -131,8 +131,9 @@ def faults(cells: Mapping[str, str]) -> list[str]:
     stem = name.split()[0]
     found = [f"{name}: {what}" for what in ("spilled", "stack") if cells[what] != "0"]
     registers = max(int(n) for n in cells["registers"].split(" / "))
-    if registers > budgets.REGISTERS.get(stem, 0):
-        found.append(f"{name}: {registers} registers, of {budgets.REGISTERS.get(stem)}")
+    most = budgets.REGISTERS.get(name, budgets.REGISTERS.get(stem, 0))
+    if registers > most:
+        found.append(f"{name}: {registers} registers, of {most}")
     least = min(int(n) for n in cells["KB under way"].split(" / "))
     if least < budgets.KB_UNDER_WAY.get(stem, 0):
         found.append(f"{name}: {least} KB under way, of {budgets.KB_UNDER_WAY[stem]}")

@@ -96,7 +96,9 @@ def test_registers_and_spills(cubins: dict[str, list[tuple[str, Path]]], arch: s
     )
     assert max(forward.values()) <= 128
     assert max(both.values()) <= 128
-    assert max(gradient.values()) <= 80  # 3 blocks
+    two_blocks = re.compile(r"kl_gradient_kernelIfL.*Lb1E")  # float32, of both rows
+    assert max(count for name, count in gradient.items() if not two_blocks.search(name)) <= 80
+    assert max(gradient.values()) <= 128
 
 
 def kernel(code: dict[str, str], stem: str, dtype: str, op: str, rest: str = "") -> str:

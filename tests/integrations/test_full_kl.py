@@ -400,7 +400,7 @@ def test_cache_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     data.write_text('{"prompt": "a"}\n')
     assert cli.main(["kl", "cache", model, str(data)]) == 2
     assert (
-        "row 1: expected input_ids, messages, text, or prompt with completion"
+        "row 1: expected input_ids, messages, conversations, text, or prompt with completion"
         in capsys.readouterr().err
     )
     data.write_text("{prompt\n")

@@ -42,7 +42,7 @@ def test_fasttax_needs_no_trainer() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(
         AttributeError,
-        match=r"'fasttax\.integrations' has no attribute 'deepspeed'; it offers AdaptiveKL, "
-        r"transformers, trl, lightning",
+        match=r"'fasttax\.integrations' has no attribute 'megatron'; it offers AdaptiveKL, "
+        r"transformers, trl, deepspeed, lightning",
     ):
-        _ = fasttax.integrations.deepspeed
+        _ = fasttax.integrations.megatron

@@ -83,6 +83,7 @@ REGISTERS = {
     "kl_resident_kernel": 128,
     "kl_two_sweeps_kernel": 128,
     "kl_gradient_kernel": 80,
+    "kl_gradient_kernel float32": 128,  # of both rows: two blocks on an SM, else three
     "ewc_kernel": 56,
     "ewc_finish": 32,
     "adamw_kernel": 80,
@@ -95,12 +96,12 @@ REGISTERS = {
     "weigh_sum_kernel": 32,
 }
 # KB that an SM must have under way: 40 are 90 % of an H100's bandwidth. A row of one model alone is
-# half of a pair; a gradient has three blocks on an SM, whose loads and arithmetic take turns.
+# half of a pair.
 KB_UNDER_WAY = {
     "kl_forward_kernel": 32,
     "kl_resident_kernel": 40,
     "kl_two_sweeps_kernel": 40,
-    "kl_gradient_kernel": 24,
+    "kl_gradient_kernel": 36,
     "ewc_kernel": 40,
     "adamw_kernel": 40,
     "square_kernel": 40,
