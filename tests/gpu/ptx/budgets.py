@@ -76,8 +76,8 @@ INSTRUCTIONS: dict[str, dict[str, float]] = {
         "squares_": 9,
     },
 }
-# registers of a thread, by kernel, on the architecture that takes most: 2 blocks of 256 on an SM, or
-# more; sm_90 takes 56 for EWC and 32 for the small ones
+# registers of a thread, by kernel, on the architecture that takes most: 2 blocks of 256 on an SM
+# or more; sm_90 takes 56 for EWC and 32 for the small ones
 REGISTERS = {
     "kl_forward_kernel": 128,
     "kl_second_kernel": 128,
