@@ -68,8 +68,7 @@ def test_foreign_optimizers(kind: str, mode: str) -> None:
         accelerate = pytest.importorskip(
             "accelerate", reason="pip install accelerate, or fasttax's dev extra"
         )
-        # another test's Accelerator may be within a window of accumulation
-        accelerate.state.GradientState._reset_state()
+        accelerate.state.GradientState._reset_state()  # another test's window of accumulation
         outer = accelerate.Accelerator(cpu=True).prepare(optimizer)
     before, pull = (
         {n: p.detach().clone() for n, p in model.named_parameters()},

@@ -41,7 +41,7 @@ INSTRUCTIONS: dict[str, dict[str, float]] = {
     "Triton ref_policy float32": {"forward": 54, "gradient": 41, "gradients": 50, "both": 90},
     "CUDA jsd float32": {"forward": 75, "gradient": 36, "gradients": 49, "both": 114},
     "Triton jsd float32": {"forward": 187, "gradient": 92, "gradients": 113, "both": 264},
-    "CUDA renyi float32": {"forward": 208, "gradient": 145, "gradients": 150, "both": 339},
+    "CUDA renyi float32": {"forward": 208, "gradient": 145, "gradients": 152, "both": 339},
     "Triton renyi float32": {"forward": 155, "gradient": 105, "gradients": 114, "both": 238},
     "CUDA policy_ref float16": {"forward": 48, "gradient": 27, "gradients": 55, "both": 75},
     "CUDA ref_policy float16": {"forward": 51, "gradient": 45, "gradients": 54, "both": 96},
