@@ -65,7 +65,8 @@ def merge(shards: Tensor, rank: int, t: Tempering) -> tuple[Tensor, Tensor]:
     lead, other, sign = (p, q, 1.0) if t.kind == reference.POLICY_REF else (q, p, -1.0)
     # a shard in which the leading row has no mass has no divergence of its own
     within = torch.where(lead > 0, of[VALUE] + sign * ratio, 0.0)
-    within = torch.where((lead > 0) & (other == 0), torch.inf, within)
+    nothing = (log_y if t.kind == reference.POLICY_REF else log_s) == -torch.inf
+    within = torch.where((lead > 0) & nothing, torch.inf, within)
     near = (ratio.abs() <= 1) & (lead > 0)
     change = torch.where(near, lead * torch.expm1(-sign * ratio), other - lead)
     rest = torch.log1p(change.sum(0))

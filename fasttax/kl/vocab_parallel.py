@@ -193,7 +193,8 @@ def combine_parts(
         out["ref_logp"] = _owned(parts, "ref_logp", ref_log_share)
     if wanted & KL_ROWS:
         ref_share = ref_log_share.exp()
-        both = (share > 0) & (ref_share > 0)  # elsewhere KL(P || Q) is 0 or inf already
+        # elsewhere KL(P || Q) is 0 or inf already; a share that is 0 may be rounded
+        both = (log_share > -torch.inf) & (ref_log_share > -torch.inf)
         lses = [parts[name].movedim(0, -1).contiguous() for name in ("lse", "ref_lse")]
         for kind, mass in ((KINDS["policy_ref"], share), (KINDS["ref_policy"], ref_share)):
             if kind.row in wanted:

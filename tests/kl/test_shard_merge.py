@@ -17,6 +17,7 @@ import fasttax
 from fasttax._base import library
 from fasttax.kl.call import KINDS, Tempering, tempering
 from fasttax.kl.shard_merge import VALUE, can_merge, merge
+from fasttax.kl.vocab_parallel import combine_parts
 from tests.tools.kl_cases import run_oracle
 from tests.tools.processes import on_ranks
 from tests.tools.utils import assert_within
@@ -191,3 +192,31 @@ def test_two_processes(tmp_path: Path) -> None:
 
 def test_kinds_that_merge() -> None:
     assert {name for name, kind in KINDS.items() if kind.row} == set(KLS)
+
+
+@pytest.mark.parametrize("kind", KLS)
+def test_shares_beyond_float64(kind: str) -> None:
+    """A shard that has e^-1000 of a model's mass has mass: no KL is infinite, none is left out."""
+    x, y = torch.zeros(1, V), torch.linspace(0, -4, V)[None].clone()
+    y[:, 40:] += 1000
+    if kind == "ref_policy":
+        x, y = y, x
+    value, d_x, d_y = of_shards(x, y, tempering("test", kind=kind), torch.ones(1))
+    truth = run_oracle(x, y, torch.ones(1), torch.float64, kind=kind)
+    for mine, exact in zip((value, d_x, d_y), truth, strict=True):
+        torch.testing.assert_close(mine.double(), exact.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_chain_rule_beyond_float64() -> None:
+    """As above, of what token_stats gives of shards."""
+    x, y = torch.zeros(1, 4), torch.tensor([[0.0, -4.0, 1000.0, 1000.0]])
+    halves = [fasttax.token_stats(x[:, at], y[:, at]) for at in (slice(2), slice(2, 4))]
+    parts = {
+        "lse": torch.stack([stats.lse for stats in halves]),
+        "ref_lse": torch.stack([y[:, :2].logsumexp(-1), y[:, 2:].logsumexp(-1)]),
+        "kl_policy_ref": torch.stack([stats.kl_policy_ref for stats in halves]),
+    }
+    found = combine_parts(parts, {"kl_policy_ref"}, None)["kl_policy_ref"]
+    log_p, log_q = x.double().log_softmax(-1), y.double().log_softmax(-1)
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0.0)
