@@ -120,7 +120,7 @@ def _locked(target: Path, new: Callable[[Path], int]) -> tuple[Path, int]:
     while True:
         temporary = target.with_name(f".{target.name[:LONGEST]}.{secrets.token_hex(8)}.partial")
         descriptor = new(temporary)
-        if fcntl is None or (_lock(descriptor) and _is_at(descriptor, temporary)):
+        if fcntl is None or (_lock(descriptor) and is_at(descriptor, temporary)):
             return temporary, descriptor
         # another writer came between the two and took it for what a killed one left
         os.close(descriptor)
@@ -138,7 +138,8 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether a name is still that of the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,14 +88,18 @@ def check_outputs(op: str, *paths: str | None) -> None:
 
     Raises:
         OSError: a folder is not there, or takes no file.
-        ValueError: a name is a folder's.
+        ValueError: a name is a folder's, or two are one file's.
     """
+    named: set[Path] = set()
     for path in paths:
         if not path or path == STDOUT:
             continue
         target = placed.in_a_folder(op, path)
         if target.is_dir():
             raise checks.fail(op, path, "a file's name", "a folder")
+        if target.resolve() in named:
+            raise checks.fail(op, path, "a file for each output", "the same one twice")
+        named.add(target.resolve())
         try:
             tempfile.TemporaryFile(dir=target.parent).close()
         except OSError as error:

@@ -43,14 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         right: a missing optional package, a ValueError or an OSError; 130 after Ctrl-C, 141 where
         what reads the output has gone.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as Python has it where a shell closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         try:
             return _picked(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()  # here, where a closed pipe is no second error at exit
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return CLOSED_PIPE
+    except OSError as error:
+        _drop_stdout()
+        return complain(f"fasttax: cannot write to stdout: {_said(error)}")
+
+
+def _drop_stdout() -> None:
+    """Has what is still to be printed go nowhere, where it can't go anywhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _picked(words: list[str]) -> int:

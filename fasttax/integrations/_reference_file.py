@@ -11,9 +11,10 @@ import contextlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -239,22 +240,43 @@ def _alone(op: str, folder: Path) -> Iterator[BinaryIO]:
     Yields:
         The journal.
     """
-    folder.mkdir(exist_ok=True)
-    with open(folder / DONE, "a+b") as journal:
-        if fcntl is not None:
-            try:
-                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BlockingIOError(
-                    f"{op}: another process is writing {folder}; wait for it, or give another "
-                    "output"
-                ) from None
+    with _locked(op, folder) as journal:
         try:
             yield journal
         finally:
             journal.seek(0)
             if len(journal.readlines()) < 2:
-                shutil.rmtree(folder, ignore_errors=True)
+                # the journal last: who opens one that is not there any more takes a new one
+                for name in (VALUES, DONE):
+                    (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another process has begun there
+                    folder.rmdir()
+
+
+def _locked(op: str, folder: Path) -> BinaryIO:
+    """The journal of a folder that no other process has, made where it is not there.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            journal = open(folder / DONE, "a+b")  # noqa: SIM115 (closed by who asked for it)
+        except FileNotFoundError:  # who had the folder took it away since
+            continue
+        if fcntl is None:
+            return journal
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            journal.close()
+            raise BlockingIOError(
+                f"{op}: another process is writing {folder}; wait for it, or give another output"
+            ) from None
+        if placed.is_at(journal.fileno(), folder / DONE):
+            return journal
+        journal.close()
 
 
 def _settings(job: Job) -> dict[str, Any]:
@@ -265,12 +287,30 @@ def _settings(job: Job) -> dict[str, Any]:
         "k": job.k,
         "batch_size": job.batch_size,
         "temperature": float(job.temperature),
-        "model": weights_hash(job.model.named_parameters()),
+        "model": weights_hash(chain(job.model.named_parameters(), job.model.named_buffers())),
+        "configuration": _configuration(job.model),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "sequences": f"{mapped.crc(_tokens(job), mapped.crc(lengths)):08x}",
         "fasttax": __version__,
     }
+
+
+def _configuration(model: nn.Module) -> str:
+    """A hash of what configures a model and its adapters: weights alone do not say its logits."""
+    configs = [getattr(model, "config", None), *getattr(model, "peft_config", {}).values()]
+    facts = [config.to_dict() for config in configs if hasattr(config, "to_dict")]
+    for each in facts:
+        each.pop("_name_or_path", None)  # the same model may lie elsewhere
+    text = json.dumps(facts, sort_keys=True, default=_plain)
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has not, the same in every process."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return str(value) if isinstance(value, torch.dtype) else type(value).__name__
 
 
 def _records(job: Job, journal: BinaryIO, folder: Path, restart: bool) -> list[dict[str, Any]]:
@@ -283,7 +323,8 @@ def _records(job: Job, journal: BinaryIO, folder: Path, restart: bool) -> list[d
     lines: list[dict[str, Any]] = []
     for line in journal.read().split(b"\n")[:-1]:  # behind the last one is nothing, or a torn line
         with contextlib.suppress(ValueError):  # of a line that a power loss took
-            lines.append(json.loads(line))
+            found = json.loads(line)
+            lines += [found] if isinstance(found, dict) else []
     mine = _settings(job)
     if restart or not lines:
         journal.truncate(0)
@@ -325,7 +366,8 @@ def _verified(job: Job, values: mapped.Filled, lines: Sequence[Mapping[str, Any]
     A power loss may have taken values whose line is there.
     """
     for number, (line, chosen) in enumerate(zip(lines, job.batches, strict=False)):
-        if line.get("batch") != number or line.get("crc") != _checksum(job, values, chosen):
+        said = line.get("batch") == number and type(line.get("vocabulary")) is int
+        if not said or line.get("crc") != _checksum(job, values, chosen):
             return number
     return min(len(lines), len(job.batches))
 

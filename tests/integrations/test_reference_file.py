@@ -107,10 +107,25 @@ def test_what_a_power_loss_takes_is_made_again(tmp_path: Path, whole: bytes) -> 
         lines = (partial / "done.jsonl").read_bytes().splitlines(keepends=True)
         (partial / "done.jsonl").write_bytes(b"".join([*lines[:2], b"\0\0\n", *lines[3:]]))
 
+    def no_record() -> None:
+        lines = (partial / "done.jsonl").read_bytes().splitlines(keepends=True)
+        (partial / "done.jsonl").write_bytes(b"".join([*lines[:2], b"7\n", *lines[3:]]))
+
+    def no_vocabulary() -> None:
+        text = (partial / "done.jsonl").read_bytes()
+        (partial / "done.jsonl").write_bytes(text.replace(b"vocabulary", b"vocabularx"))
+
     def no_values() -> None:
         (partial / "values").unlink()
 
-    for harm, again in ((values_lost, 5), (line_torn, 3), (line_garbled, 4), (no_values, 5)):
+    for harm, again in (
+        (values_lost, 5),
+        (line_torn, 3),
+        (line_garbled, 4),
+        (no_record, 4),
+        (no_vocabulary, 5),
+        (no_values, 5),
+    ):
         with pytest.raises(KeyboardInterrupt):
             make(path, Toy(3))
         harm()
@@ -147,6 +162,58 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path, whole: bytes) -> None:
     make(tmp_path / "b.safetensors", anew, restart=True, temperature=2.0)
     assert anew.calls == 5
     assert TopKReference.load(tmp_path / "b.safetensors").temperature == 2.0
+
+
+def test_a_model_is_more_than_its_parameters(tmp_path: Path) -> None:
+    """Of the same weights a rope's base, a quantized layer's buffers, an adapter's scale."""
+
+    class Config:
+        def __init__(self, name: str, theta: float, kinds: set[str]) -> None:
+            self.facts = {"_name_or_path": name, "rope_theta": theta, "kinds": kinds}
+
+        def to_dict(self) -> dict[str, Any]:
+            return dict(self.facts)
+
+    def toy(stop: int | None, **changes: Any) -> Toy:
+        model: Any = Toy(stop)
+        given = {"name": "a", "theta": 1e4, "kinds": {"q", "k"}, "codes": 1, "alpha": 8, **changes}
+        model.config = Config(given["name"], given["theta"], given["kinds"])
+        model.peft_config = {"default": Config("", given["alpha"], set())}
+        model.register_buffer("codes", torch.full((3,), given["codes"], dtype=torch.uint8))
+        return model
+
+    path = tmp_path / "cache.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        make(path, toy(2))
+    for changes in ({"theta": 1e6}, {"kinds": {"q"}}, {"alpha": 16}):
+        with pytest.raises(ValueError, match=r"configuration '.*restart="):
+            make(path, toy(None, **changes))
+    with pytest.raises(ValueError, match=r"model '.*restart="):
+        make(path, toy(None, codes=2))
+    last = toy(None, name="elsewhere")
+    make(path, last)
+    assert last.calls == 3
+
+
+def test_a_folder_that_its_last_writer_takes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the next one's opening of the journal and its lock."""
+    path, folder = tmp_path / "cache.safetensors", tmp_path / "cache.safetensors.partial"
+    fcntl = pytest.importorskip("fcntl")
+    flock, calls = fcntl.flock, []
+
+    def late(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == 1:
+            shutil.rmtree(folder)
+        flock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    make(path, Toy())
+    assert len(calls) == 2
+    assert len(TopKReference.load(path)) == 9
+    assert not folder.exists()
 
 
 def test_two_at_one_file(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from pathlib import Path
 
 import pytest
 
 import fasttax
 from fasttax import cli
+from fasttax.cli import _options
 from fasttax.cli.commands import COMMANDS
 from tests.tools import tiny_lm
 
@@ -37,6 +39,26 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         cli.main(["help", name])
     assert ended.value.code == 0
     assert capsys.readouterr().out == said
+
+
+def test_a_stdout_that_is_closed_or_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        assert cli.main(["help"]) == 0
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with monkeypatch.context() as full, open("/dev/full", "w", encoding="utf-8") as stdout:
+        full.setattr(sys, "stdout", stdout)
+        assert cli.main(["help"]) == 2
+    said = capsys.readouterr().err
+    assert said == "fasttax: cannot write to stdout: No space left on device\n"
+
+
+def test_one_file_for_two_outputs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a file for each output, got the same one twice"):
+        _options.check_outputs("op", f"{tmp_path}/a", None, f"{tmp_path}/../{tmp_path.name}/a")
 
 
 def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
