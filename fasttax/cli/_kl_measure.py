@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from fasttax._base import checks, files
 from fasttax._base import page as pages
 from fasttax.cli import _language_model, _options, _rows
-from fasttax.cli._rows import Row
+from fasttax.cli._rows import Data, Row
 from fasttax.integrations._models import frozen
 from fasttax.integrations.to_base import token_kls
 from fasttax.tax.words import Table, aligned
@@ -63,7 +64,8 @@ def main(args: argparse.Namespace) -> int:
     models = {"policy": args.policy, "ref": args.ref}
     device = _options.device_of(OP, args.device)
     _options.check_outputs(OP, args.html, args.json)
-    texts = [_rows.opened(OP, name, args.split, args.config) for name in args.text]
+    opened = [_rows.opened(OP, name, args.split, args.config) for name in args.text]
+    texts = _told_apart(opened, args.text)
     for word, name in models.items():
         _language_model.check_model(OP, word, name)
     tokenizer = _language_model.tokenizer_of(args.policy)
@@ -126,6 +128,15 @@ def add_parser(tools: Any) -> None:
     parser.add_argument("--worst", type=int, default=20, help="tokens that are listed (default 20)")
     parser.add_argument("--rows", type=int, default=20, help="sequences on the page (default 20)")
     _language_model.add_options(parser)
+
+
+def _told_apart(texts: Sequence[Data], names: Sequence[str]) -> list[Data]:
+    """Each a domain: by the whole of what was given where several have one short name."""
+    count = Counter(text.name for text in texts)
+    return [
+        replace(text, name=given) if count[text.name] > 1 else text
+        for text, given in zip(texts, names, strict=True)
+    ]
 
 
 def _same_tokenizers(one: Any, other: Any) -> None:

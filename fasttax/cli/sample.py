@@ -66,15 +66,20 @@ def first_token(name: str, tokenizer: Any) -> int:
 def sampled(model: Any, first: int, args: argparse.Namespace) -> Iterator[list[int]]:
     """The texts' ids with the first token, up to and with the token that ends each.
 
-    The draws are of torch's generator, whose state is as before at the end.
+    The draws are of torch's generator, whose state is as before at the end. Of the model's
+    generation_config the ends are taken alone: a repetition penalty and its like make another
+    distribution.
 
     Yields:
         A text's ids.
     """
+    from transformers import GenerationConfig
+
     device = next(model.parameters()).device
     shown = _options.shown(args)
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else {*(ends or ())}
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         tqdm(total=args.number, unit="text", desc=OP, disable=not shown) as bar,

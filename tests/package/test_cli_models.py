@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -290,6 +291,32 @@ def test_sample_is_the_models_own_text(
         capsys.readouterr()
         assert cli.main([*line, *wrong]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_sample_takes_the_distribution_alone(models: Path, tmp_path: Path) -> None:
+    """Of a generation_config, which chat models have, no penalty: only what ends a text."""
+    shutil.copytree(models / "m0", tmp_path / "m0")
+    ends = {"eos_token_id": 1, "pad_token_id": 0}
+    chats = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": [9, 10, 11]}
+    texts = []
+    for config in (ends, {**ends, **chats}):
+        (tmp_path / "m0" / "generation_config.json").write_text(json.dumps(config))
+        line = ["sample", str(tmp_path / "m0"), "--number", "4", "--length", "40", "--output"]
+        assert cli.main([*line, str(tmp_path / "s.jsonl")]) == 0
+        texts.append((tmp_path / "s.jsonl").read_text())
+    assert texts[0] == texts[1]
+
+
+def test_two_files_of_one_name_are_two_domains(models: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "x.txt" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(f"of the folder {path.parent.name}")
+    names = [str(path) for path in paths]
+    line = ["kl", "measure", str(models / "m0"), str(models / "m1"), *names]
+    assert cli.main([*line, "--json", str(tmp_path / "kl.json")]) == 0
+    found = json.loads((tmp_path / "kl.json").read_text())["domains"]
+    assert [domain["name"] for domain in found] == [*names, "all"]
 
 
 def test_ctrl_c_leaves_the_old_file(
