@@ -26,6 +26,7 @@ TABLES = {".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "cs
 FILES = (".jsonl", ".txt", *TABLES)  # what no name on the Hub ends with
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 EXPECTED = "a file of rows or text, a folder of a data set, or an id on the Hub (owner/name)"
+SPLIT = "train"  # of a data set, where none is asked for
 IMAGES = ("images", "image")
 FORMS = (
     "input_ids, messages, conversations, text, or prompt with completion, chosen or rejected as "
@@ -82,7 +83,7 @@ class Data:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--split` and `--config`, which say what of a data set is read."""
     parser.add_argument(
-        "--split", default="train", help="of a data set, as `train[:1%%]` (default train)"
+        "--split", help=f"of a data set that has several, as `train[:1%%]` (default {SPLIT})"
     )
     parser.add_argument("--config", help="of a data set on the Hub that has several")
 
@@ -90,15 +91,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 # --- where rows come from -------------------------------------------------------------------------
 
 
-def opened(op: str, name: str, split: str, config: str | None) -> Data:
+def opened(op: str, name: str, split: str | None, config: str | None) -> Data:
     """The data of a file, a folder or a Hub id, before any tokenizer or model is loaded.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or no data set.
+        ValueError: it is damaged, no data set, or has no splits or configurations to choose from.
     """
     path = Path(name)
     if path.is_file():
+        _check_whole(op, name, split, config)
         if path.suffix == ".jsonl":
             return Data(path.stem, None, _lines(path))
         if path.suffix in TABLES:
@@ -144,7 +146,19 @@ def _table(op: str, path: Path, kind: str) -> Numbered:
     return _of_data_set(op, str(path), rows)
 
 
-def _data_set(op: str, path: Path, name: str, split: str, config: str | None) -> Numbered:
+def _check_whole(op: str, name: str, split: str | None, config: str | None) -> None:
+    """That nothing is asked of data that are taken whole.
+
+    Raises:
+        ValueError: a part of them is.
+    """
+    for option, asked in (("--split", split), ("--config", config)):
+        if asked not in (None, SPLIT if option == "--split" else None):
+            expected = f"none for {name}, which is one set of rows"
+            raise checks.fail(op, option, expected, repr(asked), f"leave out {option}")
+
+
+def _data_set(op: str, path: Path, name: str, split: str | None, config: str | None) -> Numbered:
     """A folder that `save_to_disk` wrote, another of data files, or an id on the Hub."""
     import datasets
 
@@ -153,9 +167,12 @@ def _data_set(op: str, path: Path, name: str, split: str, config: str | None) ->
         if saved:
             rows = datasets.load_from_disk(name)
         else:
-            rows = datasets.load_dataset(name, name=config, split=split)
+            rows = datasets.load_dataset(name, name=config, split=split or SPLIT)
     if isinstance(rows, Mapping):
-        rows = rows[checks.choice(op, "--split", split, list(rows))]
+        rows = rows[checks.choice(op, "--split", split or SPLIT, list(rows))]
+        split = None
+    if saved:
+        _check_whole(op, name, split, config)
     return _of_data_set(op, name, rows)
 
 

@@ -105,6 +105,11 @@ def test_every_way_to_store_rows_is_the_same(tmp_path: Path) -> None:
     assert read(tmp_path / "splits", "test") == first[:1]
     with pytest.raises(ValueError, match="one of 'train', 'test'"):
         read(tmp_path / "splits", "validation")
+    for name in ("a.jsonl", "a.json", "a.parquet", "saved"):  # a part of these would be all of them
+        with pytest.raises(ValueError, match=r"--split: expected none for .*leave out --split"):
+            read(tmp_path / name, "train[:1]")
+        with pytest.raises(ValueError, match=r"--config: expected none for .*leave out --config"):
+            _rows.opened("test", str(tmp_path / name), None, "main")
 
 
 def test_options_of_a_conversation(tmp_path: Path) -> None:
