@@ -24,20 +24,17 @@ int raise_again(void* argument) {
   return -1;
 }
 
-std::atomic<bool> pool_used{false}, pool_lost{false};
+std::atomic<bool> pool_lost{false};
 
 #if defined(__unix__) || defined(__APPLE__)
-void in_child() { pool_lost.store(pool_used.load()); }
+// Whether the pool was there can't be seen: any op of torch's own may have made it.
+void in_child() { pool_lost.store(true); }
 const int watching_forks = pthread_atfork(nullptr, nullptr, in_child);
 #endif
 
 }  // namespace
 
-bool has_threads() {
-  if (pool_lost.load(std::memory_order_relaxed)) return false;
-  if (torch::stable::get_num_threads() > 1) pool_used.store(true, std::memory_order_relaxed);
-  return true;
-}
+bool has_threads() { return !pool_lost.load(std::memory_order_relaxed); }
 
 bool signal_raised() {
   if (!Py_IsInitialized()) return false;

@@ -20,7 +20,7 @@ namespace fasttax {
 // them raised. What it raised is raised again when Python goes on (parallel.cpp).
 bool signal_raised();
 
-// Whether torch's threads are there: not in a fork of a process that has used them here.
+// Whether torch's threads are there: not in a fork.
 bool has_threads();
 
 // Asks for signals now and then, in the thread that called the op: the one that has Python's.

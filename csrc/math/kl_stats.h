@@ -64,7 +64,7 @@ struct StatsSlope {
       S c = M::fma(mean - ax, M::splat(g_entropy), M::splat(g_lse - (at_id ? R(0) : g_logp)));
       c = M::fma(M::only(forwards, d - row.mean_gap), M::splat(g_forwards), c);
       out.x = times(p, c);
-      if (backwards) out.x = M::fma(apart, M::splat(g_backwards), out.x);
+      if (backwards) out.x = M::fma(M::only(g_backwards != 0, apart), M::splat(g_backwards), out.x);
       if (at_id) out.x -= std::expm1(logp) * g_logp;
     }
     if constexpr (for_y) {
@@ -73,6 +73,8 @@ struct StatsSlope {
         c = M::fma(M::only(g_backwards != 0, row.ref_center - d), M::splat(g_backwards), c);
       out.y = times(q, c) - M::only(forwards, apart * g_forwards);
       if (at_id) out.y -= std::expm1(ref_logp) * g_ref_logp;
+      // the reference may have no mass, and q be no number, where nobody asks for it
+      out.y = M::only(forwards || g_backwards != 0 || g_ref_logp != 0, out.y);
     }
     return out;
   }

@@ -271,6 +271,10 @@ class Hold:
         lr = checks.number(op, "lr", lr, low=0)
         self.refuse_prox_of_lora(op)
         self.check(op)
+        touched = None if only is None else {id(p) for p in only}
+        for name, p in self.parameters().items():
+            if touched is None or id(p) in touched:
+                refuse_copies(op, name, p)
         step = min(lr * self.strength, sys.float_info.max)  # finite: times a Fisher of 0 it is 0
         for x in self.store.stream(self.store.blocks(only)):
             params = [p.detach() for p in x.params]
@@ -328,8 +332,11 @@ def one_value(op: str, argument: str, value: Tensor, like: Tensor) -> Tensor:
 
 
 def refuse_lost(op: str, name: str, p: Tensor) -> None:
-    """An error where p.grad is not what is stepped by: DeepSpeed's ZeRO takes it as it comes."""
-    if hasattr(p, "ds_id") or getattr(p, "_hp_mapping", None) is not None:
+    """An error where p.grad is not what is stepped by: DeepSpeed's ZeRO takes it as it comes.
+
+    On every rank, also those whose share has nothing of the parameter: _hp_mapping is None there.
+    """
+    if under_zero(p):
         raise checks.fail(
             op,
             f"the gradient of {name}",
@@ -337,6 +344,23 @@ def refuse_lost(op: str, name: str, p: Tensor) -> None:
             "one that DeepSpeed's ZeRO takes away within the backward",
             "use fasttax.integrations.deepspeed.attach(engine, ewc), or in a Trainer "
             "fasttax.integrations.transformers.attach(trainer, ewc=ewc)",
+        )
+
+
+def under_zero(p: Tensor) -> bool:
+    """Whether DeepSpeed steps a copy of the parameter, in float32 and in shares."""
+    return hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")
+
+
+def refuse_copies(op: str, name: str, p: Tensor) -> None:
+    """An error where the parameter is written over by the copy that DeepSpeed steps."""
+    if under_zero(p):
+        raise checks.fail(
+            op,
+            name,
+            "a parameter that an optimizer steps in place",
+            "one that DeepSpeed's ZeRO writes over from a copy of its own at the next step",
+            "use the gradient's mode: fasttax.integrations.deepspeed.attach(engine, ewc)",
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks
+from fasttax._base.interrupts import surfaced
 from fasttax._base.library import define, lib, no_double_backward
 
 FISHER_DTYPES = (*checks.FLOATS, torch.uint8)
@@ -259,6 +260,7 @@ def lora_ewc_penalty(
     return lora_penalty(lora_A, lora_B, fisher, None, scale, strength, wanted)[0]
 
 
+@surfaced
 def lora_penalty(
     lora_A: Tensor,
     lora_B: Tensor,

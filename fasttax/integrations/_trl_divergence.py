@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fasttax._base.choices import KlKind
 from fasttax._base.gemm import pieces
+from fasttax._base.interrupts import surfaced
 from fasttax._base.scalars import number_on
 from fasttax.integrations._trl_chunks import (
     Gradients,
@@ -99,6 +100,7 @@ class Divergence(torch.autograd.Function):
     """
 
     @staticmethod
+    @surfaced
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -149,6 +151,7 @@ class Divergence(torch.autograd.Function):
         return divergence, entropy
 
     @staticmethod
+    @surfaced
     def backward(ctx: Any, d_divergence: Tensor | None, d_entropy: Any) -> Any:
         """The chunks' logits again, for the tokens that have a gradient; or what is held."""
         if d_divergence is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base.gemm import pieces
+from fasttax._base.interrupts import surfaced
 from fasttax.integrations._trl_chunks import (
     Gradients,
     Logits,
@@ -31,6 +32,7 @@ class LogProb(torch.autograd.Function):
     """
 
     @staticmethod
+    @surfaced
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -75,6 +77,7 @@ class LogProb(torch.autograd.Function):
         return (logp, *extra)
 
     @staticmethod
+    @surfaced
     def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *others: Any) -> Any:
         """The chunks' logits again, for the tokens that have a gradient."""
         if d_logp is None and d_entropy is None:

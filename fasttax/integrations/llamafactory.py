@@ -81,6 +81,8 @@ class FasttaxCallback(TrainerCallback):
                 f"{OP}: expected to be among the trainer's callbacks as it is made, got a trainer "
                 "that was made before; pass callbacks=[...] to it, or use attach(trainer, ...)"
             )
+        if self._handle is not None:  # a run that was broken off, as where memory ran out
+            self._handle.undo()
         handler = self._trainer.callback_handler
         before = list(handler.callbacks)
         ewc, kl, where = self._asked

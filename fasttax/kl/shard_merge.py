@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fasttax import reference
 from fasttax._base import checks, library
+from fasttax._base.interrupts import surfaced
 from fasttax._base.library import no_second_derivative
 from fasttax.kl.call import Tempering
 from fasttax.kl.gradients import only_needed
@@ -103,6 +104,7 @@ class _MergedKL(torch.autograd.Function):
         return hide(value.to(kl.dtype), mask)
 
     @staticmethod
+    @surfaced
     def backward(ctx: Any, d_kl: Tensor) -> Any:
         checks.no_tangent("token_kl", "the gradient of its result", d_kl)
         logits, ref_logits, mask, numbers = ctx.saved_tensors

@@ -36,28 +36,32 @@ def inverse_of(v, APPROX: tl.constexpr):
 
 
 @triton.jit
-def raised(x, k, GUARDED: tl.constexpr):
-    """Of a row's entries e^(2 scale x / cap). GUARDED: no larger than is of use, NaN as it is."""
+def raised(x, k, BOUNDED: tl.constexpr):
+    """Of a row's entries e^(2 scale x / cap). BOUNDED: no larger than is of use, NaN as it is."""
     power = x * (k.over_cap * (2 * LOG2E))
-    if GUARDED:
-        power = tl.where(power > CAP_MOST, CAP_MOST, power)
+    if BOUNDED:
+        power = tl.minimum(power, CAP_MOST, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(power)
 
 
 @triton.jit
 def capped(x, y, k, NEAR: tl.constexpr, GUARDED: tl.constexpr, APPROX: tl.constexpr):
-    """r_x and g. NEAR: every |t| is within CAP_REACH. Not GUARDED: NaN where e is infinite."""
+    """r_x and g. NEAR: every |t| is within CAP_REACH. Not GUARDED: NaN where e is infinite then.
+
+    Of entries that are not near one e may be huge by itself, whose product with the other is no
+    float: both are bounded.
+    """
     t = (x - y) * (k.over_cap * 2)
     p = tl.fma(t, 0.0083488477882892, 0.04177529479148796)
     p = tl.fma(p, t, 0.1666664242007092)
     p = tl.fma(p, t, 0.4999983022120861)
     p = tl.fma(p, t, 1.0) * t
-    e = raised(y, k, GUARDED)
+    e = raised(y, k, GUARDED or not NEAR)
     one_y = 1.0 + e
     change = e * p
     one_x = tl.fma(e, p, one_y)
     if not NEAR:
-        e_x = raised(x, k, GUARDED)
+        e_x = raised(x, k, True)
         near = tl.abs(t) <= CAP_REACH
         change = tl.where(near, change, e_x - e)
         one_x = tl.where(near, one_x, 1.0 + e_x)

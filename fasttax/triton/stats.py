@@ -250,6 +250,9 @@ def slopes(ax, ay, d, here, saved, g, HAS_IDS: tl.constexpr, PAIR: tl.constexpr)
     if PAIR:
         dx = tl.where(g_backwards != 0, dx + apart * g_backwards, dx)
         dy = tl.where(g_forwards != 0, dy - apart * g_forwards, dy)
+        # the reference may have no mass, and q be no number, where nobody asks for it
+        asked = (g_forwards != 0) | (g_backwards != 0) | (g_ref_logp != 0)
+        dy = tl.where(asked, dy, 0.0)
     return dx, dy
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from fasttax import functional
 from fasttax._base import library
 from tests.faults.calls import CALLS, all_of_them, same_bits
 from tests.faults.children import ended
+from tests.tools.cuda_tools import ROOT
 
 native = pytest.mark.skipif("_C" in library.problems, reason="needs the C++ kernels")
 
@@ -66,6 +69,27 @@ def _check(want: list[Tensor]) -> None:
 
 def _check_all(want: list[Tensor]) -> None:
     assert same_bits(all_of_them(0), want)
+
+
+def test_fork_after_torch_alone(at: int) -> None:
+    """Threads that torch's own ops have used, and fasttax has not: in a process of its own."""
+    code = f"""
+import os
+import torch
+torch.set_num_threads({at})
+import fasttax
+from tests.faults.children import ended
+x = torch.randn(2048, 2048)
+x @ x, x.exp().sum()
+y = x + 1
+def child():
+    assert fasttax.token_kl(x, y).shape == (2048,)
+assert ended(child) == ""
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_fork_of_a_fork(at: int) -> None:
@@ -153,8 +177,14 @@ def _linear_kl() -> object:
     return fasttax.linear_token_kl(hidden, weight, hidden, weight)
 
 
+def _lora() -> object:
+    a, b = torch.randn(4096, 8192), torch.randn(8192, 4096)
+    return functional.lora_ewc_penalty(a, b, torch.rand(8192, 8192), 1.0, 1.0)
+
+
 LONG: dict[str, Callable[[], object]] = {
-    call.__name__[1:]: call for call in (_kl, _stats, _square, _tokens, _double, _head, _linear_kl)
+    call.__name__[1:]: call
+    for call in (_kl, _stats, _square, _tokens, _double, _head, _linear_kl, _lora)
 }
 
 

@@ -186,7 +186,7 @@ def test_kl_moves_what_it_must(kind: str, dtype: str) -> None:
 @pytest.mark.parametrize("kind", ["policy_ref", pytest.param("ref_policy", marks=full)])
 @pytest.mark.parametrize(
     ("data", "most"),
-    [("moved .3", 1.5), ("confident", 1.5), ("equal", 1.5), pytest.param("far", 1.8, marks=full)],
+    [("moved .3", 1.5), ("confident", 1.5), ("equal", 1.5), pytest.param("far", 1.85, marks=full)],
 )
 def test_a_softcap_costs_half_as_much_again(data: str, most: float, kind: str) -> None:
     """Of bfloat16 rows under one cap, none of which is read twice; those far apart take two

@@ -28,7 +28,7 @@ FAR = 9000  # in the last whole one
 ROWS = 1
 
 
-def data(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def data(name: str, dtype: torch.dtype, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Policy and reference logits."""
     from bench import logits
 
@@ -36,6 +36,14 @@ def data(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = logits.pair("moved .1", ROWS, V, dtype)
         x, y = x.clone(), y.clone()
         x[:, FAR] = 12.0
+        return x, y
+    if name.endswith("caps high"):  # 1 + e^88.4 is a float, twice that is none
+        x, y = logits.pair("moved .1", ROWS, V, dtype)
+        x, y = x.clone(), y.clone()
+        x[:, 0] = y[:, 0] = 3 * cap  # so that the frame is as high
+        x[:, 5000], y[:, 5000] = cap, 0  # and the steps after it are taken as far apart
+        x[:, FAR] = y[:, FAR] = 0
+        (x if name.startswith("policy") else y)[:, FAR] = 44.2 * cap
         return x, y
     if name == "suppressed":
         x, y = logits.pair("moved .1", ROWS, V, dtype)
@@ -52,7 +60,7 @@ def data(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 NAMES = (
     *("moved .01", "moved .1", "moved .3", "confident", "equal", "far"),
-    *("a far entry", "suppressed", "infinite"),
+    *("a far entry", "suppressed", "infinite", "policy 44.2 caps high", "ref 44.2 caps high"),
 )
 
 
@@ -63,7 +71,7 @@ def check(kind: str, cap: float) -> None:
     up = torch.linspace(1, 2, ROWS)
     for name in NAMES:
         for offset in OFFSETS:
-            x, y = data(name, torch.bfloat16)
+            x, y = data(name, torch.bfloat16, cap)
             if offset:
                 if name not in ("moved .1", "far"):
                     continue

@@ -145,9 +145,12 @@ def test_a_second_holder_and_strangers_are_refused() -> None:
 def test_a_gradient_that_zero_would_take_away_is_refused() -> None:
     made = model()
     ewc = held(made)
-    made[0].weight._hp_mapping = object()
-    with pytest.raises(ValueError, match=r"0.weight: .*use fasttax.integrations.deepspeed.attach"):
-        ewc.add_grad_()
+    for mapping in (object(), None):  # None: another rank has this parameter's share
+        made[0].weight._hp_mapping = mapping
+        with pytest.raises(ValueError, match=r"0.weight: .*use fasttax.integrations.deepspeed"):
+            ewc.add_grad_()
+        with pytest.raises(ValueError, match=r"EWC.prox_: 0.weight: .*writes over from a copy"):
+            ewc.prox_(0.1)
 
 
 # --- ZeRO-3: a share of every parameter on each of two ranks --------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import fasttax
 from fasttax.integrations import llamafactory
@@ -70,6 +70,31 @@ def test_takes_itself_out_and_comes_back(fisher: str, tmp_path: Path) -> None:
     assert "compute_loss" not in vars(made)
     made.train()
     assert made.callback_handler.callbacks == before
+
+
+class BreaksOff(TrainerCallback):
+    """The first run, after a step, as where memory runs out."""
+
+    runs = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.runs += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.runs == 1:
+            raise MemoryError
+
+
+def test_after_a_run_that_was_broken_off(fisher: str, tmp_path: Path) -> None:
+    """auto_find_batch_size begins anew in the same trainer."""
+    ours = FasttaxCallback({"fisher": fisher, "strength": 2.0}, {"beta": 0.5})
+    made = trainer(tmp_path, [ours, BreaksOff()])
+    before = list(made.callback_handler.callbacks)
+    with pytest.raises(MemoryError):
+        made.train()
+    made.train()
+    assert made.callback_handler.callbacks == before
+    assert "compute_loss" not in vars(made)
 
 
 def test_in_a_trainer_that_was_made_before(fisher: str, tmp_path: Path) -> None:

@@ -282,6 +282,20 @@ def test_minus_infinity(where: str, V: int, backend: str | int) -> None:
         assert (run(backend, x, None, ids + 1, coefficients)[0][LOGP] == -INF).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [-INF, NAN])
+def test_what_nobody_asks_for_is_not_read(
+    bad: float, dtype: torch.dtype, backend: str | int
+) -> None:
+    """A reference without mass, and gradients of what the policy has alone."""
+    x, y = torch.randn(2, 3, 70).to(dtype)
+    ids, y[1], coefficients = torch.full((3,), 7), bad, torch.ones(6, 3)
+    coefficients[[REF_LOGP, POLICY_REF, REF_POLICY]] = 0
+    (_, d_x, d_y), alone = (run(backend, x, z, ids, coefficients) for z in (y, None))
+    assert_within(d_x, alone[1], alone[1].double(), ulps=8)
+    assert not d_y.any()
+
+
 def test_most_of_the_vocabulary_suppressed(backend: str | int) -> None:
     x, y = torch.randn(2, 4, 9001)
     x[:, :8000] = y[:, :8000] = -INF

@@ -18,6 +18,7 @@ from fasttax._base import library
 from fasttax.kl.call import KINDS, Tempering, tempering
 from fasttax.kl.shard_merge import VALUE, can_merge, merge
 from fasttax.kl.vocab_parallel import combine_parts
+from fasttax.reference.rows import STATS
 from tests.tools.kl_cases import run_oracle
 from tests.tools.processes import on_ranks
 from tests.tools.utils import assert_within
@@ -205,6 +206,28 @@ def test_shares_beyond_float64(kind: str) -> None:
     truth = run_oracle(x, y, torch.ones(1), torch.float64, kind=kind)
     for mine, exact in zip((value, d_x, d_y), truth, strict=True):
         torch.testing.assert_close(mine.double(), exact.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_chain_rule_where_the_reference_has_no_mass(dtype: torch.dtype) -> None:
+    """KL(ref || policy) and its gradients, of a shard that the reference knows nothing of."""
+    x, y = torch.randn(2, 3, 8).to(dtype)
+    y[0, :4] = -torch.inf
+    x, y = (z.requires_grad_() for z in (x, y))
+    name, sides = "kl_ref_policy", tempering("test").sides()
+    found: dict[str, list[Tensor]] = {"lse": [], "ref_lse": [], name: []}
+    for at in (slice(4), slice(4, 8)):
+        of_both = torch.ops.fasttax.token_stats(x[:, at], y[:, at], None, None, *sides)[0]
+        of_ref = torch.ops.fasttax.token_stats(y[:, at], None, None, None, *sides)[0]
+        found["lse"].append(of_both[STATS.index("lse")])
+        found["ref_lse"].append(of_ref[STATS.index("lse")])
+        found[name].append(of_both[STATS.index(name)])
+    parts = {part: torch.stack(values) for part, values in found.items()}
+    value = combine_parts(parts, {name}, None)[name]
+    gradients = torch.autograd.grad(value.sum(), (x, y))
+    truth = run_oracle(x, y, torch.ones(3), torch.float64, kind="ref_policy")
+    for mine, exact in zip((value, *gradients), truth, strict=True):
+        torch.testing.assert_close(mine.double(), exact.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_chain_rule_beyond_float64() -> None:
