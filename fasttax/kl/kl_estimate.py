@@ -67,6 +67,12 @@ def kl_estimate(
 
     Raises:
         ValueError, TypeError: shape, dtype, device or an option does not fit.
+
+    Example:
+        >>> stats = fasttax.token_stats(logits, ref_logits, ids, outputs=("logp", "ref_logp"))
+        >>> k3 = fasttax.kl_estimate(stats.logp, stats.ref_logp, kind="k3", mask=mask)
+        >>> k3.shape
+        torch.Size([2, 5])
     """
     op = "kl_estimate"
     given = {"logp": logp, "ref_logp": ref_logp}
