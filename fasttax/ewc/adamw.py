@@ -77,6 +77,11 @@ class AdamWEWC(AdamW):
     Raises:
         ValueError, TypeError: options that do not fit; an `ewc` that covers none of the parameters.
         RuntimeError: a sparse gradient.
+
+    Example:
+        >>> optimizer = fasttax.AdamWEWC(model.parameters(), ewc=ewc, lr=1e-4, mode="prox_adam")
+        >>> model(**batch).loss.backward()
+        >>> optimizer.step()
     """
 
     def __init__(
