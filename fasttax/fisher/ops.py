@@ -201,6 +201,9 @@ def bias_sqgrad(
         example_weight: w, (N,).
         out: (O,), accumulated into.
 
+    Raises:
+        ValueError, TypeError: a shape, dtype or boundary does not fit.
+
     Example:
         >>> grad_outputs = torch.ones(3, 5, 2)  # 3 examples of 5 tokens
         >>> fasttax.functional.bias_sqgrad(grad_outputs)
@@ -234,6 +237,9 @@ def norm_sqgrad(
         cu_seqlens: (N + 1,), boundaries of the examples over flat inputs.
         example_weight: w, (N,).
         out: (I,), accumulated into.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or boundary does not fit.
 
     Example:
         >>> inputs, grad_outputs = torch.ones(3, 5, 2), torch.ones(3, 5, 2)

@@ -93,6 +93,9 @@ def kl_both_ways(
         batches: the same; with `answers` their `labels` are read, too.
         answers: whether tokens whose label is -100, as prompts' are, do not count.
 
+    Raises:
+        ValueError: as `kl_to_base`.
+
     Example:
         >>> both = fasttax.tax.kl_both_ways(model, base, task_batches, answers=True)
         >>> point = report.add("sft-300", 0.60, 0.44, task_kl=both.as_dict())

@@ -1,11 +1,11 @@
 """fasttax in TRL: its fused ops in place of TRL's own, and an exact KL to the reference.
 
-from fasttax.integrations.trl import FullKL, FusedGKDMixin, patch
+    with patch():                          # or handle = patch("sft", "gkd"); handle.undo()
+        trainer.train()
 
-with patch():                          # or handle = patch("sft", "gkd"); handle.undo()
-    trainer.train()
+    FullKL(trainer, ref_model, beta=0.1)   # beta * KL(policy || ref) in the loss of SFT, DPO, ...
 
-FullKL(trainer, ref_model, beta=0.1)   # beta * KL(policy || ref) in the loss of SFT, DPO, ...
+Each returns a handle, whose `undo()` takes it back.
 """
 
 from __future__ import annotations

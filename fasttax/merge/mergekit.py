@@ -156,6 +156,12 @@ def _scalar(value: Any) -> str:
 def read_mergekit(path: str | os.PathLike[str]) -> Configured:
     """What a configuration asks for, where it is a merge of a base and an aligned model by weight.
 
+    Args:
+        path: of a mergekit configuration, in YAML.
+
+    Returns:
+        `.base`, `.aligned` and `.alpha`, as `merge.linear` takes them.
+
     Raises:
         ValueError: no such configuration; for TIES, DARE, slices and other methods the text names
             mergekit's command.

@@ -36,7 +36,10 @@ class Published:
 
 
 def published(name: str) -> Published:
-    """A published table by its name, such as "instructgpt-175b" or "llama2-7b".
+    """A published table, as a report with its sources.
+
+    Args:
+        name: such as "instructgpt-175b" or "llama2-7b".
 
     Raises:
         ValueError: another name; it lists those there are.

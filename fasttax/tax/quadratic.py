@@ -78,7 +78,16 @@ def fit_quadratic(
     runs: Sequence[str] | None = None,
     shared: float | Sequence[float] = 0.0,
 ) -> QuadraticLaw:
-    """Fits y = a x + b x^2, which goes through the origin; arguments as of `fit_power_law`.
+    """Fits y = a x + b x^2, which goes through the origin.
+
+    Args:
+        x: as of `fit_power_law`.
+        y: as of `fit_power_law`.
+        x_name: as of `fit_power_law`.
+        y_name: as of `fit_power_law`.
+        confidence: as of `fit_power_law`.
+        runs: as of `fit_power_law`.
+        shared: as of `fit_power_law`.
 
     Raises:
         ValueError: fewer than 3 points with x > 0, fewer than 2 different x, or values that are
@@ -86,7 +95,7 @@ def fit_quadratic(
         ModuleNotFoundError: scipy is not installed.
 
     Example:
-        >>> law = fasttax.tax.fit_quadratic([1, 2, 3, 4], [1.1, 4.2, 8.9, 16.1],)
+        >>> law = fasttax.tax.fit_quadratic([1, 2, 3, 4], [1.1, 4.2, 8.9, 16.1])
         >>> law.b_interval[0] > 0  # curved
         True
     """

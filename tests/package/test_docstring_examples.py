@@ -11,42 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import docs_names
 import pytest
 import torch
 
-from fasttax.integrations import MODULES
 from tests.tools import example_names
 
-ROOT = Path(__file__).resolve().parents[2]
-PUBLIC = (
-    "fasttax",
-    "fasttax.functional",
-    "fasttax.ewc",
-    "fasttax.fisher",
-    "fasttax.kl",
-    "fasttax.merge",
-    "fasttax.tax",
-    "fasttax.integrations",
-    *(f"fasttax.integrations.{name}" for name in MODULES),
-)
-BESIDE = {"fasttax.merge": ["sweep"]}  # on use, as its room's __getattr__ has it
-ENTRIES = ("main",)  # of `python -m`
 LINES = 6  # of code, at most: an example shows one use
 
 
-def names_of(module: str) -> list[str]:
-    """A module's `__all__`, or where it has none what is defined in it."""
-    path = ROOT / module.replace(".", "/")
-    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    body = ast.parse(source.read_text(encoding="utf-8")).body
-    for node in body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return [*ast.literal_eval(node.value), *BESIDE.get(module, [])]
-    defined = [n.name for n in body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
-    return [name for name in dict.fromkeys(defined) if not name.startswith("_")]
-
-
-CASES = [(m, name) for m in PUBLIC for name in names_of(m) if name not in ENTRIES]
+CASES = [(module, name) for module in docs_names.public() for name in docs_names.names(module)]
 
 
 def example_of(found: Any) -> str:
@@ -76,7 +50,7 @@ def test_the_public_names_are_found() -> None:
 def test_example(module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = getattr(importlib.import_module(module), name)
     if inspect.ismodule(found):
-        assert f"fasttax.{name}" in PUBLIC
+        assert f"fasttax.{name}" in docs_names.public()
         return
     example = example_of(found)
     assert example, f"{module}.{name} has no section `Example:` in its docstring"
@@ -94,3 +68,15 @@ def test_example(module: str, name: str, tmp_path: Path, monkeypatch: pytest.Mon
     result = runner.run(test, out=said.append)
     assert result.attempted == len(parsed)
     assert result.failed == 0, "".join(said)
+
+
+@pytest.mark.parametrize(("module", "name"), CASES, ids=lambda x: x.removeprefix("fasttax."))
+def test_a_function_says_what_it_takes_and_refuses(module: str, name: str) -> None:
+    found = getattr(importlib.import_module(module), name)
+    if inspect.isfunction(found):
+        text = inspect.cleandoc(found.__doc__ or "")
+        arguments = re.search(r"^Args:\n((?:[ ]{4}.*\n|\n)+)", text, flags=re.MULTILINE)
+        assert arguments is not None
+        told = re.findall(r"^    (\w+): ", arguments[1], flags=re.MULTILINE)
+        assert told == list(inspect.signature(found).parameters)
+        assert re.search(r"^Raises:\n    \w+", text, flags=re.MULTILINE)
