@@ -17,7 +17,8 @@ VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "sour
 CODE = {"code", "pre", "script", "style", "title", "textarea", "svg"}
 # What a reader would see of an example, a section or a link that was not understood.
 RAW = re.compile(
-    r">>>|^\s*(Args|Raises|Returns|Yields|Attributes|Examples?):\s*$|\]\(|^\s*:::|^#+ |\*\*|``|\\\|"
+    r">>>|^\s*(Args|Raises|Returns|Yields|Attributes|Examples?):\s*$|\]\(|^\s*:::|^#+ "
+    r"|^- |^\d+\. |^\||\*\*|``|\\\|"
 )
 HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}(?::\d+)?")
 # Tags that a page of the theme or of Markdown has; another is a `<` that was meant as a character.

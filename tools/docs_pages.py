@@ -7,6 +7,7 @@ site's. Nothing here imports mkdocs, so that the tests need none.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import posixpath
@@ -43,6 +44,10 @@ RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:)([^)\s#]*)(#[^)\s]*)?(?=\))")
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):$")
 INLINE = re.compile(r"(`[^`]*`)")
+# Whole elements in which a name stays as it is, or a name in code.
+NAME = re.compile(
+    r"<(pre|a|h[1-6])\b.*?</\1>|<code>(?:fasttax\.)?(?P<name>[\w.]+)(?:\(\))?</code>", re.DOTALL
+)
 CODE = re.compile(r"(```.*?\n```|``.+?``|`[^`\n]*`)", flags=re.DOTALL)
 
 
@@ -109,6 +114,43 @@ def linked(text: str, origin: str, page: str) -> str:
         part.replace("\\|", "|") if i % 2 else LINK.sub(renewed, part)
         for i, part in enumerate(parts)
     )
+
+
+@functools.cache
+def public_anchors() -> dict[str, str]:
+    """The page with the anchor of every public name, by the name as users write it."""
+    return {
+        shown(module, name): f"{page}#{shown(module, name)}"
+        for page, (_, modules) in FAMILIES.items()
+        for module in modules
+        for name in names(module)
+    }
+
+
+@functools.cache
+def short_names() -> dict[str, str]:
+    """Names that are one thing's alone and no word: TaxReport, but neither attach nor linear."""
+    last = [path.rpartition(".")[2] for path in public_anchors()]
+    return {
+        name: path
+        for name, path in zip(last, public_anchors(), strict=True)
+        if last.count(name) == 1 and ("_" in name or name != name.lower())
+    }
+
+
+def named(html: str, address: str) -> str:
+    """A built page whose public names in code link to the API; `address` is the page's file."""
+
+    def link(match: re.Match[str]) -> str:
+        path = short_names().get(str(match["name"]), f"fasttax.{match['name']}")
+        anchor = public_anchors().get(path)
+        if anchor is None:
+            return match[0]
+        page, _, identifier = anchor.partition("#")
+        where = posixpath.relpath(page.removesuffix(".md"), posixpath.dirname(address) or ".")
+        return f'<a href="{where}/#{identifier}">{match[0]}</a>'
+
+    return NAME.sub(link, html)
 
 
 # --- README and whole files -------------------------------------------------------------------
@@ -188,16 +230,6 @@ def shown(module: str, name: str) -> str:
     """A name as users write it: `fasttax.token_kl` for what is at the top."""
     top = name in (assigned("fasttax", "__all__") or []) and module.count(".") == 1
     return f"fasttax.{name}" if top else f"{module}.{name}"
-
-
-def public_anchors() -> dict[str, str]:
-    """The page with the anchor of every public name, by the name as users write it."""
-    return {
-        shown(module, name): f"{page}#{shown(module, name)}"
-        for page, (_, modules) in FAMILIES.items()
-        for module in modules
-        for name in names(module)
-    }
 
 
 def of_family(title: str, modules: list[str]) -> str:

@@ -1,8 +1,8 @@
 """Monte-Carlo estimates of the KL from the sampled tokens' log-probs.
 
 k1, k2, k3 as in Schulman 2020, "Approximating KL divergence": with r = ref_logp - logp of a token
-sampled from the policy, k1 = -r, k2 = r^2/2, k3 = e^r - 1 - r; k1 and k3 are unbiased for KL(policy
-|| ref).
+sampled from the policy, k1 = -r, k2 = r^2/2, k3 = e^r - 1 - r; k1 and k3 are unbiased for
+KL(policy || ref).
 """
 
 from __future__ import annotations

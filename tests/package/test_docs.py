@@ -107,6 +107,22 @@ def test_links_of_github_are_the_sites(link: str, origin: str, page: str, wanted
     assert docs_pages.linked(f"see `[a]({link})`.", origin, page) == f"see `[a]({link})`."
 
 
+def test_names_in_code_link_to_the_api() -> None:
+    link = '<a href="../api/kl/#fasttax.token_kl">{}</a>'
+    for name in ("token_kl", "fasttax.token_kl", "token_kl()"):
+        code = f"<code>{name}</code>"
+        assert docs_pages.named(f"<p>{code}</p>", "tax/index.html") == f"<p>{link.format(code)}</p>"
+    for name in ("integrations.trl.FullKL", "FullKL"):
+        found = docs_pages.named(f"<code>{name}</code>", "api/kl/index.html")
+        assert "../integrations/#fasttax.integrations.trl.FullKL" in found
+    code = "<code>token_kl</code>"
+    for same in (f"<h2>{code}</h2>", f'<a href="b">{code}</a>', f"<pre>{code}</pre>"):
+        assert docs_pages.named(same, "index.html") == same
+    for other in ("logits", "attach", "linear", "None"):  # no name, several's, a word
+        code = f"<code>{other}</code>"
+        assert docs_pages.named(code, "index.html") == code
+
+
 @pytest.mark.parametrize("link", ["csrc/cpu/kl.cpp", "#no-such-part", "bench/results/none.json"])
 def test_a_link_to_what_is_not_on_the_site_is_refused(link: str) -> None:
     with pytest.raises(ValueError, match="not on the site"):
@@ -186,6 +202,8 @@ WRONG = {
     "<p>&gt;&gt;&gt; token_kl()</p>": "left as it was written",
     "<p>Args:\n x: a number</p>": "left as it was written",
     "<p>see [docs](docs/a.md)</p>": "left as it was written",
+    "<p>two things:\n- one</p>": "left as it was written",
+    "<p>a table\n| a | b |</p>": "left as it was written",
     "<p>::: fasttax.kl</p>": "left as it was written",
     "<p>of <D, G D> the</p>": "no tag of HTML",
     '<details class="raisess"><p>a</p></details>': "'raisess' is no section",
