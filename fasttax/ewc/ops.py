@@ -176,9 +176,8 @@ def ewc_add_grad_(
         ValueError, TypeError: a list, shape, dtype, device or strength does not fit.
 
     Example:
-        >>> params, anchors = [torch.tensor([3.0])], [torch.tensor([1.0])]
-        >>> fishers = [torch.tensor([0.5])]
-        >>> grads = [torch.zeros(1)]
+        >>> params, grads = [torch.tensor([3.0])], [torch.zeros(1)]
+        >>> anchors, fishers = [torch.tensor([1.0])], [torch.tensor([0.5])]
         >>> penalty = fasttax.functional.ewc_add_grad_(params, grads, anchors, fishers, 10.0)
         >>> grads
         [tensor([10.])]
