@@ -28,6 +28,7 @@ from bench import (
     bench_kl,
     bench_linear_kl,
     bench_trainers,
+    evidence,
     gpu_clock,
     gpu_run,
     gpu_table,
@@ -142,11 +143,12 @@ def measure_gpu(dry: bool, budget: float, folder: Path) -> Path:
 
 
 def renew_readme() -> None:
-    """Puts both tables between README's marks."""
+    """Puts both tables between README's marks, and those of docs/ between theirs."""
     readme = ROOT / "README.md"
     marked.renew(readme, "bench", table())
     text = readme.read_text(encoding="utf-8")
     readme.write_text(gpu_table.renewed(text, RESULTS), encoding="utf-8")
+    evidence.renew()
 
 
 def main() -> int:
