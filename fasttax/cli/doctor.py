@@ -232,10 +232,9 @@ def _refuse(why: str) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the report or its JSON, or warms Triton's cache."""
-    args = parser().parse_args(argv)
+    args = _options.parsed(parser(), argv)
     if args.warm:
         return warm_up()
-    _options.check_outputs(OP, args.json)
     facts = found()
     if args.json != _options.STDOUT:
         print(report(facts))
@@ -253,6 +252,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json",
+        type=_options.Output,
         nargs="?",
         const=_options.STDOUT,
         metavar="FILE",
