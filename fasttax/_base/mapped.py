@@ -266,22 +266,49 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape = self.spec(name)
-        begin, end = self._entries[name]["data_offsets"]
+        flat = self._read(name, *self.place(name))
+        self._check(name, crc(flat))
+        return flat.view(dtype).view(shape)
+
+    def parts(self, name: str, rows: int) -> Iterator[Tensor]:
+        """A tensor's rows, so many at a time; at the end its checksum is seen to match.
+
+        Raises:
+            BadFileError: it does not.
+
+        Yields:
+            The rows in order, each part in memory of its own.
+        """
+        dtype, shape = self.spec(name)
+        begin, end = self.place(name)
+        step = max(1, rows * math.prod(shape[1:]) * dtype.itemsize)
+        found = 0
+        for at in range(begin, end, step):
+            flat = self._read(name, at, min(at + step, end))
+            found = crc(flat, found)
+            yield flat.view(dtype).view(-1, *shape[1:])
+        self._check(name, found)
+
+    def _read(self, name: str, begin: int, end: int) -> Tensor:
+        """The bytes of the file between two places."""
         flat = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         data = _bytes_of(flat)
-        self._file.seek(self._start + begin)
+        self._file.seek(begin)
         done = 0
         while done < len(data):
             more = self._file.readinto(data[done:])
             if not more:
                 raise _bad(self.path, f"{name} ends early")
             done += more
-        if self._sums is not None and _hex(zlib.crc32(data)) != self._sums[name]:
+        return flat
+
+    def _check(self, name: str, found: int) -> None:
+        """That a tensor's CRC-32 is the one that the header has of it."""
+        if self._sums is not None and _hex(found) != self._sums[name]:
             raise BadFileError(
                 f"{self.path}: {name}: the checksum does not match the values, so the file is "
                 "damaged"
             )
-        return flat.view(dtype).view(shape)
 
     def mapping(self) -> mmap.mmap:
         """The file's memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasttax._base import files, mapped
+from fasttax.integrations import reference
 from fasttax.integrations.reference import TopKReference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -302,3 +305,68 @@ def test_a_killed_process_loses_nothing_and_memory_does_not_grow(tmp_path: Path)
     read = TopKReference.load(path)
     assert torch.equal(read.logp, made.logp)
     assert torch.equal(read.ids, made.ids)
+
+
+def status(key: str) -> int:
+    """Bytes of this process, as the system counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs")
+def test_a_file_is_read_without_being_held(tmp_path: Path) -> None:
+    """205 MB of lists. Of them 1 << 18 entries are checked at a time, in 50 bytes each: 13 MB."""
+    path, n, k, length = tmp_path / "cache.safetensors", 400_000, 64, 1000
+    specs = {
+        "tokens": (torch.int64, (n,)),
+        "offsets": (torch.int64, (n // length + 1,)),
+        "logp": (torch.float32, (n, k)),
+        "ids": (torch.int32, (n, k)),
+    }
+    with mapped.Filled(path, specs) as file:
+        file.write("tokens", 0, torch.arange(n))
+        file.write("offsets", 0, torch.arange(0, n + 1, length))
+        for row in range(0, n, 10_000):
+            at = torch.arange(row, row + 10_000)[:, None]
+            file.write("logp", row, -5.0 - (at % 97).float().expand(-1, k))
+            file.write("ids", row, ((at + torch.arange(k)) % 512).int())
+        file.finish(reference.KIND, {"vocabulary": 512})
+    assert path.stat().st_size > 200_000_000
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    read = TopKReference.load(path)
+    assert len(read) == n // length
+    assert status("VmHWM") - before < 50_000_000
+    held = status("RssAnon")
+    for begin in range(0, n, length):
+        at = torch.arange(begin, begin + length - 1)[:, None]
+        logp, ids = read.lookup(torch.arange(begin, begin + length))
+        assert torch.equal(logp, -5.0 - (at % 97).float().expand(-1, k))
+        assert torch.equal(ids, (at + torch.arange(k)) % 512)
+    assert read.highest_id == 511
+    # what was read lies in the system's cache, and is its to drop
+    assert status("RssAnon") - held < 20_000_000
+
+
+def test_every_bit_of_the_lists_is_checked(tmp_path: Path, whole: bytes) -> None:
+    """Of a file that is read some rows at a time, in each part."""
+    path = tmp_path / "cache.safetensors"
+    for place in range(len(whole) - 8 * K * sum(map(len, sequences())), len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path}: .*checksum does not match"):
+            TopKReference.load(path)
+
+
+def test_rows_at_a_time_are_the_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    tensors = {"x": torch.randn(7, 3), "none": torch.empty(4, 0), "one": torch.randn(5)}
+    files.write(path, "kind", tensors, {})
+    with mapped.TensorFile(path) as file:
+        for rows in (1, 2, 7, 100):
+            assert torch.equal(torch.cat(list(file.parts("x", rows))), tensors["x"])
+            assert torch.equal(torch.cat(list(file.parts("one", rows))), tensors["one"])
+            assert not list(file.parts("none", rows))
+        assert [len(some) for some in file.parts("x", 3)] == [3, 3, 1]
