@@ -21,7 +21,7 @@ from fasttax.integrations._prompt_logprobs import UNKNOWN, tensors
 
 KIND = "TopKReference"
 CHECKED = 1 << 18  # entries of a file that are checked at a time, in 50 bytes each
-INDEXED, LISTED = ("tokens", "offsets"), ("logp", "ids")  # tensors of a file
+NAMES = ("tokens", "offsets", "logp", "ids")  # tensors of a file
 ROUNDING = 1e-3  # that float32 log-probs of a large vocabulary may sum above 1
 
 
@@ -252,8 +252,14 @@ class TopKReference:
                     f"TopKReference.load: {os.fspath(path)}: {wrong}; make the cache anew with "
                     "`fasttax kl cache`"
                 )
-            index, lists = (file[name] for name in INDEXED), mapped.Mapped(file)
-            return TopKReference(*index, *map(lists.tensor, LISTED), metadata)
+            lists = mapped.Mapped(file)
+            return TopKReference(
+                file["tokens"],
+                file["offsets"],
+                lists.tensor("logp"),
+                lists.tensor("ids"),
+                metadata,
+            )
 
     def _begin(self, tokens: Tensor) -> int | None:
         """Where a sequence's log-probs begin; the whole sequence goes before its own prefix."""
@@ -329,12 +335,10 @@ def _rows(k: int) -> int:
 
 def _wrong(file: mapped.TensorFile, vocabulary: Any) -> str:
     """What is wrong with a cache's file, all of which is read; "" for nothing."""
-    lacking = [name for name in (*INDEXED, *LISTED) if name not in file]
+    lacking = [name for name in NAMES if name not in file]
     if lacking:
         return f"expected tokens, offsets, logp and ids, got no {', '.join(lacking)}"
-    (tokens, n), (offsets, bounds), (logp, shape), (ids, of_ids) = (
-        file.spec(name) for name in (*INDEXED, *LISTED)
-    )
+    (tokens, n), (offsets, bounds), (logp, shape), (ids, of_ids) = map(file.spec, NAMES)
     if not logp.is_floating_point or any(d.is_floating_point for d in (tokens, offsets, ids)):
         return "expected logp as floats, and tokens, offsets and ids as integers"
     shaped = len(n) == len(bounds) == 1 and len(shape) == 2 and shape == of_ids
@@ -343,7 +347,8 @@ def _wrong(file: mapped.TensorFile, vocabulary: Any) -> str:
     begins = file["offsets"]
     if begins[0] != 0 or begins[-1] != n[0] or bool((begins.diff() < 1).any()):
         return f"offsets: expected to rise from 0 to {n[0]}"
-    rows = zip(*(file.parts(name, _rows(shape[1])) for name in LISTED), strict=True)
+    count = _rows(shape[1])
+    rows = zip(file.parts("logp", count), file.parts("ids", count), strict=True)
     # to the end, where a checksum says that the file is damaged and not made so
     wrong = [_wrong_rows(*some, vocabulary) for some in rows]
     return next(filter(None, wrong), "")
