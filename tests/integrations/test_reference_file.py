@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fasttax._base import files, mapped
-from fasttax.integrations import reference
+from fasttax._base import files, hashes, mapped
+from fasttax.integrations import _reference_file, reference
 from fasttax.integrations.reference import TopKReference
+from tests.tools import tiny_lm
 
 ROOT = Path(__file__).resolve().parents[2]
 V, K = 23, 5
@@ -172,7 +174,8 @@ def test_a_model_is_more_than_its_parameters(tmp_path: Path) -> None:
 
     class Config:
         def __init__(self, name: str, theta: float, kinds: set[str]) -> None:
-            self.facts = {"_name_or_path": name, "rope_theta": theta, "kinds": kinds}
+            written = {"transformers_version": name, "torch_dtype": name, "rope_theta": theta}
+            self.facts = {"_name_or_path": name, "text_config": written, "kinds": kinds}
 
         def to_dict(self) -> dict[str, Any]:
             return dict(self.facts)
@@ -267,6 +270,7 @@ KILLED = """
 import os, resource, signal, sys
 from tests.integrations.test_reference_file import Toy
 from fasttax.integrations.reference import TopKReference
+from tests.tools import tiny_lm
 
 class Killed(Toy):
     def forward(self, input_ids, **_):
@@ -370,3 +374,77 @@ def test_rows_at_a_time_are_the_tensor(tmp_path: Path) -> None:
             assert torch.equal(torch.cat(list(file.parts("one", rows))), tensors["one"])
             assert not list(file.parts("none", rows))
         assert [len(some) for some in file.parts("x", 3)] == [3, 3, 1]
+
+
+def test_a_model_that_is_changed_anywhere_is_another(tmp_path: Path) -> None:
+    """An edited row, as of an added token, lies between the samples of `weights_hash`."""
+
+    def edited(change: str) -> Toy:
+        model = Toy(vocabulary=600)
+        with torch.no_grad():
+            rows = model.table.weight
+            if change == "a row":
+                rows[300] += 1
+            elif change == "one bit":
+                rows[300, 7] = -rows[300, 7]
+            elif change == "two rows swapped":
+                rows[[300, 302]] = rows[[302, 300]]
+            elif change == "signs of two":
+                rows[300, [7, 9]] = -rows[300, [7, 9]]
+        return model
+
+    plain = Toy(vocabulary=600)
+    sample = hashes.weights_hash(plain.named_parameters())
+    path = tmp_path / "cache.safetensors"
+    stopped = Toy(2, vocabulary=600)
+    with pytest.raises(KeyboardInterrupt):
+        make(path, stopped)
+    for change in ("a row", "one bit", "two rows swapped", "signs of two"):
+        assert hashes.weights_hash(edited(change).named_parameters()) == sample, change
+        with pytest.raises(ValueError, match=r"model 'crc1-.*restart="):
+            make(path, edited(change))
+    metadata = make(path, plain)
+    assert plain.calls == 3
+    assert metadata["model"] == hashes.fingerprint(plain.named_parameters())
+
+
+def test_a_fingerprint_is_of_names_dtypes_shapes_and_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.arange(24.0).view(4, 6)
+    every = [
+        [("x", x)],
+        [("y", x)],
+        [("x", x.view(6, 4))],
+        [("x", x.view(torch.int32))],
+        [("x", x.bfloat16())],
+        [("x", x.T)],
+        [("x", x), ("none", torch.empty(0))],
+        [("x", x), ("none", torch.empty(0, 2))],
+        [("x", x), ("one", torch.tensor(True))],
+    ]
+    found = [hashes.fingerprint(tensors) for tensors in every]
+    assert len({*found}) == len(every)
+    assert hashes.fingerprint([("x", x.T.contiguous().T)]) == found[0]
+    assert hashes.fingerprint(reversed(every[-1])) == found[-1]
+    monkeypatch.setattr(hashes, "PART", 5)
+    assert [hashes.fingerprint(tensors) for tensors in every] == found
+
+
+def test_the_same_model_by_another_transformers(tmp_path: Path) -> None:
+    """A real configuration, as another version wrote it, from another place and in another name."""
+    from transformers import AutoModelForCausalLM
+
+    written = tiny_lm.save(tmp_path / "one")
+    shutil.copytree(written, tmp_path / "two")
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config |= {"transformers_version": "4.57.1", "architectures": None}
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    one, two, other = (
+        _reference_file.identity(AutoModelForCausalLM.from_pretrained(tmp_path / name, **options))
+        for name, options in (("one", {}), ("two", {}), ("one", {"rms_norm_eps": 0.1}))
+    )
+    assert one == two
+    assert one["model"] == other["model"]
+    assert one["configuration"] != other["configuration"]
