@@ -217,12 +217,12 @@ class EWCCallback(TrainerCallback):
         Its engine has them whole while it trains.
         """
         if isinstance(self._steps, deepspeed.UnderDeepSpeed):
-            return {f"{prefix}_ewc/penalty": float(self._steps.penalty())}
+            return {f"{prefix}_ewc/penalty": float(self._steps.penalty().detach())}
         if under_deepspeed(args, None):
             return {}
         if model is not None:
             self.ewc = on_model("EWCCallback", self.ewc, model)
-        return {f"{prefix}_ewc/penalty": float(self.ewc.penalty())}
+        return {f"{prefix}_ewc/penalty": float(self.ewc.penalty().detach())}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the anchor's hash beside the checkpoint, for `on_train_begin` to compare."""

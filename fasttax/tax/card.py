@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fasttax._base import checks, files, hub
 from fasttax.ewc import EWC
@@ -16,6 +16,9 @@ from fasttax.integrations.to_base import BothWays
 from fasttax.tax import words
 from fasttax.tax.checkpoints import Checkpoint
 from fasttax.tax.measurements import Measurements
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard
 
 OP = "ModelCardSection"
 BEGIN, END = "<!-- fasttax:begin -->", "<!-- fasttax:end -->"
@@ -109,7 +112,7 @@ class ModelCardSection:
             facts = self.ewc.metadata
             said = [f"{name} {cell(facts[name])}" for name in FISHER if facts.get(name) is not None]
             yield ["Fisher", ", ".join([_structure(self.ewc), *said])]
-            yield ["EWC penalty at the end", f"{float(self.ewc.penalty()):.4g}"]
+            yield ["EWC penalty at the end", f"{float(self.ewc.penalty().detach()):.4g}"]
         if self.fisher is not None:
             yield ["Fisher file", _link(self.fisher)]
         if self.full_kl is not None:
@@ -122,7 +125,7 @@ class ModelCardSection:
 
     # --- the Hub's tables -------------------------------------------------------------------------
 
-    def eval_results(self) -> list[Any]:
+    def eval_results(self) -> list[EvalResult]:
         """The KLs, and the checkpoint's scores and tax, as huggingface_hub's EvalResult."""
         result = hub.client(f"{OP}.eval_results").EvalResult
         return [
@@ -160,7 +163,7 @@ class ModelCardSection:
             )
         return found[0]
 
-    def into(self, card: Any, *, model_name: str | None = None) -> Any:
+    def into(self, card: ModelCard, *, model_name: str | None = None) -> ModelCard:
         """A card of huggingface_hub's (ModelCard) with this section and these results.
 
         Args:
@@ -171,10 +174,10 @@ class ModelCardSection:
             ValueError: there are results, and no name for them.
         """
         op = f"{OP}.into"
-        name = model_name or card.data.model_name
+        made: Any = type(card)(str(card))
+        name = model_name or made.data.model_name
         if name is None and any(True for _ in self._results()):
             raise checks.fail(op, "model_name", "a name for the results", "none", "pass it")
-        made = type(card)(str(card))
         made.text = _replaced(made.text, str(self))
         made.data.tags = [*dict.fromkeys([*(made.data.tags or []), "fasttax"])]
         new = self.eval_results()

@@ -86,7 +86,7 @@ def test_every_number_is_an_objects_own(structure: str, tmp_path: Path) -> None:
 
 def test_a_section_takes_an_older_ones_place() -> None:
     one = ModelCardSection(kl={"general": BothWays(0.25, 0.5, 100)})
-    card = one.into(ModelCard(CARD), model_name="mine")
+    card: Any = one.into(ModelCard(CARD), model_name="mine")
     assert card.text.count("fasttax:begin") == 1
     assert "# A model\n\nWhat it does." in card.text
     assert card.data.tags == ["llama", "fasttax"]
