@@ -67,9 +67,12 @@ class ModelCardSection:
             report does not have, or has twice.
 
     Example:
-        >>> section = ModelCardSection(ewc=ewc, fisher="me/fisher", kl={"wikitext": measured})
-        >>> card = section.into(ModelCard.load("me/model"), model_name="my model")
-        >>> card.push_to_hub("me/model")
+        >>> from huggingface_hub import ModelCard
+        >>> both = fasttax.tax.kl_both_ways(model, base, loader)
+        >>> section = fasttax.tax.ModelCardSection(ewc=ewc, fisher="me/fisher", kl={"web": both})
+        >>> card = section.into(ModelCard("# My model"), model_name="my model")
+        >>> "| EWC, strength |" in card.text
+        True
     """
 
     ewc: EWC | None = None
