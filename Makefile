@@ -29,7 +29,7 @@ QUICK   = $(addprefix tests/, \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-tiny demo-full test test-gpu test-ptx machine-code test-trl pairs matrix soak \
-  sanitize mutants quick t bench bench-gpu lint format docs hooks wheels house doctor clean
+  sanitize mutants quick t bench bench-gpu lint types format docs hooks wheels house doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -133,6 +133,10 @@ lint: $(LINTERS) ## ruff, mypy, clang-format; builds nothing
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(SIMT)
+
+types: $(INSTALLED) ## strict pyright on a user's script: no Any from fasttax
+	$(PY) -m pip install -q --group types
+	$(PY) -m pytest -q tests/package/test_pyright.py
 
 format: $(LINTERS) ## apply ruff's fixes, its layout, and clang-format
 	$(PY) -m ruff check --fix .

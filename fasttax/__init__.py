@@ -24,7 +24,12 @@ from fasttax.kl import topk_kl as topk_kl
 from fasttax.kl import topk_logprobs as topk_logprobs
 
 if TYPE_CHECKING:
+    from fasttax import integrations as integrations
     from fasttax import merge as merge
+
+    # rooms above this one: `from fasttax.tax import ...` knows their types
+    demo: ModuleType
+    tax: ModuleType
 
 _load_native()
 
@@ -51,13 +56,15 @@ __all__ = [
 _ON_USE = ("demo", "integrations", "merge", "tax")
 
 
-def __getattr__(name: str) -> ModuleType:
-    # on use: they need extras, or nothing else needs them
-    if name in _ON_USE:
-        return importlib.import_module(f"fasttax.{name}")
-    raise AttributeError(
-        f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}"
-    )
+if not TYPE_CHECKING:  # whose readers would take any name for a module
+
+    def __getattr__(name: str) -> ModuleType:
+        # on use: they need extras, or nothing else needs them
+        if name in _ON_USE:
+            return importlib.import_module(f"fasttax.{name}")
+        raise AttributeError(
+            f"module 'fasttax' has no attribute {name!r}; it offers {', '.join(__all__)}"
+        )
 
 
 def __dir__() -> list[str]:

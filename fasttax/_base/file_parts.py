@@ -125,7 +125,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class Parts(Mapping[str, Tensor]):
+class Parts(mapped.Open, Mapping[str, Tensor]):
     """The tensors of one file or of a folder's part files, read when they are asked for.
 
     Every file is open from the start: writers that come later change nothing.
@@ -138,6 +138,7 @@ class Parts(Mapping[str, Tensor]):
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
         self.path = Path(path)
         self._stack = contextlib.ExitStack()
+        super().__init__(self._stack)
         self._file_of: dict[str, mapped.TensorFile] = {}
         try:
             with _named():
@@ -196,16 +197,6 @@ class Parts(Mapping[str, Tensor]):
         if twice:
             raise mapped.BadFileError(f"{file.path}: {twice[0]} is in another part too")
         self._file_of |= dict.fromkeys(file, file)
-
-    def close(self) -> None:
-        """Gives the descriptors back."""
-        self._stack.close()
-
-    def __enter__(self) -> Parts:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from fasttax._base import dtensor
 SAMPLES = 256  # of each tensor, evenly spaced
 BATCH_SAMPLES = 4096  # of each tensor of a batch: all of 8 rows of 512 ids; 30 us a tensor
 HALF = 8  # hex digits of the hash in float16
+FINGERPRINT = "crc1"  # which a change of how it is made changes
+PART = 1 << 24  # entries that come from a GPU at a time
 
 
 def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -21,7 +24,8 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
     A float32 checkpoint has the first part in common with its load in bfloat16, and the second with
     its load in float16 (which rounds otherwise: of values in both, 1 in 16 differs as bfloat16).
-    `same_weights` compares. 1 ms per hundred tensors whatever their size.
+    `same_weights` compares. 1 ms per hundred tensors whatever their size. It tells models apart,
+    not edits: a change of a few rows may lie between the samples.
     """
     wide, half = hashlib.sha256(), hashlib.sha256()
     for name, t in sorted(tensors, key=lambda item: item[0]):
@@ -30,6 +34,22 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
             digest.update(f"{name} {tuple(t.shape)}".encode())
             digest.update(values.to(dtype).view(torch.int16).numpy().tobytes())
     return f"{wide.hexdigest()[:16]}-{half.hexdigest()[:HALF]}"
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, dtypes, shapes and every byte, behind the version of how it is made.
+
+    `weights_hash` is of samples, which an edited row of an embedding may lie between. 0.24 s a GB
+    on one core, by the CRC-32 of each tensor.
+    """
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors, key=lambda item: item[0]):
+        flat = dtensor.whole(t.detach()).reshape(-1)
+        found = 0
+        for part in flat.split(PART) if flat.numel() else ():
+            found = zlib.crc32(part.cpu().contiguous().view(torch.uint8).numpy().data, found)
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)} {found:08x} ".encode())
+    return f"{FINGERPRINT}-{digest.hexdigest()[:16]}"
 
 
 def same_weights(one: str | None, other: str | None) -> bool:

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,33 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 class BadFileError(ValueError):
     """A file that is no whole safetensors file; the text names it."""
+
+
+class SupportsClose(Protocol):
+    """An open file, or a stack of them."""
+
+    def close(self) -> None:
+        """Gives the descriptors back."""
+
+
+O = TypeVar("O", bound="Open")
+
+
+class Open:
+    """What holds files open until `close`, or the end of its `with`."""
+
+    def __init__(self, held: SupportsClose) -> None:
+        self._held = held
+
+    def close(self) -> None:
+        """Gives the descriptors back."""
+        self._held.close()
+
+    def __enter__(self: O) -> O:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -137,7 +164,7 @@ def crc(t: Tensor, start: int = 0) -> int:
     return zlib.crc32(_bytes_of(t.reshape(-1)), start)
 
 
-class Filled:
+class Filled(Open):
     """A file whose tensors are written some rows at a time, in any order, in a process or several.
 
     Until `finish` it has no header, and nothing reads it as a safetensors file. `specs` says what
@@ -149,17 +176,8 @@ class Filled:
         self._entries, size = _laid_out(self._specs)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
+        super().__init__(self._file)
         self._file.truncate(8 + HEADER + size)
-
-    def close(self) -> None:
-        """Gives the descriptor back."""
-        self._file.close()
-
-    def __enter__(self) -> Filled:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _place(self, name: str, row: int) -> int:
         """Where a row begins in the file."""
@@ -212,7 +230,7 @@ class Filled:
 # --- reading --------------------------------------------------------------------------------------
 
 
-class TensorFile(Mapping[str, Tensor]):
+class TensorFile(Open, Mapping[str, Tensor]):
     """An open safetensors file, read tensor by tensor through one descriptor.
 
     A file that takes its place meanwhile changes nothing. `about` is the header's metadata.
@@ -228,22 +246,13 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, path: str | os.PathLike[str], file: Any = None) -> None:
         self.path = Path(path)
         self._file = file or open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+        super().__init__(self._file)
         try:
             self.about, self._entries, self._start = _parsed(self.path, self._file)
             self._sums = self._listed()
         except BaseException:
             self.close()
             raise
-
-    def close(self) -> None:
-        """Gives the descriptor back."""
-        self._file.close()
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -266,22 +275,49 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape = self.spec(name)
-        begin, end = self._entries[name]["data_offsets"]
+        flat = self._read(name, *self.place(name))
+        self._check(name, crc(flat))
+        return flat.view(dtype).view(shape)
+
+    def parts(self, name: str, rows: int) -> Iterator[Tensor]:
+        """A tensor's rows, so many at a time; at the end its checksum is seen to match.
+
+        Raises:
+            BadFileError: it does not.
+
+        Yields:
+            The rows in order, each part in memory of its own.
+        """
+        dtype, shape = self.spec(name)
+        begin, end = self.place(name)
+        step = max(1, rows * math.prod(shape[1:]) * dtype.itemsize)
+        found = 0
+        for at in range(begin, end, step):
+            flat = self._read(name, at, min(at + step, end))
+            found = crc(flat, found)
+            yield flat.view(dtype).view(-1, *shape[1:])
+        self._check(name, found)
+
+    def _read(self, name: str, begin: int, end: int) -> Tensor:
+        """The bytes of the file between two places."""
         flat = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         data = _bytes_of(flat)
-        self._file.seek(self._start + begin)
+        self._file.seek(begin)
         done = 0
         while done < len(data):
             more = self._file.readinto(data[done:])
             if not more:
                 raise _bad(self.path, f"{name} ends early")
             done += more
-        if self._sums is not None and _hex(zlib.crc32(data)) != self._sums[name]:
+        return flat
+
+    def _check(self, name: str, found: int) -> None:
+        """That a tensor's CRC-32 is the one that the header has of it."""
+        if self._sums is not None and _hex(found) != self._sums[name]:
             raise BadFileError(
                 f"{self.path}: {name}: the checksum does not match the values, so the file is "
                 "damaged"
             )
-        return flat.view(dtype).view(shape)
 
     def mapping(self) -> mmap.mmap:
         """The file's memory."""

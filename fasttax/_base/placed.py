@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 try:
@@ -36,6 +36,34 @@ def in_a_folder(op: str, path: str | os.PathLike[str]) -> Path:
             f"{op}: cannot write {target}: folder {target.parent} does not exist; create it first"
         )
     return target
+
+
+def check_not_read(op: str, output: str | os.PathLike[str], inputs: Iterable[str]) -> None:
+    """That an output is none of the files that are read, by another name or a link either.
+
+    An input that is a folder is every file in it; what a writer keeps in OUTPUT.partial is its own.
+
+    Raises:
+        ValueError: it is one of them.
+    """
+    mine = _identities(Path(output)) | _identities(Path(f"{output}.partial"))
+    for read in inputs if mine else ():
+        if mine & _identities(Path(read)):
+            raise ValueError(
+                f"{op}: {os.fspath(output)}: expected a file that is not read, got one that is "
+                f"read as {read}; give another output"
+            )
+
+
+def _identities(path: Path) -> set[tuple[int, int]]:
+    """Device and inode of a file, or of every file in a folder; none where there is nothing."""
+    found = set()
+    for each in (path, *(path.rglob("*") if path.is_dir() else ())):
+        with contextlib.suppress(OSError):  # what is no name of a file, as a Hub's, is none here
+            state = os.stat(each)
+            if not stat.S_ISDIR(state.st_mode):
+                found.add((state.st_dev, state.st_ino))
+    return found
 
 
 @contextlib.contextmanager

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from fasttax._base import checks
+from fasttax._base import checks, hub
 from fasttax.cli import _options
 
-ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TIMEOUT = 5.0  # seconds
 
 
@@ -21,13 +19,10 @@ def check(op: str, word: str, name: str, expected: str, kind: str = "model") -> 
         ValueError: it can't be a name on the Hub, the Hub has none, or can't be reached; says
             that there is no such file or folder either.
     """
-    if not ID.fullmatch(name):
+    if not hub.ID.fullmatch(name):
         raise checks.fail(op, word, expected, repr(name))
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # of the client that this huggingface_hub has (requests, httpx, httpx2), without a network too
-    errors: Any = (*HfHubHTTPError.__bases__, OSError, HFValidationError)
     config = "config.json" if kind == "model" else "README.md"
     cached = try_to_load_from_cache(name, config, repo_type=kind)
     if constants.HF_HUB_OFFLINE or isinstance(cached, str):
@@ -35,7 +30,7 @@ def check(op: str, word: str, name: str, expected: str, kind: str = "model") -> 
     ask: Any = getattr(HfApi(), f"{kind}_info")
     try:
         ask(name, timeout=TIMEOUT)
-    except errors as error:
+    except hub.errors() as error:
         raise checks.fail(
             op,
             word,

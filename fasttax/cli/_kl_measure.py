@@ -63,7 +63,6 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--length must be at least 2, --batch-size, --worst and --rows at least 1")
     models = {"policy": args.policy, "ref": args.ref}
     device = _options.device_of(OP, args.device)
-    _options.check_outputs(OP, args.html, args.json)
     opened = [_rows.opened(OP, name, args.split, args.config) for name in args.text]
     texts = _told_apart(opened, args.text)
     for word, name in models.items():
@@ -109,15 +108,23 @@ def add_parser(tools: Any) -> None:
             "tokens where it is largest, and a page with the tokens coloured by it."
         ),
     )
-    parser.add_argument("policy", help="a folder or Hub id of a causal language model")
-    parser.add_argument("ref", help="the same of the reference, with the same tokenizer")
+    parser.set_defaults(parser=parser)
+    parser.add_argument(
+        "policy", type=_options.Input, help="a folder or Hub id of a causal language model"
+    )
+    parser.add_argument(
+        "ref", type=_options.Input, help="the same of the reference, with the same tokenizer"
+    )
     parser.add_argument(
         "text",
+        type=_options.Input,
         nargs="+",
         help="UTF-8 text, or data as for `kl cache`; each is a domain, or its rows' `domain`",
     )
     _rows.add_options(parser)
-    parser.add_argument("--html", metavar="FILE", help="write a page, tokens coloured by KL")
+    parser.add_argument(
+        "--html", type=_options.Output, metavar="FILE", help="write a page, tokens coloured by KL"
+    )
     parser.add_argument(
         "--length",
         type=int,

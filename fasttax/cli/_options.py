@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,41 @@ def in_options(text: str, parser: argparse.ArgumentParser) -> str:
     return ARGUMENT.sub(option, text)
 
 
+class Input(str):
+    """A file, folder or Hub id that a command reads: `type=Input` of its argument."""
+
+
+class Output(str):
+    """A file that it writes: `type=Output`."""
+
+
+class NewOutput(Output):
+    """A file or folder that it makes where none is."""
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, whose outputs can be written and are none of the inputs.
+
+    Every command asks for its own here, before it reads anything.
+
+    Raises:
+        OSError: a folder is not there, or takes no file.
+        ValueError: an output is a folder's name, another output or what is read.
+    """
+    args = parser.parse_args(argv)
+    op = getattr(args, "parser", parser).prog  # of a tool of `fasttax kl` its own
+    check_outputs(op, _of(Output, args), _of(Input, args))
+    return args
+
+
+def _of(kind: type[str], args: argparse.Namespace) -> Iterator[str]:
+    """The arguments of a kind, lists' too."""
+    for value in vars(args).values():
+        yield from (
+            one for one in (value if isinstance(value, list) else [value]) if isinstance(one, kind)
+        )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """`--device`, which `device_of` reads."""
     parser.add_argument(
@@ -48,7 +83,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`, which `write_json` writes."""
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON, too; - prints it")
+    parser.add_argument(
+        "--json", type=Output, metavar="FILE", help="write the result as JSON, too; - prints it"
+    )
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -83,19 +120,21 @@ def device_of(op: str, name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_outputs(op: str, *paths: str | None) -> None:
-    """That files can be written where they are to go, which is tried.
+def check_outputs(op: str, outputs: Iterable[str], inputs: Iterable[str]) -> None:
+    """That files can be written where they are to go, which is tried, over nothing that is read.
 
     Raises:
         OSError: a folder is not there, or takes no file.
-        ValueError: a name is a folder's, or two are one file's.
+        ValueError: a name is a folder's, two are one file's, or one is an input's.
     """
     named: set[Path] = set()
-    for path in paths:
-        if not path or path == STDOUT:
+    read = list(inputs)
+    for path in outputs:
+        if path == STDOUT:
             continue
         target = placed.in_a_folder(op, path)
-        if target.is_dir():
+        placed.check_not_read(op, path, read)
+        if target.is_dir() and not isinstance(path, NewOutput):
             raise checks.fail(op, path, "a file's name", "a folder")
         if target.resolve() in named:
             raise checks.fail(op, path, "a file for each output", "the same one twice")

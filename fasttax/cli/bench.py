@@ -182,10 +182,9 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; sizes below 1 and a device that is not there are errors before anything is measured.
     """
-    args = parser().parse_args(argv)
+    args = _options.parsed(parser(), argv)
     sizes = Sizes(**{name: checks.count(OP, f"--{name}", getattr(args, name)) for name in HELP})
     device = str(_options.device_of(OP, args.device))
-    _options.check_outputs(OP, args.json)
     torch.manual_seed(0)
     rate = timing.bandwidth(device)
     _options.say(

@@ -8,17 +8,18 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
+from fasttax.cli import _options
 from fasttax.cli.commands import COMMANDS
 
 SHELLS = ("bash", "zsh", "tcsh")
-# arguments that name files or folders, beside those whose metavar is FILE, PATH or MODEL
-PATHS = ("model", "models", "data", "text", "policy", "ref", "base", "aligned", "files")
+PATHS = (Path, _options.Input, _options.Output, _options.NewOutput)  # types of arguments
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the script."""
-    args = parser().parse_args(argv)
+    args = _options.parsed(parser(), argv)
     import shtab
 
     print(shtab.complete(whole(), args.shell))
@@ -58,5 +59,5 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for choice in action.choices.values():
                 _complete_files(choice)
-        elif action.dest in PATHS or action.metavar in ("FILE", "PATH", "MODEL"):
+        elif action.type in PATHS or action.dest == "model":
             action.complete = shtab.FILE  # type: ignore[attr-defined]

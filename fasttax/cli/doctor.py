@@ -9,6 +9,7 @@ Triton kernel for the GPU instead, so that no first step of a training waits for
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import platform
@@ -39,6 +40,7 @@ PEERS = (
     "axolotl",
 )
 OP = "fasttax doctor"
+TRL_TARGETS = "fasttax.integrations._trl_targets"  # importing it imports TRL
 
 
 def version_of(package: str) -> str:
@@ -110,7 +112,6 @@ def patchable() -> list[dict[str, Any]]:
 
     Each is looked up, and gives its numbers on a few tokens, which nothing is replaced for.
     """
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from fasttax.integrations._trl_targets import TARGETS, Unfit
 
     rows: list[dict[str, Any]] = []
@@ -128,17 +129,22 @@ def patchable() -> list[dict[str, Any]]:
 def patch_of_trl() -> dict[str, Any]:
     """The targets of `patch`; or, where TRL can't be imported or is not there, why there are none.
 
-    A TRL beside a transformers that it does not fit raises anything as it is imported.
+    A TRL beside a transformers that it does not fit raises anything as it is imported. What raises
+    after that is an error of fasttax's own, and stays one.
     """
     if importlib.util.find_spec("trl") is None:
         return {"works": False, "why": "trl is not installed", "targets": []}
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            targets = patchable()
-    except Exception as error:
+            importlib.import_module(TRL_TARGETS)
+    except Exception as error:  # noqa: BLE001 (said to the user)
         said = f"{type(error).__name__}: {_options.brief(error)}"
         return {"works": False, "why": f"trl does not import ({said})", "targets": []}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        targets = patchable()
     works = any(row["fits"] for row in targets)
     why = "" if works else "nothing in this TRL is what fasttax knows"
     return {"works": works, "why": why, "targets": targets}
@@ -232,10 +238,9 @@ def _refuse(why: str) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the report or its JSON, or warms Triton's cache."""
-    args = parser().parse_args(argv)
+    args = _options.parsed(parser(), argv)
     if args.warm:
         return warm_up()
-    _options.check_outputs(OP, args.json)
     facts = found()
     if args.json != _options.STDOUT:
         print(report(facts))
@@ -253,6 +258,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json",
+        type=_options.Output,
         nargs="?",
         const=_options.STDOUT,
         metavar="FILE",

@@ -24,13 +24,12 @@ def main(argv: Sequence[str]) -> int:
         ValueError: a size below its least, a text shorter than one row, or a model that needs
             another option of the command.
     """
-    args = parser().parse_args(argv)
+    args = _options.parsed(parser(), argv)
     if min(args.length - 1, args.batch_size, args.examples) < 1:
         raise ValueError(
             "fasttax fisher: --length must be at least 2, --batch-size and --examples at least 1"
         )
     device = _options.device_of(OP, args.device)
-    _options.check_outputs(OP, args.output, args.json)
     text = _texts.read(args.text)
     _language_model.check_model(OP, "model", args.model)
     tokenizer = _language_model.tokenizer_of(args.model)
@@ -112,9 +111,13 @@ def _estimate(
 def parser() -> argparse.ArgumentParser:
     """Of the command's arguments."""
     parser = argparse.ArgumentParser(prog="fasttax fisher", description=COMMANDS["fisher"])
-    parser.add_argument("model", help="a folder or Hub id of a causal language model")
-    parser.add_argument("text", help="a UTF-8 text file")
-    parser.add_argument("--output", default="fisher.safetensors", metavar="FILE")
+    parser.add_argument(
+        "model", type=_options.Input, help="a folder or Hub id of a causal language model"
+    )
+    parser.add_argument("text", type=_options.Input, help="a UTF-8 text file")
+    parser.add_argument(
+        "--output", type=_options.Output, default="fisher.safetensors", metavar="FILE"
+    )
     parser.add_argument("--labels", choices=("sample", "true", "exact_head"), default="sample")
     parser.add_argument("--length", type=int, default=128, help="tokens an example (default 128)")
     parser.add_argument("--batch-size", type=int, default=8)

@@ -20,7 +20,7 @@ LENGTH = 1024
 
 def main(argv: Sequence[str]) -> int:
     """Runs the tool that was asked for."""
-    args = parser().parse_args(argv)
+    args = _options.parsed(parser(), argv)
     return _kl_measure.main(args) if args.what == "measure" else cache(args)
 
 
@@ -37,7 +37,6 @@ def cache(args: argparse.Namespace) -> int:
         raise checks.fail(OP, "--length", "at least 2", args.length)
     checks.positive(OP, "--temperature", args.temperature)
     device = _options.device_of(OP, args.device)
-    _options.check_outputs(OP, args.output, args.json)
     data = _rows.opened(OP, args.data, args.split, args.config)
     _language_model.check_model(OP, "model", args.model)
     length = _language_model.length_of(args.length, LENGTH, args.model)
@@ -105,10 +104,14 @@ def parser() -> argparse.ArgumentParser:
         ),
     )
     cache.set_defaults(parser=cache)
-    cache.add_argument("model", help="a folder or Hub id of a causal language model")
-    cache.add_argument("data", help=_rows.HELP)
+    cache.add_argument(
+        "model", type=_options.Input, help="a folder or Hub id of a causal language model"
+    )
+    cache.add_argument("data", type=_options.Input, help=_rows.HELP)
     _rows.add_options(cache)
-    cache.add_argument("--output", metavar="FILE", default="reference.safetensors")
+    cache.add_argument(
+        "--output", type=_options.Output, metavar="FILE", default="reference.safetensors"
+    )
     cache.add_argument(
         "--k", type=int, default=64, help="log-probs kept a token, 8 bytes each (default 64)"
     )

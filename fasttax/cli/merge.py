@@ -19,8 +19,7 @@ OP = "fasttax merge"
 
 def main(argv: Sequence[str]) -> int:
     """Writes the average to --output and prints what was written."""
-    args = parser().parse_args(argv)
-    _options.check_outputs(OP, args.json)
+    args = _options.parsed(parser(), argv)
     try:
         output = _merged(args)
     except (ValueError, TypeError) as error:
@@ -36,6 +35,8 @@ def _merged(args: argparse.Namespace) -> Path:
     """Where the average, or the configuration, lies."""
     if args.way == "run":
         asked = merge.read_mergekit(args.config)
+        if args.json is not None:
+            _options.check_outputs(OP, [args.json], [str(asked.base), str(asked.aligned)])
         return merge.linear(
             asked.base,
             asked.aligned,
@@ -100,9 +101,11 @@ def parser() -> argparse.ArgumentParser:
     config = ways.add_parser("config", help="a configuration for mergekit-yaml: linear, TIES, DARE")
     for way in (linear, config):
         way.add_argument(
-            "base", help="a folder of safetensors as transformers saves it, or one file"
+            "base",
+            type=_options.Input,
+            help="a folder of safetensors as transformers saves it, or one file",
         )
-        way.add_argument("aligned", help="the same of the aligned model")
+        way.add_argument("aligned", type=_options.Input, help="the same of the aligned model")
         way.add_argument(
             "--alpha",
             action="append",
@@ -114,13 +117,16 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument(
         "--density", type=float, help="share of the task vector that is kept (default 0.5)"
     )
-    config.add_argument("--output", required=True, metavar="FILE", help="the YAML to write")
+    config.add_argument(
+        "--output", type=_options.Output, required=True, metavar="FILE", help="the YAML to write"
+    )
     run = ways.add_parser("run", help="the merge that a mergekit configuration asks for: linear")
-    run.add_argument("config", metavar="FILE", help="mergekit's YAML")
+    run.add_argument("config", type=_options.Input, metavar="FILE", help="mergekit's YAML")
     fisher = ways.add_parser("fisher", help="sum of w F MODEL over sum of w F")
-    fisher.add_argument("models", nargs="+", metavar="MODEL")
+    fisher.add_argument("models", type=_options.Input, nargs="+", metavar="MODEL")
     fisher.add_argument(
         "--fisher",
+        type=_options.Input,
         action="append",
         required=True,
         metavar="FILE",
@@ -144,6 +150,7 @@ def parser() -> argparse.ArgumentParser:
     for way in (linear, fisher, run):
         way.add_argument(
             "--output",
+            type=_options.NewOutput,
             metavar="PATH",
             required=True,
             help="a new folder, or a new .safetensors file",

@@ -20,11 +20,10 @@ ALONE = ("training", "Fisher (once, before)")  # the others come on top of train
 
 def main(argv: Sequence[str]) -> int:
     """Prints the model's shape and the table of costs, and writes --json."""
-    args = parser().parse_args(argv)
+    args = _options.parsed(parser(), argv)
     for name in COUNTS:
         checks.count(OP, f"--{name}", getattr(args, name))
     use = checks.number(OP, "--use", args.use, low=0, high=1, open_low=True)
-    _options.check_outputs(OP, args.json)
     shape = _shape(args.model)
     counts = {name: getattr(args, name) for name in COUNTS}
     job = Job(gpu=GPUS[args.gpu], use=use, checkpointing=args.checkpointing, **counts)
@@ -110,7 +109,9 @@ def _shape(model: str) -> Shape:
 def parser() -> argparse.ArgumentParser:
     """Of the command's arguments."""
     parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["plan"])
-    parser.add_argument("model", help="a config.json, a folder with one, or a Hub id")
+    parser.add_argument(
+        "model", type=_options.Input, help="a config.json, a folder with one, or a Hub id"
+    )
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
     parser.add_argument("--gpus", type=int, default=1, help="that share the parameters (FSDP2)")
     parser.add_argument("--tokens", type=int, default=8192, help="of a step on a GPU")

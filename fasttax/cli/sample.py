@@ -24,12 +24,11 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: a size below its least, or a model without a token that begins a text.
     """
-    args = parser().parse_args(argv)
+    args = _options.parsed(parser(), argv)
     for option in ("number", "length", "batch_size"):
         checks.count(OP, f"--{option.replace('_', '-')}", getattr(args, option))
     checks.positive(OP, "--temperature", args.temperature)
     device = _options.device_of(OP, args.device)
-    _options.check_outputs(OP, args.output, args.json)
     _language_model.check_model(OP, "model", args.model)
     tokenizer = _language_model.tokenizer_of(args.model)
     first = first_token(args.model, tokenizer)
@@ -114,8 +113,15 @@ def _to_its_end(ids: list[int], ends: set[int]) -> list[int]:
 def parser() -> argparse.ArgumentParser:
     """Of the command's arguments."""
     parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["sample"])
-    parser.add_argument("model", help="a folder or Hub id of a causal language model")
-    parser.add_argument("--output", default="samples.jsonl", help="rows of text and input_ids")
+    parser.add_argument(
+        "model", type=_options.Input, help="a folder or Hub id of a causal language model"
+    )
+    parser.add_argument(
+        "--output",
+        type=_options.Output,
+        default="samples.jsonl",
+        help="rows of text and input_ids",
+    )
     parser.add_argument("--number", type=int, default=128, help="texts (default 128)")
     parser.add_argument("--length", type=int, default=128, help="tokens at most (default 128)")
     parser.add_argument("--temperature", type=float, default=1.0, help="1 is the model's own")

@@ -19,8 +19,7 @@ OP = "fasttax tax"
 
 def main(argv: Sequence[str]) -> int:
     """Prints the report, then the name of each file that was asked for."""
-    args = parser().parse_args(argv)
-    _options.check_outputs(OP, args.html, args.png, args.json)
+    args = _options.parsed(parser(), argv)
     report = _report(args)
     said = report if args.published is None else published(args.published)
     _options.say(args, said)
@@ -62,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=OP, description=COMMANDS["tax"])
     parser.add_argument(
         "files",
+        type=_options.Input,
         nargs="*",
         metavar="REPORT",
         help=(
@@ -93,9 +93,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task", action="append", metavar="TASK", help="a task to read, once for each (all)"
     )
-    parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
-    parser.add_argument("--png", metavar="FILE", help="write the figure (needs matplotlib)")
     parser.add_argument(
-        "--json", metavar="FILE", help="write the measurements with tax, gain, frontier and fits"
+        "--html", type=_options.Output, metavar="FILE", help="write one self-contained page"
+    )
+    parser.add_argument(
+        "--png", type=_options.Output, metavar="FILE", help="write the figure (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--json",
+        type=_options.Output,
+        metavar="FILE",
+        help="write the measurements with tax, gain, frontier and fits",
     )
     return parser

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttax._base import placed
 from fasttax.demo.methods import METHODS, STOP, Grids, Strength, numbers
 
 ALIGNMENT = Path(__file__).with_name("alignment.jsonl")
 SMOLLM2 = "SmolLM2-135M-Instruct"
+WRITTEN = ("results.json", "tax.json", "table.md", "pareto.png", "report.html")
 
 
 class DemoError(Exception):
@@ -180,6 +182,8 @@ def parse(argv: Sequence[str] | None) -> Settings:
     args = vars(options.parse_args(argv))
     preset = {k: getattr(TINY if args["tiny"] else REAL, k) for k in Preset.__dataclass_fields__}
     preset |= {k: args[k] for k in preset if args.get(k) is not None}
+    for name in WRITTEN:
+        placed.check_not_read("fasttax demo", args["output"] / name, [str(args["alignment"])])
     chosen = args["methods"] or tuple(METHODS)
     given = [method for method, _ in args["strengths"]]
     idle = [m for m in given if m not in chosen or given.count(m) > 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fasttax.ewc.store import Lists
 PROX = "prox_adam"  # "prox" is its short name here
 STATE = ("mode", "fisher", "fisher_scale", "every", "ewc", "penalty")  # beside torch's own
 FISHERS = ("ewc", "second_moment")
+L = TypeVar("L")  # of a loss that a closure gives
 
 
 class AdamWEWC(AdamW):
@@ -153,8 +154,12 @@ class AdamWEWC(AdamW):
         if state.get("ewc") is not None and self.ewc is not None:
             self._claim = claim("AdamWEWC", "ewc", "AdamWEWC", self.ewc.parameters(), self)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], L]) -> L: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], L] | None = None) -> L | None:
         """One step; `closure`, if given, makes loss and gradients anew, and its value is returned.
 
         Raises:

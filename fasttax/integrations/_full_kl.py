@@ -20,7 +20,7 @@ from fasttax.integrations import _kl_sequence as sequence
 from fasttax.integrations._heads import backbones, logits_of
 from fasttax.integrations._kl_cached import CachedReference
 from fasttax.integrations._kl_checks import GENERATING, OP, check_served, is_a
-from fasttax.integrations._kl_events import KLEvents
+from fasttax.integrations._kl_events import Evaluation, KLEvents
 from fasttax.integrations._kl_forward import (
     Forward,
     Hook,
@@ -64,7 +64,10 @@ class FullKL(Handle):
     Works in GRPO (where it takes the place of k3: the trainer's beta must be 0), RLOO, DPO, KTO,
     SFT and transformers' own Trainer. Under accumulation it is the mean over the window's tokens
     where the trainer's own loss is one (num_items_in_batch; GRPO's dapo, cispo and vespo), else the
-    mean of the micro-batches' means. Evaluation losses stay the trainer's own.
+    mean of the micro-batches' means.
+
+    Evaluation losses stay the trainer's own. `evaluate()` returns and logs `eval_kl/<kind>` beside
+    them, the mean KL over the tokens that they count.
 
     Args:
         trainer: one of those.
@@ -90,6 +93,7 @@ class FullKL(Handle):
         replay: general text beside the trainer's own, as in `integrations.transformers.attach`: a
             loader, or {"loader": ..., "kind": "lm" | "kl", "weight": ..., "every": ...}. Without a
             "ref_model" of its own kind "kl" takes the reference from here.
+        evaluate: measure the KL in `evaluate()` too, at the price of the reference's forward.
 
     Logs `kl/<kind>`, the mean over the tokens since the last log; `kl/policy_ref`, `kl/ref_policy`
     and `entropy` (where the trainer has none of its own) over the tokens of the step that is
@@ -120,6 +124,7 @@ class FullKL(Handle):
         jsd_beta: float = 0.5,
         estimator: str = "token",
         replay: Any = None,
+        evaluate: bool = True,
     ) -> None:
         super().__init__()
         check_served(trainer)
@@ -148,8 +153,12 @@ class FullKL(Handle):
         self._num_items: Any = None  # that its loss is given
         self._states: dict[nn.Module, Any] = {}  # outputs of the policy's backbones
         self._terms: list[_Term] = []  # of the batch's forwards
+        self._evaluation: Evaluation | None = None
+        self._measures = False  # the loss that is being computed is an evaluation's
         try:
             self._install(more)
+            if evaluate:
+                self._evaluation = Evaluation(self, trainer, kind)
         except BaseException:
             self.undo()
             raise
@@ -196,18 +205,24 @@ class FullKL(Handle):
     def _see_backbone(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if self._inputs is not None and torch.is_grad_enabled():
+        if self._inputs is not None and (self._measures or torch.is_grad_enabled()):
             self._states[module] = output
 
     def _see_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Runs as the policy's forward ends, where FSDP2's head is still whole."""
-        if self._inputs is None or not torch.is_grad_enabled():
+        if self._inputs is None or not (self._measures or torch.is_grad_enabled()):
             return
         given = by_name(module, self.policy.model, args, kwargs)
         batch, self._inputs = self._inputs, None  # what is called from here on is no new forward
         states, self._states = self._states, {}
+        if self._measures:
+            if _is_of_others(given, batch):
+                self._inputs = batch
+            else:
+                self._measure(self._forward(module, given, batch, states, output))
+            return
         try:
             self._terms.append(
                 self._term(self._forward(module, given, batch, states, output), batch)
@@ -290,6 +305,18 @@ class FullKL(Handle):
         self.events.record(values, tokens)
         return _Term(scaled, divisor, values[self.kind], tokens)
 
+    def _measure(self, forward: Forward) -> None:
+        """Takes the KL of an evaluation's forward."""
+        assert self._evaluation is not None
+        tokens = forward.mask.sum()
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            rows = self.policy.rows(forward, False)
+            try:
+                kl = self.ref.sums(forward, rows, self.options, 1.0, False)[1][self.kind]
+            except KeyError:  # of a file, which has the sequences of training
+                kl = None
+        self._evaluation.add(kl, tokens)
+
     def _divisor(self, batch: dict[str, Any], tokens: Tensor) -> Tensor:
         """By which the sum over the tokens of a batch's forwards is a mean as the trainer's is."""
         count = tokens.clamp(min=1)
@@ -308,6 +335,23 @@ class FullKL(Handle):
         old = sequence.old_logp(batch, forward.mask)
         return sequence.sequence_sum(kl, logp, old, forward.mask), values
 
+    # --- measuring it in an evaluation ------------------------------------------------------------
+
+    def _evaluating(
+        self, compute_loss: Callable[..., Any], model: Any, inputs: Any, options: dict[str, Any]
+    ) -> Any:
+        """A loss without the KL, which is taken of the policy's first forward on the batch.
+
+        What a loss calls after that has no gradient either, and may be of the trainer's reference.
+        """
+        if self._evaluation is None or self._evaluation.sums is None:
+            return compute_loss(model, inputs, **options)
+        self._inputs, self._states, self._measures = dict(inputs), {}, True
+        try:
+            return compute_loss(model, inputs, **options)
+        finally:
+            self._inputs, self._states, self._measures = None, {}, False
+
     # --- adding it to the loss --------------------------------------------------------------------
 
     def _with_kl(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -319,7 +363,7 @@ class FullKL(Handle):
         ) -> Any:
             options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
             if not self.trainer.model.training or not torch.is_grad_enabled():
-                return compute_loss(model, inputs, **options)
+                return self._evaluating(compute_loss, model, inputs, options)
             made = getattr(self.trainer, "model_init", None) is not None
             if made and causal_lm(OP, "trainer.model", self.trainer.model) is not self.policy.model:
                 self._watch()
@@ -352,6 +396,12 @@ class FullKL(Handle):
 
         with_kl.fasttax_full_kl = True  # type: ignore[attr-defined]
         return with_kl
+
+
+def _is_of_others(given: dict[str, Any], batch: dict[str, Any]) -> bool:
+    """Whether a forward is of other sequences than the batch's own, as KTO's KL_input_ids."""
+    ids = given.get("input_ids")
+    return any(ids is value for name, value in batch.items() if name != "input_ids")
 
 
 class _Term(NamedTuple):

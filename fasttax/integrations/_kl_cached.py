@@ -156,11 +156,11 @@ class CachedReference:
         made_of = cache.vocabulary
         if made_of is not None and made_of != V:
             raise vocabularies_differ(V, made_of, self.asked)
-        if cache.ids.numel() and (highest := int(cache.ids.max())) >= V:
+        if cache.highest_id >= V:
             raise checks.fail(
                 *self.asked,
                 f"ids of the policy's vocabulary of {V} tokens",
-                f"the id {highest}",
+                f"the id {cache.highest_id}",
                 "make the cache with a model of the policy's vocabulary",
             )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,58 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fasttax._base import files
+from fasttax._base.handle import Handle
 from fasttax.integrations._trainer import checkpoint_folder, publish, write_state
 from fasttax.integrations.control import AdaptiveKL
 
 STATE_FILE = "fasttax_kl.json"
+
+
+class Evaluation:
+    """The mean KL over an evaluation's tokens, put beside the loss as `eval_kl/<kind>`.
+
+    So it is returned by `evaluate()`, logged, and at hand for metric_for_best_model. (`eval_kl` is
+    KTO's own, another quantity.)
+
+    Args:
+        handle: that takes it out again.
+        trainer: whose `evaluation_loop` it sees.
+        kind: of the KL.
+    """
+
+    def __init__(self, handle: Handle, trainer: Any, kind: str) -> None:
+        self.trainer, self.kind = trainer, kind
+        self.sums: list[Tensor] | None = None  # (sum, tokens, sequences unknown) while one runs
+        loop = self._with_kl(trainer.evaluation_loop)
+        handle.replace(trainer, "evaluation_loop", loop, "evaluation_loop")
+
+    def add(self, kl: Tensor | None, tokens: Tensor) -> None:
+        """Takes a batch's sum; None where its sequences are not in the reference's file."""
+        if self.sums is not None:
+            values = (0 * tokens, 0 * tokens, tokens) if kl is None else (kl, tokens, 0 * tokens)
+            self.sums.append(torch.stack([value.float() for value in values]))
+
+    def _with_kl(self, loop: Callable[..., Any]) -> Callable[..., Any]:
+        def with_kl(*args: Any, **kwargs: Any) -> Any:
+            self.sums = [torch.zeros(3, device=self.trainer.accelerator.device)]
+            try:
+                output, sums = loop(*args, **kwargs), torch.stack(self.sums).sum(0)
+            finally:
+                self.sums = None
+            total, tokens, unknown = self.trainer.accelerator.reduce(sums, reduction="sum").tolist()
+            if unknown:
+                warnings.warn(
+                    "FullKL: the evaluation has sequences that the reference's file has not, so "
+                    f"there is no eval_kl/{self.kind}; make the file of both data sets (`fasttax "
+                    "kl cache`), or pass evaluate=False",
+                    stacklevel=2,
+                )
+            elif tokens:
+                prefix = kwargs.get("metric_key_prefix", "eval")
+                output.metrics[f"{prefix}_kl/{self.kind}"] = total / tokens
+            return output
+
+        return with_kl
 
 
 class KLEvents(TrainerCallback):

@@ -8,6 +8,7 @@ on with the next batch: batches are the same, and so are the bits of the whole.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fasttax._base import checks, mapped, placed
-from fasttax._base.hashes import weights_hash
+from fasttax._base.hashes import fingerprint
 from fasttax._base.version import __version__
 from fasttax.integrations._models import frozen
 from fasttax.kl.topk import topk_logprobs
@@ -34,6 +35,12 @@ except ImportError:  # not a posix system: two runs of one file must take turns 
     fcntl = None  # type: ignore[assignment]
 
 VALUES, DONE = "values", "done.jsonl"  # in the folder NAME.partial
+# of a configuration: where a model lies, who wrote it, and what the weights themselves say
+NO_LOGITS = {
+    *("_name_or_path", "base_model_name_or_path", "revision"),
+    *("transformers_version", "peft_version", "architectures", "inference_mode"),
+    *("dtype", "torch_dtype"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,11 @@ class Job:
         self.batches = [order[i : i + size] for i in range(0, len(order), size)]
         self.begins = list(accumulate(lengths, initial=0))
 
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What the model's logits are of; all of its bytes are read for it."""
+        return identity(self.model)
+
     def metadata(self, vocabulary: int) -> dict[str, Any]:
         """What a reader must know of the log-probs."""
         return {
@@ -102,7 +114,7 @@ class Job:
             "tokens": self.begins[-1],
             "vocabulary": vocabulary,
             "temperature": float(self.temperature),
-            "model_hash": weights_hash(self.model.named_parameters()),
+            **self.identity,
         }
 
     def made(self, first: int = 0) -> Iterator[Batch]:
@@ -287,8 +299,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "k": job.k,
         "batch_size": job.batch_size,
         "temperature": float(job.temperature),
-        "model": weights_hash(chain(job.model.named_parameters(), job.model.named_buffers())),
-        "configuration": _configuration(job.model),
+        **job.identity,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "sequences": f"{mapped.crc(_tokens(job), mapped.crc(lengths)):08x}",
@@ -296,14 +307,25 @@ def _settings(job: Job) -> dict[str, Any]:
     }
 
 
+def identity(model: nn.Module) -> dict[str, str]:
+    """What its logits are of: every weight and buffer, and a hash of its configuration."""
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return {"model": fingerprint(tensors), "configuration": _configuration(model)}
+
+
 def _configuration(model: nn.Module) -> str:
     """A hash of what configures a model and its adapters: weights alone do not say its logits."""
     configs = [getattr(model, "config", None), *getattr(model, "peft_config", {}).values()]
     facts = [config.to_dict() for config in configs if hasattr(config, "to_dict")]
-    for each in facts:
-        each.pop("_name_or_path", None)  # the same model may lie elsewhere
-    text = json.dumps(facts, sort_keys=True, default=_plain)
+    text = json.dumps(_of_logits(facts), sort_keys=True, default=_plain)
     return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _of_logits(value: Any) -> Any:
+    """A configuration, and those within it, without what logits do not depend on."""
+    if isinstance(value, dict):
+        return {key: _of_logits(each) for key, each in value.items() if key not in NO_LOGITS}
+    return [_of_logits(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ reads it.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax._base import checks, files
+from fasttax._base import checks, files, mapped
 from fasttax.integrations import _reference_file
 from fasttax.integrations._prompt_logprobs import UNKNOWN, tensors
 
 KIND = "TopKReference"
-CHECKED = 1 << 16  # rows of a file that are checked at a time
+CHECKED = 1 << 18  # entries of a file that are checked at a time, in 50 bytes each
+NAMES = ("tokens", "offsets", "logp", "ids")  # tensors of a file
 ROUNDING = 1e-3  # that float32 log-probs of a large vocabulary may sum above 1
 
 
@@ -82,6 +84,11 @@ class TopKReference:
     def k(self) -> int:
         """Log-probs kept a token."""
         return self.logp.shape[-1]
+
+    @functools.cached_property
+    def highest_id(self) -> int:
+        """The largest of `ids`; -1 where there are none."""
+        return max((int(some.max()) for some in self.ids.split(_rows(self.k))), default=-1)
 
     @staticmethod
     def make(
@@ -237,20 +244,28 @@ class TopKReference:
     def load(path: str | os.PathLike[str]) -> TopKReference:
         """From a file that `save` wrote; a foreign or cut one is an error that names it.
 
+        All of it is read once, some rows at a time, for its checksums. After that `logp` and `ids`
+        lie in the file: what `lookup` asks for is read, and the system may drop it again.
+
         Raises:
             ValueError: it holds what no reference's top-k can be: NaN, probabilities above 1, ids
                 outside the vocabulary, an id twice in a row.
         """
-        tensors, metadata = files.read(path, KIND)
-        wrong = _wrong(tensors, metadata.get("vocabulary"))
-        if wrong:
-            raise ValueError(
-                f"TopKReference.load: {os.fspath(path)}: {wrong}; make the cache anew with "
-                "`fasttax kl cache`"
+        with files.opened(path, KIND) as (file, metadata):
+            wrong = _wrong(file, metadata.get("vocabulary"))
+            if wrong:
+                raise ValueError(
+                    f"TopKReference.load: {os.fspath(path)}: {wrong}; make the cache anew with "
+                    "`fasttax kl cache`"
+                )
+            lists = mapped.Mapped(file)
+            return TopKReference(
+                file["tokens"],
+                file["offsets"],
+                lists.tensor("logp"),
+                lists.tensor("ids"),
+                metadata,
             )
-        return TopKReference(
-            tensors["tokens"], tensors["offsets"], tensors["logp"], tensors["ids"], metadata
-        )
 
     def _begin(self, tokens: Tensor) -> int | None:
         """Where a sequence's log-probs begin; the whole sequence goes before its own prefix."""
@@ -319,23 +334,29 @@ def _job(
     return _reference_file.Job(op, model, rows, k, batch_size, temperature)
 
 
-def _wrong(tensors: Mapping[str, Tensor], vocabulary: Any) -> str:
-    """What is wrong with a cache's tensors, "" for nothing."""
-    lacking = [name for name in ("tokens", "offsets", "logp", "ids") if name not in tensors]
+def _rows(k: int) -> int:
+    """Rows of k entries that are read at a time."""
+    return max(1, CHECKED // max(1, k))
+
+
+def _wrong(file: mapped.TensorFile, vocabulary: Any) -> str:
+    """What is wrong with a cache's file, all of which is read; "" for nothing."""
+    lacking = [name for name in NAMES if name not in file]
     if lacking:
         return f"expected tokens, offsets, logp and ids, got no {', '.join(lacking)}"
-    tokens, offsets = tensors["tokens"], tensors["offsets"]
-    logp, ids = tensors["logp"], tensors["ids"]
-    if not logp.is_floating_point() or any(t.is_floating_point() for t in (tokens, offsets, ids)):
+    (tokens, n), (offsets, bounds), (logp, shape), (ids, of_ids) = map(file.spec, NAMES)
+    if not logp.is_floating_point or any(d.is_floating_point for d in (tokens, offsets, ids)):
         return "expected logp as floats, and tokens, offsets and ids as integers"
-    shaped = tokens.dim() == offsets.dim() == 1 and logp.dim() == 2 and logp.shape == ids.shape
-    if not shaped or logp.shape[0] != tokens.numel() or not offsets.numel():
+    shaped = len(n) == len(bounds) == 1 and len(shape) == 2 and shape == of_ids
+    if not shaped or shape[:1] != n or bounds == (0,):
         return "expected tokens (n,), offsets, and logp and ids (n, k)"
-    ends = offsets[0] == 0 and offsets[-1] == tokens.numel()
-    if not bool(ends) or bool((offsets.diff() < 1).any()):
-        return f"offsets: expected to rise from 0 to {tokens.numel()}"
-    rows = zip(logp.split(CHECKED), ids.split(CHECKED), strict=True)
-    wrong = (_wrong_rows(*some, vocabulary) for some in rows)
+    begins = file["offsets"]
+    if begins[0] != 0 or begins[-1] != n[0] or bool((begins.diff() < 1).any()):
+        return f"offsets: expected to rise from 0 to {n[0]}"
+    count = _rows(shape[1])
+    rows = zip(file.parts("logp", count), file.parts("ids", count), strict=True)
+    # to the end, where a checksum says that the file is damaged and not made so
+    wrong = [_wrong_rows(*some, vocabulary) for some in rows]
     return next(filter(None, wrong), "")
 
 

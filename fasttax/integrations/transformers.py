@@ -194,12 +194,40 @@ class EWCCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Adds `ewc/penalty` and `ewc/distance` to a training log."""
-        if logs is None or not _of_training(logs):
+        """Adds `ewc/penalty` and `ewc/distance`; to an evaluation's log `eval_ewc/penalty`."""
+        if logs is None:
             return
-        held = self._steps if isinstance(self._steps, deepspeed.UnderDeepSpeed) else self.ewc
-        penalty, distance = held.penalty().detach(), held.distance().total
-        publish(state, logs, {"ewc/penalty": penalty, "ewc/distance": distance})
+        if _of_training(logs):
+            held = self._steps if isinstance(self._steps, deepspeed.UnderDeepSpeed) else self.ewc
+            penalty, distance = held.penalty().detach(), held.distance().total
+            publish(state, logs, {"ewc/penalty": penalty, "ewc/distance": distance})
+        elif prefix := _of_evaluation(logs):
+            publish(state, logs, self._evaluated(args, prefix, kwargs.get("model")))
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds `eval_ewc/penalty` to what `evaluate()` returns."""
+        if metrics is not None and (prefix := _of_evaluation(metrics)):
+            metrics.update(self._evaluated(args, prefix, kwargs.get("model")))
+
+    def _evaluated(self, args: Any, prefix: str, model: Any) -> dict[str, float]:
+        """The penalty under an evaluation's name; none of parameters that DeepSpeed has scattered.
+
+        Its engine has them whole while it trains.
+        """
+        if isinstance(self._steps, deepspeed.UnderDeepSpeed):
+            return {f"{prefix}_ewc/penalty": float(self._steps.penalty().detach())}
+        if under_deepspeed(args, None):
+            return {}
+        if model is not None:
+            self.ewc = on_model("EWCCallback", self.ewc, model)
+        return {f"{prefix}_ewc/penalty": float(self.ewc.penalty().detach())}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the anchor's hash beside the checkpoint, for `on_train_begin` to compare."""
@@ -353,6 +381,12 @@ def _kl_arguments(op: str, kl: Any) -> dict[str, Any]:
 def _of_training(logs: Mapping[str, Any]) -> bool:
     """Whether a log is a training step's: not an evaluation's, nor the summary."""
     return "loss" in logs or any(name.startswith("loss/") for name in logs)  # PPO's
+
+
+def _of_evaluation(logs: Mapping[str, Any]) -> str:
+    """The prefix of an evaluation's log, "eval" or "eval_NAME" of several data sets; "" of none."""
+    names = (name for name in logs if name.startswith("eval") and name.endswith("_loss"))
+    return next(names, "").removesuffix("_loss")
 
 
 def _state_file(ewc: EWC, args: Any) -> str:

@@ -94,7 +94,7 @@ def linear_token_kl(
     *,
     return_entropy: bool,
     **options: Unpack[LinearOptions],
-) -> Any: ...
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @surfaced
 def linear_token_kl(
     hidden: Tensor,

@@ -102,7 +102,8 @@ def _skeleton(folder: Path) -> Any:
         made = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
             return None if made is None else made(config)
-    except Exception:  # whatever a config that this transformers does not know makes its code raise
+    # whatever a config that this transformers does not know makes its code raise
+    except Exception:  # noqa: BLE001
         return None
 
 

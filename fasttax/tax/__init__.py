@@ -4,6 +4,7 @@ from fasttax.integrations.to_base import BothWays as BothWays
 from fasttax.integrations.to_base import kl_both_ways as kl_both_ways
 from fasttax.integrations.to_base import kl_quadratic as kl_quadratic
 from fasttax.integrations.to_base import kl_to_base as kl_to_base
+from fasttax.tax.card import ModelCardSection as ModelCardSection
 from fasttax.tax.checkpoints import Checkpoint as Checkpoint
 from fasttax.tax.fits import PowerLaw as PowerLaw
 from fasttax.tax.fits import ShiftedLaw as ShiftedLaw
@@ -19,6 +20,7 @@ from fasttax.tax.report import TaxReport as TaxReport
 __all__ = [
     "BothWays",
     "Checkpoint",
+    "ModelCardSection",
     "PowerLaw",
     "Published",
     "QuadraticLaw",

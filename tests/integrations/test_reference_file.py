@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasttax._base import files, hashes, mapped
+from fasttax.integrations import _reference_file, reference
 from fasttax.integrations.reference import TopKReference
+from tests.tools import tiny_lm
 
 ROOT = Path(__file__).resolve().parents[2]
 V, K = 23, 5
@@ -169,7 +174,8 @@ def test_a_model_is_more_than_its_parameters(tmp_path: Path) -> None:
 
     class Config:
         def __init__(self, name: str, theta: float, kinds: set[str]) -> None:
-            self.facts = {"_name_or_path": name, "rope_theta": theta, "kinds": kinds}
+            written = {"transformers_version": name, "torch_dtype": name, "rope_theta": theta}
+            self.facts = {"_name_or_path": name, "text_config": written, "kinds": kinds}
 
         def to_dict(self) -> dict[str, Any]:
             return dict(self.facts)
@@ -264,6 +270,7 @@ KILLED = """
 import os, resource, signal, sys
 from tests.integrations.test_reference_file import Toy
 from fasttax.integrations.reference import TopKReference
+from tests.tools import tiny_lm
 
 class Killed(Toy):
     def forward(self, input_ids, **_):
@@ -302,3 +309,142 @@ def test_a_killed_process_loses_nothing_and_memory_does_not_grow(tmp_path: Path)
     read = TopKReference.load(path)
     assert torch.equal(read.logp, made.logp)
     assert torch.equal(read.ids, made.ids)
+
+
+def status(key: str) -> int:
+    """Bytes of this process, as the system counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs")
+def test_a_file_is_read_without_being_held(tmp_path: Path) -> None:
+    """205 MB of lists. Of them 1 << 18 entries are checked at a time, in 50 bytes each: 13 MB."""
+    path, n, k, length = tmp_path / "cache.safetensors", 400_000, 64, 1000
+    specs = {
+        "tokens": (torch.int64, (n,)),
+        "offsets": (torch.int64, (n // length + 1,)),
+        "logp": (torch.float32, (n, k)),
+        "ids": (torch.int32, (n, k)),
+    }
+    with mapped.Filled(path, specs) as file:
+        file.write("tokens", 0, torch.arange(n))
+        file.write("offsets", 0, torch.arange(0, n + 1, length))
+        for row in range(0, n, 10_000):
+            at = torch.arange(row, row + 10_000)[:, None]
+            file.write("logp", row, -5.0 - (at % 97).float().expand(-1, k))
+            file.write("ids", row, ((at + torch.arange(k)) % 512).int())
+        file.finish(reference.KIND, {"vocabulary": 512})
+    assert path.stat().st_size > 200_000_000
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    read = TopKReference.load(path)
+    assert len(read) == n // length
+    assert status("VmHWM") - before < 50_000_000
+    held = status("RssAnon")
+    for begin in range(0, n, length):
+        at = torch.arange(begin, begin + length - 1)[:, None]
+        logp, ids = read.lookup(torch.arange(begin, begin + length))
+        assert torch.equal(logp, -5.0 - (at % 97).float().expand(-1, k))
+        assert torch.equal(ids, (at + torch.arange(k)) % 512)
+    assert read.highest_id == 511
+    # what was read lies in the system's cache, and is its to drop
+    assert status("RssAnon") - held < 20_000_000
+
+
+def test_every_bit_of_the_lists_is_checked(tmp_path: Path, whole: bytes) -> None:
+    """Of a file that is read some rows at a time, in each part."""
+    path = tmp_path / "cache.safetensors"
+    for place in range(len(whole) - 8 * K * sum(map(len, sequences())), len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path}: .*checksum does not match"):
+            TopKReference.load(path)
+
+
+def test_rows_at_a_time_are_the_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    tensors = {"x": torch.randn(7, 3), "none": torch.empty(4, 0), "one": torch.randn(5)}
+    files.write(path, "kind", tensors, {})
+    with mapped.TensorFile(path) as file:
+        for rows in (1, 2, 7, 100):
+            assert torch.equal(torch.cat(list(file.parts("x", rows))), tensors["x"])
+            assert torch.equal(torch.cat(list(file.parts("one", rows))), tensors["one"])
+            assert not list(file.parts("none", rows))
+        assert [len(some) for some in file.parts("x", 3)] == [3, 3, 1]
+
+
+def test_a_model_that_is_changed_anywhere_is_another(tmp_path: Path) -> None:
+    """An edited row, as of an added token, lies between the samples of `weights_hash`."""
+
+    def edited(change: str) -> Toy:
+        model = Toy(vocabulary=600)
+        with torch.no_grad():
+            rows = model.table.weight
+            if change == "a row":
+                rows[300] += 1
+            elif change == "one bit":
+                rows[300, 7] = -rows[300, 7]
+            elif change == "two rows swapped":
+                rows[[300, 302]] = rows[[302, 300]]
+            elif change == "signs of two":
+                rows[300, [7, 9]] = -rows[300, [7, 9]]
+        return model
+
+    plain = Toy(vocabulary=600)
+    sample = hashes.weights_hash(plain.named_parameters())
+    path = tmp_path / "cache.safetensors"
+    stopped = Toy(2, vocabulary=600)
+    with pytest.raises(KeyboardInterrupt):
+        make(path, stopped)
+    for change in ("a row", "one bit", "two rows swapped", "signs of two"):
+        assert hashes.weights_hash(edited(change).named_parameters()) == sample, change
+        with pytest.raises(ValueError, match=r"model 'crc1-.*restart="):
+            make(path, edited(change))
+    metadata = make(path, plain)
+    assert plain.calls == 3
+    assert metadata["model"] == hashes.fingerprint(plain.named_parameters())
+
+
+def test_a_fingerprint_is_of_names_dtypes_shapes_and_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.arange(24.0).view(4, 6)
+    every = [
+        [("x", x)],
+        [("y", x)],
+        [("x", x.view(6, 4))],
+        [("x", x.view(torch.int32))],
+        [("x", x.bfloat16())],
+        [("x", x.T)],
+        [("x", x), ("none", torch.empty(0))],
+        [("x", x), ("none", torch.empty(0, 2))],
+        [("x", x), ("one", torch.tensor(True))],
+    ]
+    found = [hashes.fingerprint(tensors) for tensors in every]
+    assert len({*found}) == len(every)
+    assert hashes.fingerprint([("x", x.T.contiguous().T)]) == found[0]
+    assert hashes.fingerprint(reversed(every[-1])) == found[-1]
+    monkeypatch.setattr(hashes, "PART", 5)
+    assert [hashes.fingerprint(tensors) for tensors in every] == found
+
+
+def test_the_same_model_by_another_transformers(tmp_path: Path) -> None:
+    """A real configuration, as another version wrote it, from another place and in another name."""
+    from transformers import AutoModelForCausalLM
+
+    written = tiny_lm.save(tmp_path / "one")
+    shutil.copytree(written, tmp_path / "two")
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config |= {"transformers_version": "4.57.1", "architectures": None}
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    one, two, other = (
+        _reference_file.identity(AutoModelForCausalLM.from_pretrained(tmp_path / name, **options))
+        for name, options in (("one", {}), ("two", {}), ("one", {"rms_norm_eps": 0.1}))
+    )
+    assert one == two
+    assert one["model"] == other["model"]
+    assert one["configuration"] != other["configuration"]

@@ -436,7 +436,7 @@ def test_wrong_calls(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match="attach: kl: expected one of 'ref_model', 'beta', 'kind', 'temperature', "
-        "'jsd_beta', 'estimator', got 'reference'",
+        "'jsd_beta', 'estimator', 'evaluate', got 'reference'",
     ):
         attach(trainer, kl={"reference": model, "beta": 0.1})
     with pytest.raises(

@@ -57,8 +57,9 @@ def test_a_stdout_that_is_closed_or_full(
 
 
 def test_one_file_for_two_outputs(tmp_path: Path) -> None:
+    same = [f"{tmp_path}/a", f"{tmp_path}/../{tmp_path.name}/a"]
     with pytest.raises(ValueError, match="a file for each output, got the same one twice"):
-        _options.check_outputs("op", f"{tmp_path}/a", None, f"{tmp_path}/../{tmp_path.name}/a")
+        _options.check_outputs("op", same, [])
 
 
 def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from fasttax.cli.commands import COMMANDS
 def _no_trl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trying TRL's ops takes seconds, which one test is for."""
     if "with_trl" not in request.fixturenames:
+        monkeypatch.setattr(doctor, "TRL_TARGETS", "fasttax")
         monkeypatch.setattr(doctor, "patchable", list)
 
 
@@ -148,17 +149,27 @@ def with_trl() -> None:
 
 
 def test_a_trl_that_does_not_import(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken() -> list[Any]:
-        raise ImportError("cannot import name 'x' from 'transformers'\nand more")
-
-    monkeypatch.setattr(doctor, "patchable", broken)
+    broken = "raise ImportError(\"cannot import name 'x' from 'transformers'\\nand more\")\n"
+    (tmp_path / "broken_targets.py").write_text(broken)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "TRL_TARGETS", "broken_targets")
     monkeypatch.setattr(doctor, "version_of", lambda _: "1.0")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: name)
     assert cli.main(["doctor"]) == 0
     said = "trl does not import (ImportError: cannot import name 'x' from 'transformers')"
     assert f"fasttax.integrations.trl.patch: {said}\n" in capsys.readouterr().out
+
+
+def test_an_error_of_fasttaxs_own_is_not_trls(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> list[Any]:
+        raise AttributeError("fasttax's own")
+
+    monkeypatch.setattr(doctor, "patchable", wrong)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: name)
+    with pytest.raises(AttributeError, match="fasttax's own"):
+        doctor.patch_of_trl()
 
 
 def test_completion_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
