@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,7 +169,7 @@ def _read(
     main = main_input(inputs)
     if main is None or (task.arguments and main not in task.arguments):
         expected = f"a key {task.first or 'input_ids'!r}, or any tensor that the model takes"
-        raise checks.fail(op, "batch", expected, f"keys {sorted(map(str, given))}")
+        raise checks.fail(op, "batch", expected, *_no_tensors(given))
     of_decoder = isinstance(labels, Tensor) and labels.dim() == 2
     if task.encoder_decoder and (of_decoder or labels is None):
         if _holds_ids(main, inputs[main]):
@@ -197,8 +198,17 @@ def _read(
         next_counts = counted[:, 1:] & ~starts[:, 1:] & real[:, :-1]
         nothing = torch.full((B, 1), IGNORED, device=home)
         targets = torch.cat((targets[:, 1:], nothing), 1)
-        counted = torch.cat((next_counts, torch.zeros_like(next_counts[:, :1])), 1)
+        counted = torch.cat((next_counts, torch.zeros_like(counted[:, :1])), 1)
     return Batch(inputs, targets, counted, bounds, (B, T), labels is not None, task.likelihood)
+
+
+def _no_tensors(given: Mapping[str, Any]) -> tuple[str, str]:
+    """What came of a batch without a main input, and the way out."""
+    lists = [str(k) for k, v in given.items() if isinstance(v, (list, tuple, np.ndarray))]
+    if lists:
+        way_out = "tokenizer(..., return_tensors='pt', padding=True) gives tensors"
+        return f"no tensors but lists of {', '.join(sorted(lists))}", way_out
+    return f"keys {sorted(map(str, given))}", ""
 
 
 def named(batch: Any, first: str | None = None) -> Any:

@@ -385,7 +385,7 @@ class DiagonalFisher:
             storage: "fp32", "bf16" or "u8log".
 
         Raises:
-            RuntimeError: no example was seen.
+            RuntimeError: no example was seen, or none with a prediction that counts.
         """
         checks.choice("DiagonalFisher.finalize", "normalize", normalize, NORMALIZE)
         checks.choice("DiagonalFisher.finalize", "storage", storage, STORAGES)
@@ -396,6 +396,12 @@ class DiagonalFisher:
         if examples == 0:
             raise RuntimeError(
                 "DiagonalFisher.finalize: no example was seen; call update(batch) first"
+            )
+        if tokens == 0:
+            raise RuntimeError(
+                f"DiagonalFisher.finalize: none of {examples} examples has a prediction that "
+                "counts, so that all would be 0; give examples of two tokens or more, with labels "
+                "other than -100 and an attention_mask that is not 0"
             )
         count = 1
         if normalize == "mean":
