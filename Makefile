@@ -12,6 +12,7 @@ SOURCES = setup.py $(wildcard tools/*_build.py) $(CPP)
 # the other's stamp away; one that was built by hand is newer than any stamp.
 LINTERS   = $(VENV)/.linters
 INSTALLED = $(VENV)/.installed
+DOCS      = $(VENV)/.docs
 LIBRARY   = $(VENV)/.library-cuda-$(or $(FASTTAX_CUDA),auto)
 ONE_ISA   = $(VENV)/.library-one-isa
 BUILT     = $(wildcard fasttax/_C*.so)
@@ -28,7 +29,7 @@ QUICK   = $(addprefix tests/, \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-tiny demo-full test test-gpu test-ptx machine-code test-trl pairs matrix soak \
-  sanitize mutants quick t bench bench-gpu lint format hooks wheels house doctor clean
+  sanitize mutants quick t bench bench-gpu lint format docs hooks wheels house doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,11 @@ $(INSTALLED): $(PY) pyproject.toml
 	@echo "[fasttax] installing torch and what the tests need, then building the kernels"
 	$(PY) -m pip install -q "torch>=2.11" numpy "setuptools>=77" ninja
 	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(DOCS): $(INSTALLED) pyproject.toml
+	@echo "[fasttax] installing the tools of make docs"
+	$(PY) -m pip install -q --group docs
 	@touch $@
 
 $(LIBRARY): $(INSTALLED) $(SOURCES) $(BUILT)
@@ -132,6 +138,11 @@ format: $(LINTERS) ## apply ruff's fixes, its layout, and clang-format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP) $(SIMT)
+
+# Material's own advice on MkDocs 2 is no warning of the site's.
+docs: $(DOCS) ## the site in build/site from docs/, README and docstrings; every link is checked
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	$(PY) tools/docs_check.py build/site
 
 hooks: $(LINTERS) ## check what a commit touches before it is made (pre-commit, with the tools of .venv)
 	$(VENV)/bin/pre-commit install

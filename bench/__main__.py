@@ -1,13 +1,16 @@
 """Measures all cases, writes bench/results, and renews the table between README's bench markers.
 
-A family's file is bench/results/cpu-FAMILY.json. `python -m bench gpu` has a table of its own, a
-budget of time, and writes bench/results/<gpu>.json; with --dry-run it runs small cases on the CPU.
+A family's file is bench/results/cpu-FAMILY.json, of the CPU that ran it last; those of a CPU of
+another make stay beside it, as cpu-FAMILY-intel.json. `python -m bench gpu` has a table of its own,
+a budget of time, and writes bench/results/<gpu>.json; with --dry-run it runs small cases on the
+CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,7 @@ from bench import (
     bench_kl,
     bench_linear_kl,
     bench_trainers,
+    evidence,
     gpu_clock,
     gpu_run,
     gpu_table,
@@ -53,6 +57,21 @@ def results_of(family: str) -> Path:
     return RESULTS / f"cpu-{family}.json"
 
 
+def make_of(cpu: str) -> str:
+    """Who made it, as a file's name has that: "AMD EPYC" is of amd."""
+    found = re.match("[a-z0-9]+", cpu.lower())
+    return found[0] if found else "other"
+
+
+def set_aside(target: Path, cpu: str) -> None:
+    """Results that a CPU of another make than this one left in `target` get its maker's name."""
+    if target.exists():
+        before = make_of(json.loads(target.read_text())["environment"]["cpu"])
+        if before != make_of(cpu):
+            target.rename(target.with_stem(f"{target.stem}-{before}"))
+    target.with_stem(f"{target.stem}-{make_of(cpu)}").unlink(missing_ok=True)
+
+
 def measure(family: str) -> Path:
     """Runs a family's cases, prints each, and writes them with what they ran on."""
     torch.manual_seed(0)
@@ -70,13 +89,15 @@ def measure(family: str) -> Path:
             f"{result.name}, {result.shape}: {result.milliseconds['fasttax']:.1f} ms; {ratios}; "
             f"{share}{peaks}"
         )
+    environment = timing.environment(rate)
     report = {
         "command": f"python -m bench {family}",
-        "environment": timing.environment(rate),
+        "environment": environment,
         "results": results,
     }
     target = results_of(family)
     RESULTS.mkdir(exist_ok=True)
+    set_aside(target, environment["cpu"])
     target.write_text(json.dumps(report, indent=1) + "\n")
     return target
 
@@ -142,11 +163,12 @@ def measure_gpu(dry: bool, budget: float, folder: Path) -> Path:
 
 
 def renew_readme() -> None:
-    """Puts both tables between README's marks."""
+    """Puts both tables between README's marks, and those of docs/ between theirs."""
     readme = ROOT / "README.md"
     marked.renew(readme, "bench", table())
     text = readme.read_text(encoding="utf-8")
     readme.write_text(gpu_table.renewed(text, RESULTS), encoding="utf-8")
+    evidence.renew()
 
 
 def main() -> int:

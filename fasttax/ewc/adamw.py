@@ -40,9 +40,9 @@ class AdamWEWC(AdamW):
     "prox_adam" is the closed form of the penalised step in AdamW's own metric. AdamW's step is u =
     argmin_t of its quadratic model 1/(2 lr) sum D (t - theta (1 - lr weight_decay))^2 + m t / (1 -
     beta1^t); completing the square, that model is 1/(2 lr) sum D (t - u)^2 but for a constant.
-    Adding the penalty, argmin_t 1/(2 lr) sum D (t - u)^2 + strength/2 sum F (t - a)^2 sets D/lr (t
-    - u) + strength F (t - a) = 0, which is the line above: a weighted mean of u and a, so a
-    coordinate never passes its anchor whatever lr, strength and F are. Without weight decay it
+    Adding the penalty, argmin_t 1/(2 lr) sum D (t - u)^2 + strength/2 sum F (t - a)^2 sets
+    D/lr (t - u) + strength F (t - a) = 0, which is the line above: a weighted mean of u and a, so
+    a coordinate never passes its anchor whatever lr, strength and F are. Without weight decay it
     comes to rest where the loss's gradient is -strength F (theta - a), as gradient descent on the
     penalised loss does; the moments hold the loss's gradient alone. Mode "grad" puts the penalty
     through Adam's normalisation: a step is about lr whatever the strength, so a large strength
@@ -77,6 +77,11 @@ class AdamWEWC(AdamW):
     Raises:
         ValueError, TypeError: options that do not fit; an `ewc` that covers none of the parameters.
         RuntimeError: a sparse gradient.
+
+    Example:
+        >>> optimizer = fasttax.AdamWEWC(model.parameters(), ewc=ewc, lr=1e-4, mode="prox_adam")
+        >>> model(**batch).loss.backward()
+        >>> optimizer.step()
     """
 
     def __init__(

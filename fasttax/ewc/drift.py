@@ -15,6 +15,12 @@ class Drift:
     """sum fisher * (theta - anchor)^2 by parameter, 0-d tensors.
 
     The penalty is strength/2 times the total.
+
+    Example:
+        >>> model(**batch).loss.backward()
+        >>> optimizer.step()
+        >>> drift = ewc.distance()
+        >>> moved_most = max(drift.per_layer, key=drift.per_layer.get)
     """
 
     per_parameter: dict[str, Tensor]

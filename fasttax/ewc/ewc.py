@@ -87,6 +87,12 @@ class EWC:
     It is bound to the model's own parameters: where one was replaced since (a new head, a resized
     embedding, load_state_dict(assign=True)) every use is a ValueError that names it.
     copy.deepcopy((model, ewc)) copies both, in this order; alone it can't be copied or pickled.
+
+    Example:
+        >>> ewc = fasttax.EWC(model, fisher, strength=10.0)
+        >>> model(**batch).loss.backward()
+        >>> penalty = ewc.add_grad_()
+        >>> optimizer.step()
     """
 
     def __init__(

@@ -39,6 +39,11 @@ class FisherMask:
     Raises:
         ValueError: names or shapes that are none of the model's (all are listed), negative Fishers,
             weights under adapters, sharded ones.
+
+    Example:
+        >>> with fasttax.FisherMask(model, fisher, share=0.1).attach(optimizer):
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
     """
 
     def __init__(

@@ -121,6 +121,12 @@ def ewc_penalty(
 
     Raises:
         ValueError, TypeError: a list, shape, dtype, device or strength does not fit.
+
+    Example:
+        >>> params, anchors = [torch.tensor([3.0])], [torch.tensor([1.0])]
+        >>> fishers = [torch.tensor([0.5])]
+        >>> fasttax.functional.ewc_penalty(params, anchors, fishers, strength=10.0)
+        tensor(10.)
     """
     return penalty(params, anchors, fishers, None, strength)
 
@@ -154,11 +160,27 @@ def ewc_add_grad_(
 ) -> Tensor:
     """Adds strength * fisher * (theta - anchor) to grads, in one pass and with no graph.
 
-    Returns the penalty.
+    Five passes over the parameters: read theta, anchor, fisher and grad, write grad.
 
-    Five passes over the parameters: read theta, anchor, fisher and grad, write grad. Arguments and
-    errors as `ewc_penalty`; `grads` are written in place and must be contiguous. The value is not
-    synchronised with the host.
+    Args:
+        params: as of `ewc_penalty`.
+        grads: one for each parameter, of its shape, contiguous; written in place.
+        anchors: as of `ewc_penalty`.
+        fishers: as of `ewc_penalty`.
+        strength: as of `ewc_penalty`.
+
+    Returns:
+        The penalty, 0-d, not synchronised with the host.
+
+    Raises:
+        ValueError, TypeError: a list, shape, dtype, device or strength does not fit.
+
+    Example:
+        >>> params, grads = [torch.tensor([3.0])], [torch.zeros(1)]
+        >>> anchors, fishers = [torch.tensor([1.0])], [torch.tensor([0.5])]
+        >>> penalty = fasttax.functional.ewc_add_grad_(params, grads, anchors, fishers, 10.0)
+        >>> grads
+        [tensor([10.])]
     """
     return add_grad_(params, grads, anchors, fishers, None, strength, 1.0)
 
@@ -208,8 +230,23 @@ def ewc_prox_(
 
     The proximal step of the penalty, argmin_t |t - theta|^2 / (2 lr) + penalty(t). An explicit
     gradient step diverges where lr * strength * fisher > 2; this one contracts towards the anchor
-    for every value >= 0. Arguments and errors as `ewc_penalty`; `params` are written in place and
-    must be contiguous.
+    for every value >= 0.
+
+    Args:
+        params: as of `ewc_penalty`, contiguous; written in place.
+        anchors: as of `ewc_penalty`.
+        fishers: as of `ewc_penalty`.
+        strength_times_lr: finite, >= 0.
+
+    Raises:
+        ValueError, TypeError: a list, shape, dtype, device or strength does not fit.
+
+    Example:
+        >>> params, anchors = [torch.tensor([3.0])], [torch.tensor([1.0])]
+        >>> fishers = [torch.tensor([0.5])]
+        >>> fasttax.functional.ewc_prox_(params, anchors, fishers, strength_times_lr=2.0)
+        >>> params
+        [tensor([2.])]
     """
     prox_(params, anchors, fishers, None, strength_times_lr)
 
@@ -253,6 +290,14 @@ def lora_ewc_penalty(
         with G = strength * scale * fisher * (scale B A), d_A = B^T G and d_B = G A^T. Where one of
         them requires grad, the gradients are made with the value, in one sweep over fisher, and
         kept until the backward pass.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, scale or strength does not fit.
+
+    Example:
+        >>> lora_A, lora_B, fisher = torch.ones(2, 3), torch.ones(4, 2), torch.ones(4, 3)
+        >>> fasttax.functional.lora_ewc_penalty(lora_A, lora_B, fisher, scale=0.5, strength=10.0)
+        tensor(60.)
     """
     for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("fisher", fisher)):
         checks.tensor("lora_ewc_penalty", name, value)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from fasttax.fisher.task import Task
 
 IGNORED = -100  # the label that transformers and torch.nn.CrossEntropyLoss leave out
 _OF_IMAGES = ("pixel", "image", "video", "patch")  # how arguments that hold images begin
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # transformers' names for what has no ids
 OTHER_INPUTS = ("pixel_values", "input_values", "input_features", "inputs_embeds")
 
@@ -204,11 +202,11 @@ def _read(
 
 def _no_tensors(given: Mapping[str, Any]) -> tuple[str, str]:
     """What came of a batch without a main input, and the way out."""
-    lists = [str(k) for k, v in given.items() if isinstance(v, (list, tuple, np.ndarray))]
-    if lists:
-        way_out = "tokenizer(..., return_tensors='pt', padding=True) gives tensors"
-        return f"no tensors but lists of {', '.join(sorted(lists))}", way_out
-    return f"keys {sorted(map(str, given))}", ""
+    lists = [k for k, v in given.items() if hasattr(v, "__len__") and not isinstance(v, Tensor)]
+    if not lists:
+        return f"keys {sorted(map(str, given))}", ""
+    got = f"no tensors but lists of {', '.join(sorted(map(str, lists)))}"
+    return got, "tokenizer(..., return_tensors='pt', padding=True) gives tensors"
 
 
 def named(batch: Any, first: str | None = None) -> Any:
@@ -374,7 +372,7 @@ def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int, ta
         targets = torch.full((B,), IGNORED, dtype=torch.int64, device=device)
         return Batch(inputs, targets, every, bounds, (B, T), False, likelihood, classes)
     name, expected = "batch['labels']", f"shape ({B},) for a classifier"
-    checks.tensor(op, name, labels, (torch.int64, torch.int32, *FLOATS))
+    checks.tensor(op, name, labels, (torch.int64, torch.int32, *checks.FLOATS))
     if labels.is_floating_point() or task.likelihood in ("bernoulli", "gaussian"):
         if labels.dim() not in (1, 2) or labels.shape[0] != B:
             raise checks.fail(op, name, f"{expected}, or ({B}, outputs)", labels)

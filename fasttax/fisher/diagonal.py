@@ -84,6 +84,12 @@ class DiagonalFisher:
     Raises:
         ValueError, TypeError: an option does not fit, or parameters cannot be covered (each is
             named, with the way out).
+
+    Example:
+        >>> estimator = fasttax.DiagonalFisher(model, labels="sample")
+        >>> for batch in loader:
+        ...     estimator.update(batch)
+        >>> fisher = estimator.finalize()
     """
 
     def __init__(

@@ -25,6 +25,12 @@ class FisherEstimate(Mapping[str, Tensor]):
     Attributes:
         metadata: where it comes from: estimator, labels, unit, examples, tokens, normalize,
             storage, model_hash, versions.
+
+    Example:
+        >>> fisher.to("bf16").save("fisher.safetensors")
+        >>> loaded = fasttax.FisherEstimate.load("fisher.safetensors")
+        >>> loaded.metadata["examples"], loaded["model.norm.weight"].shape
+        (4, torch.Size([32]))
     """
 
     def __init__(

@@ -36,6 +36,12 @@ class KroneckerEstimate(Mapping[str, Tensor]):
         diagonal: of all others, a FisherEstimate.
         metadata: where it comes from, as FisherEstimate's; `shapes` of the weights with factors,
             and `turned`, those that lie as (in, out).
+
+    Example:
+        >>> estimate = fasttax.estimate_fisher(model, loader, structure="kron")
+        >>> A, G = estimate.factors["model.layers.0.mlp.up_proj.weight"]  # of a weight (44, 32)
+        >>> A.shape, G.shape
+        (torch.Size([32, 32]), torch.Size([44, 44]))
     """
 
     def __init__(

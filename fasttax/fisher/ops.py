@@ -169,6 +169,11 @@ def linear_sqgrad(
 
     Raises:
         ValueError, TypeError: a shape, dtype or boundary does not fit.
+
+    Example:
+        >>> inputs, grad_outputs = torch.ones(3, 5, 8), torch.ones(3, 5, 6)  # 3 examples
+        >>> fasttax.functional.linear_sqgrad(inputs, grad_outputs).shape
+        torch.Size([6, 8])
     """
     op = "linear_sqgrad"
     inputs, grad_outputs = _paired(op, inputs, grad_outputs, 1)
@@ -195,6 +200,14 @@ def bias_sqgrad(
         cu_seqlens: (N + 1,), boundaries of the examples over flat grad_outputs.
         example_weight: w, (N,).
         out: (O,), accumulated into.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or boundary does not fit.
+
+    Example:
+        >>> grad_outputs = torch.ones(3, 5, 2)  # 3 examples of 5 tokens
+        >>> fasttax.functional.bias_sqgrad(grad_outputs)
+        tensor([75., 75.])
     """
     op = "bias_sqgrad"
     checks.tensor(op, "grad_outputs", grad_outputs)
@@ -224,6 +237,14 @@ def norm_sqgrad(
         cu_seqlens: (N + 1,), boundaries of the examples over flat inputs.
         example_weight: w, (N,).
         out: (I,), accumulated into.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or boundary does not fit.
+
+    Example:
+        >>> inputs, grad_outputs = torch.ones(3, 5, 2), torch.ones(3, 5, 2)
+        >>> fasttax.functional.norm_sqgrad(inputs, grad_outputs)
+        tensor([75., 75.])
     """
     op = "norm_sqgrad"
     inputs, grad_outputs = _paired(op, inputs, grad_outputs, 0)
@@ -265,6 +286,11 @@ def embedding_sqgrad(
     Raises:
         IndexError: an id is outside.
         ValueError, TypeError: a shape, dtype or boundary does not fit.
+
+    Example:
+        >>> ids = torch.tensor([[0, 2, 2]])  # one example; its two tokens of one id add up first
+        >>> fasttax.functional.embedding_sqgrad(ids, torch.ones(1, 3, 1), 3).flatten()
+        tensor([1., 0., 4.])
     """
     op = "embedding_sqgrad"
     checks.tensor(op, "ids", ids, (torch.int64, torch.int32))
@@ -336,6 +362,11 @@ def lm_head_fisher(
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.
+
+    Example:
+        >>> fisher = fasttax.functional.lm_head_fisher(hidden, head.weight, mask=mask)
+        >>> fisher.shape == head.weight.shape
+        True
     """
     op = "lm_head_fisher"
     checks.tensor(op, "hidden", hidden)
@@ -383,6 +414,13 @@ def accumulate_sqgrad_(
 
     Raises:
         ValueError, TypeError: a list, shape, dtype or device does not fit.
+
+    Example:
+        >>> sums = [torch.zeros(2)]
+        >>> for gradient in (torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])):  # one an example
+        ...     fasttax.functional.accumulate_sqgrad_(sums, [gradient])
+        >>> sums
+        [tensor([10.,  4.])]
     """
     op = "accumulate_sqgrad_"
     checks.lists(op, "sum", sums=sums, grads=grads)

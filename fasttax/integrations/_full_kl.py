@@ -102,6 +102,11 @@ class FullKL(Handle):
             has computed.
         RuntimeError: in training, when the policy's forward was not seen, so that the KL would
             silently be missing.
+
+    Example:
+        >>> from fasttax.integrations.trl import FullKL
+        >>> with FullKL(trainer, base, beta=0.1):
+        ...     result = trainer.train()
     """
 
     def __init__(

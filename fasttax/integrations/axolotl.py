@@ -30,13 +30,25 @@ OP = "FasttaxPlugin"
 
 
 class FasttaxArgs(BaseModel):
-    """What the plugin adds to Axolotl's configuration."""
+    """What the plugin adds to Axolotl's configuration.
+
+    Example:
+        >>> from fasttax.integrations.axolotl import FasttaxArgs
+        >>> FasttaxArgs(fasttax={"kl": {"beta": 0.1}}).fasttax.kl.beta
+        0.1
+    """
 
     fasttax: FasttaxOptions | None = None
 
 
 class FasttaxPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
-    """Attaches what the block `fasttax` asks for to the trainer that Axolotl has made."""
+    """Attaches what the block `fasttax` asks for to the trainer that Axolotl has made.
+
+    Example:
+        >>> from fasttax.integrations.axolotl import FasttaxPlugin
+        >>> FasttaxPlugin().post_trainer_create({"fasttax": {"kl": {"beta": 0.1}}}, trainer)
+        >>> result = trainer.train()
+    """
 
     def get_input_args(self) -> str:
         """Where Axolotl finds the block's fields."""

@@ -28,6 +28,11 @@ class AdaptiveKL:
 
     Raises:
         ValueError: a number out of its range.
+
+    Example:
+        >>> control = fasttax.integrations.AdaptiveKL(target=0.05, beta=0.1)
+        >>> control.update(0.08) > 0.1  # the KL is above its target
+        True
     """
 
     def __init__(

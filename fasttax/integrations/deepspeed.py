@@ -37,6 +37,12 @@ class UnderDeepSpeed(Handle):
     Without ZeRO and under ZeRO-1 and 2 parameters are whole on every rank: the penalty is part of
     the loss of an accumulation window's last backward. Under ZeRO-3 the gradient is added to each
     rank's own share of the averaged gradient, before the engine's step clips it.
+
+    Example:
+        >>> from fasttax.integrations import deepspeed
+        >>> handle = deepspeed.attach(engine, ewc)
+        >>> penalty, drift = handle.penalty(), handle.distance()
+        >>> handle.undo()
     """
 
     def __init__(self, engine: Any, ewc: EWC) -> None:
@@ -118,10 +124,10 @@ def attach(engine: Any, ewc: EWC) -> UnderDeepSpeed:
             NVMe.
 
     Example:
-        >>> engine, *_ = deepspeed.initialize(model=model, config=config)
-        >>> with fasttax.integrations.deepspeed.attach(engine, ewc):
+        >>> from fasttax.integrations import deepspeed
+        >>> with deepspeed.attach(engine, ewc):
         ...     for batch in loader:
-        ...         engine.backward(engine(**batch).loss)
+        ...         loss = engine.backward(engine(**batch).loss)
         ...         engine.step()
     """
     needed = ("zero_optimization_stage", "is_gradient_accumulation_boundary", "backward", "step")

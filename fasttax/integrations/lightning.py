@@ -42,6 +42,11 @@ class EWCCallback(Callback):
         TypeError, ValueError: when made; or as fitting begins: DeepSpeed, FSDP1, parameters that
             are not the module's or all frozen, or that something else applies EWC to in this run, a
             checkpoint made with another anchor.
+
+    Example:
+        >>> from fasttax.integrations.lightning import EWCCallback
+        >>> trainer = lightning.Trainer(callbacks=[EWCCallback(ewc)], **options)
+        >>> trainer.fit(module, rows)
     """
 
     def __init__(self, ewc: EWC, where: str = "pre_clip") -> None:

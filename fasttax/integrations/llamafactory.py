@@ -57,7 +57,8 @@ class FasttaxCallback(TrainerCallback):
 
     Example:
         >>> from llamafactory.train.tuner import run_exp
-        >>> run_exp(args, callbacks=[FasttaxCallback(kl={"beta": 0.1})])
+        >>> from fasttax.integrations.llamafactory import FasttaxCallback
+        >>> run_exp({"stage": "sft"}, callbacks=[FasttaxCallback(kl={"beta": 0.1})])
     """
 
     def __init__(
@@ -117,6 +118,10 @@ def run_exp(args: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
 
     Raises:
         ValueError: no block, or one that does not fit.
+
+    Example:
+        >>> from fasttax.integrations.llamafactory import run_exp
+        >>> run_exp({"stage": "sft", "fasttax": {"kl": {"beta": 0.1}}})
     """
     from llamafactory.train import tuner
 

@@ -29,6 +29,12 @@ class TopKReference:
     It covers the sequences that it was made on. A sequence is found by its token ids. Its last
     token may differ: nothing is predicted from it, so a cache made without the end-of-text token
     serves sequences that have one.
+
+    Example:
+        >>> from fasttax.integrations.reference import TopKReference
+        >>> from fasttax.integrations.trl import FullKL
+        >>> TopKReference.make(base, sequences, k=8).save("reference.safetensors")
+        >>> handle = FullKL(trainer, "reference.safetensors", beta=0.1)
     """
 
     def __init__(

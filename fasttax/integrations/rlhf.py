@@ -52,10 +52,10 @@ def response_kl(
         ValueError, TypeError: a shape, dtype or option does not fit.
 
     Example:
-        >>> logits, ref = torch.randn(2, 2, 9, 50)
-        >>> mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-        >>> response_kl(logits, ref, mask).shape
-        torch.Size([2, 4])
+        >>> from fasttax.integrations.rlhf import response_kl
+        >>> response_mask = torch.tensor([[1, 1, 1], [1, 1, 0]])  # of the last 3 tokens
+        >>> response_kl(logits, ref_logits, response_mask).shape
+        torch.Size([2, 3])
     """
     op = "response_kl"
     mask = _mask(op, response_mask)
@@ -104,8 +104,9 @@ def response_topk_kl(
         ValueError, TypeError, IndexError: a shape, dtype, id or option does not fit.
 
     Example:
-        >>> logp, ids = fasttax.topk_logprobs(ref_logits, 64)
-        >>> kld = response_topk_kl(logits, logp, ids, response_mask)
+        >>> from fasttax.integrations.rlhf import response_topk_kl
+        >>> logp, top_ids = fasttax.topk_logprobs(ref_logits, 4)
+        >>> kld = response_topk_kl(logits, logp, top_ids, response_mask)
     """
     op = "response_topk_kl"
     mask = _mask(op, response_mask)
@@ -155,7 +156,10 @@ def response_linear_kl(
         ValueError, TypeError: a shape, dtype or option does not fit.
 
     Example:
-        >>> kld = response_linear_kl(states, lm_head.weight, ref_states, ref_head.weight, mask)
+        >>> from fasttax.integrations.rlhf import response_linear_kl
+        >>> kld = response_linear_kl(
+        ...     hidden, head.weight, ref_hidden, ref_head.weight, response_mask
+        ... )
     """
     op = "response_linear_kl"
     mask = _mask(op, response_mask)

@@ -80,6 +80,11 @@ class EWCCallback(TrainerCallback):
             DeepSpeed without `attach`, FSDP1 (flattens parameters), parameters that are not the
             model's or all frozen, a checkpoint made with another anchor.
         RuntimeError: a step was made without the events that the gradient hangs on.
+
+    Example:
+        >>> from fasttax.integrations.transformers import EWCCallback
+        >>> trainer.add_callback(EWCCallback(ewc))
+        >>> result = trainer.train()
     """
 
     def __init__(self, ewc: EWC, where: str = "pre_clip") -> None:
@@ -258,6 +263,11 @@ def attach(
         ValueError, TypeError: none of them; replay, projection or the quadratic log under
             DeepSpeed; all but EWC in a trainer with a loop of its own (PPO); a loader or reference
             that does not fit; replay and projection at once; or as `EWCCallback` and `FullKL`.
+
+    Example:
+        >>> from fasttax.integrations.transformers import attach
+        >>> with attach(trainer, ewc=ewc, kl={"ref_model": base, "beta": 0.1}):
+        ...     result = trainer.train()
     """
     op = "attach"
     check_trainer(op, trainer, "a transformers.Trainer")

@@ -1,11 +1,11 @@
 """fasttax in TRL: its fused ops in place of TRL's own, and an exact KL to the reference.
 
-from fasttax.integrations.trl import FullKL, FusedGKDMixin, patch
+    with patch():                          # or handle = patch("sft", "gkd"); handle.undo()
+        trainer.train()
 
-with patch():                          # or handle = patch("sft", "gkd"); handle.undo()
-    trainer.train()
+    FullKL(trainer, ref_model, beta=0.1)   # beta * KL(policy || ref) in the loss of SFT, DPO, ...
 
-FullKL(trainer, ref_model, beta=0.1)   # beta * KL(policy || ref) in the loss of SFT, DPO, ...
+Each returns a handle, whose `undo()` takes it back.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ class Patch(Handle):
 
     `.patched` names what was replaced, `.skipped` has for each name that was left alone the reason,
     `.calls` counts how often each replacement ran.
+
+    Example:
+        >>> from fasttax.integrations.trl import patch
+        >>> patched = patch("sft")
+        >>> patched.skipped  # a reason for each name that was left alone
+        {}
+        >>> patched.undo()
     """
 
     def __init__(self) -> None:
@@ -99,6 +106,11 @@ def patch(*trainers: Any, strict: bool = False, quiet: bool = False) -> Patch:
         ValueError: a name that is none of these, or a trainer that has no op to replace.
         RuntimeError: nothing fits, a trainer that was named does not, or with `strict` anything
             does not; nothing is replaced then.
+
+    Example:
+        >>> from fasttax.integrations.trl import patch
+        >>> with patch("sft"):
+        ...     result = trainer.train()
     """
     named = {_name_of(t) for t in trainers}
     chosen = [target for target in TARGETS if not named or named & set(target.trainers)]
@@ -164,6 +176,12 @@ class FusedGKDMixin:
 
     Overrides the public static method `generalized_jsd_loss`. (GOLD's cross-tokenizer loss calls
     GOLDTrainer's by name: `patch("gold")`.)
+
+    Example:
+        >>> from trl.experimental.gkd import GKDTrainer
+        >>> from fasttax.integrations.trl import FusedGKDMixin
+        >>> class Trainer(FusedGKDMixin, GKDTrainer):
+        ...     pass
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -58,8 +58,9 @@ def patch(*, kind: KlKind = "ref_policy", tail: str = "ghost", quiet: bool = Fal
         RuntimeError: this verl has no such function, or one with other arguments.
 
     Example:
-        >>> with patch(tail="ghost"):
-        ...     worker.update_actor(data)
+        >>> from fasttax.integrations import verl
+        >>> with verl.patch(tail="ghost"):  # in the actor's process
+        ...     worker.update_actor(batch)
     """
     checks.choice(OP, "kind", kind, tuple(KINDS))
     checks.choice(OP, "tail", tail, TAILS)

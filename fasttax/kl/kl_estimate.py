@@ -1,8 +1,8 @@
 """Monte-Carlo estimates of the KL from the sampled tokens' log-probs.
 
 k1, k2, k3 as in Schulman 2020, "Approximating KL divergence": with r = ref_logp - logp of a token
-sampled from the policy, k1 = -r, k2 = r^2/2, k3 = e^r - 1 - r; k1 and k3 are unbiased for KL(policy
-|| ref).
+sampled from the policy, k1 = -r, k2 = r^2/2, k3 = e^r - 1 - r; k1 and k3 are unbiased for
+KL(policy || ref).
 """
 
 from __future__ import annotations
@@ -67,6 +67,12 @@ def kl_estimate(
 
     Raises:
         ValueError, TypeError: shape, dtype, device or an option does not fit.
+
+    Example:
+        >>> stats = fasttax.token_stats(logits, ref_logits, ids, outputs=("logp", "ref_logp"))
+        >>> k3 = fasttax.kl_estimate(stats.logp, stats.ref_logp, kind="k3", mask=mask)
+        >>> k3.shape
+        torch.Size([2, 5])
     """
     op = "kl_estimate"
     given = {"logp": logp, "ref_logp": ref_logp}

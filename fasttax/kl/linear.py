@@ -180,6 +180,12 @@ def linear_token_kl(
         ValueError, TypeError: shape, dtype, device or an option does not fit; grad_mode="forward"
             where a gradient would be wrong.
         RuntimeError: a second derivative is asked for.
+
+    Example:
+        >>> kl = fasttax.linear_token_kl(
+        ...     hidden, head.weight, ref_hidden, ref_head.weight, mask=mask, reduction="mean"
+        ... )
+        >>> kl.backward()  # to hidden and head.weight
     """
     op = "linear_token_kl"
     t = tempering(
@@ -286,6 +292,10 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError, IndexError: as in `token_stats` and `linear_token_kl`.
         RuntimeError: a second derivative is asked for.
+
+    Example:
+        >>> stats = fasttax.linear_token_logprobs(hidden, head.weight, ids, mask=mask)
+        >>> (-stats.logp.sum()).backward()
     """
     op = "linear_token_logprobs"
     t = tempering(op, temperature=temperature, softcap=softcap, logit_scale=logit_scale)

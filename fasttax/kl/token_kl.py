@@ -106,6 +106,10 @@ def token_kl(
     Raises:
         ValueError, TypeError: shape, dtype, device or an option does not fit.
         RuntimeError: a second derivative is asked for.
+
+    Example:
+        >>> kl = fasttax.token_kl(logits, ref_logits, mask=mask, reduction="mean")  # nats a token
+        >>> kl.backward()
     """
     op = "token_kl"
     t = tempering(

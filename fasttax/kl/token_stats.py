@@ -41,7 +41,13 @@ NEED_REF = ("ref_logp", *KL_ROWS, "kl", *ESTIMATORS)
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Per-token statistics, each (...) in float32 (or reduced); those not asked for are None."""
+    """Per-token statistics, each (...) in float32 (or reduced); those not asked for are None.
+
+    Example:
+        >>> stats = fasttax.token_stats(logits, outputs=("entropy", "lse"))
+        >>> stats.entropy.shape, stats.logp
+        (torch.Size([2, 5]), None)
+    """
 
     logp: Tensor | None = None
     ref_logp: Tensor | None = None
@@ -126,6 +132,11 @@ def token_stats(
     Raises:
         ValueError, TypeError, IndexError: an output without what it needs, ids out of range, or as
             in `token_kl`.
+
+    Example:
+        >>> stats = fasttax.token_stats(logits, ref_logits, ids, outputs=("logp", "entropy", "kl"))
+        >>> loss = (0.1 * stats.kl - stats.logp)[mask].mean()
+        >>> loss.backward()  # one sweep for all of them
     """
     op = "token_stats"
     t = tempering(

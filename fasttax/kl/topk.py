@@ -32,6 +32,11 @@ def topk_logprobs(ref_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError, TypeError: k is not in 1 ... V, or the logits are no floats.
+
+    Example:
+        >>> logp, top_ids = fasttax.topk_logprobs(ref_logits, 4)
+        >>> logp.shape
+        torch.Size([2, 5, 4])
     """
     op = "topk_logprobs"
     checks.tensor(op, "ref_logits", ref_logits, forward_mode=True)
@@ -113,6 +118,11 @@ def topk_kl(
 
     Raises:
         ValueError, TypeError, IndexError: shape, dtype, device, an id or an option does not fit.
+
+    Example:
+        >>> logp, top_ids = fasttax.topk_logprobs(ref_logits, 4)
+        >>> kl = fasttax.topk_kl(logits, logp, top_ids, tail="ghost", mask=mask, reduction="mean")
+        >>> kl.backward()
     """
     op = "topk_kl"
     checks.tensor(op, "logits", logits)

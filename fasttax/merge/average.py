@@ -83,6 +83,11 @@ def linear(
             tensors have different values; factors of adapters (LoRA) do, whose mean is no factor of
             the mean update; a pattern decides for no tensor, or a tensor has none.
         FileExistsError: output is there already.
+
+    Example:
+        >>> merged = fasttax.merge.linear(base, model, 0.6)
+        >>> model.load_state_dict(merged)
+        <All keys matched successfully>
     """
     op = "merge.linear"
     given = alphas.checked(op, alpha)
@@ -173,6 +178,11 @@ def fisher_average(
         ValueError: the numbers of models, fishers and weights differ; names or shapes differ, as
             for `linear`; a Fisher is negative or not finite, or its names are none of the models'.
         FileExistsError: output is there already.
+
+    Example:
+        >>> merged = fasttax.merge.fisher_average([base, model], [base_fisher, fisher])
+        >>> model.load_state_dict(merged)
+        <All keys matched successfully>
     """
     op = "merge.fisher_average"
     checks.choice(op, "missing", missing, MISSING)

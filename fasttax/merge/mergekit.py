@@ -70,6 +70,10 @@ def write_mergekit(
 
     Raises:
         ValueError: a pattern that mergekit can't say, or an argument that does not fit.
+
+    Example:
+        >>> fasttax.merge.write_mergekit("merge.yml", "base", "aligned", 0.6, method="ties")
+        PosixPath('merge.yml')
     """
     op = "merge.write_mergekit"
     checks.choice(op, "method", method, METHODS)
@@ -152,13 +156,22 @@ def _scalar(value: Any) -> str:
 def read_mergekit(path: str | os.PathLike[str]) -> Configured:
     """What a configuration asks for, where it is a merge of a base and an aligned model by weight.
 
-    >>> found = read_mergekit("merge.yml")
-    >>> merge.linear(found.base, found.aligned, found.alpha, output="merged")
+    Args:
+        path: of a mergekit configuration, in YAML.
+
+    Returns:
+        `.base`, `.aligned` and `.alpha`, as `merge.linear` takes them.
 
     Raises:
         ValueError: no such configuration; for TIES, DARE, slices and other methods the text names
             mergekit's command.
         ModuleNotFoundError: PyYAML is not installed.
+
+    Example:
+        >>> path = fasttax.merge.write_mergekit("merge.yml", "base", "aligned", 0.6)
+        >>> found = fasttax.merge.read_mergekit(path)
+        >>> found.base, found.aligned, found.alpha  # what `merge.linear` takes
+        ('base', 'aligned', 0.6)
     """
     file = _File(path)
     content = _parsed(Path(path))

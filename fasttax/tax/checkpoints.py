@@ -23,6 +23,11 @@ class Checkpoint:
     "capability" and "alignment" of the means; `n` numbers of items by benchmark; `task_kl` the KL
     on the new task's prompts by kind; `quadratic` 1/2 d^T F d beside `kl`, as `kl_quadratic` has
     it.
+
+    Example:
+        >>> last = report.checkpoints[-1]
+        >>> last.name, last.run, last.kl
+        ('dpo-500', 'dpo', 0.8)
     """
 
     name: str

@@ -35,6 +35,12 @@ class ShiftedLaw:
 
     `p` is the probability of a sum of squared errors that is lower by as much or more, had the
     plain law held: of F with 1 and n - 3 degrees.
+
+    Example:
+        >>> kl, tax = [0.1, 0.4, 0.9, 1.6, 2.5], [0.31, 0.42, 0.49, 0.6, 0.71]
+        >>> law = fasttax.tax.fit_power_law(kl, tax)
+        >>> law.shifted.c > 0.1  # the tax at KL 0, which the plain law has at 0
+        True
     """
 
     a: float
@@ -67,6 +73,12 @@ class PowerLaw:
     SSE (1 + t^2 / (n - 2)): a profile of the likelihood (Bates & Watts 1988, section 6.1), exact in
     `a` and better than a linearised standard error in `b` when points are few. Where errors may
     hang together it is the union over what is plausible of that (`fasttax.tax.noise`).
+
+    Example:
+        >>> law = fasttax.tax.fit_power_law([0.1, 0.4, 0.9, 1.6], [0.03, 0.062, 0.091, 0.119])
+        >>> tax, low, high = law.predict(1.0)
+        >>> low < tax < high
+        True
     """
 
     x_name: str
@@ -176,6 +188,12 @@ def fit_power_law(
         ValueError: fewer than 3 points with x > 0, fewer than 2 different x, or values that are
             negative (x) or not finite.
         ModuleNotFoundError: scipy is not installed.
+
+    Example:
+        >>> kl, tax = [0.1, 0.4, 0.9, 1.6], [0.03, 0.062, 0.091, 0.119]
+        >>> law = fasttax.tax.fit_power_law(kl, tax, x_name="KL", y_name="tax")
+        >>> print(round(law.b, 1))  # the tax grows with the root of the KL
+        0.5
     """
     op = "fit_power_law"
     confidence = confidence_of(op, confidence)

@@ -16,6 +16,11 @@ class TaxAt(NamedTuple):
     """A method's tax at a gain: the mean over seeds, its interval, how many seeds reach the gain.
 
     Ends are infinite where nothing is known of the error: one seed, and no standard errors.
+
+    Example:
+        >>> at = report.tax_at(0.1)["dpo"]
+        >>> at.low <= at.tax <= at.high, at.seeds
+        (True, 1)
     """
 
     tax: float

@@ -33,6 +33,11 @@ class Stage:
 
     `tax` is the stage's own, `kept` the share of capability that it kept, `kept_so_far` the share
     that all stages up to it have kept.
+
+    Example:
+        >>> stages = report.compounding(run="dpo")
+        >>> [(stage.checkpoint, round(stage.kept, 2)) for stage in stages]
+        [('sft-200', 0.97), ('dpo-500', 0.95)]
     """
 
     name: str

@@ -18,7 +18,13 @@ NAMES = tuple(sorted(path.stem for path in TABLES.glob("*.json")))
 
 @dataclass(frozen=True)
 class Published:
-    """A report with where its numbers come from."""
+    """A report with where its numbers come from.
+
+    Example:
+        >>> found = fasttax.tax.published("llama2-7b")
+        >>> sources, notes = found.sources, found.notes
+        >>> path = found.report.html("llama2.html")
+    """
 
     report: TaxReport
     sources: tuple[str, ...]
@@ -30,12 +36,17 @@ class Published:
 
 
 def published(name: str) -> Published:
-    """A published table by its name, such as "instructgpt-175b" or "llama2-7b".
+    """A published table, as a report with its sources.
 
-    >>> print(published("instructgpt-175b"))
+    Args:
+        name: such as "instructgpt-175b" or "llama2-7b".
 
     Raises:
         ValueError: another name; it lists those there are.
+
+    Example:
+        >>> print(fasttax.tax.published("instructgpt-175b"))
+        InstructGPT 175B...
     """
     path = TABLES / f"{checks.choice('tax.published', 'name', name, NAMES)}.json"
     given = json.loads(path.read_text(encoding="utf-8"))

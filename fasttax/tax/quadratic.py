@@ -21,6 +21,10 @@ class QuadraticLaw:
 
     Linear least squares with Student's t, or where errors may hang together the union over what is
     plausible of that (`fasttax.tax.noise`).
+
+    Example:
+        >>> law = fasttax.tax.fit_quadratic([1, 2, 3, 4], [1.1, 4.2, 8.9, 16.1])
+        >>> tax, low, high = law.predict(2.5)
     """
 
     x_name: str
@@ -74,12 +78,26 @@ def fit_quadratic(
     runs: Sequence[str] | None = None,
     shared: float | Sequence[float] = 0.0,
 ) -> QuadraticLaw:
-    """Fits y = a x + b x^2, which goes through the origin; arguments as of `fit_power_law`.
+    """Fits y = a x + b x^2, which goes through the origin.
+
+    Args:
+        x: as of `fit_power_law`.
+        y: as of `fit_power_law`.
+        x_name: as of `fit_power_law`.
+        y_name: as of `fit_power_law`.
+        confidence: as of `fit_power_law`.
+        runs: as of `fit_power_law`.
+        shared: as of `fit_power_law`.
 
     Raises:
         ValueError: fewer than 3 points with x > 0, fewer than 2 different x, or values that are
             negative (x) or not finite.
         ModuleNotFoundError: scipy is not installed.
+
+    Example:
+        >>> law = fasttax.tax.fit_quadratic([1, 2, 3, 4], [1.1, 4.2, 8.9, 16.1])
+        >>> law.b_interval[0] > 0  # curved
+        True
     """
     op = "fit_quadratic"
     confidence = confidence_of(op, confidence)

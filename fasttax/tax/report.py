@@ -35,10 +35,11 @@ class TaxReport(Measurements):
     loss; its gain is the alignment that it won (Askell et al. 2021, arXiv:2112.00861; Ouyang et al.
     2022, arXiv:2203.02155).
 
-    >>> report = TaxReport(capability={"mmlu": 0.62, "gsm8k": 0.38}, alignment=0.31)
-    >>> report.add("dpo-500", {"mmlu": 0.61, "gsm8k": 0.33}, 0.52, kl=0.8, run="dpo", step=500)
-    >>> print(report)
-    >>> report.html("tax.html")
+    Example:
+        >>> report = fasttax.tax.TaxReport({"mmlu": 0.62, "gsm8k": 0.38}, 0.31, n=1319)
+        >>> scores = {"mmlu": 0.61, "gsm8k": 0.33}
+        >>> point = report.add("dpo-500", scores, 0.52, run="dpo", step=500, n=1319)
+        >>> page = report.html("tax.html")
     """
 
     def __init__(

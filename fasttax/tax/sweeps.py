@@ -70,6 +70,11 @@ def sweep(
 
     Raises:
         ValueError: no alphas, one twice, or a result that is none of the forms; and as `linear`.
+
+    Example:
+        >>> def measure(merged):
+        ...     return capability(merged), alignment(merged)
+        >>> report = fasttax.merge.sweep(base, model, [0.3, 0.6, 1.0], measure)
     """
     named: dict[str, Alpha] = {}
     for alpha in alphas:

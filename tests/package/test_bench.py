@@ -82,3 +82,21 @@ def test_tax_is_kept_without_paths_of_this_machine(
     text = page.read_text()
     assert text.startswith("before\n<!-- tax:begin -->\n| a | Made by `python -m bench.bench_tax")
     assert text.endswith("\n- HOLDS: it.\n<!-- tax:end -->\nafter\n")
+
+
+def test_results_of_another_make_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    from bench.__main__ import set_aside
+
+    target, aside = tmp_path / "cpu-kl.json", tmp_path / "cpu-kl-intel.json"
+
+    def write(cpu: str) -> None:
+        set_aside(target, cpu)
+        target.write_text(json.dumps({"environment": {"cpu": cpu}}))
+
+    for cpu in ("Intel(R) Xeon(R) Processor", "AMD EPYC", "AMD EPYC"):
+        write(cpu)
+    assert json.loads(target.read_text())["environment"]["cpu"] == "AMD EPYC"
+    assert json.loads(aside.read_text())["environment"]["cpu"].startswith("Intel")
+    write("Intel(R) Xeon(R) Processor")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu-kl-amd.json", "cpu-kl.json"]
