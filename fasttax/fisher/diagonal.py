@@ -135,6 +135,8 @@ class DiagonalFisher:
         self.view = View(
             self.model, model, self.device, taps, blocks, self.unit, self.labels, self.task
         )
+        for name, p in self.params.items() if generator is None else ():
+            checks.has_memory(op, name, p)
         self.generator = generator or torch.Generator(self.device).manual_seed(0)
         self.examples = self.batches = 0
         self._tokens, self._more_tokens = 0, None  # type: int, Tensor | None

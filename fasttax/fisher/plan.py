@@ -42,8 +42,6 @@ def select(op: str, model: nn.Module, params: Filter) -> dict[str, nn.Parameter]
             "none",
             "unfreeze some (requires_grad_(True)) or name them in params=",
         )
-    for name, p in chosen.items():
-        checks.has_memory(op, name, p)
     return chosen
 
 
