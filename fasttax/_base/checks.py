@@ -90,6 +90,23 @@ def dense(op: str, argument: str, value: Tensor) -> None:
         )
 
 
+def has_memory(op: str, name: str, parameter: Tensor) -> None:
+    """The model's parameter must not be on the device "meta".
+
+    Raises:
+        ValueError: it is.
+    """
+    if parameter.is_meta:
+        raise fail(
+            op,
+            "model",
+            "parameters that hold values",
+            f"{name} on the device meta",
+            "load its weights first (from_pretrained without device_map's offloading, or "
+            "to_empty(device=...) and load_state_dict)",
+        )
+
+
 def _to_convert(argument: str, value: Tensor) -> str:
     if value.is_quantized:
         return f"convert it with {argument}.dequantize()"
@@ -230,6 +247,14 @@ def per_token(
         ) from None
 
 
+def has_values(value: Tensor) -> bool:
+    """Whether a look at the values costs no sync, and there are values to look at.
+
+    On a GPU it would be one; under torch.compile and torch.func there are none.
+    """
+    return value.device.type == "cpu" and not compiling() and not transforming()
+
+
 def ids_in_range(op: str, name: str, ids: Tensor, V: int, of: str = "logits") -> None:
     """Token ids on a CPU must be of the vocabulary, which is that of the argument `of`.
 
@@ -239,8 +264,7 @@ def ids_in_range(op: str, name: str, ids: Tensor, V: int, of: str = "logits") ->
     Raises:
         IndexError: one is not.
     """
-    has_values = ids.device.type == "cpu" and not compiling() and not transforming()
-    if has_values and ids.numel() and not bool(((ids >= 0) & (ids < V)).all()):
+    if has_values(ids) and ids.numel() and not bool(((ids >= 0) & (ids < V)).all()):
         low, high = int(ids.min()), int(ids.max())
         way_out = "leave tokens without a label (-100) out with mask="
         if high >= V:

@@ -92,6 +92,21 @@ def read_json(op: str, path: str | os.PathLike[str], way_out: str) -> dict[str, 
     return found
 
 
+_WRITE = "write it with .save()"
+_READ_BY = {  # what reads a file of another kind
+    "EWC": "it is read by EWC.load(path, model)",
+    "FisherEstimate": "it is read by FisherEstimate.load(path), and EWC(model, path, strength=...)",
+    "KroneckerEstimate": "it is read by KroneckerEstimate.load(path), and EWC(model, path, "
+    "strength=...)",
+    "TopKReference": "it is read by TopKReference.load(path), and FullKL(trainer, path, beta)",
+    "DiagonalFisher": "it is an estimation's checkpoint: pass it as estimate_fisher(checkpoint=)",
+}
+
+
+def _file_of(kind: str) -> str:
+    return f"{'an' if kind.startswith('EWC') else 'a'} {kind} file"
+
+
 def kind_of(path: str | os.PathLike[str]) -> str:
     """The kind that a file's header names; "" of a folder, or where it has none."""
     target = Path(path)
@@ -109,15 +124,15 @@ def opened_file(path: str | os.PathLike[str], kind: str) -> mapped.TensorFile:
     target = Path(path)
     if not target.is_file():
         raise FileNotFoundError(
-            f"fasttax: no file {target}; expected a {kind} file written by .save()"
+            f"fasttax: no file {target}; expected {_file_of(kind)} written by .save()"
         )
     file = mapped.TensorFile(target)
     found = file.about.get(mapped.FORMAT_KEY, "no fasttax header")
     if found != kind:
         file.close()
         raise ValueError(
-            f"fasttax: {target} is not a {kind} file: expected header "
-            f"{mapped.FORMAT_KEY}={kind!r}, got {found!r}; write it with .save()"
+            f"fasttax: {target} is not {_file_of(kind)}: expected header "
+            f"{mapped.FORMAT_KEY}={kind!r}, got {found!r}; {_READ_BY.get(found, _WRITE)}"
         )
     return file
 

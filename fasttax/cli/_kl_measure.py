@@ -171,20 +171,12 @@ def _measured(
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     with frozen(policy), frozen(ref):
         for part in tqdm(parts, desc=OP, unit="batch", disable=not shown):
-            batch = _batch([row.ids for row in part])
+            batch = _rows.padded([row.ids for row in part])
             found = next(token_kls(OP, policy, ref, [batch], False))
             forward, backward = found[0].float().cpu(), found[1].float().cpu()
             for k, row in enumerate(part):
                 n = len(row.ids) - 1
                 yield Measured(row, forward[k, :n], backward[k, :n])
-
-
-def _batch(rows: Sequence[list[int]]) -> dict[str, Tensor]:
-    """Ids padded on the right, where nothing before sees them."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def by_domain(measured: Sequence[Measured]) -> list[Domain]:

@@ -12,10 +12,13 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fasttax._base import checks
 from fasttax.cli import _hub, _texts
@@ -86,6 +89,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--split", help=f"of a data set that has several, as `train[:1%%]` (default {SPLIT})"
     )
     parser.add_argument("--config", help="of a data set on the Hub that has several")
+
+
+def padded(rows: Sequence[list[int]]) -> dict[str, Tensor]:
+    """A batch of ids padded on the right, where nothing before sees them."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 # --- where rows come from -------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "demo": "align a small real model with and without fasttax, and report what each way costs",
-    "fisher": "estimate a model's Fisher on text, diagonal or by Kronecker factors, and save it",
+    "fisher": "estimate a model's Fisher on text or rows, diagonal or by Kronecker factors",
     "kl": (
         "measure: both KLs of two models on text, token by token; cache: keep a reference's top-k "
         "log-probs of training data, so that training needs no reference in memory"

@@ -1,28 +1,34 @@
-"""`fasttax fisher MODEL TEXT`: a model's Fisher on a text, written to a file."""
+"""`fasttax fisher MODEL TEXT`: a model's Fisher on a text or on rows, written to a file."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttax.cli import _language_model, _options, _texts
+from fasttax.cli import _language_model, _options, _rows
 from fasttax.cli.commands import COMMANDS
 from fasttax.fisher import FisherEstimate, KroneckerEstimate, estimate_fisher
+from fasttax.fisher.batches import take
+
+Batch = Tensor | Mapping[str, Tensor]
 
 OP = "fasttax fisher"
 REFUSED = (ValueError, TypeError, NotImplementedError)  # what the library says no with
 
 
 def main(argv: Sequence[str]) -> int:
-    """Cuts TEXT into rows of --length tokens, and estimates the Fisher on the first --examples.
+    """Estimates the Fisher on the first --examples of TEXT.
+
+    An example is --length tokens of a text, or a row of data, cut to --length.
 
     Raises:
-        ValueError: a size below its least, a text shorter than one row, or a model that needs
-            another option of the command.
+        ValueError: a size below its least, a text shorter than --length, data without a row of two
+            tokens, or a model that needs another option of the command.
     """
     args = _options.parsed(parser(), argv)
     if min(args.length - 1, args.batch_size, args.examples) < 1:
@@ -30,28 +36,50 @@ def main(argv: Sequence[str]) -> int:
             "fasttax fisher: --length must be at least 2, --batch-size and --examples at least 1"
         )
     device = _options.device_of(OP, args.device)
-    text = _texts.read(args.text)
+    data = _rows.opened(OP, args.text, args.split, args.config)
     _language_model.check_model(OP, "model", args.model)
     tokenizer = _language_model.tokenizer_of(args.model)
-    rows = rows_of(text, tokenizer, args.length)[: args.examples]
-    if not len(rows):
-        tokens = len(tokenizer(text, verbose=False)["input_ids"])
-        raise ValueError(
-            f"fasttax fisher: {args.text} has {tokens} tokens; expected at least --length "
-            f"{args.length}"
-        )
+    rows = _examples(args, data, tokenizer)
     _language_model.check_rows(OP, args.model, rows)
     model = _language_model.load(args.model, device, args)
-    rows = rows.to(device)
-    estimate = _estimated(model, rows.split(args.batch_size), len(rows), args)
+    parts = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+    estimate = _estimated(model, [_batch(part, device) for part in parts], len(rows), args)
     estimate.save(args.output)
     _options.say(args, f"{estimate}\n{args.output}")
     _options.write_json(OP, args.json, {**estimate.metadata, "output": args.output})
     return 0
 
 
+def _examples(args: argparse.Namespace, data: _rows.Data, tokenizer: Any) -> list[list[int]]:
+    """Token ids of the first --examples.
+
+    What is left at the end of a text is no whole example, and is dropped.
+
+    Raises:
+        ValueError: there is none.
+    """
+    every = (row.ids for row in data.rows(tokenizer, args.length))
+    if data.text is not None:
+        every = (ids for ids in every if len(ids) == args.length)
+    found = list(islice(every, args.examples))
+    if found:
+        return found
+    if data.text is None:
+        raise ValueError(f"{OP}: {args.text} has no row of at least 2 tokens")
+    tokens = len(tokenizer(data.text, verbose=False)["input_ids"])
+    raise ValueError(
+        f"{OP}: {args.text} has {tokens} tokens; expected at least --length {args.length}"
+    )
+
+
+def _batch(rows: Sequence[list[int]], device: torch.device) -> Batch:
+    """Rows of one length as ids alone, others padded."""
+    padded = {name: t.to(device) for name, t in _rows.padded(rows).items()}
+    return padded if len({*map(len, rows)}) > 1 else padded["input_ids"]
+
+
 def _estimated(
-    model: Any, batches: Sequence[Tensor], examples: int, args: argparse.Namespace
+    model: Any, batches: Sequence[Batch], examples: int, args: argparse.Namespace
 ) -> FisherEstimate | KroneckerEstimate:
     """The estimate; what the library advises is said in the command's options."""
     try:
@@ -73,15 +101,13 @@ def _estimated(
         ) from error
 
 
-def _loop_runs(
-    model: Any, batches: Sequence[Tensor], args: argparse.Namespace, labels: str
-) -> bool:
+def _loop_runs(model: Any, batches: Sequence[Batch], args: argparse.Namespace, labels: str) -> bool:
     """Whether one example alone can be estimated where the taps failed.
 
     It can't where the model itself fails, or the device does.
     """
     try:
-        _estimate(model, [batches[0][:1]], 1, args, labels, "loop")
+        _estimate(model, [take(batches[0], 0, 1)], 1, args, labels, "loop")
     except (*REFUSED, RuntimeError):
         return False
     return True
@@ -89,7 +115,7 @@ def _loop_runs(
 
 def _estimate(
     model: Any,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     examples: int,
     args: argparse.Namespace,
     labels: str,
@@ -114,12 +140,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model", type=_options.Input, help="a folder or Hub id of a causal language model"
     )
-    parser.add_argument("text", type=_options.Input, help="a UTF-8 text file")
+    parser.add_argument(
+        "text", type=_options.Input, help=f"{_rows.HELP}; a text is cut into examples of --length"
+    )
+    _rows.add_options(parser)
     parser.add_argument(
         "--output", type=_options.Output, default="fisher.safetensors", metavar="FILE"
     )
     parser.add_argument("--labels", choices=("sample", "true", "exact_head"), default="sample")
-    parser.add_argument("--length", type=int, default=128, help="tokens an example (default 128)")
+    parser.add_argument(
+        "--length", type=int, default=128, help="tokens an example, or at most (default 128)"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--storage", choices=("fp32", "bf16", "u8log"), default="bf16")
@@ -146,9 +177,3 @@ def parser() -> argparse.ArgumentParser:
     )
     _language_model.add_options(parser)
     return parser
-
-
-def rows_of(text: str, tokenizer: Any, length: int) -> Tensor:
-    """Token ids (rows, length); what is left at the end is no whole row and is dropped."""
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    return ids[: len(ids) // length * length].view(-1, length)

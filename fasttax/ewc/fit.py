@@ -178,6 +178,7 @@ def _refuse_trainable_base(op: str, name: str, target: Target) -> None:
 
 
 def _refuse_unholdable(op: str, name: str, target: Target) -> None:
+    checks.has_memory(op, name, target.theta)
     if target.lora is not None:
         lora.refuse_unsupported(op, name, target.lora)
     elif not target.theta.is_floating_point():
@@ -196,14 +197,25 @@ def pick_anchor(
     """The given anchor by the model's names; it may use those or the Fisher's.
 
     LoRA's base weights are their own anchor.
+
+    Raises:
+        TypeError: it is no mapping, or a value no tensor.
+        ValueError: a name is missing, or a shape another.
     """
+    if not isinstance(anchor, Mapping):
+        expected = "a mapping of parameter names to tensors"
+        way_out = "read a file with safetensors.torch.load_file, a model with model.state_dict()"
+        raise checks.fail(op, "anchor", expected, anchor, way_out, TypeError)
     out, wrong = {}, []
     for t in targets:
         value = next((anchor[n] for n in (t.given, t.name) if n in anchor), None)
         if value is None:
             if t.lora is None:
                 wrong.append(f"{t.name}: missing")
-        elif tuple(value.shape) != t.shape:
+            continue
+        if not isinstance(value, Tensor):
+            raise checks.fail(op, f"anchor[{t.name!r}]", "a torch.Tensor", value, error=TypeError)
+        if tuple(value.shape) != t.shape:
             wrong.append(f"{t.name}: shape {tuple(value.shape)}, the model has {t.shape}")
         else:
             out[t.name] = value

@@ -18,7 +18,6 @@ from fasttax.fisher.task import Task
 
 IGNORED = -100  # the label that transformers and torch.nn.CrossEntropyLoss leave out
 _OF_IMAGES = ("pixel", "image", "video", "patch")  # how arguments that hold images begin
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # transformers' names for what has no ids
 OTHER_INPUTS = ("pixel_values", "input_values", "input_features", "inputs_embeds")
 
@@ -168,7 +167,7 @@ def _read(
     main = main_input(inputs)
     if main is None or (task.arguments and main not in task.arguments):
         expected = f"a key {task.first or 'input_ids'!r}, or any tensor that the model takes"
-        raise checks.fail(op, "batch", expected, f"keys {sorted(map(str, given))}")
+        raise checks.fail(op, "batch", expected, *_no_tensors(given))
     of_decoder = isinstance(labels, Tensor) and labels.dim() == 2
     if task.encoder_decoder and (of_decoder or labels is None):
         if _holds_ids(main, inputs[main]):
@@ -197,8 +196,17 @@ def _read(
         next_counts = counted[:, 1:] & ~starts[:, 1:] & real[:, :-1]
         nothing = torch.full((B, 1), IGNORED, device=home)
         targets = torch.cat((targets[:, 1:], nothing), 1)
-        counted = torch.cat((next_counts, torch.zeros_like(next_counts[:, :1])), 1)
+        counted = torch.cat((next_counts, torch.zeros_like(counted[:, :1])), 1)
     return Batch(inputs, targets, counted, bounds, (B, T), labels is not None, task.likelihood)
+
+
+def _no_tensors(given: Mapping[str, Any]) -> tuple[str, str]:
+    """What came of a batch without a main input, and the way out."""
+    lists = [k for k, v in given.items() if hasattr(v, "__len__") and not isinstance(v, Tensor)]
+    if not lists:
+        return f"keys {sorted(map(str, given))}", ""
+    got = f"no tensors but lists of {', '.join(sorted(map(str, lists)))}"
+    return got, "tokenizer(..., return_tensors='pt', padding=True) gives tensors"
 
 
 def named(batch: Any, first: str | None = None) -> Any:
@@ -364,7 +372,7 @@ def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int, ta
         targets = torch.full((B,), IGNORED, dtype=torch.int64, device=device)
         return Batch(inputs, targets, every, bounds, (B, T), False, likelihood, classes)
     name, expected = "batch['labels']", f"shape ({B},) for a classifier"
-    checks.tensor(op, name, labels, (torch.int64, torch.int32, *FLOATS))
+    checks.tensor(op, name, labels, (torch.int64, torch.int32, *checks.FLOATS))
     if labels.is_floating_point() or task.likelihood in ("bernoulli", "gaussian"):
         if labels.dim() not in (1, 2) or labels.shape[0] != B:
             raise checks.fail(op, name, f"{expected}, or ({B}, outputs)", labels)

@@ -135,6 +135,8 @@ class DiagonalFisher:
         self.view = View(
             self.model, model, self.device, taps, blocks, self.unit, self.labels, self.task
         )
+        for name, p in self.params.items() if generator is None else ():
+            checks.has_memory(op, name, p)
         self.generator = generator or torch.Generator(self.device).manual_seed(0)
         self.examples = self.batches = 0
         self._tokens, self._more_tokens = 0, None  # type: int, Tensor | None
@@ -391,7 +393,7 @@ class DiagonalFisher:
             storage: "fp32", "bf16" or "u8log".
 
         Raises:
-            RuntimeError: no example was seen.
+            RuntimeError: no example was seen, or none with a prediction that counts.
         """
         checks.choice("DiagonalFisher.finalize", "normalize", normalize, NORMALIZE)
         checks.choice("DiagonalFisher.finalize", "storage", storage, STORAGES)
@@ -402,6 +404,12 @@ class DiagonalFisher:
         if examples == 0:
             raise RuntimeError(
                 "DiagonalFisher.finalize: no example was seen; call update(batch) first"
+            )
+        if tokens == 0:
+            raise RuntimeError(
+                f"DiagonalFisher.finalize: none of {examples} examples has a prediction that "
+                "counts, so that all would be 0; give examples of two tokens or more, with labels "
+                "other than -100 and an attention_mask that is not 0"
             )
         count = 1
         if normalize == "mean":

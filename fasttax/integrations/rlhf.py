@@ -186,7 +186,7 @@ def _mask(op: str, response_mask: Any) -> Tensor:
             response_mask,
             "of a nested one take .to_padded_tensor(0)",
         )
-    return response_mask != 0
+    return response_mask
 
 
 def _of_responses(op: str, name: str, value: Any, mask: Tensor) -> Tensor:

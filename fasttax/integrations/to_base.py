@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +55,9 @@ def kl_to_base(
     A KL is one on some text, and texts rank models differently. On general text, as the base was
     trained on, it says how far the model has moved where capability is measured; on the new task's
     text it is RL's Razor's predictor of forgetting (`kl_both_ways`). Take the same batches for
-    every checkpoint of a report.
+    every checkpoint of a report, and models that compute alike: one that a trainer trained in mixed
+    precision goes on under autocast until `accelerator.unwrap_model(model,
+    keep_fp32_wrapper=False)`, and its rounding is part of the KL.
 
     Args:
         model: called with input_ids and attention_mask; its result has `.logits` (N, T, V).
@@ -63,13 +67,15 @@ def kl_to_base(
         kind: as in `token_kl`.
 
     Raises:
-        ValueError: no token counts, a batch has no input_ids, or the vocabularies differ.
+        ValueError, TypeError, IndexError: no token counts, a batch has no input_ids or other ids
+            than the models', or the vocabularies differ.
 
     Example:
         >>> nats = fasttax.tax.kl_to_base(model, base, general_text)
         >>> point = report.add("sft-300", 0.60, 0.44, kl=nats)
     """
     op = "kl_to_base"
+    _check_models(op, model, base)
     total, count = 0.0, 0
     with frozen(model), frozen(base):
         for x, y, _, counts in _run(op, model, base, batches, False):
@@ -94,13 +100,14 @@ def kl_both_ways(
         answers: whether tokens whose label is -100, as prompts' are, do not count.
 
     Raises:
-        ValueError: as `kl_to_base`.
+        ValueError, TypeError, IndexError: as `kl_to_base`.
 
     Example:
         >>> both = fasttax.tax.kl_both_ways(model, base, task_batches, answers=True)
         >>> point = report.add("sft-300", 0.60, 0.44, task_kl=both.as_dict())
     """
     op = "kl_both_ways"
+    _check_models(op, model, base)
     forward, backward, count = 0.0, 0.0, 0
     with frozen(model), frozen(base):
         for policy_ref, ref_policy, _, counts in token_kls(op, model, base, batches, answers):
@@ -136,8 +143,10 @@ def _run(
     Yields:
         Logits (N, T - 1, V) of model and base, and (N, T - 1) each.
     """
-    for batch in batches:
+    for batch in _each(op, batches):
         given = _given(op, batch)
+        for name, each in (("model", model), ("base", base)):
+            _check_ids(op, name, each, given["input_ids"])
         ids, counts = given["input_ids"], _counted(given)
         if answers:
             if isinstance(batch, Tensor) or "labels" not in batch:
@@ -149,6 +158,23 @@ def _run(
                 op, "base", f"a model of model's vocabulary, {x.shape[-1]}", f"{y.shape[-1]}"
             )
         yield x, y.to(x.device), ids[:, 1:].to(x.device), counts.to(x.device)
+
+
+def _check_models(op: str, model: nn.Module, base: nn.Module) -> None:
+    for name, each in (("model", model), ("base", base)):
+        if not isinstance(each, nn.Module):
+            way_out = "load it with AutoModelForCausalLM.from_pretrained(...)"
+            raise checks.fail(op, name, "a torch.nn.Module", each, way_out, TypeError)
+
+
+def _check_ids(op: str, name: str, model: nn.Module, ids: Tensor) -> None:
+    """That a transformers model has an embedding of every id; on a GPU a look would be a sync."""
+    table: Any = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    count = getattr(table, "num_embeddings", None)
+    if count is not None:
+        checks.ids_in_range(op, "input_ids", ids, count, name)
 
 
 def _some(op: str, count: int) -> int:
@@ -180,6 +206,7 @@ def kl_quadratic(model: nn.Module, base: nn.Module, batches: Iterable[Batch]) ->
         >>> second_order = fasttax.tax.kl_quadratic(model, base, general_text)
     """
     op = "kl_quadratic"
+    _check_models(op, model, base)
     start = {n: p.detach() for n, p in base.named_parameters()}
     policy = {n: p.detach() for n, p in model.named_parameters()}
     wrong = [n for n in {**start, **policy} if n not in start or n not in policy] or [
@@ -191,8 +218,9 @@ def kl_quadratic(model: nn.Module, base: nn.Module, batches: Iterable[Batch]) ->
     change = {n: _change(policy[n], p) for n, p in start.items()}
     total, count = 0.0, 0
     with frozen(base), sdpa_kernel(SDPBackend.MATH):
-        for batch in batches:
+        for batch in _each(op, batches):
             given = _given(op, batch)
+            _check_ids(op, "base", base, given["input_ids"])
             counts = _counted(given)
 
             def logits(weights: dict[str, Tensor], given: dict[str, Tensor] = given) -> Tensor:
@@ -237,12 +265,35 @@ def _counted(given: Mapping[str, Tensor]) -> Tensor:
 def _given(op: str, batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the models are called with."""
     if isinstance(batch, Tensor):
-        return {"input_ids": batch}
-    given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        given = {"input_ids": batch}
+    else:
+        given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     if "input_ids" not in given:
         names = ", ".join(map(str, batch)) or "an empty mapping"
         raise checks.fail(op, "batches", "ids, or mappings with input_ids", names)
+    for name, value in given.items():
+        argument = f"a batch's {name}"
+        if not isinstance(value, Tensor):
+            way_out = "tokenizer(..., return_tensors='pt', padding=True) gives tensors"
+            raise checks.fail(op, argument, "a torch.Tensor", value, way_out, TypeError)
+        if value.dim() != 2 or value.shape != given["input_ids"].shape:
+            raise checks.fail(op, argument, "shape (N, T), one for both", value)
     return given
+
+
+def _each(op: str, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches themselves, of which one alone is not an iterable.
+
+    Raises:
+        TypeError: it is a tensor, a mapping or a text.
+
+    Yields:
+        A batch.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)):
+        way_out = "for one batch pass [batch]"
+        raise checks.fail(op, "batches", "an iterable of batches", batches, way_out, TypeError)
+    yield from batches
 
 
 def _predictions(

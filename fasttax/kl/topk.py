@@ -12,12 +12,12 @@ from fasttax import reference
 from fasttax._base import checks
 from fasttax._base.choices import Infinities, KlKind, Reduction
 from fasttax._base.interrupts import surfaced
-from fasttax._base.modes import compiling, transforming
 from fasttax.kl.call import Side, check_mask, tempering
 from fasttax.kl.token_kl import token_kl
 from fasttax.reference.numbers import hide_rows
 
 TAILS = ("ghost", "renormalize")
+MOST_MASS = 1.05  # of a list; log-probs in bfloat16 are off by up to 2 % of it
 
 
 def topk_logprobs(ref_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -64,10 +64,12 @@ def _below_maximum(x: Tensor) -> Tensor:
 def _tail_logp(top: Tensor) -> Tensor:
     """Log of the mass that the top-k log-probs leave.
 
-    It is (1 - p_1) - (p_2 + ...), where 1 - (p_1 + p_2 + ...) would cancel.
+    It is (1 - p_1) - (p_2 + ...), where 1 - (p_1 + p_2 + ...) would cancel; NaN where they are no
+    log-probs.
     """
     largest, others = top.double().sort(-1, descending=True).values.tensor_split([1], -1)
     mass = -torch.expm1(largest) - others.exp().sum(-1, keepdim=True)
+    mass = mass.masked_fill(mass < 1 - MOST_MASS, torch.nan)
     # what rounded log-probs can't tell is at least that
     return torch.log(mass.clamp_min(2.0**-24)).to(top.dtype)
 
@@ -152,6 +154,7 @@ def topk_kl(
     checks.ids_in_range(op, "ref_topk_ids", listed.ids, V)
     top = x.gather(-1, listed.ids).masked_fill(~listed.counts, -torch.inf)
     ref_top = listed.logp.to(x.dtype).masked_fill(~listed.counts, -torch.inf)
+    _check_mass(op, ref_top)
     if tail == "ghost" and not (k == V and _all_complete(listed)):
         # a column more, for the ids of what is no entry
         room = F.pad(x, (0, 1), value=-torch.inf)
@@ -170,6 +173,26 @@ def topk_kl(
         scale=scale,
         inf=inf,
     )
+
+
+def _check_mass(op: str, top: Tensor) -> None:
+    """That log-probs are those of some tokens of a distribution; on GPUs a look would be a sync.
+
+    Raises:
+        ValueError: they are probabilities, logits, or log-probs at another temperature.
+    """
+    if not checks.has_values(top):
+        return
+    mass = top.detach().double().exp().sum(-1)
+    if bool((mass > MOST_MASS).any()):
+        raise checks.fail(
+            op,
+            "ref_topk_logp",
+            "log-probs, whose exponentials sum to at most 1 for a token",
+            f"a sum of {mass.nan_to_num(0).max().item():.3g}",
+            "pass what topk_logprobs(ref_logits, k) gives; of probabilities .log(), of logits "
+            "log_softmax over the whole vocabulary first",
+        )
 
 
 def _tempered(logits: Tensor, side: Side) -> Tensor:
@@ -209,5 +232,4 @@ def _entries(logp: Tensor, ids: Tensor, V: int) -> _Entries:
 
 def _all_complete(listed: _Entries) -> bool:
     """Whether no list leaves anything over, so far as can be told without a sync."""
-    has_values = listed.ids.device.type == "cpu" and not compiling() and not transforming()
-    return has_values and bool(listed.complete.all())
+    return checks.has_values(listed.ids) and bool(listed.complete.all())

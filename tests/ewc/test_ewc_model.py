@@ -437,3 +437,29 @@ def test_crash_during_write_leaves_the_old_file(
             EWC(model, fisher, strength=2.0).save(path)
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["e.safetensors"]
+
+
+def test_an_anchor_is_tensors_by_name() -> None:
+    model, fisher = model_and_fisher()
+    for wrong in ("anchor.safetensors", list(model.parameters())):
+        with pytest.raises(TypeError, match=r"(?s)EWC: anchor: expected a mapping.*load_file"):
+            EWC(model, fisher, strength=1.0, anchor=wrong)
+    numbers = {n: p.detach().numpy() for n, p in model.named_parameters()}
+    with pytest.raises(TypeError, match=r"EWC: anchor\['.*'\]: expected a torch.Tensor"):
+        EWC(model, fisher, strength=1.0, anchor=numbers)
+
+
+def test_a_model_without_values_has_no_anchor() -> None:
+    model, fisher = model_and_fisher()
+    with pytest.raises(ValueError, match=r"EWC: model: expected parameters that hold values.*meta"):
+        EWC(model.to("meta"), fisher, strength=1.0)
+
+
+def test_a_file_of_another_kind_says_what_reads_it(tmp_path: Path) -> None:
+    model, fisher = model_and_fisher()
+    FisherEstimate(fisher).save(tmp_path / "f")
+    EWC(model, fisher, strength=1.0).save(tmp_path / "e")
+    with pytest.raises(ValueError, match=r"not an EWC file.*read by FisherEstimate.load.* EWC\("):
+        EWC.load(tmp_path / "f", model)
+    with pytest.raises(ValueError, match=r"not a FisherEstimate file.*read by EWC.load\(path, mod"):
+        EWC(model, tmp_path / "e", strength=1.0)

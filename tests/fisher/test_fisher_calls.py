@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -221,3 +222,39 @@ def test_wrong_calls_say_what_to_do(case: str) -> None:
 def test_ids_of_another_tokenizer_are_named() -> None:
     with pytest.raises(ValueError, match=rf"input_ids.*\[0, {VOCAB}\).*tokenizer"):
         DiagonalFisher(causal_lm("llama")).update(ids(1, 4) + VOCAB)
+
+
+@pytest.mark.parametrize("labels", ["sample", "true", "exact_head"])
+def test_rows_of_one_token_predict_nothing(labels: str) -> None:
+    """They are examples whose gradient is 0, beside others; alone they are no estimate."""
+    model, two = causal_lm("llama"), ids(2, 7)
+    single = DiagonalFisher(model, labels=labels)
+    single.update(two)
+    mixed = DiagonalFisher(model, labels=labels)
+    for batch in (two, two[:, :1]):
+        mixed.update(batch)
+    assert_exact(mixed.finalize("sum"), dict(single.finalize("sum")))
+    assert (mixed.examples, mixed.tokens) == (4, 12)
+
+
+@pytest.mark.parametrize("fallback", [None, "loop"])
+def test_nothing_to_predict_is_no_fisher_of_zeros(fallback: Any) -> None:
+    model, x = causal_lm("llama"), ids(2, 5)
+    for batch in (
+        x[:, :1],
+        {"input_ids": x, "labels": torch.full_like(x, -100)},
+        {"input_ids": x, "attention_mask": torch.zeros_like(x)},
+    ):
+        with pytest.raises(RuntimeError, match=r"none of 2 examples has a prediction that counts"):
+            fisher_of(model, batch, labels="true", fallback=fallback)
+
+
+def test_a_tokenizers_lists_and_a_model_without_values() -> None:
+    model, lists = causal_lm("llama"), {"input_ids": [[3, 4]], "attention_mask": [[1, 1]]}
+    for batch in (lists, {"input_ids": np.ones((1, 2), int)}):
+        with pytest.raises(ValueError, match=r"lists of .*input_ids; tokenizer.*return_tensors="):
+            DiagonalFisher(model).update(batch)
+    with pytest.raises(
+        ValueError, match=r"model: expected parameters that hold values.*meta; load"
+    ):
+        DiagonalFisher(model.to("meta"))

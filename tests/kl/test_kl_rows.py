@@ -105,7 +105,7 @@ def test_what_is_masked_is_not_read(dtype: torch.dtype, kind: str, backend: str 
     "mask",
     [
         torch.tensor([[True, False, True], [False, False, True]]),
-        torch.tensor([[1, 0, 3], [0, 0, -1]]),  # anything but 0 counts
+        torch.tensor([[1, 0, 3], [0, 0, 2]]),  # packed documents, numbered
         torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
         torch.tensor([True, False, True]),  # broadcast over sequences
         torch.tensor([[True], [False]]),  # a whole sequence out
@@ -436,3 +436,26 @@ def test_a_gap_that_underflows_ends(backend: str | int) -> None:
     y[0, 7] = torch.nextafter(x[0, 7], torch.tensor(-1e9))
     for kind in KINDS:
         assert 0 <= run(backend, x, y, kind=kind)[0].item() <= 1e-12
+
+
+@pytest.mark.parametrize("value", [-100, 0.5, 1.5, NAN])
+def test_masks_of_other_values_are_refused(value: float) -> None:
+    """Labels and weights do not say which tokens count."""
+    x, y, mask = torch.randn(2, 3, 7), torch.randn(2, 3, 7), torch.ones(2, 3)
+    mask[1, 2], ids = value, torch.zeros(2, 3, dtype=torch.int64)
+    head = torch.randn(5, 7)
+    calls = {
+        "token_kl": lambda: fasttax.token_kl(x, y, mask=mask),
+        "token_stats": lambda: fasttax.token_stats(x, y, ids, mask=mask),
+        "linear_token_kl": lambda: fasttax.linear_token_kl(x, head, y, head, mask=mask),
+        "linear_token_logprobs": lambda: fasttax.linear_token_logprobs(x, head, ids, mask=mask),
+        "topk_kl": lambda: fasttax.topk_kl(x, *fasttax.topk_logprobs(y, 3), mask=mask),
+        "kl_estimate": lambda: fasttax.kl_estimate(x[..., 0], y[..., 0], mask=mask),
+    }
+    for op, call in calls.items():
+        with pytest.raises(
+            ValueError, match=rf"{op}: mask: expected bool, or 0 and 1, got .*labels"
+        ):
+            call()
+    for dtype in (torch.bool, torch.int64, torch.uint8, torch.float16):
+        fasttax.token_kl(x, y, mask=torch.tensor([0, 1, 1]).to(dtype))

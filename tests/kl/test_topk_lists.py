@@ -154,3 +154,28 @@ def test_the_clip_itself_counts_one_gradient(clip: float) -> None:
     steps = fasttax.kl_estimate(torch.zeros(3, dtype=torch.float64), beyond, clip=clip).diff()
     if clip > 0.5:
         torch.testing.assert_close(steps, torch.full_like(steps, math.exp(clip) - 1))
+
+
+@pytest.mark.parametrize("wrong", ["probabilities", "logits", "tempered"])
+def test_lists_that_are_no_log_probs(wrong: str) -> None:
+    """Refused on a CPU; NaN where a look would be a sync, and no values are there to look at."""
+    x, y = _rows()
+    logp, ids = fasttax.topk_logprobs(y, 8)
+    lists = {
+        "probabilities": logp.exp(),
+        "logits": y.gather(-1, ids) + 3,
+        "tempered": logp / 4,
+    }[wrong]
+    with pytest.raises(ValueError, match=r"topk_kl: ref_topk_logp: expected log-probs.*sum to"):
+        fasttax.topk_kl(x, lists, ids)
+    there = torch.func.vmap(fasttax.topk_kl)(x, lists, ids)
+    assert bool(there.isnan().all())
+    masked = fasttax.topk_kl(x, lists, ids, mask=torch.zeros(len(x)))
+    assert torch.equal(masked, torch.zeros_like(masked))
+
+
+def test_log_probs_in_bfloat16_are_log_probs() -> None:
+    """Their mass is off by some percent, whatever the distribution."""
+    for scale in (0.0, 1.0, 30.0):
+        logp, ids = fasttax.topk_logprobs(scale * torch.randn(64, 5000), 5000)
+        assert bool(fasttax.topk_kl(torch.randn(64, 5000), logp.bfloat16(), ids).isfinite().all())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fasttax
 from fasttax import cli
@@ -124,3 +126,25 @@ def test_fisher_writes_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == f"{estimate}\n{output}\n"
     assert cli.main(["fisher", model, str(text), "--length", "1000"]) == 2
     assert "has 132 tokens; expected at least --length 1000" in capsys.readouterr().err
+
+
+def test_fisher_of_rows_is_of_what_they_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each row an example, cut and padded; braces and keys of the JSON are no text."""
+    model, output = tiny_lm.save(tmp_path / "model"), str(tmp_path / "fisher.safetensors")
+    texts = ["water boils at a hundred degrees", "to be", "blue sky", "never read"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    options = ["--length", "12", "--examples", "3", "--labels", "true", "--storage", "fp32"]
+    assert cli.main(["fisher", model, str(rows), *options, "--output", output]) == 0
+    found = fasttax.FisherEstimate.load(output)
+    tokenizer = tiny_lm.tokenizer()
+    ids = [torch.tensor([tokenizer(text)["input_ids"][:12]]) for text in texts[:3]]
+    own = fasttax.estimate_fisher(tiny_lm.model().eval(), ids, labels="true", progress=False)
+    assert found.metadata["tokens"] == own.metadata["tokens"] == sum(t.numel() - 1 for t in ids)
+    for name, value in own.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-10)
+    rows.write_text('{"text": ""}')
+    assert cli.main(["fisher", model, str(rows)]) == 2
+    assert "rows.jsonl has no row of at least 2 tokens" in capsys.readouterr().err

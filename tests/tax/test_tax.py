@@ -5,6 +5,7 @@ The fit is held against brute force, the intervals to their coverage.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -422,3 +423,26 @@ def test_kl_to_base() -> None:
 
 def test_is_where_the_contract_says() -> None:
     assert fasttax.tax.TaxReport is TaxReport
+
+
+def test_wrong_calls_of_kl_to_base_are_named() -> None:
+    base: Any = causal_lm("llama")
+    model, ids = copy.deepcopy(base), torch.randint(3, 20, (3, 7))
+    for measure in (kl_to_base, fasttax.tax.kl_both_ways, fasttax.tax.kl_quadratic):
+        for batches, error, words in (
+            (ids, TypeError, r"batches: expected an iterable of batches.*pass \[batch\]"),
+            ({"input_ids": ids}, TypeError, r"batches: expected an iterable of batches"),
+            ("text.txt", TypeError, r"batches: expected an iterable of batches"),
+            ([{"input_ids": [[3, 4]]}], TypeError, r"input_ids: expected a torch.Tensor.*return_t"),
+            ([ids[0]], ValueError, r"input_ids: expected shape \(N, T\)"),
+            (
+                [{"input_ids": ids, "attention_mask": torch.ones(3, 2)}],
+                ValueError,
+                r"attention_mask: expected shape \(N, T\), one for both",
+            ),
+            ([ids + 1000], IndexError, r"input_ids: expected values in \[0, 61\).*tokenizer"),
+        ):
+            with pytest.raises(error, match=rf"{measure.__name__}: .*{words}"):
+                measure(model, base, batches)
+        with pytest.raises(TypeError, match=r"base: expected a torch.nn.Module, got .*from_pretra"):
+            measure(model, "org/model", [ids])
