@@ -319,7 +319,7 @@ def status(key: str) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs")
 def test_a_file_is_read_without_being_held(tmp_path: Path) -> None:
-    """205 MB of lists. Of them 1 << 18 entries are checked at a time, in 50 bytes each: 13 MB."""
+    """205 MB of lists, of which 1 << 18 entries are checked at a time."""
     path, n, k, length = tmp_path / "cache.safetensors", 400_000, 64, 1000
     specs = {
         "tokens": (torch.int64, (n,)),
