@@ -245,7 +245,8 @@ class Replay(TrainerCallback):
         read = batches.read(
             self.options.op, batch, device, self.task, vocabulary(lm), positions=positions
         )
-        if read.counted.dim() != 2 or read.counted.shape != read.targets.shape:
+        shape = read.counted.shape
+        if len(shape) != 2 or shape != read.targets.shape or shape[1] < 2:
             raise checks.fail(
                 self.options.op,
                 self.options.batches.argument,
