@@ -118,8 +118,9 @@ class FisherMask:
                 p[mask] = old
 
         handle = Handle()
-        handle.on_undo(optimizer.register_step_pre_hook(keep).remove)
-        handle.on_undo(optimizer.register_step_post_hook(put_back).remove)
+        with handle.or_undone():
+            handle.put(optimizer.register_step_pre_hook, keep)
+            handle.put(optimizer.register_step_post_hook, put_back)
         return handle
 
 
