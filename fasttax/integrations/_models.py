@@ -39,6 +39,7 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
             "FSDP1's flattened ones",
             "use FSDP2 (fsdp_version=2)",
         )
+    _reshard(model)
     live = {id(p) for p in model.parameters()}
     watched = ewc.hold.watch.held  # base weights under LoRA, too
     strangers = [name for name, p in watched.items() if id(p) not in live]
@@ -66,6 +67,16 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
             "under PEFT hold the adapter's parameters (DiagonalFisher(model, lora='factors'))",
         )
     return ewc
+
+
+def _reshard(model: nn.Module) -> None:
+    """Puts FSDP2's shards back where an evaluation's forward has left whole parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def has_fsdp1(model: nn.Module) -> bool:

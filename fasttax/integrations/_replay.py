@@ -65,8 +65,7 @@ class Options:
             ValueError, TypeError: a key or a value does not fit.
         """
         given = dict(replay) if isinstance(replay, Mapping) else {"loader": replay}
-        for key in given:
-            checks.choice(op, "replay", key, KEYS)
+        checks.keys(op, "replay", given, KEYS)
         if "loader" not in given:
             raise checks.fail(
                 op,

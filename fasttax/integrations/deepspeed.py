@@ -52,10 +52,11 @@ class UnderDeepSpeed(Handle):
         shared = engine.zero_optimization_stage() >= SHARDED
         self.shards = _Shards(engine, ewc.hold) if shared else None
         holder = f"{OP}(ZeRO-{engine.zero_optimization_stage()})"
-        self.on_undo(claim(OP, "ewc", holder, ewc.parameters()).release)
-        if self.shards is None:
-            self.replace(engine, "backward", self._backward(engine.backward), "engine.backward")
-        self.replace(engine, "step", self._step(engine.step), "engine.step")
+        with self.or_undone():
+            self.on_undo(claim(OP, "ewc", holder, ewc.parameters()).release)
+            if self.shards is None:
+                self.replace(engine, "backward", self._backward(engine.backward), "engine.backward")
+            self.replace(engine, "step", self._step(engine.step), "engine.step")
 
     def penalty(self) -> Tensor:
         """strength/2 * sum fisher * (theta - anchor)^2, 0-d, without a graph; a collective."""
@@ -155,6 +156,43 @@ def attach(engine: Any, ewc: EWC) -> UnderDeepSpeed:
     return UnderDeepSpeed(engine, ewc)
 
 
+@torch.no_grad()
+def penalty(ewc: EWC) -> Tensor:
+    """`ewc.penalty()` without a graph and without an engine's steps, 0-d; a collective.
+
+    Of parameters that ZeRO-3 has scattered one after another is whole on a rank.
+
+    Raises:
+        ValueError: LoRA updates or Kronecker factors under ZeRO-3.
+
+    Example:
+        >>> from fasttax.integrations import deepspeed
+        >>> value = deepspeed.penalty(ewc)
+    """
+    hold = ewc.hold
+    if not any(hasattr(p, "ds_id") for p in hold.parameters().values()):
+        return hold.penalty()
+    _refuse_products(hold)
+    from deepspeed import zero
+
+    values = []
+    for block in ([h] for h in hold.store.held.values() if h.theta.requires_grad):
+        with zero.GatheredParameters([block[0].theta]):
+            values += [hold.value_of(x) for x in hold.store.stream([block])]
+    return torch.stack(values).sum()
+
+
+def _refuse_products(hold: Hold) -> None:
+    if hold.lora or hold.kronecker:
+        raise checks.fail(
+            OP,
+            "ewc",
+            "an EWC of plain parameters and diagonal Fishers under ZeRO-3",
+            "LoRA updates" if hold.lora else "Kronecker factors",
+            "both need whole matrices: use ZeRO-2, or FSDP2",
+        )
+
+
 @dataclass(frozen=True)
 class _Shard:
     """This rank's share of a parameter, flat and filled up to a size that all ranks have."""
@@ -172,14 +210,7 @@ class _Shards:
     """
 
     def __init__(self, engine: Any, hold: Hold) -> None:
-        if hold.lora or hold.kronecker:
-            raise checks.fail(
-                OP,
-                "ewc",
-                "an EWC of plain parameters and diagonal Fishers under ZeRO-3",
-                "LoRA updates" if hold.lora else "Kronecker factors",
-                "both need whole matrices: use ZeRO-2, or FSDP2",
-            )
+        _refuse_products(hold)
         self.optimizer, self.hold = engine.optimizer, hold
         held = [h for h in hold.store.held.values() if h.theta.requires_grad]
         scattered = [h for h in held if hasattr(h.theta, "ds_id")]

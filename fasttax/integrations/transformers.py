@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,11 @@ if TYPE_CHECKING:
     from fasttax.ewc.ewc import EWC
 
 WHERE = ("pre_clip", "post_clip")
+KL_NEEDS = {
+    "ref_model": "the model that the KL is to (None: the trainer's own reference, or the model "
+    "without its adapter)",
+    "beta": "its coefficient, 0.1 to begin with, or an AdaptiveKL(target=0.05)",
+}
 STATE_FILE = "fasttax_ewc.json"
 
 
@@ -96,6 +102,7 @@ class EWCCallback(TrainerCallback):
         self.where = checks.choice(op, "where", where, WHERE)
         self._primed = False
         self._seen = False  # the events of the step that is being made
+        self._logged: dict[str, float] = {}  # of the evaluation that is being logged
         self._claim: Claim | None = None
         self.trainer: Any = None  # that `attach` was given
         self._steps: Handle | None = None  # on DeepSpeed's engine, or PPO's optimizer
@@ -202,7 +209,8 @@ class EWCCallback(TrainerCallback):
             penalty, distance = held.penalty().detach(), held.distance().total
             publish(state, logs, {"ewc/penalty": penalty, "ewc/distance": distance})
         elif prefix := _of_evaluation(logs):
-            publish(state, logs, self._evaluated(args, prefix, kwargs.get("model")))
+            self._logged = self._evaluated(args, prefix, kwargs.get("model"))
+            publish(state, logs, self._logged)
 
     def on_evaluate(
         self,
@@ -212,22 +220,30 @@ class EWCCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds `eval_ewc/penalty` to what `evaluate()` returns."""
+        """Adds `eval_ewc/penalty`, as it was logged, to what `evaluate()` returns."""
         if metrics is not None and (prefix := _of_evaluation(metrics)):
-            metrics.update(self._evaluated(args, prefix, kwargs.get("model")))
+            key = f"{prefix}_ewc/penalty"
+            known = key in self._logged
+            metrics.update(
+                self._logged if known else self._evaluated(args, prefix, kwargs.get("model"))
+            )
+        self._logged = {}
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation has begun: what is known is of another."""
+        self._logged = {}
 
     def _evaluated(self, args: Any, prefix: str, model: Any) -> dict[str, float]:
-        """The penalty under an evaluation's name; none of parameters that DeepSpeed has scattered.
-
-        Its engine has them whole while it trains.
-        """
+        """The penalty under an evaluation's name; over sharded parameters a collective."""
         if isinstance(self._steps, deepspeed.UnderDeepSpeed):
-            return {f"{prefix}_ewc/penalty": float(self._steps.penalty().detach())}
-        if under_deepspeed(args, None):
-            return {}
-        if model is not None:
-            self.ewc = on_model("EWCCallback", self.ewc, model)
-        return {f"{prefix}_ewc/penalty": float(self.ewc.penalty().detach())}
+            value = self._steps.penalty()
+        elif under_deepspeed(args, None):
+            value = deepspeed.penalty(self.ewc)
+        else:
+            if model is not None:
+                self.ewc = on_model("EWCCallback", self.ewc, model)
+            value = self.ewc.penalty()
+        return {f"{prefix}_ewc/penalty": float(value.detach())}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the anchor's hash beside the checkpoint, for `on_train_begin` to compare."""
@@ -330,21 +346,18 @@ def attach(
     asked = None if project is None else Asked.of(op, project)
     watched = None if log_quadratic is None else Watched.of(op, log_quadratic)
     handle = Handle()
-    try:
+    with handle.or_undone():
         if asked is not None:
             add_project(handle, trainer, asked)
         if kl is not None:
-            handle.on_undo(FullKL(trainer, **arguments).undo)
+            handle.put(partial(FullKL, trainer, **arguments))
         if options is not None:
             add_replay(handle, trainer, options)
         if watched is not None:
             add_quadratic_log(handle, trainer, watched)
-    except BaseException:
-        handle.undo()
-        raise
-    if callback is not None:
-        handle.on_undo(callback.release)
-        add_callback(handle, trainer, callback)
+        if callback is not None:
+            handle.on_undo(callback.release)
+            add_callback(handle, trainer, callback)
     return handle
 
 
@@ -375,7 +388,8 @@ def _kl_arguments(op: str, kl: Any) -> dict[str, Any]:
         )
     names = tuple(inspect.signature(FullKL).parameters)[1:]
     accepted = tuple(name for name in names if name != "replay")  # attach has it itself
-    return {checks.choice(op, "kl", name, accepted): value for name, value in kl.items()}
+    checks.keys(op, "kl", kl, accepted, KL_NEEDS)
+    return dict(kl)
 
 
 def _of_training(logs: Mapping[str, Any]) -> bool:

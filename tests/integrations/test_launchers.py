@@ -26,9 +26,8 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What one process has, by what is attached."""
     folder = tmp_path_factory.mktemp("alone")
-    return {
-        what: launched.trained(folder, list(what)) for what in (("ewc",), ("ewc", "kl"), ("none",))
-    }
+    runs = (("ewc",), ("ewc", "kl"), ("none",), ("ewc", "kl", "evaluate"), ("ewc", "evaluate"))
+    return {what: launched.trained(folder, list(what)) for what in runs}
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -59,6 +58,33 @@ def test_is_one_process(
     for mine, own in zip(found["log"], log, strict=True):
         for key in keys:
             assert mine[key] == pytest.approx(own[key], rel=1e-4), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "what", "port"),
+    [
+        ("DDP", ("ewc", "kl"), 29631),
+        ("DDP", ("ewc", "kl", "dispatch"), 29632),
+        ("FSDP2", ("ewc", "kl"), 29633),
+        pytest.param("ZeRO-1", ("ewc", "kl"), 29634, marks=NEEDS_DEEPSPEED),
+        pytest.param("ZeRO-2", ("ewc", "kl"), 29635, marks=NEEDS_DEEPSPEED),
+        pytest.param("ZeRO-3", ("ewc",), 29636, marks=NEEDS_DEEPSPEED),
+    ],
+)
+def test_evaluations_are_one_process(
+    name: str, what: tuple[str, ...], port: int, alone: Any, tmp_path: Path
+) -> None:
+    """Between the steps and behind them, of rows that Accelerate fills up with the first again."""
+    found = launched.launch(name, [*what, "evaluate"], tmp_path, port)["log"]
+    count = 2 if "kl" in what else 1
+    run = (*what[:count], "evaluate")
+    log = alone[run][1]
+    keys = ("eval_ewc/penalty", "eval_kl/policy_ref")[:count]
+    assert len(found) == len(log) == 4
+    for mine, own in zip(found, log, strict=True):
+        for key in keys:
+            assert mine[key] == pytest.approx(own[key], rel=2e-5), key
 
 
 @pytest.mark.slow
