@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from fasttax._base import checks
+from fasttax.integrations._fsdp1 import has_fsdp1
 
 if TYPE_CHECKING:
     from fasttax.ewc.ewc import EWC
@@ -66,14 +66,6 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
             "under PEFT hold the adapter's parameters (DiagonalFisher(model, lora='factors'))",
         )
     return ewc
-
-
-def has_fsdp1(model: nn.Module) -> bool:
-    """Whether a part of it is FSDP1's: who has made one has imported its module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return False
-    return any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
 
 
 def causal_lm(op: str, argument: str, model: Any) -> Any:
