@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fasttax._base import checks
+from fasttax.integrations._fsdp1 import has_fsdp1
 
 if TYPE_CHECKING:
     from fasttax.ewc.ewc import EWC
@@ -77,14 +78,6 @@ def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
-
-
-def has_fsdp1(model: nn.Module) -> bool:
-    """Whether a part of it is FSDP1's: who has made one has imported its module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return False
-    return any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
 
 
 def causal_lm(op: str, argument: str, model: Any) -> Any:

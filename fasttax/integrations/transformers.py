@@ -21,6 +21,7 @@ from fasttax._base.handle import Handle
 from fasttax._base.hashes import same_weights, weights_hash
 from fasttax.ewc.attach import innermost
 from fasttax.ewc.claims import Claim, claim
+from fasttax.integrations._fsdp1 import FSDP1Shares, has_fsdp1
 from fasttax.integrations._models import on_model
 
 try:
@@ -73,7 +74,8 @@ class EWCCallback(TrainerCallback):
     Args:
         ewc: an `fasttax.EWC` over parameters of the model being trained (under PEFT: of the wrapped
             model). Where FSDP2 puts sharded parameters in their place it is made anew on those,
-            with the same Fisher, anchor and strength.
+            with the same Fisher, anchor and strength; where FSDP1 has cut them (`use_orig_params`)
+            each rank takes its share of both.
         where: "pre_clip": part of the gradient that is clipped and of grad_norm; p.grad of the held
             parameters then exists from the step's begin on. "post_clip": added after clipping, so
             that clipping never weakens it.
@@ -83,8 +85,8 @@ class EWCCallback(TrainerCallback):
 
     Raises:
         TypeError, ValueError: when made; or as training begins, where the penalty would be lost:
-            DeepSpeed without `attach`, FSDP1 (flattens parameters), parameters that are not the
-            model's or all frozen, a checkpoint made with another anchor.
+            DeepSpeed without `attach`, LoRA or Kronecker factors under FSDP1, parameters that are
+            not the model's or all frozen, a checkpoint made with another anchor.
         RuntimeError: a step was made without the events that the gradient hangs on.
 
     Example:
@@ -106,6 +108,7 @@ class EWCCallback(TrainerCallback):
         self._claim: Claim | None = None
         self.trainer: Any = None  # that `attach` was given
         self._steps: Handle | None = None  # on DeepSpeed's engine, or PPO's optimizer
+        self._shares: FSDP1Shares | None = None
 
     # --- the gradient -----------------------------------------------------------------------------
 
@@ -118,7 +121,7 @@ class EWCCallback(TrainerCallback):
         self._seen = True
         if self.where == "pre_clip" and not self._primed and self._steps is None:
             device = next(iter(self.ewc.parameters().values())).device
-            self.ewc.add_grad_(loss_scale(kwargs.get("optimizer"), device))
+            self._held.add_grad_(loss_scale(kwargs.get("optimizer"), device))
             self._primed = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -128,7 +131,7 @@ class EWCCallback(TrainerCallback):
         """
         self._primed = False
         if self.where == "post_clip" and self._steps is None:
-            self.ewc.add_grad_()
+            self._held.add_grad_()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sees that the step had the events that the gradient is added at.
@@ -159,7 +162,7 @@ class EWCCallback(TrainerCallback):
         self._primed = self._seen = False
         engine = self._engine() if under_deepspeed(args, optimizer) else None
         if model is not None:
-            self.ewc = on_model("EWCCallback", self.ewc, model)
+            self._look_at(model)
         self.release()
         if engine is not None:
             self._steps = deepspeed.attach(engine, self.ewc)
@@ -183,6 +186,19 @@ class EWCCallback(TrainerCallback):
             self._steps.undo()
         self._claim = self._steps = None
 
+    @property
+    def _held(self) -> EWC | FSDP1Shares:
+        """What the penalty is of."""
+        return self.ewc if self._shares is None else self._shares
+
+    def _look_at(self, model: Any) -> None:
+        """Finds the parameters that are trained, as whatever wraps the model has them."""
+        self._shares = None
+        if has_fsdp1(model):
+            self._shares = FSDP1Shares("EWCCallback", self.ewc.hold, model)
+        else:
+            self.ewc = on_model("EWCCallback", self.ewc, model)
+
     def _engine(self) -> Any:
         """DeepSpeed's, which the trainer that `attach` was given has made by now."""
         if self.trainer is None:
@@ -205,7 +221,7 @@ class EWCCallback(TrainerCallback):
         if logs is None:
             return
         if _of_training(logs):
-            held = self._steps if isinstance(self._steps, deepspeed.UnderDeepSpeed) else self.ewc
+            held = self._steps if isinstance(self._steps, deepspeed.UnderDeepSpeed) else self._held
             penalty, distance = held.penalty().detach(), held.distance().total
             publish(state, logs, {"ewc/penalty": penalty, "ewc/distance": distance})
         elif prefix := _of_evaluation(logs):
@@ -240,9 +256,9 @@ class EWCCallback(TrainerCallback):
         elif under_deepspeed(args, None):
             value = deepspeed.penalty(self.ewc)
         else:
-            if model is not None:
-                self.ewc = on_model("EWCCallback", self.ewc, model)
-            value = self.ewc.penalty()
+            if model is not None and self._shares is None:
+                self._look_at(model)
+            value = self._held.penalty()
         return {f"{prefix}_ewc/penalty": float(value.detach())}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

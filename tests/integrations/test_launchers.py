@@ -41,6 +41,7 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     [
         ("DDP", ("ewc", "kl"), 29611),
         ("FSDP2", ("ewc", "kl"), 29612),
+        ("FSDP1", ("ewc", "kl"), 29616),
         pytest.param("ZeRO-1", ("ewc", "kl"), 29613, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-2", ("ewc", "kl"), 29614, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-3", ("ewc",), 29615, marks=NEEDS_DEEPSPEED),
@@ -67,6 +68,7 @@ def test_is_one_process(
         ("DDP", ("ewc", "kl"), 29631),
         ("DDP", ("ewc", "kl", "dispatch"), 29632),
         ("FSDP2", ("ewc", "kl"), 29633),
+        ("FSDP1", ("ewc", "kl"), 29637),
         pytest.param("ZeRO-1", ("ewc", "kl"), 29634, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-2", ("ewc", "kl"), 29635, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-3", ("ewc",), 29636, marks=NEEDS_DEEPSPEED),
@@ -91,7 +93,6 @@ def test_evaluations_are_one_process(
 @pytest.mark.parametrize(
     ("name", "what", "port", "said"),
     [
-        ("FSDP1", "ewc", 29621, "FSDP1's flattened ones; use FSDP2 (fsdp_version=2)"),
         pytest.param("ZeRO-3", "kl", 29622, "use ZeRO-2 (zero_stage: 2)", marks=NEEDS_DEEPSPEED),
         pytest.param(
             "ZeRO-2", "callback", 29623, "use attach(trainer, ewc=ewc)", marks=NEEDS_DEEPSPEED
