@@ -17,6 +17,12 @@ from torch import Tensor
 from tests.tools import launched
 
 ROUNDING = 2e-6  # four steps of gradients that are summed in another order
+KEYS = {
+    "ewc": ("ewc/penalty", "ewc/distance"),
+    "kl": ("kl/policy_ref",),
+    "replay-lm": ("replay/lm",),
+    "replay-kl": ("replay/kl",),
+}
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
@@ -26,7 +32,11 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What one process has, by what is attached."""
     folder = tmp_path_factory.mktemp("alone")
-    runs = (("ewc",), ("ewc", "kl"), ("none",), ("ewc", "kl", "evaluate"), ("ewc", "evaluate"))
+    replays, evaluated = (
+        (("replay-lm",), ("replay-kl",)),
+        (("ewc", "kl", "evaluate"), ("ewc", "evaluate")),
+    )
+    runs = (("ewc",), ("ewc", "kl"), ("none",), *replays, *evaluated)
     return {what: launched.trained(folder, list(what)) for what in runs}
 
 
@@ -41,7 +51,11 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     [
         ("DDP", ("ewc", "kl"), 29611),
         ("FSDP2", ("ewc", "kl"), 29612),
-        ("FSDP1", ("ewc", "kl"), 29616),
+        ("FSDP1", ("ewc", "kl"), 29620),
+        ("DDP", ("replay-lm",), 29616),
+        ("FSDP2", ("replay-lm",), 29617),
+        ("DDP", ("replay-kl",), 29618),
+        ("FSDP2", ("replay-kl",), 29619),
         pytest.param("ZeRO-1", ("ewc", "kl"), 29613, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-2", ("ewc", "kl"), 29614, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-3", ("ewc",), 29615, marks=NEEDS_DEEPSPEED),
@@ -55,10 +69,12 @@ def test_is_one_process(
     weights, log = alone[what]
     assert difference(torch.load(tmp_path / "out.pt"), weights) <= ROUNDING
     assert difference(weights, alone[("none",)][0]) > 1e3 * ROUNDING
-    keys = ("ewc/penalty", "ewc/distance", "kl/policy_ref")[: 3 if "kl" in what else 2]
+    keys = [key for name in what for key in KEYS[name]]
     for mine, own in zip(found["log"], log, strict=True):
-        for key in keys:
+        assert mine.keys() == own.keys()
+        for key in own.keys() & set(keys):  # replay's are at its own steps
             assert mine[key] == pytest.approx(own[key], rel=1e-4), key
+    assert all(any(key in entry for entry in log) for key in keys)
 
 
 @pytest.mark.slow

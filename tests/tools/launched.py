@@ -2,10 +2,11 @@
 
 Four steps of transformers' Trainer with EWC and the exact KL, or the reason why they are refused.
 
-WHAT is "ewc" and "kl"; "callback" for an EWCCallback among the trainer's callbacks; "evaluate" for
-evaluations of seven rows between the steps and behind them, "dispatch" for batches that rank 0
-reads for all; "gpus" to have Accelerate take gloo on CPUs for a GPU's backend, without which it has
-no FSDP; "cpus" to say that there is no GPU, without which it has no DDP on gloo.
+WHAT is "ewc" and "kl"; "replay-lm" and "replay-kl"; "callback" for an EWCCallback among the
+trainer's callbacks; "evaluate" for evaluations of seven rows between the steps and behind them,
+"dispatch" for batches that rank 0 reads for all; "gpus" to have Accelerate take gloo on CPUs for a
+GPU's backend, without which it has no FSDP; "cpus" to say that there is no GPU, without which it
+has no DDP on gloo.
 """
 
 from __future__ import annotations
@@ -174,6 +175,19 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     )
 
 
+def replayed() -> list[dict[str, Tensor]]:
+    """General text: two rows a step of all ranks together, the second half as long."""
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    mine = slice(rank * RANKS // ranks, (rank + 1) * RANKS // ranks)
+    batches = []
+    for i in range(3):
+        ids = tiny_lm.ids()[RANKS * i : RANKS * (i + 1)].flip(-1)
+        counts = torch.ones_like(ids)
+        counts[1, ids.shape[1] // 2 :] = 0
+        batches.append({"input_ids": ids[mine], "attention_mask": counts[mine]})
+    return batches
+
+
 def whole(made: Any) -> dict[str, Tensor]:
     """The trained weights, by name; every rank calls it."""
     if isinstance(made.model_wrapped, FullyShardedDataParallel):
@@ -203,6 +217,10 @@ def trained(folder: Path, what: list[str]) -> tuple[dict[str, Tensor], list[dict
         options["kl"] = {"ref_model": tiny_lm.model(1), "beta": BETA}
     with gathered(list(made.model.parameters())):
         ewc = held(made.model)
+    for kind in ("lm", "kl"):
+        if f"replay-{kind}" in what:
+            options["replay"] = {"loader": replayed(), "kind": kind, "weight": 5.0}
+            options["replay"] |= {"every": 2} if kind == "lm" else {"ref_model": tiny_lm.model(1)}
     if "callback" in what:
         made.add_callback(EWCCallback(ewc))
     if "ewc" in what:
