@@ -191,13 +191,14 @@ def attach(hold: Hold, optimizer: Any, mode: str, every: int) -> Attached:
     if mode == PROX:
         hold.refuse_prox_of_lora(op)
     holder = f"EWC.attach({type(inner).__name__}, mode={mode!r})"
-    handle.on_undo(claim(op, "optimizer", holder, hold.parameters(), inner).release)
-    if not hasattr(inner, "_optimizer_step_pre_hooks"):
-        _wrap_step(inner, handle, mode)
-    elif mode == "grad":
-        handle.on_undo(inner.register_step_pre_hook(handle.before_step).remove)
-    else:
-        handle.on_undo(inner.register_step_post_hook(handle.after_step).remove)
+    with handle.or_undone():
+        handle.on_undo(claim(op, "optimizer", holder, hold.parameters(), inner).release)
+        if not hasattr(inner, "_optimizer_step_pre_hooks"):
+            _wrap_step(inner, handle, mode)
+        elif mode == "grad":
+            handle.put(inner.register_step_pre_hook, handle.before_step)
+        else:
+            handle.put(inner.register_step_post_hook, handle.after_step)
     return handle
 
 
@@ -259,7 +260,7 @@ def during_backward(hold: Hold, scale: float) -> Attached:
             handle.parts[name] = hold.add_grad_of_(store.arrived(brought), scale)
         store.leave(block)
 
-    for h in held:
-        hook = h.theta.register_post_accumulate_grad_hook(partial(ready, h.name))
-        handle.on_undo(hook.remove)
+    with handle.or_undone():
+        for h in held:
+            handle.put(h.theta.register_post_accumulate_grad_hook, partial(ready, h.name))
     return handle

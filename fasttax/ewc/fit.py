@@ -14,7 +14,7 @@ from fasttax._base.hashes import same_weights, weights_hash
 from fasttax.ewc import adapters, lora
 from fasttax.ewc.factors import weight_shape
 from fasttax.ewc.names import Names, renamer
-from fasttax.ewc.watch import Watch
+from fasttax.ewc.watch import FSDP1, Watch
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.factor import problem_of
 from fasttax.fisher.kronecker import KroneckerEstimate
@@ -62,13 +62,7 @@ def refuse_layout(op: str, model: nn.Module) -> None:
                 "ewc) or attach(trainer, ewc=ewc); or use FSDP2 (fully_shard)",
             )
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise checks.fail(
-            op,
-            "model",
-            "parameters under their own names",
-            "FSDP1's flattened ones",
-            "use FSDP2 (torch.distributed.fsdp.fully_shard)",
-        )
+        raise checks.fail(op, "model", *FSDP1)
 
 
 def differences(op: str, what: str, found: Sequence[str]) -> None:

@@ -132,8 +132,9 @@ class FisherMask:
                 last.pop().remove()
 
         handle = Handle()
-        handle.on_undo(release)
-        handle.on_undo(optimizer.register_step_pre_hook(keep).remove)
+        with handle.or_undone():
+            handle.on_undo(release)
+            handle.put(optimizer.register_step_pre_hook, keep)
         return handle
 
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:

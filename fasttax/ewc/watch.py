@@ -16,6 +16,13 @@ from fasttax.ewc.adapters import moving
 from fasttax.ewc.names import Names, active_adapters, saved_modules
 
 SHOWN = 5  # names that an error lists
+# FSDP1 marks the parameters that it has flattened
+FSDP1 = (
+    "parameters that are whole, or FSDP2's",
+    "FSDP1's flattened ones",
+    "make the EWC before the model is wrapped, and in a Trainer take attach(trainer, ewc=ewc), "
+    "which holds each rank's part of it; or use FSDP2 (torch.distributed.fsdp.fully_shard)",
+)
 WAY_OUT = (
     "make the EWC anew on the model as it is (ewc.on(model) where names and shapes fit; else "
     "EWC(model, fisher, anchor=ewc.anchor) with a Fisher without those names), or make it after "
@@ -61,6 +68,8 @@ class Watch:
         names = Names(self.model)
         lost = [use for use, name in self._uses.items() if not self._has(names, use, name)]
         lost += [name for name in self._grown() if name not in lost]
+        if any(getattr(theta, "_fsdp_flattened", False) for theta in self.held.values()):
+            raise checks.fail(op, "ewc", *FSDP1)
         if lost:
             more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
             raise checks.fail(

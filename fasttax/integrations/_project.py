@@ -51,8 +51,7 @@ class Asked:
             raise checks.fail(
                 op, "project", f"general text to read, as {EXAMPLE}", project, error=TypeError
             )
-        for key in project:
-            checks.choice(op, "project", key, KEYS)
+        checks.keys(op, "project", project, KEYS)
         count = checks.count(op, "project['directions']", project.get("directions", DIRECTIONS))
         return Asked(op, Batches(op, project["general"], "project['general']"), count)
 

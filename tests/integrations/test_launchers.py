@@ -32,10 +32,9 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What one process has, by what is attached."""
     folder = tmp_path_factory.mktemp("alone")
-    return {
-        what: launched.trained(folder, list(what))
-        for what in (("ewc",), ("ewc", "kl"), ("replay-lm",), ("replay-kl",), ("none",))
-    }
+    runs = [("ewc",), ("ewc", "kl"), ("replay-lm",), ("replay-kl",), ("none",)]
+    runs += [("ewc", "kl", "evaluate"), ("ewc", "evaluate")]
+    return {what: launched.trained(folder, list(what)) for what in runs}
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -49,10 +48,11 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     [
         ("DDP", ("ewc", "kl"), 29611),
         ("FSDP2", ("ewc", "kl"), 29612),
-        ("DDP", ("replay-lm",), 29616),
-        ("FSDP2", ("replay-lm",), 29617),
-        ("DDP", ("replay-kl",), 29618),
-        ("FSDP2", ("replay-kl",), 29619),
+        ("DDP", ("replay-lm",), 29641),
+        ("FSDP2", ("replay-lm",), 29642),
+        ("DDP", ("replay-kl",), 29643),
+        ("FSDP2", ("replay-kl",), 29644),
+        ("FSDP1", ("ewc", "kl"), 29616),
         pytest.param("ZeRO-1", ("ewc", "kl"), 29613, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-2", ("ewc", "kl"), 29614, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-3", ("ewc",), 29615, marks=NEEDS_DEEPSPEED),
@@ -76,9 +76,36 @@ def test_is_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("name", "what", "port"),
+    [
+        ("DDP", ("ewc", "kl"), 29631),
+        ("DDP", ("ewc", "kl", "dispatch"), 29632),
+        ("FSDP2", ("ewc", "kl"), 29633),
+        ("FSDP1", ("ewc", "kl"), 29637),
+        pytest.param("ZeRO-1", ("ewc", "kl"), 29634, marks=NEEDS_DEEPSPEED),
+        pytest.param("ZeRO-2", ("ewc", "kl"), 29635, marks=NEEDS_DEEPSPEED),
+        pytest.param("ZeRO-3", ("ewc",), 29636, marks=NEEDS_DEEPSPEED),
+    ],
+)
+def test_evaluations_are_one_process(
+    name: str, what: tuple[str, ...], port: int, alone: Any, tmp_path: Path
+) -> None:
+    """Between the steps and behind them, of rows that Accelerate fills up with the first again."""
+    found = launched.launch(name, [*what, "evaluate"], tmp_path, port)["log"]
+    count = 2 if "kl" in what else 1
+    run = (*what[:count], "evaluate")
+    log = alone[run][1]
+    keys = ("eval_ewc/penalty", "eval_kl/policy_ref")[:count]
+    assert len(found) == len(log) == 4
+    for mine, own in zip(found, log, strict=True):
+        for key in keys:
+            assert mine[key] == pytest.approx(own[key], rel=2e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("name", "what", "port", "said"),
     [
-        ("FSDP1", "ewc", 29621, "FSDP1's flattened ones; use FSDP2 (fsdp_version=2)"),
         pytest.param("ZeRO-3", "kl", 29622, "use ZeRO-2 (zero_stage: 2)", marks=NEEDS_DEEPSPEED),
         pytest.param(
             "ZeRO-2", "callback", 29623, "use attach(trainer, ewc=ewc)", marks=NEEDS_DEEPSPEED
