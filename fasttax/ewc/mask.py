@@ -132,6 +132,7 @@ class FisherMask:
                 last.pop().remove()
 
         handle = Handle()
+        handle.on_undo(release)
         with handle.or_undone():
             handle.on_undo(release)
             handle.put(optimizer.register_step_pre_hook, keep)
