@@ -134,7 +134,6 @@ class FisherMask:
         handle = Handle()
         handle.on_undo(release)
         with handle.or_undone():
-            handle.on_undo(release)
             handle.put(optimizer.register_step_pre_hook, keep)
         return handle
 
