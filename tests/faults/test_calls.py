@@ -108,10 +108,32 @@ def test_token_kl(request: pytest.FixtureRequest, backend: str | int) -> None:
     tried()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "seed", "flat"),
+    [
+        (torch.float32, (1, 17), 82417, True),
+        (torch.float64, (1, 130), 3, False),
+        (torch.float64, (2, 15), 4, False),
+    ],
+)
+def test_gradients_that_are_all_but_zero(
+    dtype: torch.dtype, shape: tuple[int, ...], seed: int, flat: bool, backend: str | int
+) -> None:
+    """The long form's: one token has nearly all of the mass, far above a KL of 3 to 100."""
+    x, y = (
+        30 * torch.randn(shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        for k in (seed, seed + 1)
+    )
+    x = torch.full_like(x, 3.0) if flat else x
+    for kind in KINDS:
+        judged(backend, x.to(dtype), y.to(dtype), {"kind": kind, "beta": 0.2})
+
+
 def judged(backend: str | int, x: Tensor, y: Tensor, options: dict[str, Any]) -> None:
     """As `kl_cases.check`, for rows of two sorts.
 
-    A gradient is a difference of probabilities: where one of them is 1 it has a rounding of that.
+    A gradient is a difference of probabilities, or one times a log-ratio less the KL: where they
+    are 1, and the ratio is the KL, it has a rounding of those however small it is.
     """
     upstream = torch.linspace(-1.5, 2.0, x.shape[0])
     out = run(backend, x, y, upstream, **options)
@@ -119,9 +141,10 @@ def judged(backend: str | int, x: Tensor, y: Tensor, options: dict[str, Any]) ->
     own = run_oracle(x, y, upstream, torch.float32, **options)
     size = max(1.0, float(x.double().abs().max()), float(y.double().abs().max()))
     size *= options.get("logit_scale", 1.0) / min(1.0, options.get("temperature", 1.0))
+    terms = max(1.0, float((truth[0] * upstream).abs().max()))
     for o, w, t, name in zip(out, own, truth, ("value", "d_logits", "d_ref"), strict=True):
         eps = torch.finfo(torch.float64 if o.dtype == torch.float64 else torch.float32).eps
-        least = 0.0 if name == "value" else eps
+        least = 0.0 if name == "value" else eps * terms
         baseline = t + (own_result(w, t, o.dtype).double() - t).abs().clamp_min(least)
         assert_within(o, baseline, t, ulps=max(4.0, 4 * min(size, 64.0)), name=name)
 
@@ -208,6 +231,16 @@ def test_token_stats(request: pytest.FixtureRequest, simd: str | int) -> None:
     tried()
 
 
+def test_k3_far_apart(simd: str | int) -> None:
+    """The long form's: a log-ratio of 56, beyond 20, where it goes on along its tangent."""
+    x, y = torch.tensor([[-45.7, 11.5]]), torch.tensor([[0.6, 0.5]])
+    ids = torch.tensor([0])
+    want = _stats(x.double(), y.double(), ids)["k3"]
+    got = fasttax.token_stats(x, y, ids, outputs=("k3",)).k3
+    assert float(want) > 1e10
+    assert torch.allclose(got.double(), want, rtol=1e-5)
+
+
 def _stats(x: Tensor, y: Tensor, ids: Tensor) -> dict[str, Tensor]:
     lp, lq = x.log_softmax(-1), y.log_softmax(-1)
     p, q = lp.exp(), lq.exp()
@@ -220,7 +253,8 @@ def _stats(x: Tensor, y: Tensor, ids: Tensor) -> dict[str, Tensor]:
         "lse": x.logsumexp(-1),
         "kl_policy_ref": (p * (lp - lq)).sum(-1),
         "kl_ref_policy": (q * (lq - lp)).sum(-1),
-        "k3": torch.expm1(ratio.clamp(max=20.0)) - ratio,
+        # beyond 20 the exponential goes on along its tangent
+        "k3": torch.expm1(near := ratio.clamp(max=20.0)) - ratio + near.exp() * (ratio - near),
     }
 
 
@@ -246,15 +280,14 @@ def test_linear_token_kl(request: pytest.FixtureRequest, simd: str | int) -> Non
         kl = fasttax.linear_token_kl(h, w, h2, w2, token_chunk=chunk, vocab_chunk=tile, **options)
         upstream = torch.linspace(-1, 2, tokens, dtype=kl.dtype)
         out = (kl.detach(), *torch.autograd.grad(kl, (h, w), upstream))
-        for o, t, own in zip(
-            out,
-            _composed(h, w, h2, w2, upstream, torch.float64, options),
-            _composed(h, w, h2, w2, upstream, torch.float32, options),
-            strict=True,
-        ):
-            if dtype == torch.float64:
-                own = t
-            assert_within(o, own, t, factor=4.0, ulps=64.0)
+        wide = _composed(h, w, h2, w2, upstream, torch.float64, options)
+        own = _composed(h, w, h2, w2, upstream, torch.float32, options)
+        # a KL that is 0 is of second order in the rounding of the logits
+        size = float(max((a @ b.T).detach().abs().max() for a, b in ((h, w), (h2, w2))))
+        least = ((size * torch.finfo(dtype).eps) ** 2, 0.0, 0.0)
+        for o, t, single, rounding in zip(out, wide, own, least, strict=True):
+            error = 0.0 * t if dtype == torch.float64 else (single.double() - t).abs()
+            assert_within(o, t + error.clamp_min(rounding), t, factor=4.0, ulps=64.0)
 
     tried()
 
