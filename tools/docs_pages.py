@@ -21,7 +21,7 @@ from docs_names import ROOT, assigned, docstring, home, names, trainers
 README_PAGES = {  # a page of the site: the sections of README that it consists of
     "index.md": ("", "Two commands", "What is in it"),
     "speed.md": ("How fast",),
-    "install.md": ("Install",),
+    "install.md": ("Install", "Versions"),
     "start.md": ("In your trainer",),
     "backends.md": ("Backends",),
     "limits.md": ("Limits",),

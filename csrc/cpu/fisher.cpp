@@ -19,6 +19,9 @@ namespace {
 constexpr int64_t kBatchSteps = 512, kBatchFloats = 100 * 1024;  // whose rows of D stay in L2
 // of squares, which come and go once a batch
 constexpr int64_t kPanelFloats = 1 << 20;
+// products between two looks for Ctrl-C, 0.05 s of one core; blocks of A that share a pack of D;
+// floats that are packed between two looks
+constexpr int64_t kCallProducts = 1 << 30, kCallBlocks = 4, kCallFloats = 1 << 22;
 
 // A float that squares are added to one by one is off by about 1e-8 an addition where they are
 // equal: what so many added is set aside in doubles. Of examples of few tokens more of them, for
@@ -166,11 +169,16 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
                      last - first, from, total, blocks, width, dst, stride);
   };
   const int64_t count = int64_t(batches.size()) - 1;
-  interruptible_for("linear_sqgrad_", 0, count, 1, [&](int64_t begin, int64_t end, Watch&) {
-    for (int64_t k = begin; k < end; ++k)
-      pack(inputs, a_type, k, 0, I, col_blocks, cols, a + bounds[batches[size_t(k)]] * cols,
-           a_stride);
-  });
+  const int64_t part = std::clamp<int64_t>(kCallFloats / (cols * longest), 1, col_blocks),
+                parts = (col_blocks + part - 1) / part;
+  const auto pack_parts = [&](int64_t begin, int64_t end, Watch&) {
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t k = j / parts, block = j % parts * part;
+      pack(inputs, a_type, k, block * cols, I, std::min(part, col_blocks - block), cols,
+           a + block * a_stride + bounds[batches[size_t(k)]] * cols, a_stride);
+    }
+  };
+  interruptible_for("linear_sqgrad_", 0, count * parts, 1, pack_parts);
   // Rows of F that share a block of A, which comes from L3: as many as leave their D in L2; for
   // short examples fewer, so that the panel of squares, which they read and write once an example,
   // stays in L1.
@@ -182,7 +190,9 @@ void linear_sqgrad_(Tensor out, Tensor inputs, Tensor grad_outputs, Tensor cu_se
   const int64_t group = (row_blocks + threads * rounds - 1) / (threads * rounds),
                 groups = (row_blocks + group - 1) / group;
   const int64_t tiles = group * rows * cols,
-                chunk = std::clamp<int64_t>(kPanelFloats / tiles, 1, col_blocks);
+                most_blocks = std::max(kCallProducts / (tiles * longest), kCallBlocks),
+                chunk =
+                    std::clamp<int64_t>(std::min(kPanelFloats / tiles, most_blocks), 1, col_blocks);
   const bool sets_aside = examples > kAsideExamples;
   // a block's last step may be written a vector long
   const int64_t d_stride = longest * rows + cols;

@@ -8,11 +8,11 @@ namespace FASTTAX_ISA_NS {
 
 // The same cap on both rows, as Gemma has it: the policy's capped logit, and the capped logits'
 // difference out of that and of the gap g of tanh's arguments,
-//   tanh a - tanh(a - g) = tanh g (1 - tanh^2 a) / (1 - tanh g tanh a)
+//   tanh a - tanh(a - g) = g (1 - tanh^2 a) / (g coth g - g tanh a)
 // for |g| <= kGap, so that one tanh does and the difference has its digits. Each lane goes by its
 // own size: what a vector's other lanes are changes no bit of it.
 struct JointCap {
-  static constexpr float kGap = 0.3f;  // 9 of logits capped at 30
+  static constexpr float kGap = 0.6f;  // 18 of logits capped at 30
   float inside, cap;
 
   explicit JointCap(const KlParams& k) : inside(k.inside), cap(k.cap) {}
@@ -32,14 +32,13 @@ struct JointCap {
       x = t * cap;
       bend = (abs(a) <= kTanhMid) ? bend : high.bend * cap;
     }
-    // tanh g by minimax, 1.2e-8
+    // g coth g by minimax, 4e-8
     const VF z = gap * gap;
-    VF p = fma(z, splat(-5.036624062e-2f), splat(1.331483207e-1f));
-    p = fma(p, z, splat(-3.333306081e-1f));
-    const VF moved = fma(gap * z, p, gap);
-    const VF whole = fma(-moved, t, splat(1.0f)), rough = reciprocal(whole);
+    VF p = fma(z, splat(1.9771825e-3f), splat(-2.2193687e-2f));
+    p = fma(p, z, splat(3.3333164e-1f));
+    const VF whole = fma(-gap, t, fma(p, z, splat(1.0f))), rough = reciprocal(whole);
     const VF share = fma(rough, fma(rough, -whole, splat(1.0f)), rough);
-    const VF by_gap = moved * bend * share;
+    const VF by_gap = gap * bend * share;
     if constexpr (close) {
       y = by_gap;
     } else {

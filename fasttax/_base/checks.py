@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -142,6 +143,33 @@ def choice(op: str, argument: str, value: Any, choices: Collection[str]) -> str:
     return str(value)
 
 
+def keys(
+    op: str,
+    argument: str,
+    given: Iterable[Any],
+    accepted: Collection[str],
+    required: Mapping[str, str] | None = None,
+) -> None:
+    """The keys of a mapping: each is accepted, and of `required`, by what each means, none lacks.
+
+    Raises:
+        ValueError: it is not so; with the key that was meant, or what is missing.
+    """
+    there = list(given)
+    for key in there:
+        if key not in accepted:
+            near = difflib.get_close_matches(str(key), accepted, 1)
+            way_out = f"did you mean {near[0]!r}?" if near else "leave it out"
+            expected = "one of " + ", ".join(repr(c) for c in accepted)
+            raise fail(op, argument, expected, repr(key), way_out)
+    missing = {key: what for key, what in (required or {}).items() if key not in there}
+    if missing:
+        expected = "the keys " + " and ".join(repr(key) for key in required or ())
+        came = "no " + " and no ".join(repr(key) for key in missing)
+        way_out = "; ".join(f"add {key!r}: {what}" for key, what in missing.items())
+        raise fail(op, argument, expected, came, way_out)
+
+
 def number(
     op: str,
     argument: str,
@@ -253,6 +281,45 @@ def has_values(value: Tensor) -> bool:
     On a GPU it would be one; under torch.compile and torch.func there are none.
     """
     return value.device.type == "cpu" and not compiling() and not transforming()
+
+
+def token_mask(op: str, mask: Any, shape: torch.Size, device: torch.device, factors: str) -> Tensor:
+    """A mask as bool of the tokens' `shape`; `factors` says where an op takes those.
+
+    Raises:
+        TypeError, ValueError: it is no tensor of that shape; as `counted`.
+    """
+    given = per_token(op, "mask", mask, shape, device)
+    way_out = "of labels pass mask=labels != -100"
+    return counted(op, "mask", given, f"{way_out}; {factors}" if factors else way_out).contiguous()
+
+
+def counted(op: str, argument: str, mask: Tensor, way_out: str) -> Tensor:
+    """Which tokens a mask counts: 0 leaves out, packed documents' numbers are in.
+
+    Raises:
+        ValueError: on a CPU, where a look is no sync, it has labels' -100, fractions, or what a
+            model adds to its scores.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if has_values(mask):
+        whole = mask >= 0
+        if mask.is_floating_point():
+            whole &= mask == mask.floor()
+        if not bool(whole.all()):
+            came = f"a value of {mask[~whole][0].item():g}"
+            raise fail(op, argument, "bool, or 0 and 1", came, way_out)
+    return mask != 0
+
+
+def attention_mask(op: str, argument: str, mask: Tensor) -> Tensor:
+    """Which tokens of a batch are no padding.
+
+    Raises:
+        ValueError: as `counted`.
+    """
+    return counted(op, argument, mask, "pass 1 for tokens and 0 for padding")
 
 
 def ids_in_range(op: str, name: str, ids: Tensor, V: int, of: str = "logits") -> None:

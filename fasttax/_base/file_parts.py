@@ -46,7 +46,7 @@ def write(
     with contextlib.ExitStack() as stack:
         parts = None
         if not together or dist.get_rank() == 0:
-            target = placed.in_a_folder("fasttax", folder)
+            target = placed.for_folder(kind, folder)
             target.mkdir(exist_ok=True)
             stack.enter_context(_alone_in(target))
             parts = stack.enter_context(_written(target, kind, metadata))

@@ -25,15 +25,14 @@ def write(
 
     Tensors may share memory; each is written whole.
     """
-    target = placed.in_a_folder("fasttax", path)
     specs = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    mapped.write_streamed(target, kind, specs, metadata, tensors.items())
+    mapped.write_streamed(path, kind, specs, metadata, tensors.items())
 
 
 def whole(op: str, path: str | os.PathLike[str], produce: Callable[[Path], object]) -> Path:
     """Has `produce` write a file of any kind in the same way."""
-    target = placed.in_a_folder(op, path)
-    with placed.file(target) as temporary:
+    target = Path(path)
+    with placed.file(op, target) as temporary:
         produce(temporary)
     return target
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,6 +28,29 @@ class Handle:
     def on_undo(self, restore: Callable[[], None]) -> None:
         """Has `undo` call `restore`, before whatever was put in place earlier is taken out."""
         self._restore.append(restore)
+
+    def put(self, make: Callable[..., Any], *args: Any) -> None:
+        """What `make` puts somewhere, until `undo`; it has a `remove()`, as torch's hooks have.
+
+        An exception on the way, as Ctrl-C raises, leaves none that `undo` does not know.
+        """
+        made: list[Any] = []
+
+        def remove() -> None:
+            for each in made:
+                each.remove()
+
+        self.on_undo(remove)
+        made.append(make(*args))
+
+    @contextmanager
+    def or_undone(self) -> Iterator[None]:
+        """What puts several things into their places within: all of them, or none."""
+        try:
+            yield
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self) -> None:
         """Takes everything out, the last first.

@@ -82,6 +82,19 @@ def define(
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     lib.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fasttax::{name}", fake, lib=lib)
+    if "!" in schema or "Tensor[]" in schema.partition("->")[0]:  # which torch can't loop over
+        lib.impl(name, _refuse_vmap(name.strip("_")), "FuncTorchBatched")
+
+
+def _refuse_vmap(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}: torch.func.vmap: expected tensors outside of it, got one that it maps over; "
+            "call the op in a loop over that dimension, or its twin in fasttax.reference, which is "
+            "plain PyTorch"
+        )
+
+    return refuse
 
 
 def second_derivative_message(forward: str, name: str) -> str:

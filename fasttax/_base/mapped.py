@@ -94,7 +94,7 @@ def write_streamed(
     Raises:
         AssertionError: a tensor is not what `specs` said.
     """
-    with placed.file(Path(path)) as temporary, open(temporary, "r+b") as file:
+    with placed.file(kind, Path(path)) as temporary, open(temporary, "r+b") as file:
         write_into(file, kind, specs, metadata, tensors, more)
 
 
@@ -389,7 +389,8 @@ def _check_header(path: Path, text: bytes, about: Mapping[str, str]) -> None:
     Raises:
         BadFileError: it has not.
     """
-    if FORMAT_KEY not in about:
+    # by its checksums too: a flipped bit of the format's name would leave the rest unchecked
+    if FORMAT_KEY not in about and not {CHECKSUM, CHECKSUMS} <= set(about):
         return
     if not KNOWN.issuperset(about) or (CHECKSUM in about) != (CHECKSUMS in about):
         raise _bad(path, f"its header has {', '.join(sorted(about))}")

@@ -24,18 +24,50 @@ ADVICE = "; free space there, or save elsewhere: what stood there before stands"
 LONGEST = 40  # characters of the place's name that a temporary one has, which may have 255 bytes
 
 
+def for_file(op: str, path: str | os.PathLike[str]) -> Path:
+    """`path`, where a file may be put: its folder is there, and it is none itself.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, IsADirectoryError: it is not so; each names `op`, the
+            path and the way out.
+    """
+    target = in_a_folder(op, path)
+    if target.is_dir():
+        text = f"{op}: cannot write {target}: expected a file's name, got that of a folder; "
+        raise IsADirectoryError(f"{text}give a name in it, as {target / 'NAME'}")
+    return target
+
+
+def for_folder(op: str, path: str | os.PathLike[str]) -> Path:
+    """`path`, where a folder may be put or stands.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: as `for_file`; a file stands there.
+    """
+    target = in_a_folder(op, path)
+    if target.exists() and not target.is_dir():
+        text = f"{op}: cannot write {target}: expected a folder's name, got that of a file; "
+        raise NotADirectoryError(f"{text}delete it, or give another name")
+    return target
+
+
 def in_a_folder(op: str, path: str | os.PathLike[str]) -> Path:
     """`path`, whose folder is there.
 
     Raises:
-        FileNotFoundError: it is not.
+        FileNotFoundError, NotADirectoryError: it is not, or is a file.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"{op}: cannot write {target}: folder {target.parent} does not exist; create it first"
-        )
-    return target
+    parent = target.parent
+    if parent.is_dir():
+        return target
+    text = f"{op}: cannot write {target}: "
+    for above in (parent, *parent.parents):
+        if above.is_dir():
+            break
+        if above.exists():
+            raise NotADirectoryError(f"{text}{above} is a file, no folder; give another path")
+    raise FileNotFoundError(f"{text}folder {parent} does not exist; create it first")
 
 
 def check_not_read(op: str, output: str | os.PathLike[str], inputs: Iterable[str]) -> None:
@@ -67,7 +99,7 @@ def _identities(path: Path) -> set[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def file(target: Path) -> Iterator[Path]:
+def file(op: str, target: Path) -> Iterator[Path]:
     """An empty file beside `target`, whose place it takes if the block ends well.
 
     It vanishes if not. Its mode is that of the file that it replaces, or what the umask leaves of
@@ -77,8 +109,9 @@ def file(target: Path) -> Iterator[Path]:
         The temporary name.
 
     Raises:
-        OSError: the system does not write; names `target` and says what to do.
+        OSError: as `for_file`; the system does not write. Names `target` and says what to do.
     """
+    for_file(op, target)
 
     def new(temporary: Path) -> int:
         return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -93,15 +126,16 @@ def file(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def folder(target: Path) -> Iterator[Path]:
+def folder(op: str, target: Path) -> Iterator[Path]:
     """The same for a new folder, whose mode is what the umask leaves of 0777.
 
     Yields:
         The temporary folder.
 
     Raises:
-        OSError: the system does not write; names `target` and says what to do.
+        OSError: as `for_folder`; the system does not write. Names `target` and says what to do.
     """
+    for_folder(op, target)
 
     def new(temporary: Path) -> int:
         temporary.mkdir()
@@ -133,12 +167,16 @@ def _temporary(target: Path, new: Callable[[Path], int]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def told(target: str | os.PathLike[str]) -> Iterator[None]:
-    """The system's error of a full disk names no file: it is given one, and the way out."""
+    """The system's error of a full disk names no file, others the temporary one: they get `target`.
+
+    And the way out.
+    """
     try:
         yield
     except OSError as error:
         told_already = str(error.strerror).endswith(ADVICE)  # of a file in a folder that is to be
-        if error.errno is None or (error.filename is not None and not told_already):
+        ours = told_already or ".partial" in str(error.filename)
+        if error.errno is None or (error.filename is not None and not ours):
             raise
         raise OSError(error.errno, os.strerror(error.errno) + ADVICE, str(target)) from error
 

@@ -57,8 +57,8 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     Every command asks for its own here, before it reads anything.
 
     Raises:
-        OSError: a folder is not there, or takes no file.
-        ValueError: an output is a folder's name, another output or what is read.
+        OSError: a folder is not there, or takes no file; an output is a folder's name.
+        ValueError: an output is another output or what is read.
     """
     args = parser.parse_args(argv)
     op = getattr(args, "parser", parser).prog  # of a tool of `fasttax kl` its own
@@ -124,18 +124,17 @@ def check_outputs(op: str, outputs: Iterable[str], inputs: Iterable[str]) -> Non
     """That files can be written where they are to go, which is tried, over nothing that is read.
 
     Raises:
-        OSError: a folder is not there, or takes no file.
-        ValueError: a name is a folder's, two are one file's, or one is an input's.
+        OSError: a folder is not there, or takes no file; a name is a folder's.
+        ValueError: two are one file's, or one is an input's.
     """
     named: set[Path] = set()
     read = list(inputs)
     for path in outputs:
         if path == STDOUT:
             continue
-        target = placed.in_a_folder(op, path)
+        new = isinstance(path, NewOutput)  # which says itself that something is there
+        target = (placed.in_a_folder if new else placed.for_file)(op, path)
         placed.check_not_read(op, path, read)
-        if target.is_dir() and not isinstance(path, NewOutput):
-            raise checks.fail(op, path, "a file's name", "a folder")
         if target.resolve() in named:
             raise checks.fail(op, path, "a file for each output", "the same one twice")
         named.add(target.resolve())

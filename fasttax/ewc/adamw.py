@@ -12,10 +12,9 @@ from torch.optim import AdamW
 from fasttax import reference
 from fasttax._base import checks, dtensor
 from fasttax._base.library import define
-from fasttax.ewc.attach import check_optimizer, checked_mode
+from fasttax.ewc.attach import check_optimizer, checked_mode, stepped
 from fasttax.ewc.claims import claim
 from fasttax.ewc.ewc import EWC
-from fasttax.ewc.hold import Part
 from fasttax.ewc.ops import beside, contiguous, scalar_like
 from fasttax.ewc.store import Lists
 
@@ -181,13 +180,15 @@ class AdamWEWC(AdamW):
             for group in self.param_groups:
                 self._update_free(group, _with_grad(group))
             return loss
-        hold, parts = self.ewc.hold, list[Part]()
+        hold = self.ewc.hold
         hold.check("AdamWEWC")
+        every, uphill = stepped(self.param_groups)
+        touched = [p for p in every if p.grad is not None]
+        times = getattr(self, "grad_scale", None)
+        products = hold.add_product_grad_parts_(float(self.every), touched, times, uphill)
+        parts = [(key, self._unless_skipped(value)) for key, value in products]
         for group in self.param_groups:
             params = _with_grad(group)
-            unit = -float(self.every) if group["maximize"] else float(self.every)
-            products = hold.add_product_grad_parts_(unit, params, getattr(self, "grad_scale", None))
-            parts += [(key, self._unless_skipped(value)) for key, value in products]
             blocks = hold.store.blocks(params)
             parts += [(x.key, self._update(group, x.owners, x)) for x in hold.store.stream(blocks)]
             held = {id(h.theta) for block in blocks for h in block}

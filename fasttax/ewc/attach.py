@@ -15,7 +15,7 @@ from torch import Tensor
 from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax.ewc.claims import claim
-from fasttax.ewc.hold import Hold, Part, refuse_lost, refuse_sparse
+from fasttax.ewc.hold import Hold, refuse_lost, refuse_sparse
 from fasttax.ewc.ops import beside
 
 PROX = "prox_euclidean"  # "prox" is its short name here
@@ -89,17 +89,8 @@ class Attached(Handle):
             return
         # a fused optimizer divides by it inside its step
         times = getattr(optimizer, "grad_scale", None)
-        unit = float(self.every)
-        parts: list[Part] = []
-        for maximize in (False, True):
-            params = [
-                p
-                for group in optimizer.param_groups
-                if bool(group.get("maximize")) == maximize
-                for p in group["params"]
-            ]
-            if params:
-                parts += self.hold.add_grad_parts_(-unit if maximize else unit, params, times)
+        params, uphill = stepped(optimizer.param_groups)
+        parts = self.hold.add_grad_parts_(float(self.every), params, times, uphill)
         self.parts = {"": self.hold.total(parts)}
 
     def after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -116,6 +107,12 @@ class Attached(Handle):
             self.hold.prox_(float(lr) * self.every, group["params"], times)
 
 
+def stepped(groups: list[dict[str, Any]]) -> tuple[list[Tensor], set[int]]:
+    """What an optimizer steps, and the ids of what it maximizes by."""
+    every = [p for group in groups for p in group["params"]]
+    return every, {id(p) for group in groups if group.get("maximize") for p in group["params"]}
+
+
 def as_step(lr: Tensor) -> Tensor:
     """A learning rate that lies in a tensor, float64; NaN for one below 0, which has no step.
 
@@ -125,7 +122,11 @@ def as_step(lr: Tensor) -> Tensor:
     return torch.where(wide < 0, torch.nan, wide)
 
 
-def innermost(optimizer: Any) -> Any:
+def innermost(
+    optimizer: Any,
+    op: str = "EWC.attach",
+    way_out: str = "call ewc.add_grad_() before optimizer.step() yourself",
+) -> Any:
     """The optimizer inside wrappers: torch's own kind, or what has param_groups and step()."""
     seen = []
     while (
@@ -138,12 +139,12 @@ def innermost(optimizer: Any) -> Any:
     groups = getattr(optimizer, "param_groups", None)
     if not (callable(getattr(optimizer, "step", None)) and isinstance(groups, list)):
         raise checks.fail(
-            "EWC.attach",
+            op,
             "optimizer",
             "a torch.optim.Optimizer, something with param_groups and step(), or a wrapper with "
             "one in .optimizer",
             optimizer,
-            "call ewc.add_grad_() before optimizer.step() yourself",
+            way_out,
             TypeError,
         )
     return optimizer
@@ -190,13 +191,14 @@ def attach(hold: Hold, optimizer: Any, mode: str, every: int) -> Attached:
     if mode == PROX:
         hold.refuse_prox_of_lora(op)
     holder = f"EWC.attach({type(inner).__name__}, mode={mode!r})"
-    handle.on_undo(claim(op, "optimizer", holder, hold.parameters(), inner).release)
-    if not hasattr(inner, "_optimizer_step_pre_hooks"):
-        _wrap_step(inner, handle, mode)
-    elif mode == "grad":
-        handle.on_undo(inner.register_step_pre_hook(handle.before_step).remove)
-    else:
-        handle.on_undo(inner.register_step_post_hook(handle.after_step).remove)
+    with handle.or_undone():
+        handle.on_undo(claim(op, "optimizer", holder, hold.parameters(), inner).release)
+        if not hasattr(inner, "_optimizer_step_pre_hooks"):
+            _wrap_step(inner, handle, mode)
+        elif mode == "grad":
+            handle.put(inner.register_step_pre_hook, handle.before_step)
+        else:
+            handle.put(inner.register_step_post_hook, handle.after_step)
     return handle
 
 
@@ -258,7 +260,7 @@ def during_backward(hold: Hold, scale: float) -> Attached:
             handle.parts[name] = hold.add_grad_of_(store.arrived(brought), scale)
         store.leave(block)
 
-    for h in held:
-        hook = h.theta.register_post_accumulate_grad_hook(partial(ready, h.name))
-        handle.on_undo(hook.remove)
+    with handle.or_undone():
+        for h in held:
+            handle.put(h.theta.register_post_accumulate_grad_hook, partial(ready, h.name))
     return handle

@@ -14,7 +14,7 @@ from fasttax._base.hashes import same_weights, weights_hash
 from fasttax.ewc import adapters, lora
 from fasttax.ewc.factors import weight_shape
 from fasttax.ewc.names import Names, renamer
-from fasttax.ewc.watch import Watch
+from fasttax.ewc.watch import FSDP1, Watch
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.factor import problem_of
 from fasttax.fisher.kronecker import KroneckerEstimate
@@ -62,13 +62,7 @@ def refuse_layout(op: str, model: nn.Module) -> None:
                 "ewc) or attach(trainer, ewc=ewc); or use FSDP2 (fully_shard)",
             )
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise checks.fail(
-            op,
-            "model",
-            "parameters under their own names",
-            "FSDP1's flattened ones",
-            "use FSDP2 (torch.distributed.fsdp.fully_shard)",
-        )
+        raise checks.fail(op, "model", *FSDP1)
 
 
 def differences(op: str, what: str, found: Sequence[str]) -> None:
@@ -133,6 +127,7 @@ def match(
         _refuse_twice(op, first.setdefault(id(theta), whole), whole)
         targets.append(target)
     differences(op, "fisher", wrong)
+    _refuse_free_copies(op, names, targets)
     _refuse_nothing(op, targets)
     return targets
 
@@ -164,6 +159,24 @@ def _refuse_twice(op: str, first: str, name: str) -> None:
             f"{first} and {name}, one parameter",
             "drop one of the two",
         )
+
+
+def _refuse_free_copies(op: str, names: Names, targets: Sequence[Target]) -> None:
+    """Refuses a tied weight, one of whose uses is trained as a copy that nothing holds."""
+    held = {id(t.theta) for t in targets}
+    for t in targets:
+        for copy, theta in names.copies_of(t.whole).items():
+            if id(theta) not in held:
+                use = names.short(copy)
+                raise checks.fail(
+                    op,
+                    "fisher",
+                    f"every use of {t.given}, which the model ties",
+                    f"one without {use}, which PEFT trains as a copy of its own (modules_to_save), "
+                    "and which would move free",
+                    f"name the copy too, fisher={{**fisher, {use!r}: fisher[{t.given!r}]}}, or "
+                    "train the tied weight itself",
+                )
 
 
 def _refuse_trainable_base(op: str, name: str, target: Target) -> None:

@@ -6,7 +6,7 @@ EWC makes one; attach, files and AdamWEWC work on it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks, dtensor
+from fasttax._base.gradient import gradient_of
 from fasttax._base.library import no_second_derivative
 from fasttax._base.modes import compiling
 from fasttax.ewc import ops
@@ -196,11 +197,16 @@ class Hold:
         return self.total(self.add_grad_parts_(scale, only))
 
     def add_grad_parts_(
-        self, scale: float, only: Sequence[Tensor] | None = None, times: Tensor | None = None
+        self,
+        scale: float,
+        only: Sequence[Tensor] | None = None,
+        times: Tensor | None = None,
+        uphill: Collection[int] = (),
     ) -> list[Part]:
         """`add_grad_` without the sum: this rank's parts of the penalty, for `total`.
 
-        `times`, one value wherever it lies, multiplies `scale`.
+        `times`, one value wherever it lies, multiplies `scale`. `uphill`: the ids of those of
+        `only` whose optimizer maximizes, so that the gradient is subtracted.
         """
         self.check("EWC.add_grad_")
         if times is not None:
@@ -210,26 +216,37 @@ class Hold:
             if touched is None or id(p) in touched:
                 refuse_lost("EWC.add_grad_", name, p)
                 refuse_sparse("EWC.add_grad_", name, p)
-        parts = self.add_product_grad_parts_(scale, only, times)
+        parts = self.add_product_grad_parts_(scale, only, times, uphill)
         with torch.no_grad():
-            for x in self.store.stream(self.store.blocks(only)):
-                parts.append((x.key, self.add_grad_of_(x, scale, times)))
+            for sign, some in _by_sign(only, uphill):
+                for x in self.store.stream(self.store.blocks(some)):
+                    parts.append((x.key, self.add_grad_of_(x, sign * scale, times)))
         return parts
 
     def add_product_grad_parts_(
-        self, scale: float, only: Sequence[Tensor] | None = None, times: Tensor | None = None
+        self,
+        scale: float,
+        only: Sequence[Tensor] | None = None,
+        times: Tensor | None = None,
+        uphill: Collection[int] = (),
     ) -> list[Part]:
-        """`add_grad_parts_` of the LoRA updates and of weights with Kronecker factors."""
+        """`add_grad_parts_` of the LoRA updates and of weights with Kronecker factors.
+
+        One call of all parameters that a step moves: the gradient of one factor is by the others
+        as they are before it.
+        """
         chosen = None if only is None else {id(p) for p in only}
         moved = [
             h for h in self.lora if chosen is None or any(id(p) in chosen for p in h.parameters())
         ]
         parts: list[Part] = [
-            (None, h.add_grad_(self.strength, scale, chosen, times)) for h in moved
+            (None, h.add_grad_(self.strength, scale, chosen, times, uphill)) for h in moved
         ]
         with torch.no_grad():
-            weights = self._weights(only)
-            return parts + [(None, h.add_grad_(self.strength, scale, times)) for h in weights]
+            for h in self._weights(only):
+                sign = -1.0 if id(h.theta) in uphill else 1.0
+                parts.append((None, h.add_grad_(self.strength, sign * scale, times)))
+        return parts
 
     def _weights(self, only: Sequence[Tensor] | None) -> list[KroneckerHeld]:
         """The trainable weights with factors, of `only` where given."""
@@ -242,10 +259,7 @@ class Hold:
 
     def add_grad_of_(self, x: Lists, scale: float, times: Tensor | None = None) -> Tensor:
         """`add_grad_` of one block, called without grad mode; a missing p.grad is created."""
-        for p in x.owners:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
-        grads = [dtensor.local(p.grad) for p in x.owners]
+        grads = [dtensor.local(gradient_of(p)) for p in x.owners]
         factor = None if times is None else one_value("EWC.add_grad_", "scale", times, grads[0])
         with ops.contiguous({"grads": grads}) as flat:
             return ops.add_grad_(
@@ -315,6 +329,16 @@ class Hold:
             summed = dtensor.over_ranks(torch.stack(list(values.values())), key)
             found |= dict(zip(values, summed.unbind(), strict=True))
         return Drift({name: found[name] for name in self.names()})
+
+
+def _by_sign(
+    only: Sequence[Tensor] | None, uphill: Collection[int]
+) -> list[tuple[float, Sequence[Tensor] | None]]:
+    """`only` in two: what the gradient is added to, and what it is subtracted from."""
+    if only is None or not uphill:
+        return [(1.0, only)]
+    down, up = ([p for p in only if (id(p) in uphill) is turned] for turned in (False, True))
+    return [(1.0, down), (-1.0, up)]
 
 
 def one_value(op: str, argument: str, value: Tensor, like: Tensor) -> Tensor:

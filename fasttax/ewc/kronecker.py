@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks, dtensor, packed
+from fasttax._base.gradient import gradient_of
 from fasttax._base.library import no_second_derivative
 from fasttax._base.packed import Stored
 from fasttax.ewc import ops
@@ -108,9 +109,7 @@ class KroneckerHeld:
         square, pull = self.pull()
         factor = strength * scale * factor_of(times, pull)
         mine = self.part(pull * factor)
-        if self.theta.grad is None:
-            self.theta.grad = torch.zeros_like(self.theta, memory_format=torch.contiguous_format)
-        dtensor.local(self.theta.grad).add_(mine)
+        dtensor.local(gradient_of(self.theta)).add_(mine)
         return (0.5 * strength * square).to(pull.dtype)
 
     def prox_(self, step: float, times: Tensor | None = None) -> None:

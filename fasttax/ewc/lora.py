@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fasttax import reference
 from fasttax._base import checks, dtensor
+from fasttax._base.gradient import gradient_of
 from fasttax._base.packed import Stored
 from fasttax.ewc import factors, ops
 from fasttax.ewc.factors import CONVOLUTIONS, SAME_UPDATE, Factors
@@ -286,24 +287,28 @@ class LoraHeld(Entry):
         return iter([(a, b, Stored(fisher.values.reshape(shape), fisher.scales))])
 
     def add_grad_(
-        self, strength: float, scale: float, only: set[int] | None, times: Tensor | None
+        self,
+        strength: float,
+        scale: float,
+        only: set[int] | None,
+        times: Tensor | None,
+        uphill: Collection[int] = (),
     ) -> Tensor:
         """Adds scale * times * d penalty to the factors' gradients; returns the penalty.
 
-        `only`: the ids of the parameters to touch, None for all.
+        `only`: the ids of the parameters to touch, None for all; `uphill`: of those that it is
+        subtracted from.
         """
         params = [p for p in self.parameters() if only is None or id(p) in only]
         with torch.enable_grad():
             value = self.penalty(strength)
             grads: Sequence[Tensor] = torch.autograd.grad(value, params) if params else ()
         for p, g in zip(params, grads, strict=True):
-            pull = g * scale
+            pull = g * (-scale if id(p) in uphill else scale)
             if times is not None:
                 pull = pull * ops.beside(times.detach().reshape(()), g.device)
-            if p.grad is None:
-                p.grad = pull.to(p.dtype)
-            else:
-                p.grad.add_(pull.to(p.grad.dtype))
+            grad = gradient_of(p)
+            grad.add_(pull.to(grad.dtype))
         return value.detach()
 
     def tensors(self) -> dict[str, Tensor]:

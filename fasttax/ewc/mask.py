@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from fasttax._base import checks
 from fasttax._base.dtensor import is_sharded
 from fasttax._base.handle import Handle
-from fasttax.ewc.fit import match, shapes_of
+from fasttax.ewc.attach import innermost
+from fasttax.ewc.fit import match, shapes_of, watch_over
 from fasttax.fisher.estimate import FisherEstimate
 
 OP = "FisherMask"
+ANEW = "make the mask anew, of the model as it is"
 HALF = 1 << 16  # a float32's bits are looked through in two halves
 
 
@@ -66,10 +68,12 @@ class FisherMask:
             )
         self._thetas: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
-        for target in match(OP, model, shapes_of(fisher), None):
+        targets = match(OP, model, shapes_of(fisher), None)
+        for target in targets:
             _refuse(target.name, target.theta, target.lora)
             self._thetas[target.name] = target.theta
             values[target.name] = _checked(target.given, fisher[target.given])
+        self._watch = watch_over(model, targets)
         wanted = round(self.share * sum(v.numel() for v in values.values()))
         self.masks = {
             name: mask.to(self._thetas[name].device) for name, mask in top(values, wanted).items()
@@ -87,13 +91,17 @@ class FisherMask:
     def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
         """Has every step of the optimizer keep to the mask, until the handle's `undo()`.
 
+        A step's last word is the mask's, whatever else is attached (EWC's proximal step, say). A
+        wrapped optimizer (with an `.optimizer` inside, as Accelerate's) is unwrapped.
+
         Raises:
-            ValueError: the optimizer holds none of the covered parameters, or has no hooks.
+            ValueError: the optimizer holds none of the covered parameters, or has no hooks; also
+                at a step where one of them is not the model's any more.
         """
         op = "FisherMask.attach"
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = {name: p for name, p in self._thetas.items() if id(p) in held}
-        if not mine:
+        optimizer = innermost(optimizer, op, "pass the torch.optim.Optimizer that it steps")
+        self._watch.check(op, "mask", ANEW)
+        if not self._stepped_by(optimizer):
             raise checks.fail(
                 op,
                 "optimizer",
@@ -101,26 +109,38 @@ class FisherMask:
                 "none of them",
                 "make it of this model's parameters",
             )
-        if not hasattr(optimizer, "register_step_post_hook"):
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
             raise checks.fail(op, "optimizer", "a torch.optim.Optimizer", type(optimizer).__name__)
-        before: dict[str, Tensor] = {}
+        before: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, mask, what it was
+        last: list[Any] = []  # the hook after the others
 
         def keep(*_: Any) -> None:
-            for name, p in mine.items():
-                before[name] = p.detach()[self.masks[name]]
+            self._watch.check(OP, "mask", ANEW)
+            release()
+            last.append(optimizer.register_step_post_hook(put_back))
+            found = self._stepped_by(optimizer)
+            before[:] = [(p, mask, p.detach()[mask]) for p, mask in found]
 
         @torch.no_grad()
         def put_back(*_: Any) -> None:
-            for name, p in mine.items():
-                mask, old = self.masks[name], before.pop(name)
-                if self.scale:
-                    old = old + self.scale * (p[mask] - old)
-                p[mask] = old
+            for p, mask, old in before:
+                p[mask] = old + self.scale * (p[mask] - old) if self.scale else old
+            before.clear()
+
+        def release() -> None:
+            while last:
+                last.pop().remove()
 
         handle = Handle()
-        handle.on_undo(optimizer.register_step_pre_hook(keep).remove)
-        handle.on_undo(optimizer.register_step_post_hook(put_back).remove)
+        handle.on_undo(release)
+        with handle.or_undone():
+            handle.put(optimizer.register_step_pre_hook, keep)
         return handle
+
+    def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+        """The covered parameters that it holds by now, with their masks."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [(p, self.masks[name]) for name, p in self._thetas.items() if id(p) in held]
 
 
 def top(fishers: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

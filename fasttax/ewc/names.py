@@ -62,8 +62,12 @@ class Names:
         self.parameters: dict[str, Tensor] = {}
         self._alike: dict[str, list[str]] = {}  # by the names without what wrappers insert
         self._by_id: dict[int, list[str]] = {}
+        # what PEFT's copies stand in for, by its names without what wrappers insert
+        self._replaced: dict[str, Tensor] = {}
         self._idle = _idle(model)
         for name, p in model.named_parameters(remove_duplicate=False):
+            if "original_module" in name.split(".") and name.startswith(self._idle):
+                self._replaced[canonical(name)] = p
             if not name.startswith(self._idle):
                 self.parameters[name] = p
                 self._alike.setdefault(canonical(name), []).append(name)
@@ -99,6 +103,17 @@ class Names:
     def names_of(self, theta: Tensor) -> list[str]:
         """Every whole name of a parameter: tied weights have several."""
         return self._by_id.get(id(theta), [])
+
+    def copies_of(self, whole: str) -> dict[str, Tensor]:
+        """What PEFT trains in the place of a parameter, by whole names: of a tied one in each use.
+
+        `whole` is the parameter's own name, or that of its copy in one use.
+        """
+        name = canonical(whole)
+        original = id(self._replaced.get(name, self.parameters[whole]))
+        uses = [use for use, p in self._replaced.items() if id(p) == original]
+        found = [copy for copy in map(self.find, uses) if copy is not None]
+        return {copy: self.parameters[copy] for copy in found}
 
     def _parameters_of(self, names: Iterable[str]) -> set[int]:
         return {id(self.parameters[name]) for name in names}

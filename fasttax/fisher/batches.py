@@ -256,7 +256,7 @@ def _sequences(op: str, inputs: dict[str, Any], labels: Tensor | None, B: int) -
             raise checks.fail(op, "batch", expected, f"keys {sorted(map(str, inputs))}")
         mask = inputs.get("decoder_attention_mask", torch.ones_like(decoder))
         targets = torch.full_like(decoder, IGNORED, dtype=torch.int64)
-        counted = mask != 0
+        counted = checks.attention_mask(op, "batch['decoder_attention_mask']", mask)
     else:
         checks.tensor(op, name, labels, (torch.int64, torch.int32))
         targets = labels.long()
@@ -298,7 +298,7 @@ def _real(op: str, inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
     if mask.shape != ids.shape:
         expected = f"shape {tuple(ids.shape)} as input_ids"
         raise checks.fail(op, "batch['attention_mask']", expected, mask)
-    return mask != 0
+    return checks.attention_mask(op, "batch['attention_mask']", mask)
 
 
 def _starts(op: str, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from fasttax._base import checks, dtensor, file_parts, files
 from fasttax._base.packed import STORAGES, Stored, are_squares, encode
-from fasttax.fisher import hub
+from fasttax.fisher.hub import OnHub
 
 
-class FisherEstimate(Mapping[str, Tensor]):
+class FisherEstimate(OnHub, Mapping[str, Tensor]):
     """A diagonal Fisher by parameter name.
 
     Items are float tensors (u8log storage is decoded on access).
@@ -34,6 +33,8 @@ class FisherEstimate(Mapping[str, Tensor]):
         >>> loaded.metadata["examples"], loaded["model.norm.weight"].shape
         (4, torch.Size([32]))
     """
+
+    _sharded = True
 
     def __init__(
         self, values: Mapping[str, Tensor | Stored], metadata: Mapping[str, Any] | None = None
@@ -181,82 +182,6 @@ class FisherEstimate(Mapping[str, Tensor]):
         with file_parts.Parts(path, "FisherEstimate") as parts:
             tensors, metadata = parts.every(), parts.metadata
         return FisherEstimate.of_tensors(tensors, metadata)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        filename: str | None = None,
-        sharded: bool = False,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-    ) -> str:
-        """Saves it to a repository of the Hugging Face Hub, as one commit.
-
-        A repository that is not there is made. One without a README gets a card with the metadata;
-        another card stays as it is, so that a model's own repository can hold its Fisher.
-
-        Args:
-            repo_id: "owner/name".
-            filename: in the repository; None: fisher.safetensors, or fisher where sharded.
-            sharded: as in `save`: a folder of files.
-            private: of a repository that is made; None: as the owner's settings have it.
-            token: None: the one that `hf auth login` or HF_TOKEN has set.
-            revision: a branch, made where it is not there; None: main.
-            commit_message: None: says what was added.
-
-        Returns:
-            The commit's URL.
-
-        Raises:
-            ModuleNotFoundError: huggingface_hub is not installed.
-            ValueError: there is no token, or no such name.
-            OSError: the Hub refuses it, or can't be reached.
-
-        Example:
-            >>> fisher.push_to_hub("me/smollm2-fisher")
-            >>> FisherEstimate.from_pretrained("me/smollm2-fisher")
-        """
-        op = "FisherEstimate.push_to_hub"
-        options = {
-            "private": private,
-            "token": token,
-            "revision": revision,
-            "commit_message": commit_message,
-        }
-        name = filename or (hub.FOLDER if sharded else hub.FILE)
-
-        def save(path: Path) -> None:
-            self.save(path, sharded=sharded)
-
-        return hub.push(op, repo_id, save, self.metadata, name, options)
-
-    @staticmethod
-    def from_pretrained(
-        source: str | os.PathLike[str],
-        *,
-        filename: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-    ) -> FisherEstimate:
-        """From a repository of the Hugging Face Hub, or from a folder or file here, as `load`.
-
-        Args:
-            source: "owner/name", or a path.
-            filename: in the repository or folder; None: fisher.safetensors, or the folder fisher.
-            revision: a branch, tag or commit.
-            token: None: the one that `hf auth login` or HF_TOKEN has set.
-
-        Raises:
-            ModuleNotFoundError: huggingface_hub is not installed.
-            FileNotFoundError: there is no such file in it.
-            OSError: the Hub has no such repository, or can't be reached.
-            ValueError: as `load`.
-        """
-        op = "FisherEstimate.from_pretrained"
-        return FisherEstimate.load(hub.fetched(op, source, filename, revision, token))
 
     @staticmethod
     def of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> FisherEstimate:

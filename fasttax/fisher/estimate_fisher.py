@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fasttax._base import checks
+from fasttax._base import checks, placed
 from fasttax._base.hashes import chained
 from fasttax._base.packed import STORAGES
 from fasttax.fisher.batches import rows_of, take
@@ -140,6 +140,7 @@ def estimate_fisher(
     Raises:
         ValueError, TypeError: an option or a batch does not fit, there is no batch, or the
             checkpoint is of other options or batches, or of more than are asked for.
+        OSError: no file can be put where the checkpoint is to be.
 
     Example:
         >>> fisher = fasttax.estimate_fisher(model, loader, max_examples=256)
@@ -149,6 +150,8 @@ def estimate_fisher(
     if max_examples is not None:
         checks.count(op, "max_examples", max_examples)
     checks.count(op, "checkpoint_every", checkpoint_every)
+    if checkpoint is not None:
+        placed.for_file(f"{op}: checkpoint", checkpoint)
     if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
         expected, way_out = "an iterable of batches", "for one batch pass [batch]"
         raise checks.fail(op, "batches", expected, batches, way_out, TypeError)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks, dtensor, files
-from fasttax.fisher import hub
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.factor import diagonal, problem_of, rows_of
+from fasttax.fisher.hub import OnHub
 
 KIND = "KroneckerEstimate"
 
 
-class KroneckerEstimate(Mapping[str, Tensor]):
+class KroneckerEstimate(OnHub, Mapping[str, Tensor]):
     """A Fisher whose blocks of linear layers' weights are Kronecker products.
 
         F_W = A (x) G,   <D, F_W D> = sum (G D A) * D   for a change D (out, in) of W
@@ -154,75 +154,6 @@ class KroneckerEstimate(Mapping[str, Tensor]):
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{KIND}.load: {os.fspath(path)}: {error}") from None
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        filename: str = hub.FILE,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-    ) -> str:
-        """Saves it to a repository of the Hugging Face Hub, as one commit.
-
-        A repository that is not there is made. One without a README gets a card with the metadata;
-        another card stays as it is, so that a model's own repository can hold its Fisher.
-
-        Args:
-            repo_id: "owner/name".
-            filename: in the repository.
-            private: of a repository that is made; None: as the owner's settings have it.
-            token: None: the one that `hf auth login` or HF_TOKEN has set.
-            revision: a branch, made where it is not there; None: main.
-            commit_message: None: says what was added.
-
-        Returns:
-            The commit's URL.
-
-        Raises:
-            ModuleNotFoundError: huggingface_hub is not installed.
-            ValueError: there is no token, or no such name.
-            OSError: the Hub refuses it, or can't be reached.
-
-        Example:
-            >>> fisher.push_to_hub("me/smollm2-fisher")
-            >>> KroneckerEstimate.from_pretrained("me/smollm2-fisher")
-        """
-        op = "KroneckerEstimate.push_to_hub"
-        options = {
-            "private": private,
-            "token": token,
-            "revision": revision,
-            "commit_message": commit_message,
-        }
-        return hub.push(op, repo_id, self.save, self.metadata, filename, options)
-
-    @staticmethod
-    def from_pretrained(
-        source: str | os.PathLike[str],
-        *,
-        filename: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-    ) -> KroneckerEstimate:
-        """From a repository of the Hugging Face Hub, or from a folder or file here, as `load`.
-
-        Args:
-            source: "owner/name", or a path.
-            filename: in the repository or folder; None: fisher.safetensors, or the folder fisher.
-            revision: a branch, tag or commit.
-            token: None: the one that `hf auth login` or HF_TOKEN has set.
-
-        Raises:
-            ModuleNotFoundError: huggingface_hub is not installed.
-            FileNotFoundError: there is no such file in it.
-            OSError: the Hub has no such repository, or can't be reached.
-            ValueError: as `load`.
-        """
-        op = "KroneckerEstimate.from_pretrained"
-        return KroneckerEstimate.load(hub.fetched(op, source, filename, revision, token))
 
 
 def load_estimate(path: str | os.PathLike[str]) -> FisherEstimate | KroneckerEstimate:

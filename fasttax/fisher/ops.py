@@ -353,7 +353,7 @@ def lm_head_fisher(
         hidden: A, (..., H).
         weight: W, (V, H).
         bias: b, (V,).
-        mask: (...), tokens that count.
+        mask: (...), tokens that count: bool, or 0 and 1 (or packed documents' numbers).
         token_chunk: tokens at a time.
         out: (V, H), accumulated into.
 
@@ -361,7 +361,8 @@ def lm_head_fisher(
         (V, H), summed over the counted tokens.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
+        ValueError, TypeError: a shape, dtype or device does not fit; on a CPU, a mask with labels'
+            -100 or fractions.
 
     Example:
         >>> fisher = fasttax.functional.lm_head_fisher(hidden, head.weight, mask=mask)
@@ -383,8 +384,7 @@ def lm_head_fisher(
     checks.count(op, "token_chunk", token_chunk)
     a = hidden.detach().reshape(-1, hidden.shape[-1])
     if mask is not None:
-        counted = checks.per_token(op, "mask", mask, hidden.shape[:-1], hidden.device)
-        counted = counted.reshape(-1) != 0
+        counted = checks.token_mask(op, mask, hidden.shape[:-1], hidden.device, "").reshape(-1)
         # a row of zeros adds nothing; to leave it out, somebody must count the others
         a = a.masked_fill(~counted[:, None], 0.0) if waits.waits(a) else a[counted]
     result = _result(op, out, tuple(weight.shape), a)

@@ -6,6 +6,7 @@ The KL is made of what the trainer's own forward computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -221,7 +222,7 @@ class FullKL(Handle):
             if _is_of_others(given, batch):
                 self._inputs = batch
             else:
-                self._measure(self._forward(module, given, batch, states, output))
+                self._measure(self._forward(module, given, batch, states, output), given)
             return
         try:
             self._terms.append(
@@ -305,9 +306,10 @@ class FullKL(Handle):
         self.events.record(values, tokens)
         return _Term(scaled, divisor, values[self.kind], tokens)
 
-    def _measure(self, forward: Forward) -> None:
+    def _measure(self, forward: Forward, given: dict[str, Any]) -> None:
         """Takes the KL of an evaluation's forward."""
         assert self._evaluation is not None
+        forward = replace(forward, mask=self._evaluation.own(forward.mask, given))
         tokens = forward.mask.sum()
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             rows = self.policy.rows(forward, False)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from fasttax._base import files
 from fasttax._base.handle import Handle
+from fasttax.integrations._eval_rows import own_tokens
 from fasttax.integrations._trainer import checkpoint_folder, publish, write_state
 from fasttax.integrations.control import AdaptiveKL
 
@@ -32,29 +33,51 @@ class Evaluation:
 
     def __init__(self, handle: Handle, trainer: Any, kind: str) -> None:
         self.trainer, self.kind = trainer, kind
-        self.sums: list[Tensor] | None = None  # (sum, tokens, sequences unknown) while one runs
+        # while one runs: (sum, tokens, those of sequences that are unknown, of rows that are)
+        self.sums: list[Tensor] | None = None
         loop = self._with_kl(trainer.evaluation_loop)
         handle.replace(trainer, "evaluation_loop", loop, "evaluation_loop")
 
     def add(self, kl: Tensor | None, tokens: Tensor) -> None:
         """Takes a batch's sum; None where its sequences are not in the reference's file."""
+        none = 0 * tokens
+        self._add(*((none, none, tokens) if kl is None else (kl, tokens, none)), none)
+
+    def own(self, mask: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """The tokens of a batch's mask without those of rows that Accelerate put in twice."""
+        found = own_tokens(self.trainer.accelerator, mask, given)
+        if found is not None:
+            return found
+        none = 0 * mask.sum()
+        self._add(none, none, none, none + 1)
+        return mask
+
+    def _add(self, *values: Tensor) -> None:
         if self.sums is not None:
-            values = (0 * tokens, 0 * tokens, tokens) if kl is None else (kl, tokens, 0 * tokens)
             self.sums.append(torch.stack([value.float() for value in values]))
 
     def _with_kl(self, loop: Callable[..., Any]) -> Callable[..., Any]:
         def with_kl(*args: Any, **kwargs: Any) -> Any:
-            self.sums = [torch.zeros(3, device=self.trainer.accelerator.device)]
+            accelerator = self.trainer.accelerator
+            self.sums = [torch.zeros(4, device=accelerator.device)]
             try:
                 output, sums = loop(*args, **kwargs), torch.stack(self.sums).sum(0)
             finally:
                 self.sums = None
-            total, tokens, unknown = self.trainer.accelerator.reduce(sums, reduction="sum").tolist()
+            total, tokens, unknown, twice = accelerator.reduce(sums, reduction="sum").tolist()
             if unknown:
                 warnings.warn(
                     "FullKL: the evaluation has sequences that the reference's file has not, so "
                     f"there is no eval_kl/{self.kind}; make the file of both data sets (`fasttax "
                     "kl cache`), or pass evaluate=False",
+                    stacklevel=2,
+                )
+            elif twice:
+                warnings.warn(
+                    "FullKL: the ranks' last batches may hold rows of the first again, and which "
+                    f"can't be told, so there is no eval_kl/{self.kind}; take "
+                    "per_device_eval_batch_size=1 where rows are laid end to end, "
+                    "dispatch_batches=True for an iterable data set, or pass evaluate=False",
                     stacklevel=2,
                 )
             elif tokens:

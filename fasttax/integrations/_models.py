@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fasttax._base import checks
+from fasttax.integrations._fsdp1 import has_fsdp1
 
 if TYPE_CHECKING:
     from fasttax.ewc.ewc import EWC
@@ -39,6 +40,7 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
             "FSDP1's flattened ones",
             "use FSDP2 (fsdp_version=2)",
         )
+    _reshard(model)
     live = {id(p) for p in model.parameters()}
     watched = ewc.hold.watch.held  # base weights under LoRA, too
     strangers = [name for name, p in watched.items() if id(p) not in live]
@@ -68,12 +70,14 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
     return ewc
 
 
-def has_fsdp1(model: nn.Module) -> bool:
-    """Whether a part of it is FSDP1's: who has made one has imported its module."""
+def _reshard(model: nn.Module) -> None:
+    """Puts FSDP2's shards back where an evaluation's forward has left whole parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
-        return False
-    return any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def causal_lm(op: str, argument: str, model: Any) -> Any:

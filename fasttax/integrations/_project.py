@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fasttax._base import checks
+from fasttax._base.gradient import gradient_of
 from fasttax._base.handle import Handle
 from fasttax.ewc.attach import innermost
 from fasttax.integrations._replay import Batches, Options, Replay
@@ -50,8 +51,7 @@ class Asked:
             raise checks.fail(
                 op, "project", f"general text to read, as {EXAMPLE}", project, error=TypeError
             )
-        for key in project:
-            checks.choice(op, "project", key, KEYS)
+        checks.keys(op, "project", project, KEYS)
         count = checks.count(op, "project['directions']", project.get("directions", DIRECTIONS))
         return Asked(op, Batches(op, project["general"], "project['general']"), count)
 
@@ -93,7 +93,7 @@ class Complement:
             if p.grad is not None:
                 p.grad.copy_(value)
             elif bool(value.any()):
-                p.grad = value.to(p.dtype)
+                gradient_of(p).copy_(value)
         return torch.where(before == 0, 0.0, 1 - _norm(vector) / before)
 
 

@@ -36,8 +36,7 @@ class Watched:
         """
         if not isinstance(given, Mapping) or {*KEYS} - {*given}:
             raise checks.fail(op, "log_quadratic", f"as {EXAMPLE}", given, error=TypeError)
-        for key in given:
-            checks.choice(op, "log_quadratic", key, KEYS)
+        checks.keys(op, "log_quadratic", given, KEYS)
         base, batches = given["ref_model"], given["batches"]
         if not isinstance(base, nn.Module):
             name = "log_quadratic['ref_model']"

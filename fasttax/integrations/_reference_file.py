@@ -191,8 +191,8 @@ def in_a_file(
         ValueError: NAME.partial is of other options, of another model or of other sequences.
         OSError: another process is at it, or the disk has no room.
     """
-    target = placed.in_a_folder(job.op, path)
-    folder = target.with_name(f"{target.name}.partial")
+    target = placed.for_file(job.op, path)
+    folder = placed.for_folder(job.op, target.with_name(f"{target.name}.partial"))
     specs = _specs(job)
     with _alone(job.op, folder) as journal:
         _check_room(job.op, folder, specs)

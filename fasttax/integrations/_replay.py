@@ -19,11 +19,12 @@ from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax.fisher import batches
 from fasttax.fisher.task import Task, takes
+from fasttax.integrations._fsdp1 import has_fsdp1
 from fasttax.integrations._heads import logits_of, vocabulary, watched
 from fasttax.integrations._kl_forward import Forward
 from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
 from fasttax.integrations._kl_sums import Asked, Policy
-from fasttax.integrations._models import causal_lm, has_fsdp1
+from fasttax.integrations._models import causal_lm
 from fasttax.integrations._trainer import add_callback, loss_scale, publish
 
 KINDS = ("lm", "kl")
@@ -65,8 +66,7 @@ class Options:
             ValueError, TypeError: a key or a value does not fit.
         """
         given = dict(replay) if isinstance(replay, Mapping) else {"loader": replay}
-        for key in given:
-            checks.choice(op, "replay", key, KEYS)
+        checks.keys(op, "replay", given, KEYS)
         if "loader" not in given:
             raise checks.fail(
                 op,

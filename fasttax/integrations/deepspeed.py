@@ -8,7 +8,6 @@ In transformers' Trainer `fasttax.integrations.transformers.attach(trainer, ewc=
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +16,17 @@ from torch import Tensor
 
 from fasttax._base import checks, dtensor
 from fasttax._base.handle import Handle
-from fasttax._base.packed import Stored
 from fasttax.ewc import ops
 from fasttax.ewc.claims import claim
 from fasttax.ewc.drift import Drift
 from fasttax.ewc.hold import Hold
-from fasttax.ewc.store import encode_for
+from fasttax.integrations._shares import Share, Shares, trainable
 
 if TYPE_CHECKING:
     from fasttax.ewc.ewc import EWC
 
 OP = "deepspeed.attach"
+WAY_OUT = "use ZeRO-2, or FSDP2"
 SHARDED = 3  # the ZeRO stage whose parameters lie scattered over the ranks
 
 
@@ -50,22 +49,23 @@ class UnderDeepSpeed(Handle):
         self.engine, self.ewc = engine, ewc
         self._added = False
         shared = engine.zero_optimization_stage() >= SHARDED
-        self.shards = _Shards(engine, ewc.hold) if shared else None
+        self.shares = _ZeroShares(engine, ewc.hold) if shared else None
         holder = f"{OP}(ZeRO-{engine.zero_optimization_stage()})"
-        self.on_undo(claim(OP, "ewc", holder, ewc.parameters()).release)
-        if self.shards is None:
-            self.replace(engine, "backward", self._backward(engine.backward), "engine.backward")
-        self.replace(engine, "step", self._step(engine.step), "engine.step")
+        with self.or_undone():
+            self.on_undo(claim(OP, "ewc", holder, ewc.parameters()).release)
+            if self.shares is None:
+                self.replace(engine, "backward", self._backward(engine.backward), "engine.backward")
+            self.replace(engine, "step", self._step(engine.step), "engine.step")
 
     def penalty(self) -> Tensor:
         """strength/2 * sum fisher * (theta - anchor)^2, 0-d, without a graph; a collective."""
-        if self.shards is None:
+        if self.shares is None:
             return self.ewc.penalty().detach()
-        return self.shards.penalty()
+        return self.shares.penalty()
 
     def distance(self) -> Drift:
         """As `EWC.distance`; under ZeRO-3 a collective."""
-        return self.ewc.distance() if self.shards is None else self.shards.distance()
+        return self.ewc.distance() if self.shares is None else self.shares.distance()
 
     def _backward(self, backward: Any) -> Any:
         def with_penalty(loss: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,8 +86,8 @@ class UnderDeepSpeed(Handle):
     def _step(self, step: Any) -> Any:
         def with_penalty(*args: Any, **kwargs: Any) -> Any:
             if self.engine.is_gradient_accumulation_boundary():
-                if self.shards is not None:
-                    self.shards.add_grad_()
+                if self.shares is not None:
+                    self.shares.add_grad_()
                 elif not self._added:
                     raise RuntimeError(
                         f"{OP}: engine.step: expected the window's last engine.backward(loss) "
@@ -155,33 +155,39 @@ def attach(engine: Any, ewc: EWC) -> UnderDeepSpeed:
     return UnderDeepSpeed(engine, ewc)
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """This rank's share of a parameter, flat and filled up to a size that all ranks have."""
+@torch.no_grad()
+def penalty(ewc: EWC) -> Tensor:
+    """`ewc.penalty()` without a graph and without an engine's steps, 0-d; a collective.
 
-    name: str
-    theta: Tensor  # the model's own parameter, a placeholder outside its module's forward
-    fisher: Stored
-    anchor: Tensor
+    Of parameters that ZeRO-3 has scattered one after another is whole on a rank.
+
+    Raises:
+        ValueError: LoRA updates or Kronecker factors under ZeRO-3.
+
+    Example:
+        >>> from fasttax.integrations import deepspeed
+        >>> value = deepspeed.penalty(ewc)
+    """
+    hold = ewc.hold
+    if not any(hasattr(p, "ds_id") for p in hold.parameters().values()):
+        return hold.penalty()
+    from deepspeed import zero
+
+    values = []
+    for held in trainable(OP, hold, "ZeRO-3", WAY_OUT):
+        with zero.GatheredParameters([held.theta]):
+            values += [hold.value_of(x) for x in hold.store.stream([[held]])]
+    return torch.stack(values).sum()
 
 
-class _Shards:
+class _ZeroShares(Shares):
     """An EWC's trainable parameters as ZeRO-3 has them: a share of master and gradient each.
 
-    Fisher and anchor are 0 where a share is filled up, so that nothing is added there.
+    Shares are filled up to a size that all ranks have.
     """
 
     def __init__(self, engine: Any, hold: Hold) -> None:
-        if hold.lora or hold.kronecker:
-            raise checks.fail(
-                OP,
-                "ewc",
-                "an EWC of plain parameters and diagonal Fishers under ZeRO-3",
-                "LoRA updates" if hold.lora else "Kronecker factors",
-                "both need whole matrices: use ZeRO-2, or FSDP2",
-            )
-        self.optimizer, self.hold = engine.optimizer, hold
-        held = [h for h in hold.store.held.values() if h.theta.requires_grad]
+        held = trainable(OP, hold, "ZeRO-3", WAY_OUT)
         scattered = [h for h in held if hasattr(h.theta, "ds_id")]
         if len(scattered) != len(held) or not held:
             raise checks.fail(
@@ -191,60 +197,30 @@ class _Shards:
                 f"{len(scattered)} of {len(held)}",
                 "make the EWC before deepspeed.initialize, on the same model",
             )
+        self.optimizer = engine.optimizer
         self.group = held[0].theta.ds_process_group  # type: ignore[attr-defined]
-        self.shards = [
-            _Shard(
-                h.name,
-                h.theta,
-                encode_for(h.theta, _share(h.theta, h.fisher.decode()), hold.storage),
-                _share(h.theta, h.decoded_anchor()),
-            )
-            for h in held
-        ]
+        shares = []
+        for h in held:
+            fisher, anchor = (_share(h.theta, t) for t in (h.fisher.decode(), h.decoded_anchor()))
+            shares.append(Share.of(h, fisher, anchor, hold.storage))
+        super().__init__(hold, shares)
 
     @torch.no_grad()
     def add_grad_(self) -> None:
         """Adds the gradient to this rank's share of the averaged one."""
-        grads = [self.optimizer.get_local_fp32_grad_for_param(s.theta) for s in self.shards]
+        grads = [self.optimizer.get_local_fp32_grad_for_param(s.theta) for s in self.shares]
         grads = [g.contiguous() for g in grads]
         scale = float(self.optimizer.loss_scale)
-        ops.add_grad_(self._masters(), grads, *self._kept(), self.hold.strength, scale)
-        for s, grad in zip(self.shards, grads, strict=True):
+        ops.add_grad_(self.values(), grads, *self.kept(), self.hold.strength, scale)
+        for s, grad in zip(self.shares, grads, strict=True):
             self.optimizer.set_local_grad_for_param(grad, s.theta)
 
-    @torch.no_grad()
-    def penalty(self) -> Tensor:
-        """Over all ranks."""
-        return self._over_ranks(ops.penalty(self._masters(), *self._kept(), self.hold.strength))
+    def values(self) -> list[Tensor]:
+        """The masters."""
+        return [self.optimizer.get_local_fp32_param(s.theta) for s in self.shares]
 
-    @torch.no_grad()
-    def distance(self) -> Drift:
-        """Sum fisher * (theta - anchor)^2 by parameter, over all ranks."""
-        masters, (anchors, fishers, scales) = self._masters(), self._kept()
-        values = [
-            ops.penalty(
-                masters[i : i + 1], anchors[i : i + 1], fishers[i : i + 1], scales[i : i + 1], 2.0
-            )
-            for i in range(len(self.shards))
-        ]
-        found = self._over_ranks(torch.stack(values)).unbind()
-        return Drift({s.name: value for s, value in zip(self.shards, found, strict=True)})
-
-    def _masters(self) -> list[Tensor]:
-        return [self.optimizer.get_local_fp32_param(s.theta) for s in self.shards]
-
-    def _kept(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        device = self._masters()[0].device
-        empty = torch.empty(0, device=device)
-        packed = any(s.fisher.scales is not None for s in self.shards)
-        scales = [empty if s.fisher.scales is None else s.fisher.scales for s in self.shards]
-        return (
-            [s.anchor.to(device) for s in self.shards],
-            [s.fisher.values.to(device) for s in self.shards],
-            [t.to(device) for t in scales] if packed else [],
-        )
-
-    def _over_ranks(self, values: Tensor) -> Tensor:
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """Over ZeRO's ranks."""
         dist.all_reduce(values, group=self.group)
         return values
 

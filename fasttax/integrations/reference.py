@@ -305,7 +305,8 @@ class TopKReference:
         B, T = input_ids.shape
         real = torch.ones(B, T, dtype=torch.bool, device="cpu")
         if attention_mask is not None:
-            real = attention_mask.cpu() != 0
+            op = "TopKReference.rows"
+            real = checks.attention_mask(op, "attention_mask", attention_mask.cpu())
         places = torch.arange(T, device="cpu").expand(B, T)
         if position_ids is not None and position_ids.dim() <= 2:
             places = position_ids.cpu().expand(B, T)

@@ -278,6 +278,8 @@ def _given(op: str, batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise checks.fail(op, argument, "a torch.Tensor", value, way_out, TypeError)
         if value.dim() != 2 or value.shape != given["input_ids"].shape:
             raise checks.fail(op, argument, "shape (N, T), one for both", value)
+    if "attention_mask" in given:
+        checks.attention_mask(op, "a batch's attention_mask", given["attention_mask"])
     return given
 
 

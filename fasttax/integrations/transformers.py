@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from fasttax._base.handle import Handle
 from fasttax._base.hashes import same_weights, weights_hash
 from fasttax.ewc.attach import innermost
 from fasttax.ewc.claims import Claim, claim
+from fasttax.integrations._fsdp1 import FSDP1Shares, has_fsdp1
 from fasttax.integrations._models import on_model
 
 try:
@@ -54,6 +56,11 @@ if TYPE_CHECKING:
     from fasttax.ewc.ewc import EWC
 
 WHERE = ("pre_clip", "post_clip")
+KL_NEEDS = {
+    "ref_model": "the model that the KL is to (None: the trainer's own reference, or the model "
+    "without its adapter)",
+    "beta": "its coefficient, 0.1 to begin with, or an AdaptiveKL(target=0.05)",
+}
 STATE_FILE = "fasttax_ewc.json"
 
 
@@ -67,7 +74,8 @@ class EWCCallback(TrainerCallback):
     Args:
         ewc: an `fasttax.EWC` over parameters of the model being trained (under PEFT: of the wrapped
             model). Where FSDP2 puts sharded parameters in their place it is made anew on those,
-            with the same Fisher, anchor and strength.
+            with the same Fisher, anchor and strength; where FSDP1 has cut them (`use_orig_params`)
+            each rank takes its share of both.
         where: "pre_clip": part of the gradient that is clipped and of grad_norm; p.grad of the held
             parameters then exists from the step's begin on. "post_clip": added after clipping, so
             that clipping never weakens it.
@@ -77,8 +85,8 @@ class EWCCallback(TrainerCallback):
 
     Raises:
         TypeError, ValueError: when made; or as training begins, where the penalty would be lost:
-            DeepSpeed without `attach`, FSDP1 (flattens parameters), parameters that are not the
-            model's or all frozen, a checkpoint made with another anchor.
+            DeepSpeed without `attach`, LoRA or Kronecker factors under FSDP1, parameters that are
+            not the model's or all frozen, a checkpoint made with another anchor.
         RuntimeError: a step was made without the events that the gradient hangs on.
 
     Example:
@@ -96,9 +104,11 @@ class EWCCallback(TrainerCallback):
         self.where = checks.choice(op, "where", where, WHERE)
         self._primed = False
         self._seen = False  # the events of the step that is being made
+        self._logged: dict[str, float] = {}  # of the evaluation that is being logged
         self._claim: Claim | None = None
         self.trainer: Any = None  # that `attach` was given
         self._steps: Handle | None = None  # on DeepSpeed's engine, or PPO's optimizer
+        self._shares: FSDP1Shares | None = None
 
     # --- the gradient -----------------------------------------------------------------------------
 
@@ -111,7 +121,7 @@ class EWCCallback(TrainerCallback):
         self._seen = True
         if self.where == "pre_clip" and not self._primed and self._steps is None:
             device = next(iter(self.ewc.parameters().values())).device
-            self.ewc.add_grad_(loss_scale(kwargs.get("optimizer"), device))
+            self._held.add_grad_(loss_scale(kwargs.get("optimizer"), device))
             self._primed = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -121,7 +131,7 @@ class EWCCallback(TrainerCallback):
         """
         self._primed = False
         if self.where == "post_clip" and self._steps is None:
-            self.ewc.add_grad_()
+            self._held.add_grad_()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sees that the step had the events that the gradient is added at.
@@ -152,7 +162,7 @@ class EWCCallback(TrainerCallback):
         self._primed = self._seen = False
         engine = self._engine() if under_deepspeed(args, optimizer) else None
         if model is not None:
-            self.ewc = on_model("EWCCallback", self.ewc, model)
+            self._look_at(model)
         self.release()
         if engine is not None:
             self._steps = deepspeed.attach(engine, self.ewc)
@@ -176,6 +186,19 @@ class EWCCallback(TrainerCallback):
             self._steps.undo()
         self._claim = self._steps = None
 
+    @property
+    def _held(self) -> EWC | FSDP1Shares:
+        """What the penalty is of."""
+        return self.ewc if self._shares is None else self._shares
+
+    def _look_at(self, model: Any) -> None:
+        """Finds the parameters that are trained, as whatever wraps the model has them."""
+        self._shares = None
+        if has_fsdp1(model):
+            self._shares = FSDP1Shares("EWCCallback", self.ewc.hold, model)
+        else:
+            self.ewc = on_model("EWCCallback", self.ewc, model)
+
     def _engine(self) -> Any:
         """DeepSpeed's, which the trainer that `attach` was given has made by now."""
         if self.trainer is None:
@@ -198,11 +221,12 @@ class EWCCallback(TrainerCallback):
         if logs is None:
             return
         if _of_training(logs):
-            held = self._steps if isinstance(self._steps, deepspeed.UnderDeepSpeed) else self.ewc
+            held = self._steps if isinstance(self._steps, deepspeed.UnderDeepSpeed) else self._held
             penalty, distance = held.penalty().detach(), held.distance().total
             publish(state, logs, {"ewc/penalty": penalty, "ewc/distance": distance})
         elif prefix := _of_evaluation(logs):
-            publish(state, logs, self._evaluated(args, prefix, kwargs.get("model")))
+            self._logged = self._evaluated(args, prefix, kwargs.get("model"))
+            publish(state, logs, self._logged)
 
     def on_evaluate(
         self,
@@ -212,22 +236,30 @@ class EWCCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds `eval_ewc/penalty` to what `evaluate()` returns."""
+        """Adds `eval_ewc/penalty`, as it was logged, to what `evaluate()` returns."""
         if metrics is not None and (prefix := _of_evaluation(metrics)):
-            metrics.update(self._evaluated(args, prefix, kwargs.get("model")))
+            key = f"{prefix}_ewc/penalty"
+            known = key in self._logged
+            metrics.update(
+                self._logged if known else self._evaluated(args, prefix, kwargs.get("model"))
+            )
+        self._logged = {}
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation has begun: what is known is of another."""
+        self._logged = {}
 
     def _evaluated(self, args: Any, prefix: str, model: Any) -> dict[str, float]:
-        """The penalty under an evaluation's name; none of parameters that DeepSpeed has scattered.
-
-        Its engine has them whole while it trains.
-        """
+        """The penalty under an evaluation's name; over sharded parameters a collective."""
         if isinstance(self._steps, deepspeed.UnderDeepSpeed):
-            return {f"{prefix}_ewc/penalty": float(self._steps.penalty().detach())}
-        if under_deepspeed(args, None):
-            return {}
-        if model is not None:
-            self.ewc = on_model("EWCCallback", self.ewc, model)
-        return {f"{prefix}_ewc/penalty": float(self.ewc.penalty().detach())}
+            value = self._steps.penalty()
+        elif under_deepspeed(args, None):
+            value = deepspeed.penalty(self.ewc)
+        else:
+            if model is not None and self._shares is None:
+                self._look_at(model)
+            value = self._held.penalty()
+        return {f"{prefix}_ewc/penalty": float(value.detach())}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the anchor's hash beside the checkpoint, for `on_train_begin` to compare."""
@@ -330,21 +362,18 @@ def attach(
     asked = None if project is None else Asked.of(op, project)
     watched = None if log_quadratic is None else Watched.of(op, log_quadratic)
     handle = Handle()
-    try:
+    with handle.or_undone():
         if asked is not None:
             add_project(handle, trainer, asked)
         if kl is not None:
-            handle.on_undo(FullKL(trainer, **arguments).undo)
+            handle.put(partial(FullKL, trainer, **arguments))
         if options is not None:
             add_replay(handle, trainer, options)
         if watched is not None:
             add_quadratic_log(handle, trainer, watched)
-    except BaseException:
-        handle.undo()
-        raise
-    if callback is not None:
-        handle.on_undo(callback.release)
-        add_callback(handle, trainer, callback)
+        if callback is not None:
+            handle.on_undo(callback.release)
+            add_callback(handle, trainer, callback)
     return handle
 
 
@@ -375,7 +404,8 @@ def _kl_arguments(op: str, kl: Any) -> dict[str, Any]:
         )
     names = tuple(inspect.signature(FullKL).parameters)[1:]
     accepted = tuple(name for name in names if name != "replay")  # attach has it itself
-    return {checks.choice(op, "kl", name, accepted): value for name, value in kl.items()}
+    checks.keys(op, "kl", kl, accepted, KL_NEEDS)
+    return dict(kl)
 
 
 def _of_training(logs: Mapping[str, Any]) -> bool:

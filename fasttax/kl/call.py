@@ -181,31 +181,20 @@ def _with_contiguous_rows(logits: Tensor) -> Tensor:
 
 
 def check_mask(
-    op: str, mask: Tensor | None, shape: torch.Size, device: torch.device
+    op: str,
+    mask: Tensor | None,
+    shape: torch.Size,
+    device: torch.device,
+    weight: str = "weight",
 ) -> Tensor | None:
-    """The mask as bool of the tokens' `shape`: 0 leaves out, packed documents' numbers are in.
+    """The mask as bool of the tokens' `shape`; the op calls factors of tokens `weight`.
 
     Raises:
-        TypeError, ValueError: it is no tensor of that shape; on a CPU, where a look is no sync, it
-            has labels' -100 or fractions.
+        TypeError, ValueError: as `checks.token_mask`.
     """
     if mask is None:
         return None
-    given = checks.per_token(op, "mask", mask, shape, device)
-    counts = (given if given.dtype == torch.bool else given != 0).contiguous()
-    if given.dtype != torch.bool and checks.has_values(given):
-        whole = given >= 0
-        if given.is_floating_point():
-            whole &= given == given.floor()
-        if not bool(whole.all()):
-            raise checks.fail(
-                op,
-                "mask",
-                "bool, or 0 and 1",
-                f"a value of {given[~whole][0].item():g}",
-                "of labels pass mask=labels != -100; factors are weight=",
-            )
-    return counts
+    return checks.token_mask(op, mask, shape, device, f"factors are {weight}=")
 
 
 def check_ids(op: str, ids: Any, like: str, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -217,7 +217,7 @@ def linear_token_kl(
             "policy and reference must share one tokenizer",
         )
     checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden)
-    mask = check_mask(op, mask, shape, hidden.device)
+    mask = check_mask(op, mask, shape, hidden.device, "token_weight")
     w = weighing(op, mask, token_weight, reduction, scale, hidden, "token_weight")
     flat_mask = given(mask, lambda mask: mask.reshape(-1))
     tokens = _hidden_under(flat_mask, tokens, weight, tp_group)
@@ -302,7 +302,7 @@ def linear_token_logprobs(
     _check_chunks(op, token_chunk, vocab_chunk, grad_mode, tp_group)
     tokens = _tokens(op, "", hidden, weight, bias)
     names = check_outputs(op, outputs, ids, None)
-    mask = check_mask(op, mask, hidden.shape[:-1], hidden.device)
+    mask = check_mask(op, mask, hidden.shape[:-1], hidden.device, "token_weight")
     w = weighing(op, mask, token_weight, reduction, scale, hidden, "token_weight")
     ids = check_ids(op, ids, "hidden", hidden, mask).reshape(-1)
     if tp_group is None:

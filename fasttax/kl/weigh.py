@@ -186,14 +186,17 @@ class _Weighed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.call = call
-        ctx.save_for_backward(*values)
+        mask, weight, *options = call.rest
+        ctx.call = replace(call, rest=tuple(options))
+        # not beside the call: autograd sees that one was written into before the backward
+        ctx.save_for_backward(mask, weight, *values)
         given = [value.contiguous() for value in values]
         return tuple(torch.ops.fasttax.weigh_tokens(given, call.outputs, call.pair, *call.rest))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        call, values = ctx.call, ctx.saved_tensors
+        mask, weight, *values = ctx.saved_tensors
+        call = replace(ctx.call, rest=(mask, weight, *ctx.call.rest))
         which = [i for i, grad in enumerate(grads) if grad is not None]
         given = [grad for grad in grads if grad is not None]
         if not given:

@@ -54,7 +54,7 @@ class Output:
         names_of = self.like.files
         if len(names_of) == 1:
             names_of = {WEIGHTS: [*self.like]}
-        with placed.folder(self.path) as temporary:
+        with placed.folder("merge", self.path) as temporary:
             size = sum(
                 self._write_file(temporary / file, names, merged)
                 for file, names in names_of.items()
@@ -121,7 +121,7 @@ def _check_new(op: str, path: Path) -> None:
     """An error where `path` is there already, or its folder is not."""
     if path.exists():
         raise FileExistsError(f"{op}: output: {path} is there already; delete it or choose another")
-    placed.in_a_folder(f"{op}: output", path)
+    placed.for_file(f"{op}: output", path)
 
 
 def write(

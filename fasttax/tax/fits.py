@@ -185,8 +185,8 @@ def fit_power_law(
             it may have.
 
     Raises:
-        ValueError: fewer than 3 points with x > 0, fewer than 2 different x, or values that are
-            negative (x) or not finite.
+        ValueError: fewer than 3 points with x > 0, fewer than 2 different x, values that are
+            negative (x) or not finite, or y that is 0 at all points.
         ModuleNotFoundError: scipy is not installed.
 
     Example:
@@ -198,6 +198,9 @@ def fit_power_law(
     op = "fit_power_law"
     confidence = confidence_of(op, confidence)
     points, noise = points_of(op, x, y, x_name, y_name, runs, shared)
+    if not any(q for _, q in points):
+        expected, got = "another value than 0", f"{len(points)} times 0, which any exponent fits"
+        raise checks.fail(op, y_name, expected, got, "measure it on more items")
     return _fitted(points, noise, confidence, x_name, y_name)
 
 

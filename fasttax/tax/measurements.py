@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -365,7 +366,7 @@ class Measurements:
 
         `kept` is the ratio of capability after it and before it (before and after, of a loss): if
         each stage takes a like share of what is left, the shares multiply. Raises ValueError for
-        capabilities that are not positive.
+        capabilities that are not positive, and for a stage that comes again after another.
         """
         mine = self.of(run)
         seeds = dict.fromkeys(c.seed for c in mine)
@@ -374,7 +375,16 @@ class Measurements:
                 names = ", ".join(map(repr, seeds))
                 raise checks.fail("TaxReport.compounding", "seed", f"one of {names}", seed)
             mine = [c for c in mine if c.seed == seed]
+        order = [name for name, _ in itertools.groupby(c.stage for c in mine)]
         last = {c.stage: c for c in mine}
+        if len(order) > len(last):
+            raise checks.fail(
+                "TaxReport.compounding",
+                "stage",
+                "a stage's checkpoints one after another, in the order of training",
+                " -> ".join(map(repr, order)),
+                "name a stage that comes again anew, such as 'sft-2'",
+            )
         stages, before, so_far = [], self.base, 1.0
         for name, c in last.items():
             kept = self._kept(before, c)

@@ -193,6 +193,46 @@ def test_adamw_and_attach_pull_the_factors_back() -> None:
                 refused()
 
 
+@pytest.mark.parametrize("uphill", [False, True])
+@pytest.mark.parametrize("how", ["AdamWEWC", "attach"])
+def test_factors_in_groups_of_their_own(how: str, uphill: bool) -> None:
+    """LoRA+ gives B another learning rate: both factors' gradients are of the step's beginning."""
+    ends, penalties = [], []
+    for held in (True, False):
+        torch.manual_seed(0)
+        _, model = adapted()
+        model.double()
+        fisher = base_fisher(model)
+        ewc = EWC(model, fisher, strength=10.0)
+        factors = [[p for n, p in model.named_parameters() if f"lora_{x}" in n] for x in "AB"]
+        groups = [
+            {"params": factors[0], "lr": 1e-2, "maximize": uphill},
+            {"params": factors[1], "lr": 16e-2},
+        ]
+        optimizer: Any = torch.optim.AdamW(groups)
+        if held and how == "AdamWEWC":
+            optimizer = AdamWEWC(groups, ewc=ewc)
+        handle = ewc.attach(optimizer) if held and how == "attach" else None
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = torch.stack([p.square().sum() for p in factors[0] + factors[1]]).sum()
+            value = ewc.penalty()
+            if held:
+                loss.backward()
+            else:
+                (loss + value).backward()
+                for p in factors[0] if uphill else []:
+                    p.grad = 2 * p.detach() - (p.grad - 2 * p.detach())
+            optimizer.step()
+            if held:
+                got = optimizer.penalty if handle is None else handle.penalty
+                assert float(got) == pytest.approx(float(value), rel=1e-12)
+        ends.append([p.detach() for part in factors for p in part])
+        penalties.append(float(ewc.penalty()))
+    torch.testing.assert_close(*ends, rtol=1e-10, atol=0)
+    assert penalties[0] == pytest.approx(penalties[1], rel=1e-10)
+
+
 def test_consolidate_save_load_and_combine(tmp_path: Path) -> None:
     _, model = adapted(adapters=2)
     fisher = base_fisher(model)

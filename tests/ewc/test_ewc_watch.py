@@ -86,6 +86,18 @@ def test_a_parameter_that_is_no_longer_the_models_is_named(
         USES[use](ewc, model)
 
 
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("which", ["model.embed_tokens", "lm_head"])
+def test_a_tied_weight_that_comes_apart_is_named(which: str, used_before: bool) -> None:
+    model = causal_lm("llama", tie_word_embeddings=True)
+    ewc = EWC(model, {"lm_head.weight": torch.ones_like(model.lm_head.weight)}, strength=2.0)
+    if used_before:
+        ewc.penalty()
+    model.get_submodule(which).weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match=rf"{which}\.weight"):
+        ewc.penalty()
+
+
 @pytest.mark.parametrize("how", ["attach", "AdamWEWC"])
 def test_a_change_between_steps_is_seen_at_the_next(how: str) -> None:
     model = net()

@@ -119,6 +119,74 @@ def test_beside_ewc() -> None:
     )
 
 
+@pytest.mark.parametrize("mask_first", [False, True])
+def test_the_last_word_is_the_masks(mask_first: bool) -> None:
+    """EWC's proximal step comes after the optimizer's, too."""
+    model = net()
+    ewc = EWC(model, fisher(model), strength=1.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    mask = FisherMask(model, fisher(model), share=0.2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    if mask_first:
+        mask.attach(optimizer)
+    ewc.attach(optimizer, mode="prox")
+    if not mask_first:
+        mask.attach(optimizer)
+    train(model, optimizer)
+    for n, p in model.named_parameters():
+        assert torch.equal(p[mask.masks[n]], before[n][mask.masks[n]])
+
+
+class Wrapped:
+    """As Accelerate's AcceleratedOptimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+
+def test_a_wrapped_optimizer_is_unwrapped() -> None:
+    model = net()
+    mask = FisherMask(model, fisher(model), share=0.2)
+    optimizer: Any = Wrapped(torch.optim.SGD(model.parameters(), 0.1))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with mask.attach(optimizer):
+        train(model, optimizer)
+    for n, p in model.named_parameters():
+        assert torch.equal(p[mask.masks[n]], before[n][mask.masks[n]])
+    with pytest.raises(TypeError, match=r"FisherMask\.attach: optimizer"):
+        mask.attach(model)
+
+
+def test_a_group_that_is_added_later_is_masked() -> None:
+    model = net()
+    first, *rest = model.parameters()
+    mask = FisherMask(model, fisher(model), share=0.2)
+    optimizer = torch.optim.SGD([first], 0.1)
+    mask.attach(optimizer)
+    optimizer.add_param_group({"params": rest})
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, optimizer)
+    for n, p in model.named_parameters():
+        assert torch.equal(p[mask.masks[n]], before[n][mask.masks[n]])
+
+
+def test_a_parameter_that_is_no_longer_the_models_is_named() -> None:
+    model: Any = net()
+    mask = FisherMask(model, fisher(model), share=0.2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    mask.attach(optimizer)
+    train(model, optimizer)
+    model[2] = nn.Linear(8, 3)
+    for use in (lambda: train(model, optimizer), lambda: mask.attach(optimizer)):
+        with pytest.raises(ValueError, match=r"2\.weight.*make the mask anew"):
+            use()
+
+
 def test_refuses() -> None:
     model = net()
     values = fisher(model)

@@ -141,6 +141,29 @@ def test_attach(mode: Any, soak: bool) -> None:
     everywhere(work, check, soak)
 
 
+@pytest.mark.parametrize("what", ["grad", "prox", "backward", "mask"])
+def test_attaching(what: str) -> None:
+    """At every call of what puts the hooks there."""
+    model = TokenModel()
+    fisher = {n: torch.rand_like(p) for n, p in model.named_parameters()}
+    ewc, optimizer = EWC(model, fisher, strength=1.0), torch.optim.SGD(model.parameters(), lr=0.1)
+    mask = fasttax.FisherMask(model, fisher, share=0.5)
+    before = hooks(model, optimizer)
+
+    def work() -> None:
+        if what == "backward":
+            ewc.during_backward().remove()
+        elif what == "mask":
+            mask.attach(optimizer).remove()
+        else:
+            ewc.attach(optimizer, mode=what).remove()
+
+    for at in range(1, failing(work, at=0) + 1):
+        failing(work, at)
+        assert hooks(model, optimizer) == before, at
+    work()  # nobody else has the parameters
+
+
 def test_adamw(soak: bool) -> None:
     """A step that failed before the kernel can be made again, to the same bits."""
     fisher = {n: torch.rand_like(p) for n, p in TokenModel().named_parameters()}

@@ -162,11 +162,11 @@ def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
     others = [tmp_path / f".g.{'0' * 16}.partial", tmp_path / ".f.partial"]
     for other in others:
         other.write_text("another's")
-    with placed.file(path) as mine:
+    with placed.file("op", path) as mine:
         assert not dead.exists()
         assert not folder.exists()
         mine.write_text("first")
-        with placed.file(path) as second:
+        with placed.file("op", path) as second:
             second.write_text("second")
         assert mine.read_text() == "first"
     assert path.read_text() == "first"

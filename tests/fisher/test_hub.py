@@ -176,6 +176,10 @@ def test_what_is_refused_says_the_way_out(
         fisher.push_to_hub("not a name")
     with pytest.raises(ValueError, match="filename: expected a name in the repository"):
         fisher.push_to_hub("me/x", filename="../x.safetensors")
+    with pytest.raises(
+        ValueError, match=r"KroneckerEstimate\.push_to_hub: sharded: expected False"
+    ):
+        factored().push_to_hub("me/x", sharded=True)
     hub.token = None
     with pytest.raises(ValueError, match=r"token: .* got none; run `hf auth login`, set HF_TOKEN"):
         fisher.push_to_hub("me/x")

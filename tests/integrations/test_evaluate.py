@@ -165,6 +165,32 @@ def test_evaluate_has_the_penalty(by: str, tmp_path: Path) -> None:
     assert of.state.log_history[-1]["eval_ewc/penalty"] == pytest.approx(penalty, rel=1e-6)
 
 
+def test_the_penalty_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the log and for what `evaluate()` returns; anew at the next evaluation."""
+    of = trainer(tmp_path)
+    ones = {n: torch.ones_like(p) for n, p in of.model.named_parameters()}
+    ewc = fasttax.EWC(of.model, ones, strength=2.0)
+    own, calls = fasttax.EWC.penalty, []
+
+    def counted(self: fasttax.EWC) -> Tensor:
+        calls.append(self)
+        return own(self)
+
+    monkeypatch.setattr(fasttax.EWC, "penalty", counted)
+    with attach(of, ewc=ewc):
+        for times in (1, 2):
+            with torch.no_grad():
+                of.model.lm_head.weight.add_(0.1)
+            found = of.evaluate()
+            assert len(calls) == times
+            assert found["eval_ewc/penalty"] == float(own(ewc).detach())
+        of.log({"eval_loss": 1.0})  # not an evaluation's
+        assert len(calls) == 3
+        with torch.no_grad():
+            of.model.lm_head.weight.add_(0.1)
+        assert of.evaluate()["eval_ewc/penalty"] == float(own(ewc).detach())
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "kto"])
 def test_trls_losses_that_call_more_than_the_policy(name: str, tmp_path: Path) -> None:
     """DPO calls its reference, KTO the policy on mismatched pairs before the batch's own.

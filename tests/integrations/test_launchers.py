@@ -17,6 +17,12 @@ from torch import Tensor
 from tests.tools import launched
 
 ROUNDING = 2e-6  # four steps of gradients that are summed in another order
+KEYS = {
+    "ewc": ("ewc/penalty", "ewc/distance"),
+    "kl": ("kl/policy_ref",),
+    "replay-lm": ("replay/lm",),
+    "replay-kl": ("replay/kl",),
+}
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
@@ -26,9 +32,12 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What one process has, by what is attached."""
     folder = tmp_path_factory.mktemp("alone")
-    return {
-        what: launched.trained(folder, list(what)) for what in (("ewc",), ("ewc", "kl"), ("none",))
-    }
+    replays, evaluated = (
+        (("replay-lm",), ("replay-kl",)),
+        (("ewc", "kl", "evaluate"), ("ewc", "evaluate")),
+    )
+    runs = (("ewc",), ("ewc", "kl"), ("none",), *replays, *evaluated)
+    return {what: launched.trained(folder, list(what)) for what in runs}
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -42,6 +51,11 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     [
         ("DDP", ("ewc", "kl"), 29611),
         ("FSDP2", ("ewc", "kl"), 29612),
+        ("FSDP1", ("ewc", "kl"), 29620),
+        ("DDP", ("replay-lm",), 29616),
+        ("FSDP2", ("replay-lm",), 29617),
+        ("DDP", ("replay-kl",), 29618),
+        ("FSDP2", ("replay-kl",), 29619),
         pytest.param("ZeRO-1", ("ewc", "kl"), 29613, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-2", ("ewc", "kl"), 29614, marks=NEEDS_DEEPSPEED),
         pytest.param("ZeRO-3", ("ewc",), 29615, marks=NEEDS_DEEPSPEED),
@@ -55,17 +69,46 @@ def test_is_one_process(
     weights, log = alone[what]
     assert difference(torch.load(tmp_path / "out.pt"), weights) <= ROUNDING
     assert difference(weights, alone[("none",)][0]) > 1e3 * ROUNDING
-    keys = ("ewc/penalty", "ewc/distance", "kl/policy_ref")[: 3 if "kl" in what else 2]
+    keys = [key for name in what for key in KEYS[name]]
     for mine, own in zip(found["log"], log, strict=True):
-        for key in keys:
+        assert mine.keys() == own.keys()
+        for key in own.keys() & set(keys):  # replay's are at its own steps
             assert mine[key] == pytest.approx(own[key], rel=1e-4), key
+    assert all(any(key in entry for entry in log) for key in keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "what", "port"),
+    [
+        ("DDP", ("ewc", "kl"), 29631),
+        ("DDP", ("ewc", "kl", "dispatch"), 29632),
+        ("FSDP2", ("ewc", "kl"), 29633),
+        ("FSDP1", ("ewc", "kl"), 29637),
+        pytest.param("ZeRO-1", ("ewc", "kl"), 29634, marks=NEEDS_DEEPSPEED),
+        pytest.param("ZeRO-2", ("ewc", "kl"), 29635, marks=NEEDS_DEEPSPEED),
+        pytest.param("ZeRO-3", ("ewc",), 29636, marks=NEEDS_DEEPSPEED),
+    ],
+)
+def test_evaluations_are_one_process(
+    name: str, what: tuple[str, ...], port: int, alone: Any, tmp_path: Path
+) -> None:
+    """Between the steps and behind them, of rows that Accelerate fills up with the first again."""
+    found = launched.launch(name, [*what, "evaluate"], tmp_path, port)["log"]
+    count = 2 if "kl" in what else 1
+    run = (*what[:count], "evaluate")
+    log = alone[run][1]
+    keys = ("eval_ewc/penalty", "eval_kl/policy_ref")[:count]
+    assert len(found) == len(log) == 4
+    for mine, own in zip(found, log, strict=True):
+        for key in keys:
+            assert mine[key] == pytest.approx(own[key], rel=2e-5), key
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "what", "port", "said"),
     [
-        ("FSDP1", "ewc", 29621, "FSDP1's flattened ones; use FSDP2 (fsdp_version=2)"),
         pytest.param("ZeRO-3", "kl", 29622, "use ZeRO-2 (zero_stage: 2)", marks=NEEDS_DEEPSPEED),
         pytest.param(
             "ZeRO-2", "callback", 29623, "use attach(trainer, ewc=ewc)", marks=NEEDS_DEEPSPEED

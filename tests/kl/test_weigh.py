@@ -193,6 +193,19 @@ def test_second_derivatives_of_a_sweep_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("ops")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("written", ["mask", "weight"])
+def test_what_is_written_into_before_the_backward_is_seen(written: str, reduction: str) -> None:
+    """A buffer of masks that the next batch fills, say."""
+    given = {"mask": MASK.clone(), "weight": torch.rand(2, 5, dtype=torch.float64)}
+    logp, ref_logp = torch.randn(2, 2, 5, dtype=torch.float64)
+    k3 = fasttax.kl_estimate(logp.requires_grad_(), ref_logp, reduction=reduction, **given)
+    given[written].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        k3.sum().backward()
+
+
+@pytest.mark.usefixtures("ops")
 def test_batched_gradients() -> None:
     """torch.func.vmap over a backward."""
     x, y = logits()

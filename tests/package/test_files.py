@@ -68,7 +68,7 @@ def test_an_interrupted_write_leaves_the_old_file(error: Any, tmp_path: Path) ->
     path.write_text("old")
 
     def write() -> None:
-        with placed.file(path) as temporary:
+        with placed.file("op", path) as temporary:
             temporary.write_text("half")
             raise error
 

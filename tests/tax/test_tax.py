@@ -116,6 +116,7 @@ def test_an_exponent_without_an_end_is_open() -> None:
         ([1, 2, -3], [1, 2, 3], ">= 0"),
         ([1, 2, 3], [1, 2, math.nan], "finite"),
         ([1, 2, 3], [1, 2], "3 values"),
+        ([0, 1, 2, 3], [9, 0, 0, -0.0], "3 times 0"),
     ],
 )
 def test_what_has_no_law(x: list[float], y: list[float], says: str) -> None:
@@ -219,6 +220,24 @@ def test_stages_multiply() -> None:
     with pytest.raises(ValueError, match="positive"):
         negative.compounding("r")
     assert "positive" in str(negative)
+
+
+def test_a_stage_that_comes_again_is_another() -> None:
+    again = TaxReport(0.6, 0.3)
+    for name, stage, able in (("a", "sft", 0.58), ("b", "dpo", 0.57), ("c", "sft", 0.56)):
+        again.add(name, able, 0.4, run="r", stage=stage)
+    with pytest.raises(ValueError, match="'sft' -> 'dpo' -> 'sft'; name a stage"):
+        again.compounding("r")
+    assert "name a stage that comes again anew" in str(again)
+
+
+def test_a_report_without_any_tax_is_written(tmp_path: Path) -> None:
+    none = TaxReport(0.6, 0.3)
+    for step in (1, 2, 3, 4):
+        none.add(f"step {step}", 0.6, 0.3 + 0.1 * step, kl=0.1 * step, step=step)
+    assert "4 times 0" in str(none)
+    assert TaxReport.load(none.save(tmp_path / "tax.json")).as_dict() == none.as_dict()
+    assert "4 times 0" in none.html(tmp_path / "tax.html").read_text()
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

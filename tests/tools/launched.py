@@ -2,8 +2,11 @@
 
 Four steps of transformers' Trainer with EWC and the exact KL, or the reason why they are refused.
 
-WHAT is "ewc" and "kl"; "callback" for an EWCCallback among the trainer's callbacks; "gpus" to have
-Accelerate take gloo on CPUs for a GPU's backend, without which it has no FSDP.
+WHAT is "ewc" and "kl"; "replay-lm" and "replay-kl"; "callback" for an EWCCallback among the
+trainer's callbacks; "evaluate" for evaluations of seven rows between the steps and behind them,
+"dispatch" for batches that rank 0 reads for all; "gpus" to have Accelerate take gloo on CPUs for a
+GPU's backend, without which it has no FSDP; "cpus" to say that there is no GPU, without which it
+has no DDP on gloo.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -31,6 +35,7 @@ from tests.tools import tiny_lm
 
 STRENGTH, BETA = 20.0, 0.3
 RANKS = 2
+EVALUATED = 7  # rows, two a batch: the last rank's last batch has one, and one of the first again
 OURS = ("attach:", "EWCCallback:", "FullKL:", "EWC:", "deepspeed.attach:")  # how refusals begin
 
 # --- the launchers --------------------------------------------------------------------------------
@@ -65,7 +70,7 @@ def _fsdp(version: int) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "DDP": {"distributed_type": "MULTI_CPU", "use_cpu": True},
+    "DDP": {"distributed_type": "MULTI_GPU"},  # of MULTI_CPU it makes one process on one machine
     "FSDP1": _fsdp(1),
     "FSDP2": _fsdp(2),
     "ZeRO-1": _deepspeed(1),
@@ -78,7 +83,7 @@ def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any
     """Runs this module under `accelerate launch` and returns what rank 0 wrote.
 
     Raises:
-        RuntimeError: it wrote nothing; with what it said.
+        RuntimeError: it wrote nothing, or did not run on all ranks; with what it said.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, out = folder / "accelerate.json", folder / "out.json"
@@ -86,7 +91,7 @@ def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any
     shared |= {"main_process_port": port, "mixed_precision": "no", "debug": False}
     shared["use_cpu"] = False
     config.write_text(json.dumps({**shared, **CONFIGS[name]}))
-    words = [*what, "gpus"] if name.startswith("FSDP") else what
+    words = [*what, *{"FSDP": ["gpus"], "DDP": ["cpus"]}.get(name.rstrip("12"), [])]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["-m", "tests.tools.launched", str(out), *words]
     settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
@@ -96,6 +101,8 @@ def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any
     if not out.is_file():
         raise RuntimeError(f"{name}: {ran.stdout[-2000:]}\n{ran.stderr[-6000:]}")
     found: dict[str, Any] = json.loads(out.read_text())
+    if found["kind"] == "NO" or found["ranks"] != RANKS:  # it has each rank train by itself
+        raise RuntimeError(f"{name}: {found['ranks']} {found['kind']}: {ran.stderr[-6000:]}")
     return found
 
 
@@ -105,8 +112,11 @@ def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Rows of which the first 1 to 5 tokens do not count."""
 
+    def __init__(self, rows: int = 16) -> None:
+        self.rows = rows
+
     def __len__(self) -> int:
-        return 16
+        return self.rows
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         ids = tiny_lm.ids()[i]
@@ -156,7 +166,26 @@ def trainer(folder: Path, **changes: Any) -> Trainer:
     }
     callbacks = changes.pop("callbacks", None)
     args = TrainingArguments(**{**options, **changes})
-    return Trainer(tiny_lm.model(), args, train_dataset=Rows(), callbacks=callbacks)
+    return Trainer(
+        tiny_lm.model(),
+        args,
+        train_dataset=Rows(),
+        eval_dataset=Rows(EVALUATED),
+        callbacks=callbacks,
+    )
+
+
+def replayed() -> list[dict[str, Tensor]]:
+    """General text: two rows a step of all ranks together, the second half as long."""
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    mine = slice(rank * RANKS // ranks, (rank + 1) * RANKS // ranks)
+    batches = []
+    for i in range(3):
+        ids = tiny_lm.ids()[RANKS * i : RANKS * (i + 1)].flip(-1)
+        counts = torch.ones_like(ids)
+        counts[1, ids.shape[1] // 2 :] = 0
+        batches.append({"input_ids": ids[mine], "attention_mask": counts[mine]})
+    return batches
 
 
 def whole(made: Any) -> dict[str, Tensor]:
@@ -176,13 +205,22 @@ def whole(made: Any) -> dict[str, Tensor]:
 
 
 def trained(folder: Path, what: list[str]) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """The weights and the log after four steps."""
-    made = trainer(folder, use_cpu="WORLD_SIZE" not in os.environ)
+    """The weights, and the log of four steps; with the evaluations' last what is returned."""
+    changes: dict[str, Any] = {"use_cpu": "cpus" in what or "WORLD_SIZE" not in os.environ}
+    if "evaluate" in what:
+        changes |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    if "dispatch" in what:
+        changes["accelerator_config"] = {"dispatch_batches": True}
+    made = trainer(folder, **changes)
     options: dict[str, Any] = {}
     if "kl" in what:
         options["kl"] = {"ref_model": tiny_lm.model(1), "beta": BETA}
     with gathered(list(made.model.parameters())):
         ewc = held(made.model)
+    for kind in ("lm", "kl"):
+        if f"replay-{kind}" in what:
+            options["replay"] = {"loader": replayed(), "kind": kind, "weight": 5.0}
+            options["replay"] |= {"every": 2} if kind == "lm" else {"ref_model": tiny_lm.model(1)}
     if "callback" in what:
         made.add_callback(EWCCallback(ewc))
     if "ewc" in what:
@@ -191,12 +229,15 @@ def trained(folder: Path, what: list[str]) -> tuple[dict[str, Tensor], list[dict
         attach(made, **options)
     transformers.set_seed(5)
     made.train()
-    return whole(made), [e for e in made.state.log_history if "loss" in e]
+    weights = whole(made)
+    if "evaluate" not in what:
+        return weights, [e for e in made.state.log_history if "loss" in e]
+    returned = made.evaluate()
+    return weights, [*(e for e in made.state.log_history if "eval_loss" in e), returned]
 
 
 def _as_if_gpus() -> None:
     """Accelerate shards on accelerators alone; gloo does what NCCL would."""
-    from accelerate import PartialState
 
     def prepared(self: Any, *given: Any, **others: Any) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.MULTI_GPU
@@ -216,6 +257,8 @@ def main(arguments: list[str]) -> None:
         if not str(error).startswith(OURS):
             raise
         result["refused"] = str(error)
+    state = PartialState()
+    result |= {"ranks": state.num_processes, "kind": state.distributed_type.value}
     if int(os.environ.get("RANK", "0")) == 0:
         if "log" in result:
             torch.save(weights, path.with_suffix(".pt"))
