@@ -29,7 +29,7 @@ QUICK   = $(addprefix tests/, \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-tiny demo-full test test-gpu test-ptx machine-code test-trl pairs matrix soak \
-  sanitize mutants quick t bench bench-gpu lint types format docs hooks wheels house doctor clean
+  sanitize clang mutants quick t bench bench-gpu lint types format docs hooks wheels house doctor clean
 
 help:            ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,6 +112,11 @@ sanitize: $(INSTALLED) ## the CPU kernels under ASan and UBSan, then TSan, in bu
 	$(PY) tools/sanitize.py address $(QUICK) tests/faults/test_calls.py -k "not reference-"
 	$(PY) tools/sanitize.py thread $(QUICK) tests/faults/test_processes.py \
 	  -k "not reference- and not fork and not ctrl and not loader and not handler and not another"
+
+clang: $(INSTALLED) ## the CPU kernels by clang (PATH's, else of PyPI's ziglang), in build/clang
+	$(PY) -c "import shutil; exit(not shutil.which('clang++'))" || $(PY) -m pip install -q --group clang
+	$(PY) tools/clang.py $(QUICK) \
+	  -k "not reference- and (ragged or softcap or 9001 or ewc or fisher)"
 
 mutants: $(LIBRARY) ## plant 200 faults in the kernels, one at a time: who finds each (N=20 for a sample)
 	$(PY) -m tests.mutants $(if $(N),--sample $(N) --seed $(or $(SEED),0)) --only "$(K)"

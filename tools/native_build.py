@@ -16,8 +16,14 @@ from setuptools.errors import CCompilerError
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 TORCH_FLOOR = "0x020b000000000000"  # 2.11.0: the oldest torch that the built libraries load under
-# gcc 12 warns of its own AVX-512 headers (PR105593): the last two.
-QUIET = ["-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+QUIET = [
+    "-Wno-psabi",
+    "-Wno-ignored-attributes",
+    "-Wno-uninitialized",  # gcc 12 warns of its own AVX-512 headers (PR105593)
+    "-Wno-maybe-uninitialized",
+    "-Wno-bitwise-instead-of-logical",  # of clang: of vectors there is no other
+    "-Wno-unknown-warning-option",  # each compiler knows a few of these
+]
 FLAGS = ["-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", *QUIET]
 # Python's own flags ask for -g: without it all compiles a fifth sooner, to a tenth of the size.
 FAST = ["-O3", "-g0"]

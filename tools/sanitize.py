@@ -10,12 +10,12 @@ What the sanitizers see ends the run: they stop at the first error (address) or 
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tree_copy import ROOT, copied
+
 FLAGS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
     "thread": "-fsanitize=thread",
@@ -34,25 +34,6 @@ MOST = 20_000  # characters that are shown of a process's reports
 
 def say(text: str) -> None:
     print(f"[sanitize] {text}", flush=True)
-
-
-def copied(kind: str) -> Path:
-    """The tracked files under build/, those that are as they were left alone for ninja's sake."""
-    folder = ROOT / "build/sanitize" / kind
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        source, target = ROOT / name, folder / name
-        if not source.is_file():
-            target.unlink(missing_ok=True)
-        elif not target.is_file() or source.read_bytes() != target.read_bytes():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-    return folder
 
 
 def built(kind: str, folder: Path) -> None:
@@ -95,7 +76,8 @@ def main() -> int:
     parser.add_argument("kind", choices=[*FLAGS])
     parser.add_argument("--build-only", action="store_true", help="make the library, run no tests")
     kind, tests = parser.parse_known_args()
-    folder = copied(kind.kind)
+    folder = ROOT / "build/sanitize" / kind.kind
+    copied(folder)
     say(f"building the CPU library with {FLAGS[kind.kind]} in {folder}")
     built(kind.kind, folder)
     if kind.build_only:

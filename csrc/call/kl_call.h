@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../math/kl_frame.h"
+#include "../math/kl_types.h"
 #include "../math/types.h"
 #include "check.h"
 #include "float_type.h"

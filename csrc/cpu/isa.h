@@ -2,7 +2,8 @@
 // in its own namespace, and leaves `fasttax::isa_level()` to choose at run time: one binary serves
 // every x86-64, and every other CPU gets the portable vectors. No -march flag, so the baseline code
 // stays baseline. A header of kernels is read once more before that, without FASTTAX_ISA: what it
-// includes is compiled there, for the baseline, and what it defines is left out.
+// includes is compiled there, for the baseline (but formulas again in each pass), and what it
+// defines is left out.
 // FASTTAX_ONE_ISA=512, 256 or 128 compiles that instruction set alone (`make quick`): a third of
 // the time, for a CPU that has it.
 #ifndef FASTTAX_KERNELS
@@ -34,15 +35,12 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif
-#include "simd.h"
-#include FASTTAX_KERNELS
+#include "pass.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
-#undef FASTTAX_ISA
-#undef FASTTAX_ISA_NS
 #endif
 
 #if FASTTAX_HAS_ISA(256)
@@ -54,24 +52,18 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "simd.h"
-#include FASTTAX_KERNELS
+#include "pass.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
-#undef FASTTAX_ISA
-#undef FASTTAX_ISA_NS
 #endif
 
 #if FASTTAX_HAS_ISA(128)
 #define FASTTAX_ISA_NS portable
 #define FASTTAX_ISA 128
-#include "simd.h"
-#include FASTTAX_KERNELS
-#undef FASTTAX_ISA
-#undef FASTTAX_ISA_NS
+#include "pass.h"
 #endif
 
 #if FASTTAX_ONE_ISA == 512

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "../math/kl_frame.h"
+#include "../math/kl_types.h"
 
 namespace fasttax {
 

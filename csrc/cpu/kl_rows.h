@@ -15,7 +15,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 template <FrameMode mode>
 struct Frame : KlFrame<VectorMath, KlParams> {
-  using KlFrame::KlFrame;
+  // not inherited: clang makes an inherited constructor for the baseline
+  Frame(const KlParams& k, const KlRow& row) : KlFrame(k, row) {}
   static constexpr FrameMode kMode = mode;
   void operator()(VF x, VF y, VF& ax, VF& d) const { KlFrame::place<mode>(x, y, ax, d); }
   VF ay(VF x, VF y) const { return KlFrame::ay<mode>(x, y); }

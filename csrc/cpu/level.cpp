@@ -4,6 +4,10 @@
 
 #include "../call/check.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fasttax {
 
 Isa isa_best() {
@@ -13,8 +17,10 @@ Isa isa_best() {
   return Isa::kAvx2;
 #elif defined(__x86_64__) && !FASTTAX_ONE_ISA
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  // by cpuid: clang 14's __builtin_cpu_supports does not know f16c
+  unsigned eax, ebx, ecx = 0, edx;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx2 && avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;

@@ -114,7 +114,7 @@ __device__ __forceinline__ KlTeam kl_whole_team(const KlArgs& a, float* own, int
 
 // Grid: n rows times `splits` blocks, a row's blocks beside each other.
 template <class T, KlOp op>
-__global__ void __launch_bounds__(kKlThreads, 2)
+__global__ void __launch_bounds__(kKlThreads, kl_has_ref(op) ? 2 : 3)
     kl_forward_kernel(const __grid_constant__ KlArgs a) {
   FASTTAX_DYNAMIC_SHARED(memory);
   KlShared& sh = *reinterpret_cast<KlShared*>(memory);
@@ -346,9 +346,16 @@ __device__ __forceinline__ StatsRow kl_saved(const KlArgs& a, int64_t row) {
   return StatsRow{reinterpret_cast<const KlRow*>(a.saved)[row], 0, 0, 0};
 }
 
+// How many blocks share a multiprocessor: as many as leave registers enough.
+template <class T, KlOp op, bool kBoth>
+constexpr int kl_gradient_blocks() {
+  if (!kl_has_ref(op)) return 4;
+  return kBoth && sizeof(T) == 4 ? 2 : 3;
+}
+
 // Grid: (n rows, tiles of kTile entries). kBoth: the reference's gradient too; dx may then be null.
 template <class T, KlOp op, bool kBoth>
-__global__ void __launch_bounds__(kKlThreads, kBoth && sizeof(T) == 4 ? 2 : 3)
+__global__ void __launch_bounds__(kKlThreads, kl_gradient_blocks<T, op, kBoth>())
     kl_gradient_kernel(const __grid_constant__ KlArgs a) {
   constexpr bool stats = !kl_is_kind(op);
   const int64_t row = blockIdx.x, first = int64_t(blockIdx.y) * kTile,

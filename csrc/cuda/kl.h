@@ -2,8 +2,7 @@
 
 #include <cstdint>
 
-#include "../math/kl_frame.h"
-#include "../math/kl_kinds.h"
+#include "../math/kl_types.h"
 #include "../math/types.h"
 #include "kl_curves.h"
 

@@ -25,7 +25,7 @@ struct KlLogsOf {  // log p and log q, where a slope asks for them
 
 struct CappedMath : DeviceMath {};
 template <>
-inline constexpr bool kl_finite<CappedMath> = true;
+inline constexpr bool scalar::kl_finite<CappedMath> = true;
 
 // The gradient at one entry of a row; kBoth: of the reference too.
 template <KlOp op, bool kBoth>

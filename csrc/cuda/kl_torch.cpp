@@ -1,8 +1,7 @@
 // token_kl and token_stats on CUDA tensors, torch's side: check, allocate, find the stream, call
 // the launchers. float64, which is there for gradcheck, goes to the reference.
 #include "../call/kl_call.h"
-#include "../math/kl_frame.h"
-#include "../math/kl_stats.h"
+#include "../math/kl_types.h"
 #include "kl.h"
 #include "launch_torch.h"
 

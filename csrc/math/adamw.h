@@ -1,4 +1,5 @@
-#pragma once
+#if !defined(FASTTAX_MATH_ADAMW)  // read for each instruction set: macros.h
+#define FASTTAX_MATH_ADAMW
 
 #include <cmath>
 
@@ -11,6 +12,7 @@
 //   beta2^t) + eps theta <- theta (1 - lr weight_decay) - lr / (1 - beta1^t) * m / D
 // S is a scalar or a SIMD vector; the square root and what rounds a product are the backend's.
 namespace fasttax {
+namespace FASTTAX_MATH_NS {
 
 template <class S>
 FASTTAX_HD S adamw_first(S m, S grad, S one_minus_beta1) {
@@ -98,4 +100,6 @@ FASTTAX_HD AdamWStep<S> adamw_step(const AdamWOptions& x, AdamWMode mode, double
           S(x.second_moment * moment)};
 }
 
+}  // namespace FASTTAX_MATH_NS
 }  // namespace fasttax
+#endif

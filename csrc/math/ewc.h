@@ -1,4 +1,5 @@
-#pragma once
+#if !defined(FASTTAX_MATH_EWC)  // read for each instruction set: macros.h
+#define FASTTAX_MATH_EWC
 
 #include "macros.h"
 
@@ -6,6 +7,7 @@
 //   penalty = strength/2 * sum fisher * (theta - anchor)^2
 // S is a scalar (float, double) or a SIMD vector with the arithmetic operators.
 namespace fasttax {
+namespace FASTTAX_MATH_NS {
 
 template <class S>
 FASTTAX_HD S ewc_pull(S theta, S anchor, S fisher) {  // d(sum/2)/d theta
@@ -28,19 +30,6 @@ FASTTAX_HD S ewc_prox(S theta, S anchor, S metric, S pull, S one) {
   return pull < metric ? theta - delta * (pull * share) : anchor + delta * (metric * share);
 }
 
-// step = first * second, in floats also where step is beyond float's range (up to 2^254): fisher *
-// first * second then overflows only where the product itself does, and never at fisher = 0.
-struct EwcStep {
-  float first, second;
-};
-
-FASTTAX_HD EwcStep ewc_step(double step) {
-  EwcStep out{0, 1.0f};
-  while ((step > 0 ? step : -step) > 0x1p127 && out.second < 0x1p126f)
-    step *= 0.5, out.second *= 2.0f;
-  constexpr double kMost = 0x1.fffffep127;
-  out.first = float(step > kMost ? kMost : step < -kMost ? -kMost : step);
-  return out;
-}
-
+}  // namespace FASTTAX_MATH_NS
 }  // namespace fasttax
+#endif

@@ -21,4 +21,19 @@ struct EwcTensor {
   bool aligned;
 };
 
+// step = first * second, in floats also where step is beyond float's range (up to 2^254): fisher *
+// first * second then overflows only where the product itself does, and never at fisher = 0.
+struct EwcStep {
+  float first, second;
+};
+
+FASTTAX_HD EwcStep ewc_step(double step) {
+  EwcStep out{0, 1.0f};
+  while ((step > 0 ? step : -step) > 0x1p127 && out.second < 0x1p126f)
+    step *= 0.5, out.second *= 2.0f;
+  constexpr double kMost = 0x1.fffffep127;
+  out.first = float(step > kMost ? kMost : step < -kMost ? -kMost : step);
+  return out;
+}
+
 }  // namespace fasttax

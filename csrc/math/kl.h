@@ -1,7 +1,9 @@
-#pragma once
+#if !defined(FASTTAX_MATH_KL)  // read for each instruction set: macros.h
+#define FASTTAX_MATH_KL
 
-#include <math.h>
+#include <cmath>
 
+#include "constant.h"
 #include "macros.h"
 
 // Token-level KL in one frame. With ax = x - mx, ay = y - my (tempered logits in frames near their
@@ -12,6 +14,7 @@
 // Every term of B and C is a Bregman divergence: no difference of large numbers is taken, a small
 // KL keeps its digits, and equal rows give exactly 0. S is a scalar or a SIMD vector.
 namespace fasttax {
+namespace FASTTAX_MATH_NS {
 
 constexpr float kSmallGap = 0.25f;  // |d| up to which the series below is used
 
@@ -93,7 +96,7 @@ FASTTAX_HD S kl_rest(S u) {
 }
 
 FASTTAX_HD double kl_defect(double t) {  // h(t) = t - log1p(t)
-  if (fabs(t) > 0.1) return t - log1p(t);
+  if (fabs(t) > 0.1) return t - std::log1p(t);
   double p = 0, power = t * t;
   for (int k = 2; k < 18; ++k, power *= -t) p += power / k;
   return p;
@@ -120,7 +123,7 @@ FASTTAX_HD S jsd_g_small(S t) {  // g(t) for |t| <= 1/4: sum_{k>=2} (-t)^k / (k 
 
 FASTTAX_HD double jsd_g(double t) {
   if (fabs(t) < 0.05) return jsd_g_small(t);
-  return t <= -1 ? 1.0 : (1 + t) * log1p(t) - t;
+  return t <= -1 ? 1.0 : (1 + t) * std::log1p(t) - t;
 }
 
 // Up to which |u| an entry of jsd is summed by g(eps), and g there.
@@ -136,4 +139,6 @@ FASTTAX_HD S jsd_g_near(S t) {
   else return jsd_g_small(t);
 }
 
+}  // namespace FASTTAX_MATH_NS
 }  // namespace fasttax
+#endif

@@ -1,4 +1,5 @@
-#pragma once
+#if !defined(FASTTAX_MATH_KL_ROW)  // read for each instruction set: macros.h
+#define FASTTAX_MATH_KL_ROW
 
 #include <cmath>
 
@@ -7,6 +8,7 @@
 
 // From a row pair's sums to its divergences: what every native forward does once a row.
 namespace fasttax {
+namespace FASTTAX_MATH_NS {
 
 // How far above its frame an entry may stand: e^20 V is far below float's range, and exp is exact
 // enough.
@@ -93,7 +95,8 @@ struct KlMove {
   double rise, toward, away;   // sy - sx, sx f(-delta), sy f(delta)
 
   KlMove() = default;
-  FASTTAX_HD KlMove(double x, double y) : up_x(x), delta(x - y), sx(exp(-x)), sy(exp(-y)) {
+  FASTTAX_HD KlMove(double x, double y)
+      : up_x(x), delta(x - y), sx(std::exp(-x)), sy(std::exp(-y)) {
     const bool near = fabs(delta) < 1;
     rise = near ? sx * expm1(delta) : sy - sx;
     toward = near ? sx * kl_bregman(-delta) : rise - sx * delta;
@@ -245,7 +248,7 @@ FASTTAX_HD Divergence divergence(const KlSums& t, bool policy_ref) {
   Divergence v;
   const double tau = t.g / t.s;
   const bool centred = fabs(tau) <= 0.5;
-  v.log_ratio = centred ? -log1p(tau) : log(t.s / t.y);
+  v.log_ratio = centred ? -std::log1p(tau) : std::log(t.s / t.y);
   if (policy_ref) {
     v.value = centred ? t.b / t.s - kl_defect(tau) : t.a / t.s - v.log_ratio;
     // not value + log_ratio: of a row with one peak it is that entry's d to the bit, and its
@@ -261,4 +264,6 @@ FASTTAX_HD Divergence divergence(const KlSums& t, bool policy_ref) {
   return v;
 }
 
+}  // namespace FASTTAX_MATH_NS
 }  // namespace fasttax
+#endif

@@ -1,4 +1,5 @@
-#pragma once
+#if !defined(FASTTAX_MATH_KL_SLOPE)  // read for each instruction set: macros.h
+#define FASTTAX_MATH_KL_SLOPE
 
 #include <cmath>
 
@@ -11,6 +12,7 @@
 // q = e^ay / Y and u = log p - log q = d - L; d/d x is by the policy's tempered logits, d/d y by
 // the reference's.
 namespace fasttax {
+namespace FASTTAX_MATH_NS {
 
 // Whether M's values are finite where no weight is NaN, as under a softcap; else 0 times infinity
 // is to be 0.
@@ -229,7 +231,7 @@ struct KlFormula<KlKind::kRenyi> {
     const S by_p = from_p - c * (e.q - e.p), by_q = e.q * kl_rest(-au) - a * (e.p - e.q);
     const S near = e.p * (kl_excess(cu) - c * kl_excess(e.u));
     const S apart = small<M>(au) ? by_q : by_p;
-    const S both = small<M>(cu) & small<M>(e.u) ? near : apart;
+    const S both = (small<M>(cu) & small<M>(e.u)) ? near : apart;
     const S value = e.p == 0 ? -c * e.q : both;
     return {value, log_weight<M>(e, a), constant<S>(1)};
   }
@@ -312,4 +314,6 @@ FASTTAX_HD void kl_uncap(KlSides<typename M::S>& d, typename M::S x, typename M:
   if (k.ref_cap > 0) d.y *= kl_bend<M>(kl_capped_y(x, y, k), k.ref_cap);
 }
 
+}  // namespace FASTTAX_MATH_NS
 }  // namespace fasttax
+#endif

@@ -1,4 +1,5 @@
-#pragma once
+#if !defined(FASTTAX_MATH_KL_STATS)  // read for each instruction set: macros.h
+#define FASTTAX_MATH_KL_STATS
 
 #include <cmath>
 
@@ -8,18 +9,7 @@
 
 // token_stats: what it gives of a token, what it saves, and its gradient entry by entry.
 namespace fasttax {
-
-// What the op gives, in this order.
-enum TokenStat { kLogp, kRefLogp, kEntropy, kLse, kKlPolicyRef, kKlRefPolicy, kTokenStats };
-
-template <class R>
-struct StatsRowOf {  // what a forward leaves of a row for its backward: 11 numbers a token
-  KlRowOf<R> kl;
-  R mean;            // E_p[ax]
-  R logp, ref_logp;  // of the id
-};
-using StatsRow = StatsRowOf<float>;
-constexpr int kStatsSaved = 11;
+namespace FASTTAX_MATH_NS {
 
 // Whether the rows are close (kl_close), by the smaller of the two divergences.
 template <class R>
@@ -80,4 +70,6 @@ struct StatsSlope {
   }
 };
 
+}  // namespace FASTTAX_MATH_NS
 }  // namespace fasttax
+#endif

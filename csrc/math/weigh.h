@@ -3,6 +3,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "constant.h"
 #include "macros.h"
 
 // Estimates of KL(policy || ref) from log-probs of the tokens that were sampled: the values and

@@ -125,7 +125,7 @@ class View:
         """The logits of a batch: (B, T, V), or a classifier's (B, V).
 
         Raises:
-            ValueError, TypeError: they have another shape.
+            ValueError, TypeError: they have another shape, or no gradient by any parameter.
         """
         logits = self.run(batch.inputs)
         expected = f"an output with logits of shape {(*batch.targets.shape, 'V')}"
@@ -143,6 +143,15 @@ class View:
             )
         if not classifies and logits.shape[:-1] != batch.targets.shape:
             raise checks.fail(OP, "model", expected, logits, _WAY_OUT)
+        if torch.is_grad_enabled() and not logits.requires_grad:
+            raise checks.fail(
+                OP,
+                "params",
+                "parameters that the logits depend on through the modules that hold them",
+                "none: others compute with them, as with LoRA's of one parameter "
+                "(target_parameters)",
+                "pass fallback='loop'",
+            )
         return logits
 
     def head(self, current: Pass, logits: Tensor, batch: batches.Batch) -> Tap:

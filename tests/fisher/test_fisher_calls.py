@@ -20,6 +20,8 @@ from tests.tools.models import (
     causal_lm,
     fisher_of,
     ids,
+    loop,
+    rows_of,
     state_of,
 )
 from tests.tools.utils import assert_says
@@ -258,3 +260,21 @@ def test_a_tokenizers_lists_and_a_model_without_values() -> None:
         ValueError, match=r"model: expected parameters that hold values.*meta; load"
     ):
         DiagonalFisher(model.to("meta"))
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_factors_of_one_parameter_are_named_with_a_way_out(verify: bool) -> None:
+    """No module that holds them computes with them: torch's error said nothing of that."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=[],
+        target_parameters=["mlp.down_proj.weight"],
+        init_lora_weights=False,
+    )
+    model, x = peft.get_peft_model(causal_lm("llama").double(), config).eval(), ids(2, 5)
+    with pytest.raises(ValueError, match=r"target_parameters\); pass fallback='loop'"):
+        fisher_of(model, x, verify=verify)
+    truth = loop(model, rows_of(x))
+    assert all(bool(t.any()) for t in truth.values())
+    assert_exact(fisher_of(model, x, fallback="loop"), truth)

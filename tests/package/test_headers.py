@@ -6,6 +6,7 @@ kernels on the SIMT machine.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -62,8 +63,22 @@ def test_instruction_sets_know_no_formulas() -> None:
         assert "math/" not in (CSRC / "cpu" / name).read_text(), name
 
 
+def test_formulas_are_read_for_each_instruction_set() -> None:
+    """A guard that stayed would leave the vectors to the scalars' functions."""
+    guards = set()
+    for path in CSRC.glob("math/*.h"):
+        own = re.findall(r"^#if !defined\((FASTTAX_MATH_\w+)\)", path.read_text(), re.MULTILINE)
+        assert len(own) == path.read_text().count("\nnamespace FASTTAX_MATH_NS {\n"), path.name
+        guards |= set(own)
+    text = (CSRC / "cpu/pass.h").read_text()
+    assert guards
+    assert set(re.findall(r"#undef (FASTTAX_MATH_\w+)", text)) == guards | {"FASTTAX_MATH_NS"}
+
+
 @pytest.mark.parametrize(
-    "header", [path for path in HEADERS if path.name not in ("isa.h", "simd.h")], ids=below_csrc
+    "header",
+    [path for path in HEADERS if path.name not in ("isa.h", "pass.h", "simd.h")],
+    ids=below_csrc,
 )
 def test_header_alone(header: Path) -> None:
     torch = [option for path in include_paths() for option in ("-isystem", path)]

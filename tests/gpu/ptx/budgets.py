@@ -99,10 +99,10 @@ REGISTERS = {
 # KB that an SM must have under way: 40 are 90 % of an H100's bandwidth. A row of one model alone is
 # half of a pair.
 KB_UNDER_WAY = {
-    "kl_forward_kernel": 32,
+    "kl_forward_kernel": 40,
     "kl_resident_kernel": 40,
     "kl_two_sweeps_kernel": 40,
-    "kl_gradient_kernel": 36,
+    "kl_gradient_kernel": 40,
     "ewc_kernel": 40,
     "adamw_kernel": 40,
     "square_kernel": 40,

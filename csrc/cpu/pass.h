@@ -1,0 +1,19 @@
+// One pass of isa.h: formulas, vectors and kernels for FASTTAX_ISA, in FASTTAX_ISA_NS.
+#undef FASTTAX_MATH_NS
+#define FASTTAX_MATH_NS FASTTAX_ISA_NS
+#undef FASTTAX_MATH_ADAMW
+#undef FASTTAX_MATH_CONSTANT
+#undef FASTTAX_MATH_EWC
+#undef FASTTAX_MATH_KL
+#undef FASTTAX_MATH_KL_FRAME
+#undef FASTTAX_MATH_KL_ROW
+#undef FASTTAX_MATH_KL_SLOPE
+#undef FASTTAX_MATH_KL_STATS
+
+#include "simd.h"
+#include FASTTAX_KERNELS
+
+#undef FASTTAX_MATH_NS
+#define FASTTAX_MATH_NS scalar
+#undef FASTTAX_ISA
+#undef FASTTAX_ISA_NS
