@@ -224,16 +224,25 @@ struct KlFormula<KlKind::kRenyi> {
     using S = typename M::S;
     using R = typename M::R;
     const R c = R(1) - a;
-    const S cu = c * e.u, au = a * e.u, high = constant<S>(80);
-    const S to_w = -cu > high ? high : -cu;  // beyond it the rows are apart
+    const S cu = c * e.u, au = a * e.u, log_w = log_weight<M>(e, a);
     // w - p and w - q by the series, which leave digits where a is near 1 or 0
-    const S from_p = (small<M>(cu) ? e.p * kl_rest(cu) : e.p * M::exp(to_w) - e.p);
+    const S from_p = small<M>(cu) ? e.p * kl_rest(cu) : from<M>(e.p, -cu, log_w) - e.p;
     const S by_p = from_p - c * (e.q - e.p), by_q = e.q * kl_rest(-au) - a * (e.p - e.q);
     const S near = e.p * (kl_excess(cu) - c * kl_excess(e.u));
     const S apart = small<M>(au) ? by_q : by_p;
     const S both = (small<M>(cu) & small<M>(e.u)) ? near : apart;
-    const S value = e.p == 0 ? -c * e.q : both;
-    return {value, log_weight<M>(e, a), constant<S>(1)};
+    const S value = e.log_p == constant<S>(-HUGE_VAL) ? -c * e.q : both;
+    return {value, log_w, constant<S>(1)};
+  }
+
+  // w out of p and log w - log p, which has more digits than the logs in rows that are close; out
+  // of its own logarithm where it is far above p, which may be 0 then.
+  template <class M>
+  FASTTAX_HD static typename M::S from(typename M::S p, typename M::S rise, typename M::S log_w) {
+    using S = typename M::S;
+    const auto above = rise > constant<S>(8);
+    const S one = constant<S>(1), power = above ? log_w : rise;
+    return (above ? one : p) * M::exp(power);
   }
 
   template <class S>
@@ -274,12 +283,14 @@ struct KlFormula<KlKind::kRenyi> {
     using S = typename M::S;
     using R = typename M::R;
     const R rest = row.mean_gap, largest = row.ref_center;
-    const S log_w = (log_weight<M>(e, a) - largest) - rest, high = constant<S>(80);
-    S t = e.log_p - log_w, s = e.log_q - log_w, w = M::exp(log_w);
+    const S log_w = (log_weight<M>(e, a) - largest) - rest;
+    S t = e.log_p - log_w, s = e.log_q - log_w, w{};
     if (largest == 0 && rest <= R(0.5) && rest >= R(-0.5)) {
       t = (R(1) - a) * e.u + rest;
       s = rest - a * e.u;
-      w = e.p == 0 ? e.p : e.p * M::exp(-t > high ? high : -t);
+      w = e.log_p == constant<S>(-HUGE_VAL) ? w : from<M>(e.p, -t, log_w);
+    } else {
+      w = M::exp(log_w);
     }
     const S under_q = small<M>(s) ? -(e.q * kl_rest(s)) : e.q - w;
     w = small<M>(s) ? e.q - under_q : w;

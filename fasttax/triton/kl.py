@@ -106,6 +106,13 @@ def renyi_log_weight(log_p, log_q, a):
 
 
 @triton.jit
+def renyi_weight(p, rise, log_w):
+    """As KlFormula<kRenyi>::from in csrc/math/kl_slope.h: w by p, or by its logarithm far above."""
+    above = rise > 8
+    return tl.where(above, 1.0, p) * tl.exp2(tl.where(above, log_w, rise) * LOG2E)
+
+
+@triton.jit
 def renyi_sums(
     x_row,
     y_row,
@@ -137,15 +144,14 @@ def renyi_sums(
         cu = c * u
         au = k.beta * u
         near_w = tl.abs(cu) <= SMALL_GAP
-        to_w = tl.where(-cu > 80, 80.0, -cu)  # beyond it the rows are apart
         # w = p^a q^(1-a): w - p and w - q by the series leave digits where a is near 1 or 0
-        from_p = tl.where(near_w, p * (bregman(cu) - cu), p * tl.exp2(to_w * LOG2E) - p)
+        from_p = tl.where(near_w, p * (bregman(cu) - cu), renyi_weight(p, -cu, terms) - p)
         by_p = from_p - c * (q - p)
         by_q = q * (bregman(-au) + au) - k.beta * (p - q)
         apart = tl.where(tl.abs(au) <= SMALL_GAP, by_q, by_p)
         close = p * (bregman(cu) - c * bregman(u))
         part = tl.where(near_w & (tl.abs(u) <= SMALL_GAP), close, apart)
-        m += tl.sum(tl.where(p == 0, -c * q, part), 1)
+        m += tl.sum(tl.where(log_p == -INF, -c * q, part), 1)
         top = tl.maximum(highest, tl.max(terms, 1))
         terms = tl.exp2((terms - tl.expand_dims(top, 1)) * LOG2E)
         above = above * tl.exp2((highest - top) * LOG2E) + tl.sum(terms, 1)
@@ -190,8 +196,8 @@ def renyi_slopes(ax, ay, p, q, u, row, a):
     from_q = tl.where(by_u, rest - a * u, log_q - log_w)
     near_p = tl.abs(from_p) <= SMALL_GAP
     near_q = tl.abs(from_q) <= SMALL_GAP
-    over = tl.where(-from_p > 80, 80.0, -from_p)
-    w = tl.where(by_u, tl.where(p == 0, p, p * tl.exp2(over * LOG2E)), tl.exp2(log_w * LOG2E))
+    by_p = tl.where(log_p == -INF, 0.0, renyi_weight(p, -from_p, log_w))
+    w = tl.where(by_u, by_p, tl.exp2(log_w * LOG2E))
     dy = tl.where(near_q, -q * (bregman(from_q) - from_q), q - w)
     w = tl.where(near_q, q - dy, w)
     dx = tl.where(near_p, p * (bregman(from_p) - from_p), w - p) * (a / (a - 1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fasttax
 from fasttax import functional
-from tests.tools.kl_cases import KINDS, oracle, run, run_oracle
+from tests.tools.kl_cases import KINDS, log_probs, oracle, run, run_oracle
 from tests.tools.utils import assert_within, own_result
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -109,21 +109,49 @@ def test_token_kl(request: pytest.FixtureRequest, backend: str | int) -> None:
 
 
 def judged(backend: str | int, x: Tensor, y: Tensor, options: dict[str, Any]) -> None:
-    """As `kl_cases.check`, for rows of two sorts.
-
-    A gradient is a difference of probabilities: where one of them is 1 it has a rounding of that.
-    """
+    """As `kl_cases.check`, for rows of two sorts, whose terms may all but cancel."""
     upstream = torch.linspace(-1.5, 2.0, x.shape[0])
     out = run(backend, x, y, upstream, **options)
     truth = run_oracle(x, y, upstream, torch.float64, **options)
     own = run_oracle(x, y, upstream, torch.float32, **options)
     size = max(1.0, float(x.double().abs().max()), float(y.double().abs().max()))
     size *= options.get("logit_scale", 1.0) / min(1.0, options.get("temperature", 1.0))
-    for o, w, t, name in zip(out, own, truth, ("value", "d_logits", "d_ref"), strict=True):
-        eps = torch.finfo(torch.float64 if o.dtype == torch.float64 else torch.float32).eps
-        least = 0.0 if name == "value" else eps
-        baseline = t + (own_result(w, t, o.dtype).double() - t).abs().clamp_min(least)
+    names, least = ("value", "d_logits", "d_ref"), roundings(x, y, upstream, **options)
+    for o, w, t, name, rounding in zip(out, own, truth, names, least, strict=True):
+        baseline = t + (own_result(w, t, o.dtype).double() - t).abs().maximum(rounding)
         assert_within(o, baseline, t, ulps=max(4.0, 4 * min(size, 64.0)), name=name)
+
+
+def roundings(
+    x: Tensor,
+    y: Tensor,
+    upstream: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    **caps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What of a KL and its gradients is rounding, however small they are.
+
+    A KL is a mean of log-ratios u, of which each has a rounding: eps E|u|, and eps^2 where they are
+    0. A gradient is a difference of probabilities or one times u - KL: eps p (1 + |u| + E|u|).
+    Renyi's are divided by 1 - alpha, as the rounding of its logarithm is. float64's truth has all
+    of them, too, and capped logits are rounded once more.
+    """
+    eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    logs = log_probs(
+        x.double(), y.double(), temperature=temperature, logit_scale=logit_scale, **caps
+    )
+    p, ratio = logs[0].exp() + logs[1].exp(), (logs[0] - logs[1]).abs()
+    value = (p * ratio).sum(-1).clamp_min(eps)
+    terms = upstream.double().abs()[:, None] / temperature * p * (1 + ratio + value[:, None])
+    eps *= (1 + (x.dtype == torch.float64)) * (1 + bool(caps))
+    if kind == "renyi":
+        eps /= 1 - beta
+        value = value + float(x.dtype == torch.float64)
+    return eps * value, eps * logit_scale * terms, eps * terms
 
 
 def test_token_kl_of_any_shape(request: pytest.FixtureRequest, simd: str | int) -> None:

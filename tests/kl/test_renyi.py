@@ -133,3 +133,15 @@ def test_beside_other_outputs() -> None:
     x, y = torch.randn(2, 4, 30, dtype=torch.float64)
     stats = fasttax.token_stats(x, y, outputs=("kl", "entropy"), kind="renyi", beta=2.0)
     torch.testing.assert_close(stats.kl, oracle(x, y, kind="renyi", beta=2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("order", [0.001, 0.01, 0.2, 3.0])
+def test_entries_far_below(order: float, dtype: torch.dtype, backend: str | int) -> None:
+    """Of one row e^-60 to e^-800: a weight p^a q^(1-a) is of the sum where p itself is not."""
+    for gap in (60.0, 86.0, 90.0, 104.0, 130.0, 400.0, 800.0):
+        x, y = torch.randn(2, 4, 67, dtype=dtype)
+        x[:2, 1::3] -= gap
+        x[2:, :64] -= gap
+        check(backend, x, y, kind="renyi", beta=order)
+        check(backend, y, x, kind="renyi", beta=order)

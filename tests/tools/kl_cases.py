@@ -72,6 +72,22 @@ def oracle(
     """The textbook sums over log_softmax, in the dtype of x: float64 is the truth, float32
     PyTorch's own composition.
     """
+    scaled = (temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)
+    return ORACLES[kind](*log_probs(x, y, *scaled, inf), beta)
+
+
+def log_probs(
+    x: Tensor,
+    y: Tensor,
+    temperature: float = 1.0,
+    ref_temperature: float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logit_scale: float = 1.0,
+    inf: str = "propagate",
+) -> tuple[Tensor, Tensor]:
+    """Both rows' log-softmax, of what an op's options make of the logits."""
     gone = (x == -INF) | (y == -INF)
     x, y = x * logit_scale, y * ref_logit_scale
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
@@ -79,8 +95,7 @@ def oracle(
     x, y = x / temperature, y / (temperature if ref_temperature is None else ref_temperature)
     if inf == "mask":
         x, y = x.masked_fill(gone, -INF), y.masked_fill(gone, -INF)
-    lp, lq = x.log_softmax(-1), y.log_softmax(-1)
-    return ORACLES[kind](lp, lq, beta)
+    return x.log_softmax(-1), y.log_softmax(-1)
 
 
 Result = tuple[Tensor, Tensor, Tensor]

@@ -394,6 +394,17 @@ int main(int arguments, char**) {
     for (const double apart : {1e-3, 0.5, 3.0})
       ok &= check<float, kl_op(KlKind::kJsd)>({"beta", 1500, normal(2, apart), o});
   }
+  for (const double beta : {0.01, 0.2})  // of Renyi, entries whose p is 0 in float and w is not
+    for (const double gap : {86.0, 110.0, 200.0}) {
+      Options o;
+      o.beta = beta;
+      ok &= check<float, kl_op(KlKind::kRenyi)>(
+          {"far below", 1500,
+           [=](int64_t, int64_t i, std::mt19937&, double& x, double& y) {
+             x = 0.1 * double(i % 9) - (i % 7 ? 0 : gap), y = 0.1 * double(i % 5);
+           },
+           o});
+    }
   for (const double cap : {5.0, 30.0})  // one softcap: near, beyond the series, all but flat
     for (const double size : {2.0, 300.0})
       for (const double apart : {1e-3, 0.3, 8.0}) {
