@@ -226,7 +226,7 @@ struct KlFormula<KlKind::kRenyi> {
     const R c = R(1) - a;
     const S cu = c * e.u, au = a * e.u, log_w = log_weight<M>(e, a);
     // w - p and w - q by the series, which leave digits where a is near 1 or 0
-    const S from_p = small<M>(cu) ? e.p * kl_rest(cu) : from<M>(e.p, -cu, log_w) - e.p;
+    const S from_p = small<M>(cu) ? e.p * kl_rest(cu) : weight<M>(e.p, -cu, log_w) - e.p;
     const S by_p = from_p - c * (e.q - e.p), by_q = e.q * kl_rest(-au) - a * (e.p - e.q);
     const S near = e.p * (kl_excess(cu) - c * kl_excess(e.u));
     const S apart = small<M>(au) ? by_q : by_p;
@@ -238,11 +238,11 @@ struct KlFormula<KlKind::kRenyi> {
   // w out of p and log w - log p, which has more digits than the logs in rows that are close; out
   // of its own logarithm where it is far above p, which may be 0 then.
   template <class M>
-  FASTTAX_HD static typename M::S from(typename M::S p, typename M::S rise, typename M::S log_w) {
+  FASTTAX_HD static typename M::S weight(typename M::S p, typename M::S rise, typename M::S log_w) {
     using S = typename M::S;
     const auto above = rise > constant<S>(8);
-    const S one = constant<S>(1), power = above ? log_w : rise;
-    return (above ? one : p) * M::exp(power);
+    const S one = constant<S>(1), most = constant<S>(80), power = above ? log_w : rise;
+    return (above ? one : p) * M::exp(power > most ? most : power);  // beyond it rows are apart
   }
 
   template <class S>
@@ -288,7 +288,7 @@ struct KlFormula<KlKind::kRenyi> {
     if (largest == 0 && rest <= R(0.5) && rest >= R(-0.5)) {
       t = (R(1) - a) * e.u + rest;
       s = rest - a * e.u;
-      w = e.log_p == constant<S>(-HUGE_VAL) ? w : from<M>(e.p, -t, log_w);
+      w = e.log_p == constant<S>(-HUGE_VAL) ? w : weight<M>(e.p, -t, log_w);
     } else {
       w = M::exp(log_w);
     }

@@ -107,9 +107,11 @@ def renyi_log_weight(log_p, log_q, a):
 
 @triton.jit
 def renyi_weight(p, rise, log_w):
-    """As KlFormula<kRenyi>::from in csrc/math/kl_slope.h: w by p, or by its logarithm far above."""
+    """As KlFormula<kRenyi>::weight in csrc/math/kl_slope.h: w by p, or by its logarithm far above."""
     above = rise > 8
-    return tl.where(above, 1.0, p) * tl.exp2(tl.where(above, log_w, rise) * LOG2E)
+    power = tl.where(above, log_w, rise)
+    power = tl.where(power > 80, 80.0, power)  # beyond it the rows are apart
+    return tl.where(above, 1.0, p) * tl.exp2(power * LOG2E)
 
 
 @triton.jit

@@ -394,7 +394,7 @@ int main(int arguments, char**) {
     for (const double apart : {1e-3, 0.5, 3.0})
       ok &= check<float, kl_op(KlKind::kJsd)>({"beta", 1500, normal(2, apart), o});
   }
-  for (const double beta : {0.01, 0.2})  // of Renyi, entries whose p is 0 in float and w is not
+  for (const double beta : {0.01, 0.2, 3.0})  // of Renyi, entries whose p is 0 and w is not
     for (const double gap : {86.0, 110.0, 200.0}) {
       Options o;
       o.beta = beta;
