@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttax._base import waits
 from fasttax._base.modes import compiling, has_tangent, transforming
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -280,7 +281,7 @@ def has_values(value: Tensor) -> bool:
 
     On a GPU it would be one; under torch.compile and torch.func there are none.
     """
-    return value.device.type == "cpu" and not compiling() and not transforming()
+    return not waits.waits(value) and not compiling() and not transforming()
 
 
 def token_mask(op: str, mask: Any, shape: torch.Size, device: torch.device, factors: str) -> Tensor:

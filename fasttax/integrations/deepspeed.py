@@ -161,6 +161,12 @@ def penalty(ewc: EWC) -> Tensor:
 
     Of parameters that ZeRO-3 has scattered one after another is whole on a rank.
 
+    Args:
+        ewc: an `fasttax.EWC` of the model, made while its parameters were whole.
+
+    Returns:
+        strength/2 * sum fisher * (theta - anchor)^2, 0-d.
+
     Raises:
         ValueError: LoRA updates or Kronecker factors under ZeRO-3.
 
