@@ -107,7 +107,7 @@ def renyi_log_weight(log_p, log_q, a):
 
 @triton.jit
 def renyi_weight(p, rise, log_w):
-    """As KlFormula<kRenyi>::weight in csrc/math/kl_slope.h: w by p, or by its logarithm above it."""
+    """As KlFormula<kRenyi>::weight in csrc/math/kl_slope.h: by p, or by its logarithm above it."""
     above = rise > 8
     power = tl.where(above, log_w, rise)
     power = tl.where(power > 80, 80.0, power)  # beyond it the rows are apart
