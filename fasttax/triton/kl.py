@@ -106,15 +106,6 @@ def renyi_log_weight(log_p, log_q, a):
 
 
 @triton.jit
-def renyi_weight(p, rise, log_w):
-    """As KlFormula<kRenyi>::weight in csrc/math/kl_slope.h: by p, or by its logarithm above it."""
-    above = rise > 8
-    power = tl.where(above, log_w, rise)
-    power = tl.where(power > 80, 80.0, power)  # beyond it the rows are apart
-    return tl.where(above, 1.0, p) * tl.exp2(power * LOG2E)
-
-
-@triton.jit
 def renyi_sums(
     x_row,
     y_row,
@@ -146,14 +137,18 @@ def renyi_sums(
         cu = c * u
         au = k.beta * u
         near_w = tl.abs(cu) <= SMALL_GAP
+        # by p, which has more digits, or far above it by its logarithm; beyond e^80 rows are apart
+        by_gap = cu >= -8
+        w = tl.exp2(tl.where(by_gap, -cu, tl.minimum(terms, 80.0)) * LOG2E)
+        w = tl.where(by_gap, p * w, w)
         # w = p^a q^(1-a): w - p and w - q by the series leave digits where a is near 1 or 0
-        from_p = tl.where(near_w, p * (bregman(cu) - cu), renyi_weight(p, -cu, terms) - p)
+        from_p = tl.where(near_w, p * (bregman(cu) - cu), w - p)
         by_p = from_p - c * (q - p)
         by_q = q * (bregman(-au) + au) - k.beta * (p - q)
         apart = tl.where(tl.abs(au) <= SMALL_GAP, by_q, by_p)
         close = p * (bregman(cu) - c * bregman(u))
         part = tl.where(near_w & (tl.abs(u) <= SMALL_GAP), close, apart)
-        m += tl.sum(tl.where(log_p == -INF, -c * q, part), 1)
+        m += tl.sum(part, 1)
         top = tl.maximum(highest, tl.max(terms, 1))
         terms = tl.exp2((terms - tl.expand_dims(top, 1)) * LOG2E)
         above = above * tl.exp2((highest - top) * LOG2E) + tl.sum(terms, 1)
@@ -198,8 +193,9 @@ def renyi_slopes(ax, ay, p, q, u, row, a):
     from_q = tl.where(by_u, rest - a * u, log_q - log_w)
     near_p = tl.abs(from_p) <= SMALL_GAP
     near_q = tl.abs(from_q) <= SMALL_GAP
-    by_p = tl.where(log_p == -INF, 0.0, renyi_weight(p, -from_p, log_w))
-    w = tl.where(by_u, by_p, tl.exp2(log_w * LOG2E))
+    by_gap = tl.where(by_u, from_p, -MOST) >= -8
+    w = tl.exp2(tl.where(by_gap, -from_p, log_w) * LOG2E)
+    w = tl.where(by_gap, p * w, w)
     dy = tl.where(near_q, -q * (bregman(from_q) - from_q), q - w)
     w = tl.where(near_q, q - dy, w)
     dx = tl.where(near_p, p * (bregman(from_p) - from_p), w - p) * (a / (a - 1))
