@@ -320,11 +320,8 @@ class Hold:
         shares: dict[dtensor.Key, dict[str, Tensor]] = {}
         blocks = self.store.blocks(frozen=True)
         for block, x in zip(blocks, self.store.stream(blocks), strict=True):
-            for i, h in enumerate(block):
-                one = slice(i, i + 1)
-                shares.setdefault(x.key, {})[h.name] = ops.penalty(
-                    x.params[one], x.anchors[one], x.fishers[one], x.scales[one], 2.0
-                )
+            each = ops.penalties(x.params, x.anchors, x.fishers, x.scales, 2.0)
+            shares.setdefault(x.key, {}).update(zip((h.name for h in block), each, strict=True))
         for key, values in shares.items():
             summed = dtensor.over_ranks(torch.stack(list(values.values())), key)
             found |= dict(zip(values, summed.unbind(), strict=True))

@@ -151,6 +151,18 @@ def penalty(
     return value
 
 
+def penalties(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    strength: float,
+) -> list[Tensor]:
+    """`penalty` of each parameter by itself; `scales` may be empty."""
+    each = (slice(i, i + 1) for i in range(len(params)))
+    return [penalty(params[i], anchors[i], fishers[i], scales[i], strength) for i in each]
+
+
 def ewc_add_grad_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

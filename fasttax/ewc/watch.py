@@ -68,8 +68,8 @@ class Watch:
         names = Names(self.model)
         lost = [use for use, name in self._uses.items() if not self._has(names, use, name)]
         lost += [name for name in self._grown() if name not in lost]
-        if any(getattr(theta, "_fsdp_flattened", False) for theta in self.held.values()):
-            raise checks.fail(op, "ewc", *FSDP1)
+        if lost and any(getattr(theta, "_fsdp_flattened", False) for theta in self.held.values()):
+            raise checks.fail(op, argument, *FSDP1)
         if lost:
             more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
             raise checks.fail(

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasttax._base import checks
+from fasttax._base.gradient import gradient_of
 from fasttax.ewc import ops
 from fasttax.ewc.hold import Hold, one_value
 from fasttax.integrations._shares import Share, Shares, trainable
 
+FSDP1 = "FullyShardedDataParallel"
 WAY_OUT = "use FSDP2 (fsdp_version: 2)"
 
 
@@ -39,23 +41,33 @@ class Part(NamedTuple):
         return line[self.first : self.first + self.length].clone()
 
 
-def has_fsdp1(model: nn.Module) -> bool:
-    """Whether a part of it is FSDP1's: who has made one has imported its module."""
-    return any(True for _ in _wrapped(model))
-
-
-def _wrapped(model: nn.Module) -> Iterator[Any]:
+def wrapped_by(kind: str, model: nn.Module) -> Iterator[Any]:
+    """Its modules of a class of torch.distributed.fsdp, which is imported where there is one."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FullyShardedDataParallel):
-            yield module
+    if fsdp is not None:
+        yield from (m for m in model.modules() if isinstance(m, getattr(fsdp, kind)))
+
+
+def has_fsdp1(model: nn.Module) -> bool:
+    """Whether a part of it is FSDP1's."""
+    return any(True for _ in wrapped_by(FSDP1, model))
+
+
+def refuse_fsdp1(op: str, argument: str, model: nn.Module) -> None:
+    """An error where a part of it is FSDP1's."""
+    if has_fsdp1(model):
+        raise checks.fail(
+            op,
+            argument,
+            "plain, DDP or FSDP2 parameters",
+            "FSDP1's flattened ones",
+            "use FSDP2 (fsdp_version=2)",
+        )
 
 
 def _parts(op: str, model: nn.Module) -> Iterator[tuple[Tensor, Part]]:
     """Each parameter that has kept its own name, and what of it lies here."""
-    handles = (vars(module)["_handle"] for module in _wrapped(model))
+    handles = (vars(module)["_handle"] for module in wrapped_by(FSDP1, model))
     for handle in (h for h in handles if h is not None):
         if not handle.uses_sharded_strategy:
             raise checks.fail(
@@ -135,14 +147,14 @@ class FSDP1Shares(Shares):
     def add_grad_(self, scale: float | Tensor = 1.0) -> Tensor:
         """As `EWC.add_grad_`; of a part that has no gradient yet FSDP1 takes up the one made."""
         values, grads = self.values(), []
-        for s, value in zip(self.shares, values, strict=True):
-            if value.numel() and s.theta.grad is None:
-                s.theta.grad = torch.zeros_like(value)
-            grads.append(torch.zeros_like(value) if s.theta.grad is None else s.theta.grad)
+        for s, value in zip(self.shares, values, strict=True):  # what is not here has no gradient
+            grads.append(gradient_of(s.theta) if value.numel() else torch.zeros_like(value))
         factor, times = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
         if times is not None:
             times = one_value(self.op, "scale", times, values[0])
-        total = ops.add_grad_(values, grads, *self.kept(), self.hold.strength, factor, times)
+        total = ops.add_grad_(
+            values, grads, *self.beside(values), self.hold.strength, factor, times
+        )
         return self.over_ranks(total)
 
     def over_ranks(self, values: Tensor) -> Tensor:

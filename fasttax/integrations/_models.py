@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from fasttax._base import checks
-from fasttax.integrations._fsdp1 import has_fsdp1
+from fasttax.integrations._fsdp1 import refuse_fsdp1, wrapped_by
 
 if TYPE_CHECKING:
     from fasttax.ewc.ewc import EWC
@@ -32,15 +31,9 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
         ValueError: FSDP1, parameters that are not the model's, or none that is trained.
     """
     held = ewc.parameters()
-    if has_fsdp1(model):
-        raise checks.fail(
-            op,
-            "model",
-            "plain, DDP or FSDP2 parameters",
-            "FSDP1's flattened ones",
-            "use FSDP2 (fsdp_version=2)",
-        )
-    _reshard(model)
+    refuse_fsdp1(op, "model", model)
+    for module in wrapped_by("FSDPModule", model):  # an evaluation's forward leaves whole ones
+        module.reshard()
     live = {id(p) for p in model.parameters()}
     watched = ewc.hold.watch.held  # base weights under LoRA, too
     strangers = [name for name, p in watched.items() if id(p) not in live]
@@ -68,16 +61,6 @@ def on_model(op: str, ewc: EWC, model: Any) -> EWC:
             "under PEFT hold the adapter's parameters (DiagonalFisher(model, lora='factors'))",
         )
     return ewc
-
-
-def _reshard(model: nn.Module) -> None:
-    """Puts FSDP2's shards back where an evaluation's forward has left whole parameters."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
 
 
 def causal_lm(op: str, argument: str, model: Any) -> Any:

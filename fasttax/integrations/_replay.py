@@ -19,7 +19,7 @@ from fasttax._base import checks
 from fasttax._base.handle import Handle
 from fasttax.fisher import batches
 from fasttax.fisher.task import Task, takes
-from fasttax.integrations._fsdp1 import has_fsdp1
+from fasttax.integrations._fsdp1 import refuse_fsdp1
 from fasttax.integrations._heads import logits_of, vocabulary, watched
 from fasttax.integrations._kl_forward import Forward
 from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
@@ -195,15 +195,7 @@ class Replay(TrainerCallback):
             ValueError: FSDP1.
         """
         self._primed, self._since_log = False, None
-        trained = self.trainer.model_wrapped
-        if has_fsdp1(trained):
-            raise checks.fail(
-                self.options.op,
-                "replay",
-                "plain, DDP or FSDP2 parameters",
-                "FSDP1's flattened ones",
-                "use FSDP2 (fsdp_version=2)",
-            )
+        refuse_fsdp1(self.options.op, "replay", self.trainer.model_wrapped)
         if not args.ignore_data_skip:
             for _ in range(state.global_step // self.options.every):
                 self.options.batches.take()

@@ -72,24 +72,20 @@ class Shares(ABC):
     @torch.no_grad()
     def penalty(self) -> Tensor:
         """Over all ranks; a collective."""
-        return self.over_ranks(ops.penalty(self.values(), *self.kept(), self.hold.strength))
+        values = self.values()
+        return self.over_ranks(ops.penalty(values, *self.beside(values), self.hold.strength))
 
     @torch.no_grad()
     def distance(self) -> Drift:
         """Sum fisher * (theta - anchor)^2 by parameter, over all ranks; a collective."""
-        weights, (anchors, fishers, scales) = self.values(), self.kept()
-        found = [
-            ops.penalty(
-                weights[i : i + 1], anchors[i : i + 1], fishers[i : i + 1], scales[i : i + 1], 2.0
-            )
-            for i in range(len(self.shares))
-        ]
+        values = self.values()
+        found = ops.penalties(values, *self.beside(values), 2.0)
         sums = self.over_ranks(torch.stack(found)).unbind()
         return Drift({s.name: value for s, value in zip(self.shares, sums, strict=True)})
 
-    def kept(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Anchors, Fishers and u8log's scales, beside the weights."""
-        device = self.values()[0].device
+    def beside(self, values: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Anchors, Fishers and u8log's scales, where the weights are."""
+        device = values[0].device
         empty = torch.empty(0, device=device)
         packed = any(s.fisher.scales is not None for s in self.shares)
         scales = [empty if s.fisher.scales is None else s.fisher.scales for s in self.shares]

@@ -217,7 +217,8 @@ class _ZeroShares(Shares):
         grads = [self.optimizer.get_local_fp32_grad_for_param(s.theta) for s in self.shares]
         grads = [g.contiguous() for g in grads]
         scale = float(self.optimizer.loss_scale)
-        ops.add_grad_(self.values(), grads, *self.kept(), self.hold.strength, scale)
+        values = self.values()
+        ops.add_grad_(values, grads, *self.beside(values), self.hold.strength, scale)
         for s, grad in zip(self.shares, grads, strict=True):
             self.optimizer.set_local_grad_for_param(grad, s.theta)
 

@@ -56,29 +56,18 @@ KINDS = tuple(ORACLES)
 
 
 def oracle(
-    x: Tensor,
-    y: Tensor,
-    *,
-    kind: str = "policy_ref",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    ref_temperature: float | None = None,
-    softcap: float | None = None,
-    ref_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ref_logit_scale: float = 1.0,
-    inf: str = "propagate",
+    x: Tensor, y: Tensor, *, kind: str = "policy_ref", beta: float = 0.5, **scaled: Any
 ) -> Tensor:
     """The textbook sums over log_softmax, in the dtype of x: float64 is the truth, float32
-    PyTorch's own composition.
+    PyTorch's own composition. `scaled`: as `log_probs` takes them.
     """
-    scaled = (temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)
-    return ORACLES[kind](*log_probs(x, y, *scaled, inf), beta)
+    return ORACLES[kind](*log_probs(x, y, **scaled), beta)
 
 
 def log_probs(
     x: Tensor,
     y: Tensor,
+    *,
     temperature: float = 1.0,
     ref_temperature: float | None = None,
     softcap: float | None = None,
