@@ -181,7 +181,7 @@ def simt_tests(
     def test_kernels(simt_runs: dict[str, Future[Done]], build: str) -> None:
         done = finished(simt_runs, build)
         assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-        assert f"ok: {launches(build)} launches" in done.stdout
+        assert f"ok: {launches(build)} launches" in done.stdout, done.stdout
 
     @pytest.mark.parametrize("fault", list(faults))
     def test_catches(simt_runs: dict[str, Future[Done]], fault: str) -> None:
