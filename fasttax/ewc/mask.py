@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,6 +79,7 @@ class FisherMask:
         self.masks = {
             name: mask.to(self._thetas[name].device) for name, mask in top(values, wanted).items()
         }
+        self._attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
     @property
     def masked(self) -> int:
@@ -95,8 +97,8 @@ class FisherMask:
         wrapped optimizer (with an `.optimizer` inside, as Accelerate's) is unwrapped.
 
         Raises:
-            ValueError: the optimizer holds none of the covered parameters, or has no hooks; also
-                at a step where one of them is not the model's any more.
+            ValueError: the optimizer holds none of the covered parameters, has no hooks, or has
+                this mask already; also at a step where one of them is not the model's any more.
         """
         op = "FisherMask.attach"
         optimizer = innermost(optimizer, op, "pass the torch.optim.Optimizer that it steps")
@@ -111,6 +113,14 @@ class FisherMask:
             )
         if not hasattr(optimizer, "_optimizer_step_post_hooks"):
             raise checks.fail(op, "optimizer", "a torch.optim.Optimizer", type(optimizer).__name__)
+        if optimizer in self._attached:
+            raise checks.fail(
+                op,
+                "optimizer",
+                "one that this mask is not attached to",
+                "the one that it is attached to",
+                "each step would be scaled twice: undo() the first handle before",
+            )
         before: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, mask, what it was
         last: list[Any] = []  # the hook after the others
 
@@ -135,6 +145,8 @@ class FisherMask:
         handle.on_undo(release)
         with handle.or_undone():
             handle.put(optimizer.register_step_pre_hook, keep)
+            handle.on_undo(lambda: self._attached.discard(optimizer))
+            self._attached.add(optimizer)
         return handle
 
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:

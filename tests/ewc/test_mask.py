@@ -106,6 +106,20 @@ def test_undo_frees_them_and_zeros_are_never_masked() -> None:
     assert float(model.get_parameter("0.weight").detach()[0, 0]) != first
 
 
+def test_a_second_attach_is_refused_until_the_first_is_undone() -> None:
+    """Each step would be scaled twice."""
+    model = net()
+    mask = FisherMask(model, fisher(model), share=0.5, scale=0.25)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = mask.attach(optimizer)
+    with pytest.raises(ValueError, match=r"FisherMask.attach: optimizer.* undo\(\) the first"):
+        mask.attach(optimizer)
+    other = torch.optim.SGD(model.parameters(), 0.1)
+    mask.attach(other).undo()
+    handle.undo()
+    assert mask.attach(optimizer).active
+
+
 def test_beside_ewc() -> None:
     model = net()
     ewc = EWC(model, fisher(model), strength=1.0)
