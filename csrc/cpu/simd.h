@@ -101,10 +101,23 @@ inline bool all_le(VF a, VF b) {
 #endif
 }
 
+// In doubles, by halves: one lane after the other waits for an addition sixteen times.
 inline double sum(VF a) {
+#if FASTTAX_ISA == 512
+  const __m512 b = (__m512)a;
+  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(b)),
+                                            _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1))));
+#elif FASTTAX_ISA == 256
+  const __m256 b = (__m256)a;
+  const __m256d four = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(b)),
+                                     _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return two[0] + two[1];
+#else
   double s = 0;
   for (int i = 0; i < kLanes; ++i) s += static_cast<double>(a[i]);
   return s;
+#endif
 }
 
 inline float max_of(VF a) {  // NaN lanes are ignored
