@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax._base import dtensor
+from fasttax._base import dtensor, inner
 
 SAMPLES = 256  # of each tensor, evenly spaced
 BATCH_SAMPLES = 4096  # of each tensor of a batch: all of 8 rows of 512 ids; 30 us a tensor
@@ -88,7 +88,9 @@ def _tensors(batch: Any) -> list[tuple[str, Tensor]]:
 
 
 def _sample(t: Tensor, count: int = SAMPLES) -> Tensor:
-    """The values that are hashed, on the CPU."""
+    """The values that are hashed, on the CPU; of a tensor that lies in others, some of each."""
+    if inner.lies_in_others(t):
+        return torch.cat([_sample(part, count).float() for part in inner.parts(t.detach())])
     flat = dtensor.whole(t.detach()).reshape(-1)
     index = torch.linspace(
         0,

@@ -194,6 +194,7 @@ def _proof_kind(layer: Any) -> Any:
         type(base),
         getattr(layer, "parameter_name", ""),
         factors.weight_of(layer).dtype,
+        type(factors.weight_of(layer)),
         kernel,
         getattr(layer, "fan_in_fan_out", False),
         len(factors.adapters_of(layer)) > 1,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttax import reference
-from fasttax._base import dtensor
+from fasttax._base import dtensor, inner
 from fasttax.ewc.names import active_adapters
 
 #: b, a, scale, with scale * b @ a the update as a matrix; of K experts b and a are stacks of K
@@ -43,8 +43,9 @@ def _is_adalora(module: Any) -> bool:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a weight lies in fewer than 16 bits a value, so that only its own layer reads it."""
-    return not weight.is_floating_point() or weight.dtype.itemsize < 2
+    """Whether only its own layer reads a weight: below 16 bits a value, or a tensor subclass."""
+    narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2
+    return narrow or inner.lies_in_others(weight)
 
 
 def _is_turned(module: Any) -> bool:

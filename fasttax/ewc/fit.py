@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax._base import checks, dtensor
+from fasttax._base import checks, dtensor, inner
 from fasttax._base.hashes import same_weights, weights_hash
 from fasttax.ewc import adapters, lora
-from fasttax.ewc.factors import weight_shape
+from fasttax.ewc.factors import is_packed, weight_shape
 from fasttax.ewc.names import Names, renamer
 from fasttax.ewc.watch import FSDP1, Watch
 from fasttax.fisher.estimate import FisherEstimate
@@ -194,12 +194,13 @@ def _refuse_unholdable(op: str, name: str, target: Target) -> None:
     checks.has_memory(op, name, target.theta)
     if target.lora is not None:
         lora.refuse_unsupported(op, name, target.lora)
-    elif not target.theta.is_floating_point():
+    elif not target.theta.is_floating_point() or inner.lies_in_others(target.theta):
+        kind = f", a {type(target.theta).__name__}" if inner.lies_in_others(target.theta) else ""
         raise checks.fail(
             op,
             "model",
             "floating-point parameters",
-            f"{name} of dtype {target.theta.dtype}",
+            f"{name} of dtype {target.theta.dtype}{kind}",
             "leave it out of the Fisher",
         )
 
@@ -245,7 +246,7 @@ def check_hash(
         ValueError: the Fisher was estimated at other weights.
     """
     expected = getattr(fisher, "metadata", {}).get("model_hash")
-    if expected is None or not all(t.theta.is_floating_point() for t in targets):
+    if expected is None or any(is_packed(t.theta) for t in targets):
         return
     found = weights_hash((t.given, dtensor.whole(anchor.get(t.name, t.theta))) for t in targets)
     if not same_weights(expected, found):

@@ -160,7 +160,7 @@ class Hold:
             return dtensor.local(h.theta.detach())
         for weight in self.kronecker:
             return dtensor.local(weight.theta.detach())
-        return self.lora[0].base.new_empty(0, dtype=torch.float32)
+        return torch.empty(0, dtype=torch.float32, device=self.lora[0].base.device)
 
     # --- the three ways to apply it ----------------------------------------------------------
 

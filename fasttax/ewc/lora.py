@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttax import reference
-from fasttax._base import checks, dtensor
+from fasttax._base import checks, dtensor, inner
 from fasttax._base.gradient import gradient_of
 from fasttax._base.packed import Stored
 from fasttax.ewc import factors, ops
@@ -113,6 +113,11 @@ def _refuse_variant(op: str, name: str, module: Any, adapter: str) -> None:
         )
 
 
+def _some_of(weight: Tensor) -> Tensor:
+    values = dtensor.whole(weight).reshape(-1)
+    return values[:: max(1, values.numel() // SAMPLES)].clone()
+
+
 @dataclass
 class LoraHeld(Entry):
     """A base weight's Fisher and the layer whose update it weighs.
@@ -189,15 +194,17 @@ class LoraHeld(Entry):
         An adapter that is added later may take its update out of it. Merging and unmerging round.
         """
         now, then = self._sample(), self.base_sample
-        if not now.is_floating_point():
+        if factors.is_packed(self.base):
             return not torch.equal(now, then)
         bound = 1e-2 * float(then.abs().max()) if then.numel() else 0.0
         return bool(((now - then).abs() > bound).any())
 
     def _sample(self) -> Tensor:
-        values = dtensor.whole(self.base.detach()).reshape(-1)
-        step = max(1, values.numel() // SAMPLES)
-        return values[::step].clone()
+        """Some values of the base weight; of one that lies in several tensors, bytes of each."""
+        samples = [_some_of(part) for part in inner.parts(self.base.detach())]
+        if len(samples) == 1:
+            return samples[0]
+        return torch.cat([s.reshape(-1).view(torch.uint8) for s in samples])
 
     def look_again(self, op: str) -> None:
         """Checks adapters that were not active before; `adapters.prove` is to follow.

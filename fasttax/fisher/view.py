@@ -150,7 +150,8 @@ class View:
                 "parameters that the logits depend on through the modules that hold them",
                 "none: others compute with them, as with LoRA's of one parameter "
                 "(target_parameters)",
-                "pass fallback='loop'",
+                "pass fallback='loop', unless the forward has no gradient at all (no_grad within "
+                "it, activations that are quantised: quantise the weights alone)",
             )
         return logits
 

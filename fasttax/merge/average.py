@@ -25,6 +25,7 @@ Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 Fisher = str | os.PathLike[str] | Mapping[str, Tensor]
 Combine = Callable[[str, Sequence[Tensor]], Tensor]
 
+BLOCK = 1 << 18  # values of each tensor that are averaged at a time: 2 MB in float64
 MISSING = ("error", "mean")
 NORMS = ("l2",)
 
@@ -76,7 +77,8 @@ def linear(
 
     Returns:
         The weights by base's names, or with `output` its path. Each in base's dtype, computed in
-        float32 (float64 for float64); a folder's config.json says that dtype.
+        float64, and to the bit as it is where both have the same; a folder's config.json says that
+        dtype.
 
     Raises:
         ValueError: names, shapes or kinds differ (all differences are listed); other integer
@@ -99,8 +101,7 @@ def linear(
             (first, second), share = tensors, shares[name]
             if share in (0, 1):
                 return (first, second)[int(share)].to(first.dtype)
-            wide = torch.promote_types(first.dtype, torch.float32)
-            return ((1 - share) * first.to(wide) + share * second.to(wide)).to(first.dtype)
+            return _by_blocks(lambda a, b: (1 - share) * a + share * b, tensors)
 
         if {*shares.values()} not in ({0.0}, {1.0}):
             models.refuse_factors()
@@ -172,7 +173,7 @@ def fisher_average(
 
     Returns:
         The weights by name, or with `output` its path. Each in the first model's dtype, computed in
-        float32 (float64 for float64).
+        float64, and to the bit as it is where all have the same.
 
     Raises:
         ValueError: the numbers of models, fishers and weights differ; names or shapes differ, as
@@ -206,15 +207,15 @@ def fisher_average(
                 scales = [1 / norm for norm in found.norms()]
 
             def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
-                wide = torch.promote_types(tensors[0].dtype, torch.float32)
-                shape = tensors[0].shape
-                factors = [torch.full(shape, x, dtype=wide, device="cpu") for x in shares]
-                if name in found:
-                    factors = _weighed(factors, found.of(name, shape), scales)
-                total = torch.zeros(shape, dtype=wide, device="cpu")
-                for factor, t in zip(factors, tensors, strict=True):
-                    total += factor * t.to(wide)
-                return (total / torch.stack(factors).sum(0)).to(tensors[0].dtype)
+                fishers = found.of(name, tensors[0].shape) if name in found else []
+
+                def mean(*parts: Tensor) -> Tensor:
+                    values, of_fishers = parts[: len(tensors)], parts[len(tensors) :]
+                    factors = _factors(values[0], of_fishers, shares, scales)
+                    products = [f * v for f, v in zip(factors, values, strict=True)]
+                    return torch.stack(products).sum(0) / torch.stack(factors).sum(0)
+
+                return _by_blocks(mean, tensors, fishers)
 
             return _merge(each, combine, output, facts, others_of=0, progress=progress)
 
@@ -234,22 +235,39 @@ def _shares(
     return [checks.number(op, "weights", share, low=0, open_low=True) for share in shares]
 
 
-def _weighed(
-    factors: Sequence[Tensor], fishers: Sequence[Tensor], scales: Sequence[float]
+def _factors(
+    like: Tensor, fishers: Sequence[Tensor], shares: Sequence[float], scales: Sequence[float]
 ) -> list[Tensor]:
-    """Factors times Fishers times `scales`, one a model, but for where every Fisher is 0.
+    """Share * scale * Fisher, one a model, but for a factor; the share where every Fisher is 0.
 
-    The largest of an element's Fishers divides them all first, and of the scales too: nothing
-    under- or overflows.
+    An element's Fishers are divided by their largest, shares and scales by theirs: nothing
+    overflows, and some factor is > 0.
     """
-    top = max(scales)
-    wide = [f.to(factor.dtype) for f, factor in zip(fishers, factors, strict=True)]
-    scaled = [f * (scale / top) for f, scale in zip(wide, scales, strict=True)]
-    largest = torch.stack(scaled).amax(0)
+    plain = [torch.full_like(like, share / max(shares)) for share in shares]
+    if not fishers:
+        return plain
+    largest = torch.stack([*fishers]).amax(0)
     return [
-        torch.where(largest > 0, factor * (f / largest), factor)
-        for f, factor in zip(scaled, factors, strict=True)
+        torch.where(largest > 0, factor * (scale / max(scales)) * (f / largest), factor)
+        for factor, scale, f in zip(plain, scales, fishers, strict=True)
     ]
+
+
+def _by_blocks(
+    mean: Callable[..., Tensor], tensors: Sequence[Tensor], fishers: Sequence[Tensor] = ()
+) -> Tensor:
+    """`mean` of the tensors' values and the Fishers', in float64, a block of them at a time.
+
+    In the first tensor's dtype. What is equal in all of them stays so, to the bit.
+    """
+    flat = [t.reshape(-1) for t in (*tensors, *fishers)]
+    out = torch.empty(tensors[0].shape, dtype=tensors[0].dtype, device="cpu")
+    for start in range(0, out.numel(), BLOCK):
+        parts = [t[start : start + BLOCK].double() for t in flat]
+        first, *others = parts[: len(tensors)]
+        alike = torch.stack([first == other for other in others]).all(0)
+        out.view(-1)[start : start + BLOCK] = torch.where(alike, first, mean(*parts))
+    return out
 
 
 def _merge(

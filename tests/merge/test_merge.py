@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fasttax
 from fasttax import FisherEstimate, merge
+from fasttax.merge import average
 from tests.tools.models import causal_lm
 
 
@@ -89,6 +90,48 @@ def test_equal_fishers_give_the_mean_and_a_certain_one_its_own() -> None:
         models, [fisher(3), {n: torch.zeros_like(f) for n, f in fisher(3).items()}]
     )
     assert torch.equal(certain["a"], models[0]["a"])
+
+
+@pytest.mark.parametrize("shares", [[1e-50, 3e-50], [1e39, 2e39], [1e-30, 1e30]])
+@pytest.mark.parametrize("size", [1e-60, 1e-45, 1.0, 1e50])
+def test_the_scale_of_weights_and_fishers_is_free(size: float, shares: list[float]) -> None:
+    """Beyond float32's range too; where one model alone has a Fisher the weight is its own."""
+    models = [weights(1), weights(2)]
+    fishers = [{n: f.double() * size for n, f in fisher(seed).items()} for seed in (3, 4)]
+    fishers[0]["a"][:2] = 0
+    fishers[1]["a"][1:3] = 0
+    got = merge.fisher_average(models, fishers, weights=shares)
+    even = [share / max(shares) for share in shares]
+    for name in ("a", "b.c"):
+        factors = [w * (f[name] / size) for w, f in zip(even, fishers, strict=True)]
+        none = sum(factors) == 0
+        factors = [torch.where(none, w, f) for w, f in zip(even, factors, strict=True)]
+        products = [f * m[name].double() for f, m in zip(factors, models, strict=True)]
+        exact = torch.as_tensor(sum(products) / sum(factors))
+        torch.testing.assert_close(got[name], exact.float(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_the_models_have_in_common_stays_to_the_bit(dtype: torch.dtype) -> None:
+    """Also an infinity, as some attention masks in buffers have it."""
+    base, aligned = weights(1, dtype), weights(2, dtype)
+    for model in (base, aligned):
+        model["a"][:4] = weights(3, dtype)["a"][:4]
+        model["a"][0, 0] = -torch.inf
+    zero = {**fisher(4), "a": torch.zeros(7, 5)}
+    for merged in (
+        merge.linear(base, aligned, 0.3),
+        merge.linear(base, aligned, -7.1),
+        merge.fisher_average([base, aligned, base], [fisher(4), zero, fisher(5)]),
+    ):
+        assert torch.equal(merged["a"][:4], base["a"][:4])
+
+
+def test_more_values_than_one_block() -> None:
+    base, aligned = (torch.randn(3, average.BLOCK // 2 + 5) for _ in range(2))
+    merged = merge.linear({"w": base.T}, {"w": aligned.T}, 0.25)["w"]
+    expected = 0.75 * base.T.double() + 0.25 * aligned.T.double()
+    assert torch.equal(merged, expected.float())
 
 
 def test_the_average_is_where_the_penalties_are_least() -> None:
