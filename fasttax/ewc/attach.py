@@ -17,6 +17,7 @@ from fasttax._base.handle import Handle
 from fasttax.ewc.claims import claim
 from fasttax.ewc.hold import Hold, refuse_lost, refuse_sparse
 from fasttax.ewc.ops import beside
+from fasttax.ewc.passes import Passes
 
 PROX = "prox_euclidean"  # "prox" is its short name here
 CLOSURE = (
@@ -245,8 +246,11 @@ def during_backward(hold: Hold, scale: float) -> Attached:
     # the backward pass goes from the last to the first
     expected = {h.name: earlier.name for earlier, h in pairwise(held)}
     under_way: dict[str, Any] = {}  # the one that is expected next
+    passes = Passes(op)
 
     def ready(name: str, parameter: Tensor) -> None:
+        if not passes.first(name):
+            return
         refuse_lost(op, name, parameter)
         refuse_sparse(op, name, parameter)
         store = hold.store
@@ -261,6 +265,7 @@ def during_backward(hold: Hold, scale: float) -> Attached:
         store.leave(block)
 
     with handle.or_undone():
+        handle.put(hold.watch.model.register_forward_hook, passes.watch)
         for h in held:
             handle.put(h.theta.register_post_accumulate_grad_hook, partial(ready, h.name))
     return handle

@@ -26,6 +26,7 @@ from fasttax.ewc.fit import (
     facts_of,
     match,
     pick_anchor,
+    refuse_wider_anchor,
     shapes_of,
     survey,
     watch_over,
@@ -133,6 +134,7 @@ class EWC:
         if isinstance(fisher, KroneckerEstimate):
             refuse_for_factors(op, clamp, offload)
         targets = match(op, model, shapes_of(fisher), rename)
+        refuse_wider_anchor(op, dtype, targets)
         anchors = {} if anchor is None else pick_anchor(op, anchor, targets)
         check_hash(op, fisher, targets, anchors)
         recipe = survey(op, fisher, [t.given for t in targets], clamp, normalize)

@@ -205,6 +205,21 @@ def _refuse_unholdable(op: str, name: str, target: Target) -> None:
         )
 
 
+def refuse_wider_anchor(
+    op: str, dtype: torch.dtype | str | None, targets: Sequence[Target]
+) -> None:
+    """An error where anchors are to be float64 beside parameters of less, in which ops compute."""
+    narrow = [t for t in targets if t.lora is None and t.theta.dtype != torch.float64]
+    if dtype == torch.float64 and narrow:
+        raise checks.fail(
+            op,
+            "anchor_dtype",
+            f"float32 or less for {narrow[0].name}, which is {narrow[0].theta.dtype}",
+            "torch.float64",
+            "leave it out: an anchor is then kept in its parameter's own dtype, float64 too",
+        )
+
+
 def pick_anchor(
     op: str, anchor: Mapping[str, Tensor], targets: Sequence[Target]
 ) -> dict[str, Tensor]:

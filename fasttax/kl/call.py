@@ -136,19 +136,18 @@ def _side(op: str, prefix: str, scale: Any, softcap: Any, temperature: Any) -> S
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def check_logits(
-    op: str, logits: Any, ref_logits: Any, *, one_dtype: bool
-) -> tuple[Tensor, Tensor]:
+def check_logits(op: str, logits: Any, ref_logits: Any, *, shards: bool) -> tuple[Tensor, Tensor]:
     """Both logits with a contiguous vocabulary; leading strides stay as they are.
 
-    They get one dtype with `one_dtype`, and where the device's kernels do not read each in its own.
+    They get one dtype as `shards` of ranks, whose vocabulary may be empty, and where the device's
+    kernels do not read each in its own.
 
     Raises:
         ValueError: the shapes differ, or there is no vocabulary.
     """
     checks.tensor(op, "logits", logits)
     checks.tensor(op, "ref_logits", ref_logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
+    if logits.dim() < 1 or not (logits.shape[-1] or shards):
         raise checks.fail(op, "logits", "shape (..., V) with V >= 1", logits)
     if ref_logits.dim() < 1:
         raise checks.fail(op, "ref_logits", f"shape {tuple(logits.shape)} as logits", ref_logits)
@@ -164,7 +163,7 @@ def check_logits(
     if logits.shape != ref_logits.shape:
         raise checks.fail(op, "ref_logits", f"shape {tuple(logits.shape)} as logits", ref_logits)
     checks.same_device(op, "ref_logits", ref_logits, "logits", logits)
-    if logits.dtype != ref_logits.dtype and (one_dtype or not _own_dtypes(logits, ref_logits)):
+    if logits.dtype != ref_logits.dtype and (shards or not _own_dtypes(logits, ref_logits)):
         dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
         logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
     return _with_contiguous_rows(logits), _with_contiguous_rows(ref_logits)

@@ -202,8 +202,8 @@ def linear_token_kl(
     )
     _check_chunks(op, token_chunk, vocab_chunk, grad_mode, tp_group)
     tokens, ref_tokens = (
-        _tokens(op, "", hidden, weight, bias),
-        _tokens(op, "ref_", ref_hidden, ref_weight, ref_bias),
+        _tokens(op, "", hidden, weight, bias, tp_group),
+        _tokens(op, "ref_", ref_hidden, ref_weight, ref_bias, tp_group),
     )
     shape, V, row = hidden.shape[:-1], weight.shape[0], KINDS[kind].row
     if ref_hidden.shape[:-1] != shape:
@@ -300,7 +300,7 @@ def linear_token_logprobs(
     op = "linear_token_logprobs"
     t = tempering(op, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     _check_chunks(op, token_chunk, vocab_chunk, grad_mode, tp_group)
-    tokens = _tokens(op, "", hidden, weight, bias)
+    tokens = _tokens(op, "", hidden, weight, bias, tp_group)
     names = check_outputs(op, outputs, ids, None)
     mask = check_mask(op, mask, hidden.shape[:-1], hidden.device, "token_weight")
     w = weighing(op, mask, token_weight, reduction, scale, hidden, "token_weight")
@@ -323,12 +323,15 @@ def linear_token_logprobs(
     return TokenStats(**call.run({name: name for name in names}, several))
 
 
-def _tokens(op: str, prefix: str, hidden: Any, weight: Any, bias: Any) -> Tensor:
-    """One model's hidden states (N, H), checked with its head."""
+def _tokens(op: str, prefix: str, hidden: Any, weight: Any, bias: Any, tp_group: Any) -> Tensor:
+    """One model's hidden states (N, H), checked with its head, which may be empty on a rank."""
     checks.tensor(op, f"{prefix}hidden", hidden)
     checks.tensor(op, f"{prefix}weight", weight)
     H = hidden.shape[-1] if hidden.dim() else "H"
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != H:
+    if H == 0:
+        raise checks.fail(op, f"{prefix}hidden", "shape (..., H) with H >= 1", hidden)
+    empty = weight.dim() == 2 and weight.shape[0] < 1 and tp_group is None
+    if weight.dim() != 2 or empty or weight.shape[1] != H:
         expected = f"shape (V, {H}), the head of {prefix}hidden"
         raise checks.fail(op, f"{prefix}weight", expected, weight)
     checks.same_device(op, f"{prefix}weight", weight, f"{prefix}hidden", hidden)

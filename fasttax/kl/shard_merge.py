@@ -90,7 +90,13 @@ class _MergedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering, group: Any
+        ctx: Any,
+        logits: Tensor,
+        ref_logits: Tensor,
+        mask: Tensor | None,
+        t: Tempering,
+        of_all: Tempering,
+        group: Any,
     ) -> Tensor:
         kl, saved = torch.ops.fasttax.token_kl(
             logits.detach(), ref_logits.detach(), mask, *t.args()
@@ -98,7 +104,7 @@ class _MergedKL(torch.autograd.Function):
         saved[..., VALUE] = kl
         shards = saved.new_empty((dist.get_world_size(group), *saved.shape))
         dist.all_gather(list(shards.unbind(0)), saved, group=group)
-        value, numbers = merge(shards, dist.get_rank(group), t)
+        value, numbers = merge(shards, dist.get_rank(group), of_all)
         ctx.options = t.args()
         ctx.save_for_backward(logits, ref_logits, mask, numbers.to(saved.dtype))
         return hide(value.to(kl.dtype), mask)
@@ -118,12 +124,26 @@ class _MergedKL(torch.autograd.Function):
             *ctx.options,
             *needs,
         )
-        return *no_second_derivative(only_needed(gradients, needs), "token_kl"), None, None, None
+        return *no_second_derivative(only_needed(gradients, needs), "token_kl"), *[None] * 4
 
 
 def merged_kl(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering, group: Any
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    t: Tempering,
+    of_all: Tempering,
+    group: Any,
 ) -> Tensor:
-    """The KL of every token, either way round, from this rank's shards of the logits."""
-    kl: Tensor = _MergedKL.apply(logits, ref_logits, mask, t, group)
+    """The KL of every token, either way round, from this rank's shards of the logits.
+
+    Args:
+        logits: of the policy, on this rank.
+        ref_logits: of the reference.
+        mask: of the tokens.
+        t: what this rank's sweep does with its own shard.
+        of_all: the call's, by which the shards' frames are read.
+        group: the ranks.
+    """
+    kl: Tensor = _MergedKL.apply(logits, ref_logits, mask, t, of_all, group)
     return kl

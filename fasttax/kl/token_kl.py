@@ -95,9 +95,9 @@ def token_kl(
             either way.
         inplace_backward: write the policy's gradient over `logits` (saves an N x V buffer; refused
             if anything else needs their values, as autograd's version check sees).
-        tp_group: a torch.distributed group whose ranks hold consecutive shards of the vocabulary.
-            Eight floats a token cross the ranks, once. jsd tempers copies of the shards in float32,
-            and keeps one of log m for its backward. Not with "renyi".
+        tp_group: a torch.distributed group whose ranks hold consecutive shards of the vocabulary,
+            which may be empty. Eight floats a token cross the ranks, once. jsd tempers copies of
+            the shards in float32, and keeps one of log m for its backward. Not with "renyi".
 
     Returns:
         float32 (float64 for float64 logits), (...) or 0-d; never negative; NaN for an unmasked row
@@ -125,7 +125,7 @@ def token_kl(
         inf=inf,
     )
     given = logits
-    logits, ref_logits = check_logits(op, logits, ref_logits, one_dtype=tp_group is not None)
+    logits, ref_logits = check_logits(op, logits, ref_logits, shards=tp_group is not None)
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
     w = weighing(op, mask, weight, reduction, scale, logits)
     in_forward = w.reduces and not obstacle_to_gradients((logits, ref_logits), w.weight)

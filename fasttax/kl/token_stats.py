@@ -156,7 +156,7 @@ def token_stats(
         op,
         logits,
         logits if ref_logits is None else ref_logits,
-        one_dtype=tp_group is not None,
+        shards=tp_group is not None,
     )
     if ref_logits is not None:
         ref_logits = checked

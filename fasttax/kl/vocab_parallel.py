@@ -1,6 +1,6 @@
 """Vocabulary-parallel logits.
 
-Every rank of `tp_group` holds a consecutive shard of the last dimension.
+Every rank of `tp_group` holds a consecutive shard of the last dimension, which may be empty.
 
 A few floats a token cross the ranks. token_kl's shards meet by their sums (shard_merge.py); what
 token_stats gives of them, by the chain rule. With P_k, Q_k the shares of the two models' mass that
@@ -19,15 +19,17 @@ float32 copies of the shards.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from fasttax import reference
 from fasttax._base import checks
-from fasttax.kl.call import KINDS, Tempering, kind_of
+from fasttax.kl.call import KINDS, Side, Tempering, kind_of
 from fasttax.kl.shard_merge import can_merge, merged_kl
 from fasttax.reference.numbers import hide, hide_rows, wide_dtype
 from fasttax.reference.rows import STATS
@@ -56,8 +58,9 @@ def _widths(op: str, shard: Tensor, group: Any) -> Tensor:
     """How wide every rank's shard is.
 
     Raises:
-        ValueError: ranks of CPUs hold others than the same number of tokens, at which the
-            collectives to come would hang. (On GPUs a look would be a sync.)
+        ValueError: on every rank, where those of CPUs hold others than the same number of tokens,
+            at which the collectives to come would hang, or no vocabulary at all. (On GPUs a look
+            would be a sync.)
     """
     tokens = shard.shape[:-1].numel()
     # filled on the device: a copy of the host's numbers would wait for it
@@ -67,7 +70,11 @@ def _widths(op: str, shard: Tensor, group: Any) -> Tensor:
     sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, mine, group=group)
     widths, counts = torch.stack(sizes).unbind(1)
-    if shard.device.type == "cpu" and bool((counts != tokens).any()):
+    if shard.device.type != "cpu":
+        return widths
+    if not bool(widths.any()):
+        raise checks.fail(op, "tp_group", "a shard with V >= 1 on some rank", "none on any")
+    if bool((counts != tokens).any()):
         raise checks.fail(
             op,
             "tp_group",
@@ -79,9 +86,32 @@ def _widths(op: str, shard: Tensor, group: Any) -> Tensor:
 
 
 def _check_tokens(op: str, shard: Tensor, group: Any) -> None:
-    """That ranks of CPUs hold the same number of tokens."""
+    """What `_widths` checks of ranks of CPUs."""
     if shard.device.type == "cpu":
         _widths(op, shard, group)
+
+
+class _Shard(NamedTuple):
+    """A rank's shard of both models, and how its own sweep tempers it."""
+
+    logits: Tensor
+    ref_logits: Tensor | None
+    t: Tempering
+
+    @classmethod
+    def of(cls, logits: Tensor, ref_logits: Tensor | None, t: Tempering) -> _Shard:
+        """A rank that holds nothing of the vocabulary has one entry without mass: -inf in both.
+
+        Without a softcap, which would make it finite. So every rank goes the same way.
+        """
+        if logits.shape[-1]:
+            return cls(logits, ref_logits, t)
+        x, y = (
+            None if z is None else functional.pad(z, (0, 1), value=-torch.inf)
+            for z in (logits, ref_logits)
+        )
+        assert x is not None
+        return cls(x, y, replace(t, policy=Side(), ref=Side()))
 
 
 class _Gather(torch.autograd.Function):
@@ -123,16 +153,17 @@ def combine_shards(
         _check_tokens(op, logits, group)
     else:
         widths = _widths(op, logits, group)
-    return _combined(op, logits, ref_logits, ids, mask, t, wanted, widths, group)
+    own = _Shard.of(logits, ref_logits, t)
+    return _combined(op, *own, ids, mask, wanted, widths, group)
 
 
 def _combined(
     op: str,
     logits: Tensor,
     ref_logits: Tensor | None,
+    t: Tempering,
     ids: Tensor | None,
     mask: Tensor | None,
-    t: Tempering,
     wanted: set[str],
     widths: Tensor | None,
     group: Any,
@@ -141,8 +172,9 @@ def _combined(
     if ids is not None and widths is not None:
         if ids.device.type == "cpu":
             checks.ids_in_range(op, "ids", ids, int(widths.sum()))
-        local = ids - widths[: dist.get_rank(group)].sum()
-        mine = (local >= 0) & (local < logits.shape[-1])
+        rank = dist.get_rank(group)
+        local = ids - widths[:rank].sum()
+        mine = (local >= 0) & (local < widths[rank])
         local = torch.where(mine, local, 0)
         parts["mine"] = mine.to(reference.wide_dtype(logits))
 
@@ -232,24 +264,32 @@ def combine_kl(
     _check_kind(op, t)
     _check_group(op)
     _check_tokens(op, logits, group)
+    x, y, own = _Shard.of(logits, ref_logits, t)
+    assert y is not None
     if kind.mixture:
-        return _jsd(op, logits, ref_logits, mask, t, group)
-    return _kl(op, logits, ref_logits, mask, t, group)
+        return _jsd(op, x, y, mask, own, group)
+    return _kl(op, x, y, mask, own, t, group)
 
 
 def _kl(
-    op: str, logits: Tensor, ref_logits: Tensor, mask: Tensor | None, t: Tempering, group: Any
+    op: str,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    t: Tempering,
+    of_all: Tempering,
+    group: Any,
 ) -> Tensor:
-    """A divergence that is a row of token_stats."""
+    """A divergence that is a row of token_stats; `t` is this rank's, `of_all` the others'."""
     if can_merge(logits):
-        return merged_kl(logits, ref_logits, mask, t, group)
+        return merged_kl(logits, ref_logits, mask, t, of_all, group)
     if t.inf_mask:
         logits, ref_logits = _tempered(logits, ref_logits, mask, t)
         t = Tempering.none(t.kind)
     row = kind_of(t).row
     # what float32 rounds off an lse, of large logits above all, the shares of mass would lack
     x, y = logits.double(), ref_logits.double()
-    kl = _combined(op, x, y, None, mask, t, {row}, None, group)[row]
+    kl = _combined(op, x, y, t, None, mask, {row}, None, group)[row]
     return kl.to(wide_dtype(logits))
 
 
@@ -261,7 +301,7 @@ def _jsd(
     plain = Tempering.none(KINDS["policy_ref"].number)
 
     def lse_of(z: Tensor) -> Tensor:
-        return _combined(op, z, None, None, mask, plain, {"lse"}, None, group)["lse"]
+        return _combined(op, z, None, plain, None, mask, {"lse"}, None, group)["lse"]
 
     lse, ref_lse = lse_of(x), lse_of(y)
     if t.beta in (0.0, 1.0):  # 0; NaN for a row of NaN
@@ -269,7 +309,7 @@ def _jsd(
     # a KL does not see the shift
     lp, lq = x - lse.detach()[..., None], y - ref_lse.detach()[..., None]
     log_m = _log_mixture(lp, lq, t.beta)
-    of_policy, of_ref = (_kl(op, z, log_m, mask, plain, group) for z in (lp, lq))
+    of_policy, of_ref = (_kl(op, z, log_m, mask, plain, plain, group) for z in (lp, lq))
     return (1 - t.beta) * of_policy + t.beta * of_ref
 
 

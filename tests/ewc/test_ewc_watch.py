@@ -164,6 +164,34 @@ def test_what_keeps_the_parameters_is_accepted() -> None:
         ewc.penalty()
 
 
+@pytest.mark.parametrize(("made", "used"), [("float", "double"), ("double", "float")])
+def test_a_model_that_goes_to_float64_or_from_it_is_named(made: str, used: str) -> None:
+    model: Any = getattr(net(), made)()
+    ewc = EWC(model, ones(model), strength=1.0)
+    getattr(model, used)()
+    uses = (
+        ewc.penalty,
+        ewc.add_grad_,
+        ewc.distance,
+        lambda: ewc.prox_(0.1),
+        lambda: ewc.on(model),
+        lambda: ewc.attach(torch.optim.SGD(model.parameters())),
+    )
+    for use in uses:
+        with pytest.raises(ValueError, match=r"float64, or of less, .* got 0\.(weight|bias) in"):
+            use()
+    anew = EWC(model, ewc.fisher, strength=ewc.strength, anchor=ewc.anchor)
+    move(model)
+    assert float(anew.penalty()) == pytest.approx(sum(p.numel() for p in model.parameters()) / 2)
+
+
+def test_an_anchor_wider_than_its_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"anchor_dtype: expected float32 or less for 0\.weight"):
+        EWC(net(), ones(net()), strength=1.0, anchor_dtype=torch.float64)
+    model = net().double()
+    assert float(EWC(model, ones(model), strength=1.0, anchor_dtype=torch.float64).penalty()) == 0
+
+
 def test_a_head_outside_the_ewc_may_be_replaced() -> None:
     model = net()
     ewc = EWC(model, {"0.weight": torch.ones(4, 6)}, strength=2.0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fasttax
 from fasttax import DiagonalFisher
@@ -105,6 +105,11 @@ WRONG: dict[str, tuple[Callable[[], Any], Errors, tuple[str, ...]]] = {
         lambda: DiagonalFisher("gpt2"),
         TypeError,
         ("DiagonalFisher", "model", "torch.nn.Module", "gpt2"),
+    ),
+    "scripted": (
+        lambda: DiagonalFisher(nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 2)))),
+        ValueError,
+        ("1.weight", "it is scripted", "fallback='loop'"),
     ),
     "labels": (
         lambda: DiagonalFisher(M, labels="model"),

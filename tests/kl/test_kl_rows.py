@@ -248,17 +248,17 @@ def test_own_dtypes(monkeypatch: pytest.MonkeyPatch, dtypes: tuple[str, str]) ->
     """Where a device's kernels read each row in its own dtype, none is widened into a copy."""
     x, y = (torch.randn(3, 65).to(getattr(torch, dtype)) for dtype in dtypes)
     monkeypatch.setattr(library, "own_dtypes", {"cpu"})
-    kept = check_logits("token_kl", x, y, one_dtype=False)
+    kept = check_logits("token_kl", x, y, shards=False)
     assert kept[0] is x
     assert kept[1] is y
     for one in (
-        check_logits("token_kl", x, y, one_dtype=True),
-        check_logits("token_kl", x, y.double(), one_dtype=False),
-        check_logits("token_kl", x.half(), y.bfloat16(), one_dtype=False),
+        check_logits("token_kl", x, y, shards=True),
+        check_logits("token_kl", x, y.double(), shards=False),
+        check_logits("token_kl", x.half(), y.bfloat16(), shards=False),
     ):
         assert one[0].dtype == one[1].dtype
     monkeypatch.setattr(library, "own_dtypes", {"cuda"})
-    assert {t.dtype for t in check_logits("token_kl", x, y, one_dtype=False)} == {torch.float32}
+    assert {t.dtype for t in check_logits("token_kl", x, y, shards=False)} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float16")], ids=str)

@@ -167,9 +167,9 @@ def test_logprobs(dtype: torch.dtype) -> None:
     assert stats.kl is None
 
 
-# vocabulary over two processes
+# vocabulary over three processes
 
-CUTS = (0, 22, V)  # uneven shards
+CUTS = (0, 22, 22, V)  # uneven shards, one empty
 
 
 def shard(rank: int, folder: Path) -> None:
@@ -206,10 +206,10 @@ def shard(rank: int, folder: Path) -> None:
 
 
 def test_tensor_parallel(tmp_path: Path) -> None:
-    """Both ranks have the single process's values; a shard's gradient is its slice, not the slice
+    """All ranks have the single process's values; a shard's gradient is its slice, not the slice
     times the world size.
     """
-    on_ranks(shard, tmp_path)
+    on_ranks(shard, tmp_path, 3)
     t, ids = tensors(torch.float64), torch.arange(N) * 2
     x = (t["hidden"] @ t["weight"].T).detach().requires_grad_()
     y = (t["ref_hidden"] @ t["ref_weight"].T).detach().requires_grad_()
@@ -217,7 +217,7 @@ def test_tensor_parallel(tmp_path: Path) -> None:
     stats = fasttax.token_stats(x, y, ids, outputs=("logp", "entropy", "k3"))
     (kl + stats.logp + stats.entropy + stats.k3).mul(upstream()).sum().backward()
     linear, d_linear = materialised(t, torch.float64)
-    for rank in (0, 1):
+    for rank in range(3):
         part, got = slice(CUTS[rank], CUTS[rank + 1]), torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(
             (got["kl"], got["logp"], got["da"], got["db"]),
@@ -237,6 +237,13 @@ def test_tensor_parallel(tmp_path: Path) -> None:
 
 HID, W, IDS = torch.zeros(2, 4), torch.zeros(7, 4), torch.zeros(2, dtype=torch.long)
 WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], list[str]]] = {
+    "width": (
+        "linear_token_kl",
+        (HID[:, :0], W[:, :0], HID, W),
+        {},
+        ValueError,
+        ["hidden", "(..., H) with H >= 1", "(2, 0)"],
+    ),
     "head": ("linear_token_kl", (HID, W.T, HID, W), {}, ValueError, ["weight", "(V, 4)", "(4, 7)"]),
     "ref_head": (
         "linear_token_kl",

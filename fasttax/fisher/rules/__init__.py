@@ -7,6 +7,7 @@ run example by example as a whole (rules/routing.py).
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fasttax.fisher.rules.conv import ConvTap
@@ -30,5 +31,7 @@ RULES: tuple[type[Tap], ...] = (
 
 
 def rule_of(module: nn.Module) -> type[Tap] | None:
-    """The first rule that fits the module; None where its class says nothing."""
+    """The first rule that fits the module; None where its class says nothing, as scripted ones'."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     return next((rule for rule in RULES if rule.fits(module)), None)

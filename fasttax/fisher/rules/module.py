@@ -39,6 +39,8 @@ class ModuleTap(Tap):
         """Why a module of `model` cannot be differentiated on its own; None where it can."""
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             return "batch statistics mix the examples (call model.eval())"
+        if isinstance(module, torch.jit.ScriptModule):
+            return "it is scripted"
         if module is model:
             return "it belongs to the model itself"
         if isinstance(module, nn.Embedding) and (
