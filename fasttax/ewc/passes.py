@@ -59,7 +59,7 @@ class Passes:
         now = torch._C._current_graph_task_id()
         if now != self._now and not inside():
             self._now = now
-            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._over)
 
     def _over(self) -> None:

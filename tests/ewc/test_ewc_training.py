@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fasttax import EWC, AdamWEWC, DiagonalFisher, FisherEstimate
 from tests.tools.models import TokenModel, causal_lm, ids
@@ -467,49 +466,6 @@ def test_consolidated_and_combined_ewcs_carry_the_hash_of_their_anchor() -> None
     torch.testing.assert_close(
         EWC(model, both.fisher, strength=1.0, anchor=both.anchor).penalty(), both.penalty()
     )
-
-
-class Shared(nn.Module):
-    """Calls one layer in two checkpoints, and frozen layers around them."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 2).requires_grad_(False)
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """By a name, as transformers' models give their logits."""
-        x = x.clone().requires_grad_()
-        for _ in range(2):
-            x = torch.tanh(checkpoint(self.layer, x, use_reentrant=self.reentrant))
-        return {"logits": self.head(x)}
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_during_backward_counts_a_checkpointed_layer_once(reentrant: bool) -> None:
-    """Reentrant checkpoints give a shared layer's gradient in parts: the pull came with each."""
-    torch.manual_seed(0)
-    model, x = Shared(reentrant), torch.randn(3, 5)
-    ewc = EWC(model, {"layer.weight": torch.rand(5, 5)}, strength=2.0)
-    weight = model.layer.weight
-    weight.data += torch.rand(5, 5)
-
-    def backward(call: Any) -> None:
-        call(x)["logits"].sum().backward()
-
-    for _ in range(2):
-        backward(model)
-    ewc.add_grad_(2.0)
-    expected, model.layer.weight.grad = weight.grad, None
-    with ewc.during_backward() as handle:
-        for _ in range(2):
-            backward(model)
-        torch.testing.assert_close(weight.grad, expected)
-        torch.testing.assert_close(handle.penalty, ewc.penalty().detach())
-        if reentrant:  # nothing tells where one pass ends
-            with pytest.raises(ValueError, match="use_reentrant=False, call the model itself"):
-                backward(model.forward)
-    assert not model._forward_hooks
 
 
 @pytest.mark.parametrize("how", ["add_grad_", "attach", "during_backward"])
