@@ -81,7 +81,7 @@ def test_a_compiled_model_stays_whole(where: str) -> None:
     """What watches the passes is a hook of the model's, which a graph takes in."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
     ewc = EWC(model, {"0.weight": torch.ones(3, 4)}, strength=1.0)
-    model[0].weight.data += 1
+    next(model.parameters()).data += 1
     whole = torch.compile(model, fullgraph=True, backend="aot_eager")
     with ewc.during_backward() as handle:
         call = whole if where == "model" else model
