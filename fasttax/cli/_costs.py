@@ -46,7 +46,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's: parameters, those that a token is multiplied with, and its layers' widths."""
+    """A model's: parameters, those that a token is multiplied with, and its layers' widths.
+
+    `quantised` is how its weights lie, "" for floats; all that is counted is of the floats.
+    """
 
     parameters: int
     multiplied: int
@@ -55,6 +58,7 @@ class Shape:
     keys: int
     inner: int
     vocabulary: int
+    quantised: str = ""
 
     @staticmethod
     def of(config: Any) -> Shape:
@@ -84,6 +88,7 @@ class Shape:
             keys=keys,
             inner=inner,
             vocabulary=text.vocab_size,
+            quantised=_quantised(config),
         )
 
     def forward(self, tokens: float, length: int) -> float:
@@ -96,6 +101,15 @@ class Shape:
         if checkpointing:
             return layer + HALF * tokens * self.hidden * self.layers
         return layer * self.layers
+
+
+def _quantised(config: Any) -> str:
+    """The method that a config's weights are quantised by."""
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return ""
+    found = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+    return str(getattr(found, "value", found) or "some method")
 
 
 def _multiplied(model: nn.Module, text: Any) -> int:

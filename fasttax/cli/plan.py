@@ -37,6 +37,12 @@ def main(argv: Sequence[str]) -> int:
         f"{job.gpu.bandwidth / 1e12:.2f} TB/s; {args.tokens} tokens a GPU and step in sequences "
         f"of {args.length}\n",
     )
+    if shape.quantised:
+        _options.say(
+            args,
+            f"{args.model} lies quantised ({shape.quantised}): this is the plan of the model that "
+            "it was made from, in bf16 with all of its weights trained; adapters take less\n",
+        )
     _options.say(args, "\n".join(aligned(_table(found, job))))
     rows = [vars(cost) | {"fits": _fits(found[0], cost, job)} for cost in found]
     content = {"model": args.model, "gpu": args.gpu, **counts, "use": use}

@@ -152,6 +152,22 @@ def test_a_large_model_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "NO" in printed
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+def test_a_quantised_model_is_planned_as_what_it_was_made_from(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_lm.model().config
+    config.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": method, "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert cli.main(["plan", str(tmp_path), "--json", str(tmp_path / "plan.json")]) == 0
+    assert f"lies quantised ({method}): this is the plan" in capsys.readouterr().out
+    shape = json.loads((tmp_path / "plan.json").read_text())["shape"]
+    assert shape == {**vars(Shape.of(config)), "quantised": method}
+    assert not Shape.of(config).quantised
+
+
 def test_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "odd").mkdir()
