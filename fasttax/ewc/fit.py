@@ -195,7 +195,11 @@ def _refuse_unholdable(op: str, name: str, target: Target) -> None:
     if target.lora is not None:
         lora.refuse_unsupported(op, name, target.lora)
     elif not target.theta.is_floating_point() or inner.lies_in_others(target.theta):
-        kind = f", a {type(target.theta).__name__}" if inner.lies_in_others(target.theta) else ""
+        kind = (
+            f" and class {type(target.theta).__name__}"
+            if inner.lies_in_others(target.theta)
+            else ""
+        )
         raise checks.fail(
             op,
             "model",

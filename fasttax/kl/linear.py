@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 import torch
 from torch import Tensor
 
-from fasttax._base import checks
+from fasttax._base import checks, inner
 from fasttax._base.choices import GradMode, Infinities, KlKind, Reduction
 from fasttax._base.interrupts import surfaced
 from fasttax._base.modes import autocast_dtype, transforming
@@ -334,6 +334,15 @@ def _tokens(op: str, prefix: str, hidden: Any, weight: Any, bias: Any, tp_group:
     if weight.dim() != 2 or empty or weight.shape[1] != H:
         expected = f"shape (V, {H}), the head of {prefix}hidden"
         raise checks.fail(op, f"{prefix}weight", expected, weight)
+    if inner.lies_in_others(weight):
+        raise checks.fail(
+            op,
+            f"{prefix}weight",
+            "a head whose values lie in the tensor itself",
+            f"one of class {type(weight).__name__}",
+            "take token_kl or token_stats of the logits that its layer gives, or dequantize it",
+            TypeError,
+        )
     checks.same_device(op, f"{prefix}weight", weight, f"{prefix}hidden", hidden)
     if bias is not None:
         if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:

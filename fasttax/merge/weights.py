@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax._base import checks, mapped
+from fasttax._base import checks, inner, mapped
 from fasttax._base.mapped import Spec, TensorFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -56,6 +56,15 @@ class Weights(Mapping[str, Tensor]):
     def _take(self, source: Mapping[str, Tensor]) -> None:
         for name, value in source.items():
             t = checks.tensor(self.op, f"{self.argument}[{name!r}]", value, mapped.CODES)
+            if inner.lies_in_others(t):
+                raise checks.fail(
+                    self.op,
+                    f"{self.argument}[{name!r}]",
+                    "values that lie in the tensor itself",
+                    f"one of class {type(t).__name__}",
+                    "merge the models that were quantised, and quantise what comes out",
+                    TypeError,
+                )
             if t.device.type == "meta":
                 way_out = "load its weights first"
                 raise checks.fail(self.op, f"{self.argument}[{name!r}]", "values", t, way_out)

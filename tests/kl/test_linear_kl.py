@@ -27,6 +27,7 @@ from tests.tools.linear_cases import (
     upstream,
 )
 from tests.tools.processes import on_ranks
+from tests.tools.quantised import Int8Weight
 from tests.tools.utils import assert_within, named, own_result, relative_error
 
 NAN = math.nan
@@ -237,6 +238,13 @@ def test_tensor_parallel(tmp_path: Path) -> None:
 
 HID, W, IDS = torch.zeros(2, 4), torch.zeros(7, 4), torch.zeros(2, dtype=torch.long)
 WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], list[str]]] = {
+    "quantised": (
+        "linear_token_kl",
+        (HID, W, HID, Int8Weight(W.to(torch.int8), W[:, :1])),
+        {},
+        TypeError,
+        ["ref_weight", "class Int8Weight", "token_kl"],
+    ),
     "width": (
         "linear_token_kl",
         (HID[:, :0], W[:, :0], HID, W),

@@ -23,6 +23,7 @@ import fasttax
 from fasttax import FisherEstimate, merge
 from fasttax.merge import average
 from tests.tools.models import causal_lm
+from tests.tools.quantised import Int8Weight
 
 
 def weights(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -266,6 +267,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda p: merge.linear(A, B, float("nan")),
         ValueError,
         r"merge\.linear: alpha: expected a finite number",
+    ),
+    "quantised": (
+        lambda p: merge.linear(A, {**B, "a": Int8Weight(B["a"].to(torch.int8), B["a"])}, 0.5),
+        TypeError,
+        r"aligned\['a'\]: expected values that lie in the tensor itself, .* class Int8Weight",
     ),
     "names": (
         lambda p: merge.linear(A, {"a": B["a"]}, 0.5),
