@@ -254,7 +254,8 @@ class EWC:
         mode "grad" adds the gradient before each step (it is not part of a clipping done earlier),
         "prox_euclidean" (or "prox") runs `prox_` with each group's lr after it; AdamWEWC's
         "prox_adam" is another step, in Adam's metric. `every=k` acts on every k-th step with k
-        times the weight. Wrapped optimizers (with an `.optimizer` inside, as Accelerate's) are
+        times the weight; a step that a GradScaler leaves out counts where a fused optimizer leaves
+        it out itself. Wrapped optimizers (with an `.optimizer` inside, as Accelerate's) are
         unwrapped; one that is no torch.optim.Optimizer but has param_groups and step() is wrapped
         itself, until .remove(). Under `maximize` the gradient is subtracted, so that it pulls to
         the anchor all the same.

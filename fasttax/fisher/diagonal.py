@@ -218,9 +218,9 @@ class DiagonalFisher:
                 labels).
 
         Raises:
-            ValueError, TypeError, IndexError: the batch does not fit; nothing is accumulated. Of
-                ids and labels that lie on a GPU, finalize, reduce and checkpoint say so: update
-                does not wait for the device.
+            ValueError, TypeError, IndexError: the batch does not fit, or on a CPU its logits are
+                not finite; nothing is accumulated. Of what lies on a GPU finalize, reduce and
+                checkpoint say so: update does not wait for the device.
         """
         self._check_whole("update")
         ready = self.view.read(batch)
@@ -264,9 +264,10 @@ class DiagonalFisher:
     ) -> Iterator[None]:
         """Inside, the user's own forward and backward add to the estimate; p.grad is untouched.
 
-        The losses are SUMs of per-token losses. Several losses of one forward are one: their
-        gradients are summed before squaring, in one backward or in several (with retain_graph=True
-        before the last). Every forward of the model is a batch of its own.
+        The losses are SUMs of per-token losses, without a GradScaler's factor. Several losses of
+        one forward are one: their gradients are summed before squaring, in one backward or in
+        several (with retain_graph=True before the last). Every forward of the model is a batch of
+        its own.
 
         Args:
             cu_seqlens: boundaries of the examples in one packed row. Without it, rows of the batch
@@ -394,6 +395,7 @@ class DiagonalFisher:
 
         Raises:
             RuntimeError: no example was seen, or none with a prediction that counts.
+            ValueError: some sums are not finite.
         """
         checks.choice("DiagonalFisher.finalize", "normalize", normalize, NORMALIZE)
         checks.choice("DiagonalFisher.finalize", "storage", storage, STORAGES)
@@ -427,9 +429,7 @@ class DiagonalFisher:
 
     def _estimate(self, count: int, metadata: dict[str, Any], storage: str) -> Any:
         """The sums over `count`, with what is known of them."""
-        sums = self.sums
-        values = {n: sums.placed(n, sums.value(n) / count) for n in sums.squared()}
-        estimate = FisherEstimate(values, metadata)
+        estimate = FisherEstimate(self.sums.over(count), metadata)
         return estimate if storage == "fp32" else estimate.to(storage)
 
     def _facts(self) -> dict[str, Any]:

@@ -104,6 +104,25 @@ class Sums:
             return self.shards[name].local.numel()
         return self.slots[name].shape.numel()
 
+    def over(self, count: int) -> dict[str, Tensor]:
+        """The sums over `count`, as their parameters lie.
+
+        Raises:
+            ValueError: some of those that lie whole on a rank are not finite.
+        """
+        values = {n: self.value(n) / count for n in self.squared()}
+        finite = {n: v.isfinite().all().cpu() for n, v in values.items() if n not in self.shards}
+        odd = [n for n, every in finite.items() if not bool(every)]
+        if odd:
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            raise ValueError(
+                f"DiagonalFisher: expected finite squares, got NaN or infinite ones of "
+                f"{', '.join(odd[:3])}{more}: a batch among them has a loss or gradients that are "
+                "not finite; leave it out, and of a float16 model, which overflows at 65504, take "
+                "bfloat16 or float32"
+            )
+        return {n: self.placed(n, v) for n, v in values.items()}
+
     def placed(self, name: str, value: Tensor) -> Tensor:
         """`value`, as long as the sum of `name`, placed as its parameter is."""
         if name in self.shards:

@@ -153,6 +153,7 @@ class View:
                 "pass fallback='loop', unless the forward has no gradient at all (no_grad within "
                 "it, activations that are quantised: quantise the weights alone)",
             )
+        _refuse_odd(logits, batch.counted)
         return logits
 
     def head(self, current: Pass, logits: Tensor, batch: batches.Batch) -> Tap:
@@ -334,6 +335,25 @@ def _whole(change: Callable[[], None], restore: Callable[[], None]) -> Iterator[
         except KeyboardInterrupt:
             restore()
             raise
+
+
+def _refuse_odd(logits: Tensor, counted: Tensor) -> None:
+    """An error of logits that would make every sum of squares NaN; on a GPU `Sums.over`'s.
+
+    Padding may have any, and a vocabulary entries of -inf.
+    """
+    if not checks.has_values(logits) or counted.shape != logits.shape[:-1] or not logits.numel():
+        return
+    odd = ~logits.detach().amax(-1).isfinite() & counted
+    if bool(odd.any()):
+        rows = odd.reshape(odd.shape[0], -1).any(1).nonzero().flatten().tolist()
+        raise checks.fail(
+            OP,
+            "batch",
+            "examples whose logits are finite",
+            f"NaN or inf in rows {', '.join(map(str, rows[:5]))}",
+            "leave them out (nothing of the batch is counted), or look at the model's weights",
+        )
 
 
 def _called(model: nn.Module, method: str) -> Any:
