@@ -84,10 +84,10 @@ def bench() -> str:
     rows = headlines()
     environments = [read(RESULTS / f"cpu-{family}.json")["environment"] for family in MEASURED]
     cpus = " and ".join(dict.fromkeys(environment["cpu"] for environment in environments))
+    table = timed(rows[case] for case in FIRST if case in rows)
     return (
-        f"{timed(rows[case] for case in FIRST)}\n\n{cpus}, medians of interleaved rounds, written "
-        "by `make bench`. Every case, with threads, versions and commits: "
-        "[docs/speed.md](docs/speed.md)."
+        f"{table}\n\n{cpus}, medians of interleaved rounds, written by `make bench`. Every "
+        "case, with threads, versions and commits: [docs/speed.md](docs/speed.md)."
     )
 
 

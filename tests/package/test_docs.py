@@ -152,6 +152,12 @@ def test_tables_are_those_of_the_results() -> None:
         assert within.strip() == text, "run `python -m bench.evidence`"
 
 
+def test_readmes_cases_are_measured() -> None:
+    from bench import evidence
+
+    assert set(evidence.FIRST) <= set(evidence.headlines())
+
+
 def test_figures_of_the_advice_are_measured() -> None:
     """Each decimal and time of docs/choosing.md stands in what a command wrote.
 
