@@ -127,7 +127,7 @@ quick: $(ONE_ISA) ## after an edit of a CPU kernel: build one instruction set, r
 t:               ## tests by words and place, on what is built: make t K="topk and not mask" T=tests/kl
 	$(PY) -m pytest -q -k "$(K)" $(T)
 
-bench: $(LIBRARY) ## measure against eager PyTorch, torch.compile and foreach; writes bench/results and README's table
+bench: $(LIBRARY) ## measure against eager PyTorch, torch.compile and foreach; writes bench/results and docs/speed.md
 	$(PY) -m bench
 
 bench-gpu: $(LIBRARY) ## the same on a GPU, beside Liger and TRL too; writes bench/results/<gpu>.json, 7 minutes

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench` measures, writes bench/results, and renews README's table."""
+"""Benchmarks: `python -m bench` measures, writes bench/results, and renews the tables."""

@@ -1,4 +1,4 @@
-"""Measures all cases, writes bench/results, and renews the table between README's bench markers.
+"""Measures all cases, writes bench/results, and renews the tables that are made of it.
 
 A family's file is bench/results/cpu-FAMILY.json, of the CPU that ran it last; those of a CPU of
 another make stay beside it, as cpu-FAMILY-intel.json. `python -m bench gpu` has a table of its own,
@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -35,7 +34,6 @@ from bench import (
     gpu_clock,
     gpu_run,
     gpu_table,
-    marked,
     timing,
 )
 
@@ -102,41 +100,6 @@ def measure(family: str) -> Path:
     return target
 
 
-def table() -> str:
-    """README's table, from the results of every family that has been measured."""
-    reports: list[dict[str, Any]] = [
-        json.loads(path.read_text()) for f in FAMILIES if (path := results_of(f)).exists()
-    ]
-    rows = [
-        "| case | size | fasttax | others, and how many times fasttax's time |",
-        "|---|---|---:|---|",
-    ]
-    for r in (r for report in reports for r in report["results"] if r.get("headline", True)):
-        peaks = {name: f", {size:.0f} MB" for name, size in r.get("peak_extra_MB", {}).items()}
-        others = ", ".join(
-            f"{name} {r['milliseconds'][name]:.0f} ms ({ratio:.2f}x){peaks.get(name, '')}"
-            for name, ratio in r["ratios"].items()
-        )
-        rows.append(
-            f"| {r['name']} | {r['shape']} | {r['milliseconds']['fasttax']:.1f} "
-            f"ms{peaks.get('fasttax', '')} | {others} |"
-        )
-    runs = dict.fromkeys(
-        "{cpu}, {threads} threads, torch {torch}, commit {commit}, {date}".format(
-            **report["environment"]
-        )
-        for report in reports
-    )
-    return "\n".join(
-        [
-            *rows,
-            "",
-            f"{'; '.join(runs)}. Medians of interleaved rounds, written by `make bench`; all cases "
-            "in `bench/results`.",
-        ]
-    )
-
-
 def measure_gpu(dry: bool, budget: float, folder: Path) -> Path:
     """Runs the GPU's cases within `budget` seconds and writes them to `folder`."""
     torch.manual_seed(0)
@@ -160,15 +123,6 @@ def measure_gpu(dry: bool, budget: float, folder: Path) -> Path:
     target = folder / f"{gpu_table.slug(clock.name)}.json"
     target.write_text(json.dumps(written, indent=1) + "\n")
     return target
-
-
-def renew_readme() -> None:
-    """Puts both tables between README's marks, and those of docs/ between theirs."""
-    readme = ROOT / "README.md"
-    marked.renew(readme, "bench", table())
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(gpu_table.renewed(text, RESULTS), encoding="utf-8")
-    evidence.renew()
 
 
 def main() -> int:
@@ -212,7 +166,7 @@ def main() -> int:
         # cheaper
         for family in families:
             subprocess.run([sys.executable, "-m", "bench", family], check=True, cwd=ROOT)
-    renew_readme()
+    evidence.renew()
     return 0
 
 

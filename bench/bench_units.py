@@ -75,7 +75,7 @@ def error(draws: Sequence[Tensor], truth: Tensor, truth_noise: float) -> Error:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table of README's sentence."""
+    """Prints the table behind docs/exact.md's sentence."""
     parser = argparse.ArgumentParser(prog="python -m bench.bench_units", description=__doc__)
     parser.add_argument("--draws", type=int, default=12)
     parser.add_argument("--examples", type=int, default=32)

@@ -35,7 +35,7 @@ class Spec:
     name: str
     shape: str
     make: Callable[[], GpuCase]
-    headline: bool = True  # in README's table
+    headline: bool = True  # in README's table of the GPU
 
 
 @dataclass

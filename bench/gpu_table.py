@@ -10,7 +10,6 @@ from typing import Any
 
 from bench import workloads
 
-BEGIN, END = "<!-- bench-gpu:begin -->", "<!-- bench-gpu:end -->"
 # bytes/s at the peak of the data sheet
 PEAKS = {"H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12}
 # The share of that peak which a kernel is predicted to reach, by its machine code alone:
@@ -107,9 +106,3 @@ def table(folder: Path) -> str:
     if not found:
         return "\n".join(prediction())
     return "\n\n".join("\n".join(measured(report)) for report in found)
-
-
-def renewed(text: str, folder: Path) -> str:
-    """README with the table between its marks."""
-    head, tail = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:head]}\n{table(folder)}\n{text[tail:]}"

@@ -19,12 +19,9 @@ from typing import Any
 from docs_names import ROOT, assigned, docstring, home, names, trainers
 
 README_PAGES = {  # a page of the site: the sections of README that it consists of
-    "index.md": ("", "Two commands", "What is in it"),
-    "speed.md": ("How fast",),
+    "index.md": ("", "How fast", "Two commands", "What is in it", "Limits"),
     "install.md": ("Install", "Versions"),
     "start.md": ("In your trainer",),
-    "backends.md": ("Backends",),
-    "limits.md": ("Limits",),
 }
 WHOLE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 FAMILIES = {  # a page of the API: its title, and the modules whose names it has

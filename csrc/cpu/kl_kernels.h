@@ -34,8 +34,7 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
 }
 
 // keep: whether every entry's p and log(m/p) are left there, in load_pair's order, for the policy's
-// gradient. Else there
-// may be the reference's as well, which needs KL(q||m).
+// gradient. Else there may be the reference's as well, which needs KL(q||m).
 template <bool keep, FrameMode mode, class T>
 inline void jsd_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame,
                       const JsdMath& jsd, float* p, float* to_p, KlThree<double>& total) {

@@ -56,13 +56,16 @@ KlParamsOf<R> kl_params(const KlOptions& x) {
 // What a forward leaves of a row for its backward: the op's second output, 8 numbers a token.
 template <class R>
 struct KlRowOf {
-  R mx, my;      // frames, in the units of the raw logits (softcap: of the capped ones)
-  R unused;      // 0: Triton's rows have a number of theirs here
-  R inv_s;       // 1 / S
-  R log_ratio;   // L = log(S_x / S_y); u_j = log p_j - log q_j = d_j - L
-  R mean_gap;    // policy_ref: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m).  token_stats: E_p[d]
-  R ref_center;  // jsd: KL(q||m).  token_stats: E_q[d]
-  R inv_s_ref;   // 1 / (S + G)
+  R mx, my;     // frames, in the units of the raw logits (softcap: of the capped ones)
+  R unused;     // 0: Triton's rows have a number of theirs here
+  R inv_s;      // 1 / S
+  R log_ratio;  // L = log(S_x / S_y); u_j = log p_j - log q_j = d_j - L
+  // policy_ref and token_stats: E_p[d].  ref_policy: E_q[d].  jsd: KL(p||m).  renyi: the log of the
+  // largest weight
+  R mean_gap;
+  // jsd: KL(q||m).  renyi: the log of the weights over it.  token_stats: E_q[d]
+  R ref_center;
+  R inv_s_ref;  // 1 / (S + G)
 };
 using KlRow = KlRowOf<float>;
 constexpr int kKlSaved = 8;

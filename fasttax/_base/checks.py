@@ -22,7 +22,7 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    text = repr(value)
+    text = " ".join(repr(value).split())  # a module's has many lines
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -57,7 +57,8 @@ def tensor(
         NotImplementedError: it has a forward-mode derivative, which the op's kernels would drop.
     """
     if not isinstance(value, Tensor):
-        raise fail(op, argument, "a torch.Tensor", value, error=TypeError)
+        way_out = "pass its .logits" if hasattr(value, "logits") else ""
+        raise fail(op, argument, "a torch.Tensor", value, way_out, TypeError)
     if value.dtype not in tuple(dtypes):
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise fail(
@@ -160,6 +161,7 @@ def keys(
     for key in there:
         if key not in accepted:
             near = difflib.get_close_matches(str(key), accepted, 1)
+            near += [name for name in accepted if name.startswith(f"{key}_")]
             way_out = f"did you mean {near[0]!r}?" if near else "leave it out"
             expected = "one of " + ", ".join(repr(c) for c in accepted)
             raise fail(op, argument, expected, repr(key), way_out)

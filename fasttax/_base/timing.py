@@ -35,7 +35,7 @@ class Case:
     floor_bytes: float
     floor_flops: float = 0.0
     rounds: int = 7
-    headline: bool = True  # in README's table; bench/results has all
+    headline: bool = True  # in docs/speed.md; bench/results has all
     memory: bool = False  # also measure what each contender allocates at its peak
 
 

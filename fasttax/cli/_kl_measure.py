@@ -131,7 +131,7 @@ def add_parser(tools: Any) -> None:
         help=f"tokens a sequence is cut to (default {LENGTH}, or the models' positions where they "
         "are fewer)",
     )
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences (default 8)")
     parser.add_argument("--worst", type=int, default=20, help="tokens that are listed (default 20)")
     parser.add_argument("--rows", type=int, default=20, help="sequences on the page (default 20)")
     _language_model.add_options(parser)

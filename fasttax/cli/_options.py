@@ -77,7 +77,9 @@ def _of(kind: type[str], args: argparse.Namespace) -> Iterator[str]:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """`--device`, which `device_of` reads."""
     parser.add_argument(
-        "--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N"
+        "--device",
+        default="auto",
+        help="cpu, cuda or cuda:N; a GPU if there is one (default auto)",
     )
 
 

@@ -145,20 +145,35 @@ def parser() -> argparse.ArgumentParser:
     )
     _rows.add_options(parser)
     parser.add_argument(
-        "--output", type=_options.Output, default="fisher.safetensors", metavar="FILE"
+        "--output",
+        type=_options.Output,
+        default="fisher.safetensors",
+        metavar="FILE",
+        help="the estimate's file (default fisher.safetensors)",
     )
-    parser.add_argument("--labels", choices=("sample", "true", "exact_head"), default="sample")
+    parser.add_argument(
+        "--labels",
+        choices=("sample", "true", "exact_head"),
+        default="sample",
+        help="drawn from the model, the text's own, or the head over the whole vocabulary with no "
+        "draws (default sample)",
+    )
     parser.add_argument(
         "--length", type=int, default=128, help="tokens an example, or at most (default 128)"
     )
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--examples", type=int, default=256)
-    parser.add_argument("--storage", choices=("fp32", "bf16", "u8log"), default="bf16")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples (default 8)")
+    parser.add_argument("--examples", type=int, default=256, help="at most (default 256)")
+    parser.add_argument(
+        "--storage",
+        choices=("fp32", "bf16", "u8log"),
+        default="bf16",
+        help="4, 2 or 1 bytes a value; u8log: logarithms (default bf16)",
+    )
     parser.add_argument(
         "--structure",
         choices=("diagonal", "kron"),
         default="diagonal",
-        help="kron: two factors for each linear layer, the diagonal of the rest",
+        help="kron: two factors for each linear layer, the diagonal of the rest (default diagonal)",
     )
     parser.add_argument(
         "--max-dim", type=int, help="rows of a factor above which kron cuts it to blocks (8192)"

@@ -110,7 +110,11 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("data", type=_options.Input, help=_rows.HELP)
     _rows.add_options(cache)
     cache.add_argument(
-        "--output", type=_options.Output, metavar="FILE", default="reference.safetensors"
+        "--output",
+        type=_options.Output,
+        metavar="FILE",
+        default="reference.safetensors",
+        help="the log-probs' file (default reference.safetensors)",
     )
     cache.add_argument(
         "--k", type=int, default=64, help="log-probs kept a token, 8 bytes each (default 64)"
@@ -121,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"tokens a sequence is cut to, as the trainer's max_length (default {LENGTH}, or the "
         "model's positions where they are fewer)",
     )
-    cache.add_argument("--batch-size", type=int, default=8)
+    cache.add_argument("--batch-size", type=int, default=8, help="sequences (default 8)")
     cache.add_argument(
         "--temperature",
         type=float,

@@ -96,7 +96,7 @@ def _alpha(words: Sequence[str]) -> float | dict[str, float]:
 def parser() -> argparse.ArgumentParser:
     """Of the command's arguments; `way` is the first of them."""
     parser = argparse.ArgumentParser(prog="fasttax merge", description=COMMANDS["merge"])
-    ways = parser.add_subparsers(dest="way", required=True)
+    ways = parser.add_subparsers(dest="way", metavar="TOOL", required=True)
     linear = ways.add_parser("linear", help="(1 - alpha) BASE + alpha ALIGNED")
     config = ways.add_parser("config", help="a configuration for mergekit-yaml: linear, TIES, DARE")
     for way in (linear, config):
@@ -113,7 +113,9 @@ def parser() -> argparse.ArgumentParser:
             metavar="NUMBER or PATTERN=NUMBER",
             help="0 is BASE, 1 is ALIGNED; with patterns the first that a name fits decides",
         )
-    config.add_argument("--method", choices=METHODS, default="ties", help="default: ties")
+    config.add_argument(
+        "--method", choices=METHODS, default="ties", help="mergekit's (default ties)"
+    )
     config.add_argument(
         "--density", type=float, help="share of the task vector that is kept (default 0.5)"
     )
@@ -139,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
         "--missing",
         choices=("error", "mean"),
         default="error",
-        help="tensors without a Fisher: an error, or their plain mean",
+        help="tensors without a Fisher: an error, or their plain mean (default error)",
     )
     fisher.add_argument(
         "--floor", type=float, default=0.0, help="Fishers below it are raised to it (default 0)"

@@ -118,15 +118,29 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model", type=_options.Input, help="a config.json, a folder with one, or a Hub id"
     )
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
-    parser.add_argument("--gpus", type=int, default=1, help="that share the parameters (FSDP2)")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a step on a GPU")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--examples", type=int, default=256, help="sequences of the Fisher")
-    parser.add_argument("--k", type=int, default=64, help="log-probs a token of a cache")
-    parser.add_argument("--every", type=int, default=1, help="steps between two replays")
     parser.add_argument(
-        "--use", type=float, default=0.4, help="share of the peak that training reaches"
+        "--gpu",
+        choices=sorted(GPUS),
+        default="h100",
+        help="whose data sheet is taken (default h100)",
+    )
+    counts = {
+        "gpus": (1, "that share the parameters (FSDP2)"),
+        "tokens": (8192, "of a step on a GPU"),
+        "length": (2048, "tokens of a sequence"),
+        "examples": (256, "sequences of the Fisher"),
+        "k": (64, "log-probs a token of a cache"),
+        "every": (1, "steps from one replay to the next"),
+    }
+    for name, (default, meaning) in counts.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default {default})"
+        )
+    parser.add_argument(
+        "--use",
+        type=float,
+        default=0.4,
+        help="share of the peak that training reaches (default 0.4)",
     )
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
     _options.add_json(parser)

@@ -120,12 +120,14 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=_options.Output,
         default="samples.jsonl",
-        help="rows of text and input_ids",
+        help="rows of text and input_ids (default samples.jsonl)",
     )
     parser.add_argument("--number", type=int, default=128, help="texts (default 128)")
     parser.add_argument("--length", type=int, default=128, help="tokens at most (default 128)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="1 is the model's own")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="of the draws; 1 is the model's (default 1)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="texts (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     _language_model.add_options(parser)
     return parser

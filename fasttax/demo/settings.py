@@ -258,13 +258,13 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=ALIGNMENT,
         metavar="FILE",
-        help="prompts and answers instead of the ones that come with fasttax",
+        help="prompts and answers (default: those that come with fasttax)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="of the base model, passages and label sampling, and the first of training (0)",
+        help="of base model, passages and label sampling, and the first of training (default 0)",
     )
     counts = {
         "seeds": "training seeds",

@@ -158,8 +158,8 @@ def _read(
 ) -> Batch:
     given = named(batch, task.first)
     if not isinstance(given, Mapping):
-        expected = "a dict or BatchEncoding with input_ids, a tensor, or (inputs, labels)"
-        raise checks.fail(op, "batch", expected, batch, error=TypeError)
+        expected = "a tokenizer's dict with input_ids, a tensor, or (inputs, labels)"
+        raise checks.fail(op, "batch", expected, checks.describe(batch), error=TypeError)
     found = main_input(given)
     home = device if found is None else given[found].device
     inputs = {k: (v.to(home) if isinstance(v, Tensor) else v) for k, v in given.items()}

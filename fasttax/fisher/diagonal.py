@@ -56,8 +56,8 @@ class DiagonalFisher:
         unit: "example" squares each example's whole gradient, exactly as a loop over single
             examples would. "token" squares token by token (an approximation: it drops the products
             between tokens). "batch" squares the batch's summed gradient (Gauss-Newton-Bartlett, Liu
-            et al. 2023, arXiv:2305.14342: unbiased with sampled labels, 10-25 times the variance),
-            so it refuses true labels.
+            et al. 2023, arXiv:2305.14342: unbiased with sampled labels, its variance grows with the
+            batch), so it refuses true labels.
         params: None for all trainable parameters, a predicate (name, parameter) -> bool, or names
             and patterns with *.
         tied: a weight that embedding and head share is squared as one, cross terms included

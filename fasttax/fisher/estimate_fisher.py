@@ -152,8 +152,10 @@ def estimate_fisher(
     checks.count(op, "checkpoint_every", checkpoint_every)
     if checkpoint is not None:
         placed.for_file(f"{op}: checkpoint", checkpoint)
-    if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
-        expected, way_out = "an iterable of batches", "for one batch pass [batch]"
+    one = isinstance(batches, (Mapping, Tensor))
+    if one or not isinstance(batches, Iterable):
+        expected = "an iterable of batches"
+        way_out = "for one batch pass [batch]" if one else "the model comes first, then the batches"
         raise checks.fail(op, "batches", expected, batches, way_out, TypeError)
     estimator = _estimator(
         op,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -97,8 +96,7 @@ class KroneckerFisher(DiagonalFisher):
             self._sample_the_head()
         super().resume(path)
 
-    @contextmanager
-    def observe(self, **options: Any) -> Iterator[None]:
+    def observe(self, **options: Any) -> NoReturn:
         """There is none: the first batch's proof is of squares.
 
         Raises:
@@ -108,7 +106,6 @@ class KroneckerFisher(DiagonalFisher):
             "KroneckerFisher: observe: expected update(batch), the user's own passes have no "
             "Kronecker estimate; use DiagonalFisher"
         )
-        yield
 
     def _facts(self) -> dict[str, Any]:
         facts = super()._facts()

@@ -79,10 +79,10 @@ class FullKL(Handle):
             new).
         beta: the coefficient, >= 0, or an `AdaptiveKL`, which every optimizer step updates with the
             mean over all ranks.
-        kind: "policy_ref", "ref_policy" or "jsd", as in `token_kl`.
+        kind: "policy_ref", "ref_policy", "jsd" or "renyi", as in `token_kl`.
         temperature: of both distributions; None is the trainer's sampling temperature in GRPO and
             RLOO, else 1. A TopKReference of fewer than all tokens must have been made at it.
-        jsd_beta: the reference's share of the mixture in "jsd".
+        jsd_beta: the reference's share of the mixture in "jsd", the order in "renyi".
         estimator: "token" differentiates each token's KL where the sequences stand. In GRPO and
             RLOO, whose sequences are the policy's own samples, that is a part of the gradient of
             the sequences' KL alone (a smaller one the further the policy has moved): "sequence"

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoModelForCausalLM
 
 from fasttax._base import checks
+from fasttax._base.choices import KlKind
 from fasttax.ewc import EWC
 
 EXAMPLE = "fasttax: {ewc: {fisher: fisher.safetensors, strength: 10.0}, kl: {beta: 0.1}}"
@@ -35,7 +36,7 @@ class KLOptions(_Strict):
     """`FullKL` to a reference: a model, a cache of top log-probs, or what training starts from."""
 
     beta: float = Field(ge=0)
-    kind: Literal["policy_ref", "ref_policy", "jsd"] = "policy_ref"
+    kind: KlKind = "policy_ref"
     temperature: float | None = None
     jsd_beta: float = 0.5
     estimator: Literal["token", "sequence"] = "token"

@@ -40,7 +40,7 @@ def response_kl(
         ref_logits: as `logits`, the reference's.
         response_mask: (B, R), bool or numbers: which tokens count. Others give 0, with gradient 0.
         kind: as in `token_kl`.
-        jsd_beta: the reference's share of the mixture in "jsd".
+        jsd_beta: the reference's share of the mixture in "jsd", the order in "renyi".
         temperature: of the policy. OpenRLHF's actor and verl's engine have divided their logits by
             the sampling temperature already: leave it at 1 there.
         ref_temperature: of the reference; None is the policy's.

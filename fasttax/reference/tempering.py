@@ -74,9 +74,9 @@ class Tempering:
         return _in_turn(side, side)
 
     @classmethod
-    def none(cls, kind: int, beta: float = 0.5) -> Tempering:
+    def none(cls, kind: int) -> Tempering:
         """Logits that are taken as they are."""
-        return cls(kind, beta, Side(), Side(), inf_mask=False)
+        return cls(kind, 0.5, Side(), Side(), inf_mask=False)
 
     @classmethod
     def of_args(cls, args: Sequence[Any]) -> Tempering:

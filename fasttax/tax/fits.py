@@ -248,12 +248,11 @@ def points_of(
     y_name: str,
     runs: Sequence[str] | None,
     shared: float | Sequence[float],
-    places: int = 2,
 ) -> tuple[tuple[tuple[float, float], ...], Noise]:
     """The points with x > 0 by x, at least 3, and what their errors share.
 
     Raises:
-        ValueError: too few, at fewer than `places` different x, or values that are no such points.
+        ValueError: too few, all at one x, or values that are no such points.
     """
     for name, values in (("y", y), ("runs", runs)):
         if values is not None and len(values) != len(x):
@@ -266,11 +265,11 @@ def points_of(
     kept = sorted((p, name) for p, name in zip(pairs, names, strict=True) if p[0] > 0)
     points = tuple(p for p, _ in kept)
     different = len({p for p, _ in points})
-    if len(points) < 3 or different < places:
+    if len(points) < 3 or different < 2:
         raise checks.fail(
             op,
             "points",
-            f"at least 3 with {x_name} > 0, at {places} places or more",
+            f"at least 3 with {x_name} > 0, at 2 places or more",
             f"{len(points)} at {different}",
             "measure more checkpoints",
         )

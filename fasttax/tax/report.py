@@ -61,7 +61,10 @@ class TaxReport(Measurements):
         for table in tables:
             if table is not None:
                 lines += ["", *words.aligned(table)]
-        lines += ["", *(f"{name}: {law}" for name, law in self.fits().items())]
+        laws: dict[str, list[str]] = {}  # several can lack for the same reason
+        for name, law in self.fits().items():
+            laws.setdefault(str(law), []).append(name)
+        lines += ["", *(f"{'; '.join(names)}: {law}" for law, names in laws.items())]
         lines += words.stages(self)
         return "\n".join(lines)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttax import reference
-from fasttax.reference.weigh import K1, K2, NONE
+from fasttax.reference.weigh import K1, K2, MEAN, NONE
 from fasttax.triton import on_device
 
 BLOCK = 1024  # tokens
@@ -24,7 +24,6 @@ WARPS = 8  # 4 tokens a thread, whose doubles stay in registers
 ENTRIES = 4096  # of a gradient, that a program takes at a time
 PROGRAMS_PER_SM = 8
 IS_K1, IS_K2 = tl.constexpr(K1), tl.constexpr(K2)
-OF_NONE, OF_MEAN = tl.constexpr(0), tl.constexpr(2)
 MOST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -280,7 +279,7 @@ def token_weights(
                 weight,
                 n,
                 scale,
-                MEAN=reduction == OF_MEAN.value,
+                MEAN=reduction == MEAN,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
@@ -306,7 +305,7 @@ def weigh_tokens(
     meta = {"OUTPUTS": tuple(outputs), "PAIR": tuple(pair), "BLOCK": BLOCK, "num_warps": WARPS}
     with on_device(rows[0]):
         if reduction != NONE:
-            mean = reduction == OF_MEAN.value
+            mean = reduction == MEAN
             sums_kernel[(1,)](rows, tuple(results), mask, weight, *numbers, MEAN=mean, **meta)
         elif n:
             tokens_kernel[_grid(n)](rows, tuple(results), mask, weight, *numbers, **meta)
@@ -351,7 +350,7 @@ def weigh_tokens_backward(
                 OUTPUTS=tuple(outputs[i] for i in which),
                 STEPS=steps,
                 PAIR=tuple(pair),
-                MEAN=reduction == OF_MEAN.value,
+                MEAN=reduction == MEAN,
                 REVERSE=reverse,
                 BLOCK=BLOCK,
                 num_warps=WARPS,

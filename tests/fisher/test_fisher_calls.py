@@ -283,3 +283,16 @@ def test_factors_of_one_parameter_are_named_with_a_way_out(verify: bool) -> None
     truth = loop(model, rows_of(x))
     assert all(bool(t.any()) for t in truth.values())
     assert_exact(fisher_of(model, x, fallback="loop"), truth)
+
+
+@pytest.mark.parametrize(
+    ("swapped", "said"),
+    [
+        (lambda model, x: (model, x), r"got a int64 tensor.*; for one batch pass \[batch\]"),
+        (lambda model, x: ([x], model), r"got TokenModel\(.*; the model comes first"),
+        (lambda model, x: (model, ["text"]), "a tokenizer's dict.*, got 'text'"),
+    ],
+)
+def test_batches_that_are_none(swapped: Callable[[Any, Tensor], Any], said: str) -> None:
+    with pytest.raises(TypeError, match=f"^[^\n]*{said}[^\n]*$"):
+        fasttax.estimate_fisher(*swapped(TokenModel(), ids(2, 4)), progress=False)

@@ -9,12 +9,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
-from tests.gpu.ptx import budgets, cuda, library, sass
+from tests.gpu.ptx import budgets, cuda, sass
 from tests.gpu.ptx.text import parse
-from tests.tools.cuda_tools import ARCHS, ROOT, cuda_homes, first, run
+from tests.tools.cubins import cubin
+from tests.tools.cuda_tools import ARCHS, ROOT
 
 TABLE = ROOT / "docs/machine-code.md"
 KB = 1024
@@ -23,22 +23,6 @@ MODES = ("value", "add", "write", "prox")  # of EWC
 NAME = re.compile(r"fasttax\d+(\w+?_kernel|\w+_finish)(?:I(.*?)E+v|E?N|$)")
 
 Codes = dict[str, list[sass.Code]]  # architecture -> kernels
-
-
-def cubin(source: str, arch: str) -> Path:
-    """Of a source of csrc/cuda, as setup.py compiles it; kept while the sources are the same."""
-    nvcc = first(home / "bin/nvcc" for home in cuda_homes())
-    if nvcc is None:
-        raise SystemExit("machine-code: needs nvcc: install a CUDA toolkit or set CUDA_HOME")
-    of = ROOT / f"csrc/cuda/{source}.cu"
-
-    def build(folder: Path) -> None:
-        flags = ("-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin")
-        done = run(nvcc, *flags, of, "-o", folder / "cubin")
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    used = [of, *ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/*/*.h")]
-    return library.kept(f"cubin-{source}-{arch}", used, build) / "cubin"
 
 
 def threads() -> dict[str, int]:

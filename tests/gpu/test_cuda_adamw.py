@@ -5,17 +5,15 @@ caught, and its machine code.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
+from tests.tools.cubins import cubin, registers
 from tests.tools.cuda_tools import (
     ARCHS,
     TSAN,
     Fault,
-    cubins_of,
     machine_code,
-    registers,
     simt_tests,
     steps,
 )
@@ -39,15 +37,13 @@ simt_runs, test_kernel_on_the_simt_machine, test_the_simt_machine_catches = simt
 )
 
 
-cubins = cubins_of("adamw.cu")
-
-
 @pytest.mark.parametrize("arch", ARCHS)
-def test_registers_and_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
-    report, cubin = cubins[arch][0]
-    used = registers(report)
+def test_registers_and_wide_accesses(arch: str) -> None:
+    used = registers(cubin("adamw", arch))
     assert max(used.values()) <= 80, used  # 3 blocks of 256 per SM
-    code = next(body for name, body in machine_code(cubin).items() if "adamw_kernel" in name)
+    code = next(
+        body for name, body in machine_code(cubin("adamw", arch)).items() if "adamw_kernel" in name
+    )
     assert not re.search(r"\b(LDL|STL|RED|ATOM)", code)
     opcodes = steps(code)
     # each mode's float32 operands

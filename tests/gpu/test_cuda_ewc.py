@@ -16,15 +16,14 @@ import pytest
 
 import fasttax
 from fasttax._base import library
+from tests.tools.cubins import cubin, registers
 from tests.tools.cuda_tools import (
     ARCHS,
     ASAN,
     TSAN,
     Fault,
-    cubins_of,
     first,
     machine_code,
-    registers,
     run,
     simt_tests,
     steps,
@@ -73,19 +72,16 @@ simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = sim
 # --- the machine code -----------------------------------------------------------------------------
 
 
-cubins = cubins_of("ewc.cu")
-
-
 @pytest.mark.parametrize("arch", ARCHS)
-def test_registers_and_spills(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
-    used = registers(cubins[arch][0][0])
+def test_registers_and_spills(arch: str) -> None:
+    used = registers(cubin("ewc", arch))
     assert len(used) == 2 * MODES + 1  # for small and large tables, and the value
     assert max(used.values()) <= 64, used  # 4 blocks of 256 per SM
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
-    kernels = machine_code(cubins[arch][0][1])
+def test_wide_accesses(arch: str) -> None:
+    kernels = machine_code(cubin("ewc", arch))
     for mode, loads in enumerate((3, 4, 3, 3)):  # value, add, write, prox
         # of small tables: the loops of large ones are the same
         code = next(body for name, body in kernels.items() if f"EwcModeE{mode}ELi62E" in name)

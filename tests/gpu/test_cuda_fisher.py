@@ -5,17 +5,15 @@ that must be caught, and its machine code.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
+from tests.tools.cubins import cubin, registers
 from tests.tools.cuda_tools import (
     ARCHS,
     ASAN,
     Fault,
-    cubins_of,
     machine_code,
-    registers,
     simt_tests,
     steps,
 )
@@ -39,15 +37,11 @@ simt_runs, test_kernel_on_the_simt_machine, test_the_simt_machine_catches = simt
 )
 
 
-cubins = cubins_of("fisher.cu")
-
-
 @pytest.mark.parametrize("arch", ARCHS)
-def test_registers_and_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
-    report, cubin = cubins[arch][0]
-    used = registers(report)
+def test_registers_and_wide_accesses(arch: str) -> None:
+    used = registers(cubin("fisher", arch))
     assert max(used.values()) <= 64, used  # 4 blocks of 256 per SM
-    small, large = machine_code(cubin).values()
+    small, large = machine_code(cubin("fisher", arch)).values()
     assert steps(small).count("LDG.E.EF.128") == steps(large).count("LDG.E.EF.128")
     code = small
     # local or unnamed memory, or an order that the hardware chooses

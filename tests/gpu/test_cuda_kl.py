@@ -9,11 +9,11 @@ injected into copies show that each of these checks can fail.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from fasttax._base import library
+from tests.tools.cubins import cubin, registers
 from tests.tools.cuda_tools import (
     ARCHS,
     ARITHMETIC,
@@ -23,10 +23,8 @@ from tests.tools.cuda_tools import (
     TSAN,
     Fault,
     basic_blocks,
-    cubins_of,
     longest_run,
     machine_code,
-    registers,
     simt_tests,
     steps,
 )
@@ -70,7 +68,7 @@ FAULTS = {
         (), "math/kl.h", "kSmallGap = 0.25f", "kSmallGap = 4.0f", "FAILED"
     ),
 }
-SOURCES = ("kl.cu", "kl_gradient.cu", "kl_both.cu")
+SOURCES = ("kl", "kl_gradient", "kl_both")
 OPS = {"policy_ref": 0, "ref_policy": 1, "jsd": 2, "renyi": 3, "stats": 64, "alone": 65}
 KINDS, TWO_SWEEPS = 4, 2
 
@@ -83,12 +81,9 @@ simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = sim
 # --- the machine code -----------------------------------------------------------------------------
 
 
-cubins = cubins_of(*SOURCES)
-
-
 @pytest.mark.parametrize("arch", ARCHS)
-def test_registers_and_spills(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
-    forward, gradient, both = (registers(report) for report, _ in cubins[arch])
+def test_registers_and_spills(arch: str) -> None:
+    forward, gradient, both = (registers(cubin(source, arch)) for source in SOURCES)
     assert (len(forward), len(gradient), len(both)) == (
         3 * len(OPS) + 3 * TWO_SWEEPS,
         3 * (2 * len(OPS) - 1),
@@ -108,8 +103,8 @@ def kernel(code: dict[str, str], stem: str, dtype: str, op: str, rest: str = "")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
-    forward, gradient, both = (machine_code(cubin) for _, cubin in cubins[arch])
+def test_wide_accesses(arch: str) -> None:
+    forward, gradient, both = (machine_code(cubin(source, arch)) for source in SOURCES)
     for dtype in ("f", "13__nv_bfloat16"):
         for op in OPS:
             body = kernel(forward, "kl_forward_kernel", dtype, op)
@@ -132,14 +127,14 @@ def test_wide_accesses(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> 
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_instructions_an_entry(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
+def test_instructions_an_entry(arch: str) -> None:
     """What an H100 (132 SMs, 128 lanes, 1.75 GHz) can issue must be 1.5 times what it can load
     (3.35 TB/s): in bf16 at most 23 an entry, of entries that are alike. Of others, whose terms are
     accurate by themselves so that no row is read again, 25 up to a gap of 2 and 31 beyond.
     """
     blocks = basic_blocks(
         kernel(
-            machine_code(cubins[arch][0][1]), "kl_forward_kernel", "13__nv_bfloat16", "policy_ref"
+            machine_code(cubin("kl", arch)), "kl_forward_kernel", "13__nv_bfloat16", "policy_ref"
         )
     )
 

@@ -5,11 +5,11 @@ SIMT machine, with faults that must be caught, and their machine code.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from fasttax._base import library
+from tests.tools.cubins import cubin, registers
 from tests.tools.cuda_tools import (
     ARCHS,
     ARITHMETIC,
@@ -18,10 +18,8 @@ from tests.tools.cuda_tools import (
     STORE,
     TSAN,
     Fault,
-    cubins_of,
     longest_run,
     machine_code,
-    registers,
     simt_tests,
     steps,
 )
@@ -44,15 +42,11 @@ simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = sim
 )
 
 
-cubins = cubins_of("weigh.cu")
-
-
 @pytest.mark.parametrize("arch", ARCHS)
-def test_machine_code(cubins: dict[str, list[tuple[str, Path]]], arch: str) -> None:
-    report, cubin = cubins[arch][0]
-    used = registers(report)
+def test_machine_code(arch: str) -> None:
+    used = registers(cubin("weigh", arch))
     assert max(used.values()) <= 64, used
-    code = machine_code(cubin)
+    code = machine_code(cubin("weigh", arch))
     assert not any(re.search(r"\b(LDL|STL|RED|ATOM)", body) for body in code.values())
     scale = {name: steps(body) for name, body in code.items() if "scale_held_kernel" in name}
     assert len(scale) == 4

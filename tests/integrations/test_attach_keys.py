@@ -34,6 +34,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ),
         ({}, "got no 'ref_model' and no 'beta'; add 'ref_model': the model"),
         ({"ref_model": None, "betas": 0.1}, "got 'betas'; did you mean 'beta'?"),
+        ({"ref": None, "beta": 0.1}, "got 'ref'; did you mean 'ref_model'?"),
         ({"ref_model": None, "beta": 1, "trainer": 2}, "got 'trainer'; leave it out"),
     ],
 )

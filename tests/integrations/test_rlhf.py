@@ -64,6 +64,29 @@ def test_a_row_of_the_mask_is_never_read() -> None:
     assert torch.equal(response_kl(policy, ref, MASK), clean)
 
 
+def test_options_are_those_of_the_ops() -> None:
+    """Temperatures, the mixture's share and the order, of whole logits, hidden states and top k."""
+    policy, ref = logits(0), logits(1)
+    x, y = (z[:, P - 1 : -1] for z in (policy, ref))
+    options: list[dict[str, Any]] = [
+        {"kind": "jsd", "jsd_beta": 0.2, "temperature": 2.0, "ref_temperature": 0.5},
+        {"kind": "renyi", "jsd_beta": 0.7},
+    ]
+    for given in options:
+        own = {("beta" if name == "jsd_beta" else name): value for name, value in given.items()}
+        wanted = fasttax.token_kl(x, y, mask=MASK.bool(), **own)
+        assert torch.equal(response_kl(policy, ref, MASK, **given), wanted)
+        heads = torch.eye(V)
+        found = response_linear_kl(policy, heads, ref, heads, MASK, **given)
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+    logp, ids = fasttax.topk_logprobs(ref, K)
+    given = {"kind": "jsd", "jsd_beta": 0.2, "temperature": 2.0}
+    found = response_topk_kl(policy, logp, ids, MASK, **given)
+    top = (z[:, P - 1 : -1] for z in (logp, ids))
+    wanted = fasttax.topk_kl(x, *top, kind="jsd", beta=0.2, temperature=2.0, mask=MASK.bool())
+    assert torch.equal(found, wanted)
+
+
 def test_rows_of_the_responses_alone() -> None:
     policy, ref = logits(0), logits(1)
     mine, own = (x[:, P - 1 : -1] for x in (policy, ref))

@@ -403,6 +403,7 @@ def test_adaptive_kl_alone() -> None:
     assert control.update(0.1) == 1.0
     assert control.update(0.11) == pytest.approx(1.01)  # error 0.1, a tenth of the horizon
     assert control.update(0.0) == pytest.approx(1.01 * 0.98)
+    assert AdaptiveKL(0.1, 1.0, 10.0, clip=0.5).update(1.0) == pytest.approx(1.05)  # its bound
     other = AdaptiveKL(target=0.1)
     other.load_state_dict(control.state_dict())
     assert other.beta == control.beta

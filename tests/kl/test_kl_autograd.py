@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,6 +277,12 @@ X = torch.zeros(2, 5)
 WRONG: dict[str, tuple[tuple[Any, Any], dict[str, Any], type[Exception], list[str]]] = {
     "not_a_tensor": (([1.0], X), {}, TypeError, ["logits", "torch.Tensor", "[1.0]"]),
     "ref_not_a_tensor": ((X, None), {}, TypeError, ["ref_logits", "torch.Tensor", "None"]),
+    "what_a_model_returns": (
+        (SimpleNamespace(logits=X), X),
+        {},
+        TypeError,
+        ["logits", "torch.Tensor", "pass its .logits"],
+    ),
     "integers": ((X.long(), X), {}, TypeError, ["logits", "float32", "int64"]),
     "no_dimension": ((X[0, 0], X[0, 0]), {}, ValueError, ["logits", "(..., V)", "()"]),
     "empty_vocabulary": ((X[:, :0], X[:, :0]), {}, ValueError, ["logits", "V >= 1", "(2, 0)"]),

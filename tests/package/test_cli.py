@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -148,3 +151,30 @@ def test_fisher_of_rows_is_of_what_they_say(
     rows.write_text('{"text": ""}')
     assert cli.main(["fisher", model, str(rows)]) == 2
     assert "rows.jsonl has no row of at least 2 tokens" in capsys.readouterr().err
+
+
+def every_parser() -> Iterator[argparse.ArgumentParser]:
+    """Of each command, and of the tools that some have."""
+    for name in COMMANDS:
+        parsers = [importlib.import_module(f"fasttax.cli.{name}").parser()]
+        for parser in parsers:
+            yield parser
+            for action in parser._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parsers += action.choices.values()
+
+
+def test_help_says_every_default() -> None:
+    said = 0
+    for parser in every_parser():
+        for action in parser._actions:
+            default = action.default
+            if default is None or default is False or default in ([], argparse.SUPPRESS):
+                continue
+            text = f"{default:g}" if isinstance(default, float) else str(default)
+            if isinstance(default, Path):
+                text = ""  # of this machine
+            where = f"{parser.prog} {action.option_strings}"
+            assert re.search(rf"\(default:? ?{re.escape(text)}", action.help or ""), where
+            said += 1
+    assert said > 30

@@ -1,4 +1,7 @@
-"""README: its Python runs, and the names, commands and files that it speaks of are there."""
+"""README: its Python runs, and the names, commands and files that it speaks of are there.
+
+The snippets of docs/trainers.md that train run, too.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from fasttax.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+TRAINERS = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+PYTHON = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = PYTHON.findall(README)
+TRAINING = [block for block in PYTHON.findall(TRAINERS) if "trainer.train()" in block]
 SHELL = re.findall(r"^```(?:bash)?\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 CODE = re.findall(r"`([^`\n]+)`", README)
 WORDS = "\n".join([*CODE, *SHELL])
@@ -72,11 +78,12 @@ def title(block: str) -> str:
 
 def test_there_are_snippets() -> None:
     assert len(BLOCKS) >= 6
-    for block in BLOCKS:
+    assert TRAINING
+    for block in BLOCKS + TRAINING:
         ast.parse(block)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=title)
+@pytest.mark.parametrize("block", BLOCKS + TRAINING, ids=title)
 def test_snippet_runs(block: str, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     names = stand_ins(tmp_path)
@@ -130,9 +137,5 @@ def test_files_exist() -> None:
     metrics = ("kl/", "ewc/", "replay/", "project/")
     paths = {word for word in CODE if re.fullmatch(r"[a-z_]+/[a-z_/.]*", word)}
     files = {path for path in paths if not path.startswith(metrics)}
-    assert files >= {"examples/", "bench/results"}
+    assert "examples/" in files
     assert [name for name in files if not (ROOT / name).exists()] == []
-
-
-def test_benchmarks_keep_their_marks() -> None:
-    assert README.count("<!-- bench:begin -->") == README.count("<!-- bench:end -->") == 1

@@ -206,6 +206,17 @@ def test_laws_of_a_report() -> None:
     assert "at least 3" in str(fits["forgetting, rlhf"])
 
 
+def test_laws_that_lack_for_one_reason_are_one_line() -> None:
+    r = TaxReport(0.5, 0.2)
+    for run in ("dpo", "rlhf"):
+        r.add("last", 0.4, 0.3, run=run)
+    lines = [line for line in str(r).splitlines() if "at least 3" in line]
+    assert [line.partition(": ")[0] for line in lines] == [
+        "tax against KL; tax against KL, dpo; tax against KL, rlhf",
+        "forgetting, dpo; forgetting, rlhf",
+    ]
+
+
 def test_stages_multiply() -> None:
     r = report()
     sft, rl = r.compounding("rlhf")

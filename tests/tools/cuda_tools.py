@@ -11,6 +11,7 @@ import subprocess
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,60 +196,7 @@ def simt_tests(
 # --- the machine code -----------------------------------------------------------------------------
 
 
-def build_cubins(sources: Sequence[str], folder: Path) -> dict[str, list[tuple[str, Path]]]:
-    """arch -> (what ptxas says, cubin) of each source in csrc/cuda."""
-    nvcc = first([home / "bin/nvcc" for home in cuda_homes()])
-    if nvcc is None:
-        pytest.skip("needs nvcc: install a CUDA toolkit or set CUDA_HOME")
-
-    def build(arch: str, source: str) -> tuple[str, Path]:
-        out = folder / f"{source}{arch}.cubin"
-        done = run(
-            nvcc,
-            "-O3",
-            "-std=c++17",
-            f"-arch=sm_{arch}",
-            "-cubin",
-            "-Xptxas",
-            "-v",
-            ROOT / f"csrc/cuda/{source}",
-            "-o",
-            out,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr, out
-
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {arch: [pool.submit(build, arch, source) for source in sources] for arch in ARCHS}
-        return {arch: [job.result() for job in of_arch] for arch, of_arch in jobs.items()}
-
-
-def cubins_of(*sources: str) -> Any:
-    """The fixture `cubins` of a file's tests: build_cubins of these sources."""
-
-    @pytest.fixture(scope="module")
-    def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, Path]]]:
-        return build_cubins(sources, tmp_path_factory.mktemp("cubin"))
-
-    return cubins
-
-
-def registers(report: str) -> dict[str, int]:
-    """kernel -> registers, out of what ptxas says; asserts that it warns of nothing, spills nothing
-    and keeps nothing on a stack.
-    """
-    assert "warning" not in report, report
-    assert set(
-        re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
-        )
-    ) == {("0", "0", "0")}, report
-    names = re.findall(r"Compiling entry function '(\S+)'", report)
-    counts = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
-    assert len(names) == len(counts) > 0
-    return dict(zip(names, counts, strict=True))
-
-
+@cache
 def machine_code(cubin: Path) -> dict[str, str]:
     """kernel -> its SASS."""
     nvdisasm = first(

@@ -9,24 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
-from tests.tools.cuda_tools import (
-    ARITHMETIC,
-    LOAD,
-    SITE,
-    basic_blocks,
-    cuda_homes,
-    first,
-    longest_run,
-    machine_code,
-    run,
-)
+from tests.tools.cubins import usage
+from tests.tools.cuda_tools import ARITHMETIC, LOAD, basic_blocks, longest_run, machine_code
 
 LOADS, STORES = r"LDG\.E", r"STG\.E"
 WIDTH = re.compile(r"\.(256|128|64|U16|S16|U8|S8)\b")
 BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1, "": 4}
-USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 class Limits(NamedTuple):
@@ -104,15 +92,9 @@ class Code(NamedTuple):
 
 def codes(cubin: Path, arch: str, threads: dict[str, int]) -> list[Code]:
     """Of every kernel of a cubin."""
-    homes = (*(home / "bin" for home in cuda_homes()), SITE / "triton/backends/nvidia/bin")
-    cuobjdump = first(folder / "cuobjdump" for folder in homes)
-    if cuobjdump is None:
-        pytest.skip("needs cuobjdump: in the CUDA toolkit, or pip install nvidia-cuda-cuobjdump")
-    usage = run(cuobjdump, "--dump-resource-usage", cubin).stdout
     bodies = machine_code(cubin)
     found = []
-    for name, *numbers in USAGE.findall(usage):
-        registers, stack, shared, local = map(int, numbers)
+    for name, (registers, stack, shared, local) in usage(cubin).items():
         blocks = basic_blocks(bodies[name])
         spills = sum(bool(re.match("LDL|STL", opcode)) for block in blocks for opcode in block)
         if int(arch) >= 90 and shared >= RESERVED:  # there it is in the number
