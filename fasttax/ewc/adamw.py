@@ -66,7 +66,8 @@ class AdamWEWC(AdamW):
             the step (0 at the first), "prox_adam" the one after.
         fisher_scale: for "second_moment"; the batch size makes it an estimate of the sum over
             examples.
-        every: hold at every k-th step, with k times the strength.
+        every: hold at every k-th step, with k times the strength; a step that a GradScaler skips
+            counts.
 
     The state is AdamW's: state_dict and load_state_dict exchange with torch.optim.AdamW both ways,
     and at strength 0 the steps are its steps to rounding. A parameter without a gradient is left
