@@ -463,6 +463,9 @@ struct VectorMath {
   static VF tanh(VF a) { return FASTTAX_ISA_NS::tanh(a); }
   static VF abs(VF a) { return FASTTAX_ISA_NS::abs(a); }
   static VF fma(VF a, VF b, VF c) { return FASTTAX_ISA_NS::fma(a, b, c); }
+  // a * b rounded, also where it goes on into a sum: contracted there, it would not cancel against
+  // the same product that was rounded before
+  static VF product(VF a, VF b) { return fma(a, b, splat(0.0f)); }
   static VF splat(float a) { return FASTTAX_ISA_NS::splat(a); }
   static VF only(bool b, VF v) { return as_float(as_int(v) & splat_i(b ? -1 : 0)); }
   static VF if_lt(VF a, VF b, VF yes, VF no) { return (a < b) ? yes : no; }

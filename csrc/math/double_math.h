@@ -17,6 +17,7 @@ struct DoubleMath {
   FASTTAX_HD static double tanh(double a) { return std::tanh(a); }
   FASTTAX_HD static double abs(double a) { return std::fabs(a); }
   FASTTAX_HD static double fma(double a, double b, double c) { return a * b + c; }
+  FASTTAX_HD static double product(double a, double b) { return a * b; }
   FASTTAX_HD static double splat(double a) { return a; }
   FASTTAX_HD static double only(bool b, double a) { return b ? a : 0.0; }
   FASTTAX_HD static double if_lt(double a, double b, double yes, double no) {

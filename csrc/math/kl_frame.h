@@ -108,8 +108,9 @@ struct KlFrame {
       return;
     }
     ax *= k.row_scale;
-    if constexpr (mode == FrameMode::kShared) d = (((x - ox) - (y - oy)) - c) * k.row_scale;
-    else if (k.joint_cap && alike(r)) d = (y - c) * k.row_scale;
+    if constexpr (mode == FrameMode::kShared)
+      d = M::product(((x - ox) - (y - oy)) - c, M::splat(k.row_scale));
+    else if (k.joint_cap && alike(r)) d = M::product(y - c, M::splat(k.row_scale));
     // rounded once in so many words: a compiler may do so in one kernel and not in the next, whose
     // bits have to be the same
     else d = M::fma(r.my - kl_capped_y(x, y, k), M::splat(k.ref_row_scale), ax);
