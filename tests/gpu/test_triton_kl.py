@@ -80,7 +80,14 @@ INTERPRETED: dict[
     "reduced": (
         "kl/test_kl_reduced.py",
         10,
-        ["test_the_same_bits and float32", "upstream", "only_what"],
+        [
+            "test_the_same_bits and float32 and plain",
+            "test_the_same_bits and float32-policy_ref-inf",
+            "test_the_same_bits and float32-jsd-softcap",
+            "test_the_same_bits and float32-renyi-tempered",
+            "upstream",
+            "only_what",
+        ],
     ),
     "shards": (
         "kl/test_shard_merge.py",

@@ -14,6 +14,14 @@ import fasttax
 from fasttax.kl.call import tempering
 from tests.tools.kl_cases import KINDS, run_oracle
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tempered": {"temperature": 0.7, "ref_temperature": 1.2, "softcap": 9.0},
+    # logits within tanh's polynomial; in and beyond it
+    "softcap": {"softcap": 30.0, "ref_softcap": 30.0},
+    "low softcap": {"softcap": 2.0, "ref_softcap": 2.0},
+    "inf mask": {"inf": "mask"},
+}
 WEIGHT, MASK = torch.tensor([0.5, -1.25, 0.0, 3.0]), torch.tensor([True, True, True, False])
 
 
@@ -21,18 +29,7 @@ def gradients(loss: Tensor, *leaves: Tensor, **options: Any) -> tuple[Tensor, ..
     return torch.autograd.grad(loss, leaves, **options)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 0.7, "ref_temperature": 1.2, "softcap": 9.0},
-        # logits within tanh's polynomial; in and beyond it
-        {"softcap": 30.0, "ref_softcap": 30.0},
-        {"softcap": 2.0, "ref_softcap": 2.0},
-        {"inf": "mask"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 # float16 takes the two-step way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
