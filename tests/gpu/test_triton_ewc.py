@@ -85,6 +85,23 @@ def check_lists() -> None:
             close(*params)
 
 
+def check_groups() -> None:
+    """Of several dtypes in one list each takes a launch, and leaves its own parts of the value."""
+    both = [lists(mix) for mix in ("float32", "half")]
+    params, grads, anchors, fishers, scales = (
+        [t for x in both for t in x[name]]
+        for name in ("params", "grads", "anchors", "fishers", "scales")
+    )
+    held = anchors, fishers, scales
+    values = [f.ewc_penalty(params, *held, 3.0) for f in (torch.ops.fasttax, reference)]
+    close(*([value] for value in values))
+    added = []
+    for f in (torch.ops.fasttax, reference):
+        own = clones(grads)
+        added.append([f.ewc_add_grad_(params, own, *held, 0.5, 0.3), *own])
+    close(*added)
+
+
 def check_adamw() -> None:
     """Every mode, amsgrad, a GradScaler's tensors, the second moment, parameters not held."""
     empty = torch.empty(0)
@@ -157,7 +174,8 @@ def test_in_the_interpreter() -> None:
         __file__,
         "from fasttax._base import library; "
         "assert library.active('ewc_adamw_', 'cpu')[0] == 'Triton'; "
-        "t.check_lists(); t.check_adamw(); t.check_lora(); t.check_launches(); t.check_alignment()",
+        "t.check_lists(); t.check_groups(); t.check_adamw(); t.check_lora(); t.check_launches(); "
+        "t.check_alignment()",
     )
 
 

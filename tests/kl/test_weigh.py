@@ -52,6 +52,15 @@ def test_more_tokens_than_a_block_takes(reduction: int) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("counted", [0, 1, 2])
+def test_a_mean_over_few_tokens(counted: int) -> None:
+    """Of one it is the token's own, of none 0."""
+    value, mask = torch.rand(1, 4), torch.arange(4) < counted
+    mean = REDUCTIONS.index("mean")
+    (got,) = torch.ops.fasttax.weigh_tokens([value], [0], [], mask, None, mean, 1.0, 3.0, False)
+    torch.testing.assert_close(got, value[0, :counted].sum() / max(counted, 1))
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case: Any, reverse: bool) -> None:
