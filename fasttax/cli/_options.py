@@ -74,6 +74,17 @@ def _of(kind: type[str], args: argparse.Namespace) -> Iterator[str]:
         )
 
 
+def add_output(parser: argparse.ArgumentParser, default: str, meaning: str) -> None:
+    """`--output`, the file that a command writes."""
+    parser.add_argument(
+        "--output",
+        type=Output,
+        default=default,
+        metavar="FILE",
+        help=f"{meaning} (default {default})",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """`--device`, which `device_of` reads."""
     parser.add_argument(

@@ -144,13 +144,7 @@ def parser() -> argparse.ArgumentParser:
         "text", type=_options.Input, help=f"{_rows.HELP}; a text is cut into examples of --length"
     )
     _rows.add_options(parser)
-    parser.add_argument(
-        "--output",
-        type=_options.Output,
-        default="fisher.safetensors",
-        metavar="FILE",
-        help="the estimate's file (default fisher.safetensors)",
-    )
+    _options.add_output(parser, "fisher.safetensors", "the estimate's file")
     parser.add_argument(
         "--labels",
         choices=("sample", "true", "exact_head"),

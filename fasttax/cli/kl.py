@@ -109,13 +109,7 @@ def parser() -> argparse.ArgumentParser:
     )
     cache.add_argument("data", type=_options.Input, help=_rows.HELP)
     _rows.add_options(cache)
-    cache.add_argument(
-        "--output",
-        type=_options.Output,
-        metavar="FILE",
-        default="reference.safetensors",
-        help="the log-probs' file (default reference.safetensors)",
-    )
+    _options.add_output(cache, "reference.safetensors", "the log-probs' file")
     cache.add_argument(
         "--k", type=int, default=64, help="log-probs kept a token, 8 bytes each (default 64)"
     )

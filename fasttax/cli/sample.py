@@ -116,12 +116,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model", type=_options.Input, help="a folder or Hub id of a causal language model"
     )
-    parser.add_argument(
-        "--output",
-        type=_options.Output,
-        default="samples.jsonl",
-        help="rows of text and input_ids (default samples.jsonl)",
-    )
+    _options.add_output(parser, "samples.jsonl", "rows of text and input_ids")
     parser.add_argument("--number", type=int, default=128, help="texts (default 128)")
     parser.add_argument("--length", type=int, default=128, help="tokens at most (default 128)")
     parser.add_argument(

@@ -17,7 +17,7 @@ from fasttax._base.packed import SPLIT, STORAGES, decode_anchor, encode_anchor
 from fasttax.ewc.adapters import prove
 from fasttax.ewc.factors import is_packed
 from fasttax.ewc.fit import Target, differences, facts_of, match, shaped, unlike, watch_over
-from fasttax.ewc.hold import Hold, refuse_width
+from fasttax.ewc.hold import Hold, check_width
 from fasttax.ewc.kronecker import NOTHING, KroneckerHeld, sides_for
 from fasttax.ewc.lora import LoraHeld
 from fasttax.ewc.parts import Parts, check_parts
@@ -211,11 +211,8 @@ def moved(hold: Hold, model: nn.Module) -> Hold:
         metadata=facts_of(hold.metadata, targets),
     )
     for t in targets:
-        anchor = parts.anchors.get(t.given)
-        if anchor is not None and (anchor.dtype == torch.float64) != (
-            t.theta.dtype == torch.float64
-        ):
-            refuse_width(op, "model", t.name, t.theta)
+        if t.given in parts.anchors:
+            check_width(op, "model", t.name, t.theta, parts.anchors[t.given])
     _hold_updates(op, twin, targets, parts)
     _check_base(op, "model", _base_hash(hold.lora), twin.lora)
     plain = [t for t in targets if t.lora is None]

@@ -194,12 +194,10 @@ def _refuse_unholdable(op: str, name: str, target: Target) -> None:
     checks.has_memory(op, name, target.theta)
     if target.lora is not None:
         lora.refuse_unsupported(op, name, target.lora)
-    elif not target.theta.is_floating_point() or inner.lies_in_others(target.theta):
-        kind = (
-            f" and class {type(target.theta).__name__}"
-            if inner.lies_in_others(target.theta)
-            else ""
-        )
+        return
+    within = inner.lies_in_others(target.theta)
+    if within or not target.theta.is_floating_point():
+        kind = f" and class {type(target.theta).__name__}" if within else ""
         raise checks.fail(
             op,
             "model",

@@ -114,8 +114,7 @@ class Hold:
             return
         self.watch.check(op)
         for entry in self.store.held.values():
-            if (entry.theta.dtype == torch.float64) != (entry.anchor.dtype == torch.float64):
-                refuse_width(op, "ewc", entry.name, entry.theta)
+            check_width(op, "ewc", entry.name, entry.theta, entry.anchor)
         changed = [h for h in self.lora if h.changed()]
         for h in changed:
             h.look_again(op)
@@ -355,16 +354,17 @@ def one_value(op: str, argument: str, value: Tensor, like: Tensor) -> Tensor:
     return ops.beside(value, like.device)
 
 
-def refuse_width(op: str, argument: str, name: str, theta: Tensor) -> None:
-    """The error of a parameter that was moved to float64, or from it, since it is held."""
-    raise checks.fail(
-        op,
-        argument,
-        "parameters of float64, or of less, as they were when the EWC was made",
-        f"{name} in {theta.dtype}",
-        "make it anew on the model as it is: EWC(model, ewc.fisher, strength=ewc.strength, "
-        "anchor=ewc.anchor)",
-    )
+def check_width(op: str, argument: str, name: str, theta: Tensor, anchor: Tensor) -> None:
+    """An error where a parameter was moved to float64, or from it, since it is held."""
+    if (theta.dtype == torch.float64) != (anchor.dtype == torch.float64):
+        raise checks.fail(
+            op,
+            argument,
+            "parameters of float64, or of less, as they were when the EWC was made",
+            f"{name} in {theta.dtype}",
+            "make it anew on the model as it is: EWC(model, ewc.fisher, strength=ewc.strength, "
+            "anchor=ewc.anchor)",
+        )
 
 
 def refuse_lost(op: str, name: str, p: Tensor) -> None:

@@ -8,10 +8,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 from tests.gpu.ptx.library import kept
-from tests.tools.cuda_tools import ROOT, SITE, cuda_homes, first, run
+from tests.tools.cuda_tools import ROOT, nvcc, run, tool
 
 LIBRARY = ROOT / "fasttax/_C_cuda.abi3.so"
 KERNEL = {  # one that no other source has
@@ -26,21 +24,9 @@ KERNEL = {  # one that no other source has
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
-def sources() -> list[Path]:
-    """What is compiled by nvcc, and all that it reads."""
-    return [
-        *ROOT.glob("csrc/cuda/*.cu"),
-        *ROOT.glob("csrc/cuda/*.cuh"),
-        *ROOT.glob("csrc/*/*.h"),
-    ]
-
-
-def cuobjdump() -> Path:
-    homes = (*(home / "bin" for home in cuda_homes()), SITE / "triton/backends/nvidia/bin")
-    found = first(folder / "cuobjdump" for folder in homes)
-    if found is None:
-        pytest.skip("needs cuobjdump: in the CUDA toolkit, or pip install nvidia-cuda-cuobjdump")
-    return found
+def headers() -> list[Path]:
+    """What a source may include."""
+    return [*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/*/*.h")]
 
 
 @cache
@@ -48,11 +34,12 @@ def built() -> dict[tuple[str, str], Path]:
     """(source, architecture) -> cubin, of the library; none of one that is older than a source."""
     if not LIBRARY.exists():
         return {}
-    if LIBRARY.stat().st_mtime < max(path.stat().st_mtime for path in sources()):
+    sources = [*ROOT.glob("csrc/cuda/*.cu"), *headers()]
+    if LIBRARY.stat().st_mtime < max(path.stat().st_mtime for path in sources):
         return {}
 
     def extract(folder: Path) -> None:
-        done = run("sh", "-c", f"cd {folder} && {cuobjdump()} -xelf all {LIBRARY}")
+        done = run("env", "-C", folder, tool("cuobjdump"), "-xelf", "all", LIBRARY)
         assert done.returncode == 0, done.stdout + done.stderr
 
     found = {}
@@ -68,22 +55,20 @@ def cubin(source: str, arch: str) -> Path:
     found = built().get((source, arch))
     if found is not None:
         return found
-    nvcc = first([home / "bin/nvcc" for home in cuda_homes()])
-    if nvcc is None:
-        pytest.skip("needs nvcc: install a CUDA toolkit or set CUDA_HOME")
     of = ROOT / f"csrc/cuda/{source}.cu"
 
     def build(folder: Path) -> None:
         flags = ("-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin")
-        done = run(nvcc, *flags, of, "-o", folder / "cubin")
+        done = run(nvcc(), *flags, of, "-o", folder / "cubin")
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "warning" not in done.stdout + done.stderr, done.stdout + done.stderr
 
-    return kept(f"cubin-{source}-{arch}", [of, *sources()], build) / "cubin"
+    return kept(f"cubin-{source}-{arch}", [of, *headers()], build) / "cubin"
 
 
 def usage(cubin: Path) -> dict[str, tuple[int, ...]]:
     """kernel -> registers, and bytes of its stack, of shared and of local memory."""
-    said = run(cuobjdump(), "--dump-resource-usage", cubin).stdout
+    said = run(tool("cuobjdump"), "--dump-resource-usage", cubin).stdout
     return {name: tuple(map(int, numbers)) for name, *numbers in USAGE.findall(said)}
 
 

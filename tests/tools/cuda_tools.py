@@ -52,6 +52,23 @@ def first(paths: Iterable[Path]) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
+def nvcc() -> Path:
+    """A test that needs it is skipped where it is missing."""
+    found = first(home / "bin/nvcc" for home in cuda_homes())
+    if found is None:
+        pytest.skip("needs nvcc: install a CUDA toolkit or set CUDA_HOME")
+    return found
+
+
+def tool(name: str) -> Path:
+    """Of those that read machine code, which Triton brings too."""
+    folders = (*(home / "bin" for home in cuda_homes()), SITE / "triton/backends/nvidia/bin")
+    found = first(folder / name for folder in folders)
+    if found is None:
+        pytest.skip(f"needs {name}: in the CUDA toolkit, or pip install nvidia-cuda-{name}")
+    return found
+
+
 def run(*command: object, **environment: str) -> Done:
     return subprocess.run(
         [str(part) for part in command],
@@ -199,18 +216,7 @@ def simt_tests(
 @cache
 def machine_code(cubin: Path) -> dict[str, str]:
     """kernel -> its SASS."""
-    nvdisasm = first(
-        [
-            path / "nvdisasm"
-            for path in (
-                *(home / "bin" for home in cuda_homes()),
-                SITE / "triton/backends/nvidia/bin",
-            )
-        ]
-    )
-    if nvdisasm is None:
-        pytest.skip("needs nvdisasm: in the CUDA toolkit, or pip install nvidia-cuda-nvdisasm")
-    done = run(nvdisasm, "-c", cubin)
+    done = run(tool("nvdisasm"), "-c", cubin)
     assert done.returncode == 0, done.stderr
     return dict(
         re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section\s|\Z)", done.stdout, re.DOTALL)

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -24,7 +23,7 @@ import fasttax  # noqa: F401  (registers the ops whose schemas are taken)
 from tests.gpu.ptx.library import HERE, kept, run
 from tests.gpu.ptx.machine import Module
 from tests.gpu.ptx.simulation import Simulation
-from tests.tools.cuda_tools import ROOT, cuda_homes, first
+from tests.tools.cuda_tools import ROOT, nvcc
 
 SOURCES = ("kl_gradient", "kl_both", "kl", "ewc", "adamw", "weigh", "fisher")  # the longest first
 TORCH_FLOOR = "0x020b000000000000"
@@ -69,14 +68,11 @@ SMALL = GPUS["90"]._replace(multiprocessors=1)  # one that no launch leaves half
 
 
 def build(folder: Path, arch: str, csrc: Path) -> None:
-    nvcc = first(home / "bin/nvcc" for home in cuda_homes())
-    if nvcc is None:
-        pytest.skip("needs nvcc: install a CUDA toolkit or set CUDA_HOME")
     includes = [f"-I{path}" for path in include_paths()]
     side = ["-include", HERE / "cuda/torch_side.h", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}"]
     common = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
     code = f"-gencode=arch=compute_{arch},code=compute_{arch}"
-    kernels = [nvcc, "-O3", "-std=c++17", code, "-Xfatbin=-compress=false", "--cudart=none"]
+    kernels = [nvcc(), "-O3", "-std=c++17", code, "-Xfatbin=-compress=false", "--cudart=none"]
     side_flags = ["g++", *common, "-O1", "-DUSE_CUDA", *includes, *side]
     jobs: list[tuple[list[object], Path]] = [
         *(([*kernels, HIDDEN], csrc / f"cuda/{name}.cu") for name in SOURCES),
