@@ -74,7 +74,7 @@ KINDS, TWO_SWEEPS = 4, 2
 
 
 simt_runs, test_kernels_on_the_simt_machine, test_the_simt_machine_catches = simt_tests(
-    "kl", FAULTS, lambda build: 430 if build == "thread" else 3006
+    "kl", FAULTS, lambda build: 240 if build == "thread" else 3006
 )
 
 

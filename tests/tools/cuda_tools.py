@@ -105,7 +105,7 @@ def build_and_run(
     headers: Sequence[str],
     flags: Sequence[str],
     csrc: Path,
-    quick: bool,
+    short: str = "",
 ) -> Done:
     out = folder / program
     # -Og: under ASan 35 s to compile and 29 to run (kl), at -O0 30 and 88, at -O1 79 and 29
@@ -129,7 +129,7 @@ def build_and_run(
     assert "warning" not in built.stderr, built.stderr
     return run(
         out,
-        *(["quick"] if quick else []),
+        *([short] if short else []),
         ASAN_OPTIONS="detect_leaks=0",
         TSAN_OPTIONS="halt_on_error=1",
     )
@@ -149,7 +149,7 @@ def start_runs(
     program: str, faults: Mapping[str, Fault], make_folder: pytest.TempPathFactory
 ) -> dict[str, Future[Done]]:
     """The builds "plain", "address" and "thread" and one for each fault, built and run two at a
-    time. TSan's is the quick one.
+    time. TSan's runs are few: it is slow, and a race does not depend on sizes.
     """
     headers = host_headers()
     pool = ThreadPoolExecutor(2)
@@ -162,12 +162,18 @@ def start_runs(
             headers,
             flags,
             ROOT / "csrc",
-            name == "thread",
+            "races" if name == "thread" else "",
         )
     for name, fault in faults.items():
         folder = make_folder.mktemp("fault")
         runs[name] = pool.submit(
-            build_and_run, program, folder, headers, fault.flags, faulty(folder, fault), fault.quick
+            build_and_run,
+            program,
+            folder,
+            headers,
+            fault.flags,
+            faulty(folder, fault),
+            "quick" if fault.quick else "",
         )
     pool.shutdown(wait=False)
     return runs
