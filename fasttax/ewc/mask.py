@@ -150,9 +150,11 @@ class FisherMask:
         return handle
 
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
-        """The covered parameters that it holds by now, with their masks."""
+        """The covered parameters that it holds by now, with their masks, which are beside them."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [(p, self.masks[name]) for name, p in self._thetas.items() if id(p) in held]
+        found = {name: p for name, p in self._thetas.items() if id(p) in held}
+        self.masks |= {name: self.masks[name].to(p.device) for name, p in found.items()}
+        return [(p, self.masks[name]) for name, p in found.items()]
 
 
 def top(fishers: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
