@@ -175,7 +175,9 @@ def test_readmes_table_is_predicted_until_measured(tmp_path: Path) -> None:
     predicted = gpu_table.table(tmp_path)
     assert "Predicted, not measured" in predicted
     assert predicted.count("not yet") == len(gpu_table.ROWS)
-    name, size, floor = gpu_table.ROWS[0]
+    assert {"A100", "H100", "H200", "B200", "MI300X"} == {*gpu_table.bandwidths()}
+    assert all(f"{gpu}, predicted" in predicted for gpu in gpu_table.bandwidths())
+    name, size, floor, _ = gpu_table.ROWS[0]
     result = {
         "name": name,
         "shape": size,
@@ -204,7 +206,7 @@ def test_readmes_table_is_predicted_until_measured(tmp_path: Path) -> None:
     (tmp_path / "cpu-kl.json").write_text(json.dumps({"command": "python -m bench kl"}))
     measured = gpu_table.table(tmp_path)
     assert "Predicted, not measured" not in measured
-    assert "1.25 ms | 87 % of copying | 0.83 ms | eager 8.00x; no Liger |" in measured
+    assert "1.25 ms | 87 % of copying | 0.90 ms | eager 8.00x; no Liger |" in measured
     assert "hidden" not in measured
 
 
