@@ -36,7 +36,7 @@ PARTS = (
     Part(("tests/kl/test_kl.py", "tests/kl/test_kl_rows.py", "tests/kl/test_kl_autograd.py"), GPUS),
     Part(("tests/kl/test_kl_stats.py", "tests/kl/test_kl_stats_rows.py"), GPUS),
     Part(("tests/kl/test_kl_reduced.py", "tests/kl/test_kl_frames.py"), GPUS),
-    Part(("tests/integrations/test_examples.py",)),
+    Part(("tests/gpu/test_device_trainers.py", "tests/integrations/test_examples.py")),
     Part(("tests/gpu/test_two_gpus.py",)),
 )
 

@@ -108,7 +108,9 @@ CASES = {
     "csrc": Cases(("fake/cases.py", "fake/steps.py")),
     "triton": Cases(("fake/triton_cases.py",), "triton", ()),
     "users": Cases(("test_device.py", "test_device_models.py"), plugins=EMULATED),
-    "trainers": Cases(("../integrations/test_examples.py",), plugins=EMULATED),
+    "trainers": Cases(
+        ("test_device_trainers.py", "../integrations/test_examples.py"), plugins=EMULATED
+    ),
 }
 
 
