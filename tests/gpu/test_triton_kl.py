@@ -43,8 +43,9 @@ INTERPRETED: dict[
     ),
     "rows": (
         "kl/test_kl_rows.py",
-        35,
+        37,
         [
+            "more_than",
             "test_minus_infinity and 130",
             "suppressed",
             "test_what and float32",

@@ -64,6 +64,7 @@ CPU_FLAGS = ("-std=c++17", "-O1", "-g0", "-w", "-fPIC", "-fvisibility=hidden", "
 INTERPRETED = {
     "ewc": (("gpu/test_triton_ewc.py",), "not compil and not machine and not registers"),
     "fisher": (("gpu/test_triton_fisher.py",), "in_the_interpreter"),
+    "kl": (("kl/test_kl_rows.py",), "more_than and not reference"),
     "weigh": (
         ("kl/test_weigh.py",),  # whose bfloat16 is cut off there, not rounded
         "not reference and not opcheck and not compil and not is_not_rounded"
