@@ -1,7 +1,7 @@
 """Models that go to a GPU after what holds them was made, as trainers move theirs.
 
-On a GPU (`make test-gpu`) against the CPU; without one the same tests run on the CPU alone, and in
-test_gpu_launches.py on the fake CUDA, whose numbers are the CPU's and whose devices are CUDA's.
+On a GPU (`make test-gpu`) against the CPU; without one test_gpu_launches.py runs them on the fake
+CUDA, whose numbers are the CPU's and whose devices are CUDA's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import fasttax
 from fasttax import EWC, AdamWEWC, FisherMask
 from tests.tools.models import causal_lm, ids
 
-DEVICES = (torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = (torch.device("cpu"), torch.device("cuda"))
 Made = tuple[nn.Module, EWC]
 
 

@@ -1,6 +1,6 @@
 """attach's features in transformers' Trainer on this machine's GPU: as on the CPU.
 
-Without a GPU both runs are the CPU's; test_gpu_launches.py has them on the fake CUDA.
+Without a GPU test_gpu_launches.py runs them on the fake CUDA.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fasttax.integrations.reference import TopKReference
 from fasttax.integrations.transformers import attach
 from tests.tools import launched, tiny_lm
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROWS = [launched.Rows()[k]["input_ids"] for k in range(16)]
 GENERAL = [{"input_ids": tiny_lm.ids()[k : k + 2].flip(-1)} for k in (0, 2)]
 FEATURES: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -47,7 +48,7 @@ def trained(name: str, folder: Path, on_cpu: bool) -> tuple[list[Tensor], list[d
     if name == "evaluation":
         changes |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
     made = launched.trainer(folder, **changes)
-    assert (made.model.device.type == "cpu") == (on_cpu or not torch.cuda.is_available())
+    assert made.model.device.type == ("cpu" if on_cpu else "cuda")
     options = FEATURES[name](made.model)
     transformers.set_seed(5)
     with attach(made, **options):
