@@ -76,7 +76,9 @@ def _way_out(error: Exception) -> str:
     words = str(error)
     if isinstance(error, subprocess.CalledProcessError) or words.startswith("Failed to find C"):
         return "install a C compiler and Python's headers (python3-dev), or name one in CC"
-    if words.startswith("Triton Error ["):  # the driver's word
+    if words.startswith("libcuda.so cannot found"):
+        return "have the driver's libcuda.so.1 found (ldconfig, or TRITON_LIBCUDA_PATH)"
+    if words.startswith("Triton Error [") or type(error).__name__ == "OutOfResources":
         return "build the CUDA C++ kernels (FASTTAX_CUDA=1), install a driver that fits the GPU"
     if type(error).__module__.partition(".")[0] == "triton" or "active drivers" in words:
         return "install the triton that this torch asks for (`pip check`)"

@@ -192,6 +192,18 @@ def test_shared_memory_and_grids_fit_the_device(device: str, dtype: torch.dtype)
     assert 48 * 1024 < shared <= DEVICES[device][2]
 
 
+@pytest.mark.parametrize("v", [49152, 151936, 262144])
+def test_rows_of_bfloat16_up_to_256k_are_read_once(v: int) -> None:
+    """By an H100: a row pair is held on chip, in a cluster's shared memory, and a gradient written
+    from there."""
+    control.limits(*DEVICES["H100"])
+    x, weight = torch.empty(4, v, dtype=torch.bfloat16, device=FIRST), torch.empty(4, device=FIRST)
+    torch.ops.fasttax.token_kl_grad(weight, x, x, None, *calls.KL, True, False)
+    (launch,) = control.launches()
+    assert "kl_resident_kernel" in launch["kernel"]
+    assert 4 * v <= launch["cluster"] * launch["shared"]
+
+
 def test_a_cluster_that_is_refused_leaves_no_error() -> None:
     """The next launch is another one, and goes."""
     control.limits(132, 9, 232448, 233472, 16)
