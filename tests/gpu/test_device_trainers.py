@@ -65,8 +65,8 @@ def test_is_as_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5)
     assert float((here[0] - before).abs().max()) > 1e-3
     assert len(log) == len(found)
-    for a, b in zip(log, found, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
+    for cpus, gpus in zip(log, found, strict=True):
+        assert cpus.keys() == gpus.keys()
+        for key in cpus:
             if "runtime" not in key and "per_second" not in key and key != "total_flos":
-                assert b[key] == pytest.approx(a[key], rel=1e-2, abs=1e-4), key
+                assert gpus[key] == pytest.approx(cpus[key], rel=1e-2, abs=1e-4), key
