@@ -13,6 +13,10 @@ import torch
 
 import fasttax  # noqa: F401  (loads the native library)
 from tests.tools import kernels
+from tests.tools.interpreter import quicken
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quicken()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

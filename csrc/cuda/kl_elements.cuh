@@ -71,7 +71,14 @@ struct DeviceMath {
   }
   FASTTAX_HD static float abs(float a) { return fabsf(a); }
   FASTTAX_HD static float fma(float a, float b, float c) { return fmaf(a, b, c); }
-  FASTTAX_HD static float product(float a, float b) { return a * b; }
+  // rounded by itself: never a part of an fma
+  FASTTAX_HD static float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+  }
   FASTTAX_HD static float splat(float a) { return a; }
   FASTTAX_HD static float only(bool b, float a) { return b ? a : 0.0f; }
   FASTTAX_HD static float if_lt(float a, float b, float yes, float no) { return a < b ? yes : no; }

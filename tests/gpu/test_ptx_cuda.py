@@ -11,7 +11,9 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
+from fasttax.kl.call import tempering
 from tests.gpu.ptx import budgets, measure
 from tests.gpu.ptx.cuda import GPUS, SMALL, CudaSimulation, Gpu, simulated
 from tests.gpu.ptx.kl import Rows, check_kl, check_stats
@@ -89,6 +91,27 @@ def test_kl(rows: Rows, kind: str, dtype: str) -> None:
     assert len(of(whole.reports, "kl_gradient_kernel")) >= 3
     if rows.words > 4000 or dtype == "float32":
         run_kl(rows, kind, dtype, "90", GPUS["90"])
+
+
+@pytest.mark.parametrize("size", [30.0, 1.0], ids=["frames apart", "frames alike"])
+def test_a_policy_of_one_token_has_a_gradient_of_zero(size: float) -> None:
+    """Its log-ratio is the KL, to the bit where each row has a frame of its own, to a unit in its
+    last place where they share one; in the forward and in each kernel that makes gradients.
+    """
+    with simulated("90", SMALL) as sim:
+        x, y = torch.full((2, 700), -300.0), torch.randn(2, 700) * size
+        x[:, 3] = 100 if size > 1 else 2
+        upstream = torch.ones(2)
+        sim.give(x, y, upstream)
+        for temperature in (0.7, 0.01):
+            args = tempering("test", kind="policy_ref", temperature=temperature).args()
+            kl, saved = sim.ops.token_kl(x, y, None, *args)
+            dx, _ = sim.ops.token_kl_backward(upstream, x, y, None, saved, *args, True, False)
+            _, fused, _ = sim.ops.token_kl_grad(upstream, x, y, None, *args, True, False)
+            assert (kl > 1).all()
+            allowed = 0.0 if size > 1 else torch.finfo(kl.dtype).eps * kl / temperature
+            for gradient in (dx, fused):
+                assert bool((gradient[:, 3].abs() <= allowed).all()), (temperature, gradient[:, 3])
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=full)])

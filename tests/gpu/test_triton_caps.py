@@ -4,21 +4,16 @@ float64 on the same logits, and what their sweep costs beside that of rows witho
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.tools.cuda_tools import ROOT
 from tests.tools.kl_cases import run_oracle
 from tests.tools.utils import assert_within
 
 pytest.importorskip("triton", reason="Triton kernels need triton: `pip install triton`")
 from fasttax.kl.call import tempering
 from fasttax.triton import kl_launch
+from tests.tools.triton_tools import check_in_the_interpreter
 
 CAPS = (15.0, 30.0, 50.0, 1e6)  # the last of which is none of a model's
 OFFSETS = (0.0, 1000.0, -1000.0)
@@ -109,20 +104,4 @@ def check(kind: str, cap: float) -> None:
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("kind", KLS)
 def test_exact_under_a_cap(kind: str, cap: float) -> None:
-    """In a process of its own: Triton chooses the interpreter when it is imported."""
-    environment = {
-        **os.environ,
-        "FASTTAX_BACKEND": "triton",
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    code = f"import test_triton_caps as t; t.check({kind!r}, {cap})"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_in_the_interpreter(__file__, f"t.check({kind!r}, {cap})")

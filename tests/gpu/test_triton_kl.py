@@ -83,9 +83,9 @@ INTERPRETED: dict[
     ),
     "reduced": (
         "kl/test_kl_reduced.py",
-        10,
+        9,
         [
-            "test_the_same_bits and float32 and plain",
+            "test_the_same_bits and float32-ref_policy-plain",
             "test_the_same_bits and float32-policy_ref-inf",
             "test_the_same_bits and float32-jsd-softcap",
             "test_the_same_bits and float32-renyi-tempered",

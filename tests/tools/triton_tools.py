@@ -25,6 +25,7 @@ TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+QUICKENED = "from tests.tools.interpreter import quicken; quicken()"
 BY_16 = [["tt.divisibility", 16]]
 
 
@@ -66,7 +67,7 @@ def check_in_the_interpreter(file: str, checks: str) -> str:
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"import {place.stem} as t; {checks}"],
+        [sys.executable, "-W", "ignore", "-c", f"{QUICKENED}; import {place.stem} as t; {checks}"],
         cwd=place.parent,
         env=environment,
         capture_output=True,
