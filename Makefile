@@ -81,8 +81,9 @@ test: $(LIBRARY) ## the test suite, two files at a time
 test-gpu: $(LIBRARY) ## the device cases of the suite on this machine's GPU; without one it says so
 	$(PY) -m tests.gpu
 
-test-ptx: $(LIBRARY) ## every case of the kernels' PTX on the simulator of tests/gpu/ptx; needs nvcc, no GPU
+test-ptx: $(LIBRARY) ## every kernel's PTX on the simulator of tests/gpu/ptx, and machine code; needs nvcc, no GPU
 	$(PY) -m pytest -n 2 --dist load -m "full or not full" tests/gpu/test_ptx_*.py
+	$(PY) -m pytest -n 2 --dist load -m full tests/gpu/test_machine_code.py tests/gpu/test_triton_kl.py
 
 machine-code: $(LIBRARY) ## registers, spills, widths and bytes under way of every kernel: docs/machine-code.md
 	$(PY) -m tests.gpu.machine_code

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from bench import workloads
 
-# bytes/s at the peak of the data sheet
-PEAKS = {"H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12}
-# The share of that peak which a kernel is predicted to reach, by its machine code alone:
-# instructions an entry, bytes in flight, blocks on an SM; in practice about 0.9 is the most.
-SHARES = {
-    "token_kl forward only, bfloat16": {"H100": 0.90, "H200": 0.78, "B200": 0.59},
-    "ewc_add_grad_, float32": {"H100": 0.90, "H200": 0.90, "B200": 0.90},
-    "AdamWEWC, float32": {"H100": 0.90, "H200": 0.90, "B200": 0.90},
-}
+ROOT = Path(__file__).parent.parent
 _V = workloads.GPU_KL[0]
 _P = workloads.GPU_PARAMETERS[0]
-_COUNT = sum(prod(shape) for shape in _P[1])
-ROWS = (  # case, size, the bytes that it must move
-    ("token_kl forward only, bfloat16", _V[0], 4.0 * _V[1] * _V[2]),
-    ("ewc_add_grad_, float32", _P[0], 20.0 * _COUNT),
-    ("AdamWEWC, float32", _P[0], 36.0 * _COUNT),
+_ENTRIES, _COUNT = _V[1] * _V[2], sum(prod(shape) for shape in _P[1])
+# case, size, the bytes that it must move, and the op of docs/machine-code.md that it is
+ROWS = (
+    ("token_kl forward only, bfloat16", _V[0], 4.0 * _ENTRIES, "forward, bfloat16"),
+    ("token_kl forward+backward, bfloat16", _V[0], 6.0 * _ENTRIES, "both, bfloat16"),
+    ("ewc_add_grad_, float32", _P[0], 20.0 * _COUNT, "EWC add_grad_, float32"),
+    ("AdamWEWC, float32", _P[0], 36.0 * _COUNT, "AdamW with EWC, float32"),
 )
+
+
+@cache
+def bandwidths() -> dict[str, dict[str, float]]:
+    """Bytes/s by GPU and op, as `make machine-code` predicts them of the kernels' machine code."""
+    text = (ROOT / "docs" / "machine-code.md").read_text().split("## Bandwidth")[1]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    (_, *gpus), _, *rows = lines
+    return {
+        gpu: {op: 1e12 * float(cells[i].split()[0]) for op, *cells in rows}
+        for i, gpu in enumerate(gpus)
+    }
 
 
 def slug(name: str) -> str:
@@ -42,23 +49,24 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def predicted_milliseconds(name: str, floor_bytes: float, gpu: str) -> float:
-    """The least bytes at the predicted share of the peak."""
-    return 1e3 * floor_bytes / (PEAKS[gpu] * SHARES[name][gpu])
+def predicted_milliseconds(floor_bytes: float, op: str, gpu: str) -> float:
+    """The least bytes at the predicted bandwidth."""
+    return 1e3 * floor_bytes / bandwidths()[gpu][op]
 
 
 def prediction() -> list[str]:
     """The table's lines where nothing is measured."""
-    heads = " | ".join(f"{gpu}, predicted" for gpu in PEAKS)
-    lines = [f"| case | size | {heads} | measured |", f"|---|---|{'---:|' * (len(PEAKS) + 1)}"]
-    for name, size, floor in ROWS:
-        cells = " | ".join(f"{predicted_milliseconds(name, floor, gpu):.2f} ms" for gpu in PEAKS)
+    gpus = list(bandwidths())
+    heads = " | ".join(f"{gpu}, predicted" for gpu in gpus)
+    lines = [f"| case | size | {heads} | measured |", f"|---|---|{'---:|' * (len(gpus) + 1)}"]
+    for name, size, floor, op in ROWS:
+        cells = " | ".join(f"{predicted_milliseconds(floor, op, gpu):.2f} ms" for gpu in gpus)
         lines.append(f"| {name} | {size} | {cells} | not yet |")
     return [
         *lines,
         "",
         "Predicted, not measured: no GPU has run `make bench-gpu` yet. The least bytes of a case "
-        "over the share of the peak bandwidth that its machine code allows (bench/gpu_table.py).",
+        "over the bandwidth that [the machine code](docs/machine-code.md) allows.",
     ]
 
 
@@ -69,13 +77,13 @@ def measured(report: dict[str, Any]) -> list[str]:
         f"| case, on {name} | size | fasttax | share | predicted | others, times fasttax's time |",
         "|---|---|---:|---:|---:|---|",
     ]
-    floors = {(case, size): floor for case, size, floor in ROWS}
-    gpu = next((g for g in PEAKS if g in name), None)
+    known = {(case, size): (floor, op) for case, size, floor, op in ROWS}
+    gpu = next((g for g in bandwidths() if g in name), None)
     for r in (r for r in report["results"] if r["headline"]):
         key = (r["name"], r["shape"])
         guess = "-"
-        if gpu and key in floors:
-            guess = f"{predicted_milliseconds(r['name'], floors[key], gpu):.2f} ms"
+        if gpu and key in known:
+            guess = f"{predicted_milliseconds(*known[key], gpu):.2f} ms"
         others = ", ".join(f"{other} {ratio:.2f}x" for other, ratio in r["ratios"].items())
         absent = ", ".join(f"no {other}" for other in r["absent"])
         rate = {"copy": "of copying", "product": "of the GEMM rate"}[r["bound"]]

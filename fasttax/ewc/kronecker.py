@@ -18,6 +18,7 @@ from fasttax._base.gradient import gradient_of
 from fasttax._base.library import no_second_derivative
 from fasttax._base.packed import Stored
 from fasttax.ewc import ops
+from fasttax.ewc.store import has_moved
 from fasttax.fisher.factor import between, eigen, times, turned
 
 Sides = tuple[Tensor, Tensor]  # (left, right)
@@ -79,8 +80,15 @@ class KroneckerHeld:
         """What a file has of it."""
         return {f"anchor.{self.name}": self.anchor, **tensors_of(self.name, self.sides)}
 
+    def follow(self) -> None:
+        """Goes where the weight has gone since, for good: trainers move their models."""
+        if has_moved(self.anchor, self.theta.device):
+            sides = sides_for(self.theta, self.sides)
+            self.take(sides, self.anchor)
+
     def moved(self) -> Tensor:
         """The change D as a matrix; of an FSDP2 weight a collective."""
+        self.follow()
         theta = dtensor.whole(self.theta.detach())
         dtype = self.sides[0].dtype
         return (theta.to(dtype) - self.decoded_anchor().to(dtype)).flatten(1)
@@ -118,6 +126,7 @@ class KroneckerHeld:
         In the factors' eigenbasis D shrinks by 1 + step * l_i * r_j: exact, and stable for any
         step. At step 0 no bit moves. The bases are found once, in float64.
         """
+        self.follow()
         if self.basis is None:
             self.basis = eigen(self.sides[0]), eigen(self.sides[1])
         (rows, left), (columns, right) = self.basis

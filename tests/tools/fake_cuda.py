@@ -25,7 +25,6 @@ from tests.tools.cuda_tools import ROOT, Done, cuda_homes, first, run
 
 FAKE = ROOT / "tests/gpu/fake"
 WARNINGS = ("-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-fno-strict-aliasing")
-FILES = ("cases.py", "steps.py")
 TORCH = Path(torch.__file__).parent
 PATH = (f"-L{TORCH / 'lib'}",)
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # tools/native_build.py's TORCH_FLOOR
@@ -96,6 +95,25 @@ def link(objects: Sequence[Path], out: Path) -> Path:
     return out
 
 
+class Cases(NamedTuple):
+    """Files of tests/gpu, and what they run under."""
+
+    files: tuple[str, ...]
+    backend: str = "auto"
+    plugins: tuple[str, ...] = ("tests.gpu.fake.plugin",)
+
+
+EMULATED = ("tests.gpu.fake.plugin", "tests.gpu.fake.emulation")
+CASES = {
+    "csrc": Cases(("fake/cases.py", "fake/steps.py")),
+    "triton": Cases(("fake/triton_cases.py",), "triton", ()),
+    "users": Cases(("test_device.py", "test_device_models.py"), plugins=EMULATED),
+    "trainers": Cases(
+        ("test_device_trainers.py", "../integrations/test_examples.py"), plugins=EMULATED
+    ),
+}
+
+
 class Built(NamedTuple):
     fake: Path
     objects: Path  # a folder
@@ -123,7 +141,8 @@ def faulty(built: Built, mutant: Mutant, sources: Sequence[str], folder: Path) -
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     for part in ("csrc", "fasttax", "tests/gpu/fake", "tests/tools", "tests/mutants"):
         shutil.copytree(ROOT / part, tree / part, ignore=ignored)
-    for name in ("tests/conftest.py", "pyproject.toml"):
+    files = [f"tests/gpu/{name}" for name in CASES["users"].files]
+    for name in (*files, "tests/conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tree / name)
     for library in (ROOT / "fasttax").glob("_C.*.so"):
         (tree / "fasttax" / library.name).symlink_to(library)
@@ -141,25 +160,26 @@ def faulty(built: Built, mutant: Mutant, sources: Sequence[str], folder: Path) -
 
 def pytest_on(
     built: Built,
-    files: Sequence[str],
     *options: str,
     library: Path | None = None,
     root: Path = ROOT,
     driver: int = 13000,
+    cases: str = "csrc",
 ) -> Done:
-    """Pytest's run of files of tests/gpu/fake on the fake CUDA."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "tests.gpu.fake.plugin"]
-    paths = [f"tests/gpu/fake/{name}" for name in files]
+    """Pytest's run of some CASES on the fake CUDA."""
+    chosen = CASES[cases]
+    plugins = [part for plugin in chosen.plugins for part in ("-p", plugin)]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *plugins]
     environment = {
         **os.environ,
         "LD_PRELOAD": str(built.fake),
         "FAKE_CUDA_LIBRARY": str(library or built.library),
         "FAKE_CUDA_DRIVER": str(driver),
-        "FASTTAX_BACKEND": "auto",
+        "FASTTAX_BACKEND": chosen.backend,
         "PYTHONPATH": str(root),
     }
     return subprocess.run(
-        [*command, *options, *paths],
+        [*command, *options, *(f"tests/gpu/{name}" for name in chosen.files)],
         cwd=root,
         env=environment,
         capture_output=True,

@@ -131,7 +131,7 @@ def held(model: Any) -> EWC:
     for i, (name, p) in enumerate(model.named_parameters()):
         generator = torch.Generator().manual_seed(i)
         fisher[name] = torch.rand(p.shape, generator=generator)
-        anchor[name] = p.detach() + 0.02 * torch.randn(p.shape, generator=generator)
+        anchor[name] = p.detach() + 0.02 * torch.randn(p.shape, generator=generator).to(p)
     return EWC(model, fisher, strength=STRENGTH, anchor=anchor)
 
 

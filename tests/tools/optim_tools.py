@@ -32,7 +32,7 @@ class Sizes(nn.Module):
 def set_gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:

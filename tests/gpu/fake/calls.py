@@ -1,4 +1,4 @@
-"""One call of each op that CUDA C++ serves, and what the op's reference makes of it on the CPU."""
+"""One call of each op that CUDA C++ or Triton serves, and what its reference makes of it."""
 
 from __future__ import annotations
 
@@ -129,15 +129,43 @@ ARGUMENTS: dict[str, Callable[[], list[Any]]] = {
 }
 
 
+def _squares(lengths: Sequence[int], *widths: int) -> list[Any]:
+    """Rows of the widths, in examples of the lengths, and the examples' weights."""
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    rows = [_random(int(ends[-1]), width, dtype=torch.bfloat16) for width in widths]
+    return [*rows, ends, _random(len(lengths)).abs()]
+
+
+def _lora() -> list[Any]:
+    return [_random(4, 65), _random(33, 4), _random(33, 65).abs(), torch.empty(0), 0.5, 3.0, True]
+
+
+OF_TRITON: dict[str, Callable[[], list[Any]]] = {
+    **ARGUMENTS,
+    "linear_sqgrad_": lambda: [_random(70, 37), *_squares((5, 0, 4), 37, 70)],
+    "linear_sqgrad_ of single tokens": lambda: [_random(70, 37), *_squares((1,) * 9, 37, 70)],
+    "bias_sqgrad_": lambda: [_random(70), *_squares((5, 4), 70)],
+    "norm_sqgrad_": lambda: [_random(70), *_squares((5, 4), 70, 70)],
+    "embedding_sqgrad_": lambda: [
+        _random(11, 70),
+        torch.arange(9) % 5,
+        *_squares((5, 4), 70),
+        -1,
+    ],
+    "label_variance_": lambda: [_random(N, V)],
+    "lora_ewc_penalty": _lora,
+}
+
+
 def op_of(name: str) -> str:
-    """The op that a name of ARGUMENTS is a call to."""
+    """The op that a name is a call to."""
     return name.partition(" ")[0]
 
 
 def arguments(name: str) -> list[Any]:
     """The same ones on every call, on the CPU."""
     _generator.manual_seed(5)
-    return ARGUMENTS[name]()
+    return OF_TRITON[name]()
 
 
 def moved(args: list[Any], device: torch.device) -> list[Any]:

@@ -47,7 +47,7 @@ def test_goes_to_its_tensors_device_and_that_devices_stream(name: str) -> None:
         found = calls.call(name, args)
         assert torch.cuda.current_device() == 0
     asked = [c for c in control.log() if c["call"] == "cudaDeviceGetAttribute"]
-    assert {c["device"] for c in asked} <= {1}
+    assert {c["of"] for c in asked} <= {1}
     seen = control.launches()
     assert seen
     assert {launch["device"] for launch in seen} == {1}
@@ -131,7 +131,7 @@ ASKS = {
 
 def captured() -> list[control.Call]:
     """What went on while a graph was captured; torch's allocator may take its own memory."""
-    seen = [call for call in control.log() if call["capturing"]]
+    seen = [call for call in control.log() if call["capturing"] and not call.get("within")]
     others = {c["call"] for c in seen} - ASKS - {"launch", "cudaMalloc", "cudaMemsetAsync"}
     assert not others, [c for c in seen if c["call"] in others]
     return seen
@@ -190,6 +190,18 @@ def test_shared_memory_and_grids_fit_the_device(device: str, dtype: torch.dtype)
     assert clusters <= DEVICES[device][4]
     assert (clusters > 1) == (DEVICES[device][4] > 1)
     assert 48 * 1024 < shared <= DEVICES[device][2]
+
+
+@pytest.mark.parametrize("v", [49152, 151936, 262144])
+def test_rows_of_bfloat16_up_to_256k_are_read_once(v: int) -> None:
+    """By an H100: a row pair is held on chip, in a cluster's shared memory, and a gradient written
+    from there."""
+    control.limits(*DEVICES["H100"])
+    x, weight = torch.empty(4, v, dtype=torch.bfloat16, device=FIRST), torch.empty(4, device=FIRST)
+    torch.ops.fasttax.token_kl_grad(weight, x, x, None, *calls.KL, True, False)
+    (launch,) = control.launches()
+    assert "kl_resident_kernel" in launch["kernel"]
+    assert 4 * v <= launch["cluster"] * launch["shared"]
 
 
 def test_a_cluster_that_is_refused_leaves_no_error() -> None:

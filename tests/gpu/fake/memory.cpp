@@ -160,7 +160,7 @@ FAKE_CUDA cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
-FAKE_CUDA cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+FAKE_CUDA cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   const Limits& limits = world().limits;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = limits.multiprocessors; break;
@@ -174,7 +174,7 @@ FAKE_CUDA cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribut
     case cudaDevAttrMaxGridDimX: *value = 0x7fffffff; break;
     default: *value = 0;
   }
-  return note("cudaDeviceGetAttribute");
+  return note("cudaDeviceGetAttribute", "\"of\": " + std::to_string(device));
 }
 
 FAKE_CUDA cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int) {
@@ -300,7 +300,9 @@ FAKE_CUDA cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaM
 
 FAKE_CUDA cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                                       cudaStream_t handle) {
-  const bool pageable = !range_of(to) || !range_of(from);
+  const Range* ends[] = {range_of(to), range_of(from)};
+  const bool pageable = !ends[0] || !ends[1];
+  const bool within = !pageable && ends[0]->device >= 0 && ends[0]->device == ends[1]->device;
   Stream& stream = stream_of(handle);
   // one that is captured would read memory that may be gone when the graph is replayed
   if (stream.captured && pageable) {
@@ -310,7 +312,8 @@ FAKE_CUDA cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, 
   if (const cudaError_t error =
           note("cudaMemcpyAsync", "\"stream\": " + std::to_string(uintptr_t(handle)) +
                                       ", \"bytes\": " + std::to_string(bytes) +
-                                      ", \"pageable\": " + (pageable ? "true" : "false")))
+                                      ", \"pageable\": " + (pageable ? "true" : "false") +
+                                      ", \"within\": " + (within ? "true" : "false")))
     return error;
   if (!stream.captured) memcpy(to, from, bytes);
   return cudaSuccess;

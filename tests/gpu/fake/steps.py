@@ -137,6 +137,20 @@ def test_offloaded_copies_wait_for_no_host() -> None:
     assert not any("Synchronize" in c["call"] or c.get("pageable") for c in control.log())
 
 
+@pytest.mark.parametrize("step", ["add_grad_", "AdamWEWC"])
+def test_what_is_held_goes_once_where_the_model_went(step: str) -> None:
+    """Trainers move models whose EWC was made before: at every step it would come over again."""
+    model = Rows(torch.device("cpu"))
+    ewc = EWC(model, fishers(model), strength=1.0)
+    optimizer = AdamWEWC(model.parameters(), ewc=ewc, lr=1e-3)
+    model.to(cases.FIRST)
+    model.rows.grad = torch.empty_like(model.rows)
+    for asked in (True, False):
+        control.clear()
+        ewc.add_grad_() if step == "add_grad_" else optimizer.step()
+        assert any(c["call"] == "cudaMemcpyAsync" for c in control.log()) == asked
+
+
 def test_a_model_on_another_device_than_the_current_one() -> None:
     step = step_of(cases.SECOND, "grad", False, "mean")
     with torch.cuda.device(0):
