@@ -84,10 +84,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def takes(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
-    return argument in {a.name for a in _parameters(unwrapped(model))}
+    return argument in {a.name for a in _of_forward(unwrapped(model))}
 
 
-def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+def _of_forward(model: nn.Module) -> list[inspect.Parameter]:
     """The forward's; a scripted or traced one has no Python signature, but a schema of its own."""
     schema: Any = getattr(model.forward, "schema", None)
     if schema is None:
@@ -98,7 +98,7 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
 
 def _arguments(model: nn.Module) -> tuple[str | None, frozenset[str]]:
     """The first argument's name where there is no input_ids, and all names."""
-    arguments = _parameters(model)
+    arguments = _of_forward(model)
     names = [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
     if any(a.kind == a.VAR_KEYWORD for a in arguments):
         return _first(names), frozenset()
