@@ -191,22 +191,70 @@ def test_quadratics(request: pytest.FixtureRequest, simd: str | int) -> None:
         assert float(added) == pytest.approx(want, rel=1e-5, abs=1e-7)
         for k in range(count):
             expected = moved[3][k] + strength * moved[2][k] * apart[k]
-            near(grad[k], expected, grad_t)
+            rounded(grad[k], expected, grad_t)
         at = [t.clone() for t in theta]
         functional.ewc_prox_(at, anchor, fisher, strength)
         for k in range(count):
-            near(at[k], moved[1][k] + apart[k] / (1 + strength * moved[2][k]), theta_t)
+            rounded(at[k], moved[1][k] + apart[k] / (1 + strength * moved[2][k]), theta_t)
 
     tried()
 
 
-def near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+def rounded(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     """Within a rounding of the dtype, and a few of float32's."""
     # Triton's interpreter cuts float32 off to bfloat16
     cut = dtype == torch.bfloat16 and INTERPRETED
     eps = torch.finfo(dtype).eps * (1.01 if cut else 0.51)
     allowed = (eps + 8 * torch.finfo(torch.float32).eps) * want.abs() + 1e-6
     assert bool(((got.double() - want).abs() <= allowed).all()), (got, want)
+
+
+def test_ewc_of_a_model(request: pytest.FixtureRequest, simd: str | int) -> None:
+    """Of any parameters, dtypes and storages: its formula of what it stores."""
+
+    @trials(request, 30, 3000)
+    @given(st.data())
+    def tried(data: st.DataObject) -> None:
+        g = torch.Generator().manual_seed(data.draw(seeds))
+        named = data.draw(st.lists(shapes, min_size=1, max_size=4))
+        dtype = data.draw(st.sampled_from(DTYPES))
+
+        def drawn() -> list[Tensor]:
+            made = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in named)
+            return [laid_out(t, data.draw(st.sampled_from(LAYOUTS[:5]))) for t in made]
+
+        model = torch.nn.ParameterList(drawn())
+        params = dict(model.named_parameters())
+        fisher = {n: f.float().abs() for n, f in zip(params, drawn(), strict=True)}
+        storage = data.draw(st.sampled_from(["fp32", "bf16", "u8log"]))
+        options: dict[str, Any] = {"strength": data.draw(st.sampled_from([0.0, 0.3, 5.0]))}
+        options["anchor_dtype"] = data.draw(st.sampled_from([None, torch.bfloat16, "bf16+8"]))
+        if options["anchor_dtype"] is not None and dtype != torch.float32:
+            options["anchor_dtype"] = None
+        ewc = EWC(model, fisher, storage=storage, **options)
+        with torch.no_grad():
+            for p, moved in zip(model, drawn(), strict=True):
+                p.copy_(moved)
+        anchors = {n: a.double() for n, a in ewc.anchor.items()}
+        stored = {n: f.double() for n, f in ewc.fisher.items()}
+        apart = {n: p.detach().double() - anchors[n] for n, p in params.items()}
+        total = sum(float((stored[n] * apart[n].square()).sum()) for n in params)
+        strength = options["strength"]
+        near = pytest.approx(strength / 2 * total, rel=1e-5, abs=1e-7)
+        assert float(ewc.penalty().detach()) == near
+        assert float(ewc.distance().total) == pytest.approx(total, rel=1e-5, abs=1e-7)
+        assert float(ewc.add_grad_()) == near
+        for n, p in params.items():
+            if p.numel():
+                rounded(p.grad, strength * stored[n] * apart[n], dtype)
+        again = EWC(model, fisher, **options)
+        again.load_state_dict(ewc.state_dict())
+        assert torch.equal(again.penalty(), ewc.penalty())
+        ewc.prox_(0.1)
+        for n, p in params.items():
+            rounded(p, anchors[n] + apart[n] / (1 + 0.1 * strength * stored[n]), dtype)
+
+    tried()
 
 
 def test_lora_penalty(request: pytest.FixtureRequest, simd: str | int) -> None:
