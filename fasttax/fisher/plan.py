@@ -120,7 +120,8 @@ def find_uses(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[str,
     """
     names = {id(p): n for n, p in chosen.items()}
     uses: dict[str, list[Use]] = {n: [] for n in chosen}
-    stand_ins, modules = _stand_ins(model), dict(model.named_modules())
+    stand_ins = _stand_ins(model)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     for where, module in modules.items():
         for own, p in module.named_parameters(recurse=False):
             if id(p) in names:

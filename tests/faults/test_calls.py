@@ -158,8 +158,8 @@ def _masked_results(x: Tensor, y: Tensor, ids: Tensor, mask: Tensor) -> list[Ten
     return [kl.detach(), stats.logp.detach(), stats.entropy.detach(), d]
 
 
-STATS = ("logp", "ref_logp", "entropy", "lse", "kl_policy_ref", "kl_ref_policy", "kl", "k1")
-STATS += ("k2", "k3")
+KLS = ("kl_policy_ref", "kl_ref_policy", "kl", "k1", "k2", "k3")
+STATS = ("logp", "ref_logp", "entropy", "lse", *KLS)
 
 
 def test_token_stats(request: pytest.FixtureRequest, simd: str | int) -> None:
@@ -351,7 +351,8 @@ def test_linear_token_logprobs(request: pytest.FixtureRequest, simd: str | int) 
         names = data.draw(st.lists(st.sampled_from(outputs), min_size=1, unique=True))
         options = _of_policy(_options(data.draw))
         found = fasttax.linear_token_logprobs(
-            *leaves[:2],
+            leaves[0],
+            leaves[1],
             ids,
             bias=leaves[2] if len(leaves) > 2 else None,
             outputs=names,

@@ -63,7 +63,7 @@ def test_squares(request: pytest.FixtureRequest, simd: str | int) -> None:
         if skip is not None:
             rows[:, skip] = 0.0
         H = rows.split(lengths)
-        found = {
+        found: dict[str, tuple[Any, ...]] = {
             "linear": (functional.linear_sqgrad, (a, d), zip(A, D, strict=True)),
             "norm": (functional.norm_sqgrad, (x, d), zip(X, D, strict=True)),
             "embedding": (functional.embedding_sqgrad, (ids, d, 11), zip(H, D, strict=True)),
