@@ -100,7 +100,7 @@ test-trl: $(LIBRARY) ## patch and FullKL on another TRL: make test-trl V=1.9.2 (
 	$(VENV)/trl-$(V)/bin/python -m pytest -q tests/integrations/test_patch.py \
 	  tests/integrations/test_full_kl.py::test_is_the_kl_in_the_loss
 
-pairs: $(LIBRARY)  ## patch, FullKL and EWC in three other pairs of TRL and transformers, a few each
+pairs: $(LIBRARY)  ## patch, FullKL and EWC in four other pairs of TRL and transformers, a few each
 	$(PY) -m tests.integrations.matrix --envs $(VENV) --pairs \
 	  --only "EWC: SFT" "EWC: PPO" "FullKL: SFT" "patch: GKD"
 
