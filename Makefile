@@ -27,12 +27,15 @@ QUICK   = $(addprefix tests/, \
   fisher/test_functional_fisher.py::test_native_equals_the_reference \
   fisher/test_accumulate_sqgrad.py::test_equals_float64 fisher/test_fisher_head.py::test_any_row)
 
+# Every public op over what hypothesis draws.
+CALLS   = tests/faults/test_calls.py tests/faults/test_calls_weights.py
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-tiny demo-full test test-gpu test-ptx machine-code test-trl pairs matrix soak \
-  sanitize clang mutants quick t bench bench-gpu lint types format docs hooks wheels house doctor clean
+  sanitize sanitize-sample clang mutants quick t bench bench-gpu lint types format docs hooks wheels house doctor clean
 
 help:            ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(PY):
 	@echo "[fasttax] making $(VENV)"
@@ -98,7 +101,7 @@ test-trl: $(LIBRARY) ## patch and FullKL on another TRL: make test-trl V=1.9.2 (
 	$(VENV)/trl-$(V)/bin/python -m pytest -q tests/integrations/test_patch.py \
 	  tests/integrations/test_full_kl.py::test_is_the_kl_in_the_loss
 
-pairs: $(LIBRARY)  ## patch, FullKL and EWC in three other pairs of TRL and transformers, a few each
+pairs: $(LIBRARY)  ## patch, FullKL and EWC in four other pairs of TRL and transformers, a few each
 	$(PY) -m tests.integrations.matrix --envs $(VENV) --pairs \
 	  --only "EWC: SFT" "EWC: PPO" "FullKL: SFT" "patch: GKD"
 
@@ -107,12 +110,17 @@ matrix: $(LIBRARY) ## versions x features, launchers and frameworks, each cell r
 
 soak: $(LIBRARY) ## the long forms of tests/faults: files, kills, forks, threads, Ctrl-C, growth (K="kill")
 	$(PY) -m pytest -q tests/faults --soak -k "$(K)"
-	TRITON_INTERPRET=1 FASTTAX_BACKEND=triton $(PY) -m pytest -q --soak tests/faults/test_calls.py
+	TRITON_INTERPRET=1 FASTTAX_BACKEND=triton $(PY) -m pytest -q --soak $(CALLS)
+	FASTTAX_BACKEND=reference $(PY) -m pytest -q --soak $(CALLS)
 
 sanitize: $(INSTALLED) ## the CPU kernels under ASan and UBSan, then TSan, in build/sanitize
-	$(PY) tools/sanitize.py address $(QUICK) tests/faults/test_calls.py -k "not reference-"
+	$(PY) tools/sanitize.py address $(QUICK) $(CALLS) -k "not reference-"
 	$(PY) tools/sanitize.py thread $(QUICK) tests/faults/test_processes.py \
 	  -k "not reference- and not fork and not ctrl and not loader and not handler and not another"
+
+sanitize-sample: $(INSTALLED) ## both of every public op, as hypothesis draws it, and of eight threads
+	$(PY) tools/sanitize.py address $(CALLS) -k "not reference-"
+	$(PY) tools/sanitize.py thread tests/faults/test_processes.py -k eight
 
 clang: $(INSTALLED) ## the CPU kernels by clang (PATH's, else of PyPI's ziglang), in build/clang
 	$(PY) -c "import shutil; exit(not shutil.which('clang++'))" || $(PY) -m pip install -q --group clang

@@ -1,18 +1,20 @@
 """Wheels as they are published: stripped, tagged with the oldest glibc they load under, checked.
 
-    python tools/wheels.py [--cuda] [--torch 2.13.0 ...]
+    python tools/wheels.py [--cuda] [--glibc 2.28] [--torch 2.13.0 ...]
 
 writes dist/fasttax-*.whl and the source distribution; with --cuda the wheel has the CUDA kernels
 too (compute capability 8.0 to 12.0, and PTX) and lies in dist/cu<version>. Each --torch installs
 the wheel beside that torch in an empty environment and compares the kernels with the reference.
 Needs auditwheel, abi3audit and build (`pip install --group wheels`). A wheel's glibc is that of the
-machine that builds it: .github/workflows/wheels.yml builds in manylinux_2_28's container.
+machine that builds it, or --glibc, which is an error where the wheel asks for more:
+.github/workflows/wheels.yml builds for 2.28, in manylinux_2_28's containers.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,7 @@ def run(*command: str | Path, cwd: Path = HERE, **environment: str) -> str:
     return done.stdout
 
 
-def wheel(cuda: bool) -> Path:
+def wheel(cuda: bool, glibc: str | None) -> Path:
     """The checked wheel."""
     place = DIST
     if cuda:
@@ -62,7 +64,11 @@ def wheel(cuda: bool) -> Path:
         (raw,) = Path(folder).glob("*.whl")
         excluded = [word for name in OF_TORCH for word in ("--exclude", name)]
         before = set(place.glob("*.whl"))
-        run("auditwheel", "repair", "--strip", *excluded, "-w", place, raw)
+        oldest = []
+        if glibc is not None:
+            tag = f"manylinux_{glibc.replace('.', '_')}_{platform.machine()}"
+            oldest = ["--plat", tag, "--only-plat"]
+        run("auditwheel", "repair", "--strip", *oldest, *excluded, "-w", place, raw)
     made = max(place.glob("*.whl"), key=lambda path: (path not in before, path.stat().st_mtime))
     print(run("abi3audit", "--strict", "--report", made))
     size = made.stat().st_size
@@ -81,13 +87,18 @@ def check_beside(torch: str, built: Path) -> None:
         print(run(python, "-I", "-c", SMOKE, cwd=Path(folder)))
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--cuda", action="store_true", help="with the CUDA kernels")
     parser.add_argument("--torch", nargs="*", default=[], help="versions to try the wheel beside")
-    arguments = parser.parse_args()
+    parser.add_argument("--glibc", help="the oldest that the wheel is to load under, as 2.28")
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     DIST.mkdir(exist_ok=True)
-    built = wheel(arguments.cuda)
+    built = wheel(arguments.cuda, arguments.glibc)
     for version in arguments.torch:
         check_beside(version, built)
     if not arguments.cuda:

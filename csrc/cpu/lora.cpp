@@ -14,9 +14,9 @@ namespace {
 constexpr int64_t kChunks = 32, kPartialFloats = 1 << 23;
 
 double lora_double(const double* a, const double* b, const double* fisher, int64_t O, int64_t r,
-                   int64_t I, double* d_a, double* d_b) {
+                   int64_t I, double* d_a, double* d_b, Watch& watch) {
   double total = 0;
-  for (int64_t o = 0; o < O; ++o)
+  for (int64_t o = 0; o < O && !watch.stops(); ++o)
     for (int64_t i = 0; i < I; ++i) {
       double delta = 0;
       for (int64_t k = 0; k < r; ++k) delta += b[o * r + k] * a[k * I + i];
@@ -69,10 +69,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
     double *to_a = gradient ? static_cast<double*>(d_a.mutable_data_ptr()) : nullptr,
            *to_b = gradient ? static_cast<double*>(d_b.mutable_data_ptr()) : nullptr;
     if (gradient) std::fill(to_a, to_a + r * I, 0.0), std::fill(to_b, to_b + O * r, 0.0);
-    const double total =
-        lora_double(static_cast<const double*>(lora_A.const_data_ptr()),
-                    static_cast<const double*>(lora_B.const_data_ptr()),
-                    static_cast<const double*>(fisher.const_data_ptr()), O, r, I, to_a, to_b);
+    Watch watch;
+    const double total = lora_double(static_cast<const double*>(lora_A.const_data_ptr()),
+                                     static_cast<const double*>(lora_B.const_data_ptr()),
+                                     static_cast<const double*>(fisher.const_data_ptr()), O, r, I,
+                                     to_a, to_b, watch);
+    watch.check(op);
     *static_cast<double*>(value.mutable_data_ptr()) = factor / 2 * total;
     for (int64_t i = 0; gradient && i < r * I; ++i) to_a[i] *= factor;
     for (int64_t i = 0; gradient && i < O * r; ++i) to_b[i] *= factor;
@@ -90,13 +92,16 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
                 chunks = (O + rows - 1) / rows;
   std::vector<float> partial(gradient ? chunks * int64_t(a.size()) : 0);
   std::vector<double> parts(chunks);
-  interruptible_for(op, 0, chunks, 1, [&](int64_t begin, int64_t end, Watch&) {
+  interruptible_for(op, 0, chunks, 1, [&](int64_t begin, int64_t end, Watch& watch) {
     std::vector<float> scratch(strip * r * lanes);
+    // a strip at a time: of high ranks there are two chunks, of seconds each
     for (int64_t c = begin; c < end; ++c)
-      parts[c] = FASTTAX_DISPATCH(lora_chunk, a.data(), b.data(), ewc_pointer(fisher), f_type,
-                                  block_scales, r, I, c * rows, std::min(O, (c + 1) * rows),
-                                  gradient ? partial.data() + c * int64_t(a.size()) : nullptr,
-                                  rows_b.data(), scratch.data());
+      for (int64_t row = c * rows, last = std::min(O, row + rows); row < last && !watch.stops();
+           row += strip)
+        parts[c] += FASTTAX_DISPATCH(lora_chunk, a.data(), b.data(), ewc_pointer(fisher), f_type,
+                                     block_scales, r, I, row, std::min(last, row + strip),
+                                     gradient ? partial.data() + c * int64_t(a.size()) : nullptr,
+                                     rows_b.data(), scratch.data());
   });
   double total = 0;
   for (double part : parts) total += part;

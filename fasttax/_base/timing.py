@@ -1,7 +1,8 @@
 """The only timing code of benchmarks: contenders in turns, medians, the machine's bandwidth.
 
 A shared machine drifts by tens of percent within a minute, so times of different runs do not
-compare. Contenders take turns, round after round; a ratio is the median of the rounds' ratios; the
+compare, nor do those of torch.utils.benchmark, whose timers measure one contender after the other.
+Here contenders take turns, round after round; a ratio is the median of the rounds' ratios; the
 floor is what the case's bytes cost at the bandwidth that a large copy reached in the same run.
 """
 

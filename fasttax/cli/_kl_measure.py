@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fasttax._base import checks, files
+from fasttax._base import checks, devices, files
 from fasttax._base import page as pages
 from fasttax.cli import _language_model, _options, _rows
 from fasttax.cli._rows import Data, Row
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     if min(sizes) < 1:
         raise ValueError("--length must be at least 2, --batch-size, --worst and --rows at least 1")
     models = {"policy": args.policy, "ref": args.ref}
-    device = _options.device_of(OP, args.device)
+    device = devices.named(OP, args.device)
     opened = [_rows.opened(OP, name, args.split, args.config) for name in args.text]
     texts = _told_apart(opened, args.text)
     for word, name in models.items():

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fasttax._base import checks, files, placed
 
 STDOUT = "-"  # as the name of a --json
@@ -86,7 +84,7 @@ def add_output(parser: argparse.ArgumentParser, default: str, meaning: str) -> N
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, which `device_of` reads."""
+    """`--device`, which `devices.named` reads."""
     parser.add_argument(
         "--device",
         default="auto",
@@ -116,21 +114,6 @@ def shown(args: argparse.Namespace) -> bool:
 def say(args: argparse.Namespace, text: object) -> None:
     """Prints what a person reads: to stderr where --json takes stdout for itself."""
     print(text, file=sys.stderr if args.json == STDOUT else sys.stdout, flush=True)
-
-
-def device_of(op: str, name: str) -> torch.device:
-    """The device that `--device` names.
-
-    Raises:
-        ValueError: there is no such device here; lists those that are.
-    """
-    here = ["cpu"]
-    if torch.cuda.is_available():
-        here += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "auto":
-        return torch.device(here[min(1, len(here) - 1)])
-    checks.choice(op, "--device", name, ["auto", *here])
-    return torch.device(name)
 
 
 def check_outputs(op: str, outputs: Iterable[str], inputs: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fasttax
-from fasttax._base import checks, timing
+from fasttax._base import checks, devices, timing
 from fasttax._base.timing import Case, Result
 from fasttax.cli import _options
 from fasttax.cli._language_model import DTYPES
@@ -184,7 +184,7 @@ def main(argv: Sequence[str]) -> int:
     """
     args = _options.parsed(parser(), argv)
     sizes = Sizes(**{name: checks.count(OP, f"--{name}", getattr(args, name)) for name in HELP})
-    device = str(_options.device_of(OP, args.device))
+    device = str(devices.named(OP, args.device))
     torch.manual_seed(0)
     rate = timing.bandwidth(device)
     _options.say(

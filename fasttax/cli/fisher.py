@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttax._base import devices
 from fasttax.cli import _language_model, _options, _rows
 from fasttax.cli.commands import COMMANDS
 from fasttax.fisher import FisherEstimate, KroneckerEstimate, estimate_fisher
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(
             "fasttax fisher: --length must be at least 2, --batch-size and --examples at least 1"
         )
-    device = _options.device_of(OP, args.device)
+    device = devices.named(OP, args.device)
     data = _rows.opened(OP, args.text, args.split, args.config)
     _language_model.check_model(OP, "model", args.model)
     tokenizer = _language_model.tokenizer_of(args.model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fasttax._base import checks
+from fasttax._base import checks, devices
 from fasttax.cli import _kl_measure, _language_model, _options, _rows
 from fasttax.integrations.reference import TopKReference
 
@@ -36,7 +36,7 @@ def cache(args: argparse.Namespace) -> int:
     if args.length is not None and args.length < 2:
         raise checks.fail(OP, "--length", "at least 2", args.length)
     checks.positive(OP, "--temperature", args.temperature)
-    device = _options.device_of(OP, args.device)
+    device = devices.named(OP, args.device)
     data = _rows.opened(OP, args.data, args.split, args.config)
     _language_model.check_model(OP, "model", args.model)
     length = _language_model.length_of(args.length, LENGTH, args.model)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from fasttax._base import checks, files
+from fasttax._base import checks, devices, files
 from fasttax.cli import _language_model, _options
 from fasttax.cli.commands import COMMANDS
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     for option in ("number", "length", "batch_size"):
         checks.count(OP, f"--{option.replace('_', '-')}", getattr(args, option))
     checks.positive(OP, "--temperature", args.temperature)
-    device = _options.device_of(OP, args.device)
+    device = devices.named(OP, args.device)
     _language_model.check_model(OP, "model", args.model)
     tokenizer = _language_model.tokenizer_of(args.model)
     first = first_token(args.model, tokenizer)

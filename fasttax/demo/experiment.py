@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fasttax
-from fasttax._base import files
+from fasttax._base import devices, files
 from fasttax.demo import environment, folders, models, verdicts
 from fasttax.demo.compare import Comparison
 from fasttax.demo.measure import Bench, Vectors, difference, summary
@@ -54,7 +54,7 @@ class Experiment:
             "failures": [],
         }
         self.ewcs: dict[str, fasttax.EWC] = {}
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = devices.named("fasttax demo", settings.device)
 
     # --- stages -----------------------------------------------------------------------------------
 

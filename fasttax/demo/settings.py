@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttax._base import placed
+from fasttax._base import devices, placed
 from fasttax.demo.methods import METHODS, STOP, Grids, Strength, numbers
 
 ALIGNMENT = Path(__file__).with_name("alignment.jsonl")
@@ -122,6 +122,7 @@ class Settings(Preset):
     alignment: Path = ALIGNMENT
     cache: Path | None = None
     threads: int | None = None
+    device: str = "auto"
 
     def as_json(self) -> dict[str, Any]:
         """For results.json."""
@@ -211,7 +212,8 @@ def parse(argv: Sequence[str] | None) -> Settings:
         options.error("--strengths merge: expected alphas between 0 and 1, which is the plain run")
     if preset["replay_batch"] > preset["fisher_examples"]:
         options.error("--replay-batch: expected at most --fisher-examples, whose passages it reads")
-    rest = {name: args[name] for name in ("tiny", "seed", "output", "alignment")}
+    devices.named("fasttax demo", args["device"])
+    rest = {name: args[name] for name in ("tiny", "seed", "output", "alignment", "device")}
     threads = args["threads"] or (1 if args["tiny"] else None)
     return Settings(
         **preset,
@@ -301,6 +303,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--threads", type=_positive, help="CPU threads (default: PyTorch's choice; tiny: 1)"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda or cuda:N; a GPU if there is one (default auto)",
     )
     parser.add_argument(
         "--no-cache",

@@ -233,6 +233,10 @@ def _outputs(layer: Any, draw: Callable[[Sequence[int], Tensor], Tensor]) -> tup
     else:
         inputs = draw((ROWS, factors.inputs(layer, delta)), like)
     if packed:
+        if inputs.is_floating_point():
+            # of inputs without one bitsandbytes takes it that nothing trains: on a CPU it lays the
+            # weight out anew, from where no gradient goes back
+            inputs.requires_grad_()
         plain = base(inputs)
         moved = plain + inputs @ delta.T
         own: dict[str, Tensor] = {}

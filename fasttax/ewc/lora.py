@@ -118,6 +118,12 @@ def _some_of(weight: Tensor) -> Tensor:
     return values[:: max(1, values.numel() // SAMPLES)].clone()
 
 
+def _codes(packed: Tensor) -> Tensor:
+    """(16,) how often each 4-bit code stands in the bytes, in whatever order they lie."""
+    by_byte = torch.bincount(packed.reshape(-1), minlength=256).view(16, 16)
+    return by_byte.sum(0) + by_byte.sum(1)
+
+
 @dataclass
 class LoraHeld(Entry):
     """A base weight's Fisher and the layer whose update it weighs.
@@ -201,8 +207,15 @@ class LoraHeld(Entry):
         return bool(((now - then).abs() > bound).any())
 
     def _sample(self) -> Tensor:
-        """Some values of the base weight; of one that lies in several tensors, bytes of each."""
-        samples = [_some_of(part) for part in inner.parts(self.base.detach())]
+        """Some values of the base weight; of one that lies in several tensors, bytes of each.
+
+        Of 4-bit codes on a CPU all, in no order: bitsandbytes lays them out anew there, at the
+        first forward without a gradient.
+        """
+        parts = inner.parts(self.base.detach())
+        if len(parts) == 1 and parts[0].dtype == torch.uint8 and parts[0].device.type == "cpu":
+            return _codes(parts[0])
+        samples = [_some_of(part) for part in parts]
         if len(samples) == 1:
             return samples[0]
         return torch.cat([s.reshape(-1).view(torch.uint8) for s in samples])

@@ -387,7 +387,7 @@ class DiagonalFisher:
         return int(counts[0]), int(counts[1])
 
     def finalize(self, normalize: str = "mean", storage: str = "fp32") -> FisherEstimate:
-        """The estimate so far.
+        """The estimate so far. Under FSDP2 and tensor parallelism all ranks call it.
 
         Args:
             normalize: "mean" per example (per token for unit="token"), or the "sum".
@@ -395,7 +395,7 @@ class DiagonalFisher:
 
         Raises:
             RuntimeError: no example was seen, or none with a prediction that counts.
-            ValueError: some sums are not finite.
+            ValueError: some sums are not finite, on whichever rank.
         """
         checks.choice("DiagonalFisher.finalize", "normalize", normalize, NORMALIZE)
         checks.choice("DiagonalFisher.finalize", "storage", storage, STORAGES)

@@ -141,7 +141,9 @@ def _paired(op: str, inputs: Any, grad_outputs: Any, features: int) -> tuple[Ten
 
 def _in_rows(x: Tensor) -> Tensor:
     """`x` with features that lie side by side, as kernels read them."""
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+    if x.numel() == 0:
+        return x.new_empty(x.shape)  # which is contiguous to torch whatever its strides
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @surfaced

@@ -121,11 +121,12 @@ def find_uses(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[str,
     names = {id(p): n for n, p in chosen.items()}
     uses: dict[str, list[Use]] = {n: [] for n in chosen}
     stand_ins = _stand_ins(model)
-    for where, module in model.named_modules():
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    for where, module in modules.items():
         for own, p in module.named_parameters(recurse=False):
             if id(p) in names:
                 place = stand_ins.get(where, where)
-                holder = model.get_submodule(place)
+                holder = modules[place]
                 inner = f"{where}.{own}"[len(place) :].removeprefix(".")
                 uses[names[id(p)]].append(Use(place, holder, inner, rule_of(holder)))
     for name, every in uses.items():

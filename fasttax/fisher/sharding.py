@@ -123,6 +123,11 @@ class ShardedSum:
         """
         return range(self.mesh.ndim - self.parallel)
 
+    @property
+    def everywhere(self) -> dtensor.Key:
+        """Of all ranks of the mesh, for `dtensor.over_ranks`."""
+        return self.mesh, tuple(range(self.mesh.ndim))
+
     def unsharded(self) -> Tensor:
         """Zeros for one rank's contribution.
 

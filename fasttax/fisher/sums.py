@@ -105,14 +105,13 @@ class Sums:
         return self.slots[name].shape.numel()
 
     def over(self, count: int) -> dict[str, Tensor]:
-        """The sums over `count`, as their parameters lie.
+        """The sums over `count`, as their parameters lie; of DTensors a collective of their ranks.
 
         Raises:
-            ValueError: some of those that lie whole on a rank are not finite.
+            ValueError: some are not finite, be it on another rank.
         """
         values = {n: self.value(n) / count for n in self.squared()}
-        finite = {n: v.isfinite().all().cpu() for n, v in values.items() if n not in self.shards}
-        odd = [n for n, every in finite.items() if not bool(every)]
+        odd = self._not_finite(values)
         if odd:
             more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
             raise ValueError(
@@ -122,6 +121,17 @@ class Sums:
                 "bfloat16 or float32"
             )
         return {n: self.placed(n, v) for n, v in values.items()}
+
+    def _not_finite(self, values: Mapping[str, Tensor]) -> list[str]:
+        """The names with a value that is not; every rank of a shard's mesh has the same answer."""
+        counts = {n: v.isfinite().all().logical_not().float() for n, v in values.items()}
+        keys = {n: shard.everywhere for n, shard in self.shards.items() if n in counts}
+        for key in dict.fromkeys(keys.values()):
+            names = [n for n in counts if keys.get(n) == key]
+            summed = dtensor.over_ranks(torch.stack([counts[n] for n in names]), key)
+            counts.update(zip(names, summed, strict=True))
+        found = {n: c.cpu() for n, c in counts.items()}
+        return [n for n, c in found.items() if bool(c)]
 
     def placed(self, name: str, value: Tensor) -> Tensor:
         """`value`, as long as the sum of `name`, placed as its parameter is."""

@@ -84,12 +84,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def takes(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
-    return argument in inspect.signature(unwrapped(model).forward).parameters
+    return argument in {a.name for a in _of_forward(unwrapped(model))}
+
+
+def _of_forward(model: nn.Module) -> list[inspect.Parameter]:
+    """The forward's; a scripted or traced one has no Python signature, but a schema of its own."""
+    schema: Any = getattr(model.forward, "schema", None)
+    if schema is None:
+        return [*inspect.signature(model.forward).parameters.values()]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [inspect.Parameter(argument.name, kind) for argument in schema.arguments[1:]]
 
 
 def _arguments(model: nn.Module) -> tuple[str | None, frozenset[str]]:
     """The first argument's name where there is no input_ids, and all names."""
-    arguments = inspect.signature(model.forward).parameters.values()
+    arguments = _of_forward(model)
     names = [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
     if any(a.kind == a.VAR_KEYWORD for a in arguments):
         return _first(names), frozenset()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fasttax.tax.checkpoints import Checkpoint
 from fasttax.tax.fits import PowerLaw
 from fasttax.tax.measurements import Fitted, Measurements
 
@@ -16,6 +17,7 @@ COLORS = ("#2e6f9e", "#d1495b", "#3c8d5a", "#7b4fa3", "#c98a1b", "#4d4d4d")
 MARKERS = ("o", "s", "^", "D", "v", "P")  # tell runs apart that are all grey
 GRAY, BEATEN = "#4d4d4d", "#c4c4c4"
 MOST_LABELS = 24  # checkpoints beyond which names would cover each other
+Placed = Sequence[tuple[float, Checkpoint]]  # checkpoints, each at a place along an axis
 STEPS = 60  # places at which a method's mean over seeds is drawn
 
 
@@ -24,7 +26,7 @@ def draw(measured: Measurements, to: Any) -> None:
 
     On the left tax against gain: checkpoints with their standard errors, each run's mean frontier
     with its interval over seeds, grey where another run beats it beyond noise, and the staircase
-    of what nothing beats. On the right tax against KL with the runs' laws.
+    of what nothing beats. On the right tax against KL, with the same errors and the runs' laws.
 
     Args:
         measured: the checkpoints.
@@ -60,7 +62,8 @@ def _gains(axes: Any, measured: Measurements) -> None:
     named: list[tuple[Any, str]] = []
     for k, run in enumerate(measured.runs()):
         color = BEATEN if run in worse else COLORS[k % len(COLORS)]
-        line = _points(axes, measured, run, color, MARKERS[k % len(MARKERS)])
+        at = [(measured.gain(c), c) for c in measured.of(run)]
+        line = _points(axes, measured, at, (color, MARKERS[k % len(MARKERS)]))
         _frontier(axes, measured, run, color)
         named.append((line, run or "checkpoints"))
     named.append((axes.plot(0, 0, "*", color=GRAY, markersize=13, zorder=4)[0], "base"))
@@ -71,7 +74,7 @@ def _gains(axes: Any, measured: Measurements) -> None:
         style: dict[str, Any] = {"color": "#999999", "linewidth": 1, "zorder": 2}
         stairs = axes.plot(gains, taxes, "--", drawstyle="steps-pre", **style)[0]
         named.append((stairs, "Pareto frontier"))
-    _names(axes, measured)
+    _names(axes, measured, [(measured.gain(c), c) for c in measured.checkpoints])
     axes.invert_yaxis()
     axes.set_title("What alignment costs (grey: beaten beyond noise)", loc="left", fontsize=10)
     axes.set(
@@ -88,13 +91,18 @@ def _dominated(measured: Measurements) -> set[str]:
     return set(measured.dominated())
 
 
-def _points(axes: Any, measured: Measurements, run: str, color: str, marker: str) -> Any:
-    """A run's checkpoints, with what standard errors are known."""
-    mine = measured.of(run)
-    x, y = [measured.gain(c) for c in mine], [measured.tax(c) for c in mine]
+def _points(
+    axes: Any,
+    measured: Measurements,
+    at: Placed,
+    style: tuple[str, str],
+) -> Any:
+    """The taxes of checkpoints at their places, with what standard errors are known."""
+    color, marker = style
+    x, y = [place for place, _ in at], [measured.tax(c) for _, c in at]
     line = axes.plot(x, y, marker, color=color, markersize=4, zorder=3)[0]
-    known = [(measured.gain(c), measured.tax(c), measured.tax_error(c)) for c in mine]
-    bars = [(gain, tax, error) for gain, tax, error in known if error is not None]
+    known = [(place, measured.tax(c), measured.tax_error(c)) for place, c in at]
+    bars = [(place, tax, error) for place, tax, error in known if error is not None]
     if bars:
         x, y, reach = (list(values) for values in zip(*bars, strict=True))
         axes.errorbar(x, y, yerr=reach, fmt="none", ecolor=color, elinewidth=0.8, zorder=2)
@@ -115,14 +123,14 @@ def _frontier(axes: Any, measured: Measurements, run: str, color: str) -> None:
         axes.fill_between(gains, low, high, color=color, alpha=0.15, linewidth=0, zorder=1)
 
 
-def _names(axes: Any, measured: Measurements) -> None:
+def _names(axes: Any, measured: Measurements, at: Placed) -> None:
     """The checkpoints' names beside their points, where they are few."""
-    if len(measured.checkpoints) > MOST_LABELS:
+    if len(at) > MOST_LABELS:
         return
-    for c in measured.checkpoints:
+    for place, c in at:
         text = axes.annotate(
             c.name,
-            (measured.gain(c), measured.tax(c)),
+            (place, measured.tax(c)),
             xytext=(4, 3),
             textcoords="offset points",
             fontsize=7,
@@ -133,11 +141,12 @@ def _names(axes: Any, measured: Measurements) -> None:
 
 def _kls(axes: Any, measured: Measurements) -> None:
     """Tax against KL, with the law of all and of each run where it is one."""
+    every: list[tuple[float, Checkpoint]] = []
     for k, run in enumerate(measured.runs()):
-        known = [c for c in measured.of(run) if c.kl is not None]
-        color = COLORS[k % len(COLORS)]
-        x, y = [c.kl for c in known], [measured.tax(c) for c in known]
-        axes.plot(x, y, MARKERS[k % len(MARKERS)], color=color, markersize=4, zorder=3)
+        at = [(c.kl, c) for c in measured.of(run) if c.kl is not None]
+        _points(axes, measured, at, (COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)]))
+        every += at
+    _names(axes, measured, every)
     laws: list[tuple[Fitted | str, str | None]]
     laws = [(law, None) for law in measured.kl_laws([None])]
     runs = measured.runs()

@@ -14,7 +14,7 @@ from torch import nn
 
 import fasttax
 from tests.tools.models import causal_lm
-from tests.tools.quantised import Int8Weight, dequantise, quantise
+from tests.tools.quantised import FourBit, Int8Weight, dequantise, quantise
 
 peft = pytest.importorskip("peft", reason="pip install peft, or fasttax's dev extra")
 
@@ -90,3 +90,34 @@ def test_a_quantised_weight_itself_is_refused_by_name(holder: Any) -> None:
     options = {"strength": 1.0} if holder is fasttax.EWC else {"share": 0.5}
     with pytest.raises(ValueError, match=r"1\.weight of dtype torch\.float32 and class Int8Weight"):
         holder(model, fisher, **options)
+
+
+def test_four_bit_codes_that_are_laid_out_anew_are_the_same_weight() -> None:
+    """As bitsandbytes does on a CPU; and the EWC's own proof has it not done."""
+    torch.manual_seed(0)
+    names = ("q_proj", "down_proj")
+    base = causal_lm("llama")
+    for layer in base.model.layers:
+        layer.self_attn.q_proj = FourBit(layer.self_attn.q_proj)
+        layer.mlp.down_proj = FourBit(layer.mlp.down_proj)
+    config = peft.LoraConfig(r=3, target_modules=list(names), init_lora_weights=False)
+    model = peft.get_peft_model(base, config).eval()
+    fours = [m for m in model.modules() if isinstance(m, FourBit)]
+    shape = (fours[0].out_features, fours[0].in_features)
+    ewc = fasttax.EWC(
+        model, {"model.layers.0.self_attn.q_proj.weight": torch.ones(shape)}, strength=1.0
+    )
+    assert not any(m.laid_out_anew for m in fours)
+    penalty = float(ewc.penalty().detach())
+    assert penalty > 0
+    with torch.no_grad():
+        model(torch.randint(0, 50, (2, 6)))
+    assert all(m.laid_out_anew for m in fours)
+    model.add_adapter("late", peft.LoraConfig(r=2, target_modules=list(names)))
+    model.base_model.set_adapter(["default", "late"])
+    assert float(ewc.penalty().detach()) == pytest.approx(penalty, rel=1e-6)  # B is 0
+    model.add_adapter("later", peft.LoraConfig(r=2, target_modules=list(names)))
+    fours[0].store((fours[0].codes() + torch.eye(*shape, dtype=torch.int64)).clamp(0, 15))
+    model.base_model.set_adapter(["default", "late", "later"])
+    with pytest.raises(ValueError, match="expected the base weight that"):
+        ewc.penalty()

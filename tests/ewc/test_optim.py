@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttax import EWC, AdamWEWC, reference
-from tests.tools.optim_tools import Sizes, distance, set_gradients
+from tests.tools.optim_tools import Sizes, distance, formula, set_gradients
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -48,54 +48,6 @@ def test_strength_0_is_torchs_adamw(options: str, mode: str, simd: int) -> None:
     assert distance(model, twins[0]) <= 2 * own + 4 * torch.finfo(torch.float32).eps * max(
         float(p.abs().max()) for p in model.parameters()
     )
-
-
-Step = dict[str, Tensor]
-
-
-def formula(
-    state: dict[str, Step],
-    grads: dict[str, Tensor],
-    held: dict[str, tuple[Tensor, Tensor]],
-    t: int,
-    mode: str,
-    strength: float,
-    *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    amsgrad: bool = False,
-    maximize: bool = False,
-    second_moment: float = 0.0,
-) -> float:
-    """AdamWEWC's docstring in float64, written anew; returns the penalty before the step."""
-    penalty = 0.0
-    for name, s in state.items():
-        theta, g = s["theta"], -grads[name] if maximize else grads[name].clone()
-        anchor, fisher = held.get(name, (theta, torch.zeros_like(theta)))
-        if second_moment and name in held and mode == "grad":
-            fisher = (
-                second_moment * s["v"] / (1 - betas[1] ** (t - 1))
-                if t > 1
-                else torch.zeros_like(theta)
-            )
-        if mode == "grad":
-            g = g + strength * fisher * (theta - anchor)
-        s["m"] = betas[0] * s["m"] + (1 - betas[0]) * g
-        s["v"] = betas[1] * s["v"] + (1 - betas[1]) * g**2
-        s["most"] = torch.maximum(s["most"], s["v"]) if amsgrad else s["v"]
-        metric = (s["most"] / (1 - betas[1] ** t)).sqrt() + eps
-        if second_moment and name in held and mode == "prox":
-            fisher = second_moment * s["v"] / (1 - betas[1] ** t)
-        penalty += strength / 2 * float((fisher * (theta - anchor) ** 2).sum())
-        u = theta * (1 - lr * weight_decay) - lr / (1 - betas[0] ** t) * s["m"] / metric
-        s["theta"] = (
-            anchor + (u - anchor) * metric / (metric + lr * strength * fisher)
-            if mode == "prox"
-            else u
-        )
-    return penalty
 
 
 @pytest.mark.parametrize("mode", ["grad", "prox"])

@@ -135,60 +135,72 @@ def test_eight_threads_at_once(at: int, soak: bool) -> None:
 # --- Ctrl-C --------------------------------------------------------------------------------------
 
 
+Work = Callable[[], object]
+
+
 def _wide(rows: int, columns: int) -> Tensor:
     """Many equal rows in the memory of one."""
     return torch.randn(1, columns).expand(rows, columns)
 
 
-def _kl() -> object:
-    return fasttax.token_kl(_wide(4_000_000, 20_000), _wide(4_000_000, 20_000))
+def _kl() -> Work:
+    x, y = _wide(4_000_000, 20_000), _wide(4_000_000, 20_000)
+    return lambda: fasttax.token_kl(x, y)
 
 
-def _stats() -> object:
+def _stats() -> Work:
     outputs = ("logp", "entropy", "kl")
     ids = torch.zeros(4_000_000, dtype=torch.int64)
     x = _wide(4_000_000, 20_000)
-    return fasttax.token_stats(x, x, ids, outputs=outputs)
+    return lambda: fasttax.token_stats(x, x, ids, outputs=outputs)
 
 
-def _square() -> object:
+def _square() -> Work:
     d = torch.randn(1, 1024).expand(1, 100_000, 1024)
-    return functional.linear_sqgrad(d, d)
+    return lambda: functional.linear_sqgrad(d, d)
 
 
-def _tokens() -> object:
+def _tokens() -> Work:
     d = torch.randn(1, 1024).expand(100_000, 1, 1024)
-    return functional.linear_sqgrad(d, d)
+    return lambda: functional.linear_sqgrad(d, d)
 
 
-def _double() -> object:
+def _double() -> Work:
     d = torch.randn(1, 512, dtype=torch.float64).expand(1, 50_000, 512)
-    return functional.linear_sqgrad(d, d)
+    return lambda: functional.linear_sqgrad(d, d)
 
 
-def _head() -> object:
+def _head() -> Work:
     hidden = torch.randn(1, 1024).expand(200_000, 1024)
-    return functional.lm_head_fisher(hidden, torch.randn(20_000, 1024))
+    weight = torch.randn(20_000, 1024)
+    return lambda: functional.lm_head_fisher(hidden, weight)
 
 
-def _linear_kl() -> object:
+def _linear_kl() -> Work:
     hidden = torch.randn(1, 1024).expand(400_000, 1024)
     weight = torch.randn(20_000, 1024)
-    return fasttax.linear_token_kl(hidden, weight, hidden, weight)
+    return lambda: fasttax.linear_token_kl(hidden, weight, hidden, weight)
 
 
-def _lora() -> object:
-    a, b = torch.randn(4096, 8192), torch.randn(8192, 4096)
-    return functional.lora_ewc_penalty(a, b, torch.rand(8192, 8192), 1.0, 1.0)
+def _lora() -> Work:
+    """Of a rank of which there are two chunks alone, of seconds each."""
+    a, b, fisher = torch.randn(4096, 8192), torch.randn(8192, 4096), torch.rand(8192, 8192)
+    return lambda: functional.lora_ewc_penalty(a, b, fisher, 1.0, 1.0)
 
 
-LONG: dict[str, Callable[[], object]] = {
+def _lora_double() -> Work:
+    a, b = (torch.randn(*s, dtype=torch.float64) for s in ((512, 2048), (2048, 512)))
+    fisher = torch.rand(2048, 2048, dtype=torch.float64)
+    return lambda: functional.lora_ewc_penalty(a, b, fisher, 1.0, 1.0)
+
+
+LONG: dict[str, Callable[[], Work]] = {  # whose inputs are there before the signal comes
     call.__name__[1:]: call
-    for call in (_kl, _stats, _square, _tokens, _double, _head, _linear_kl, _lora)
+    for call in (_kl, _stats, _square, _tokens, _double, _head, _linear_kl, _lora, _lora_double)
 }
 
 
-def _interrupted(work: Callable[[], object], after: float) -> None:
+def _interrupted(work: Work, after: float) -> None:
     """Ctrl-C after a while ends `work` with KeyboardInterrupt within a second."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sent: list[float] = []
@@ -211,7 +223,7 @@ def test_ctrl_c_inside_a_long_call(name: str, soak: bool) -> None:
 
         def child(after: float = after) -> None:
             torch.set_num_threads(1)
-            _interrupted(LONG[name], after)
+            _interrupted(LONG[name](), after)
 
         assert ended(child) == ""
 
@@ -250,7 +262,7 @@ def test_another_exception_of_a_handler_comes_out() -> None:
         timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
         timer.start()
         with pytest.raises(Stop, match="by a handler"):
-            _kl()
+            _kl()()
 
     assert ended(child) == ""
 

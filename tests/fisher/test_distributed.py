@@ -74,6 +74,26 @@ def fully_sharded(rank: int, folder: Path) -> None:
     assert model.model.norm.weight.grad is not None
 
 
+def not_finite_on_one_rank(rank: int, folder: Path) -> None:
+    """Every rank says so, whichever has the shard."""
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = TokenModel()
+    for part in (model.up, model):
+        fully_shard(part)
+    estimator = DiagonalFisher(model, labels="true")
+    estimator.update(my_rows(rank))
+    if rank == 1:
+        estimator.sums.value("up.weight").view(-1)[-1] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"got NaN or infinite ones of up\.weight: a batch"):
+            estimator.finalize()
+        if rank == 1:
+            estimator.sums.value("up.weight").view(-1)[-1] = torch.inf
+    estimator.sums.value("up.weight").nan_to_num_(nan=0.0, posinf=0.0)
+    assert len(estimator.finalize()) == len(dict(model.named_parameters()))
+
+
 def split_by_features(model: nn.Module, mesh: Any, rows: bool = True) -> nn.Module:
     """The two linear layers, the embedding (by words or by features) and the head over the ranks of
     `mesh`.
@@ -169,7 +189,13 @@ def context_parallel(rank: int, folder: Path) -> None:
 
 
 def everything(rank: int, folder: Path) -> None:
-    for work in (data_parallel, fully_sharded, tensor_parallel, context_parallel):
+    for work in (
+        data_parallel,
+        fully_sharded,
+        not_finite_on_one_rank,
+        tensor_parallel,
+        context_parallel,
+    ):
         work(rank, folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,15 @@ def test_estimate_fisher_is_update_and_finalize(capsys: pytest.CaptureFixture[st
     assert packed.metadata["storage"] == "u8log"
 
 
+@pytest.mark.parametrize("how", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(3, 4))])
+def test_a_scripted_or_traced_model_by_the_loop(how: Callable[[nn.Module], Any]) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(4, 3)), (torch.randn(3, 4), torch.tensor([0, 2, 1]))
+    want = fasttax.estimate_fisher(model, [batch], labels="true", progress=False)
+    options: dict[str, Any] = {"labels": "true", "fallback": "loop", "progress": False}
+    assert_exact(fasttax.estimate_fisher(how(model), [batch], **options), dict(want))
+
+
 M, X = TokenModel(), ids(2, 4)
 Errors = type[Exception] | tuple[type[Exception], ...]
 WRONG: dict[str, tuple[Callable[[], Any], Errors, tuple[str, ...]]] = {
@@ -111,6 +121,14 @@ WRONG: dict[str, tuple[Callable[[], Any], Errors, tuple[str, ...]]] = {
         ValueError,
         ("1.weight", "it is scripted", "fallback='loop'"),
     ),
+    **{
+        how.__name__: (
+            partial(DiagonalFisher, how(nn.Sequential(nn.Linear(4, 2)), *given)),
+            ValueError,
+            ("0.weight", "it is scripted", "fallback='loop'"),
+        )
+        for how, given in ((torch.jit.script, ()), (torch.jit.trace, (torch.ones(3, 4),)))
+    },
     "labels": (
         lambda: DiagonalFisher(M, labels="model"),
         ValueError,

@@ -26,7 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "versions.md"
-PAIRS = (("0.27.2", "5.9.0"), ("1.9.0", "5.16.1"), ("1.15.0", "5.17.0"))  # verl, Axolotl, unsloth
+# the oldest that pyproject.toml takes; verl's, Axolotl's, unsloth's
+PAIRS = (("0.27.2", "5.0.0"), ("0.27.2", "5.9.0"), ("1.9.0", "5.16.1"), ("1.15.0", "5.17.0"))
 LAUNCHERS = ("DDP", "FSDP2", "FSDP1", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 SAID = {"ok": "ok", "refused": "refused", "absent": "-", "theirs": "TRL's own fails"}
 
@@ -162,7 +163,8 @@ def pair_columns(envs: Path, words: Sequence[str]) -> dict[str, dict[str, tuple[
     """By column's title the answers of `tests.integrations.features`."""
     columns: dict[str, dict[str, tuple[str, str]]] = {}
     pythons = [
-        environment(envs, f"trl-{v}", (), (f"trl=={v}", f"transformers=={hf}")) for v, hf in PAIRS
+        environment(envs, f"trl-{v}-{hf}", (), (f"trl=={v}", f"transformers=={hf}"))
+        for v, hf in PAIRS
     ]
     for python in (*pythons, sys.executable):
         with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-from fasttax import demo
+from fasttax import cli, demo
 from fasttax.demo import settings, texts
 from fasttax.demo.codecs import ByteCodec
 from fasttax.demo.methods import METHODS, SHARES
@@ -294,6 +294,12 @@ def test_bad_options(options: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         demo.main(options)
     assert stop.value.code == 2
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--device", "cuda:99"]) == 2
+    assert "demo: --device: expected one of 'auto', 'cpu'" in capsys.readouterr().err
+    assert settings.parse(["--device", "cpu"]).device == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """What the tests of AdamWEWC share: a model of awkward sizes, gradients that two copies of it agree
-on, and how far they come apart.
+on, how far they come apart, and the step's formula.
 """
 
 from __future__ import annotations
@@ -40,3 +40,51 @@ def distance(a: nn.Module, b: nn.Module) -> float:
         float((p.detach().double() - q.detach().double()).abs().max())
         for p, q in zip(a.parameters(), b.parameters(), strict=True)
     )
+
+
+Step = dict[str, Tensor]
+
+
+def formula(
+    state: dict[str, Step],
+    grads: dict[str, Tensor],
+    held: dict[str, tuple[Tensor, Tensor]],
+    t: int,
+    mode: str,
+    strength: float,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    second_moment: float = 0.0,
+) -> float:
+    """AdamWEWC's docstring in float64, written anew; returns the penalty before the step."""
+    penalty = 0.0
+    for name, s in state.items():
+        theta, g = s["theta"], -grads[name] if maximize else grads[name].clone()
+        anchor, fisher = held.get(name, (theta, torch.zeros_like(theta)))
+        if second_moment and name in held and mode == "grad":
+            fisher = (
+                second_moment * s["v"] / (1 - betas[1] ** (t - 1))
+                if t > 1
+                else torch.zeros_like(theta)
+            )
+        if mode == "grad":
+            g = g + strength * fisher * (theta - anchor)
+        s["m"] = betas[0] * s["m"] + (1 - betas[0]) * g
+        s["v"] = betas[1] * s["v"] + (1 - betas[1]) * g**2
+        s["most"] = torch.maximum(s["most"], s["v"]) if amsgrad else s["v"]
+        metric = (s["most"] / (1 - betas[1] ** t)).sqrt() + eps
+        if second_moment and name in held and mode == "prox":
+            fisher = second_moment * s["v"] / (1 - betas[1] ** t)
+        penalty += strength / 2 * float((fisher * (theta - anchor) ** 2).sum())
+        u = theta * (1 - lr * weight_decay) - lr / (1 - betas[0] ** t) * s["m"] / metric
+        s["theta"] = (
+            anchor + (u - anchor) * metric / (metric + lr * strength * fisher)
+            if mode == "prox"
+            else u
+        )
+    return penalty

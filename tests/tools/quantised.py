@@ -1,7 +1,8 @@
 """Weights quantised as torchao quantises them: a tensor subclass with int8 values and scales.
 
 It says float32 and the weight's shape, has no memory of its own, and knows the few ops that a
-linear layer's forward and backward and a copy take. torchao itself is no dependency.
+linear layer's forward and backward and a copy take. And a layer of 4-bit codes, two a byte, as
+bitsandbytes has them. Neither library is a dependency.
 """
 
 from __future__ import annotations
@@ -61,3 +62,40 @@ def dequantise(layer: nn.Linear) -> nn.Linear:
     weight: Any = layer.weight
     layer.weight = nn.Parameter(weight.detach().dense(), requires_grad=False)
     return layer
+
+
+class FourBit(nn.Linear):
+    """A linear layer of codes, two a byte, and a scale.
+
+    As bitsandbytes on a CPU with AVX-512 it lays the codes out anew at the first forward in eval
+    mode of an input that needs no gradient, and has no gradient from then on.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.scale = float(linear.weight.detach().abs().max()) / 7
+        self.laid_out_anew = False
+        self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        self.store((linear.weight.detach() / self.scale).round().to(torch.int64) + 8)
+
+    def store(self, codes: Tensor) -> None:
+        """(out, in) codes from 0 to 15: a row's neighbours in a byte, or of neighbouring rows."""
+        pairs = codes.mT.reshape(-1, 2) if self.laid_out_anew else codes.reshape(-1, 2)
+        packed = (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8)
+        shape = (-1, self.in_features) if self.laid_out_anew else (-1, 1)
+        self.weight.data = packed.reshape(shape)
+
+    def codes(self) -> Tensor:
+        """As `store` takes them."""
+        packed = self.weight.reshape(-1).long()
+        flat = torch.stack((packed // 16, packed % 16), -1).reshape(-1)
+        if self.laid_out_anew:
+            return flat.view(self.in_features, self.out_features).mT
+        return flat.view(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and not x.requires_grad and not self.laid_out_anew:
+            codes, self.laid_out_anew = self.codes(), True
+            self.store(codes)
+        out = nn.functional.linear(x, (self.codes() - 8).to(x.dtype) * self.scale)
+        return out.detach() if self.laid_out_anew else out

@@ -131,6 +131,8 @@ def make(
 ) -> Any:
     trainer_class, config_class = classes(name)
     options = {**COMMON, **OPTIONS[name], **changes}
+    if name == "cpo" and hasattr(config_class, "max_prompt_length"):
+        options["max_prompt_length"] = 32  # of max_length; old ones take 512 by themselves
     args = config_class(output_dir=str(folder), **options)
     given: dict[str, Any] = {
         "model": tiny_lm.model() if model is None else model,

@@ -1,0 +1,48 @@
+"""The workflow that publishes asks for what tools/wheels.py and pyproject.toml have."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wheels
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS: dict[str, Any] = yaml.safe_load((ROOT / ".github/workflows/wheels.yml").read_text())["jobs"]
+
+
+def commands(job: str) -> list[str]:
+    return [step["run"] for step in JOBS[job]["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize(("job", "cuda"), [("linux", False), ("cuda", True)])
+def test_its_wheels_are_checked(job: str, cuda: bool) -> None:
+    """For the oldest glibc that is promised, beside each torch."""
+    (command,) = [c for c in commands(job) if "tools/wheels.py" in c]
+    asked = wheels.parser().parse_args(shlex.split(command)[2:])
+    assert (asked.cuda, asked.glibc) == (cuda, "2.28")
+    assert "manylinux" in JOBS[job]["container"]
+    assert asked.torch[-1:] == ["2.14.1"]
+    floor = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert cuda or asked.torch[0] == f"{floor}.0"
+
+
+def test_nothing_is_published_that_a_job_did_not_build() -> None:
+    publish = JOBS["publish"]
+    assert {*publish["needs"]} == {*JOBS} - {"publish"}
+    uploaded = {
+        step["with"]["name"]
+        for job in publish["needs"]
+        for step in JOBS[job]["steps"]
+        if "upload-artifact" in step.get("uses", "")
+    }
+    taken = {
+        step["with"]["name"]
+        for step in publish["steps"]
+        if "download-artifact" in step.get("uses", "")
+    }
+    assert taken == uploaded == {"linux-x86_64", "cuda-x86_64"}
