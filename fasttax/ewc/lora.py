@@ -209,11 +209,11 @@ class LoraHeld(Entry):
     def _sample(self) -> Tensor:
         """Some values of the base weight; of one that lies in several tensors, bytes of each.
 
-        Of 4-bit codes on a CPU all, in no order: bitsandbytes lays them out anew there, at the
-        first forward without a gradient.
+        Of 4-bit codes all, in no order: on a CPU bitsandbytes lays them out anew at the first
+        forward without a gradient.
         """
         parts = inner.parts(self.base.detach())
-        if len(parts) == 1 and parts[0].dtype == torch.uint8 and parts[0].device.type == "cpu":
+        if len(parts) == 1 and parts[0].dtype == torch.uint8:
             return _codes(parts[0])
         samples = [_some_of(part) for part in parts]
         if len(samples) == 1:
