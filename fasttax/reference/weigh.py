@@ -202,12 +202,22 @@ def _estimator(kind: int, r: Tensor, clip: float) -> Tensor:
     if kind == K2:
         return r * r / 2
     small, far = r.abs() < 0.5, r > clip
-    near = torch.expm1(torch.where(small, r, 0.0)) - torch.where(small, r, 0.0)
+    near = _excess(torch.where(small, r, 0.0))
     between = torch.where(small | far, 0.0, r)
     # beyond the clip e^r goes on along its tangent, in a form that is inf at inf
     top = math.exp(clip)
     beyond = (top - 1) * (r - clip) + (top - 1 - clip)
     return torch.where(small, near, torch.where(far, beyond, torch.exp(between) - 1 - between))
+
+
+def _excess(r: Tensor) -> Tensor:
+    """e^r - 1 - r, whose derivative keeps its digits too: autograd's of expm1 is 1 + (e^r - 1).
+
+    With y = 0 that carries the derivatives and e = e^r - 1, it is e - r + e y + (1 + e)(e^y - 1 - y).
+    """
+    constant = r.detach()
+    e, y = torch.expm1(constant), r - constant
+    return (e - constant) + e * y + (1 + e) * (torch.expm1(y) - y)
 
 
 def _slope(kind: int, r: Tensor, clip: float) -> Tensor:
