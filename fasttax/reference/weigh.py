@@ -213,7 +213,8 @@ def _estimator(kind: int, r: Tensor, clip: float) -> Tensor:
 def _excess(r: Tensor) -> Tensor:
     """e^r - 1 - r, whose derivative keeps its digits too: autograd's of expm1 is 1 + (e^r - 1).
 
-    With y = 0 that carries the derivatives and e = e^r - 1, it is e - r + e y + (1 + e)(e^y - 1 - y).
+    It is e - r + e y + (1 + e) (e^y - 1 - y), where e = e^r - 1 and r are constants and y, which is
+    0, carries the derivatives.
     """
     constant = r.detach()
     e, y = torch.expm1(constant), r - constant
