@@ -76,4 +76,5 @@ def _update(
     """The LoRA update of a weight, under its Fisher."""
     if sides is not None:
         return LoraHeld(t.name, NOTHING, t.lora, sides=sides_for(t.theta, sides))
-    return LoraHeld(t.name, encode_for(t.theta, recipe(fisher[t.given]), hold.storage), t.lora)
+    stored = encode_for(t.theta, recipe(fisher[t.given]), hold.storage)
+    return LoraHeld(t.name, stored, t.lora, offload=hold.store.offload)

@@ -246,7 +246,8 @@ def _hold_updates(op: str, hold: Hold, targets: Sequence[Target], parts: Parts) 
         if t.lora is not None:
             update = parts.updates.get(t.given)
             fisher, sides = parts.fishers.get(t.given, NOTHING), parts.sides.get(t.given)
-            held = _lora_held(LoraHeld(t.name, fisher, t.lora, update, sides))
+            held = LoraHeld(t.name, fisher, t.lora, update, sides, hold.store.offload)
+            _settle(held)
             if t.given in parts.anchors:  # made on the model before the adapter
                 held.start_at(op, decode_anchor(parts.anchors[t.given], torch.Size(t.shape)))
             hold.lora.append(held)
@@ -272,16 +273,11 @@ def _held(hold: Hold, t: Target, parts: Parts) -> Held:
     return Held(t.name, fisher, t.theta, anchor)
 
 
-def _lora_held(h: LoraHeld) -> LoraHeld:
-    """The same where the weight is."""
-    device = h.base.device
-    if h.anchor is not None:
-        b, a = h.anchor
-        h.anchor = b.to(device), a.to(device)
-    h.fisher = h.fisher.to(device)
+def _settle(h: LoraHeld) -> None:
+    """Where the weight is, the factors in its penalty's dtype."""
     if h.sides is not None:
         h.sides = sides_for(h.base, h.sides)
-    return h
+    h.follow()
 
 
 # --- a trainer's checkpoint --------------------------------------------------------------------
@@ -337,7 +333,7 @@ def load_state_dict(hold: Hold, state: Mapping[str, Any]) -> None:
     for h in hold.lora:
         h.fisher, h.anchor = parts.fishers.get(h.name, NOTHING), parts.updates.get(h.name)
         h.sides = parts.sides.get(h.name)
-        _lora_held(h)
+        _settle(h)
 
 
 def _mapping(op: str, state: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -83,8 +83,8 @@ class KroneckerHeld:
     def follow(self) -> None:
         """Goes where the weight has gone since, for good: trainers move their models."""
         if has_moved(self.anchor, self.theta.device):
-            sides = sides_for(self.theta, self.sides)
-            self.take(sides, self.anchor)
+            with torch.inference_mode(False):
+                self.take(sides_for(self.theta, self.sides), self.anchor)
 
     def moved(self) -> Tensor:
         """The change D as a matrix; of an FSDP2 weight a collective."""

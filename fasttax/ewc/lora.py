@@ -130,11 +130,13 @@ class LoraHeld(Entry):
 
     `anchor` is the update to stay at, as (b, a) with b @ a, None for 0. `sides` are the Fisher's
     Kronecker factors, of the weight's rows and columns, where it has those in place of `fisher`.
+    Under `offload` the Fisher stays in the host's memory and comes over for each penalty.
     """
 
     module: Any
     anchor: tuple[Tensor, Tensor] | None = None
     sides: Sides | None = None
+    offload: str | None = None
     proven: set[tuple[str, ...]] = field(init=False)  # adapters, together, that were looked at
     # the layer's adapters then, active or not, each with its own modules or parameters; None: those
     # of the first look
@@ -214,7 +216,7 @@ class LoraHeld(Entry):
         """
         parts = inner.parts(self.base.detach())
         if len(parts) == 1 and parts[0].dtype == torch.uint8:
-            return _codes(parts[0])
+            return _codes(dtensor.whole(parts[0]))
         samples = [_some_of(part) for part in parts]
         if len(samples) == 1:
             return samples[0]
@@ -286,13 +288,15 @@ class LoraHeld(Entry):
     def follow(self) -> None:
         """Goes where the base weight is, for good: trainers move their models."""
         device = self.base.device
-        if has_moved(self.fisher.values, device):
-            self.fisher = self.fisher.to(device)
-        if self.sides is not None and has_moved(self.sides[0], device):
-            self.sides = sides_for(self.base, self.sides)
-        if self.anchor is not None and has_moved(self.anchor[0], device):
-            b0, a0 = self.anchor
-            self.anchor = b0.to(device), a0.to(device)
+        home = device if self.offload is None else torch.device("cpu")
+        with torch.inference_mode(False):
+            if has_moved(self.fisher.values, home):
+                self.fisher = self.fisher.to(home)
+            if self.sides is not None and has_moved(self.sides[0], device):
+                self.sides = sides_for(self.base, self.sides)
+            if self.anchor is not None and has_moved(self.anchor[0], device):
+                b0, a0 = self.anchor
+                self.anchor = b0.to(device), a0.to(device)
 
     def penalty(self, strength: float) -> Tensor:
         """strength/2 * sum fisher * (update - anchor)^2, differentiable by the factors."""
@@ -306,7 +310,7 @@ class LoraHeld(Entry):
         gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
         values = [
             ops.lora_penalty(one_a, one_b, f.values, f.scales, scale, strength, gradient)[0]
-            for one_a, one_b, f in self._matrices(a, b, self.fisher)
+            for one_a, one_b, f in self._matrices(a, b, self.fisher.to(self.base.device))
         ]
         return values[0] if len(values) == 1 else torch.stack(values).sum()
 

@@ -56,7 +56,8 @@ class Held(Entry):
         """Goes where the parameter has gone since, for good: trainers move their models."""
         device = self.theta.device
         if has_moved(self.anchor, device):
-            self.anchor, self.fisher = self.anchor.to(device), self.fisher.to(device)
+            with torch.inference_mode(False):  # an evaluation's copies would take no gradient later
+                self.anchor, self.fisher = self.anchor.to(device), self.fisher.to(device)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file has of it."""

@@ -7,6 +7,8 @@ CUDA, whose numbers are the CPU's and whose devices are CUDA's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -42,14 +44,14 @@ def kronecker() -> Made:
     return model, EWC(model, estimate(model, "kron"), strength=1e4)
 
 
-def lora(structure: str, begun: bool) -> Made:
+def lora(structure: str, begun: bool, **options: Any) -> Made:
     """`begun`: the update that it stays at is none of 0."""
     base = causal_lm("llama")
     fisher = estimate(base, structure)
     torch.manual_seed(4)
     config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=not begun)
     model = peft.get_peft_model(base, config)
-    ewc = EWC(model, fisher, strength=1e4)
+    ewc = EWC(model, fisher, strength=1e4, **options)
     if begun:
         ewc.consolidate(fisher)
     return model, ewc
@@ -63,6 +65,7 @@ MAKES: dict[str, Callable[[], Made]] = {
     "LoRA": lambda: lora("diagonal", False),
     "LoRA begun": lambda: lora("diagonal", True),
     "LoRA kron": lambda: lora("kron", True),
+    "LoRA offloaded": lambda: lora("diagonal", True, offload="cpu"),
 }
 
 
@@ -95,6 +98,44 @@ def test_ewc(name: str) -> None:
             ewc.prox_(0.1)
             values += [p.clone() for p in mine]
         found.append(values)
+    same(*found)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "kron", "LoRA kron"])
+def test_an_evaluation_before_the_first_step(name: str) -> None:
+    """Lightning's first: in inference mode, whose tensors take no gradient."""
+    found: list[list[Tensor]] = []
+    for device in DEVICES:
+        model, ewc = MAKES[name]()
+        model.to(device)
+        mine = moved(model)
+        with torch.inference_mode():
+            before = ewc.penalty()
+        ewc.penalty().backward()
+        found.append([before.clone(), *(p.grad for p in mine)])
+    same(*found)
+
+
+def test_an_offloaded_fisher_of_lora_stays_in_the_hosts_memory(tmp_path: Path) -> None:
+    for device in DEVICES:
+        model, ewc = MAKES["LoRA offloaded"]()
+        model.to(device)
+        ewc.add_grad_()
+        ewc.save(tmp_path / "ewc.safetensors")
+        read = EWC.load(tmp_path / "ewc.safetensors", model)
+        read.add_grad_()
+        assert {h.fisher.values.device.type for h in (*ewc.hold.lora, *read.hold.lora)} == {"cpu"}
+
+
+def test_ewcs_combine_of_which_one_has_gone_along() -> None:
+    found: list[list[Tensor]] = []
+    for device in DEVICES:
+        model, ewc = MAKES["LoRA"]()
+        other = EWC(model, ewc.fisher, strength=2.0)
+        model.to(device)
+        moved(model)
+        ewc.penalty()
+        found.append([EWC.combine(pair).penalty() for pair in permutations((ewc, other))])
     same(*found)
 
 
