@@ -36,6 +36,9 @@ MODULES = {  # op -> the module that has it, by the op's own name
     "lora_ewc_penalty": "ewc_lora",
 }
 
+# What a driver says of a kernel that ran before, at whichever call comes next.
+FAULTS = ("illegal memory access", "device-side assert", "misaligned address", "launch failure")
+
 # Whether token_kl*, token_stats* and their gradients read float32 beside bfloat16 or float16 rows
 # as they are (_base/library.py: own_dtypes).
 OWN_DTYPES = True
@@ -61,19 +64,29 @@ def implementation(op: str) -> Callable[..., Any]:
             if not way_out:
                 raise
             raise RuntimeError(
-                f"fasttax::{op}: the Triton launch failed: {error}; {way_out}, or set "
-                "FASTTAX_BACKEND=reference"
+                f"fasttax::{op}: the Triton launch failed: {error}; {way_out}"
             ) from error
 
     return call
 
 
 def _way_out(error: Exception) -> str:
-    """Of an error of Triton's own; "" of any other.
+    """Of an error of Triton's own; "" of any other."""
+    words = str(error)
+    if words.startswith("Triton Error ["):
+        if "out of memory" in words:
+            return "give memory back that torch keeps (torch.cuda.empty_cache()), or take less"
+        if any(fault in words for fault in FAULTS):
+            return "it may be an earlier kernel's fault: CUDA_LAUNCH_BLOCKING=1 shows whose it is"
+    remedy = _remedy(error, words)
+    return f"{remedy}, or set FASTTAX_BACKEND=reference" if remedy else ""
+
+
+def _remedy(error: Exception, words: str) -> str:
+    """Of an error that other kernels would not have.
 
     Beside kernels Triton compiles a launcher in C, by the compiler that it finds.
     """
-    words = str(error)
     if isinstance(error, subprocess.CalledProcessError) or words.startswith("Failed to find C"):
         return "install a C compiler and Python's headers (python3-dev), or name one in CC"
     if words.startswith("libcuda.so cannot found"):

@@ -13,6 +13,7 @@ from fasttax import EWC
 from fasttax.integrations._models import on_model
 from tests.tools.models import causal_lm
 from tests.tools.processes import on_ranks
+from tests.tools.quantised import FourBit
 
 peft = pytest.importorskip("peft", reason="pip install peft, or fasttax's dev extra")
 
@@ -79,6 +80,14 @@ def sharded(rank: int, folder: Path) -> None:
         out[f"{adapter} {form}"] = float(again.penalty().detach())
         assert float(again.add_grad_()) == pytest.approx(out[f"{adapter} {form}"], rel=1e-5)
         assert on_model("test", again, model) is again
+    model = causal_lm("llama")
+    layer = model.model.layers[0].self_attn
+    shape = tuple(layer.q_proj.weight.shape)
+    layer.q_proj = FourBit(layer.q_proj)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["layers.0.self_attn.q_proj"]))
+    fully_shard(model)
+    with pytest.raises(ValueError, match=r"q_proj\.weight, got lora.* could not be run alone"):
+        EWC(model, {"model.layers.0.self_attn.q_proj.weight": torch.ones(shape)}, strength=1.0)
     torch.save(out, folder / f"{rank}.pt")
 
 
