@@ -17,6 +17,11 @@ def lies_in_others(t: Any) -> bool:
     return hasattr(t, "__tensor_flatten__") and not dtensor.is_sharded(t)
 
 
+def in_four_bits(weight: Any) -> bool:
+    """Whether it is bitsandbytes', two codes a byte, the bytes of any dtype (quant_storage)."""
+    return type(weight).__name__ == "Params4bit"
+
+
 def parts(t: Any) -> list[Tensor]:
     """The tensors that the values lie in: the tensor itself, but of such a subclass its own."""
     if not lies_in_others(t):

@@ -215,8 +215,8 @@ class LoraHeld(Entry):
         forward without a gradient.
         """
         parts = inner.parts(self.base.detach())
-        if len(parts) == 1 and parts[0].dtype == torch.uint8:
-            return _codes(dtensor.whole(parts[0]))
+        if inner.in_four_bits(self.base) or (len(parts) == 1 and parts[0].dtype == torch.uint8):
+            return _codes(dtensor.whole(parts[0]).view(torch.uint8))
         samples = [_some_of(part) for part in parts]
         if len(samples) == 1:
             return samples[0]

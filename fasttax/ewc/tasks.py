@@ -149,7 +149,9 @@ def combine(holds: Sequence[Hold]) -> Hold:
     )
     for i, h in enumerate(first.lora):
         fishers = [hold.lora[i].fisher.to(h.base.device) for hold in holds]
-        terms = [hold.strength * f.decode().double() for hold, f in zip(holds, fishers, strict=True)]
+        terms = [
+            hold.strength * f.decode().double() for hold, f in zip(holds, fishers, strict=True)
+        ]
         fisher = encode_for(h.base, torch.stack(terms).sum(0), result.storage)
         result.lora.append(LoraHeld(h.name, fisher, h.module, offload=first.store.offload))
         result.lora[-1].follow()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fasttax._base import checks, dtensor
+from fasttax._base import checks, dtensor, inner
 from fasttax.ewc.adapters import moving
 from fasttax.ewc.names import Names, active_adapters, saved_modules
 
@@ -116,7 +116,9 @@ class Watch:
         return [
             name
             for name, theta in self.held.items()
-            if theta.shape != self._shapes[name] and theta.is_floating_point()
+            if theta.shape != self._shapes[name]
+            and theta.is_floating_point()
+            and not inner.in_four_bits(theta)
         ]
 
     def _has(self, names: Names, use: str, name: str) -> bool:

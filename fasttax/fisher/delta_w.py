@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax._base import checks, dtensor
+from fasttax._base import checks, dtensor, inner
 from fasttax.fisher.ops import sum_dtype
 from fasttax.fisher.plan import Use
 from fasttax.fisher.rules import rule_of
@@ -87,8 +87,10 @@ def _is_additive(layer: Any) -> bool:
 def _shape(base: Any) -> torch.Size | None:
     """The weight's shape as the layer computes with it, whatever it is packed in."""
     rule = rule_of(base)
-    dense = rule is LinearTap and base.weight.is_floating_point()
-    if dense or rule in (EmbeddingTap, Conv1DTap, ConvTap):
+    floats = rule is LinearTap and base.weight.is_floating_point()
+    if floats and not inner.in_four_bits(base.weight):
+        return base.weight.shape
+    if rule in (EmbeddingTap, Conv1DTap, ConvTap):
         return base.weight.shape
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return torch.Size((base.out_features, base.in_features))

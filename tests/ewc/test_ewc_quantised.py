@@ -92,21 +92,23 @@ def test_a_quantised_weight_itself_is_refused_by_name(holder: Any) -> None:
         holder(model, fisher, **options)
 
 
-def test_four_bit_codes_that_are_laid_out_anew_are_the_same_weight() -> None:
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_four_bit_codes_that_are_laid_out_anew_are_the_same_weight(storage: torch.dtype) -> None:
     """As bitsandbytes does on a CPU; and the EWC's own proof has it not done."""
     torch.manual_seed(0)
     names = ("q_proj", "down_proj")
     base = causal_lm("llama")
     for layer in base.model.layers:
-        layer.self_attn.q_proj = FourBit(layer.self_attn.q_proj)
-        layer.mlp.down_proj = FourBit(layer.mlp.down_proj)
+        layer.self_attn.q_proj = FourBit(layer.self_attn.q_proj, storage)
+        layer.mlp.down_proj = FourBit(layer.mlp.down_proj, storage)
     config = peft.LoraConfig(r=3, target_modules=list(names), init_lora_weights=False)
     model = peft.get_peft_model(base, config).eval()
     fours = [m for m in model.modules() if isinstance(m, FourBit)]
     shape = (fours[0].out_features, fours[0].in_features)
-    ewc = fasttax.EWC(
-        model, {"model.layers.0.self_attn.q_proj.weight": torch.ones(shape)}, strength=1.0
-    )
+    fisher = {"model.layers.0.self_attn.q_proj.weight": torch.ones(shape)}
+    summed = fasttax.DiagonalFisher(model, lora="delta_w").sums
+    assert {summed.slots[n].shape for n in summed.squared() if "q_proj" in n} == {shape}
+    ewc = fasttax.EWC(model, fisher, strength=1.0)
     assert not any(m.laid_out_anew for m in fours)
     penalty = float(ewc.penalty().detach())
     assert penalty > 0

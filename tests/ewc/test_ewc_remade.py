@@ -84,7 +84,9 @@ def sharded(rank: int, folder: Path) -> None:
     layer = model.model.layers[0].self_attn
     shape = tuple(layer.q_proj.weight.shape)
     layer.q_proj = FourBit(layer.q_proj)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["layers.0.self_attn.q_proj"]))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["layers.0.self_attn.q_proj"])
+    )
     fully_shard(model)
     with pytest.raises(ValueError, match=r"q_proj\.weight, got lora.* could not be run alone"):
         EWC(model, {"model.layers.0.self_attn.q_proj.weight": torch.ones(shape)}, strength=1.0)

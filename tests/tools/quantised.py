@@ -64,6 +64,10 @@ def dequantise(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+class Params4bit(nn.Parameter):
+    """bitsandbytes' class of them, by its name; the bytes may be read as floats."""
+
+
 class FourBit(nn.Linear):
     """A linear layer of codes, two a byte, and a scale.
 
@@ -71,11 +75,12 @@ class FourBit(nn.Linear):
     mode of an input that needs no gradient, and has no gradient from then on.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, storage: torch.dtype = torch.uint8) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.scale = float(linear.weight.detach().abs().max()) / 7
         self.laid_out_anew = False
-        self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        empty = torch.empty(0, dtype=storage)
+        self.weight = (nn.Parameter if storage == torch.uint8 else Params4bit)(empty, False)
         self.store((linear.weight.detach() / self.scale).round().to(torch.int64) + 8)
 
     def store(self, codes: Tensor) -> None:
@@ -83,11 +88,11 @@ class FourBit(nn.Linear):
         pairs = codes.mT.reshape(-1, 2) if self.laid_out_anew else codes.reshape(-1, 2)
         packed = (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8)
         shape = (-1, self.in_features) if self.laid_out_anew else (-1, 1)
-        self.weight.data = packed.reshape(shape)
+        self.weight.data = packed.view(self.weight.dtype).reshape(shape)
 
     def codes(self) -> Tensor:
         """As `store` takes them."""
-        packed = self.weight.reshape(-1).long()
+        packed = self.weight.reshape(-1).view(torch.uint8).long()
         flat = torch.stack((packed // 16, packed % 16), -1).reshape(-1)
         if self.laid_out_anew:
             return flat.view(self.in_features, self.out_features).mT
