@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
 
-from fasttax.demo.settings import SMOLLM2, DemoError, Settings, parse
+from fasttax.demo.settings import SMOLLM2, STDOUT, DemoError, Settings, parse
 
 NEEDS = {
     "transformers": "demo",
@@ -24,14 +25,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept).
     """
     settings = parse(argv)
+    printed = settings.json == STDOUT
     try:
-        return _run(settings)
+        with contextlib.redirect_stdout(sys.stderr if printed else sys.stdout):
+            code = _run(settings)
+        _copy_results(settings)
+        return code
     except DemoError as error:
         print(f"fasttax demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before there was anything to keep
         print("fasttax demo: interrupted", file=sys.stderr)
         return 130
+
+
+def _copy_results(settings: Settings) -> None:
+    """Where `--json` says."""
+    if settings.json is None:
+        return
+    from fasttax._base import files
+
+    text = (settings.output / "results.json").read_text(encoding="utf-8")
+    if settings.json == STDOUT:
+        print(text, end="")
+        return
+    files.whole("fasttax demo", settings.json, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _check_extras(settings: Settings) -> None:

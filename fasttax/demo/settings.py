@@ -18,6 +18,7 @@ from fasttax.demo.methods import METHODS, STOP, Grids, Strength, numbers
 
 ALIGNMENT = Path(__file__).with_name("alignment.jsonl")
 SMOLLM2 = "SmolLM2-135M-Instruct"
+STDOUT = "-"  # as the name of a --json
 WRITTEN = ("results.json", "tax.json", "table.md", "pareto.png", "report.html")
 
 
@@ -123,6 +124,7 @@ class Settings(Preset):
     cache: Path | None = None
     threads: int | None = None
     device: str = "auto"
+    json: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For results.json."""
@@ -213,7 +215,10 @@ def parse(argv: Sequence[str] | None) -> Settings:
     if preset["replay_batch"] > preset["fisher_examples"]:
         options.error("--replay-batch: expected at most --fisher-examples, whose passages it reads")
     devices.named("fasttax demo", args["device"])
-    rest = {name: args[name] for name in ("tiny", "seed", "output", "alignment", "device")}
+    if args["json"] not in (None, STDOUT):
+        placed.for_file("fasttax demo", args["json"])
+        placed.check_not_read("fasttax demo", args["json"], [str(args["alignment"])])
+    rest = {name: args[name] for name in ("tiny", "seed", "output", "alignment", "device", "json")}
     threads = args["threads"] or (1 if args["tiny"] else None)
     return Settings(
         **preset,
@@ -308,6 +313,11 @@ def parser() -> argparse.ArgumentParser:
         "--device",
         default="auto",
         help="cpu, cuda or cuda:N; a GPU if there is one (default auto)",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write what results.json holds there, too; - prints it, and all else to stderr",
     )
     parser.add_argument(
         "--no-cache",

@@ -72,11 +72,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     output = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    options = ["--steps", "8", "--seeds", str(SEEDS), *SMALL, *GRIDS]
+    copy = output.parents[1] / "copy.json"
+    options = ["--steps", "8", "--seeds", str(SEEDS), *SMALL, *GRIDS, "--json", str(copy)]
     done = subprocess.run(
         command(output, *options), env=cache, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert copy.read_text() == (output / "results.json").read_text()
     return done.stdout, output
 
 
@@ -164,15 +166,18 @@ def test_rerun_reuses_fisher(
     finished: tuple[str, Path], cache: dict[str, str], tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        command(tmp_path, "--steps", "3", "--seeds", "1", "--methods", "kron", *SMALL),
+        command(
+            tmp_path, "--steps", "3", "--seeds", "1", "--methods", "kron", *SMALL, "--json", "-"
+        ),
         env=cache,
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("reused from") == 2
-    again = json.loads((tmp_path / "results.json").read_text())
+    assert done.stderr.count("reused from") == 2
+    again = json.loads(done.stdout)
+    assert again == json.loads((tmp_path / "results.json").read_text())
     assert all(fisher["reused"] for fisher in again["fishers"].values())
     assert "the held-out passages of one training seed" in again["comparison"]["over"]
     first = json.loads((finished[1] / "results.json").read_text())
