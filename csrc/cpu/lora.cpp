@@ -98,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_ewc_penalty(Tensor lora_A, Tensor lora_B
     for (int64_t c = begin; c < end; ++c)
       for (int64_t row = c * rows, last = std::min(O, row + rows); row < last && !watch.stops();
            row += strip)
-        parts[c] += FASTTAX_DISPATCH(lora_chunk, a.data(), b.data(), ewc_pointer(fisher), f_type,
-                                     block_scales, r, I, row, std::min(last, row + strip),
+        parts[c] += FASTTAX_DISPATCH(lora_sum_strip, a.data(), b.data(), ewc_pointer(fisher),
+                                     f_type, block_scales, r, I, row, std::min(last, row + strip),
                                      gradient ? partial.data() + c * int64_t(a.size()) : nullptr,
                                      rows_b.data(), scratch.data());
   });

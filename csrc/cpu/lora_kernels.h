@@ -100,37 +100,34 @@ inline void lora_fetch(const Operand& fisher, int64_t at, int64_t n) {
     __builtin_prefetch(static_cast<const char*>(fisher.data) + at * item + byte);
 }
 
-// Rows [begin, end) of F. a: [column block][r][kLoraCols] and b: [rows][r], both padded with zeros;
-// d_a (null without gradients) as a, this chunk's own; d_b: [rows][r]; lanes: scratch of kLoraStrip
-// * r vectors.
-inline double lora_chunk(const float* a, const float* b, void* data, EwcType type,
-                         const float* scales, int64_t r, int64_t width, int64_t begin, int64_t end,
-                         float* d_a, float* d_b, float* lanes) {
+// Rows [begin, end) of F, a strip's at most. a: [column block][r][kLoraCols] and b: [rows][r], both
+// padded with zeros; d_a (null without gradients) as a, this chunk's own; d_b: [rows][r]; lanes:
+// scratch of kLoraStrip * r vectors.
+inline double lora_sum_strip(const float* a, const float* b, void* data, EwcType type,
+                             const float* scales, int64_t r, int64_t width, int64_t begin,
+                             int64_t end, float* d_a, float* d_b, float* lanes) {
   alignas(64) float buffers[kLoraRows][kLoraCols];
   const Operand operand{data, type, scales};
   double total = 0;
-  for (int64_t strip = begin; strip < end; strip += kLoraStrip) {
-    const int64_t stop = std::min(end, strip + kLoraStrip);
-    if (d_a) std::fill(lanes, lanes + kLoraStrip * r * kLanes, 0.0f);
-    for (int64_t col = 0; col < width; col += kLoraCols) {
-      const int64_t n = std::min(kLoraCols, width - col);
-      for (int64_t row = strip; row < stop; row += kLoraRows) {
-        const float* fisher[kLoraRows];
-        for (int k = 0; k < kLoraRows; ++k) {  // beyond the end B is 0 and any row of F will do
-          const int64_t at = std::min(row + k, stop - 1) * width + col;
-          fisher[k] = lora_fisher(operand, at, n, buffers[k]);
-          if (col + kLoraCols < width)
-            lora_fetch(operand, at + kLoraCols, std::min(kLoraCols, width - col - kLoraCols));
-        }
-        total += d_a ? lora_tile<true>(a + col * r, b + row * r, fisher, r, d_a + col * r,
-                                       lanes + (row - strip) * r * kLanes)
-                     : lora_tile<false>(a + col * r, b + row * r, fisher, r, nullptr, nullptr);
+  if (d_a) std::fill(lanes, lanes + kLoraStrip * r * kLanes, 0.0f);
+  for (int64_t col = 0; col < width; col += kLoraCols) {
+    const int64_t n = std::min(kLoraCols, width - col);
+    for (int64_t row = begin; row < end; row += kLoraRows) {
+      const float* fisher[kLoraRows];
+      for (int k = 0; k < kLoraRows; ++k) {  // beyond the end B is 0 and any row of F will do
+        const int64_t at = std::min(row + k, end - 1) * width + col;
+        fisher[k] = lora_fisher(operand, at, n, buffers[k]);
+        if (col + kLoraCols < width)
+          lora_fetch(operand, at + kLoraCols, std::min(kLoraCols, width - col - kLoraCols));
       }
+      total += d_a ? lora_tile<true>(a + col * r, b + row * r, fisher, r, d_a + col * r,
+                                     lanes + (row - begin) * r * kLanes)
+                   : lora_tile<false>(a + col * r, b + row * r, fisher, r, nullptr, nullptr);
     }
-    if (d_a)
-      for (int64_t i = 0; i < (stop - strip) * r; ++i)
-        d_b[strip * r + i] = float(sum(load(lanes + i * kLanes)));
   }
+  if (d_a)
+    for (int64_t i = 0; i < (end - begin) * r; ++i)
+      d_b[begin * r + i] = float(sum(load(lanes + i * kLanes)));
   return total;
 }
 
