@@ -22,6 +22,11 @@ def in_four_bits(weight: Any) -> bool:
     return type(weight).__name__ == "Params4bit"
 
 
+def is_float(weight: Tensor) -> bool:
+    """Whether its entries are the weight's values as floats, and no codes under a float's name."""
+    return weight.is_floating_point() and not in_four_bits(weight)
+
+
 def parts(t: Any) -> list[Tensor]:
     """The tensors that the values lie in: the tensor itself, but of such a subclass its own."""
     if not lies_in_others(t):

@@ -44,8 +44,8 @@ def _is_adalora(module: Any) -> bool:
 
 def is_packed(weight: Tensor) -> bool:
     """Whether only its own layer reads a weight: below 16 bits a value, or a tensor subclass."""
-    narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2
-    return narrow or inner.in_four_bits(weight) or inner.lies_in_others(weight)
+    narrow = not inner.is_float(weight) or weight.dtype.itemsize < 2
+    return narrow or inner.lies_in_others(weight)
 
 
 def _is_turned(module: Any) -> bool:
@@ -78,8 +78,7 @@ def weight_of(module: Any) -> Any:
 def weight_shape(module: Any) -> tuple[int, ...]:
     """Of the weight as a float tensor, also where it lies packed in 4 bits."""
     base, weight = module.base_layer, weight_of(module)
-    floats = weight.is_floating_point() and not inner.in_four_bits(weight)
-    if floats or not hasattr(base, "in_features"):
+    if inner.is_float(weight) or not hasattr(base, "in_features"):
         return tuple(weight.shape)
     return base.out_features, base.in_features
 

@@ -116,9 +116,7 @@ class Watch:
         return [
             name
             for name, theta in self.held.items()
-            if theta.shape != self._shapes[name]
-            and theta.is_floating_point()
-            and not inner.in_four_bits(theta)
+            if theta.shape != self._shapes[name] and inner.is_float(theta)
         ]
 
     def _has(self, names: Names, use: str, name: str) -> bool:

@@ -87,10 +87,8 @@ def _is_additive(layer: Any) -> bool:
 def _shape(base: Any) -> torch.Size | None:
     """The weight's shape as the layer computes with it, whatever it is packed in."""
     rule = rule_of(base)
-    floats = rule is LinearTap and base.weight.is_floating_point()
-    if floats and not inner.in_four_bits(base.weight):
-        return base.weight.shape
-    if rule in (EmbeddingTap, Conv1DTap, ConvTap):
+    dense = rule is LinearTap and inner.is_float(base.weight)
+    if dense or rule in (EmbeddingTap, Conv1DTap, ConvTap):
         return base.weight.shape
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return torch.Size((base.out_features, base.in_features))
