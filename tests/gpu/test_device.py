@@ -91,11 +91,10 @@ def test_token_stats(dtype: torch.dtype) -> None:
         assert off(mine, truth) < (1e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
-@pytest.mark.parametrize("option", list(linear_cases.OPTIONS))
-def test_linear_token_kl(option: str) -> None:
-    t = linear_cases.tensors()
-    options = linear_cases.OPTIONS[option]
-    truth, gradients = linear_cases.materialised(t, torch.float64, **options)
+def linear_on_device(
+    t: dict[str, Tensor], options: dict[str, Any]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """linear_token_kl there, and its gradients by all that it takes."""
     here = {n: v.detach().to(DEVICE).requires_grad_() for n, v in t.items()}
     kl = fasttax.linear_token_kl(
         *(here[n] for n in ("hidden", "weight", "ref_hidden", "ref_weight")),
@@ -105,6 +104,15 @@ def test_linear_token_kl(option: str) -> None:
     )
     weights = linear_cases.upstream().to(DEVICE, torch.float32)
     mine = torch.autograd.grad((kl * weights).sum(), list(here.values()))
+    return kl, mine
+
+
+@pytest.mark.parametrize("option", list(linear_cases.OPTIONS))
+def test_linear_token_kl(option: str) -> None:
+    t = linear_cases.tensors()
+    options = linear_cases.OPTIONS[option]
+    truth, gradients = linear_cases.materialised(t, torch.float64, **options)
+    kl, mine = linear_on_device(t, options)
     assert off(kl, truth) < 1e-4
     for a, b in zip(mine, gradients, strict=True):
         assert off(a, b) < 1e-4
@@ -117,15 +125,7 @@ def test_linear_token_kl_of_bfloat16(option: str) -> None:
     options = linear_cases.OPTIONS[option]
     truth, gradients = linear_cases.materialised(t, torch.float64, **options)
     own, own_gradients = linear_cases.materialised(t, torch.bfloat16, **options)
-    here = {n: v.detach().to(DEVICE).requires_grad_() for n, v in t.items()}
-    kl = fasttax.linear_token_kl(
-        *(here[n] for n in ("hidden", "weight", "ref_hidden", "ref_weight")),
-        bias=here["bias"],
-        ref_bias=here["ref_bias"],
-        **options,
-    )
-    weights = linear_cases.upstream().to(DEVICE, torch.float32)
-    mine = torch.autograd.grad((kl * weights).sum(), list(here.values()))
+    kl, mine = linear_on_device(t, options)
     assert off(kl, truth) <= 2 * off(own, truth)
     for a, b, eager in zip(mine, gradients, own_gradients, strict=True):
         assert off(a, b) <= 2 * off(eager, b)

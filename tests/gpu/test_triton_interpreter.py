@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,8 +12,8 @@ pytest.importorskip("triton", reason="Triton kernels need triton: `pip install t
 import triton
 import triton.language as tl
 
-from tests.tools.cuda_tools import ROOT
 from tests.tools.interpreter import quicken
+from tests.tools.triton_tools import check_in_the_interpreter
 
 ROWS, COLUMNS = 4, 16
 
@@ -69,12 +66,4 @@ def check() -> None:
 
 
 def test_quickened_is_the_same() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import tests.gpu.test_triton_interpreter as t; t.check()"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_in_the_interpreter(__file__, "t.check()", prepare="import torch")

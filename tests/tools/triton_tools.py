@@ -55,7 +55,7 @@ def run_in_the_interpreter(file: str, expression: str) -> int:
     return int(passed[1])
 
 
-def check_in_the_interpreter(file: str, checks: str) -> str:
+def check_in_the_interpreter(file: str, checks: str, prepare: str = QUICKENED) -> str:
     """Runs `checks` of a test file, `t`, with Triton's interpreter behind the CPU's ops; what they
     print. In a process of its own: Triton chooses the interpreter when it is imported.
     """
@@ -67,7 +67,7 @@ def check_in_the_interpreter(file: str, checks: str) -> str:
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"{QUICKENED}; import {place.stem} as t; {checks}"],
+        [sys.executable, "-W", "ignore", "-c", f"{prepare}; import {place.stem} as t; {checks}"],
         cwd=place.parent,
         env=environment,
         capture_output=True,
