@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 from fasttax._base import checks
@@ -20,3 +22,12 @@ def named(op: str, name: str) -> torch.device:
         return torch.device(here[min(1, len(here) - 1)])
     checks.choice(op, "--device", name, ["auto", *here])
     return torch.device(name)
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """`--device`, which `named` reads."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda or cuda:N; a GPU if there is one (default auto)",
+    )

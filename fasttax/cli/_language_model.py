@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax._base import checks
+from fasttax._base import checks, devices
 from fasttax.cli import _hub, _options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,7 +24,7 @@ UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeE
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--device`, `--dtype`, `--json`, `--quiet`, of every command that computes a model."""
-    _options.add_device(parser)
+    devices.add_option(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fasttax._base import checks, files, placed
-
-STDOUT = "-"  # as the name of a --json
+from fasttax._base import checks, json_results, placed
+from fasttax._base.json_results import STDOUT
 
 ARGUMENT = re.compile(r"\b(?P<name>[a-z]+(?:_[a-z]+)*)=(?:'(?P<value>[^'\s]*)')?(?=[\s,;:.()]|$)")
 
@@ -83,15 +80,6 @@ def add_output(parser: argparse.ArgumentParser, default: str, meaning: str) -> N
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, which `devices.named` reads."""
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda or cuda:N; a GPU if there is one (default auto)",
-    )
-
-
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`, which `write_json` writes."""
     parser.add_argument(
@@ -148,22 +136,9 @@ def write_json(op: str, path: str | None, content: Any) -> None:
     JSON has no inf and nan: they are null.
     """
     if path:
-        text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
-        if path == STDOUT:
-            print(text, end="")
-            return
-        print(files.whole(op, path, lambda target: target.write_text(text, encoding="utf-8")))
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for numbers that are none."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        where = json_results.put(op, path, json_results.text_of(content))
+        if where:
+            print(where)
 
 
 def brief(error: Exception) -> str:

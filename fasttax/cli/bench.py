@@ -220,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
         choices=tuple(DTYPES),
         help="of the KLs' logits and heads (default: float32, and token_kl in bfloat16, too)",
     )
-    _options.add_device(parser)
+    devices.add_option(parser)
     _options.add_json(parser)
     return parser
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fasttax import triton
-from fasttax._base import library
+from fasttax._base import json_results, library
 from fasttax._base.version import __version__
 from fasttax.cli import _extras, _options, _warm
 
@@ -242,7 +242,7 @@ def main(argv: Sequence[str]) -> int:
     if args.warm:
         return warm_up()
     facts = found()
-    if args.json != _options.STDOUT:
+    if args.json != json_results.STDOUT:
         print(report(facts))
     _options.write_json(OP, args.json, facts)
     return 0
@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
         "--json",
         type=_options.Output,
         nargs="?",
-        const=_options.STDOUT,
+        const=json_results.STDOUT,
         metavar="FILE",
         help="write what it found as JSON, or without FILE print that alone",
     )

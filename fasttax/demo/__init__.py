@@ -7,7 +7,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from fasttax.demo.settings import SMOLLM2, STDOUT, DemoError, Settings, parse
+from fasttax._base import json_results
+from fasttax.demo.settings import SMOLLM2, DemoError, Settings, parse
 
 NEEDS = {
     "transformers": "demo",
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept).
     """
     settings = parse(argv)
-    printed = settings.json == STDOUT
+    printed = settings.json == json_results.STDOUT
     try:
         with contextlib.redirect_stdout(sys.stderr if printed else sys.stdout):
             code = _run(settings)
@@ -43,13 +44,8 @@ def _copy_results(settings: Settings) -> None:
     """Where `--json` says."""
     if settings.json is None:
         return
-    from fasttax._base import files
-
     text = (settings.output / "results.json").read_text(encoding="utf-8")
-    if settings.json == STDOUT:
-        print(text, end="")
-        return
-    files.whole("fasttax demo", settings.json, lambda path: path.write_text(text, encoding="utf-8"))
+    json_results.put("fasttax demo", settings.json, text)
 
 
 def _check_extras(settings: Settings) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import math
 import random
 import sys
 import time
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fasttax
-from fasttax._base import devices, files
+from fasttax._base import devices, files, json_results
 from fasttax.demo import environment, folders, models, verdicts
 from fasttax.demo.compare import Comparison
 from fasttax.demo.measure import Bench, Vectors, difference, summary
@@ -90,12 +88,8 @@ class Experiment:
 
     def save(self) -> None:
         """Writes results.json whole, over the one before."""
-        text = json.dumps(_without_nan(self.results), indent=1, default=str, allow_nan=False)
-        files.whole(
-            "demo",
-            self.settings.output / "results.json",
-            lambda path: path.write_text(text + "\n", encoding="utf-8"),
-        )
+        text = json_results.text_of(self.results, default=str)
+        json_results.put("demo", str(self.settings.output / "results.json"), text)
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -308,12 +302,3 @@ class Experiment:
             f"{label}: {share}, tax {row['tax']:+.4f} nats a token (answer NLL "
             f"{metrics['answer_nll']['mean']:.3f}, perplexity {metrics['perplexity']['mean']:.2f})"
         )
-
-
-def _without_nan(value: Any) -> Any:
-    """For JSON, which has no inf and no NaN: null in their places."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

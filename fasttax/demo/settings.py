@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fasttax._base import devices, placed
+from fasttax._base.json_results import STDOUT
 from fasttax.demo.methods import METHODS, STOP, Grids, Strength, numbers
 
 ALIGNMENT = Path(__file__).with_name("alignment.jsonl")
 SMOLLM2 = "SmolLM2-135M-Instruct"
-STDOUT = "-"  # as the name of a --json
 WRITTEN = ("results.json", "tax.json", "table.md", "pareto.png", "report.html")
 
 
@@ -309,11 +309,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=_positive, help="CPU threads (default: PyTorch's choice; tiny: 1)"
     )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda or cuda:N; a GPU if there is one (default auto)",
-    )
+    devices.add_option(parser)
     parser.add_argument(
         "--json",
         metavar="FILE",
