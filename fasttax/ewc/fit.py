@@ -195,9 +195,9 @@ def _refuse_unholdable(op: str, name: str, target: Target) -> None:
     if target.lora is not None:
         lora.refuse_unsupported(op, name, target.lora)
         return
-    within = inner.lies_in_others(target.theta)
-    if within or not target.theta.is_floating_point():
-        kind = f" and class {type(target.theta).__name__}" if within else ""
+    coded = inner.lies_in_others(target.theta) or inner.in_four_bits(target.theta)
+    if coded or not target.theta.is_floating_point():
+        kind = f" and class {type(target.theta).__name__}" if coded else ""
         raise checks.fail(
             op,
             "model",

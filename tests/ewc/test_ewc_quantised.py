@@ -92,6 +92,14 @@ def test_a_quantised_weight_itself_is_refused_by_name(holder: Any) -> None:
         holder(model, fisher, **options)
 
 
+def test_codes_under_a_floats_name_are_refused_by_name() -> None:
+    """FSDP-QLoRA's bnb_4bit_quant_storage; of its own, without LoRA."""
+    model = nn.Sequential(FourBit(nn.Linear(8, 8, bias=False), torch.bfloat16))
+    fisher = {"0.weight": torch.ones_like(model[0].weight)}
+    with pytest.raises(ValueError, match=r"0\.weight of dtype .* and class Params4bit"):
+        fasttax.EWC(model, fisher, strength=1.0)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_four_bit_codes_that_are_laid_out_anew_are_the_same_weight(storage: torch.dtype) -> None:
     """As bitsandbytes does on a CPU; and the EWC's own proof has it not done."""
