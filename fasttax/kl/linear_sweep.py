@@ -31,6 +31,7 @@ from fasttax._base.modes import HALVES
 from fasttax._base.optional import given
 from fasttax._base.workspace import Workspace
 from fasttax.kl.call import OPTIONS, Tempering
+from fasttax.kl.gradients import only_needed
 from fasttax.kl.linear_chunks import Asked, ChunkSize, Layout, chunk_size
 from fasttax.reference.numbers import wide_dtype
 from fasttax.reference.rows import KL, LINEAR, LSE, REF_LSE, SAVED_KL, SAVED_STATS, STATS
@@ -460,18 +461,19 @@ class _Chunk:
         self, d_rows: Tensor, need_x: bool, need_y: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of token_stats' rows by both logits, None where there are none."""
-        if not self.asked.stats:
+        need_y = need_y and self.asked.pair
+        if not self.asked.stats or not (need_x or need_y):
             return None, None
         backward, t, d = torch.ops.fasttax.token_stats_backward, self.t, d_rows[: len(STATS)]
         _, saved, ref_saved = self.saved
         y, sides = None, t.alone(t.policy)
         if self.asked.pair:
             y, sides = self.y, t.sides()
-        need_y = need_y and self.asked.pair
-        d_x, d_y = backward(
+        both = backward(
             d.contiguous(), self.x, y, self.ids, self.mask, saved, *sides, need_x, need_y
         )
-        if need_y:
+        d_x, d_y = only_needed(both, (need_x, need_y))
+        if d_y is not None:
             of_ref = torch.zeros_like(d)
             of_ref[LSE] = d_rows[REF_LSE]
             d_y += backward(
