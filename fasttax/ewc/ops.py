@@ -141,6 +141,10 @@ def penalty(
     """`ewc_penalty`; with a list of `scales` Fishers may be u8log and anchors split."""
     strength = checks.number("ewc_penalty", "strength", strength, low=0)
     _check("ewc_penalty", params, scales is not None, anchors=anchors, fishers=fishers)
+    kept = {"params": params, "anchors": anchors, "fishers": fishers}
+    checks.for_backward(
+        "ewc_penalty", **{f"{n}[{i}]": t for n, ts in kept.items() for i, t in enumerate(ts)}
+    )
     value: Tensor = torch.ops.fasttax.ewc_penalty(
         _contiguous(params),
         _contiguous(anchors),

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fasttax._base import waits
 from fasttax._base.gemm import bf16_gemm, gemm, mixed_gemm, narrow_gemm, pieces, project
 from fasttax._base.modes import HALVES
 from fasttax._base.optional import given
@@ -90,7 +91,8 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return (
-        a.data_ptr() == b.data_ptr()
+        torch._C._is_alias_of(a, b)
+        and a.storage_offset() == b.storage_offset()
         and a.shape == b.shape
         and a.stride() == b.stride()
         and a.dtype == b.dtype
@@ -209,7 +211,7 @@ class Sweep:
         dtype = tensors.dtype
         self.given_tokens = hidden.shape[0]
         self.live: Tensor | None = None
-        if mask is not None and mask.device.type == "cpu":
+        if mask is not None and not waits.waits(mask):
             self.live, mask = mask.nonzero()[:, 0], None
         self.mask = mask
         self.ids = given(ids, lambda ids: self._take(ids, 0))

@@ -96,7 +96,7 @@ def test_leading_dimensions_reductions_and_entropy() -> None:
     assert empty.item() == 0
 
 
-@pytest.mark.parametrize("kind, vocab_chunk", [("policy_ref", None), ("jsd", 7)])
+@pytest.mark.parametrize(("kind", "vocab_chunk"), [("policy_ref", None), ("jsd", 7)])
 @pytest.mark.parametrize("trains", [("rh", "rw"), ("h",)])
 def test_entropy_beside_a_kl_of_which_one_side_trains(
     trains: tuple[str, ...], kind: str, vocab_chunk: int | None
