@@ -137,7 +137,7 @@ class DiagonalFisher:
         )
         for name, p in self.params.items() if generator is None else ():
             checks.has_memory(op, name, p)
-        self.generator = generator or torch.Generator(self.device).manual_seed(0)
+        self.generator = scores.generator_on(op, generator, self.device)
         self.examples = self.batches = 0
         self._tokens, self._more_tokens = 0, None  # type: int, Tensor | None
         self._ranges = waits.Ranges()

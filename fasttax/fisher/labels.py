@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,23 @@ from fasttax.fisher import batches
 from fasttax.fisher.ops import sum_dtype
 
 _SAMPLE_BLOCK = 256  # labels whose masses are summed first
+
+
+def generator_on(op: str, generator: Any, device: torch.device) -> torch.Generator:
+    """What labels are drawn from on `device`: the given one, or one of its own, seeded with 0.
+
+    Raises:
+        TypeError: it is no generator.
+        ValueError: it is another device's.
+    """
+    if generator is None:
+        return torch.Generator(device).manual_seed(0)
+    expected, way_out = f"a torch.Generator on {device}", f"pass torch.Generator({str(device)!r})"
+    if not isinstance(generator, torch.Generator):
+        raise checks.fail(op, "generator", expected, generator, way_out, TypeError)
+    if generator.device.type != device.type:
+        raise checks.fail(op, "generator", expected, f"one on {generator.device}", way_out)
+    return generator
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fasttax._base import checks
+
 LIKELIHOODS = ("auto", "softmax", "bernoulli", "gaussian")
 # config.problem_type of transformers' classifiers
 _PROBLEMS = {
@@ -53,7 +55,12 @@ class Task:
             model: the model.
             likelihood: one of LIKELIHOODS; "auto" asks the model.
             shift: None asks the model.
+
+        Raises:
+            ValueError: `shift` is none of None, True and False.
         """
+        if shift not in (None, True, False):
+            raise checks.fail("DiagonalFisher", "shift", "None, True or False", repr(shift))
         bare = unwrapped(model)
         config = getattr(bare, "config", None)
         loss = getattr(bare, "loss_type", None)
