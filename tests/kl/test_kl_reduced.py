@@ -65,7 +65,7 @@ def policy_alone_capped(kind: str, options: dict[str, Any], needs: tuple[bool, b
 
 
 def close_by_rounding(a: Tensor, b: Tensor) -> None:
-    """To a few roundings of the entry, and of the largest of d that an entry's gap is taken from."""
+    """To a few roundings of the entry, and of the largest that its row has."""
     eps = torch.finfo(a.dtype).eps
     torch.testing.assert_close(a, b, rtol=16 * eps, atol=4 * eps * float(b.abs().max()))
 
