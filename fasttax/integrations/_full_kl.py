@@ -32,9 +32,9 @@ from fasttax.integrations._kl_forward import (
     shared,
 )
 from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
-from fasttax.integrations._kl_sums import Asked, ModelReference, Policy, Rows
+from fasttax.integrations._kl_sums import Asker, ModelReference, Policy, Rows
 from fasttax.integrations._models import causal_lm
-from fasttax.integrations._replay import Options, add_replay
+from fasttax.integrations._replay import ReplayOptions, add_replay
 from fasttax.integrations._trainer import add_callback, refuse_deepspeed
 from fasttax.integrations.control import AdaptiveKL
 from fasttax.integrations.reference import TopKReference
@@ -147,7 +147,7 @@ class FullKL(Handle):
         self._ref_model = loaded(ref_model)
         if replay is not None:
             refuse_deepspeed(OP, trainer, "replay")
-        more = None if replay is None else Options.of(OP, replay, self._ref_model)
+        more = None if replay is None else ReplayOptions.of(OP, replay, self._ref_model)
         self._hooks: list[RemovableHandle] = []
         self.events = KLEvents(trainer, self.control)
         self._inputs: dict[str, Any] | None = None  # the batch whose loss is being computed
@@ -174,7 +174,7 @@ class FullKL(Handle):
         """The coefficient, an AdaptiveKL's as it is at present."""
         return self._beta if self.control is None else self.control.beta
 
-    def _install(self, replay: Options | None) -> None:
+    def _install(self, replay: ReplayOptions | None) -> None:
         trainer = self.trainer
         self.on_undo(self._unwatch)
         self._watch()
@@ -423,15 +423,15 @@ def _total(values: Iterable[Tensor]) -> Tensor:
 
 def _reference_of(trainer: Any, policy: Any, ref_model: Any, temperature: float) -> Reference:
     """What `ref_model` stands for."""
-    asked = Asked(OP)
+    asker = Asker(OP)
     if isinstance(ref_model, TopKReference) and is_a(trainer, *GENERATING):
         raise checks.fail(
-            *asked,
+            *asker,
             "a model: the sequences of GRPO and RLOO are new at every step",
             "a cached reference",
         )
     keep = getattr(trainer, "num_iterations", 1) > 1
-    reference = reference_of(asked, trainer, policy, ref_model, temperature, keep=keep)
+    reference = reference_of(asker, trainer, policy, ref_model, temperature, keep=keep)
     if isinstance(reference, CachedReference):
         reference.check_packing(trainer)
     return reference

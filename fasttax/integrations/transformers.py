@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fasttax._base import checks, files
 from fasttax._base.handle import Handle
 from fasttax._base.hashes import same_weights, weights_hash
+from fasttax._base.optional import given
 from fasttax.ewc.attach import innermost
 from fasttax.ewc.claims import Claim, claim
 from fasttax.integrations._fsdp1 import FSDP1Shares, has_fsdp1
@@ -29,9 +30,9 @@ try:
 
     from fasttax.integrations import deepspeed
     from fasttax.integrations._full_kl import FullKL
-    from fasttax.integrations._project import Asked, add_project
-    from fasttax.integrations._quadratic_log import Watched, add_quadratic_log
-    from fasttax.integrations._replay import Options, add_replay
+    from fasttax.integrations._project import ProjectOptions, add_project
+    from fasttax.integrations._quadratic_log import QuadraticOptions, add_quadratic_log
+    from fasttax.integrations._replay import ReplayOptions, add_replay
     from fasttax.integrations._trainer import (
         add_callback,
         check_trainer,
@@ -331,7 +332,7 @@ def attach(
     """
     op = "attach"
     check_trainer(op, trainer, "a transformers.Trainer")
-    if all(given is None for given in (ewc, kl, replay, project, log_quadratic)):
+    if all(part is None for part in (ewc, kl, replay, project, log_quadratic)):
         raise checks.fail(
             op,
             "ewc and kl",
@@ -348,29 +349,27 @@ def attach(
             "both",
             "leave out one of the two",
         )
-    for what, given in {
-        "replay": replay,
-        "project": project,
-        "log_quadratic": log_quadratic,
-    }.items():
-        if given is not None:
+    parts = {"replay": replay, "project": project, "log_quadratic": log_quadratic}
+    for what, part in parts.items():
+        if part is not None:
             refuse_deepspeed(op, trainer, what)
             refuse_own_loop(op, trainer, what, "GRPO and RLOO have no such loop")
     callback = None if ewc is None else _callback(op, trainer, ewc, where)
     arguments = {} if kl is None else _kl_arguments(op, kl)
-    options = None if replay is None else Options.of(op, replay, arguments.get("ref_model"))
-    asked = None if project is None else Asked.of(op, project)
-    watched = None if log_quadratic is None else Watched.of(op, log_quadratic)
+    ref_model = arguments.get("ref_model")
+    replayed = given(replay, lambda loader: ReplayOptions.of(op, loader, ref_model))
+    projected = given(project, partial(ProjectOptions.of, op))
+    logged = given(log_quadratic, partial(QuadraticOptions.of, op))
     handle = Handle()
     with handle.or_undone():
-        if asked is not None:
-            add_project(handle, trainer, asked)
+        if projected is not None:
+            add_project(handle, trainer, projected)
         if kl is not None:
             handle.put(partial(FullKL, trainer, **arguments))
-        if options is not None:
-            add_replay(handle, trainer, options)
-        if watched is not None:
-            add_quadratic_log(handle, trainer, watched)
+        if replayed is not None:
+            add_replay(handle, trainer, replayed)
+        if logged is not None:
+            add_quadratic_log(handle, trainer, logged)
         if callback is not None:
             handle.on_undo(callback.release)
             add_callback(handle, trainer, callback)
