@@ -61,11 +61,11 @@ class Fishers:
             for k, source in enumerate(sources):
                 self.each.append(self._fitted(k, self._opened(source), missing))
             self._refuse_two_of_one()
+            if missing == "error":
+                self._check()
         except BaseException:
             self.close()
             raise
-        if missing == "error":
-            self._check()
 
     def _opened(self, source: Any) -> Mapping[str, Tensor]:
         if isinstance(source, Mapping):
