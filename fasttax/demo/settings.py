@@ -1,7 +1,4 @@
-"""What the demo is asked to do.
-
-options, presets for the real and the tiny model, and where things are kept.
-"""
+"""What the demo is asked to do: options, presets for the real and the tiny model, folders."""
 
 from __future__ import annotations
 
