@@ -77,8 +77,8 @@ class FullKL(Handle):
             (`trainer.ref_model`, or under PEFT the model without its adapter); a TopKReference or
             the path of one needs no model in memory (not in GRPO and RLOO, whose sequences are
             new).
-        beta: the coefficient, >= 0, or an `AdaptiveKL`, which every optimizer step updates with the
-            mean over all ranks.
+        beta: the coefficient, >= 0 (at 0 the KL is logged alone), or an `AdaptiveKL`, which every
+            optimizer step updates with the mean over all ranks.
         kind: "policy_ref", "ref_policy", "jsd" or "renyi", as in `token_kl`.
         temperature: of both distributions; None is the trainer's sampling temperature in GRPO and
             RLOO, else 1. A TopKReference of fewer than all tokens must have been made at it.
@@ -225,9 +225,10 @@ class FullKL(Handle):
                 self._measure(self._forward(module, given, batch, states, output), given)
             return
         try:
-            self._terms.append(
-                self._term(self._forward(module, given, batch, states, output), batch)
-            )
+            with torch.set_grad_enabled(self.beta > 0):
+                self._terms.append(
+                    self._term(self._forward(module, given, batch, states, output), batch)
+                )
         finally:
             self._inputs = batch
 
@@ -386,11 +387,11 @@ class FullKL(Handle):
                 )
             tokens = _total(term.tokens for term in terms)
             self.events.steer(_total(term.kl for term in terms), tokens)
+            if self.beta == 0:  # for the log alone: 0 times an infinite KL would be NaN
+                return result
             divisor = self._divisor(batch, tokens)
             # of one forward the quotient is 1: its gradients are not gone over again
             kl = _total(term.scaled * (term.divisor / divisor) for term in terms)
-            if self.beta == 0:
-                kl = kl * 0.0
             if not return_outputs:
                 return result + kl.to(result.dtype)
             loss, *others = result
