@@ -156,13 +156,10 @@ class FullKL(Handle):
         self._terms: list[_Term] = []  # of the batch's forwards
         self._evaluation: Evaluation | None = None
         self._measures = False  # the loss that is being computed is an evaluation's
-        try:
+        with self.or_undone():
             self._install(more)
             if evaluate:
                 self._evaluation = Evaluation(self, trainer, kind)
-        except BaseException:
-            self.undo()
-            raise
 
     def __repr__(self) -> str:
         ended = "" if self.active else ", undone"
