@@ -231,7 +231,8 @@ class EWC:
         Args:
             scale: multiplies the gradient, not the value returned. A 0-d tensor (a GradScaler's
                 scale on a GPU) is used without a sync.
-            only: the parameters to touch; None is all trainable ones. A missing p.grad is created.
+            only: the parameters to touch, as module.parameters(); None is all trainable ones. A
+                missing p.grad is created.
 
         Over sharded parameters a collective for the value: every rank calls it.
         """
