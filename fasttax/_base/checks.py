@@ -160,9 +160,9 @@ def choice(op: str, argument: str, value: Any, choices: Collection[str]) -> str:
     Raises:
         ValueError: it is not; names all of them.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise fail(op, argument, "one of " + ", ".join(repr(c) for c in choices), repr(value))
-    return str(value)
+    return value
 
 
 def keys(

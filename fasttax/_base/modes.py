@@ -1,12 +1,13 @@
-"""Which of torch's modes a call runs in."""
+"""Which of torch's modes a call runs in, and a model's own mode put back."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
@@ -71,3 +72,19 @@ def has_tangent(t: Tensor) -> bool:
             return True
         t = get_unwrapped(t)
     return False
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside, every module of the model is in eval mode; its modes are as before at the end.
+
+    Not by model.eval(), of which some classes make more: loralib's merges its weights.
+    """
+    training = [m for m in model.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True

@@ -366,19 +366,6 @@ def _called(model: nn.Module, method: str) -> Any:
     return None
 
 
-@contextlib.contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode, every module of it; its modes are as before at the end."""
-    training = [m for m in model.modules() if m.training]
-    try:
-        for m in training:
-            m.training = False
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
 def without_gradients(run: Callable[[], Ran]) -> Ran:
     """What `run` gives without gradients, or with them where the model's forward needs them.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -62,15 +62,14 @@ class TokenStats:
     k3: Tensor | None = None
 
 
-def check_outputs(op: str, outputs: Sequence[str], ids: Any, ref: Any) -> tuple[str, ...]:
+def check_outputs(op: str, outputs: Iterable[str], ids: Any, ref: Any) -> tuple[str, ...]:
     """The outputs by name, each with what it needs.
 
     Raises:
         ValueError: there is no such output, or ids or the reference are missing.
     """
-    if isinstance(outputs, str):
-        outputs = (outputs,)
-    for name in outputs:
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    for name in names:
         checks.choice(op, "outputs", name, OUTPUTS)
         if name in NEED_IDS and ids is None:
             raise checks.fail(op, "ids", f"token ids, which output {name!r} needs", "None")
@@ -78,7 +77,7 @@ def check_outputs(op: str, outputs: Sequence[str], ids: Any, ref: Any) -> tuple[
             raise checks.fail(
                 op, "ref_logits", f"the reference's logits, which output {name!r} needs", "None"
             )
-    return tuple(outputs)
+    return names
 
 
 @surfaced
@@ -87,7 +86,7 @@ def token_stats(
     ref_logits: Tensor | None = None,
     ids: Tensor | None = None,
     *,
-    outputs: Sequence[str] = ("logp",),
+    outputs: Iterable[str] = ("logp",),
     kind: KlKind = "policy_ref",
     beta: float = 0.5,
     temperature: float = 1.0,

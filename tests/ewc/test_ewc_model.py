@@ -164,6 +164,7 @@ OBJECT: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "normalize": ({"normalize": "sum"}, ValueError, ("normalize", "'mean'", "'max'", "'sum'")),
     "clamp": ({"clamp": (1.0, 2.0, 3.0)}, ValueError, ("clamp", "(low, high)")),
     "anchor_dtype": ({"anchor_dtype": torch.int8}, ValueError, ("anchor_dtype", "int8")),
+    "anchor_dtypes": ({"anchor_dtype": ["bf16"]}, ValueError, ("anchor_dtype", "['bf16']")),
     "no file": (
         {"fisher": "/nowhere/f.safetensors"},
         FileNotFoundError,

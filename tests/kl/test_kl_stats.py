@@ -144,6 +144,7 @@ def test_what_needs_no_reference_takes_none() -> None:
     stats = fasttax.token_stats(x, None, ids, outputs=("logp", "entropy", "lse"))
     torch.testing.assert_close(stats.logp, x.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
     assert fasttax.token_stats(x, outputs="entropy").entropy.shape == (4,)
+    assert fasttax.token_stats(x, outputs=iter(("entropy", "lse"))).entropy.shape == (4,)
 
 
 def test_masked_tokens_are_not_read() -> None:
@@ -398,6 +399,7 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], li
         ValueError,
         ["outputs", "'logp'", "'logprob'"],
     ),
+    "kinds": ("token_kl", (X, X), {"kind": ["jsd"]}, ValueError, ["token_kl", "kind", "['jsd']"]),
     "no_ids": ("token_stats", (X, X), {"outputs": ("k3",)}, ValueError, ["ids", "'k3'", "None"]),
     "no_ref": (
         "token_stats",
