@@ -36,6 +36,7 @@ from fasttax.reference.numbers import empty_gradient, wide_dtype
 from fasttax.reference.rows import LOGP, SAVED_STATS, STATS
 
 OUTPUTS = (*STATS, "kl", *ESTIMATORS)
+OF_POLICY = ("logp", "entropy", "lse")  # no matter what the reference is
 NEED_IDS = ("logp", "ref_logp", *ESTIMATORS)
 NEED_REF = ("ref_logp", *KL_ROWS, "kl", *ESTIMATORS)
 
@@ -169,10 +170,12 @@ def token_stats(
     checks.for_backward(op, logits=logits, mask=mask, weight=w.weight)
     rows = stats_of_rows(op, logits, ref_logits, ids, mask, t, outputs, tp_group)
     results = dict(zip(outputs, rows.weighed(outputs, w), strict=True))
-    inputs = [t for t in (ref_logits, w.weight) if t is not None]
-    if "ref_logp" in results and not transforming() and not any(t.requires_grad for t in inputs):
-        # no graph, which would keep both models' logits as long as somebody keeps this
-        results["ref_logp"] = results["ref_logp"].detach()
+    if transforming() or (w.weight is not None and w.weight.requires_grad):
+        return TokenStats(**results)
+    for names, model in ((OF_POLICY, logits), (("ref_logp",), ref_logits)):
+        if model is not None and not model.requires_grad:
+            # no graph, which would keep both models' logits as long as somebody keeps this
+            results |= {name: results[name].detach() for name in names if name in results}
     return TokenStats(**results)
 
 

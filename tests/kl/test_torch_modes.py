@@ -83,13 +83,14 @@ def test_fake_tensors_have_no_values_to_look_at() -> None:
         assert sums.shape == head.shape == (V, H)
 
 
-@pytest.mark.parametrize("trains", [False, True])
-def test_log_probs_of_a_frozen_reference_hold_no_graph(trains: bool) -> None:
-    x = torch.randn(N, V, requires_grad=True)
-    y = torch.randn(N, V, requires_grad=trains)
-    stats = fasttax.token_stats(x, y, torch.arange(N), outputs=("logp", "ref_logp", "kl"))
-    assert only(stats.logp).requires_grad
-    assert only(stats.ref_logp).requires_grad == trains
+@pytest.mark.parametrize(("policy", "ref"), [(True, False), (False, True), (True, True)])
+def test_what_hangs_on_a_frozen_model_alone_holds_no_graph(policy: bool, ref: bool) -> None:
+    x, y = torch.randn(N, V, requires_grad=policy), torch.randn(N, V, requires_grad=ref)
+    outputs = ("logp", "entropy", "lse", "ref_logp", "kl")
+    stats = fasttax.token_stats(x, y, torch.arange(N), outputs=outputs)
+    trains = {name: only(getattr(stats, name)).requires_grad for name in outputs}
+    own = dict.fromkeys(("logp", "entropy", "lse"), policy)
+    assert trains == {**own, "ref_logp": ref, "kl": True}
     weight = torch.rand(N, requires_grad=True)
     weighed = fasttax.token_stats(x, y, torch.arange(N), outputs=("ref_logp", "kl"), weight=weight)
     (of_weight,) = torch.autograd.grad(only(weighed.ref_logp).sum(), weight)
