@@ -55,6 +55,7 @@ def launches(call: Callable[[], Tensor | list[Tensor]]) -> list[str]:
     with Launches() as mode:
         results = call()
     results = [results] if isinstance(results, Tensor) else results
+    results = [result for result in results if result.requires_grad]
     grads = [torch.empty_like(result) for result in results]
     with mode:
         torch.autograd.backward(results, grads)
