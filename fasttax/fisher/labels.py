@@ -17,19 +17,15 @@ _SAMPLE_BLOCK = 256  # labels whose masses are summed first
 
 
 def generator_on(op: str, generator: Any, device: torch.device) -> torch.Generator:
-    """What labels are drawn from on `device`: the given one, or one of its own, seeded with 0.
+    """What labels are drawn from: the given one, or one of its own on `device`, seeded with 0.
 
     Raises:
         TypeError: it is no generator.
-        ValueError: it is another device's.
     """
     if generator is None:
         return torch.Generator(device).manual_seed(0)
-    expected, way_out = f"a torch.Generator on {device}", f"pass torch.Generator({str(device)!r})"
     if not isinstance(generator, torch.Generator):
-        raise checks.fail(op, "generator", expected, generator, way_out, TypeError)
-    if generator.device.type != device.type:
-        raise checks.fail(op, "generator", expected, f"one on {generator.device}", way_out)
+        raise checks.fail(op, "generator", "a torch.Generator", generator, error=TypeError)
     return generator
 
 
