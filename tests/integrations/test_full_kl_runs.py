@@ -172,8 +172,9 @@ def test_a_cut_cache_of_another_temperature_is_refused() -> None:
 
 
 def test_a_cache_serves_packed_rows() -> None:
-    """Documents do not see each other where transformers makes no cache (use_cache=False)."""
-    policy, ref = (k.llama(seed, use_cache=False) for seed in (0, 1))
+    """Documents do not see each other: the policy makes no cache, as Trainer has it, nor any ref."""
+    policy, ref = k.llama(use_cache=False), k.llama(1)
+    assert ref.config.use_cache
     rows = [k.IDS[0, :4], k.IDS[1, :5], k.IDS[2]]
     cache = TopKReference.make(ref, [r.tolist() for r in rows], k=k.VOCABULARY)
     places = torch.cat([torch.arange(len(r)) for r in rows])[None]
@@ -187,6 +188,7 @@ def test_a_cache_serves_packed_rows() -> None:
     other = k.step(policy, ref, "ref_policy", batch=batch)
     assert made.kl == pytest.approx(other.kl, rel=CLOSE)
     assert made.tokens == other.tokens == 3 + 4 + 8
+    assert ref.config.use_cache
 
 
 class Packed(t.Trainer):

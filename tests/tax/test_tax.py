@@ -451,6 +451,39 @@ def test_kl_to_base() -> None:
         kl_to_base(model, base, [{"labels": ids}])
 
 
+@pytest.mark.parametrize("measure", [kl_to_base, fasttax.tax.kl_quadratic])
+def test_documents_of_a_packed_row_are_texts_of_their_own(measure: Any) -> None:
+    base: Any = causal_lm("llama")
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    one, other = torch.randint(3, 20, (1, 4)), torch.randint(3, 20, (1, 6))
+    row = torch.cat((one, other), 1)
+    places = torch.cat((torch.arange(4), torch.arange(6)))[None]
+    # by tokens that predict another
+    wanted = (3 * measure(model, base, [one]) + 5 * measure(model, base, [other])) / 8
+    for batch in (
+        {"input_ids": row, "position_ids": places},
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "position_ids": places},
+        {"input_ids": row, "cu_seqlens": torch.tensor([0, 4, 10])},
+    ):
+        assert measure(model, base, [batch]) == pytest.approx(wanted, rel=1e-4)
+    assert base.config.use_cache
+    assert measure(model, base, [row]) != pytest.approx(wanted, rel=1e-2)
+
+
+def test_the_forwards_other_arguments_are_given_to_both() -> None:
+    base: Any = causal_lm("gpt2")
+    model, ids = copy.deepcopy(base), torch.randint(3, 20, (2, 5))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    plain = {"input_ids": ids, "index": torch.arange(2), "labels": ids}
+    typed = {**plain, "token_type_ids": torch.ones_like(ids)}
+    assert kl_to_base(model, base, [plain]) == kl_to_base(model, base, [ids])
+    assert kl_to_base(model, base, [typed]) != kl_to_base(model, base, [ids])
+
+
 def test_is_where_the_contract_says() -> None:
     assert fasttax.tax.TaxReport is TaxReport
 
