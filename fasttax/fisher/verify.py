@@ -44,7 +44,7 @@ def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) 
     with labels.unmoved(drawing), sums.scratch() as found, evaluated(view.model):
         current = Pass(Layout(view.unit, small.shape, small.bounds, small.shape[0]))
         with sums.recording([current]), view.tapped():
-            with loop.explained(view, small), current.explained():
+            with loop.explained(view, small, batch), current.explained():
                 logits = view.forward(small)
             small = small.settled(logits)
             if not bool(small.counted.any()):

@@ -172,7 +172,7 @@ def test_a_cut_cache_of_another_temperature_is_refused() -> None:
 
 
 def test_a_cache_serves_packed_rows() -> None:
-    """Documents do not see each other: the policy makes no cache, as Trainer has it, nor any ref."""
+    """Documents do not see each other: the policy makes no cache, as Trainer has it, nor a ref."""
     policy, ref = k.llama(use_cache=False), k.llama(1)
     assert ref.config.use_cache
     rows = [k.IDS[0, :4], k.IDS[1, :5], k.IDS[2]]
