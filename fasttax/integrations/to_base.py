@@ -154,8 +154,8 @@ def _run(
             if isinstance(batch, Tensor) or "labels" not in batch:
                 raise checks.fail(op, "batches", "labels, with answers=True", "none in a batch")
             counts = counts & (batch["labels"][:, 1:] != -100).to(counts.device)
-        x = _predictions(model, given)
-        y = _predictions(base, _given(op, batch, "base", base)[0])
+        x = _predictions(op, "model", model, given)
+        y = _predictions(op, "base", base, _given(op, batch, "base", base)[0])
         if x.shape != y.shape:
             raise checks.fail(
                 op, "base", f"a model of model's vocabulary, {x.shape[-1]}", f"{y.shape[-1]}"
@@ -226,7 +226,7 @@ def kl_quadratic(model: nn.Module, base: nn.Module, batches: Iterable[Batch]) ->
             given, counts = _given(op, batch, "base", base)
 
             def logits(weights: dict[str, Tensor], given: dict[str, Any] = given) -> Tensor:
-                return _predictions(base, given, weights)
+                return _predictions(op, "base", base, given, weights)
 
             try:
                 found = torch.func.jvp(logits, (start,), (change,))
@@ -285,8 +285,7 @@ def _given(
     task = Task.of(model, "softmax", shift=True)
     if task.encoder_decoder:
         way_out = "FullKL(trainer, base, beta=0) logs the KL of an encoder-decoder's labels"
-        expected = "a decoder language model, whose batches are text alone"
-        raise checks.fail(op, name, expected, type(model).__name__, way_out)
+        raise checks.fail(op, name, "a decoder language model", type(model).__name__, way_out)
     device, positions = next(model.parameters()).device, takes(model, "position_ids")
     read = layout.read(op, given, device, task, positions=positions)
     return read.inputs, read.counted[:, :-1]
@@ -308,12 +307,19 @@ def _each(op: str, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _predictions(
-    model: nn.Module, given: dict[str, Any], weights: dict[str, Tensor] | None = None
+    op: str,
+    name: str,
+    model: nn.Module,
+    given: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Logits (N, T - 1, V) after every token but the last, by `weights` in place of the model's."""
     if weights is None:
         output = model(**given)
     else:
         output = torch.func.functional_call(model, weights, kwargs=given)
-    logits: Tensor = output.logits
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        expected, got = "a language model, of logits (N, T, V)", type(model).__name__
+        raise checks.fail(op, name, expected, got if logits is None else f"{got}, {logits.shape}")
     return logits[:, :-1]

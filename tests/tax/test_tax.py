@@ -484,6 +484,20 @@ def test_the_forwards_other_arguments_are_given_to_both() -> None:
     assert kl_to_base(model, base, [typed]) != kl_to_base(model, base, [ids])
 
 
+@pytest.mark.parametrize("measure", [kl_to_base, fasttax.tax.kl_quadratic])
+def test_models_that_predict_no_next_token_are_refused(measure: Any) -> None:
+    import transformers as t
+
+    sizes = {"vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    one = t.T5ForConditionalGeneration(t.T5Config(**sizes))
+    ids = torch.randint(3, 20, (2, 5))
+    with pytest.raises(ValueError, match=r": expected a decoder language model, got T5.*FullKL"):
+        measure(one, one, [ids])
+    classifier = t.LlamaForSequenceClassification(causal_lm("llama").config)
+    with pytest.raises(ValueError, match=r": expected a language model, of logits .*\[2, 2\]"):
+        measure(classifier, classifier, [ids])
+
+
 def test_is_where_the_contract_says() -> None:
     assert fasttax.tax.TaxReport is TaxReport
 
