@@ -168,6 +168,23 @@ def test_a_cut_cache_of_another_temperature_is_refused() -> None:
     assert values[2] == pytest.approx(wanted, rel=CLOSE)
 
 
+def test_a_compiled_policy_is_cut_where_it_is_looked_at_alone() -> None:
+    """Into its backbone and its head: nothing of the KL is traced."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    eager = k.step(k.llama(), k.llama(1))
+    policy = k.llama()
+    policy.compile(backend=backend)
+    compiled = k.step(policy, k.llama(1))
+    assert len(graphs) == 2
+    assert compiled.kl == pytest.approx(eager.kl, rel=CLOSE)
+    assert k.error(compiled.grads, eager.grads) < 1e-3
+
+
 # --- packed rows and other inputs of a cache ------------------------------------------------------
 
 
