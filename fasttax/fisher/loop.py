@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax.fisher import batches, labels
+from fasttax.fisher import batches, labels, parts
 from fasttax.fisher.sums import Sums
 from fasttax.fisher.view import View, without_gradients
 
@@ -20,7 +20,7 @@ from fasttax.fisher.view import View, without_gradients
 def examples(view: View, batch: Any, ready: batches.Batch) -> Iterator[batches.Batch]:
     """The examples of `batch`, which was read as `ready`, as batches of their own."""
     for n in range(ready.examples):
-        part = view.read(batches.example(batch, ready, n))
+        part = view.read(parts.example(batch, ready, n))
         yield part
         ready.ranges.join(part.ranges)
 
