@@ -272,7 +272,7 @@ def points_of(
             "points",
             f"at least 3 with {x_name} > 0, at 2 places or more",
             f"{len(points)} at {different}",
-            "measure more checkpoints",
+            "measure more checkpoints" if points else f"give checkpoints their {x_name}",
         )
     for name, most in (
         (x_name, points[-1][0]),
