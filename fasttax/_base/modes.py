@@ -30,6 +30,14 @@ def transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def ordinary(t: Tensor) -> Tensor:
+    """`t`, or a copy of what torch.inference_mode made, which autograd keeps for no backward."""
+    if not t.is_inference():
+        return t
+    with torch.inference_mode(False):
+        return t.clone()
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast multiplies in on a device; None where it is off or leaves float32."""
     if not torch.amp.is_autocast_available(device.type):

@@ -300,12 +300,11 @@ def _ids(where: str, row: Mapping[str, Any], content: Any, tokenizer: Any) -> li
 
     tools = row.get("tools")
     options = row.get("chat_template_kwargs") or {}
+    apply_chat_template = tokenizer.apply_chat_template
     try:
         if isinstance(tools, str):
             tools = json.loads(tools)
-        made = tokenizer.apply_chat_template(
-            content, tokenize=True, return_dict=True, tools=tools, **options
-        )
+        made = apply_chat_template(content, tokenize=True, return_dict=True, tools=tools, **options)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{where}: the chat template does not take it: {brief(error)}") from error
     return list(made["input_ids"])

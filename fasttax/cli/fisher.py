@@ -14,7 +14,7 @@ from fasttax._base import devices
 from fasttax.cli import _language_model, _options, _rows
 from fasttax.cli.commands import COMMANDS
 from fasttax.fisher import FisherEstimate, KroneckerEstimate, estimate_fisher
-from fasttax.fisher.batches import take
+from fasttax.fisher.parts import take
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     device = devices.named(OP, args.device)
     data = _rows.opened(OP, args.text, args.split, args.config)
     _language_model.check_model(OP, "model", args.model)
-    tokenizer = _language_model.tokenizer_of(args.model)
+    tokenizer = _language_model.TokenizerOnUse(args.model)
     rows = _examples(args, data, tokenizer)
     _language_model.check_rows(OP, args.model, rows)
     model = _language_model.load(args.model, device, args)

@@ -72,7 +72,7 @@ def _tokenized(args: argparse.Namespace, data: _rows.Data, length: int) -> list[
     Raises:
         ValueError: there is none of two tokens.
     """
-    tokenizer = _language_model.tokenizer_of(args.model)
+    tokenizer = _language_model.TokenizerOnUse(args.model)
     every = data.rows(tokenizer, length)
     hidden = not _options.shown(args)
     rows = [

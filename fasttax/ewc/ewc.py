@@ -57,7 +57,7 @@ class EWC:
             strength/2 * <D, G D A>, D = theta - anchor: two products a layer, in float32 whatever
             `storage` is of the diagonals; a LoRA update's takes no dense matrix.
             Parameters that it does not name (new heads, say) are left free; a name that the model
-            lacks is an error.
+            lacks is an error. Of a mapping the tensors are copied.
         strength: finite, >= 0.
         anchor: mapping of names to tensors (a state_dict); None copies the present weights. Always
             a copy. A LoRA update's anchor is 0, the base weight alone, but the present update where
