@@ -24,8 +24,10 @@ TEXTS = [
 accelerator = Accelerator(gradient_accumulation_steps=2, cpu=not torch.cuda.is_available())
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-rows = tokenizer(TEXTS * 2, return_tensors="pt", padding=True)["input_ids"]
-fisher = fasttax.estimate_fisher(model, rows.split(4), progress=False)
+texts = tokenizer(TEXTS * 2, return_tensors="pt", padding=True)
+texts["labels"] = texts["input_ids"].masked_fill(texts["attention_mask"] == 0, -100)
+rows = [{name: values[i] for name, values in texts.items()} for i in range(8)]
+fisher = fasttax.estimate_fisher(model, [texts], progress=False)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 model, optimizer, loader = accelerator.prepare(
     model, optimizer, torch.utils.data.DataLoader(rows, batch_size=2)
@@ -35,7 +37,7 @@ ewc = fasttax.EWC(accelerator.unwrap_model(model), fisher, strength=100.0)
 
 for batch in loader:
     with accelerator.accumulate(model):
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(**batch).loss
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             scaler = optimizer.scaler  # under fp16 the gradients still carry the loss scale here

@@ -29,8 +29,8 @@ class Model(lightning.LightningModule):
         self.lm = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
     def training_step(self, batch, index):
-        """Every token is predicted."""
-        return self.lm(input_ids=batch, labels=batch).loss
+        """Every token is predicted, but padding."""
+        return self.lm(**batch).loss
 
     def configure_optimizers(self):
         """AdamW knows nothing of EWC."""
@@ -38,9 +38,11 @@ class Model(lightning.LightningModule):
 
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
-rows = tokenizer(TEXTS * 2, return_tensors="pt", padding=True)["input_ids"]
+texts = tokenizer(TEXTS * 2, return_tensors="pt", padding=True)
+texts["labels"] = texts["input_ids"].masked_fill(texts["attention_mask"] == 0, -100)
+rows = [{name: values[i] for name, values in texts.items()} for i in range(8)]
 module = Model()
-fisher = fasttax.estimate_fisher(module.lm, rows.split(4), progress=False)
+fisher = fasttax.estimate_fisher(module.lm, [texts], progress=False)
 callback = EWCCallback(fasttax.EWC(module.lm, fisher, strength=100.0))
 
 trainer = lightning.Trainer(

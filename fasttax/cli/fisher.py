@@ -14,7 +14,7 @@ from fasttax._base import devices
 from fasttax.cli import _language_model, _options, _rows
 from fasttax.cli.commands import COMMANDS
 from fasttax.fisher import FisherEstimate, KroneckerEstimate, estimate_fisher
-from fasttax.fisher.batches import take
+from fasttax.fisher.parts import take
 
 Batch = Tensor | Mapping[str, Tensor]
 

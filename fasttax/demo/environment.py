@@ -28,16 +28,16 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def machine() -> dict[str, str | int]:
-    """System, processor, cores, threads and GPU."""
+def machine(device: torch.device) -> dict[str, str | int]:
+    """System, processor, cores, threads, and of a device that is a GPU its name."""
     found: dict[str, str | int] = {
         "system": platform.platform(),
         "cpu": _processor(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
     }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
     return found
 
 

@@ -39,11 +39,12 @@ class Experiment:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.begin = time.perf_counter()
+        self.device = devices.named("fasttax demo", settings.device)
         self.results: dict[str, Any] = {
             "format": 2,
             "status": "running",
             "settings": settings.as_json(),
-            "machine": environment.machine(),
+            "machine": environment.machine(self.device),
             "versions": environment.versions(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "stages": [],
@@ -52,7 +53,6 @@ class Experiment:
             "failures": [],
         }
         self.ewcs: dict[str, fasttax.EWC] = {}
-        self.device = devices.named("fasttax demo", settings.device)
 
     # --- stages -----------------------------------------------------------------------------------
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from fasttax._base import checks, waits
 from fasttax.fisher.task import Task
 
 IGNORED = -100  # the label that transformers and torch.nn.CrossEntropyLoss leave out
-_OF_IMAGES = ("pixel", "image", "video", "patch")  # how arguments that hold images begin
 # transformers' names for what has no ids
 OTHER_INPUTS = ("pixel_values", "input_values", "input_features", "inputs_embeds")
 
@@ -178,7 +176,7 @@ def _read(
     ids = inputs[main] = _ids(op, main, inputs[main], vocab, ranges)
     B, T = ids.shape
     real = _real(op, inputs, ids)
-    if labels is not None and _of_examples(labels, ids, task):
+    if labels is not None and of_examples(labels, ids, task):
         return _classifier(op, inputs, labels, B, T, task)
     packs = inputs.get("cu_seqlens") is not None or inputs.get("position_ids") is not None
     starts = _starts(op, inputs, ids, real)
@@ -238,7 +236,7 @@ def _holds_ids(name: str, x: Tensor) -> bool:
     return name not in OTHER_INPUTS and x.dim() == 2 and x.dtype in (torch.int64, torch.int32)
 
 
-def _of_examples(labels: Tensor, ids: Tensor, task: Task) -> bool:
+def of_examples(labels: Tensor, ids: Tensor, task: Task) -> bool:
     """Whether labels belong to examples, not to their tokens."""
     B = ids.shape[0]
     if labels.dim() == 1 or labels.shape == (B, 1) != ids.shape:
@@ -294,11 +292,21 @@ def _real(op: str, inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
     """(B, T) bool: tokens that are no padding."""
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2:
-        return torch.ones_like(ids, dtype=torch.bool)
+        return ~_behind(inputs, ids)
     if mask.shape != ids.shape:
         expected = f"shape {tuple(ids.shape)} as input_ids"
         raise checks.fail(op, "batch['attention_mask']", expected, mask)
     return checks.attention_mask(op, "batch['attention_mask']", mask)
+
+
+def _behind(inputs: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """(B, T) bool: what collators put behind packed documents to fill a row, at position 0 each."""
+    positions = inputs.get("position_ids")
+    if positions is None or positions.shape != ids.shape or inputs.get("cu_seqlens") is not None:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    behind = (positions != 0).flip(1).cummax(1).values.flip(1).logical_not()
+    behind[:, 0] = False
+    return behind
 
 
 def _starts(op: str, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:
@@ -387,114 +395,3 @@ def _classifier(op: str, inputs: dict[str, Any], labels: Any, B: int, T: int, ta
         raise checks.fail(op, name, expected, labels, "for anything else use observe()")
     counted = labels != IGNORED
     return Batch(inputs, labels.long(), counted, bounds, (B, T), True, likelihood, classes)
-
-
-# --- parts of a batch -----------------------------------------------------------------------------
-
-
-def rows_of(batch: Any) -> int | None:
-    """How many rows a batch has; None where no tensor of it says."""
-    given = named(batch)
-    main = main_input(given) if isinstance(given, Mapping) else None
-    return None if main is None else given[main].shape[0]
-
-
-def take(batch: Any, start: int, stop: int) -> Any:
-    """The examples start..stop of an unpacked batch.
-
-    Tensors with the batch's leading size are cut, and those of images with a multiple of it, of
-    which each row has as many (images, patches); the rest is kept.
-    """
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
-    if not isinstance(batch, Mapping):
-        return tuple(t[start:stop] for t in batch)
-    size = rows_of(batch)
-    part = dict(batch)
-    for k, v in part.items():
-        if not isinstance(v, Tensor) or not v.dim() or not size or v.shape[0] % size:
-            continue
-        each = v.shape[0] // size
-        if each == 1 or (each and k.startswith(_OF_IMAGES)):
-            part[k] = v[start * each : stop * each]
-    return part
-
-
-def _span(
-    inputs: Mapping[str, Any], shape: tuple[int, int], row: int, begin: int, end: int
-) -> dict[str, Any]:
-    """Tokens begin..end of one row: of tensors (B, T, ...), the rest is kept."""
-    part = dict(inputs)
-    for k, v in part.items():
-        if isinstance(v, Tensor) and tuple(v.shape[:2]) == shape:
-            part[k] = v[row : row + 1, begin:end]
-    return part
-
-
-def example(batch: Any, ready: Batch, n: int) -> Any:
-    """Example n of a batch as a batch of its own: a row, or a document cut out of a packed row."""
-    if not ready.packed:
-        return take(batch, n, n + 1)
-    row, begin = divmod(int(ready.bounds[n]), ready.shape[1])
-    end = begin + int(ready.bounds[n + 1] - ready.bounds[n])
-    whole = dict(named(batch))
-    if "position_ids" in ready.inputs:
-        whole["position_ids"] = ready.inputs["position_ids"]
-    if "attention_mask" not in ready.inputs:
-        whole.pop("attention_mask", None)
-    whole.pop("cu_seqlens", None)
-    return _span(whole, ready.shape, row, begin, end)
-
-
-def snippet(batch: Any, tokens: int, task: Task) -> Any:
-    """A small batch of the same kind, for a check of the method.
-
-    One or two rows, cut to `tokens` of their real tokens in all.
-    """
-    whole = named(batch, task.first)
-    ids, labels, positions = (whole.get(k) for k in ("input_ids", "labels", "position_ids"))
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or task.encoder_decoder:
-        return take(whole, 0, 2)
-    if isinstance(labels, Tensor) and _of_examples(labels, ids, task):
-        return take(whole, 0, 2)
-    rows = 2
-    if isinstance(positions, Tensor):
-        rows = 1  # so that one document can be cut out of it
-    part = take(whole, 0, rows)
-    cu = part.pop("cu_seqlens", None)
-    width, first = ids.shape[1], 0
-    mask = part.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        first = int((mask != 0).int().argmax(-1).max())  # left padding
-    stop = min(width, first + max(2, tokens // part["input_ids"].shape[0]))
-    if cu is not None:
-        stop = min(stop, int(cu[1]))
-    if isinstance(positions, Tensor):
-        restart = (positions[0, first + 1 : stop] <= positions[0, first : stop - 1]).nonzero()
-        stop = min([stop, *(first + 1 + restart.flatten()).tolist()])
-    for k, v in part.items():
-        if isinstance(v, Tensor) and v.dim() >= 2 and v.shape[1] == width:
-            part[k] = v[:, first:stop]
-    return part
-
-
-class Meeting(NamedTuple):
-    """The end of a document with the beginning of the next one, and that beginning alone."""
-
-    both: dict[str, Any]
-    alone: dict[str, Any]
-    start: int  # the beginning's first token in `both`
-
-
-def neighbours(ready: Batch, width: int) -> Meeting | None:
-    """The first two documents of one row that meet, `width` tokens of each; None if none do."""
-    T = ready.shape[1]
-    for begin, end in pairwise(ready.bounds.tolist()):
-        row, at = divmod(begin, T)
-        if at and end - begin > 1:
-            before, stop = max(0, at - width), min(at + width, end - row * T)
-            both, alone = (
-                _span(ready.inputs, ready.shape, row, first, stop) for first in (before, at)
-            )
-            return Meeting(both, alone, at - before)
-    return None

@@ -279,8 +279,8 @@ class DiagonalFisher:
                 by it, and what runs inside says only how many examples there are.
 
         The first batch counts when it is proven (unless verify=False): the taps' gradients summed
-        over the examples are those that autograd gives for the whole, of every parameter; and the
-        batch's second example, run alone or by `loss`, gives the same as in the batch.
+        over the examples are those that autograd gives for the whole, of every parameter; the
+        second example, run alone or by `loss`, gives the same; a cross-entropy is no mean.
 
         Raises:
             ValueError: the estimator's options allow update() alone, or the first batch shows that

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from fasttax._base import checks, placed
 from fasttax._base.hashes import chained
 from fasttax._base.packed import STORAGES
-from fasttax.fisher.batches import rows_of, take
 from fasttax.fisher.diagonal import NORMALIZE, DiagonalFisher
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.kronecker import KroneckerEstimate
 from fasttax.fisher.kronecker_fisher import KroneckerFisher
 from fasttax.fisher.observation import one_loss
+from fasttax.fisher.parts import rows_of, take
 from fasttax.fisher.plan import Filter
 
 STRUCTURES = ("diagonal", "kron")

@@ -12,22 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax.fisher import batches, labels
+from fasttax.fisher import batches, labels, parts
 from fasttax.fisher.sums import Sums
-from fasttax.fisher.view import View
+from fasttax.fisher.view import View, without_gradients
 
 
 def examples(view: View, batch: Any, ready: batches.Batch) -> Iterator[batches.Batch]:
     """The examples of `batch`, which was read as `ready`, as batches of their own."""
     for n in range(ready.examples):
-        part = view.read(batches.example(batch, ready, n))
+        part = view.read(parts.example(batch, ready, n))
         yield part
         ready.ranges.join(part.ranges)
 
 
 @contextlib.contextmanager
-def explained(view: View, part: batches.Batch) -> Iterator[None]:
+def explained(view: View, part: batches.Batch, whole: Any = None) -> Iterator[None]:
     """Inside, an error of a model that was given a part of a batch says so.
+
+    Args:
+        view: the model.
+        part: what it is given.
+        whole: the batch, where the model, now in eval mode, has not run on it yet: what fails on
+            that, too, is no fault of the part.
 
     Raises:
         ValueError: the model cannot run on the part.
@@ -37,6 +43,13 @@ def explained(view: View, part: batches.Batch) -> Iterator[None]:
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         if str(error).startswith("DiagonalFisher"):
             raise
+        if whole is not None and not _runs(view, whole):
+            raise ValueError(
+                f"DiagonalFisher.update: batch: {type(view.model).__name__} does not run on it in "
+                f"eval mode: {type(error).__name__}: {str(error)[:200]}; give a batch that "
+                "model(**batch) takes; where that runs in train mode alone, "
+                "DiagonalFisher(model, verify=False) leaves the proof in eval mode out"
+            ) from error
         shapes = ", ".join(
             f"{k} {tuple(v.shape)}" for k, v in part.inputs.items() if isinstance(v, Tensor)
         )
@@ -46,6 +59,15 @@ def explained(view: View, part: batches.Batch) -> Iterator[None]:
             "tensors all have the examples in their first dimension (as many images for each), or "
             "use observe() with a loss= of one example"
         ) from error
+
+
+def _runs(view: View, batch: Any) -> bool:
+    """Whether the model runs on a batch as it is."""
+    try:
+        without_gradients(lambda: view.run(view.read(batch).inputs))
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False
+    return True
 
 
 def update(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fasttax._base import checks
 from fasttax.fisher import loop, sharding
 from fasttax.fisher.layout import Layout
+from fasttax.fisher.loss_factor import LossFactor
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.proof import differences, disagreement, is_exact, not_the_sum, roots
 from fasttax.fisher.replay import replay
@@ -44,7 +45,8 @@ class Observation:
     - the sum of the gradients that the taps squared is, for every parameter, the one that autograd
       gives for the whole block: every use of a parameter was seen, with what it met;
     - the second example, run alone, meets in every module what the taps took for it in the batch;
-      or, of a block with a loss by example, the squares are those of the examples' own gradients.
+      or, of a block with a loss by example, the squares are those of the examples' own gradients;
+    - a loss that shows itself as a cross-entropy is its sum over tokens, not a mean.
 
     Attributes:
         passes: one a forward of the model.
@@ -86,9 +88,12 @@ class Observation:
         """
         with contextlib.ExitStack() as stack:
             params: dict[str, Tensor] = {}
+            factor = LossFactor()
             if self.proving:
                 params = _provable(self.sums)
                 totals = stack.enter_context(self.sums.trial())
+                if self._loss is None:
+                    stack.enter_context(factor.watching(self.view.model))
             with (
                 self.view.quiet(),
                 self.sums.recording(self.passes),
@@ -105,6 +110,7 @@ class Observation:
                     self.sums.finish(p)
                 if self.proving:
                     self._prove(params, totals)
+                    self._prove_sum(factor.found)
             if self.proving and self._loss is not None:
                 self._prove_examples(params, totals, self._loss)
                 self.proven = True
@@ -186,6 +192,21 @@ class Observation:
                 "loss=, or verify=False where you know that the first dimension of every layer's "
                 "input counts the examples"
             )
+
+    def _prove_sum(self, factor: float | None) -> None:
+        """The loss is no mean, and has no factor, where it is a cross-entropy.
+
+        Means, accumulations and loss scales are factors of 2 and more; one nearer 1 may be a
+        smoothing of the labels.
+        """
+        if factor is None or 0.51 < factor < 1.96:
+            return
+        raise ValueError(
+            f"{self.op}: expected the sum of the tokens' losses, got a cross-entropy of "
+            f"{factor:.3g} times its sum, whose squares are {factor**2:.3g} times the Fisher's; "
+            "take reduction='sum', no GradScaler and no division by accumulation steps; or where "
+            "the factor is meant pass loss= of one example, with it"
+        )
 
     def _exact(self, params: Mapping[str, Tensor]) -> bool:
         return is_exact(self.view.device, *(p.dtype for p in params.values()))

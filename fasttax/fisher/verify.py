@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base.modes import evaluated
-from fasttax.fisher import batches, labels, loop
+from fasttax.fisher import batches, labels, loop, parts
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.proof import WIDE, differences, disagreement, is_exact, roots
@@ -37,7 +37,7 @@ def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) 
         ValueError: a parameter's square is not that of its gradient, or the head's closed form
             does not apply.
     """
-    part = batches.snippet(batch, _TOKENS, view.task)
+    part = parts.snippet(batch, _TOKENS, view.task)
     small = view.read(part)
     params = {
         n: s.param for n, s in sums.slots.items() if s.param is not None and not n.startswith("_")
@@ -45,7 +45,7 @@ def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) 
     with labels.unmoved(drawing), sums.scratch() as found, evaluated(view.model):
         current = Pass(Layout(view.unit, small.shape, small.bounds))
         with sums.recording([current]), view.tapped():
-            with loop.explained(view, small), current.explained():
+            with loop.explained(view, small, batch), current.explained():
                 logits = view.forward(small)
             small = small.settled(logits)
             if not bool(small.counted.any()):
@@ -121,7 +121,7 @@ def check_isolation(view: View, ready: batches.Batch) -> None:
     Raises:
         ValueError: they do.
     """
-    meeting = batches.neighbours(ready, 8)
+    meeting = parts.neighbours(ready, 8)
     if meeting is None or view.model.training:
         return
     with torch.random.fork_rng(devices=view.cuda_devices):

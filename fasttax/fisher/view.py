@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fasttax._base import checks
 from fasttax._base.interrupts import deferred
+from fasttax._base.uncached import uncached
 from fasttax.fisher import batches, sharding
 from fasttax.fisher.passes import Pass, address
 from fasttax.fisher.rules.module import drops
@@ -117,7 +118,7 @@ class View:
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """The model's logits: its output, or the output's `.logits`; None where it has neither."""
-        with _uncached(self.model):
+        with uncached(self.model):
             output = self.model(**inputs)
         return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
@@ -226,7 +227,7 @@ class View:
             _whole(install, remove),
             self._differentiable(),
             _uncompiled(self.model),
-            _uncached(self.model),
+            uncached(self.model),
         ):
             yield
 
@@ -377,25 +378,6 @@ def without_gradients(run: Callable[[], Ran]) -> Ran:
     except RuntimeError:
         with torch.enable_grad():
             return run()
-
-
-@contextlib.contextmanager
-def _uncached(model: nn.Module) -> Iterator[None]:
-    """Inside, no config of the model asks for a cache: modules that run again would meet it filled.
-
-    Not by an argument of the forward, which the heads of a model do not pass on.
-    """
-    configs: dict[int, Any] = {
-        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
-    }
-    asking = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
-    try:
-        for config in asking:
-            config.use_cache = False
-        yield
-    finally:
-        for config in asking:
-            config.use_cache = True
 
 
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

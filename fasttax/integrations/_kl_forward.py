@@ -221,14 +221,15 @@ def _is_loss_of(logits: Tensor, labels: Tensor, loss: Tensor, items: Any) -> boo
 
 
 class Hook:
-    """A forward hook that a copy or a pickle of its module does not take along.
+    """A forward hook that a copy or a pickle of its module does not take along, run uncompiled.
 
     A bound method would bring the trainer, its data and the reference into every deep copy of the
-    policy, as those that callbacks keep for averaged weights.
+    policy, as those that callbacks keep for averaged weights. Traced with a compiled policy it
+    would cut the model, and what is called in it, into two dozen graphs where two do.
     """
 
     def __init__(self, seen: Callable[..., None] | None = None) -> None:
-        self.seen = seen
+        self.seen = None if seen is None else torch.compiler.disable(seen)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -12,6 +12,7 @@ from torch import nn
 from fasttax._base import checks
 from fasttax._base.hashes import same_weights, weights_hash
 from fasttax._base.modes import evaluated
+from fasttax._base.uncached import uncached
 from fasttax.ewc.ewc import EWC
 from fasttax.integrations._fsdp1 import refuse_fsdp1, wrapped_by
 
@@ -128,6 +129,6 @@ def _predicts(model: Any) -> bool:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Without gradients, in eval mode, and in the mode from before afterwards."""
-    with evaluated(model), torch.no_grad():
+    """Without gradients and a cache, in eval mode, and in the mode from before afterwards."""
+    with evaluated(model), torch.no_grad(), uncached(model):
         yield

@@ -137,7 +137,6 @@ class Job:
                 logits = self.model(
                     input_ids=padded.to(device),
                     attention_mask=mask.to(device, torch.int64),
-                    use_cache=False,
                 ).logits
                 batch = Batch(number, chosen, [], [], logits.shape[-1])
                 for i, row, values in zip(chosen, rows, logits, strict=True):

@@ -13,12 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fasttax._base import checks
 from fasttax._base.choices import KlKind
+from fasttax.fisher import batches as layout
+from fasttax.fisher.task import Task, takes
 from fasttax.integrations._models import frozen
 from fasttax.kl.token_kl import token_kl
 from fasttax.kl.token_stats import token_stats
 from fasttax.reference.numbers import wide_dtype
 
 Batch = Tensor | Mapping[str, Tensor]
+_TOKENS = ("input_ids", "attention_mask", "position_ids", "cu_seqlens")  # of any model's batch
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def kl_to_base(
     """Mean KL(model || base) in nats a token over `batches`, exact over the whole vocabulary.
 
     Both models are run without dropout and without a graph, and are left as they were. Every token
-    that is not padding counts, but for the last of each row, after which nothing is predicted.
+    that is not padding counts, but for the last of each row, after which nothing is predicted, and
+    of each document in a packed one.
 
     A KL is one on some text, and texts rank models differently. On general text, as the base was
     trained on, it says how far the model has moved where capability is measured; on the new task's
@@ -62,8 +66,9 @@ def kl_to_base(
     Args:
         model: called with input_ids and attention_mask; its result has `.logits` (N, T, V).
         base: the same, of the same vocabulary.
-        batches: ids (N, T), or mappings with `input_ids` and, where rows are padded,
-            `attention_mask`.
+        batches: ids (N, T), or mappings with `input_ids`, where rows are padded `attention_mask`,
+            where they are packed `position_ids` or `cu_seqlens`, and what else the model's forward
+            names (`pixel_values`, ...).
         kind: as in `token_kl`.
 
     Raises:
@@ -144,20 +149,19 @@ def _run(
         Logits (N, T - 1, V) of model and base, and (N, T - 1) each.
     """
     for batch in _each(op, batches):
-        given = _given(op, batch)
-        for name, each in (("model", model), ("base", base)):
-            _check_ids(op, name, each, given["input_ids"])
-        ids, counts = given["input_ids"], _counted(given)
+        given, counts = _given(op, batch, "model", model)
         if answers:
             if isinstance(batch, Tensor) or "labels" not in batch:
                 raise checks.fail(op, "batches", "labels, with answers=True", "none in a batch")
-            counts = counts & (batch["labels"][:, 1:] != -100)
-        x, y = _predictions(model, given), _predictions(base, given)
+            counts = counts & (batch["labels"][:, 1:] != -100).to(counts.device)
+        x = _predictions(op, "model", model, given)
+        y = _predictions(op, "base", base, _given(op, batch, "base", base)[0])
         if x.shape != y.shape:
             raise checks.fail(
                 op, "base", f"a model of model's vocabulary, {x.shape[-1]}", f"{y.shape[-1]}"
             )
-        yield x, y.to(x.device), ids[:, 1:].to(x.device), counts.to(x.device)
+        ids = given["input_ids"][:, 1:]
+        yield x, y.to(x.device), ids.to(x.device), counts.to(x.device)
 
 
 def _check_models(op: str, model: nn.Module, base: nn.Module) -> None:
@@ -219,12 +223,10 @@ def kl_quadratic(model: nn.Module, base: nn.Module, batches: Iterable[Batch]) ->
     total, count = 0.0, 0
     with frozen(base), sdpa_kernel(SDPBackend.MATH):
         for batch in _each(op, batches):
-            given = _given(op, batch)
-            _check_ids(op, "base", base, given["input_ids"])
-            counts = _counted(given)
+            given, counts = _given(op, batch, "base", base)
 
-            def logits(weights: dict[str, Tensor], given: dict[str, Tensor] = given) -> Tensor:
-                return _predictions(base, given, weights)
+            def logits(weights: dict[str, Tensor], given: dict[str, Any] = given) -> Tensor:
+                return _predictions(op, "base", base, given, weights)
 
             try:
                 found = torch.func.jvp(logits, (start,), (change,))
@@ -256,31 +258,37 @@ def _no_forward_mode(op: str, base: nn.Module, error: RuntimeError) -> Exception
     return checks.fail(op, "base", expected, got, way_out, NotImplementedError)
 
 
-def _counted(given: Mapping[str, Tensor]) -> Tensor:
-    """(N, T - 1), the predictions that count: of real tokens after real ones."""
-    real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
-    return real[:, :-1] & real[:, 1:]
+def _given(
+    op: str, batch: Tensor | Mapping[str, Tensor], name: str, model: nn.Module
+) -> tuple[dict[str, Any], Tensor]:
+    """What a model is called with of a batch, and the predictions (N, T - 1) that count.
 
-
-def _given(op: str, batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the models are called with."""
+    Those of real tokens after real ones of the same document.
+    """
     if isinstance(batch, Tensor):
-        given = {"input_ids": batch}
-    else:
-        given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-    if "input_ids" not in given:
+        batch = {"input_ids": batch}
+    if "input_ids" not in batch:
         names = ", ".join(map(str, batch)) or "an empty mapping"
         raise checks.fail(op, "batches", "ids, or mappings with input_ids", names)
-    for name, value in given.items():
-        argument = f"a batch's {name}"
+    given = {k: v for k, v in batch.items() if k in _TOKENS or (k != "labels" and takes(model, k))}
+    for key in ("input_ids", "attention_mask"):
+        value = given.get(key)
+        if key not in given:
+            continue
+        argument = f"a batch's {key}"
         if not isinstance(value, Tensor):
             way_out = "tokenizer(..., return_tensors='pt', padding=True) gives tensors"
             raise checks.fail(op, argument, "a torch.Tensor", value, way_out, TypeError)
         if value.dim() != 2 or value.shape != given["input_ids"].shape:
             raise checks.fail(op, argument, "shape (N, T), one for both", value)
-    if "attention_mask" in given:
-        checks.attention_mask(op, "a batch's attention_mask", given["attention_mask"])
-    return given
+    _check_ids(op, name, model, given["input_ids"])
+    task = Task.of(model, "softmax", shift=True)
+    if task.encoder_decoder:
+        way_out = "FullKL(trainer, base, beta=0) logs the KL of an encoder-decoder's labels"
+        raise checks.fail(op, name, "a decoder language model", type(model).__name__, way_out)
+    device, positions = next(model.parameters()).device, takes(model, "position_ids")
+    read = layout.read(op, given, device, task, positions=positions)
+    return read.inputs, read.counted[:, :-1]
 
 
 def _each(op: str, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -299,14 +307,19 @@ def _each(op: str, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _predictions(
-    model: nn.Module, given: Mapping[str, Tensor], weights: dict[str, Tensor] | None = None
+    op: str,
+    name: str,
+    model: nn.Module,
+    given: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Logits (N, T - 1, V) after every token but the last, by `weights` in place of the model's."""
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in given.items()}
     if weights is None:
-        output = model(**inputs)
+        output = model(**given)
     else:
-        output = torch.func.functional_call(model, weights, kwargs=inputs)
-    logits: Tensor = output.logits
+        output = torch.func.functional_call(model, weights, kwargs=given)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        expected, got = "a language model, of logits (N, T, V)", type(model).__name__
+        raise checks.fail(op, name, expected, got if logits is None else f"{got}, {logits.shape}")
     return logits[:, :-1]

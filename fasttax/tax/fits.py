@@ -26,6 +26,7 @@ COARSE = np.linspace(0.0, HIGHEST, 1201)  # where many covariances are gone thro
 COARSEST = np.linspace(0.0, HIGHEST, 241)  # and points are many, too, as a log's
 MANY = 200
 LEAST_SHIFTED = 0.05  # the least b of c + a x^b: at 0 both columns are one
+LARGEST = 1e20  # of x and y, or 1 / that: sixth powers, products with them and squares are floats
 SURPRISING = 0.05  # a law is flagged whose misfit has a lower probability
 
 
@@ -252,7 +253,7 @@ def points_of(
     """The points with x > 0 by x, at least 3, and what their errors share.
 
     Raises:
-        ValueError: too few, all at one x, or values that are no such points.
+        ValueError: too few, all at one x, out of a float's range, or no such points.
     """
     for name, values in (("y", y), ("runs", runs)):
         if values is not None and len(values) != len(x):
@@ -271,8 +272,20 @@ def points_of(
             "points",
             f"at least 3 with {x_name} > 0, at 2 places or more",
             f"{len(points)} at {different}",
-            "measure more checkpoints",
+            "measure more checkpoints" if points else f"give checkpoints their {x_name}",
         )
+    for name, most in (
+        (x_name, points[-1][0]),
+        (y_name, max(abs(value) for _, value in points)),
+    ):
+        if most and not 1 / LARGEST <= most <= LARGEST:
+            raise checks.fail(
+                op,
+                name,
+                f"values of which the largest is from {1 / LARGEST:g} to {LARGEST:g}",
+                f"{most:g}, whose powers are no floats",
+                "give it in another unit",
+            )
     several = [shared] if isinstance(shared, (int, float)) else shared
     variances = tuple(checks.number(op, "shared", value, low=0) for value in several)
     names_kept = None if runs is None else tuple(name for _, name in kept)

@@ -73,6 +73,26 @@ def test_dropout_in_train_mode_warns() -> None:
         DiagonalFisher(model, verify=False).update(ids(1, 4))
 
 
+class _Trains(TokenModel):
+    """Runs in train mode alone, as bitsandbytes' 4-bit layers of 32 inputs on a CPU."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            raise RuntimeError("shape '[32, 0]' is invalid for input of size 16")
+        return super().forward(*args, **kwargs)
+
+
+def test_a_model_that_does_not_run_in_eval_mode_is_told_from_a_wrong_batch() -> None:
+    model, x = _Trains().train(), ids(2, 5)
+    words = r"_Trains does not run on it in eval mode: RuntimeError: shape.*verify=False"
+    with pytest.raises(ValueError, match=words):
+        DiagonalFisher(model, labels="true").update(x)
+    found = fisher_of(model, x, verify=False)  # as advised
+    assert_exact(found, loop(model, rows_of(x)))
+    with pytest.raises(ValueError, match=r"run on it in eval mode: .*inputs_embeds; give a"):
+        DiagonalFisher(causal_lm("llama")).update({"input_ids": x, "inputs_embeds": x})
+
+
 # --- estimate_fisher, finalize, wrong calls -------------------------------------------------------
 
 

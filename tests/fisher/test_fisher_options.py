@@ -321,8 +321,10 @@ def test_inference_mode_and_no_grad_around_do_not_matter() -> None:
         assert all(torch.equal(out[n], truth[n]) for n in truth)
 
 
-def test_attention_dropout_in_train_mode_warns() -> None:
-    model = causal_lm("llama", attention_dropout=0.2).train()
+@pytest.mark.parametrize("name", ["attention_dropout", "dropout", "drop_prob"])
+def test_dropout_by_a_function_in_train_mode_warns(name: str) -> None:
+    model = causal_lm("llama").train()
+    setattr(model.model.layers[1].mlp, name, 0.2)  # as OPT, Bart and Whisper hold theirs
     with pytest.warns(UserWarning, match=r"dropout.*model.eval\(\)"):
         DiagonalFisher(model, verify=False).update(ids(1, 4))
 

@@ -182,12 +182,30 @@ def test_a_cut_cache_of_another_temperature_is_refused() -> None:
     assert values[2] == pytest.approx(wanted, rel=CLOSE)
 
 
+def test_a_compiled_policy_is_cut_where_it_is_looked_at_alone() -> None:
+    """Into its backbone and its head: nothing of the KL is traced."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    eager = k.step(k.llama(), k.llama(1))
+    policy = k.llama()
+    policy.compile(backend=backend)
+    compiled = k.step(policy, k.llama(1))
+    assert len(graphs) == 2
+    assert compiled.kl == pytest.approx(eager.kl, rel=CLOSE)
+    assert k.error(compiled.grads, eager.grads) < 1e-3
+
+
 # --- packed rows and other inputs of a cache ------------------------------------------------------
 
 
 def test_a_cache_serves_packed_rows() -> None:
-    """Documents do not see each other where transformers makes no cache (use_cache=False)."""
-    policy, ref = (k.llama(seed, use_cache=False) for seed in (0, 1))
+    """Documents do not see each other: the policy makes no cache, as Trainer has it, nor a ref."""
+    policy, ref = k.llama(use_cache=False), k.llama(1)
+    assert ref.config.use_cache
     rows = [k.IDS[0, :4], k.IDS[1, :5], k.IDS[2]]
     cache = TopKReference.make(ref, [r.tolist() for r in rows], k=k.VOCABULARY)
     places = torch.cat([torch.arange(len(r)) for r in rows])[None]
@@ -201,6 +219,7 @@ def test_a_cache_serves_packed_rows() -> None:
     other = k.step(policy, ref, "ref_policy", batch=batch)
     assert made.kl == pytest.approx(other.kl, rel=CLOSE)
     assert made.tokens == other.tokens == 3 + 4 + 8
+    assert ref.config.use_cache
 
 
 class Packed(t.Trainer):

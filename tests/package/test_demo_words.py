@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
-from fasttax.demo import measure, verdicts
+from fasttax.demo import environment, measure, verdicts
 from fasttax.demo.compare import Comparison
 
 
@@ -144,3 +144,10 @@ def test_speed_is_said_where_it_is_beyond_noise(mean: float, reach: float, said:
     spoken = [line for line in text if "plain step" in line and "rounds" in line]
     assert len(spoken) == bool(said)
     assert all(f"took 10.0 % of a plain step {said}" in line for line in spoken)
+
+
+def test_the_gpu_that_is_named_is_the_one_that_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
+    assert environment.machine(torch.device("cuda:1"))["gpu"] == "a GPU, cuda:1"
+    assert "gpu" not in environment.machine(torch.device("cpu"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,31 @@ def test_nothing_is_published_that_a_job_did_not_build() -> None:
         if "download-artifact" in step.get("uses", "")
     }
     assert taken == uploaded == {"linux-x86_64", "cuda-x86_64"}
+
+
+def test_a_publication_that_was_interrupted_can_be_run_again(tmp_path: Path) -> None:
+    """By a `gh` that refuses, as GitHub's, to create a release twice."""
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "fasttax.whl").touch()
+    gh = tmp_path / "gh"
+    gh.write_text(
+        f"""#!/bin/sh
+        case "$2" in
+        view) test -e {tmp_path}/made ;;
+        create) test ! -e {tmp_path}/made && touch {tmp_path}/made ;;
+        upload) echo "$@" >> {tmp_path}/uploads ;;
+        esac"""
+    )
+    gh.chmod(0o755)
+    (command,) = commands("publish")
+    for _ in range(2):
+        subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", command],
+            check=True,
+            cwd=tmp_path,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "GITHUB_REF_NAME": "v1.0"},
+        )
+    upload = "release upload v1.0 --clobber cuda/fasttax.whl"
+    assert (tmp_path / "uploads").read_text().splitlines() == [upload, upload]
+    pypi = next(s for s in JOBS["publish"]["steps"] if "pypi-publish" in s.get("uses", ""))
+    assert pypi["with"]["skip-existing"] is True

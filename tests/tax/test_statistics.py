@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,22 @@ def test_the_quadratic_law_against_numpy() -> None:
     reach = t_quantile(8, 0.95) * errors
     assert law.b_interval == pytest.approx((law.b - reach[1], law.b + reach[1]))
     assert law.predict(2.0)[0] == pytest.approx(2 * law.a + 4 * law.b)
+
+
+@pytest.mark.parametrize("fit", [fit_power_law, fit_quadratic])
+@pytest.mark.parametrize("unit", [1e-19, 1e19, 1e-22, 1e-200, 1e21, 1e300])
+def test_values_out_of_a_floats_range_are_refused(fit: Any, unit: float) -> None:
+    x, y = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 4.1, 7.0, 6.2, 9.5]
+    plain = fit(x, y)
+    if 1e-20 < unit < 1e20:
+        law = fit(x, [unit * v for v in y])
+        assert law.a == pytest.approx(plain.a * unit)
+        assert law.r2 == pytest.approx(plain.r2)
+        assert fit([unit * v for v in x], y).r2 == pytest.approx(plain.r2)
+        return
+    for name, scaled in (("y", (x, [-unit * v for v in y])), ("x", ([unit * v for v in x], y))):
+        with pytest.raises(ValueError, match=rf"{name}: expected values .* 1e-20 to 1e\+20.*unit"):
+            fit(*scaled)
 
 
 def test_rl_razors_predictor_is_told_by_its_text() -> None:

@@ -240,12 +240,14 @@ class ModuleTap(Tap):
 
 
 def drops(module: nn.Module) -> bool:
-    """Whether a module drops out in train mode: one of torch's, or an attention that says so."""
+    """Whether a module drops out in train mode: torch's own, or one with a rate for a function.
+
+    Those are numbers by the names of dropout, activation_dropout, layerdrop, drop_prob, ...
+    """
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-        return bool(module.dropout)
-    return getattr(module, "attention_dropout", 0) not in (0, None)
+    rates = (value for name, value in vars(module).items() if "drop" in name)
+    return any(isinstance(rate, float) and 0 < rate <= 1 for rate in rates)
 
 
 def _has_gradient(t: Any) -> bool:
