@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fasttax._base import checks
+from fasttax._base.evaluation import evaluated
 from fasttax.ewc import factors
 from fasttax.ewc.factors import CONVOLUTIONS, is_packed
 from fasttax.ewc.lora import LoraHeld, refuse_unsupported
@@ -209,7 +210,7 @@ def _error(h: LoraHeld) -> float:
     def draw(shape: Sequence[int], like: Tensor) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
-    with torch.no_grad(), _evaluated(h.module):
+    with torch.no_grad(), evaluated(h.module):
         if factors.is_of_parameter(h.module):
             got, moved, plain = _weights_of_parameter(h.module, draw)
         else:
@@ -275,15 +276,3 @@ def _reading(module: nn.Module, parameter: str) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
-
-
-@contextmanager
-def _evaluated(module: nn.Module) -> Iterator[None]:
-    """Without dropout, and in each part's own mode afterwards."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fasttax._base.evaluation import evaluated
 from fasttax.fisher.layout import WAY_OUT, Layout
 from fasttax.fisher.passes import Met, Pass
 from fasttax.fisher.proof import alike
 from fasttax.fisher.sums import Sums
-from fasttax.fisher.view import View, evaluated, without_gradients
+from fasttax.fisher.view import View, without_gradients
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError)

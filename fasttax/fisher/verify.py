@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttax._base.evaluation import evaluated
 from fasttax.fisher import batches, labels, loop, parts
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
 from fasttax.fisher.proof import WIDE, differences, disagreement, is_exact, roots
 from fasttax.fisher.sums import Sums
-from fasttax.fisher.view import NoClosedForm, View, evaluated, without_gradients
+from fasttax.fisher.view import NoClosedForm, View, without_gradients
 
 _TOKENS = 16  # of one or two examples
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fasttax._base import checks
+from fasttax._base.evaluation import uncached
 from fasttax._base.interrupts import deferred
-from fasttax._base.uncached import uncached
 from fasttax.fisher import batches, sharding
 from fasttax.fisher.passes import Pass, address
 from fasttax.fisher.rules.module import drops
@@ -365,19 +365,6 @@ def _called(model: nn.Module, method: str) -> Any:
     with contextlib.suppress(NotImplementedError, AttributeError):
         return ask()
     return None
-
-
-@contextlib.contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode, every module of it; its modes are as before at the end."""
-    training = [m for m in model.modules() if m.training]
-    try:
-        for m in training:
-            m.training = False
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def without_gradients(run: Callable[[], Ran]) -> Ran:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fasttax._base import checks
-from fasttax._base.uncached import uncached
+from fasttax._base.evaluation import evaluated, uncached
 from fasttax.integrations._fsdp1 import refuse_fsdp1, wrapped_by
 
 if TYPE_CHECKING:
@@ -95,11 +95,5 @@ def _predicts(model: Any) -> bool:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Without gradients and a cache, in eval mode; in the mode from before afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad(), uncached(model):
-            yield
-    finally:
-        for m in training:
-            m.training = True
+    with torch.no_grad(), evaluated(model), uncached(model):
+        yield

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fasttax._base import checks
+from fasttax._base.evaluation import evaluated
 from fasttax._base.gradient import gradient_of
 from fasttax._base.handle import Handle
 from fasttax.ewc.attach import innermost
@@ -143,14 +144,11 @@ class Project(TrainerCallback):
         """Reads the general text and keeps the directions of its gradients."""
         options = Options(self.asked.op, self.asked.batches, "lm", 1.0, 1, None)
         reader = Replay(self.trainer, options)
-        modes = [(m, m.training) for m in self.trainer.model.modules()]
-        self.trainer.model.eval()
         try:
-            for _ in range(self.asked.directions):
-                self.complement.add(self._direction(reader, self.asked.batches.take()))
+            with evaluated(self.trainer.model):
+                for _ in range(self.asked.directions):
+                    self.complement.add(self._direction(reader, self.asked.batches.take()))
         finally:
-            for module, mode in modes:
-                module.training = mode
             self.asked.batches.close()
         if not self.complement.basis:
             raise checks.fail(
