@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -22,6 +23,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`make soak`: what tests/faults tries a few times it tries for hours."""
     parser.addoption("--soak", action="store_true", help="the long forms of tests/faults")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a gc.collect(), of which Trainer's loops make many, looks at 12,000
+    tests and all of transformers else, and takes half a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -59,3 +68,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: Callable[[int], None]) -> None:
+    """For models that are smaller than what starting a second thread costs."""
+    threads(1)

@@ -25,10 +25,6 @@ using torch::stable::Tensor;
 
 inline bool is_half(ScalarType t) { return t == ScalarType::BFloat16 || t == ScalarType::Half; }
 
-inline bool is_floating(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::Double || is_half(t);
-}
-
 inline int64_t element_size(ScalarType t) {
   switch (t) {
     case ScalarType::Double:

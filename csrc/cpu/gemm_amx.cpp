@@ -18,7 +18,6 @@
 
 #if defined(__linux__) && defined(__x86_64__) && FASTTAX_HAS_ISA(512) && \
     (defined(__clang__) || __GNUC__ >= 11)
-#define FASTTAX_AMX
 
 #include <cpuid.h>
 #include <immintrin.h>

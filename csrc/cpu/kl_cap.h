@@ -6,6 +6,9 @@
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
+// 2048 on AVX-512: no lane adds more than 128 terms before it is folded to double
+constexpr int64_t kChunk = 128 * kLanes;
+
 // The same cap on both rows, as Gemma has it: the policy's capped logit, and the capped logits'
 // difference out of that and of the gap g of tanh's arguments,
 //   tanh a - tanh(a - g) = g (1 - tanh^2 a) / (g coth g - g tanh a)
@@ -66,6 +69,8 @@ inline void cap_entries(const T* x, const T* y, int64_t i, int64_t n, float* to_
   };
   while (i + 2 * kLanes <= n) {
     VF xv[2], yv[2];
+    fetch_next(x + i, 2 * kLanes * sizeof(T), kChunk * sizeof(T));
+    fetch_next(y + i, 2 * kLanes * sizeof(T), kChunk * sizeof(T));
     load_pair(x + i, xv[0], xv[1]);
     load_pair(y + i, yv[0], yv[1]);
     for (int j = 0; j < 2; ++j) leave(xv[j], yv[j]);
@@ -89,6 +94,8 @@ inline void cap_chunk(const T* x, const T* y, int64_t n, const KlParams& k, floa
   int64_t i = 0;
   for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) {
     VF xv[kGroup], yv[kGroup], size{}, difference{};
+    fetch_next(x + i, kGroup * kLanes * sizeof(T), kChunk * sizeof(T));
+    fetch_next(y + i, kGroup * kLanes * sizeof(T), kChunk * sizeof(T));
     for (int j = 0; j < kGroup; j += 2) {
       load_pair(x + i + j * kLanes, xv[j], xv[j + 1]);
       load_pair(y + i + j * kLanes, yv[j], yv[j + 1]);

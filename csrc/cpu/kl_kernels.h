@@ -33,11 +33,11 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
   join_lanes<kind>(part, total);
 }
 
-// keep: whether every entry's p and log(m/p) are left there, in load_pair's order, for the policy's
-// gradient. Else there may be the reference's as well, which needs KL(q||m).
+// keep: whether every entry's p and log(m/p) are left in `weight` and `value`, in load_pair's
+// order, for the policy's gradient. Else there may be the reference's as well, which needs KL(q||m).
 template <bool keep, FrameMode mode, class T>
 inline void jsd_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame,
-                      const JsdMath& jsd, float* p, float* to_p, KlThree<double>& total) {
+                      const JsdMath& jsd, float* weight, float* value, KlThree<double>& total) {
   // four lanes for each that adds: a lane's roundings grow with its terms
   KlThree<VF> parts[4] = {};
   int64_t turn = 0, at = 0;
@@ -48,8 +48,11 @@ inline void jsd_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& fram
     part.first -= z.p * z.to_p;
     if constexpr (!keep) part.second -= z.q * z.to_q;
     if constexpr (keep) {
-      store(p + at, z.p);
-      store(to_p + at, z.to_p);
+      VF p = z.p;
+      if constexpr (mode == FrameMode::kGeneral)
+        if (frame.k.cap > 0) p *= kl_bend<VectorMath>(xv, frame.k.cap);
+      store(weight + at, p);
+      store(value + at, z.to_p);
       at += kLanes;
     }
   });
@@ -75,8 +78,10 @@ inline KlThree<double> jsd_sums(const RowPair& rows, int64_t V, const KlParams& 
   const KlKept& kept = rows.kept;
   for_framed_chunks<true>(
       rows, V, k, r, [&](const auto& frame, auto* x, auto* y, int64_t start, int64_t n) {
-        if (kept.p) jsd_chunk<true>(x, y, n, frame, jsd, kept.p + start, kept.to_p + start, sums);
-        else jsd_chunk<false>(x, y, n, frame, jsd, nullptr, nullptr, sums);
+        if (kept.weight)
+          jsd_chunk<true>(x, y, n, frame, jsd, kept.weight + start, kept.value + start, sums);
+        else
+          jsd_chunk<false>(x, y, n, frame, jsd, nullptr, nullptr, sums);
       });
   // The means' weights sum to 1 but for the rounding of 1/S, which a gradient would be left with
   // where one entry has nearly all of the mass.
@@ -105,8 +110,13 @@ inline double second_value(const RowPair& rows, int64_t V, const KlParams& k, co
   return out.value + nan;
 }
 
+struct RowValue {
+  float kl;
+  double mean_gap;  // E_p[d] in the row's frame, as the row keeps it but not rounded
+};
+
 template <KlKind kind>
-inline float kl_row_forward(RowPair& rows, int64_t V, const KlParams& k, KlRow& r) {
+inline RowValue kl_row_forward(RowPair& rows, int64_t V, const KlParams& k, KlRow& r) {
   constexpr int want = kl_wants(kind);
   bool careful = false;
   if constexpr (kl_two_sweeps(kind)) careful = KlFormula<kind>::kCareful;
@@ -119,7 +129,7 @@ inline float kl_row_forward(RowPair& rows, int64_t V, const KlParams& k, KlRow& 
   r.inv_s_ref = float(1 / t.y);
   r.ref_center = 0;
   if constexpr (kl_two_sweeps(kind)) value = second_value<kind>(rows, V, k, t, r);
-  return value < 0 ? 0.0f : float(value);  // NaN passes through
+  return {value < 0 ? 0.0f : float(value), v.gap};  // NaN passes through
 }
 
 // The gradient at one vector.
@@ -173,28 +183,45 @@ struct KlSlope<mode, KlKind::kJsd, sides> {
 
   __attribute__((always_inline)) inline KlSides<VF> operator()(VF xv, VF yv) const {
     const JsdEntry z = jsd.at(frame, xv, yv, sides == kBothSides);
-    KlSides<VF> out{z.p * (z.to_p + frame.r.mean_gap) * gx, {}};
-    if (sides == kBothSides) out.y = z.q * (z.to_q + frame.r.ref_center) * gy;
-    if constexpr (mode == FrameMode::kGeneral) kl_uncap<VectorMath>(out, xv, yv, frame.k);
+    KlSides<VF> weight{z.p, z.q};  // as jsd_chunk leaves it
+    if constexpr (mode == FrameMode::kGeneral) kl_uncap<VectorMath>(weight, xv, yv, frame.k);
+    KlSides<VF> out{weight.x * (z.to_p + frame.r.mean_gap) * gx, {}};
+    if (sides == kBothSides) out.y = weight.y * (z.to_q + frame.r.ref_center) * gy;
     return out;
   }
 };
 
-// The policy's gradient out of what the forward kept.
+// A chunk of the policy's gradient out of what the forward kept, weight * (value + off) * scale.
 template <class T>
-inline void jsd_kept_gradient(const KlKept& kept, int64_t V, const KlParams& k, const KlRow& r,
-                              float upstream, T* dx) {
-  const float gx = -upstream * k.beta_rest * k.row_slope;
+inline void write_kept(const float* weight, const float* value, int64_t n, float off, float scale,
+                       T* dx) {
   const auto at = [&](int64_t i) {
-    KlSides<VF> out{load(kept.p + i) * (load(kept.to_p + i) + r.mean_gap) * gx, {}};
-    if (k.cap > 0) out.x *= kl_bend<VectorMath>(load(kept.x + i), k.cap);
-    return out.x;
+    return times(load(weight + i), load(value + i) + off) * scale;
   };
   constexpr int64_t kTwo = 2 * kLanes;
-  const int64_t whole = V / kTwo * kTwo;
-  for (int64_t i = whole; i < V; i += kLanes)
-    store(dx + i, at(i), std::min<int64_t>(kLanes, V - i));
+  const int64_t whole = n / kTwo * kTwo;
+  for (int64_t i = whole; i < n; i += kLanes)
+    store(dx + i, at(i), std::min<int64_t>(kLanes, n - i));
   for (int64_t i = whole - kTwo; i >= 0; i -= kTwo) store_pair(dx + i, at(i), at(i + kLanes));
+}
+
+template <KlKind kind, class T>
+inline void kept_gradient(const KlKept& kept, int64_t V, const KlParams& k, const KlRow& r,
+                          double mean_gap, float upstream, T* dx) {
+  const float gx = upstream * k.row_slope;
+  if constexpr (kind == KlKind::kJsd)
+    return write_kept(kept.weight, kept.value, V, r.mean_gap, -gx * k.beta_rest, dx);
+  for (int64_t start = (V - 1) / kChunk * kChunk; start >= 0; start -= kChunk) {
+    // From the chunk's frame to the row's; a chunk without mass was in none. In double, so that the
+    // log-ratio of a token that has all of the mass is its mean to the bit.
+    const KlRow& own = kept.frames[start / kChunk];
+    const double down_x = (double(own.mx) - double(r.mx)) * k.row_scale,
+                 down_y = (double(own.my) - double(r.my)) * k.ref_row_scale;
+    const float off = float(down_x - down_y - mean_gap),
+                scale = float(std::exp(std::min(down_x, 0.0))) * r.inv_s * gx;
+    write_kept(kept.weight + start, kept.value + start, std::min(kChunk, V - start), off, scale,
+               dx + start);
+  }
 }
 
 template <KlKind kind>
@@ -218,7 +245,7 @@ inline float kl_forward(FloatType type, const void* x, const void* y, int64_t V,
                         const KlKept& kept, KlRow& r) {
   RowPair rows(type, x, y, k, kept);
   return with_kind(k.kind,
-                   [&](auto kind) { return kl_row_forward<decltype(kind)::value>(rows, V, k, r); });
+                   [&](auto kind) { return kl_row_forward<decltype(kind)::value>(rows, V, k, r).kl; });
 }
 
 inline void kl_backward(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k,
@@ -236,18 +263,18 @@ inline float kl_gradient(FloatType type, const void* x, const void* y, int64_t V
   KlRow r;
   return with_kind(k.kind, [&](auto kind_is) {
     constexpr KlKind kind = decltype(kind_is)::value;
-    const float value = kl_row_forward<kind>(rows, V, k, r);
-    if constexpr (kind == KlKind::kJsd) {
-      if (kept.p && !KlFormula<kind>::is_zero(k.beta)) {
+    const RowValue value = kl_row_forward<kind>(rows, V, k, r);
+    if constexpr (kind == KlKind::kJsd || kind == KlKind::kPolicyRef) {
+      if (kept.weight && !(kind == KlKind::kJsd && KlFormula<KlKind::kJsd>::is_zero(k.beta))) {
         typed(type, dx, [&](auto* unused) {
           using T = std::remove_const_t<std::remove_pointer_t<decltype(unused)>>;
-          jsd_kept_gradient(kept, V, k, r, g, static_cast<T*>(dx));
+          kept_gradient<kind>(kept, V, k, r, value.mean_gap, g, static_cast<T*>(dx));
         });
-        return value;
+        return value.kl;
       }
     }
     if (dx || dy) kl_row_backward<kind>(rows, V, k, r, g, dx, dy);
-    return value;
+    return value.kl;
   });
 }
 

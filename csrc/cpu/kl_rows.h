@@ -9,8 +9,6 @@
 namespace fasttax {
 namespace FASTTAX_ISA_NS {
 
-// 2048 on AVX-512: no lane adds more than 128 terms before it is folded to double
-constexpr int64_t kChunk = 128 * kLanes;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 template <FrameMode mode>

@@ -19,9 +19,20 @@ struct ChunkSums : KlSums {
   float top = -kInf;  // highest entry above the frames
 };
 
-template <bool careful, FrameMode mode, int want, class T>
-inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame) {
+// keep: whether what the policy's gradient is made of is left in `kept`, from `start` on.
+template <bool careful, FrameMode mode, int want, bool keep, class T>
+inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame,
+                           const KlKept& kept, int64_t start) {
   constexpr bool entropy = (want & kWantEntropy) != 0;
+  float *weight = nullptr, *value = nullptr;
+  if constexpr (keep) weight = kept.weight + start;
+  if constexpr (keep) value = kept.value + start;
+  const float cap = frame.k.cap > 0 ? frame.k.cap : kInf;
+  const auto leave = [&](int64_t i, VF ex, VF xv, VF d) {
+    if constexpr (!keep) return;
+    store(weight + i, ex * kl_bend<VectorMath>(xv, cap));
+    store(value + i, d);
+  };
   KlNear<VectorMath, want> near;
   KlFar<VectorMath, want> far;
   KlMixed<VectorMath, want> mixed;
@@ -33,6 +44,7 @@ inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>&
     const VF ex = exp(ax);
     mixed.add(ex, exp(ay), d);
     if (entropy) moment += times(ex, ax);
+    return ex;
   };
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
@@ -55,6 +67,7 @@ inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>&
         const VF ex = exp_flushed(ax[j]);
         near.add(ex, d[j]);
         if (entropy) moment = fma(ex, ax[j], moment);
+        leave(i + j * kLanes, ex, xv[j], d[j]);
       }
     } else if (numbers && reach <= kUnitGap && all_le(widest, splat(kUnitGap))) {
       reach = kUnitGap;
@@ -62,6 +75,7 @@ inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>&
         const VF ex = exp_flushed(ax[j]), f = kl_bregman_unit(d[j]);
         near.add(ex, d[j], f - d[j], f);
         if (entropy) moment = fma(ex, ax[j], moment);
+        leave(i + j * kLanes, ex, xv[j], d[j]);
       }
     } else if (numbers && all_le(widest, splat(kMidGap))) {
       reach = kMidGap;
@@ -69,6 +83,7 @@ inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>&
         const VF ex = exp_flushed(ax[j]), f = kl_bregman_mid(d[j]);
         near.add(ex, d[j], f - d[j], f);
         if (entropy) moment = fma(ex, ax[j], moment);
+        leave(i + j * kLanes, ex, xv[j], d[j]);
       }
     } else {
       // ay by itself: from ax and d it has the rounding of ax, large where y peaks
@@ -77,12 +92,13 @@ inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>&
       const VF high = max_keep_nan(max_keep_nan(ay[0], ay[1]), max_keep_nan(ay[2], ay[3]));
       top = max_keep_nan(high, top);
       if (careful) {
-        for (int j = 0; j < 4; ++j) mix(ax[j], ay[j], d[j]);
+        for (int j = 0; j < 4; ++j) leave(i + j * kLanes, mix(ax[j], ay[j], d[j]), xv[j], d[j]);
       } else {
         for (int j = 0; j < 4; ++j) {
           const VF ex = exp_flushed(ax[j]);
           far.add(ex, exp_flushed(ay[j]), d[j]);
           if (entropy) moment = fma(ex, ax[j], moment);
+          leave(i + j * kLanes, ex, xv[j], d[j]);
         }
       }
     }
@@ -92,7 +108,8 @@ inline ChunkSums sum_chunk(const T* x, const T* y, int64_t n, const Frame<mode>&
     frame(xv, yv, ax, d);
     const VF ay = frame.ay(xv, yv);
     top = max_keep_nan(max_keep_nan(ax, ay), top);
-    mix(ax, ay, d);
+    leave(i, mix(ax, ay, d), xv, d);
+    i += kLanes;
   });
   ChunkSums part;
   part += near;
@@ -169,13 +186,14 @@ inline auto in_frame(const KlParams& k, const KlRow& r, F&& f) {
 template <int want, bool pair = true>
 struct RowSweep {
   const KlParams& k;
+  const KlKept& kept;
   KlRow& r;
   KlSums total;
   bool careful;
   bool seen_x = false, seen_y = false;  // whether an entry of either row has had mass
 
-  RowSweep(const KlParams& params, KlRow& row, bool from_the_start)
-      : k(params), r(row), careful(from_the_start) {
+  RowSweep(const KlParams& params, const KlKept& rows, KlRow& row, bool from_the_start)
+      : k(params), kept(rows), r(row), careful(from_the_start) {
     r = KlRow{};
   }
 
@@ -192,7 +210,7 @@ struct RowSweep {
   }
 
   template <class T>
-  void add(const T* x, const T* y, int64_t n) {
+  void add(const T* x, const T* y, int64_t start, int64_t n) {
     if (!seen_x || !seen_y) {
       const KlRow own = chunk_maxima(x, y, n, k);
       retarget(!seen_x && own.mx > -kInf ? own.mx : r.mx,
@@ -204,8 +222,9 @@ struct RowSweep {
       part = in_frame<T>(k, r, [&](const auto& frame) {
         constexpr FrameMode mode = std::remove_reference_t<decltype(frame)>::kMode;
         if constexpr (!pair) return sum_policy(x, n, frame, careful);
-        else if (careful) return sum_chunk<true, mode, want>(x, y, n, frame);
-        else return sum_chunk<false, mode, want>(x, y, n, frame);
+        else if constexpr (mode == FrameMode::kGeneral && want == kWantPolicyRef)
+          if (kept.frames) return sum_with<mode, true>(x, y, n, frame, start);
+        if constexpr (pair) return sum_with<mode, false>(x, y, n, frame, start);
       });
       if (part.top > kFrameSlack && !raised) {
         raised = true;
@@ -227,6 +246,13 @@ struct RowSweep {
     seen_x |= part.s != 0;
     seen_y |= part.y != 0;
     total += part;
+    if (kept.frames) kept.frames[start / kChunk] = r;
+  }
+
+  template <FrameMode mode, bool keep, class T>
+  ChunkSums sum_with(const T* x, const T* y, int64_t n, const Frame<mode>& frame, int64_t start) {
+    if (careful) return sum_chunk<true, mode, want, keep>(x, y, n, frame, kept, start);
+    return sum_chunk<false, mode, want, keep>(x, y, n, frame, kept, start);
   }
 
   bool trusted(const ChunkSums& part) const {
@@ -259,9 +285,9 @@ struct RowSweep {
 template <int want, bool pair = true>
 inline KlSums sweep_row(RowPair& rows, int64_t V, const KlParams& k, KlRow& r,
                         bool careful = false) {
-  RowSweep<want, pair> sweep(k, r, careful);
-  for_chunks<FrameMode::kShared>(rows, k, V,
-                                 [&](auto* x, auto* y, int64_t, int64_t n) { sweep.add(x, y, n); });
+  RowSweep<want, pair> sweep(k, rows.kept, r, careful);
+  for_chunks<FrameMode::kShared>(
+      rows, k, V, [&](auto* x, auto* y, int64_t start, int64_t n) { sweep.add(x, y, start, n); });
   rows.staged = rows.kept.x != nullptr;
   return sweep.total;
 }

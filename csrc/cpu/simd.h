@@ -203,6 +203,13 @@ inline void fetch(const void* p, int64_t bytes, int64_t distance) {
     __builtin_prefetch(static_cast<const char*>(p) + distance + line);
 }
 
+// Into L2, of the chunk after this one: while that is summed out of L1 the processor's own streams
+// pause. A softcap's token_kl of float32 5.3 -> 4.6 ms on Zen 4, into L1 4.9, in one burst 5.3.
+inline void fetch_next(const void* p, int64_t bytes, int64_t distance) {
+  for (int64_t line = 0; line < bytes; line += 64)
+    __builtin_prefetch(static_cast<const char*>(p) + distance + line, 0, 2);
+}
+
 template <class T>
 inline VF load(const T* p, int64_t n, float fill) {  // the first n < kLanes elements
   VF v = splat(fill);

@@ -9,8 +9,6 @@
 
 namespace fasttax {
 
-__device__ __forceinline__ int kl_item(FloatType type) { return type == FloatType::kFloat ? 4 : 2; }
-
 // Four halves of `type`.
 __device__ __forceinline__ KlVector<float> kl_widen(const uint2& halves, FloatType type) {
   float wide[4];

@@ -134,15 +134,35 @@ def no_tangent(op: str, argument: str, value: Tensor) -> None:
         )
 
 
+def for_backward(op: str, **tensors: Tensor | None) -> None:
+    """Tensors that an op keeps for its backward, where one of them requires grad.
+
+    Raises:
+        ValueError: torch.inference_mode made one, which autograd can't keep.
+    """
+    if not torch.is_grad_enabled() or compiling() or torch.is_inference_mode_enabled():
+        return
+    given = {name: t for name, t in tensors.items() if t is not None}
+    made = [name for name, t in given.items() if t.is_inference()]
+    if made and any(t.requires_grad for t in given.values()):
+        raise fail(
+            op,
+            made[0],
+            "a tensor that autograd can keep for the backward",
+            "one that was made under torch.inference_mode()",
+            f"make it under torch.no_grad(), or pass {made[0]}.clone()",
+        )
+
+
 def choice(op: str, argument: str, value: Any, choices: Collection[str]) -> str:
     """`value`, which must be one of the choices.
 
     Raises:
         ValueError: it is not; names all of them.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise fail(op, argument, "one of " + ", ".join(repr(c) for c in choices), repr(value))
-    return str(value)
+    return value
 
 
 def keys(
@@ -193,10 +213,12 @@ def number(
         raise fail(op, argument, _bounds(low, high, open_low), value, way_out, TypeError)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         try:
+            if isinstance(value, (str, bytes)):  # of which float() would make a number
+                raise TypeError
             value = float(value)  # numpy scalars
         except (TypeError, ValueError):
             expected = _bounds(low, high, open_low)
-            raise fail(op, argument, expected, value, error=TypeError) from None
+            raise fail(op, argument, expected, describe(value), error=TypeError) from None
     try:
         value = float(value)
     except OverflowError:  # an integer beyond float64
@@ -256,11 +278,13 @@ def per_token(
     """A mask or weight broadcast to the tokens' shape.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is no tensor of real numbers.
         ValueError: it is on another device, or does not broadcast.
     """
     if not isinstance(value, Tensor):
         raise fail(op, argument, "a torch.Tensor", value, error=TypeError)
+    if value.is_complex() or value.is_quantized:
+        raise fail(op, argument, "real numbers", value, _to_convert(argument, value), TypeError)
     dense(op, argument, value)
     if value.device != device:
         raise fail(

@@ -1,12 +1,13 @@
-"""Which of torch's modes a call runs in."""
+"""Which of torch's modes a call runs in, and a model's own mode put back."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
@@ -15,6 +16,8 @@ from torch._C._functorch import (
     maybe_get_level,
 )
 from torch.autograd import forward_ad
+
+from fasttax._base.inner import in_four_bits
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -27,6 +30,14 @@ def compiling() -> bool:
 def transforming() -> bool:
     """Whether torch.func's transforms (vmap, grad, vjp, jacrev) are at work."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def ordinary(t: Tensor) -> Tensor:
+    """`t`, or a copy of what torch.inference_mode made, which autograd keeps for no backward."""
+    if not t.is_inference():
+        return t
+    with torch.inference_mode(False):
+        return t.clone()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -63,3 +74,21 @@ def has_tangent(t: Tensor) -> bool:
             return True
         t = get_unwrapped(t)
     return False
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside, every module of the model is in eval mode; its modes are as before at the end.
+
+    Not by model.eval(), of which some classes make more: loralib's merges its weights. And but for
+    bitsandbytes' 4-bit layers, which drop nothing: on a CPU their first forward in eval mode
+    without a gradient lays the weight out anew, from where none goes back any more.
+    """
+    training = [m for m in model.modules() if m.training]
+    try:
+        for m in training:
+            m.training = in_four_bits(getattr(m, "weight", None))
+        yield
+    finally:
+        for m in training:
+            m.training = True

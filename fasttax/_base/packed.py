@@ -15,6 +15,8 @@ from torch import Tensor
 from fasttax import reference
 from fasttax._base import checks
 from fasttax._base.mapped import Spec
+from fasttax._base.modes import ordinary
+from fasttax._base.optional import given
 
 STORAGES = ("fp32", "bf16", "u8log")
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # the storages that are a dtype
@@ -26,11 +28,16 @@ BLOCK = 256  # values that share a range in u8log, and 768 bytes in bf16+8
 class Stored:
     """A Fisher tensor as kernels read it.
 
-    `values` are floats or u8log's codes (uint8), `scales` u8log's (lo, step) of each block.
+    `values` are floats or u8log's codes (uint8), `scales` u8log's (lo, step) of each block. Made
+    under torch.inference_mode they are copied: penalties are differentiated later.
     """
 
     values: Tensor
     scales: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", ordinary(self.values))
+        object.__setattr__(self, "scales", given(self.scales, ordinary))
 
     def decode(self) -> Tensor:
         """The values as floats."""
@@ -156,14 +163,14 @@ def encode_anchor(anchor: Tensor, dtype: torch.dtype | str) -> Tensor:
     Split it takes 3 bytes a value, at a relative error below 1.6e-5.
     """
     if isinstance(dtype, torch.dtype):
-        return anchor.detach().to(dtype).contiguous()
+        return ordinary(anchor.detach().to(dtype).contiguous())
     values = _in_blocks(anchor)
     hi = values.to(torch.bfloat16)
     power = (hi.float().view(torch.int32) & 0x7F800000).view(torch.float32)
     step = power * reference.SPLIT_STEP
     steps = torch.where(step > 0, (values - hi.float()) / step.clamp_min(1e-45), 0.0)
     lo = steps.round().clamp(-127, 127).to(torch.int8)
-    return torch.cat((hi.view(torch.uint8), lo.view(torch.uint8)), 1).flatten()
+    return ordinary(torch.cat((hi.view(torch.uint8), lo.view(torch.uint8)), 1).flatten())
 
 
 def decode_anchor(anchor: Tensor, shape: torch.Size) -> Tensor:

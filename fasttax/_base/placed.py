@@ -14,6 +14,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from fasttax._base import checks
 
 try:
     import fcntl
@@ -22,6 +25,18 @@ except ImportError:  # not a posix system: what a killed writer leaves stays
 
 ADVICE = "; free space there, or save elsewhere: what stood there before stands"
 LONGEST = 40  # characters of the place's name that a temporary one has, which may have 255 bytes
+
+
+def path_of(op: str, argument: str, value: Any, expected: str = "a path") -> Path:
+    """A value that names a file or folder.
+
+    Raises:
+        TypeError: it does not.
+    """
+    try:
+        return Path(value)
+    except TypeError:
+        raise checks.fail(op, argument, expected, value, error=TypeError) from None
 
 
 def for_file(op: str, path: str | os.PathLike[str]) -> Path:
@@ -57,7 +72,7 @@ def in_a_folder(op: str, path: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError, NotADirectoryError: it is not, or is a file.
     """
-    target = Path(path)
+    target = path_of(op, "path", path)
     parent = target.parent
     if parent.is_dir():
         return target

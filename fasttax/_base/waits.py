@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 def waits(t: Tensor) -> bool:
-    """Whether a look at the values of `t` waits for all that its device has been given to do."""
-    return t.device.type != "cpu"
+    """Whether a look at the values of `t` waits for all that its device has been given to do.
+
+    One under FakeTensorMode has none, and counts as on a device.
+    """
+    return t.device.type != "cpu" or isinstance(t, FakeTensor)
 
 
 def over(t: Tensor, device: torch.device) -> Tensor:

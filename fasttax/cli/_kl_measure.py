@@ -56,11 +56,7 @@ def main(args: argparse.Namespace) -> int:
         ValueError: a size below its least, a text without two tokens, or models whose tokenizers
             differ.
     """
-    sizes = [args.batch_size, args.worst, args.rows]
-    if args.length is not None:
-        sizes.append(args.length - 1)
-    if min(sizes) < 1:
-        raise ValueError("--length must be at least 2, --batch-size, --worst and --rows at least 1")
+    _options.check_least(OP, args, length=2, batch_size=1, worst=1, rows=1)
     models = {"policy": args.policy, "ref": args.ref}
     device = devices.named(OP, args.device)
     opened = [_rows.opened(OP, name, args.split, args.config) for name in args.text]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,30 @@ def tokenizer_of(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except UNLOADABLE as error:
-        raise ValueError(f"{name}: its tokenizer does not load: {_options.brief(error)}") from error
+        raise ValueError(
+            f"{name}: its tokenizer does not load: {_options.brief(error).rstrip(': ')}; save one "
+            "there with save_pretrained (fisher and kl cache need none for rows of input_ids)"
+        ) from error
+
+
+class TokenizerOnUse:
+    """The tokenizer of a folder or Hub id, read at its first use: rows of input_ids need none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """As the tokenizer's."""
+        return self._read(text, **options)
+
+    @property
+    def apply_chat_template(self) -> Any:
+        """As the tokenizer's."""
+        return self._read.apply_chat_template
+
+    @cached_property
+    def _read(self) -> Any:
+        return tokenizer_of(self._name)
 
 
 def _config_of(name: str) -> Any:

@@ -94,6 +94,18 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_least(op: str, args: argparse.Namespace, **least: int) -> None:
+    """That options, by their names in `args`, are at least so much where they are given.
+
+    Raises:
+        ValueError: one is less.
+    """
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise checks.fail(op, f"--{name.replace('_', '-')}", f"at least {low}", value)
+
+
 def shown(args: argparse.Namespace) -> bool:
     """Whether to show progress: on a terminal, unless asked not to."""
     return not args.quiet and sys.stderr.isatty()

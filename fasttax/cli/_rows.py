@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fasttax._base import checks
-from fasttax.cli import _hub, _texts
+from fasttax.cli import _hub
 from fasttax.cli._options import brief
 
 ENDINGS = ("completion", "chosen", "rejected")  # of a prompt, in a preference or SFT data set
@@ -116,12 +116,23 @@ def opened(op: str, name: str, split: str | None, config: str | None) -> Data:
             return Data(path.stem, None, _lines(path))
         if path.suffix in TABLES:
             return Data(path.stem, None, _table(op, path, TABLES[path.suffix]))
-        return Data(path.stem, _texts.read(path), ())
+        return Data(path.stem, _text(path), ())
     if not path.is_dir():
         if path.suffix in FILES or not HUB_ID.fullmatch(name):
             raise FileNotFoundError(f"{op}: {name}: No such file; expected {EXPECTED}")
         _hub.check(op, "data", name, EXPECTED, "dataset")
     return Data(path.name, None, _data_set(op, path, name, split, config))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _no_utf8(path, error) from None
+
+
+def _no_utf8(path: Path, error: UnicodeDecodeError) -> Exception:
+    return ValueError(f"{path}: expected UTF-8 text ({error})")
 
 
 def _lines(path: Path) -> Numbered:
@@ -136,7 +147,7 @@ def _lines(path: Path) -> Numbered:
                     where = f"{path}, row {number}"
                     yield where, _parsed(where, line)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: expected UTF-8 text ({error})") from None
+                raise _no_utf8(path, error) from None
 
     return lines()
 
@@ -289,12 +300,11 @@ def _ids(where: str, row: Mapping[str, Any], content: Any, tokenizer: Any) -> li
 
     tools = row.get("tools")
     options = row.get("chat_template_kwargs") or {}
+    apply_chat_template = tokenizer.apply_chat_template
     try:
         if isinstance(tools, str):
             tools = json.loads(tools)
-        made = tokenizer.apply_chat_template(
-            content, tokenize=True, return_dict=True, tools=tools, **options
-        )
+        made = apply_chat_template(content, tokenize=True, return_dict=True, tools=tools, **options)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{where}: the chat template does not take it: {brief(error)}") from error
     return list(made["input_ids"])

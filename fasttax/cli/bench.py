@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fasttax
-from fasttax._base import checks, devices, timing
+from fasttax._base import devices, timing
 from fasttax._base.timing import Case, Result
 from fasttax.cli import _options
 from fasttax.cli._language_model import DTYPES
@@ -183,7 +183,8 @@ def main(argv: Sequence[str]) -> int:
         0; sizes below 1 and a device that is not there are errors before anything is measured.
     """
     args = _options.parsed(parser(), argv)
-    sizes = Sizes(**{name: checks.count(OP, f"--{name}", getattr(args, name)) for name in HELP})
+    _options.check_least(OP, args, **dict.fromkeys(HELP, 1))
+    sizes = Sizes(**{name: getattr(args, name) for name in HELP})
     device = str(devices.named(OP, args.device))
     torch.manual_seed(0)
     rate = timing.bandwidth(device)

@@ -32,14 +32,11 @@ def main(argv: Sequence[str]) -> int:
             tokens, or a model that needs another option of the command.
     """
     args = _options.parsed(parser(), argv)
-    if min(args.length - 1, args.batch_size, args.examples) < 1:
-        raise ValueError(
-            "fasttax fisher: --length must be at least 2, --batch-size and --examples at least 1"
-        )
+    _options.check_least(OP, args, length=2, batch_size=1, examples=1)
     device = devices.named(OP, args.device)
     data = _rows.opened(OP, args.text, args.split, args.config)
     _language_model.check_model(OP, "model", args.model)
-    tokenizer = _language_model.tokenizer_of(args.model)
+    tokenizer = _language_model.TokenizerOnUse(args.model)
     rows = _examples(args, data, tokenizer)
     _language_model.check_rows(OP, args.model, rows)
     model = _language_model.load(args.model, device, args)

@@ -31,10 +31,7 @@ def cache(args: argparse.Namespace) -> int:
         ValueError: a size below its least, a row of DATA that is none of the forms, or an
             interrupted run of other options.
     """
-    for name in ("batch_size", "k"):
-        checks.count(OP, f"--{name.replace('_', '-')}", getattr(args, name))
-    if args.length is not None and args.length < 2:
-        raise checks.fail(OP, "--length", "at least 2", args.length)
+    _options.check_least(OP, args, batch_size=1, k=1, length=2)
     checks.positive(OP, "--temperature", args.temperature)
     device = devices.named(OP, args.device)
     data = _rows.opened(OP, args.data, args.split, args.config)
@@ -75,7 +72,7 @@ def _tokenized(args: argparse.Namespace, data: _rows.Data, length: int) -> list[
     Raises:
         ValueError: there is none of two tokens.
     """
-    tokenizer = _language_model.tokenizer_of(args.model)
+    tokenizer = _language_model.TokenizerOnUse(args.model)
     every = data.rows(tokenizer, length)
     hidden = not _options.shown(args)
     rows = [

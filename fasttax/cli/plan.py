@@ -21,8 +21,7 @@ ALONE = ("training", "Fisher (once, before)")  # the others come on top of train
 def main(argv: Sequence[str]) -> int:
     """Prints the model's shape and the table of costs, and writes --json."""
     args = _options.parsed(parser(), argv)
-    for name in COUNTS:
-        checks.count(OP, f"--{name}", getattr(args, name))
+    _options.check_least(OP, args, **dict.fromkeys(COUNTS, 1))
     use = checks.number(OP, "--use", args.use, low=0, high=1, open_low=True)
     shape = _shape(args.model)
     counts = {name: getattr(args, name) for name in COUNTS}

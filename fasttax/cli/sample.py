@@ -25,8 +25,7 @@ def main(argv: Sequence[str]) -> int:
         ValueError: a size below its least, or a model without a token that begins a text.
     """
     args = _options.parsed(parser(), argv)
-    for option in ("number", "length", "batch_size"):
-        checks.count(OP, f"--{option.replace('_', '-')}", getattr(args, option))
+    _options.check_least(OP, args, number=1, length=1, batch_size=1)
     checks.positive(OP, "--temperature", args.temperature)
     device = devices.named(OP, args.device)
     _language_model.check_model(OP, "model", args.model)

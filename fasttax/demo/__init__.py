@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fasttax._base import json_results
-from fasttax.demo.settings import SMOLLM2, DemoError, Settings, parse
+from fasttax.demo.settings import SMOLLM2, DemoError, Settings, make_folder, parse
 
 NEEDS = {
     "transformers": "demo",
@@ -64,9 +64,7 @@ def _check_extras(settings: Settings) -> None:
 
 def _run(settings: Settings) -> int:
     _check_extras(settings)
-    from fasttax.demo import folders
-
-    folders.folder(settings.output, "the output folder")
+    make_folder(settings.output, "the output folder")
     what = (
         "a tiny byte-level model, trained from scratch first" if settings.tiny else settings.model
     )

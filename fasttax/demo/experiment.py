@@ -19,11 +19,11 @@ from torch import Tensor
 
 import fasttax
 from fasttax._base import devices, files, json_results
-from fasttax.demo import environment, folders, models, verdicts
+from fasttax.demo import environment, models, verdicts
 from fasttax.demo.compare import Comparison
 from fasttax.demo.measure import Bench, Vectors, difference, summary
 from fasttax.demo.methods import MERGE, STOP, Recipe, title, trained
-from fasttax.demo.settings import DemoError, Settings
+from fasttax.demo.settings import DemoError, Settings, make_folder
 from fasttax.demo.texts import Item, collate, general_text, pairs, passages, read_alignment
 from fasttax.demo.timing import measure_step
 from fasttax.demo.training import Batch, Diverged, reset, train, training_batches
@@ -178,7 +178,7 @@ class Experiment:
                 generator=torch.Generator(self.device).manual_seed(s.seed),
             )
             if path is not None:
-                folders.folder(path.parent, "the cache folder")
+                make_folder(path.parent, "the cache folder")
                 fisher.save(path)
                 self._say(f"kept in {path}: the next demo reuses it")
         self.results["fishers"][structure] = {

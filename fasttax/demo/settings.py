@@ -1,13 +1,11 @@
-"""What the demo is asked to do.
-
-options, presets for the real and the tiny model, and where things are kept.
-"""
+"""What the demo is asked to do: options, presets for the real and the tiny model, folders."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,6 +132,18 @@ class Settings(Preset):
 def cache_folder() -> Path:
     """The folder in the user's cache, whether it exists or not."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttax"
+
+
+def make_folder(path: Path, what: str) -> None:
+    """Creates a folder that can be written to, or says what is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise DemoError(
+            f"cannot write to {what} {path} ({error.strerror}); expected a folder, or a place "
+            "where one can be made"
+        ) from None
 
 
 def _positive(text: str) -> int:

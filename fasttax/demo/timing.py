@@ -1,6 +1,6 @@
 """What fasttax adds to a training step, beside the same regulariser composed in plain PyTorch.
 
-interleaved, medians.
+The two take turns; times are medians.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fasttax._base import checks
-from fasttax._base.evaluation import evaluated
+from fasttax._base.modes import evaluated
 from fasttax.ewc import factors
 from fasttax.ewc.factors import CONVOLUTIONS, is_packed
 from fasttax.ewc.lora import LoraHeld, refuse_unsupported

@@ -168,7 +168,7 @@ def check_optimizer(op: str, argument: str, hold: Hold, param_groups: list[dict[
 
 def checked_mode(op: str, mode: str, prox: str) -> str:
     """The mode by its full name: "prox" is short for `prox`, and the other such step is another."""
-    if mode in PROXIMAL and mode != prox:
+    if isinstance(mode, str) and mode in PROXIMAL and mode != prox:
         mine, way_out = PROXIMAL[prox].text, PROXIMAL[mode].way_out
         raise checks.fail(
             op,

@@ -9,7 +9,7 @@ Kirkpatrick et al. 2017 (arXiv:1612.00796); online consolidation: Schwarz et al.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class EWC:
             strength/2 * <D, G D A>, D = theta - anchor: two products a layer, in float32 whatever
             `storage` is of the diagonals; a LoRA update's takes no dense matrix.
             Parameters that it does not name (new heads, say) are left free; a name that the model
-            lacks is an error.
+            lacks is an error. Of a mapping the tensors are copied.
         strength: finite, >= 0.
         anchor: mapping of names to tensors (a state_dict); None copies the present weights. Always
             a copy. A LoRA update's anchor is 0, the base weight alone, but the present update where
@@ -222,7 +222,7 @@ class EWC:
         return self.hold.penalty()
 
     def add_grad_(
-        self, scale: float | Tensor = 1.0, *, only: Sequence[Tensor] | None = None
+        self, scale: float | Tensor = 1.0, *, only: Iterable[Tensor] | None = None
     ) -> Tensor:
         """p.grad += scale * strength * fisher * (theta - anchor) in one pass and with no graph.
 
@@ -231,20 +231,24 @@ class EWC:
         Args:
             scale: multiplies the gradient, not the value returned. A 0-d tensor (a GradScaler's
                 scale on a GPU) is used without a sync.
-            only: the parameters to touch; None is all trainable ones. A missing p.grad is created.
+            only: the parameters to touch, as module.parameters(); None is all trainable ones. A
+                missing p.grad is created.
 
         Over sharded parameters a collective for the value: every rank calls it.
         """
-        return self.hold.add_grad_(scale, only)
+        op = "EWC.add_grad_"
+        if not isinstance(scale, Tensor):
+            scale = checks.number(op, "scale", scale)
+        return self.hold.add_grad_(scale, _listed(op, only))
 
-    def prox_(self, lr: float, *, only: Sequence[Tensor] | None = None) -> None:
+    def prox_(self, lr: float, *, only: Iterable[Tensor] | None = None) -> None:
         """Theta <- anchor + (theta - anchor) / (1 + lr * strength * fisher).
 
         Stable for any strength. It is the proximal step of the penalty in the Euclidean metric at
         step size lr; call it after the optimizer's step. (In Adam's metric: AdamWEWC.) LoRA updates
         have none: the penalty is not separable in A and B.
         """
-        self.hold.prox_(lr, only)
+        self.hold.prox_(lr, _listed("EWC.prox_", only))
 
     def attach(self, optimizer: Any, mode: str = "grad", every: int = 1) -> Attached:
         """Applies the penalty at every optimizer step.
@@ -312,7 +316,7 @@ class EWC:
 
     @classmethod
     @torch.no_grad()
-    def combine(cls, ewcs: Sequence[EWC]) -> EWC:
+    def combine(cls, ewcs: Iterable[EWC]) -> EWC:
         """Several tasks as ONE quadratic, exactly.
 
         F = sum F_k, anchor = sum F_k anchor_k / sum F_k, F_k = strength_k fisher_k.
@@ -363,7 +367,22 @@ class EWC:
         files.load_state_dict(self.hold, state)
 
 
-def _holds(op: str, ewcs: Sequence[EWC]) -> list[Hold]:
-    if isinstance(ewcs, EWC) or not ewcs or not all(isinstance(e, EWC) for e in ewcs):
+def _listed(op: str, only: Iterable[Tensor] | None) -> list[Tensor] | None:
+    """The parameters of an iterable, which is gone through more than once."""
+    if only is None:
+        return None
+    listed = list(only) if isinstance(only, Iterable) else [only]
+    if isinstance(only, Tensor) or not all(isinstance(p, Tensor) for p in listed):
+        expected, way_out = (
+            "parameters, as [p] or module.parameters()",
+            "for names: ewc.parameters()",
+        )
+        raise checks.fail(op, "only", expected, only, way_out, TypeError)
+    return listed
+
+
+def _holds(op: str, ewcs: Iterable[EWC]) -> list[Hold]:
+    given = [] if isinstance(ewcs, EWC) else [*ewcs]
+    if not given or not all(isinstance(e, EWC) for e in given):
         raise checks.fail(op, "ewcs", "a non-empty list of EWC", ewcs, error=TypeError)
-    return [e.hold for e in ewcs]
+    return [e.hold for e in given]

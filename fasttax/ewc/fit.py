@@ -231,7 +231,7 @@ def pick_anchor(
 
     Raises:
         TypeError: it is no mapping, or a value no tensor.
-        ValueError: a name is missing, or a shape another.
+        ValueError: a name is missing, a shape another, or a value NaN or infinite.
     """
     if not isinstance(anchor, Mapping):
         expected = "a mapping of parameter names to tensors"
@@ -251,6 +251,9 @@ def pick_anchor(
         else:
             out[t.name] = value
     differences(op, "anchor", wrong)
+    bad = [n for n, t in out.items() if not bool(torch.isfinite(dtensor.whole(t.detach())).all())]
+    if bad:
+        _refuse_values(op, "anchor", "finite values", bad, "the penalty of such is NaN")
     return out
 
 
@@ -280,16 +283,22 @@ def check_hash(
 
 @dataclass
 class Recipe:
-    """What is done to Fisher values before they are stored, after a survey of all of them."""
+    """What is done to Fisher values before they are stored, after a survey of all of them.
+
+    `copies`: they are the caller's own tensors, which may be written into later.
+    """
 
     bounds: tuple[float, float] | None = None
     divisor: float = 1.0
+    copies: bool = False
 
     def __call__(self, fisher: Tensor) -> Tensor:
         """Clamped, then divided."""
         fisher = fisher.detach()
         if self.bounds is not None:
             fisher = fisher.clamp(*self.bounds)
+        elif self.divisor == 1.0 and self.copies:
+            fisher = fisher.clone()
         return fisher if self.divisor == 1.0 else fisher / self.divisor
 
     def sides(self, sides: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -319,6 +328,7 @@ def survey(
 ) -> Recipe:
     """Looks at every value once, a tensor at a time."""
     recipe = Recipe(_bounds(op, clamp))
+    recipe.copies = not isinstance(fisher, (FisherEstimate, KroneckerEstimate))
     bad, count, total, most = [], 0, 0.0, 0.0
     for name in names:
         _refuse_factors(op, fisher, name)
@@ -331,14 +341,8 @@ def survey(
             total += float(f.sum(dtype=torch.float64))
             most = max(most, float(f.max()))
     if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise checks.fail(
-            op,
-            "fisher",
-            "finite values >= 0",
-            "others in " + ", ".join(bad[:5]) + more,
-            "estimate it again in float32 and on finite losses",
-        )
+        way_out = "estimate it again in float32 and on finite losses"
+        _refuse_values(op, "fisher", "finite values >= 0", bad, way_out)
     if normalize is not None:
         recipe.divisor = {"mean": total / max(count, 1), "max": most}[normalize]
         if recipe.divisor == 0:
@@ -350,6 +354,11 @@ def survey(
                 "pass normalize=None",
             )
     return recipe
+
+
+def _refuse_values(op: str, argument: str, expected: str, bad: Sequence[str], rest: str) -> None:
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    raise checks.fail(op, argument, expected, "others in " + ", ".join(bad[:5]) + more, rest)
 
 
 def _refuse_factors(op: str, fisher: Mapping[str, Tensor], name: str) -> None:

@@ -201,7 +201,7 @@ class Hold:
     def add_grad_parts_(
         self,
         scale: float,
-        only: Sequence[Tensor] | None = None,
+        only: Sequence[Tensor] | None,
         times: Tensor | None = None,
         uphill: Collection[int] = (),
     ) -> list[Part]:
@@ -228,9 +228,9 @@ class Hold:
     def add_product_grad_parts_(
         self,
         scale: float,
-        only: Sequence[Tensor] | None = None,
-        times: Tensor | None = None,
-        uphill: Collection[int] = (),
+        only: Sequence[Tensor] | None,
+        times: Tensor | None,
+        uphill: Collection[int],
     ) -> list[Part]:
         """`add_grad_parts_` of the LoRA updates and of weights with Kronecker factors.
 

@@ -329,7 +329,7 @@ class LoraHeld(Entry):
         scale: float,
         only: set[int] | None,
         times: Tensor | None,
-        uphill: Collection[int] = (),
+        uphill: Collection[int],
     ) -> Tensor:
         """Adds scale * times * d penalty to the factors' gradients; returns the penalty.
 

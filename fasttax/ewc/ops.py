@@ -20,6 +20,7 @@ from fasttax import reference
 from fasttax._base import checks
 from fasttax._base.interrupts import surfaced
 from fasttax._base.library import define, lib, no_double_backward
+from fasttax._base.modes import transforming
 
 FISHER_DTYPES = (*checks.FLOATS, torch.uint8)
 WRITTEN = (("ewc_add_grad_", "grads"), ("ewc_prox_", "params"))  # lists that an op writes in place
@@ -141,6 +142,12 @@ def penalty(
     """`ewc_penalty`; with a list of `scales` Fishers may be u8log and anchors split."""
     strength = checks.number("ewc_penalty", "strength", strength, low=0)
     _check("ewc_penalty", params, scales is not None, anchors=anchors, fishers=fishers)
+    if transforming():  # the op's registered autograd is none of torch.func's
+        return reference.ewc_penalty(params, anchors, fishers, list(scales or ()), strength)
+    kept = {"params": params, "anchors": anchors, "fishers": fishers}
+    checks.for_backward(
+        "ewc_penalty", **{f"{n}[{i}]": t for n, ts in kept.items() for i, t in enumerate(ts)}
+    )
     value: Tensor = torch.ops.fasttax.ewc_penalty(
         _contiguous(params),
         _contiguous(anchors),
@@ -346,12 +353,15 @@ def lora_penalty(
         )
     strength = checks.number(op, "strength", strength, low=0)
     ranges = lora_A.new_empty(0, dtype=torch.float32) if scales is None else scales
+    scale = checks.number(op, "scale", scale)
+    if transforming():
+        return reference.lora_ewc_penalty(lora_A, lora_B, fisher, ranges, scale, strength, False)
     out: tuple[Tensor, Tensor, Tensor] = torch.ops.fasttax.lora_ewc_penalty(
         lora_A.contiguous(),
         lora_B.contiguous(),
         fisher.contiguous(),
         ranges,
-        checks.number(op, "scale", scale),
+        scale,
         strength,
         gradient,
     )

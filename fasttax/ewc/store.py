@@ -89,7 +89,7 @@ def checked_anchor_dtype(op: str, value: Any) -> torch.dtype | str | None:
     """None (each parameter's own), a torch.dtype, or "bf16+8"."""
     if value is None or value == packed.SPLIT or value in checks.FLOATS:
         return value
-    if value in ANCHORS:
+    if isinstance(value, str) and value in ANCHORS:
         return ANCHORS[value]
     raise checks.fail(
         op,

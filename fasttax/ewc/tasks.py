@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttax._base import checks, dtensor
 from fasttax.ewc.files import anchor_hash
@@ -26,37 +26,15 @@ def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay
     op = "EWC.consolidate"
     decay = checks.number(op, "decay", decay, low=0)
     hold.check(op)
-    factored = hold.factored()
-    new_factors = fisher.factors if isinstance(fisher, KroneckerEstimate) else {}
     names = _by_short_name(hold, fisher)
-    plain = [
-        Target(names.get(h.name, h.name), h.name, h.name, h.theta, None)
-        for h in hold.store.held.values()
-    ]
-    weights = [
-        Target(names.get(h.name, h.name), h.name, h.name, h.theta, None) for h in hold.kronecker
-    ]
-    targets = (
-        plain
-        + weights
-        + [Target(names.get(h.name, h.name), h.name, h.name, h.base, h.module) for h in hold.lora]
-    )
-    mixed = sorted(set(factored) ^ {n for n, theirs in names.items() if theirs in new_factors})
-    if isinstance(fisher, KroneckerEstimate):
-        mixed += [
-            n
-            for n in factored
-            if n not in mixed and _cut(fisher.sides(names[n])) != _cut(factored[n])
-        ]
-    if mixed:
-        raise checks.fail(
-            op,
-            "fisher",
-            "Kronecker factors, cut down alike, of the weights that have them here, no others",
-            f"differences at {', '.join(mixed[:5])}",
-            "estimate with the same structure= and max_dim=, or of a KroneckerEstimate take "
-            ".to_diagonal()",
-        )
+    _refuse_other_factors(op, hold.factored(), fisher, names)
+
+    def target(name: str, theta: Tensor, lora: nn.Module | None = None) -> Target:
+        return Target(names.get(name, name), name, name, theta, lora)
+
+    plain = [target(h.name, h.theta) for h in hold.store.held.values()]
+    weights = [target(h.name, h.theta) for h in hold.kronecker]
+    targets = [*plain, *weights, *(target(h.name, h.base, h.module) for h in hold.lora)]
     shapes = shapes_of(fisher)
     given = {name: shapes[theirs] for name, theirs in names.items()}
     differences(op, "fisher", unlike({t.name: t for t in targets}, given, "the model has"))
@@ -96,6 +74,26 @@ def consolidate(hold: Hold, fisher: FisherEstimate | Mapping[str, Tensor], decay
             hold.metadata[count] += found[count]
     hold.metadata["consolidated"] = hold.metadata.get("consolidated", 1) + 1
     hold.metadata["model_hash"] = anchor_hash(hold)
+
+
+def _refuse_other_factors(
+    op: str, factored: Mapping[str, Sides], fisher: Mapping[str, Tensor], names: Mapping[str, str]
+) -> None:
+    """Refuses a Fisher whose Kronecker factors are of other weights, or cut down otherwise."""
+    theirs: dict[str, Sides] = {}
+    if isinstance(fisher, KroneckerEstimate):
+        theirs = {n: fisher.sides(given) for n, given in names.items() if given in fisher.factors}
+    mixed = sorted(factored.keys() ^ theirs.keys())
+    mixed += [n for n in factored if n in theirs and _cut(theirs[n]) != _cut(factored[n])]
+    if mixed:
+        raise checks.fail(
+            op,
+            "fisher",
+            "Kronecker factors, cut down alike, of the weights that have them here, no others",
+            f"differences at {', '.join(mixed[:5])}",
+            "estimate with the same structure= and max_dim=, or of a KroneckerEstimate take "
+            ".to_diagonal()",
+        )
 
 
 def _cut(sides: Sides) -> list[tuple[int, ...]]:

@@ -237,7 +237,7 @@ class DiagonalFisher:
             )
             self._count(ready.examples, ready.counted.sum(), ready.ranges)
             return
-        current = Pass(Layout(self.unit, ready.shape, ready.bounds, ready.shape[0]))
+        current = Pass(Layout(self.unit, ready.shape, ready.bounds))
         with (
             self.sums.recording([current]),
             self.view.tapped(),

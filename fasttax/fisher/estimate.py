@@ -207,8 +207,10 @@ class FisherEstimate(OnHub, Mapping[str, Tensor]):
             batch_size: examples that a step averaged over.
 
         Raises:
-            ValueError: the optimizer has no second moments of the model's parameters.
+            ValueError: the optimizer has no second moments of the model's parameters, or
+                `batch_size` is no count.
         """
+        checks.count("FisherEstimate.from_adam", "batch_size", batch_size)
         names = {id(p): n for n, p in model.named_parameters()}
         values: dict[str, Tensor] = {}
         for group in optimizer.param_groups:

@@ -20,6 +20,7 @@ from fasttax.fisher.diagonal import NORMALIZE, DiagonalFisher
 from fasttax.fisher.estimate import FisherEstimate
 from fasttax.fisher.kronecker import KroneckerEstimate
 from fasttax.fisher.kronecker_fisher import KroneckerFisher
+from fasttax.fisher.observation import one_loss
 from fasttax.fisher.parts import rows_of, take
 from fasttax.fisher.plan import Filter
 
@@ -226,7 +227,7 @@ def _observe(
     """A batch of the user's own loss."""
     model = estimator.model
     with estimator.observe(loss=lambda n: loss(model, take(batch, n, n + 1))):
-        loss(model, batch).backward()
+        one_loss("estimate_fisher", loss(model, batch)).backward()
 
 
 def _refuse_fewer(

@@ -16,10 +16,9 @@ from torch import Tensor
 from fasttax._base import checks, waits
 from fasttax.fisher.factor import completed, diagonal, gram_, shape_of
 from fasttax.fisher.passes import Pass
-from fasttax.fisher.pieces import Piece, TiedHead, is_the_score
+from fasttax.fisher.pieces import Piece, TiedHead, head_slopes
 from fasttax.fisher.sums import Slot, Sums
 
-_CHUNK = 256  # tokens of a head's closed form at a time
 ROUNDINGS = 32  # of float32 or float64: gradients of tokens below them, times the largest, are none
 
 
@@ -235,14 +234,8 @@ def _add_closed(out: Tensor, p: Piece, weight: float) -> None:
     The score is p - onehot(label), so that p is 1 + score at the label, the one negative entry; r =
     d / score is the slope between the head's output and the logits.
     """
-    score = p.score
-    assert score is not None
-    as_it_is = is_the_score(p)
-    for start in range(0, score.shape[0], _CHUNK):
-        s = score[start : start + _CHUNK]
+    for _, s, slope in head_slopes(p):
         mass = torch.where(s < 0, 1 + s, s)
-        slope = p.d[start : start + _CHUNK].to(s.dtype) / s
-        slope = torch.where(as_it_is, 1.0, torch.where(s == 0, 0.0, slope))
         pulled = (slope * mass).to(out.dtype)
         gram_(out, pulled, -weight)
         own = (slope.to(out.dtype) * pulled).sum(0).mul_(weight)

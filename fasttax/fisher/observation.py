@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttax._base import checks
 from fasttax.fisher import loop, sharding
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.loss_factor import LossFactor
@@ -19,6 +20,21 @@ from fasttax.fisher.sums import Sums
 from fasttax.fisher.view import View
 
 Loss = Callable[[int], Tensor]  # an example of the block -> its loss, by a forward of its own
+
+
+def one_loss(op: str, loss: Any) -> Tensor:
+    """What a user's loss gave, which must be one number that hangs on the model.
+
+    Raises:
+        TypeError: it is another thing.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+        return loss
+    came = "one without a graph" if isinstance(loss, Tensor) and loss.numel() == 1 else loss
+    way_out = "return the SUM of the examples' losses, as the model's outputs give it"
+    raise checks.fail(
+        op, "loss", "a tensor of one number to differentiate", came, way_out, TypeError
+    )
 
 
 class Observation:
@@ -199,7 +215,7 @@ class Observation:
         """Autograd's gradients of example n."""
 
         def backward() -> None:
-            loss(n).backward()
+            one_loss(self.op, loss(n)).backward()
 
         return self.view.gradients_of(params, backward)
 

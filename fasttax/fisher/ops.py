@@ -306,6 +306,8 @@ def embedding_sqgrad(
     weights = _weights(op, example_weight, bounds, result)
     skip = -1
     if padding_idx is not None:
+        if not -V <= padding_idx < V:
+            raise checks.fail(op, "padding_idx", f"an id in [-{V}, {V}), or None", padding_idx)
         skip = padding_idx % V
     d = _in_rows(grad_outputs.detach().reshape(-1, H))
     torch.ops.fasttax.embedding_sqgrad_(result, flat.long().contiguous(), d, bounds, weights, skip)

@@ -6,7 +6,7 @@ squared then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -225,16 +225,9 @@ def add_head(out: Tensor, p: Piece, weight: float, skip: Tensor | None = None) -
         weight: of a square.
         skip: (2, U), pairs (unit, id) that are left out.
     """
-    score = p.score
-    assert score is not None
-    as_it_is = is_the_score(p)
     unit = waits.over(p.units(), p.d.device)
-    for start in range(0, score.shape[0], _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        s = score[chunk]
-        q = s.abs().mul_(1 - s.abs())
-        slope = p.d[chunk].to(s.dtype) / s
-        q *= torch.where(as_it_is, 1.0, torch.where(s == 0, 0.0, slope).square_())
+    for chunk, s, slope in head_slopes(p):
+        q = s.abs().mul_(1 - s.abs()).mul_(slope.square_())
         if skip is not None:
             _clear(q, unit[chunk], skip)
         q = q.to(out.dtype).mul_(weight)
@@ -244,10 +237,25 @@ def add_head(out: Tensor, p: Piece, weight: float, skip: Tensor | None = None) -
             gemm(q.T, p.x[chunk].to(out.dtype).square(), out, add=True)
 
 
-def is_the_score(p: Piece) -> Tensor:
-    """Whether the gradient at a head's output is the score at the logits, 0-d on its device."""
+def head_slopes(p: Piece) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A head's tokens by chunks, for the mean over labels.
+
+    Yields:
+        Which tokens, their scores, and the slopes d / score between the head's output and the
+        logits: 1 where the two are one, 0 at a score of 0.
+    """
     score = p.score
     assert score is not None
+    as_it_is = _is_the_score(p, score)
+    for start in range(0, score.shape[0], _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        s = score[chunk]
+        slope = torch.where(s == 0, 0.0, p.d[chunk].to(s.dtype) / s)
+        yield chunk, s, torch.where(as_it_is, 1.0, slope)
+
+
+def _is_the_score(p: Piece, score: Tensor) -> Tensor:
+    """Whether the gradient at a head's output is the score at the logits, 0-d on its device."""
     if p.d.shape != score.shape:
         return torch.zeros((), dtype=torch.bool, device=score.device)
     same = score.to(p.d.dtype).float()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fasttax._base.evaluation import evaluated
+from fasttax._base.modes import evaluated
 from fasttax.fisher.layout import WAY_OUT, Layout
 from fasttax.fisher.passes import Met, Pass
 from fasttax.fisher.proof import alike

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax._base.evaluation import evaluated
+from fasttax._base.modes import evaluated
 from fasttax.fisher import batches, labels, loop, parts
 from fasttax.fisher.layout import Layout
 from fasttax.fisher.passes import Pass
@@ -43,7 +43,7 @@ def verify(view: View, sums: Sums, drawing: torch.Generator | None, batch: Any) 
         n: s.param for n, s in sums.slots.items() if s.param is not None and not n.startswith("_")
     }
     with labels.unmoved(drawing), sums.scratch() as found, evaluated(view.model):
-        current = Pass(Layout(view.unit, small.shape, small.bounds, small.shape[0]))
+        current = Pass(Layout(view.unit, small.shape, small.bounds))
         with sums.recording([current]), view.tapped():
             with loop.explained(view, small, batch), current.explained():
                 logits = view.forward(small)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fasttax._base import checks
-from fasttax._base.evaluation import uncached
 from fasttax._base.interrupts import deferred
+from fasttax._base.uncached import uncached
 from fasttax.fisher import batches, sharding
 from fasttax.fisher.passes import Pass, address
 from fasttax.fisher.rules.module import drops

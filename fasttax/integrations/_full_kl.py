@@ -32,9 +32,9 @@ from fasttax.integrations._kl_forward import (
     shared,
 )
 from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
-from fasttax.integrations._kl_sums import Asked, ModelReference, Policy, Rows
+from fasttax.integrations._kl_sums import Asker, ModelReference, Policy, Rows
 from fasttax.integrations._models import causal_lm
-from fasttax.integrations._replay import Options, add_replay
+from fasttax.integrations._replay import ReplayOptions, add_replay
 from fasttax.integrations._trainer import add_callback, refuse_deepspeed
 from fasttax.integrations.control import AdaptiveKL
 from fasttax.integrations.reference import TopKReference
@@ -77,8 +77,8 @@ class FullKL(Handle):
             (`trainer.ref_model`, or under PEFT the model without its adapter); a TopKReference or
             the path of one needs no model in memory (not in GRPO and RLOO, whose sequences are
             new).
-        beta: the coefficient, >= 0, or an `AdaptiveKL`, which every optimizer step updates with the
-            mean over all ranks.
+        beta: the coefficient, >= 0 (at 0 the KL is logged alone), or an `AdaptiveKL`, which every
+            optimizer step updates with the mean over all ranks.
         kind: "policy_ref", "ref_policy", "jsd" or "renyi", as in `token_kl`.
         temperature: of both distributions; None is the trainer's sampling temperature in GRPO and
             RLOO, else 1. A TopKReference of fewer than all tokens must have been made at it.
@@ -147,7 +147,7 @@ class FullKL(Handle):
         self._ref_model = loaded(ref_model)
         if replay is not None:
             refuse_deepspeed(OP, trainer, "replay")
-        more = None if replay is None else Options.of(OP, replay, self._ref_model)
+        more = None if replay is None else ReplayOptions.of(OP, replay, self._ref_model)
         self._hooks: list[RemovableHandle] = []
         self.events = KLEvents(trainer, self.control)
         self._inputs: dict[str, Any] | None = None  # the batch whose loss is being computed
@@ -156,13 +156,10 @@ class FullKL(Handle):
         self._terms: list[_Term] = []  # of the batch's forwards
         self._evaluation: Evaluation | None = None
         self._measures = False  # the loss that is being computed is an evaluation's
-        try:
+        with self.or_undone():
             self._install(more)
             if evaluate:
                 self._evaluation = Evaluation(self, trainer, kind)
-        except BaseException:
-            self.undo()
-            raise
 
     def __repr__(self) -> str:
         ended = "" if self.active else ", undone"
@@ -174,7 +171,7 @@ class FullKL(Handle):
         """The coefficient, an AdaptiveKL's as it is at present."""
         return self._beta if self.control is None else self.control.beta
 
-    def _install(self, replay: Options | None) -> None:
+    def _install(self, replay: ReplayOptions | None) -> None:
         trainer = self.trainer
         self.on_undo(self._unwatch)
         self._watch()
@@ -225,9 +222,10 @@ class FullKL(Handle):
                 self._measure(self._forward(module, given, batch, states, output), given)
             return
         try:
-            self._terms.append(
-                self._term(self._forward(module, given, batch, states, output), batch)
-            )
+            with torch.set_grad_enabled(self.beta > 0):
+                self._terms.append(
+                    self._term(self._forward(module, given, batch, states, output), batch)
+                )
         finally:
             self._inputs = batch
 
@@ -386,11 +384,11 @@ class FullKL(Handle):
                 )
             tokens = _total(term.tokens for term in terms)
             self.events.steer(_total(term.kl for term in terms), tokens)
+            if self.beta == 0:  # for the log alone: 0 times an infinite KL would be NaN
+                return result
             divisor = self._divisor(batch, tokens)
             # of one forward the quotient is 1: its gradients are not gone over again
             kl = _total(term.scaled * (term.divisor / divisor) for term in terms)
-            if self.beta == 0:
-                kl = kl * 0.0
             if not return_outputs:
                 return result + kl.to(result.dtype)
             loss, *others = result
@@ -423,15 +421,15 @@ def _total(values: Iterable[Tensor]) -> Tensor:
 
 def _reference_of(trainer: Any, policy: Any, ref_model: Any, temperature: float) -> Reference:
     """What `ref_model` stands for."""
-    asked = Asked(OP)
+    asker = Asker(OP)
     if isinstance(ref_model, TopKReference) and is_a(trainer, *GENERATING):
         raise checks.fail(
-            *asked,
+            *asker,
             "a model: the sequences of GRPO and RLOO are new at every step",
             "a cached reference",
         )
     keep = getattr(trainer, "num_iterations", 1) > 1
-    reference = reference_of(asked, trainer, policy, ref_model, temperature, keep=keep)
+    reference = reference_of(asker, trainer, policy, ref_model, temperature, keep=keep)
     if isinstance(reference, CachedReference):
         reference.check_packing(trainer)
     return reference

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fasttax._base import checks
 from fasttax.integrations._heads import vocabulary
 from fasttax.integrations._kl_forward import Forward
-from fasttax.integrations._kl_sums import CHUNK, FULL_KL, Asked, Autocast, Rows, vocabularies_differ
+from fasttax.integrations._kl_sums import CHUNK, FULL_KL, Asker, Autocast, Rows, vocabularies_differ
 from fasttax.integrations.reference import TopKReference
 from fasttax.kl.topk import topk_kl
 
@@ -28,7 +28,7 @@ class CachedReference:
         policy: the language model that is trained.
         temperature: of both distributions.
         autocast: the context of the policy's own forward.
-        asked: who asks for it, for errors.
+        asker: who asks for it, for errors.
 
     Raises:
         ValueError: the cache is of another vocabulary or temperature, or no cache can serve.
@@ -40,10 +40,10 @@ class CachedReference:
         policy: Any,
         temperature: float,
         autocast: Autocast,
-        asked: Asked = FULL_KL,
+        asker: Asker = FULL_KL,
     ) -> None:
         self.cache, self.temperature, self.autocast = cache, temperature, autocast
-        self.asked = asked
+        self.asker = asker
         self.V = vocabulary(policy)
         if getattr(policy.config, "is_encoder_decoder", False):
             raise self._no_cache(f"{type(policy).__name__}, an encoder-decoder", "encoder's inputs")
@@ -55,7 +55,7 @@ class CachedReference:
     def _other_temperature(self, V: int) -> Exception:
         cache = self.cache
         return checks.fail(
-            *self.asked,
+            *self.asker,
             f"log-probs at the temperature {self.temperature:g}, to which the {cache.k} largest of "
             f"{V} do not lead from another one",
             f"a cache made at {cache.temperature:g}",
@@ -80,7 +80,7 @@ class CachedReference:
             for part in ids.split(list(rows[i].get("seq_lengths", [len(ids)]))):
                 if len(part) > 1 and part not in self.cache:
                     raise checks.fail(
-                        *self.asked,
+                        *self.asker,
                         "a cache of the sequences that are packed",
                         f"a packed row with {len(part)} tokens that are none of them",
                         "pack whole sequences: packing_strategy='bfd', max_length not below the "
@@ -155,10 +155,10 @@ class CachedReference:
         cache = self.cache
         made_of = cache.vocabulary
         if made_of is not None and made_of != V:
-            raise vocabularies_differ(V, made_of, self.asked)
+            raise vocabularies_differ(V, made_of, self.asker)
         if cache.highest_id >= V:
             raise checks.fail(
-                *self.asked,
+                *self.asker,
                 f"ids of the policy's vocabulary of {V} tokens",
                 f"the id {cache.highest_id}",
                 "make the cache with a model of the policy's vocabulary",
@@ -166,7 +166,7 @@ class CachedReference:
 
     def _no_cache(self, came: str, missing: str) -> Exception:
         return checks.fail(
-            *self.asked,
+            *self.asker,
             f"a model: a cache holds no {missing}",
             f"a cached reference, and {came}",
             "pass the reference model itself",

@@ -10,7 +10,7 @@ from torch import nn
 from fasttax._base import checks
 from fasttax.integrations._heads import vocabulary
 from fasttax.integrations._kl_cached import CachedReference
-from fasttax.integrations._kl_sums import Asked, ModelReference, vocabularies_differ
+from fasttax.integrations._kl_sums import Asker, ModelReference, vocabularies_differ
 from fasttax.integrations._models import causal_lm
 from fasttax.integrations.reference import TopKReference
 
@@ -26,7 +26,7 @@ def loaded(ref_model: Any) -> Any:
 
 
 def reference_of(
-    asked: Asked,
+    asker: Asker,
     trainer: Any,
     policy: Any,
     ref_model: Any,
@@ -39,7 +39,7 @@ def reference_of(
     None is the trainer's own reference, or under PEFT the model without its adapter.
 
     Args:
-        asked: who asks for it, for errors.
+        asker: who asks for it, for errors.
         trainer: whose device and precision it takes.
         policy: the language model that is trained.
         ref_model: a model, a TopKReference, or None.
@@ -51,13 +51,13 @@ def reference_of(
     """
     accelerator = trainer.accelerator
     if isinstance(ref_model, TopKReference):
-        return CachedReference(ref_model, policy, temperature, accelerator.autocast, asked)
+        return CachedReference(ref_model, policy, temperature, accelerator.autocast, asker)
     if ref_model is None:
         ref_model = getattr(trainer, "ref_model", None)
     if ref_model is None:
         if not hasattr(trainer.model, "peft_config"):
             raise checks.fail(
-                *asked,
+                *asker,
                 "a model or a TopKReference",
                 "None, and the trainer has neither a reference nor an adapter",
                 "pass a frozen copy of the base model",
@@ -65,17 +65,17 @@ def reference_of(
         return ModelReference(policy, accelerator.autocast, adapter=trainer.model, keep=keep)
     if isinstance(ref_model, nn.Module):
         ref_model = accelerator.unwrap_model(ref_model)
-    lm = causal_lm(*asked, ref_model)
+    lm = causal_lm(*asker, ref_model)
     if lm is policy:
         raise checks.fail(
-            *asked,
+            *asker,
             "a model of its own",
             "the policy itself, from which it would never differ",
             "pass a frozen copy",
         )
     own, other = vocabulary(policy), vocabulary(lm)
     if own is not None and other is not None and own != other:
-        raise vocabularies_differ(own, other, asked)
+        raise vocabularies_differ(own, other, asker)
     if not any(hasattr(p, "full_tensor") for p in lm.parameters()):
         lm.to(accelerator.device)
     return ModelReference(lm, accelerator.autocast, keep=keep)

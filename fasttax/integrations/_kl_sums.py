@@ -37,14 +37,14 @@ LOGGED = ("kl_policy_ref", "kl_ref_policy", "entropy")  # outputs of token_stats
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-class Asked(NamedTuple):
+class Asker(NamedTuple):
     """Who asks for a reference: what its errors name."""
 
     op: str = "FullKL"
     argument: str = "ref_model"
 
 
-FULL_KL = Asked()
+FULL_KL = Asker()
 
 
 @dataclass(frozen=True)
@@ -317,10 +317,10 @@ class ModelReference:
         return without
 
 
-def vocabularies_differ(policy: int, ref: int, asked: Asked = FULL_KL) -> Exception:
+def vocabularies_differ(policy: int, ref: int, asker: Asker = FULL_KL) -> Exception:
     """The error of two models whose tokens are not the same."""
     return checks.fail(
-        *asked,
+        *asker,
         f"the policy's vocabulary of {policy} tokens",
         f"one of {ref}",
         "use models of one vocabulary; where the larger one is padding alone, cut it: "

@@ -1,20 +1,55 @@
-"""What the integrations must know of a model: its parameters, its wrappers, its mode."""
+"""What the integrations must know of a model: its EWC, its parameters, its wrappers, its mode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from fasttax._base import checks
-from fasttax._base.evaluation import evaluated, uncached
+from fasttax._base.hashes import same_weights, weights_hash
+from fasttax._base.modes import evaluated
+from fasttax._base.uncached import uncached
+from fasttax.ewc.ewc import EWC
 from fasttax.integrations._fsdp1 import refuse_fsdp1, wrapped_by
 
-if TYPE_CHECKING:
-    from fasttax.ewc.ewc import EWC
+WHERE = ("pre_clip", "post_clip")  # where a callback adds the penalty's gradient
+
+
+def check_ewc(op: str, ewc: Any) -> None:
+    """Refuses what is no EWC.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(ewc, EWC):
+        raise checks.fail(op, "ewc", "a fasttax.EWC", ewc, error=TypeError)
+
+
+def anchor_hash(ewc: EWC) -> str:
+    """What a trainer's checkpoint keeps of an EWC."""
+    return weights_hash(ewc.anchor.items())
+
+
+def check_anchor(op: str, ewc: EWC, saved: str | None) -> None:
+    """Refuses another anchor than the one that a checkpoint was trained with, by its hash.
+
+    Raises:
+        ValueError: it is another.
+    """
+    now = anchor_hash(ewc)
+    if not same_weights(saved, now):
+        raise checks.fail(
+            op,
+            "ewc",
+            f"the anchor that the checkpoint was trained with (hash {saved})",
+            f"another (hash {now})",
+            "build the EWC on the base model, before the checkpoint's weights are loaded, or load "
+            "it with EWC.load",
+        )
 
 
 def on_model(op: str, ewc: EWC, model: Any) -> EWC:
@@ -94,6 +129,6 @@ def _predicts(model: Any) -> bool:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Without gradients and a cache, in eval mode; in the mode from before afterwards."""
-    with torch.no_grad(), evaluated(model), uncached(model):
+    """Without gradients and a cache, in eval mode, and in the mode from before afterwards."""
+    with evaluated(model), torch.no_grad(), uncached(model):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,14 +51,6 @@ class FasttaxOptions(_Strict):
     kl: KLOptions | None = None
 
 
-class Asked(NamedTuple):
-    """The arguments of `attach`."""
-
-    ewc: EWC | None
-    kl: dict[str, Any] | None
-    where: str
-
-
 def read(op: str, block: Any, leave_out: str) -> FasttaxOptions:
     """A block, checked.
 
@@ -82,17 +74,20 @@ def read(op: str, block: Any, leave_out: str) -> FasttaxOptions:
     return options
 
 
-def asked(op: str, options: FasttaxOptions, model: Any) -> Asked:
-    """What the options mean for a model at the weights that training starts from.
+def arguments(op: str, options: FasttaxOptions, model: Any) -> dict[str, Any]:
+    """Those of `attach` for a model at the weights that training starts from.
 
     Raises:
         ValueError, OSError: as `EWC`; two references at once; a model that can't be loaded.
     """
-    ewc, where = None, "pre_clip"
+    found: dict[str, Any] = {}
     if options.ewc is not None:
-        given, where = options.ewc, options.ewc.where
-        ewc = EWC(model, given.fisher, strength=given.strength, storage=given.storage)
-    return Asked(ewc, None if options.kl is None else _kl_of(op, options.kl, model), where)
+        given = options.ewc
+        found["ewc"] = EWC(model, given.fisher, strength=given.strength, storage=given.storage)
+        found["where"] = given.where
+    if options.kl is not None:
+        found["kl"] = _kl_of(op, options.kl, model)
+    return found
 
 
 def _plain(block: Any) -> Any:

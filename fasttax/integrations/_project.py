@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fasttax._base import checks
-from fasttax._base.evaluation import evaluated
 from fasttax._base.gradient import gradient_of
 from fasttax._base.handle import Handle
+from fasttax._base.modes import evaluated
 from fasttax.ewc.attach import innermost
-from fasttax.integrations._replay import Batches, Options, Replay
+from fasttax.integrations._replay import Batches, Replay, ReplayOptions
 from fasttax.integrations._trainer import add_callback, publish
 
 KEYS = ("general", "directions")
@@ -34,7 +34,7 @@ EXAMPLE = "{'general': batches, 'directions': 8}"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProjectOptions:
     """A `project` argument, checked: batches of general text, and how many directions."""
 
     op: str
@@ -42,7 +42,7 @@ class Asked:
     directions: int
 
     @staticmethod
-    def of(op: str, project: Any) -> Asked:
+    def of(op: str, project: Any) -> ProjectOptions:
         """Of a mapping with general text.
 
         Raises:
@@ -54,7 +54,7 @@ class Asked:
             )
         checks.keys(op, "project", project, KEYS)
         count = checks.count(op, "project['directions']", project.get("directions", DIRECTIONS))
-        return Asked(op, Batches(op, project["general"], "project['general']"), count)
+        return ProjectOptions(op, Batches(op, project["general"], "project['general']"), count)
 
 
 class Complement:
@@ -125,34 +125,34 @@ class Project(TrainerCallback):
     Args:
         trainer: a transformers Trainer, or one of TRL's, with the weights that the directions are
             those of.
-        asked: the general text.
+        options: the general text.
 
     Raises:
         ValueError: no causal language model, no parameter to train, or text without a gradient.
     """
 
-    def __init__(self, trainer: Any, asked: Asked) -> None:
-        self.trainer, self.asked = trainer, asked
+    def __init__(self, trainer: Any, options: ProjectOptions) -> None:
+        self.trainer, self.options = trainer, options
         named = list(trainer.model.named_parameters())
         self.complement = Complement([p for _, p in named if p.requires_grad])
         if not self.complement.parameters:
-            raise checks.fail(asked.op, "project", "parameters that are trained", "none")
+            raise checks.fail(options.op, "project", "parameters that are trained", "none")
         self.removed: list[Tensor] = []  # the share of each step's gradient since the last log
         self._find()
 
     def _find(self) -> None:
         """Reads the general text and keeps the directions of its gradients."""
-        options = Options(self.asked.op, self.asked.batches, "lm", 1.0, 1, None)
-        reader = Replay(self.trainer, options)
+        replayed = ReplayOptions(self.options.op, self.options.batches, "lm", 1.0, 1, None)
+        reader = Replay(self.trainer, replayed)
         try:
             with evaluated(self.trainer.model):
-                for _ in range(self.asked.directions):
-                    self.complement.add(self._direction(reader, self.asked.batches.take()))
+                for _ in range(self.options.directions):
+                    self.complement.add(self._direction(reader, self.options.batches.take()))
         finally:
-            self.asked.batches.close()
+            self.options.batches.close()
         if not self.complement.basis:
             raise checks.fail(
-                self.asked.op,
+                self.options.op,
                 "project['general']",
                 "text whose loss has a gradient in the parameters that are trained",
                 "gradients of 0",
@@ -177,7 +177,7 @@ class Project(TrainerCallback):
             if bool(_norm(gradient).isfinite()):
                 return gradient
         raise checks.fail(
-            self.asked.op,
+            self.options.op,
             "project['general']",
             "text whose loss has a finite gradient at the weights of the moment",
             "nan or inf",
@@ -207,7 +207,7 @@ class Project(TrainerCallback):
         there = {id(p) for p in wrapped.parameters() if p.requires_grad}
         if mine != there:
             raise checks.fail(
-                self.asked.op,
+                self.options.op,
                 "project",
                 "the parameters that attach saw, whole on every rank",
                 "others: frozen or not since then, sharded by FSDP, or made anew by model_init",
@@ -220,7 +220,7 @@ class Project(TrainerCallback):
         taken = {id(p) for group in innermost(optimizer).param_groups for p in group["params"]}
         if mine - taken:
             raise checks.fail(
-                self.asked.op,
+                self.options.op,
                 "project",
                 f"an optimizer of all {len(mine)} parameters that are trained",
                 f"{type(innermost(optimizer)).__name__} of {len(mine & taken)} of them",
@@ -260,7 +260,7 @@ class RemovedLog(TrainerCallback):
             publish(state, logs, {"project/removed": removed.mean()})
 
 
-def add_project(handle: Handle, trainer: Any, asked: Asked) -> None:
+def add_project(handle: Handle, trainer: Any, options: ProjectOptions) -> None:
     """Puts a projection behind all that adds to a gradient, until the handle undoes it.
 
     Raises:
@@ -269,13 +269,13 @@ def add_project(handle: Handle, trainer: Any, asked: Asked) -> None:
     handler = trainer.callback_handler
     if any(isinstance(c, Project) for c in handler.callbacks):
         raise checks.fail(
-            asked.op,
+            options.op,
             "project",
             "a trainer without a projection",
             "one that has it already",
             "undo() that one first; its text may be longer",
         )
-    callback = Project(trainer, asked)
+    callback = Project(trainer, options)
     handler.callbacks = [*handler.callbacks, callback]
 
     def restore() -> None:

@@ -241,7 +241,7 @@ def tensors(rows: Sequence[Any], V: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     """
     sequences = [read_row(row, f"rows[{i}]", V) for i, row in enumerate(rows)]
     k = max(len(listed) for _, entries in sequences for listed in entries)
-    lengths = torch.tensor([0] + [len(tokens) for tokens, _ in sequences])
+    lengths = torch.tensor([0] + [len(tokens) for tokens, _ in sequences], device="cpu")
     offsets = lengths.cumsum(0)
     n = int(offsets[-1])
     logp = torch.full((n, k), -torch.inf, dtype=torch.float32, device="cpu")

@@ -20,7 +20,7 @@ EXAMPLE = "{'ref_model': base, 'batches': general_text}"
 
 
 @dataclass(frozen=True)
-class Watched:
+class QuadraticOptions:
     """A `log_quadratic` argument, checked."""
 
     op: str
@@ -28,7 +28,7 @@ class Watched:
     batches: list[Batch]
 
     @staticmethod
-    def of(op: str, given: Any) -> Watched:
+    def of(op: str, given: Any) -> QuadraticOptions:
         """Of a mapping with a model and a few batches, which are kept.
 
         Raises:
@@ -46,7 +46,7 @@ class Watched:
         ):
             name = "log_quadratic['batches']"
             raise checks.fail(op, name, "an iterable of batches", batches, error=TypeError)
-        return Watched(op, base, list(batches))
+        return QuadraticOptions(op, base, list(batches))
 
 
 class QuadraticLog(TrainerCallback):
@@ -57,15 +57,15 @@ class QuadraticLog(TrainerCallback):
 
     Args:
         trainer: a transformers Trainer, or one of TRL's.
-        asked: the base and the batches.
+        options: the base and the batches.
 
     Raises:
         ValueError, NotImplementedError: as `kl_quadratic`, which is tried on the first batch.
     """
 
-    def __init__(self, trainer: Any, asked: Watched) -> None:
-        self.trainer, self.asked = trainer, asked
-        kl_quadratic(trainer.model, asked.base, asked.batches[:1])
+    def __init__(self, trainer: Any, options: QuadraticOptions) -> None:
+        self.trainer, self.options = trainer, options
+        kl_quadratic(trainer.model, options.base, options.batches[:1])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuses parameters that no rank holds whole.
@@ -76,7 +76,7 @@ class QuadraticLog(TrainerCallback):
         shards = any(hasattr(p, "full_tensor") for p in self.trainer.model_wrapped.parameters())
         if shards or "FSDP" in str(getattr(self.trainer.accelerator, "distributed_type", "")):
             raise checks.fail(
-                self.asked.op,
+                self.options.op,
                 "log_quadratic",
                 "parameters that are whole on every rank",
                 "sharded ones",
@@ -89,18 +89,18 @@ class QuadraticLog(TrainerCallback):
         """Measures, and publishes the means over the ranks."""
         if logs is None or "loss" not in logs:
             return
-        model, asked, accelerator = self.trainer.model, self.asked, self.trainer.accelerator
+        model, options, accelerator = self.trainer.model, self.options, self.trainer.accelerator
         # accelerate has put autocast around the model's forward: the KL of a base without it would
         # be the rounding's, too
         with accelerator.autocast():
-            kl = kl_to_base(model, asked.base, asked.batches)
+            kl = kl_to_base(model, options.base, options.batches)
         pair = torch.tensor(
-            [kl, kl_quadratic(model, asked.base, asked.batches)], device=accelerator.device
+            [kl, kl_quadratic(model, options.base, options.batches)], device=accelerator.device
         )
         mean = accelerator.reduce(pair, reduction="mean").tolist()
         publish(state, logs, dict(zip(("kl/to_base", "kl/quadratic"), mean, strict=True)))
 
 
-def add_quadratic_log(handle: Handle, trainer: Any, asked: Watched) -> None:
+def add_quadratic_log(handle: Handle, trainer: Any, options: QuadraticOptions) -> None:
     """Puts the measure into a trainer's log until the handle undoes it."""
-    add_callback(handle, trainer, QuadraticLog(trainer, asked))
+    add_callback(handle, trainer, QuadraticLog(trainer, options))

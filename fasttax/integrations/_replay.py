@@ -23,7 +23,7 @@ from fasttax.integrations._fsdp1 import refuse_fsdp1
 from fasttax.integrations._heads import logits_of, vocabulary, watched
 from fasttax.integrations._kl_forward import Forward
 from fasttax.integrations._kl_reference import Reference, RefModel, loaded, reference_of
-from fasttax.integrations._kl_sums import Asked, Policy
+from fasttax.integrations._kl_sums import Asker, Policy
 from fasttax.integrations._models import causal_lm
 from fasttax.integrations._trainer import add_callback, loss_scale, publish
 
@@ -34,7 +34,7 @@ END = object()
 
 
 @dataclass(frozen=True)
-class Options:
+class ReplayOptions:
     """A `replay` argument, checked.
 
     Attributes:
@@ -54,7 +54,7 @@ class Options:
     ref_model: RefModel
 
     @staticmethod
-    def of(op: str, replay: Any, ref_model: RefModel = None) -> Options:
+    def of(op: str, replay: Any, ref_model: RefModel = None) -> ReplayOptions:
         """Of a loader, or of a mapping with a loader and what is said of it.
 
         Args:
@@ -84,7 +84,7 @@ class Options:
                 own,
                 "pass kind='kl', or leave ref_model out",
             )
-        return Options(
+        return ReplayOptions(
             op,
             Batches(op, given["loader"]),
             kind,
@@ -160,7 +160,7 @@ class Replay(TrainerCallback):
         ValueError, TypeError: no causal language model, or a reference that does not fit it.
     """
 
-    def __init__(self, trainer: Any, options: Options) -> None:
+    def __init__(self, trainer: Any, options: ReplayOptions) -> None:
         self.trainer, self.options = trainer, options
         self._primed = False
         self._since_log: Tensor | None = None  # (sum, tokens)
@@ -183,8 +183,8 @@ class Replay(TrainerCallback):
         self.policy = Policy(lm, trainer.accelerator.autocast)
         self.ref: Reference | None = None
         if options.kind == "kl":
-            asked = Asked(options.op, "replay['ref_model']")
-            self.ref = reference_of(asked, trainer, lm, options.ref_model, KL["temperature"])
+            asker = Asker(options.op, "replay['ref_model']")
+            self.ref = reference_of(asker, trainer, lm, options.ref_model, KL["temperature"])
 
     # --- the gradient -----------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class Replay(TrainerCallback):
         publish(state, logs, {f"replay/{self.options.kind}": total / max(tokens, 1.0)})
 
 
-def add_replay(handle: Handle, trainer: Any, options: Options) -> None:
+def add_replay(handle: Handle, trainer: Any, options: ReplayOptions) -> None:
     """Puts a replay into a trainer until the handle undoes it.
 
     Raises:

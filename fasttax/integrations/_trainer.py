@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from fasttax._base import checks, files
 from fasttax._base.handle import Handle
+
+T = TypeVar("T")
 
 
 def check_trainer(op: str, trainer: Any, expected: str) -> None:
@@ -109,7 +111,7 @@ def move_to_the_front(callback: TrainerCallback) -> None:
 
     To be called in one of the callback's events; elsewhere it does nothing.
     """
-    handler = running_handler(callback)
+    handler = calling(CallbackHandler, lambda found: callback in found.callbacks)
     if handler is not None:
         _put_in_front(handler, callback)
 
@@ -119,17 +121,17 @@ def _put_in_front(handler: CallbackHandler, callback: TrainerCallback) -> None:
     handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]
 
 
-def running_handler(callback: TrainerCallback) -> CallbackHandler | None:
-    """The handler whose `call_event` is calling `callback`.
+def calling(kind: type[T], fits: Callable[[T], bool]) -> T | None:
+    """The nearest `kind` that fits and whose method has led here; None for none.
 
     transformers (5.24) gives an event the model, the optimizer and the data loaders, but neither
-    the trainer nor its handler, so that the handler is found where it is: the `self` of the frame
-    that called the event. test_transformers.py pins that frame.
+    the trainer nor its handler, so that both are found where they are: the `self` of a frame that
+    called the event. test_transformers.py pins that frame.
     """
     frame = inspect.currentframe()
     while frame is not None:
         found = frame.f_locals.get("self")
-        if isinstance(found, CallbackHandler) and callback in found.callbacks:
+        if isinstance(found, kind) and fits(found):
             return found
         frame = frame.f_back
     return None

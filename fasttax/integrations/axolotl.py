@@ -19,7 +19,7 @@ try:
     from axolotl.integrations.base import BasePlugin
     from pydantic import BaseModel
 
-    from fasttax.integrations._options import FasttaxOptions, asked, read
+    from fasttax.integrations._options import FasttaxOptions, arguments, read
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"fasttax.integrations.axolotl: {error.name} is not installed; run `pip install axolotl`",
@@ -61,5 +61,4 @@ class FasttaxPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
             ValueError: no block, or an empty one; as `EWC` and `attach`.
         """
         options = read(OP, cfg.get("fasttax"), "take the plugin out of `plugins`")
-        ewc, kl, where = asked(OP, options, trainer.model)
-        attach(trainer, ewc=ewc, kl=kl, where=where)
+        attach(trainer, **arguments(OP, options, trainer.model))

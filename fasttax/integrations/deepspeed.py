@@ -20,6 +20,7 @@ from fasttax.ewc import ops
 from fasttax.ewc.claims import claim
 from fasttax.ewc.drift import Drift
 from fasttax.ewc.hold import Hold
+from fasttax.integrations._models import check_ewc
 from fasttax.integrations._shares import Share, Shares, trainable
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ def attach(engine: Any, ewc: EWC) -> UnderDeepSpeed:
             "pass what deepspeed.initialize returns first",
             TypeError,
         )
-    if not hasattr(ewc, "hold"):
-        raise checks.fail(OP, "ewc", "a fasttax.EWC", ewc, error=TypeError)
+    check_ewc(OP, ewc)
     live = {id(p) for p in engine.module.parameters()}
     strangers = [name for name, p in ewc.parameters().items() if id(p) not in live]
     if strangers:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from fasttax._base import checks
 from fasttax._base.handle import Handle
-from fasttax._base.hashes import same_weights, weights_hash
 from fasttax.ewc.attach import innermost
 from fasttax.ewc.claims import claim
-from fasttax.integrations._models import on_model
+from fasttax.integrations._models import WHERE, anchor_hash, check_anchor, check_ewc, on_model
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,7 +23,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from fasttax.ewc.ewc import EWC
 
-WHERE = ("pre_clip", "post_clip")
+OP = "EWCCallback"
 
 
 class EWCCallback(Callback):
@@ -50,12 +49,9 @@ class EWCCallback(Callback):
     """
 
     def __init__(self, ewc: EWC, where: str = "pre_clip") -> None:
-        op = "EWCCallback"
-        needed = ("add_grad_", "attach", "distance", "parameters")
-        if not all(hasattr(ewc, name) for name in needed):
-            raise checks.fail(op, "ewc", "a fasttax.EWC", ewc, error=TypeError)
+        check_ewc(OP, ewc)
         self.ewc = ewc
-        self.where = checks.choice(op, "where", where, WHERE)
+        self.where = checks.choice(OP, "where", where, WHERE)
         self._handle = Handle()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,19 +59,19 @@ class EWCCallback(Callback):
         strategy = type(trainer.strategy).__name__
         if "DeepSpeed" in strategy:
             raise checks.fail(
-                "EWCCallback",
+                OP,
                 "trainer",
                 "a strategy other than DeepSpeed",
                 strategy,
                 "its engine keeps the gradients to itself; use ddp or fsdp2 "
                 "(ModelParallelStrategy)",
             )
-        self.ewc = on_model("EWCCallback", self.ewc, pl_module)
+        self.ewc = on_model(OP, self.ewc, pl_module)
         self._claim(trainer.optimizers)
         if self.where == "post_clip":
             if not pl_module.automatic_optimization:
                 raise checks.fail(
-                    "EWCCallback",
+                    OP,
                     "where",
                     "'pre_clip' under manual optimization, where clipping is yours",
                     "'post_clip'",
@@ -89,9 +85,9 @@ class EWCCallback(Callback):
 
     def _claim(self, optimizers: Sequence[Any]) -> None:
         """The parameters for this callback, at the steps of each of the run's optimizers."""
-        held, holder = self.ewc.parameters(), f"EWCCallback(where={self.where!r})"
+        held, holder = self.ewc.parameters(), f"{OP}(where={self.where!r})"
         for optimizer in optimizers:
-            own = claim("EWCCallback", "ewc", holder, held, innermost(optimizer))
+            own = claim(OP, "ewc", holder, held, innermost(optimizer))
             self._handle.on_undo(own.release)
 
     def on_before_optimizer_step(
@@ -131,17 +127,8 @@ class EWCCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The anchor's hash, which Lightning keeps in its checkpoints."""
-        return {"anchor_hash": weights_hash(self.ewc.anchor.items())}
+        return {"anchor_hash": anchor_hash(self.ewc)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses another anchor than the one that the checkpoint was trained with."""
-        now = self.state_dict()["anchor_hash"]
-        if not same_weights(state_dict.get("anchor_hash"), now):
-            raise checks.fail(
-                "EWCCallback",
-                "ewc",
-                "the anchor that the checkpoint was trained with (hash "
-                f"{state_dict.get('anchor_hash')})",
-                f"another (hash {now})",
-                "build the EWC on the base model, or load it with EWC.load",
-            )
+        check_anchor(OP, self.ewc, state_dict.get("anchor_hash"))

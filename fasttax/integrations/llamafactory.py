@@ -15,7 +15,6 @@ Written against llamafactory 0.9.5.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,8 @@ from fasttax.integrations.transformers import attach
 try:
     from transformers import Trainer, TrainerCallback
 
-    from fasttax.integrations._options import Asked, FasttaxOptions, asked, read
+    from fasttax.integrations._options import FasttaxOptions, arguments, read
+    from fasttax.integrations._trainer import calling
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"fasttax.integrations.llamafactory: {error.name} is not installed; run `pip install "
@@ -67,17 +67,21 @@ class FasttaxCallback(TrainerCallback):
         block = {"ewc": ewc, "kl": kl}
         self.options: FasttaxOptions = read(OP, block, "leave the callback out")
         self._trainer: Any = None
-        self._asked: Asked | None = None
+        self._arguments: dict[str, Any] = {}
         self._handle: Handle | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes the weights that training starts from."""
-        self._trainer = _trainer_that_calls(self)
-        self._asked = asked(OP, self.options, self._trainer.model)
+        self._trainer = calling(Trainer, lambda found: self in found.callback_handler.callbacks)
+        if self._trainer is None:
+            raise RuntimeError(
+                f"{OP}: expected a transformers Trainer that is being made, got none"
+            )
+        self._arguments = arguments(OP, self.options, self._trainer.model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches, and has what was attached see that training begins."""
-        if self._trainer is None or self._asked is None:
+        if self._trainer is None:
             raise RuntimeError(
                 f"{OP}: expected to be among the trainer's callbacks as it is made, got a trainer "
                 "that was made before; pass callbacks=[...] to it, or use attach(trainer, ...)"
@@ -86,8 +90,7 @@ class FasttaxCallback(TrainerCallback):
             self._handle.undo()
         handler = self._trainer.callback_handler
         before = list(handler.callbacks)
-        ewc, kl, where = self._asked
-        self._handle = attach(self._trainer, ewc=ewc, kl=kl, where=where)
+        self._handle = attach(self._trainer, **self._arguments)
         for callback in [c for c in handler.callbacks if not any(c is b for b in before)]:
             callback.on_train_begin(args, state, control, **kwargs)
 
@@ -96,17 +99,6 @@ class FasttaxCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.undo()
         self._handle = None
-
-
-def _trainer_that_calls(callback: TrainerCallback) -> Any:
-    """The trainer whose __init__ has called `callback`: events name model and optimizer, not it."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
-            return found
-        frame = frame.f_back
-    raise RuntimeError(f"{OP}: expected a transformers Trainer that is being made, got none")
 
 
 def run_exp(args: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:

@@ -28,9 +28,9 @@ ROUNDING = 1e-3  # that float32 log-probs of a large vocabulary may sum above 1
 class TopKReference:
     """The k largest log-probs (float32) and ids of a reference model after every token.
 
-    It covers the sequences that it was made on. A sequence is found by its token ids. Its last
-    token may differ: nothing is predicted from it, so a cache made without the end-of-text token
-    serves sequences that have one.
+    It covers the sequences that it was made on. A sequence is found by its token ids, or by all of
+    them but the last: nothing is predicted from that one, so a cache made without the end-of-text
+    token serves sequences that have one.
 
     Example:
         >>> from fasttax.integrations.reference import TopKReference

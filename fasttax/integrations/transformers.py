@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from fasttax._base import checks, files
 from fasttax._base.handle import Handle
-from fasttax._base.hashes import same_weights, weights_hash
+from fasttax._base.optional import given
 from fasttax.ewc.attach import innermost
 from fasttax.ewc.claims import Claim, claim
 from fasttax.integrations._fsdp1 import FSDP1Shares, has_fsdp1
-from fasttax.integrations._models import on_model
+from fasttax.integrations._models import WHERE, anchor_hash, check_anchor, check_ewc, on_model
 
 try:
     from transformers import TrainerCallback
 
     from fasttax.integrations import deepspeed
     from fasttax.integrations._full_kl import FullKL
-    from fasttax.integrations._project import Asked, add_project
-    from fasttax.integrations._quadratic_log import Watched, add_quadratic_log
-    from fasttax.integrations._replay import Options, add_replay
+    from fasttax.integrations._project import ProjectOptions, add_project
+    from fasttax.integrations._quadratic_log import QuadraticOptions, add_quadratic_log
+    from fasttax.integrations._replay import ReplayOptions, add_replay
     from fasttax.integrations._trainer import (
         add_callback,
         check_trainer,
@@ -55,7 +55,6 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from fasttax.ewc.ewc import EWC
 
-WHERE = ("pre_clip", "post_clip")
 KL_NEEDS = {
     "ref_model": "the model that the KL is to (None: the trainer's own reference, or the model "
     "without its adapter)",
@@ -96,12 +95,9 @@ class EWCCallback(TrainerCallback):
     """
 
     def __init__(self, ewc: EWC, where: str = "pre_clip") -> None:
-        op = "EWCCallback"
-        needed = ("add_grad_", "penalty", "distance", "parameters")
-        if not all(hasattr(ewc, name) for name in needed):
-            raise checks.fail(op, "ewc", "a fasttax.EWC", ewc, error=TypeError)
+        check_ewc("EWCCallback", ewc)
         self.ewc = ewc
-        self.where = checks.choice(op, "where", where, WHERE)
+        self.where = checks.choice("EWCCallback", "where", where, WHERE)
         self._primed = False
         self._seen = False  # the events of the step that is being made
         self._logged: dict[str, float] = {}  # of the evaluation that is being logged
@@ -267,7 +263,7 @@ class EWCCallback(TrainerCallback):
         if state.is_world_process_zero or name != STATE_FILE:
             write_state(
                 checkpoint_folder(args, state) / name,
-                {"anchor_hash": _anchor_hash(self.ewc), "strength": self.ewc.strength},
+                {"anchor_hash": anchor_hash(self.ewc), "strength": self.ewc.strength},
             )
 
 
@@ -331,7 +327,7 @@ def attach(
     """
     op = "attach"
     check_trainer(op, trainer, "a transformers.Trainer")
-    if all(given is None for given in (ewc, kl, replay, project, log_quadratic)):
+    if all(part is None for part in (ewc, kl, replay, project, log_quadratic)):
         raise checks.fail(
             op,
             "ewc and kl",
@@ -348,29 +344,27 @@ def attach(
             "both",
             "leave out one of the two",
         )
-    for what, given in {
-        "replay": replay,
-        "project": project,
-        "log_quadratic": log_quadratic,
-    }.items():
-        if given is not None:
+    parts = {"replay": replay, "project": project, "log_quadratic": log_quadratic}
+    for what, part in parts.items():
+        if part is not None:
             refuse_deepspeed(op, trainer, what)
             refuse_own_loop(op, trainer, what, "GRPO and RLOO have no such loop")
     callback = None if ewc is None else _callback(op, trainer, ewc, where)
     arguments = {} if kl is None else _kl_arguments(op, kl)
-    options = None if replay is None else Options.of(op, replay, arguments.get("ref_model"))
-    asked = None if project is None else Asked.of(op, project)
-    watched = None if log_quadratic is None else Watched.of(op, log_quadratic)
+    ref_model = arguments.get("ref_model")
+    replayed = given(replay, lambda loader: ReplayOptions.of(op, loader, ref_model))
+    projected = given(project, partial(ProjectOptions.of, op))
+    logged = given(log_quadratic, partial(QuadraticOptions.of, op))
     handle = Handle()
     with handle.or_undone():
-        if asked is not None:
-            add_project(handle, trainer, asked)
+        if projected is not None:
+            add_project(handle, trainer, projected)
         if kl is not None:
             handle.put(partial(FullKL, trainer, **arguments))
-        if options is not None:
-            add_replay(handle, trainer, options)
-        if watched is not None:
-            add_quadratic_log(handle, trainer, watched)
+        if replayed is not None:
+            add_replay(handle, trainer, replayed)
+        if logged is not None:
+            add_quadratic_log(handle, trainer, logged)
         if callback is not None:
             handle.on_undo(callback.release)
             add_callback(handle, trainer, callback)
@@ -426,23 +420,10 @@ def _state_file(ewc: EWC, args: Any) -> str:
     return STATE_FILE.replace(".json", f"-{args.process_index}-of-{args.world_size}.json")
 
 
-def _anchor_hash(ewc: EWC) -> str:
-    return weights_hash(ewc.anchor.items())
-
-
 def _check_resumed(ewc: EWC, path: Path) -> None:
     """Refuses another anchor than the one that the checkpoint was trained with."""
     if not path.is_file():
         return
     way_out = "resume from another checkpoint, or delete the file to go on without this check"
     saved = str(files.read_json("EWCCallback", path, way_out).get("anchor_hash"))
-    now = _anchor_hash(ewc)
-    if not same_weights(saved, now):
-        raise checks.fail(
-            "EWCCallback",
-            "ewc",
-            f"the anchor that the checkpoint was trained with (hash {saved})",
-            f"another (hash {now})",
-            "build the EWC on the base model, before the checkpoint's weights are loaded, or load "
-            "it with EWC.load",
-        )
+    check_anchor("EWCCallback", ewc, saved)

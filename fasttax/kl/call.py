@@ -12,6 +12,7 @@ from torch import Tensor
 from fasttax import reference
 from fasttax._base import checks, library
 from fasttax._base.choices import Infinities
+from fasttax._base.modes import HALVES
 from fasttax.reference.kl import RENYI
 from fasttax.reference.numbers import hide
 from fasttax.reference.tempering import OPTIONS as OPTIONS
@@ -133,9 +134,6 @@ def _side(op: str, prefix: str, scale: Any, softcap: Any, temperature: Any) -> S
     return side
 
 
-_HALVES = (torch.bfloat16, torch.float16)
-
-
 def check_logits(op: str, logits: Any, ref_logits: Any, *, shards: bool) -> tuple[Tensor, Tensor]:
     """Both logits with a contiguous vocabulary; leading strides stay as they are.
 
@@ -171,7 +169,7 @@ def check_logits(op: str, logits: Any, ref_logits: Any, *, shards: bool) -> tupl
 
 def _own_dtypes(logits: Tensor, ref_logits: Tensor) -> bool:
     dtypes = {logits.dtype, ref_logits.dtype}
-    wide_and_half = torch.float32 in dtypes and not dtypes.isdisjoint(_HALVES)
+    wide_and_half = torch.float32 in dtypes and not dtypes.isdisjoint(HALVES)
     return wide_and_half and logits.device.type in library.own_dtypes
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from fasttax import reference
-from fasttax._base import checks
+from fasttax._base import checks, waits
 from fasttax._base.library import define, no_second_derivative
 from fasttax._base.modes import compiling, transforming
 from fasttax._base.optional import given
-from fasttax.kl.weigh import by_ops
 
 NO_GRAD = "nothing requires grad"
 FLOAT16 = "a float16 gradient would underflow before a GradScaler's factor reaches it"
@@ -77,7 +76,7 @@ def _scaled(gradient: Tensor, factor: Tensor, keep: bool) -> Tensor:
         return gradient * factor.reshape(*factor.shape, *[1] * (gradient.dim() - factor.dim()))
     if keep or not gradient.is_contiguous():
         gradient = gradient.clone(memory_format=torch.contiguous_format)
-    scale = torch.ops.fasttax.scale_held_ if by_ops(gradient.device) else reference.scale_held_
+    scale = torch.ops.fasttax.scale_held_ if waits.waits(factor) else reference.scale_held_
     scale(gradient, factor.contiguous())
     return gradient
 

@@ -10,7 +10,7 @@ three and four.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 
@@ -250,7 +250,7 @@ def linear_token_logprobs(
     ids: Tensor,
     *,
     bias: Tensor | None = None,
-    outputs: Sequence[str] = ("logp",),
+    outputs: Iterable[str] = ("logp",),
     grad_mode: GradMode = "auto",
     temperature: float = 1.0,
     softcap: float | None = None,

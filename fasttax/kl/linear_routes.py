@@ -59,6 +59,9 @@ class LinearCall:
         if self._in_forward(several if len(outputs) > 1 else ""):
             [(name, row)] = outputs.items()
             return {name: self._made_in_forward(LINEAR.index(row))}
+        given, factors = self.inputs, {"token_weight": self.weighing.weight}
+        kept = {**given.tensors._asdict(), "ids": given.ids, "mask": given.mask, **factors}
+        checks.for_backward(self.op, **kept)
         if self.tp_group is not None:
             rows = StatsRows.of(self._over_ranks(tuple(outputs.values())))
         elif self.tiles > 1:

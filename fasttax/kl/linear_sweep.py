@@ -26,11 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fasttax._base import waits
 from fasttax._base.gemm import bf16_gemm, gemm, mixed_gemm, narrow_gemm, pieces, project
 from fasttax._base.modes import HALVES
 from fasttax._base.optional import given
 from fasttax._base.workspace import Workspace
 from fasttax.kl.call import OPTIONS, Tempering
+from fasttax.kl.gradients import only_needed
 from fasttax.kl.linear_chunks import Asked, ChunkSize, Layout, chunk_size
 from fasttax.reference.numbers import wide_dtype
 from fasttax.reference.rows import KL, LINEAR, LSE, REF_LSE, SAVED_KL, SAVED_STATS, STATS
@@ -88,12 +90,9 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether both are one memory read in one way."""
     if a is None or b is None:
         return a is b
-    return (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype == b.dtype
-    )
+    storages = (t.untyped_storage()._cdata for t in (a, b))  # meta and fake tensors have one, too
+    views = ((t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (a, b))
+    return len({*storages}) == len({*views}) == 1
 
 
 class Projection:
@@ -208,7 +207,7 @@ class Sweep:
         dtype = tensors.dtype
         self.given_tokens = hidden.shape[0]
         self.live: Tensor | None = None
-        if mask is not None and mask.device.type == "cpu":
+        if mask is not None and not waits.waits(mask):
             self.live, mask = mask.nonzero()[:, 0], None
         self.mask = mask
         self.ids = given(ids, lambda ids: self._take(ids, 0))
@@ -460,18 +459,19 @@ class _Chunk:
         self, d_rows: Tensor, need_x: bool, need_y: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of token_stats' rows by both logits, None where there are none."""
-        if not self.asked.stats:
+        need_y = need_y and self.asked.pair
+        if not self.asked.stats or not (need_x or need_y):
             return None, None
         backward, t, d = torch.ops.fasttax.token_stats_backward, self.t, d_rows[: len(STATS)]
         _, saved, ref_saved = self.saved
         y, sides = None, t.alone(t.policy)
         if self.asked.pair:
             y, sides = self.y, t.sides()
-        need_y = need_y and self.asked.pair
-        d_x, d_y = backward(
+        both = backward(
             d.contiguous(), self.x, y, self.ids, self.mask, saved, *sides, need_x, need_y
         )
-        if need_y:
+        d_x, d_y = only_needed(both, (need_x, need_y))
+        if d_y is not None:
             of_ref = torch.zeros_like(d)
             of_ref[LSE] = d_rows[REF_LSE]
             d_y += backward(

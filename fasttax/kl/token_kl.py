@@ -129,6 +129,8 @@ def token_kl(
     mask = check_mask(op, mask, logits.shape[:-1], logits.device)
     w = weighing(op, mask, weight, reduction, scale, logits)
     in_forward = w.reduces and not obstacle_to_gradients((logits, ref_logits), w.weight)
+    if inplace_backward or tp_group is not None or not in_forward:
+        checks.for_backward(op, logits=logits, ref_logits=ref_logits, mask=mask, weight=w.weight)
     if inplace_backward:
         if logits is not given or tp_group is not None:
             raise checks.fail(

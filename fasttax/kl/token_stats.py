@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from fasttax._base import checks
 from fasttax._base.choices import Infinities, KlKind, Reduction
 from fasttax._base.interrupts import surfaced
 from fasttax._base.library import define, lib, no_double_backward
+from fasttax._base.modes import transforming
 from fasttax.kl.call import (
     KINDS,
     SIDES,
@@ -61,15 +62,14 @@ class TokenStats:
     k3: Tensor | None = None
 
 
-def check_outputs(op: str, outputs: Sequence[str], ids: Any, ref: Any) -> tuple[str, ...]:
+def check_outputs(op: str, outputs: Iterable[str], ids: Any, ref: Any) -> tuple[str, ...]:
     """The outputs by name, each with what it needs.
 
     Raises:
         ValueError: there is no such output, or ids or the reference are missing.
     """
-    if isinstance(outputs, str):
-        outputs = (outputs,)
-    for name in outputs:
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    for name in names:
         checks.choice(op, "outputs", name, OUTPUTS)
         if name in NEED_IDS and ids is None:
             raise checks.fail(op, "ids", f"token ids, which output {name!r} needs", "None")
@@ -77,7 +77,7 @@ def check_outputs(op: str, outputs: Sequence[str], ids: Any, ref: Any) -> tuple[
             raise checks.fail(
                 op, "ref_logits", f"the reference's logits, which output {name!r} needs", "None"
             )
-    return tuple(outputs)
+    return names
 
 
 @surfaced
@@ -86,7 +86,7 @@ def token_stats(
     ref_logits: Tensor | None = None,
     ids: Tensor | None = None,
     *,
-    outputs: Sequence[str] = ("logp",),
+    outputs: Iterable[str] = ("logp",),
     kind: KlKind = "policy_ref",
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -166,8 +166,14 @@ def token_stats(
         if tp_group is None:
             checks.ids_in_range(op, "ids", ids, logits.shape[-1])
     w = weighing(op, mask, weight, reduction, scale, logits)
+    checks.for_backward(op, logits=logits, mask=mask, weight=w.weight)
     rows = stats_of_rows(op, logits, ref_logits, ids, mask, t, outputs, tp_group)
-    return TokenStats(**dict(zip(outputs, rows.weighed(outputs, w), strict=True)))
+    results = dict(zip(outputs, rows.weighed(outputs, w), strict=True))
+    inputs = [t for t in (ref_logits, w.weight) if t is not None]
+    if "ref_logp" in results and not transforming() and not any(t.requires_grad for t in inputs):
+        # no graph, which would keep both models' logits as long as somebody keeps this
+        results["ref_logp"] = results["ref_logp"].detach()
+    return TokenStats(**results)
 
 
 @dataclass(frozen=True)
@@ -217,13 +223,14 @@ def stats_of_rows(
         over_ranks = combine_shards(op, logits, ref_logits, ids, mask, t, plan.wanted, tp_group)
         rows = StatsRows.of(over_ranks)
     elif plan.wanted:
-        rows = _rows(logits, ref_logits, ids, mask, t, plan.wanted)
+        rows = _rows(op, logits, ref_logits, ids, mask, t, plan.wanted)
     named = {name: rows.places[row] for name, row in plan.rows.items()}
     rows = replace(rows, places={**rows.places, **named})
     kls = {}
     for name, number in plan.kls.items():
         assert ref_logits is not None
         which = replace(t, kind=number)
+        checks.for_backward(op, logits=logits, ref_logits=ref_logits)
         kls[name] = kl_of_rows(op, logits, ref_logits, mask, which, tp_group)
     return rows.also(StatsRows.of(kls))
 
@@ -263,6 +270,7 @@ def _plan(outputs: Sequence[str], t: Tempering) -> _Plan:
 
 
 def _rows(
+    op: str,
     logits: Tensor,
     ref_logits: Tensor | None,
     ids: Tensor | None,
@@ -275,10 +283,12 @@ def _rows(
     if ids is not None:
         ids = ids.contiguous()
     if wanted & KL_ROWS:
+        checks.for_backward(op, logits=logits, ref_logits=ref_logits, ids=ids)
         return StatsRows([run("token_stats", t.sides(), logits, ref_logits, ids, mask)], places)
     rows = StatsRows([], {})
     if wanted - {"ref_logp"}:
         needed = ids if "logp" in wanted else None
+        checks.for_backward(op, logits=logits, ids=needed)
         alone = run("token_stats", t.alone(t.policy), logits, None, needed, mask)
         rows = StatsRows([alone], places)
     if "ref_logp" in wanted:

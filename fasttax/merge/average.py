@@ -6,7 +6,7 @@ One tensor of each model in memory at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, overload
@@ -190,6 +190,7 @@ def fisher_average(
     floor = checks.number(op, "floor", floor, low=0)
     if normalize is not None:
         checks.choice(op, "normalize", normalize, NORMS)
+    models, fishers = _listed(op, "models", models), _listed(op, "fishers", fishers)
     shares = _shares(op, models, fishers, weights)
     named = {f"models[{k}]": model for k, model in enumerate(models)}
     facts = {
@@ -218,6 +219,13 @@ def fisher_average(
                 return _by_blocks(mean, tensors, fishers)
 
             return _merge(each, combine, output, facts, others_of=0, progress=progress)
+
+
+def _listed(op: str, argument: str, given: Any) -> list[Any]:
+    """A list's items, or another iterable's; one model or Fisher alone is none."""
+    if isinstance(given, (nn.Module, Mapping, str)) or not isinstance(given, Iterable):
+        raise checks.fail(op, argument, "a list, one for each model", given, error=TypeError)
+    return [*given]
 
 
 def _shares(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttax._base import checks, file_parts
+from fasttax._base import checks, file_parts, placed
 from fasttax._base.packed import Stored
 from fasttax.merge.models import Models
 from fasttax.merge.names import Renamed, bare, paired, shortened
@@ -20,8 +19,8 @@ from fasttax.merge.names import Renamed, bare, paired, shortened
 class FisherFiles(Mapping[str, Tensor]):
     """A FisherEstimate in its file or sharded folder, read by name until `close`."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._parts = file_parts.Parts(Path(path), "FisherEstimate")
+    def __init__(self, path: Path) -> None:
+        self._parts = file_parts.Parts(path, "FisherEstimate")
         keys = [key for key in self._parts if key.startswith("fisher.")]
         self._names = {key.removeprefix("fisher."): None for key in keys}
 
@@ -59,18 +58,19 @@ class Fishers:
         self.each: list[Mapping[str, Tensor]] = []
         try:
             for k, source in enumerate(sources):
-                self.each.append(self._fitted(k, self._opened(source), missing))
+                self.each.append(self._fitted(k, self._opened(k, source), missing))
             self._refuse_two_of_one()
+            if missing == "error":
+                self._check()
         except BaseException:
             self.close()
             raise
-        if missing == "error":
-            self._check()
 
-    def _opened(self, source: Any) -> Mapping[str, Tensor]:
+    def _opened(self, k: int, source: Any) -> Mapping[str, Tensor]:
         if isinstance(source, Mapping):
             return source
-        self._files.append(FisherFiles(source))
+        expected = "a FisherEstimate, a mapping of names to tensors, or a path"
+        self._files.append(FisherFiles(placed.path_of(self.op, f"fishers[{k}]", source, expected)))
         return self._files[-1]
 
     def close(self) -> None:

@@ -134,7 +134,7 @@ def write(
     progress: bool,
 ) -> Path:
     """`Output` at `output`, under a bar; `facts` go into the files' metadata."""
-    path = Path(output)
+    path = placed.path_of(op, "output", output)
     _check_new(op, path)
     metadata = {**facts, "fasttax": __version__, "torch": torch.__version__}
     disable = None if progress else True  # None: where there is no terminal

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttax._base import checks, inner, mapped
+from fasttax._base import checks, inner, mapped, placed
 from fasttax._base.mapped import Spec, TensorFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,7 +41,8 @@ class Weights(Mapping[str, Tensor]):
             if isinstance(source, Mapping):
                 self._take(source)
             else:
-                self._take_files(Path(source))
+                expected = "a module, a mapping of names to tensors, or a path"
+                self._take_files(placed.path_of(op, argument, source, expected))
             if not self.specs:
                 where = source if self.folder else "it"
                 raise checks.fail(op, argument, "at least one tensor", f"none in {where}")

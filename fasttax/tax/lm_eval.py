@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,9 +118,9 @@ class Results:
 def report(
     kind: type[Report],
     paths: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
-    alignment: Sequence[str],
+    alignment: Iterable[str],
     metrics: Mapping[str, str],
-    tasks: Sequence[str] | None,
+    tasks: Iterable[str] | None,
 ) -> Report:
     """The report of the files, of which the first is the base's."""
     if isinstance(paths, (str, os.PathLike)):
@@ -133,6 +133,7 @@ def report(
             OP, "paths", "the base's file and a checkpoint's or more", str(len(given))
         )
     base, *others = (read(path) for path in given)
+    alignment = list(alignment)  # which is gone through more than once
     wanted = list(tasks) if tasks is not None else base.tasks()
     strange = [task for task in alignment if task not in wanted]
     if strange:

@@ -158,9 +158,9 @@ class TaxReport(Measurements):
         cls,
         paths: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
         *,
-        alignment: Sequence[str] = (),
+        alignment: Iterable[str] = (),
         metrics: Mapping[str, str] | None = None,
-        tasks: Sequence[str] | None = None,
+        tasks: Iterable[str] | None = None,
     ) -> TaxReport:
         """From result files of lm-evaluation-harness (0.4: `lm_eval --output_path`).
 

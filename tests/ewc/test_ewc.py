@@ -90,7 +90,9 @@ def test_strided_parameters_and_upstream_gradient() -> None:
     torch.testing.assert_close(got, 6 * fisher * (theta - anchor).detach())
 
 
-def test_exactly_zero_at_the_anchor_and_deterministic(simd: int) -> None:
+def test_exactly_zero_at_the_anchor_and_deterministic(
+    simd: int, threads: Callable[[int], None]
+) -> None:
     params, _, fishers, _ = data(
         SIZES, (torch.bfloat16, torch.float32, torch.float32, torch.float32)
     )
@@ -101,12 +103,10 @@ def test_exactly_zero_at_the_anchor_and_deterministic(simd: int) -> None:
     F.ewc_prox_(moved, params, fishers, 1e30)
     assert all(torch.equal(m, p) for m, p in zip(moved, params, strict=True))
     params, anchors, fishers, _ = data((400_003, 5), (torch.float32,) * 4)
-    before = torch.get_num_threads()
     values = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        threads(count)
         values += [F.ewc_penalty(params, anchors, fishers, 1.0) for _ in range(2)]
-    torch.set_num_threads(before)
     assert len({float(v) for v in values}) == 1
 
 

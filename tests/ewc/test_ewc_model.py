@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,31 @@ def test_anchor_is_a_copy_and_frozen_parameters_cost_nothing() -> None:
     assert ewc.distance().per_parameter["head.weight"] > 0  # still reported
 
 
+@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_fisher_of_ones_own_tensors_is_a_copy(storage: str, mode: type[torch.no_grad]) -> None:
+    model = nn.Linear(3, 2)
+    with mode():
+        fisher = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+        anchor = {name: p + 1 for name, p in model.named_parameters()}
+        ewc = EWC(model, fisher, strength=1.0, storage=storage, anchor=anchor)
+        before = ewc.penalty()
+        for t in fisher.values():
+            t.zero_()  # the next task's sums
+    ewc.penalty().backward()
+    assert ewc.penalty() == before > 0
+    assert model.weight.grad is not None
+
+
+def test_an_anchor_that_is_not_finite_is_named() -> None:
+    model = nn.Linear(3, 2)
+    fisher = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    for bad in (math.nan, math.inf):
+        anchor = {**model.state_dict(), "bias": torch.tensor([0.0, bad])}
+        with pytest.raises(ValueError, match="anchor: expected finite values, got others in bias"):
+            EWC(model, fisher, strength=1.0, anchor=anchor)
+
+
 def test_tied_weights_count_once_and_missing_ones_stay_free() -> None:
     model = TokenModel(tied=True)
     ewc = EWC(model, {"head.weight": torch.ones_like(model.head.weight)}, strength=2.0)
@@ -138,6 +164,7 @@ OBJECT: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "normalize": ({"normalize": "sum"}, ValueError, ("normalize", "'mean'", "'max'", "'sum'")),
     "clamp": ({"clamp": (1.0, 2.0, 3.0)}, ValueError, ("clamp", "(low, high)")),
     "anchor_dtype": ({"anchor_dtype": torch.int8}, ValueError, ("anchor_dtype", "int8")),
+    "anchor_dtypes": ({"anchor_dtype": ["bf16"]}, ValueError, ("anchor_dtype", "['bf16']")),
     "no file": (
         {"fisher": "/nowhere/f.safetensors"},
         FileNotFoundError,

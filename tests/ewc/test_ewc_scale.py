@@ -16,11 +16,12 @@ import fasttax
 from fasttax import reference
 from fasttax._base.packed import SPLIT, encode, encode_anchor
 from tests.tools.syncs import NoSync
+from tests.tools.utils import assert_says
 
 SIZES = (3, 700, 65536 + 9)
 
 
-def net(dtype: torch.dtype = torch.float32) -> nn.Module:
+def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 9)).to(dtype)
 
@@ -38,6 +39,29 @@ def held(model: nn.Module, storage: str = "fp32") -> fasttax.EWC:
 
 def grads(model: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_only_takes_what_is_gone_through_once() -> None:
+    """Of module.parameters() nothing would be left for the second look: no gradient, no word."""
+    one, other = net(), net()
+    for model, only in ((one, one[0].parameters()), (other, list(other[0].parameters()))):
+        ewc = held(model)
+        assert float(ewc.add_grad_(only=only)) > 0
+        ewc.prox_(0.1, only=model[2].parameters())
+    assert all(map(torch.equal, grads(one), grads(other)))
+    fresh = net()
+    held(fresh)
+    assert not torch.equal(fresh[2].weight, one[2].weight)
+    assert torch.equal(fresh[0].weight, one[0].weight)
+
+
+@pytest.mark.parametrize("only", ["weight", torch.ones(2), 3, ["0.weight"]], ids=str)
+def test_what_is_no_parameters_is_refused(only: Any) -> None:
+    ewc = held(net())
+    assert_says(
+        lambda: ewc.add_grad_(only=only), TypeError, ("EWC.add_grad_", "only", "parameters")
+    )
+    assert_says(lambda: ewc.prox_(0.1, only=only), TypeError, ("EWC.prox_", "only", "parameters"))
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "u8log"])

@@ -200,6 +200,8 @@ def test_from_adam_is_the_corrected_second_moment(kind: Any) -> None:
     for n, g in grads.items():
         torch.testing.assert_close(f[n], 8 * g**2, rtol=1e-5, atol=0)
     assert f.metadata["estimator"] == "adam_second_moment"
+    with pytest.raises(ValueError, match="from_adam: batch_size: expected an integer >= 1"):
+        FisherEstimate.from_adam(optimizer, model, batch_size=0)
     with pytest.raises(ValueError, match="from_adam: optimizer"):
         FisherEstimate.from_adam(kind(model.parameters()), model)
 

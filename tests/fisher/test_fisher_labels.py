@@ -297,3 +297,10 @@ def test_estimate_fisher_of_a_loss(fallback: str | None) -> None:
     assert_exact(found, truth, 1e-10)
     with pytest.raises(ValueError, match="labels: expected 'true' with loss="):
         fasttax.estimate_fisher(model, [(x, y)], **options)
+    for wrong, words in (
+        (lambda model, batch: model(batch[0]), r"shape \(4, 3\)"),
+        (lambda model, batch: None, "None"),
+        (lambda model, batch: hinge(model, batch).detach(), "one without a graph"),
+    ):
+        with pytest.raises(TypeError, match=rf"loss: expected a tensor of one number.*{words}"):
+            fasttax.estimate_fisher(model, [(x, y)], labels="true", **{**options, "loss": wrong})

@@ -25,14 +25,7 @@ from tests.tools.models import (
 )
 
 CE = nn.functional.cross_entropy
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shaken(model: nn.Module) -> nn.Module:

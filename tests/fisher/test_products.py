@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -143,13 +144,22 @@ def test_what_is_no_plain_product_is_torchs(calls: list[tuple[int, ...]]) -> Non
 def test_chosen_where_clearly_faster(
     monkeypatch: pytest.MonkeyPatch, ours: float, chosen: bool
 ) -> None:
-    """Of the rounds the least counts: one slow round, as of a busy machine, chooses nothing."""
+    """Of the rounds the least counts: one slow round, as of a busy machine, chooses nothing.
+
+    Of float32 on the CPU, whatever the default device and dtype are.
+    """
     times = iter([9.0, 9 * ours, *[1.0, ours] * (products.ROUNDS - 2), 1.0, 9.0])
-    monkeypatch.setattr(products, "_seconds", lambda run: next(times))
+
+    def seconds(run: Callable[[], Tensor]) -> float:
+        assert (run().dtype, run().device) == (torch.float32, products.CPU)
+        return next(times)
+
+    monkeypatch.setattr(products, "_seconds", seconds)
     products.own_is_faster.cache_clear()
     try:
         before = torch.get_rng_state()
-        assert products.own_is_faster(1) is chosen
+        with torch.device("meta"):
+            assert products.own_is_faster(1) is chosen
         assert products.own_is_faster(1) is chosen, "measured once a process"
         assert torch.equal(torch.get_rng_state(), before)
     finally:

@@ -16,6 +16,7 @@ import pytest
 
 import fasttax
 from fasttax._base import library
+from tests.gpu.ptx.cuda import OPS
 from tests.tools.cubins import cubin, registers
 from tests.tools.cuda_tools import (
     ARCHS,
@@ -117,12 +118,5 @@ def test_library_needs_torchs_stable_abi_alone() -> None:
 def test_library_registers_without_a_gpu() -> None:
     if "_C_cuda" in library.problems:
         pytest.skip(f"_C_cuda is not loaded: {library.problems['_C_cuda']}")
-    for op in (
-        "ewc_penalty",
-        "ewc_penalty_backward",
-        "ewc_add_grad_",
-        "ewc_prox_",
-        "ewc_adamw_",
-        "accumulate_sqgrad_",
-    ):
+    for op in OPS:
         assert library.active(op, "cuda") == ("CUDA C++", "built and registered")

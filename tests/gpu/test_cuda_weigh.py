@@ -8,7 +8,6 @@ import re
 
 import pytest
 
-from fasttax._base import library
 from tests.tools.cubins import cubin, registers
 from tests.tools.cuda_tools import (
     ARCHS,
@@ -54,10 +53,3 @@ def test_machine_code(arch: str) -> None:
         # 64 bytes a thread under way
         assert longest_run(opcodes, LOAD, f"{ARITHMETIC}|DMUL") >= 4, name
         assert any(re.match(STORE, step) for step in opcodes)
-
-
-def test_library_registers_without_a_gpu() -> None:
-    if "_C_cuda" in library.problems:
-        pytest.skip(f"_C_cuda is not loaded: {library.problems['_C_cuda']}")
-    for op in ("token_weights", "weigh_tokens", "weigh_tokens_backward", "scale_held_"):
-        assert library.active(op, "cuda") == ("CUDA C++", "built and registered")

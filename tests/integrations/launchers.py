@@ -9,9 +9,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from tests.tools import launched
@@ -23,14 +21,13 @@ def tried(name: str, what: str, port: int, wanted: dict[str, Tensor]) -> tuple[s
     """(what came of it, why): the weights are those of one process."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found: dict[str, Any] = launched.launch(name, [what], Path(folder), port)
+            (found,) = launched.launch(name, [what], Path(folder), port)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return "failed", str(error).strip().splitlines()[-1]
-        if "refused" in found:
-            return "refused", found["refused"]
-        weights = torch.load(Path(folder) / "out.pt")
-    apart = max(float((weights[n] - wanted[n]).abs().max()) for n in wanted)
+    if found.refused:
+        return "refused", found.refused
+    apart = max(float((found.weights[n] - wanted[n]).abs().max()) for n in wanted)
     return ("ok", "") if apart <= ROUNDING else ("failed", f"parameters differ by {apart:.1e}")
 
 
@@ -38,7 +35,7 @@ def main(arguments: list[str]) -> None:
     """Tries every launcher that is named with both, and writes what came of it."""
     path, names = Path(arguments[0]), arguments[1:]
     with tempfile.TemporaryDirectory() as folder:
-        alone = {what: launched.trained(Path(folder), [what])[0] for what in ("ewc", "kl")}
+        alone = {what: launched.trained(Path(folder), what).weights for what in ("ewc", "kl")}
     out = {
         name: {
             what: tried(name, what, 29650 + 2 * i + j, wanted)

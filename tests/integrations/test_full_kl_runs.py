@@ -54,6 +54,20 @@ def test_the_gradient_is_that_of_the_mean_whatever_the_forwards(cls: type, count
     assert k.error(found.grads, grads, scale) < 1e-3
 
 
+def test_a_beta_of_0_leaves_the_trainers_loss_alone() -> None:
+    """Also where the KL is infinite: 0 times it would be NaN."""
+    policy, ref = k.llama(), k.llama(1)
+    dead = torch.tensor([3])
+    ref.lm_head.register_forward_hook(lambda m, args, y: y.index_fill(-1, dead, -torch.inf))
+    found = k.step(policy, ref, beta=0.0)
+    assert found.kl == float("inf")
+    plain = k.llama()
+    loss = k.trainer(plain).compute_loss(plain.train(), dict(k.BATCH))
+    loss.backward()
+    assert torch.equal(found.loss, loss.detach())
+    assert all(torch.equal(found.grads[n], p.grad) for n, p in plain.named_parameters())
+
+
 # --- copies and new models ------------------------------------------------------------------------
 
 

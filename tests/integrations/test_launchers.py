@@ -7,14 +7,16 @@ it is installed (`make matrix` installs it).
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from tests.tools import launched
+from tests.tools.launched import Outcome
 
 ROUNDING = 2e-6  # four steps of gradients that are summed in another order
 KEYS = {
@@ -23,21 +25,47 @@ KEYS = {
     "replay-lm": ("replay/lm",),
     "replay-kl": ("replay/kl",),
 }
+BOTH = "ewc+kl+evaluate"
+RUNS = {
+    "DDP": [BOTH, BOTH + "+dispatch", "replay-lm", "replay-kl"],
+    "FSDP2": [BOTH, "replay-lm", "replay-kl"],
+    "FSDP1": [BOTH],
+    "ZeRO-1": [BOTH],
+    "ZeRO-2": [BOTH],
+    "ZeRO-3": ["ewc+evaluate"],
+}
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
 
 
+def cases(word: str = "") -> list[Any]:
+    """Every launcher's runs that have the word."""
+    return [
+        pytest.param(name, run, marks=NEEDS_DEEPSPEED if name.startswith("ZeRO") else ())
+        for name, runs in RUNS.items()
+        for run in runs
+        if word in run
+    ]
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What one process has, by what is attached."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
+    """What one process has."""
     folder = tmp_path_factory.mktemp("alone")
-    replays, evaluated = (
-        (("replay-lm",), ("replay-kl",)),
-        (("ewc", "kl", "evaluate"), ("ewc", "evaluate")),
-    )
-    runs = (("ewc",), ("ewc", "kl"), ("none",), *replays, *evaluated)
-    return {what: launched.trained(folder, list(what)) for what in runs}
+    return cache(lambda run: launched.trained(folder, run))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Outcome]]:
+    """What two have under a launcher, by run."""
+
+    def launch(name: str) -> dict[str, Outcome]:
+        port = 29611 + list(RUNS).index(name)
+        found = launched.launch(name, RUNS[name], tmp_path_factory.mktemp(name), port)
+        return dict(zip(RUNS[name], found, strict=True))
+
+    return cache(launch)
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -46,68 +74,37 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "what", "port"),
-    [
-        ("DDP", ("ewc", "kl"), 29611),
-        ("FSDP2", ("ewc", "kl"), 29612),
-        ("FSDP1", ("ewc", "kl"), 29620),
-        ("DDP", ("replay-lm",), 29616),
-        ("FSDP2", ("replay-lm",), 29617),
-        ("DDP", ("replay-kl",), 29618),
-        ("FSDP2", ("replay-kl",), 29619),
-        pytest.param("ZeRO-1", ("ewc", "kl"), 29613, marks=NEEDS_DEEPSPEED),
-        pytest.param("ZeRO-2", ("ewc", "kl"), 29614, marks=NEEDS_DEEPSPEED),
-        pytest.param("ZeRO-3", ("ewc",), 29615, marks=NEEDS_DEEPSPEED),
-    ],
-)
-def test_is_one_process(
-    name: str, what: tuple[str, ...], port: int, alone: Any, tmp_path: Path
-) -> None:
-    found = launched.launch(name, list(what), tmp_path, port)
-    assert "refused" not in found, found
-    weights, log = alone[what]
-    assert difference(torch.load(tmp_path / "out.pt"), weights) <= ROUNDING
-    assert difference(weights, alone[("none",)][0]) > 1e3 * ROUNDING
-    keys = [key for name in what for key in KEYS[name]]
-    for mine, own in zip(found["log"], log, strict=True):
-        assert mine.keys() == own.keys()
-        for key in own.keys() & set(keys):  # replay's are at its own steps
-            assert mine[key] == pytest.approx(own[key], rel=1e-4), key
-    assert all(any(key in entry for entry in log) for key in keys)
+@pytest.mark.parametrize(("name", "run"), cases())
+def test_is_one_process(name: str, run: str, alone: Any, several: Any) -> None:
+    found, own = several(name)[run], alone(run.removesuffix("+dispatch"))
+    assert not found.refused
+    assert difference(own.weights, alone("none").weights) > 1e3 * ROUNDING
+    if "dispatch" not in run:  # which gives each rank other rows
+        assert difference(found.weights, own.weights) <= ROUNDING
+        keys = [key for name in run.split("+") for key in KEYS.get(name, ())]
+        for mine, his in zip(found.log, own.log, strict=True):
+            assert mine.keys() == his.keys()
+            for key in his.keys() & set(keys):  # replay's are at its own steps
+                assert mine[key] == pytest.approx(his[key], rel=1e-4), key
+        assert all(any(key in entry for entry in own.log) for key in keys)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "what", "port"),
-    [
-        ("DDP", ("ewc", "kl"), 29631),
-        ("DDP", ("ewc", "kl", "dispatch"), 29632),
-        ("FSDP2", ("ewc", "kl"), 29633),
-        ("FSDP1", ("ewc", "kl"), 29637),
-        pytest.param("ZeRO-1", ("ewc", "kl"), 29634, marks=NEEDS_DEEPSPEED),
-        pytest.param("ZeRO-2", ("ewc", "kl"), 29635, marks=NEEDS_DEEPSPEED),
-        pytest.param("ZeRO-3", ("ewc",), 29636, marks=NEEDS_DEEPSPEED),
-    ],
-)
-def test_evaluations_are_one_process(
-    name: str, what: tuple[str, ...], port: int, alone: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("name", "run"), cases("evaluate"))
+def test_evaluations_are_one_process(name: str, run: str, alone: Any, several: Any) -> None:
     """Between the steps and behind them, of rows that Accelerate fills up with the first again."""
-    found = launched.launch(name, [*what, "evaluate"], tmp_path, port)["log"]
-    count = 2 if "kl" in what else 1
-    run = (*what[:count], "evaluate")
-    log = alone[run][1]
-    keys = ("eval_ewc/penalty", "eval_kl/policy_ref")[:count]
-    assert len(found) == len(log) == 4
-    for mine, own in zip(found, log, strict=True):
+    found = several(name)[run].evaluations
+    own = alone(run.removesuffix("+dispatch")).evaluations
+    keys = ("eval_ewc/penalty", "eval_kl/policy_ref")[: 2 if "kl" in run else 1]
+    assert len(found) == len(own) == 4
+    for mine, his in zip(found, own, strict=True):
         for key in keys:
-            assert mine[key] == pytest.approx(own[key], rel=2e-5), key
+            assert mine[key] == pytest.approx(his[key], rel=2e-5), key
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "what", "port", "said"),
+    ("name", "run", "port", "said"),
     [
         pytest.param("ZeRO-3", "kl", 29622, "use ZeRO-2 (zero_stage: 2)", marks=NEEDS_DEEPSPEED),
         pytest.param(
@@ -116,6 +113,7 @@ def test_evaluations_are_one_process(
     ],
 )
 def test_is_refused_with_the_way_out(
-    name: str, what: str, port: int, said: str, tmp_path: Path
+    name: str, run: str, port: int, said: str, tmp_path: Path
 ) -> None:
-    assert said in launched.launch(name, [what], tmp_path, port)["refused"]
+    (found,) = launched.launch(name, [run], tmp_path, port)
+    assert said in found.refused

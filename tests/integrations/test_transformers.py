@@ -182,7 +182,7 @@ def test_frozen_parameters_stay_and_lora_factors_are_held(tmp_path: Path) -> Non
     assert difference(ours.model, lora()) > 1e3 * ROUNDING
 
 
-def test_therunning_handler_is_the_caller_of_an_event() -> None:
+def test_the_handler_that_runs_is_the_caller_of_an_event() -> None:
     """An event is handed no handler; what finds it rests on who calls the event."""
     from transformers.trainer_callback import CallbackHandler
 
@@ -190,8 +190,8 @@ def test_therunning_handler_is_the_caller_of_an_event() -> None:
 
     class Asking(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            found.append(_trainer.running_handler(self))
-            found.append(_trainer.running_handler(TrainerCallback()))  # one that it does not run
+            found.append(_trainer.calling(CallbackHandler, lambda h: self in h.callbacks))
+            found.append(_trainer.calling(CallbackHandler, lambda h: False))
             _trainer.move_to_the_front(self)
 
     asking, flow = Asking(), DefaultFlowCallback()

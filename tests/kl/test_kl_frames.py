@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fasttax
-from tests.tools.kl_cases import INF, oracle, run
+from tests.tools.kl_cases import INF, oracle, run, run_oracle
 
 C = 2048
 
@@ -139,3 +139,48 @@ def test_a_policy_of_one_token_has_a_gradient_of_zero(
     exact = isinstance(simd, int) and simd > 0  # portable vectors: a unit in the KL's last place
     allowed = 0.0 if exact else torch.finfo(torch.float32).eps * kl / temperature
     assert (gradient[:, 3].abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.01])
+def test_its_gradient_is_zero_where_the_reference_peaks_in_a_later_chunk(
+    temperature: float, simd: int
+) -> None:
+    """There the frame moves, after what the gradient is made of was kept in the one before."""
+    x, y = torch.full((4, 3 * C), -300.0), torch.randn(4, 3 * C)
+    x[:, 3], y[:, 2 * C + 5] = 100.0, 300.0
+    x.requires_grad_()
+    loss = fasttax.token_kl(
+        x, y, temperature=temperature, softcap=30.0, ref_softcap=30.0, reduction="sum"
+    )
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert float(loss.detach()) > 10
+    allowed = 0.0 if simd > 0 else torch.finfo(torch.float32).eps * float(loss) / temperature
+    assert float(gradient[:, 3].abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("inf", ["propagate", "mask"])
+@pytest.mark.parametrize("ref_softcap", [30.0, 20.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_capped_policys_gradient_where_frames_move(
+    dtype: torch.dtype, ref_softcap: float | None, inf: str, simd: int
+) -> None:
+    """Chunks of nothing, of a gap as large as the cap, and of a peak far above all before."""
+    x = torch.randn(3, 3 * C + 7) - 25
+    y = x + 0.1 * torch.randn(3, 3 * C + 7)
+    x[0, :C], y[1, :C] = -INF, -INF
+    x[:, C : C + 100], y[:, C + 50 : C + 150] = 4.0, 9.0
+    x[2, 2 * C + 3], y[2, 2 * C + 4] = 60.0, 50.0
+    x, y = x.to(dtype), y.to(dtype)
+    options = {"softcap": 30.0, "ref_softcap": ref_softcap, "temperature": 0.5, "inf": inf}
+    leaf, weight = x.clone().requires_grad_(), torch.tensor([1.0, 0.3, 2.0])
+    loss = fasttax.token_kl(leaf, y, reduction="sum", weight=weight, **options)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    _, truth, _ = run_oracle(x, y, weight, torch.float64, **options)
+    _, eager, _ = run_oracle(x, y, weight, torch.float32, **options)
+    finite = truth.isfinite()  # a reference without a token that the policy has: infinite
+    torch.testing.assert_close(
+        gradient[~finite].double(), truth[~finite], rtol=0, atol=0, equal_nan=True
+    )
+    gradient, eager, truth = gradient[finite].double(), eager[finite].double(), truth[finite]
+    own = (eager - truth).abs().max()
+    assert ((gradient - truth).abs() <= 2 * own + torch.finfo(dtype).eps * truth.abs()).all()

@@ -17,6 +17,7 @@ import fasttax
 from fasttax._base import library
 from fasttax.kl.call import check_logits, tempering
 from tests.tools.kl_cases import DTYPES, INF, KINDS, NAN, check, device_of, functions, oracle, run
+from tests.tools.kl_inputs import LAYOUTS
 
 # -inf, NaN, masks
 
@@ -166,25 +167,6 @@ def test_a_bad_weight_under_the_mask_does_not_count() -> None:
 
 
 # layouts
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "0d": lambda z: z[0, 0, 0],  # one token, no leading dimension
-    "1d": lambda z: z[0, 0],
-    "3d": lambda z: z,
-    "none": lambda z: z[0, 0, :0],
-    "none_inside": lambda z: z[:, :0],
-    "one": lambda z: z[:1, 0, 0],
-    "shifted": lambda z: z[0, :, :-1],  # the next-token logits of a language model
-    "transposed": lambda z: z.transpose(0, 2),
-    "every_other_row": lambda z: z[:, ::2, 1::2],
-    "every_other_entry": lambda z: z[..., ::2],
-    "vocabulary_first": lambda z: z.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
-    # rows start at no multiple of a vector, and end where others begin
-    "unaligned": lambda z: z[..., 1:],
-    "one_entry": lambda z: z[..., 3:4],  # V = 1 with a vocabulary stride that is not 1
-    "expanded": lambda z: z[:, :1].expand(-1, 5, -1, -1),
-    "expanded_vocabulary": lambda z: z[..., :1].expand(-1, -1, -1, 9),
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -144,6 +144,7 @@ def test_what_needs_no_reference_takes_none() -> None:
     stats = fasttax.token_stats(x, None, ids, outputs=("logp", "entropy", "lse"))
     torch.testing.assert_close(stats.logp, x.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
     assert fasttax.token_stats(x, outputs="entropy").entropy.shape == (4,)
+    assert fasttax.token_stats(x, outputs=iter(("entropy", "lse"))).entropy.shape == (4,)
 
 
 def test_masked_tokens_are_not_read() -> None:
@@ -398,6 +399,7 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], li
         ValueError,
         ["outputs", "'logp'", "'logprob'"],
     ),
+    "kinds": ("token_kl", (X, X), {"kind": ["jsd"]}, ValueError, ["token_kl", "kind", "['jsd']"]),
     "no_ids": ("token_stats", (X, X), {"outputs": ("k3",)}, ValueError, ["ids", "'k3'", "None"]),
     "no_ref": (
         "token_stats",
@@ -435,6 +437,21 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], li
         ValueError,
         ["old_logp", "(2,)", "(3,)"],
     ),
+    "complex_mask": (
+        "kl_estimate",
+        (L, L),
+        {"mask": L.to(torch.complex64)},
+        TypeError,
+        ["mask", "complex64"],
+    ),
+    "complex_weight": (
+        "kl_estimate",
+        (L, L),
+        {"weight": L.to(torch.complex64)},
+        TypeError,
+        ["weight", "real numbers", "complex64"],
+    ),
+    "number_as_text": ("kl_estimate", (L, L), {"clip": "20"}, TypeError, ["clip", "'20'"]),
     "estimate_type": ("kl_estimate", (L, 0.0), {}, TypeError, ["ref_logp", "torch.Tensor", "0.0"]),
     "topk_zero": ("topk_logprobs", (X, 0), {}, ValueError, ["k", "1 to V = 5", "0"]),
     "topk_many": ("topk_logprobs", (X, 6), {}, ValueError, ["k", "1 to V = 5", "6"]),

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_kl import OPTIONS, VOCABULARIES, peaked, rows
-from test_kl_rows import LAYOUTS
 from torch import Tensor
 
 import fasttax
 from fasttax.kl.call import tempering
 from fasttax.reference.rows import STATS as ROWS
 from tests.tools.kl_cases import DTYPES, INF, NAN, device_of, functions, oracle
+from tests.tools.kl_inputs import LAYOUTS, OPTIONS, VOCABULARIES, peaked, rows
 from tests.tools.utils import assert_within, own_result
 
 LOGP, REF_LOGP, ENTROPY, LSE, POLICY_REF, REF_POLICY = range(6)

@@ -96,6 +96,27 @@ def test_leading_dimensions_reductions_and_entropy() -> None:
     assert empty.item() == 0
 
 
+@pytest.mark.parametrize(("kind", "vocab_chunk"), [("policy_ref", None), ("jsd", 7)])
+@pytest.mark.parametrize("trains", [("rh", "rw"), ("h",)])
+def test_entropy_beside_a_kl_of_which_one_side_trains(
+    trains: tuple[str, ...], kind: str, vocab_chunk: int | None
+) -> None:
+    t = {"h": torch.randn(5, H), "w": torch.randn(V, H), "rh": torch.randn(5, R)}
+    t["rw"] = torch.randn(V, R)
+    t = {name: x.double().requires_grad_(name in trains) for name, x in t.items()}
+    kl, entropy = fasttax.linear_token_kl(
+        *t.values(), kind=kind, return_entropy=True, token_chunk=2, vocab_chunk=vocab_chunk
+    )
+    stats = fasttax.token_stats(
+        t["h"] @ t["w"].T, t["rh"] @ t["rw"].T, outputs=("kl", "entropy"), kind=kind
+    )
+    inputs = [t[name] for name in trains]
+    torch.testing.assert_close(
+        torch.autograd.grad((kl + 0.5 * entropy).sum(), inputs),
+        torch.autograd.grad((stats.kl + 0.5 * stats.entropy).sum(), inputs),
+    )
+
+
 MODES: dict[str, dict[str, Any]] = {
     "forward": {"grad_mode": "forward"},
     "recompute": {"grad_mode": "recompute"},

@@ -263,6 +263,21 @@ def test_one_tensor_of_each_model_in_memory(tmp_path: Path) -> None:
 
 A, B = weights(1), weights(2)
 WRONG: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "no model": (
+        lambda p: merge.linear(A, 3, 0.5),
+        TypeError,
+        r"merge\.linear: aligned: expected a module, a mapping .* or a path, got 3",
+    ),
+    "no path": (
+        lambda p: merge.linear(A, B, 0.5, output=["out"]),
+        TypeError,
+        r"merge\.linear: output: expected a path, got \['out'\]",
+    ),
+    "no list": (
+        lambda p: merge.fisher_average(A, [fisher(3)]),
+        TypeError,
+        r"merge\.fisher_average: models: expected a list, one for each model",
+    ),
     "alpha": (
         lambda p: merge.linear(A, B, float("nan")),
         ValueError,

@@ -113,7 +113,7 @@ def test_what_is_not_installed(
 
 def test_fisher_wants_a_whole_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fisher", "model", "text", "--length", "1"]) == 2
-    assert "--length must be at least 2" in capsys.readouterr().err
+    assert "fasttax fisher: --length: expected at least 2, got" in capsys.readouterr().err
     assert cli.main(["fisher", "model", str(tmp_path / "none.txt")]) == 2
     assert "none.txt" in capsys.readouterr().err
 

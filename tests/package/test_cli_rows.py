@@ -185,6 +185,21 @@ def test_rows_without_a_prediction_are_left_out(tmp_path: Path) -> None:
     assert len(TopKReference.load(output)) == 2
 
 
+def test_rows_of_ids_need_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = Path(tiny_lm.save(tmp_path / "model")), tmp_path / "rows.jsonl"
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    data.write_text('{"input_ids": [4, 5, 6]}\n{"input_ids": [7, 8]}\n')
+    made = tmp_path / "made.safetensors"
+    for command in (["fisher"], ["kl", "cache"]):
+        assert cli.main([*command, str(model), str(data), "--output", str(made)]) == 0
+        made.unlink()
+    data.write_text('{"text": "water"}\n')
+    assert cli.main(["fisher", str(model), str(data), "--output", str(made)]) == 2
+    assert "its tokenizer does not load" in (said := capsys.readouterr().err)
+    assert "rows of input_ids" in said
+
+
 def test_jsonl_with_separators_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     raw = json.dumps({"text": "a\u2028b\u2029c\x85d"}, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""torch.func.vmap over ops that have no rule for it: an error with the way out."""
+"""torch.func over ops that have no rule for it: what it computes, or an error with the way out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad, vmap
 
 import fasttax
 from fasttax import functional, reference
@@ -26,21 +26,30 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-LOOPS = ("lora_ewc_penalty", "linear_token_kl")  # torch makes one, of tensors that are read
+PENALTIES = ("ewc_penalty", "lora_ewc_penalty")  # plain PyTorch under torch.func
+LOOPS = ("linear_token_kl",)  # torch makes one, of tensors that are read
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in LOOPS])
+@pytest.mark.parametrize("name", [n for n in CALLS if n not in (*LOOPS, *PENALTIES)])
 def test_is_refused(name: str) -> None:
     said = f"{name}: torch.func.vmap: expected tensors outside of it, .*; call the op in a loop"
     with pytest.raises(NotImplementedError, match=said):
         vmap(CALLS[name])(X)
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", [*LOOPS, *PENALTIES])
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_is_the_loop(name: str) -> None:
     call = CALLS[name]
     assert torch.allclose(vmap(call)(X), torch.stack([call(a) for a in X]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_gradients_of_penalties(name: str) -> None:
+    a = X[0].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(CALLS[name](a), a)
+    torch.testing.assert_close(grad(CALLS[name])(X[0]), wanted)
+    torch.testing.assert_close(vmap(grad(CALLS[name]))(X)[0], wanted)
 
 
 def test_the_way_out() -> None:

@@ -69,6 +69,24 @@ def test_a_change_below_the_bases_precision() -> None:
         assert kl_quadratic(model, base, [x]) == pytest.approx(expected, rel=0.1)
 
 
+class _Merging(TokenModel):
+    """As loralib's layers do: eval() merges an update into the weights, train() takes it out."""
+
+    def train(self, mode: bool = True) -> Any:
+        if mode is not self.training:
+            with torch.no_grad():
+                self.up.weight.add_(-0.1 if mode else 0.1)
+        return super().train(mode)
+
+
+def test_a_model_that_does_more_in_eval_is_left_as_it_was() -> None:
+    model, base = _Merging(), TokenModel()
+    before = model.up.weight.detach().clone()
+    kl_to_base(model, base, [ids(1, 4)])
+    assert model.training
+    assert torch.equal(model.up.weight, before)
+
+
 def test_wrong_calls() -> None:
     base = causal_lm("llama")
     with pytest.raises(ValueError, match=r"kl_quadratic: model: expected a model of base"):

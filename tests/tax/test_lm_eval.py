@@ -81,7 +81,7 @@ def test_scores_errors_items_and_groups(tmp_path: Path) -> None:
     assert c.n == {"arc_easy": 2376, "ifeval": 541, "mmlu": 200}
     assert report.base.se == c.se
     split = TaxReport.from_lm_eval(
-        [tmp_path / "base", tmp_path / "dpo" / "r.json"], alignment=["ifeval"]
+        [tmp_path / "base", tmp_path / "dpo" / "r.json"], alignment=iter(["ifeval"])
     )
     (c,) = split.checkpoints
     assert (split.tax(c), split.gain(c)) == pytest.approx((0.05, 0.1))

@@ -171,7 +171,7 @@ def start_runs(
             program,
             folder,
             headers,
-            fault.flags,
+            (*fault.flags, "-DONE_OP"),
             faulty(folder, fault),
             "quick" if fault.quick else "",
         )

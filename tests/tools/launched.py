@@ -1,12 +1,13 @@
-"""What `accelerate launch` runs on each rank: `-m tests.tools.launched OUT.json WHAT...`.
+"""What `accelerate launch` runs on each rank: `-m tests.tools.launched OUT.json DEVICES RUN...`.
 
-Four steps of transformers' Trainer with EWC and the exact KL, or the reason why they are refused.
+Each run is four steps of transformers' Trainer with EWC and the exact KL, or the reason why they
+are refused; one launch takes several, since most of its time is imports.
 
-WHAT is "ewc" and "kl"; "replay-lm" and "replay-kl"; "callback" for an EWCCallback among the
-trainer's callbacks; "evaluate" for evaluations of seven rows between the steps and behind them,
-"dispatch" for batches that rank 0 reads for all; "gpus" to have Accelerate take gloo on CPUs for a
-GPU's backend, without which it has no FSDP; "cpus" to say that there is no GPU, without which it
-has no DDP on gloo.
+A run is words with "+" between: "ewc" and "kl"; "replay-lm" and "replay-kl"; "callback" for an
+EWCCallback among the trainer's callbacks; "evaluate" for evaluations of seven rows between the
+steps and behind them, "dispatch" for batches that rank 0 reads for all. DEVICES: "gpus" to have
+Accelerate take gloo on CPUs for a GPU's backend, without which it has no FSDP; "cpus" to say that
+there is no GPU, without which it has no DDP on gloo; or "any".
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -79,7 +80,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any]:
+class Outcome(NamedTuple):
+    """What a run left: the trained weights by name, the log of its steps, that of its evaluations
+    with what the last one returned behind it; or the refusal alone.
+    """
+
+    weights: dict[str, Tensor]
+    log: list[dict[str, float]]
+    evaluations: list[dict[str, float]]
+    refused: str = ""
+
+
+def launch(name: str, runs: list[str], folder: Path, port: int) -> list[Outcome]:
     """Runs this module under `accelerate launch` and returns what rank 0 wrote.
 
     Raises:
@@ -91,9 +103,9 @@ def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any
     shared |= {"main_process_port": port, "mixed_precision": "no", "debug": False}
     shared["use_cpu"] = False
     config.write_text(json.dumps({**shared, **CONFIGS[name]}))
-    words = [*what, *{"FSDP": ["gpus"], "DDP": ["cpus"]}.get(name.rstrip("12"), [])]
+    devices = {"FSDP": "gpus", "DDP": "cpus"}.get(name.rstrip("12"), "any")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["-m", "tests.tools.launched", str(out), *words]
+    command += ["-m", "tests.tools.launched", str(out), devices, *runs]
     settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
     ran = subprocess.run(
         command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300
@@ -103,7 +115,8 @@ def launch(name: str, what: list[str], folder: Path, port: int) -> dict[str, Any
     found: dict[str, Any] = json.loads(out.read_text())
     if found["kind"] == "NO" or found["ranks"] != RANKS:  # it has each rank train by itself
         raise RuntimeError(f"{name}: {found['ranks']} {found['kind']}: {ran.stderr[-6000:]}")
-    return found
+    weights = torch.load(out.with_suffix(".pt"))
+    return [Outcome(w, *rest) for w, rest in zip(weights, found["runs"], strict=True)]
 
 
 # --- on each rank ---------------------------------------------------------------------------------
@@ -204,9 +217,10 @@ def whole(made: Any) -> dict[str, Tensor]:
     return out
 
 
-def trained(folder: Path, what: list[str]) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """The weights, and the log of four steps; with the evaluations' last what is returned."""
-    changes: dict[str, Any] = {"use_cpu": "cpus" in what or "WORLD_SIZE" not in os.environ}
+def trained(folder: Path, run: str, devices: str = "cpus") -> Outcome:
+    """Of this process, which may be one of several."""
+    what = run.split("+")
+    changes: dict[str, Any] = {"use_cpu": devices == "cpus"}
     if "evaluate" in what:
         changes |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
     if "dispatch" in what:
@@ -230,10 +244,21 @@ def trained(folder: Path, what: list[str]) -> tuple[dict[str, Tensor], list[dict
     transformers.set_seed(5)
     made.train()
     weights = whole(made)
+    log = [e for e in made.state.log_history if "loss" in e]
     if "evaluate" not in what:
-        return weights, [e for e in made.state.log_history if "loss" in e]
+        return Outcome(weights, log, [])
     returned = made.evaluate()
-    return weights, [*(e for e in made.state.log_history if "eval_loss" in e), returned]
+    evaluations = [e for e in made.state.log_history if "eval_loss" in e]
+    return Outcome(weights, log, [*evaluations, returned])
+
+
+def trained_or_refused(folder: Path, run: str, devices: str) -> Outcome:
+    try:
+        return trained(folder, run, devices)
+    except (ValueError, TypeError) as error:
+        if not str(error).startswith(OURS):
+            raise
+        return Outcome({}, [], [], str(error))
 
 
 def _as_if_gpus() -> None:
@@ -246,23 +271,16 @@ def _as_if_gpus() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Writes the log, or the refusal, of rank 0; the weights beside it."""
-    path, what = Path(arguments[0]), arguments[1:]
-    if "gpus" in what:
+    """Writes what rank 0 has of each run; the weights beside it."""
+    path, devices, runs = Path(arguments[0]), arguments[1], arguments[2:]
+    if devices == "gpus":
         _as_if_gpus()
-    result: dict[str, Any] = {}
-    try:
-        weights, result["log"] = trained(path.parent, what)
-    except (ValueError, TypeError) as error:
-        if not str(error).startswith(OURS):
-            raise
-        result["refused"] = str(error)
+    outcomes = [trained_or_refused(path.parent, run, devices) for run in runs]
     state = PartialState()
-    result |= {"ranks": state.num_processes, "kind": state.distributed_type.value}
+    result = {"ranks": state.num_processes, "kind": state.distributed_type.value}
     if int(os.environ.get("RANK", "0")) == 0:
-        if "log" in result:
-            torch.save(weights, path.with_suffix(".pt"))
-        path.write_text(json.dumps(result))
+        torch.save([outcome.weights for outcome in outcomes], path.with_suffix(".pt"))
+        path.write_text(json.dumps({**result, "runs": [outcome[1:] for outcome in outcomes]}))
 
 
 if __name__ == "__main__":

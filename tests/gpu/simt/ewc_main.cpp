@@ -215,7 +215,7 @@ int main(int arguments, char**) {
     std::mt19937 random(3);
     std::vector<Parameter> list;
     const EwcType d = EwcType::kDouble, types[4] = {d, d, d, d};
-    for (int64_t n : {int64_t(1), int64_t(1001), int64_t(65536 + 5)})
+    for (int64_t n : {1, 1001, quick ? 2051 : 65536 + 5})
       list.emplace_back(types, n, n == 1001, random);
     return list;
   });

@@ -170,8 +170,12 @@ bool check(const Case& c) {
   return ok;
 }
 
+// ONE_OP: of a build with a fault, which is in every op: 10 s to compile under ASan, not 43.
 template <class T, int kind = 0>
 bool check_ops(const Case& c) {
+#ifdef ONE_OP
+  return check<T, kl_op(KlKind::kPolicyRef)>(c);
+#endif
   if constexpr (kind < kKlKinds)
     return check<T, kl_op(KlKind(kind))>(c) & check_ops<T, kind + 1>(c);
   else return check<T, KlOp::kStats>(c) & check<T, KlOp::kAlone>(c);
@@ -390,6 +394,7 @@ int main(int arguments, char** argument) {
   sharp.temperature = sharp.ref_temperature = 0.5;
   for (const Options& o : {temperatures, caps, sharp})
     ok &= check_ops<float>({"options", 2100, normal(2, 0.5), o, 2, 0, 0, 16});
+#ifndef ONE_OP
   for (const double beta : {0.0, 0.1, 1.0}) {
     Options o;
     o.beta = beta;
@@ -407,6 +412,7 @@ int main(int arguments, char** argument) {
            },
            o});
     }
+#endif
   for (const double cap : {5.0, 30.0})  // one softcap: near, beyond the series, all but flat
     for (const double size : {2.0, 300.0})
       for (const double apart : {1e-3, 0.3, 8.0}) {
@@ -429,13 +435,14 @@ int main(int arguments, char** argument) {
   ok &= check<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>(
       {"long spans", (1 << 19) + 77, normal(2, 0.1), {}, 1});
   ok &= check_kinds<float, kl_op(KlKind::kPolicyRef)>() &
-        check_kinds<float, kl_op(KlKind::kRefPolicy)>() & check_kinds<float, KlOp::kStats>() &
-        check_kinds<float, kl_op(KlKind::kJsd)>() &
-        check_kinds<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>() &
-        check_kinds<__nv_bfloat16, KlOp::kStats>() & check_entropy<float>() &
-        check_entropy<__nv_bfloat16>();
+        check_kinds<__nv_bfloat16, kl_op(KlKind::kPolicyRef)>();
+#ifndef ONE_OP
+  ok &= check_kinds<float, kl_op(KlKind::kRefPolicy)>() & check_kinds<float, KlOp::kStats>() &
+        check_kinds<float, kl_op(KlKind::kJsd)>() & check_kinds<__nv_bfloat16, KlOp::kStats>() &
+        check_entropy<float>() & check_entropy<__nv_bfloat16>();
   ok &= check_own_types<__nv_bfloat16, float>() & check_own_types<float, __half>() &
         check_own_types<__half, __nv_bfloat16>() & check_float_off_alignment();
+#endif
   printf("%s: %d launches\n", ok ? "ok" : "FAILED", launches);
   return ok ? 0 : 1;
 }

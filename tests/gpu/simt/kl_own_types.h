@@ -80,7 +80,7 @@ bool check_own_types() {
 }
 
 // Rows of float32 that no address of 16 begins are read by whole vectors, 16 bytes more a span.
-bool check_float_off_alignment() {
+[[maybe_unused]] bool check_float_off_alignment() {
   bool ok = true;
   for (const int shift : {1, 2, 3}) {
     constexpr int64_t n = 2, v = 4 * kSpan;

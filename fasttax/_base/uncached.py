@@ -1,4 +1,4 @@
-"""Forwards that are a look at a model and no training: in eval mode, and without a cache."""
+"""A model's forward over whole sequences, which no cache of keys and values takes part in."""
 
 from __future__ import annotations
 
@@ -7,25 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-
-from fasttax._base import inner
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Inside, every part of the model is in eval mode; its modes are as before at the end.
-
-    bitsandbytes' 4-bit layers, which drop nothing, keep their mode: on a CPU the first forward in
-    eval mode without a gradient lays their weights out anew, from where none goes back any more.
-    """
-    training = [m for m in model.modules() if m.training]
-    try:
-        for m in training:
-            m.training = inner.in_four_bits(getattr(m, "weight", None))
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 @contextmanager
