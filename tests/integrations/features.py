@@ -19,17 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
 import transformers
 import trl
-from test_full_kl import BETA, difference, make, oracle, train
-from test_value_trainers import Hand, by_hand, held
 
 from fasttax.integrations.transformers import attach
 from fasttax.integrations.trl import CHOICES, FullKL, patch
 from tests.tools import launched, tiny_lm, trl_runs, value_trainers
+from tests.tools.full_kl_runs import BETA, make, oracle
+from tests.tools.trainer_runs import difference, train
+from tests.tools.value_trainers import Hand, by_hand, held
 
 ROUNDING = 2e-6
 MOVED = 3e-5  # what is added moves the weights by more
@@ -82,7 +81,7 @@ def runnable() -> Iterator[None]:
 
 def same(ours: Any, wanted: Any, plain: Any) -> None:
     """The numbers are those of the other way, and not those of a run without."""
-    error, effect = difference(ours, wanted), difference(ours, plain)
+    error, effect = (difference(ours.model, t.model) for t in (wanted, plain))
     if not error <= ROUNDING:
         raise AssertionError(f"parameters differ by {error:.1e}")
     if not effect > MOVED:
@@ -106,7 +105,7 @@ def patched(name: str, folder: Path) -> None:
         ours = train(trl_runs.make(name, folder))
         if not handle.calls:
             raise AssertionError("fasttax's op was not called")
-    error = difference(ours, plain)
+    error = difference(ours.model, plain.model)
     if not error <= 3e-5:
         raise AssertionError(f"parameters differ by {error:.1e}")
 

@@ -8,11 +8,11 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from test_transformers import ROUNDING, difference, held
 from torch import Tensor, nn
 
 from fasttax.integrations.lightning import EWCCallback
 from tests.tools import tiny_lm
+from tests.tools.trainer_runs import ROUNDING, difference, held
 
 LR, CLIP, STEPS, ACCUMULATION = 0.05, 1.0, 3, 2
 

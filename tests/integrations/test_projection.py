@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_full_kl import make, train
-from test_replay import by_hand, plain, texts
-from test_transformers import difference, held, history
 from torch import Tensor
 
 from fasttax.integrations._project import Project
 from fasttax.integrations.transformers import attach
 from tests.tools import tiny_lm
+from tests.tools.full_kl_runs import make
+from tests.tools.trainer_runs import by_hand, difference, held, history, plain, texts, train
 
 CASES: list[dict[str, Any]] = [
     {},

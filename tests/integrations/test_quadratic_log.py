@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_full_kl import train
-from test_replay import plain, texts
-from test_transformers import difference, history
 from torch import nn
 
 from fasttax.integrations.transformers import attach
 from fasttax.tax import kl_quadratic, kl_to_base
 from tests.tools import tiny_lm
+from tests.tools.trainer_runs import difference, history, plain, texts, train
 
 
 class Copies(transformers.TrainerCallback):

@@ -8,43 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
-from test_full_kl import make, train
-from test_transformers import Rows, arguments, difference, held, history
 from torch import Tensor, nn
-from transformers import Trainer
 
 from fasttax import topk_kl, topk_logprobs
 from fasttax.integrations.reference import TopKReference
 from fasttax.integrations.transformers import attach
 from fasttax.integrations.trl import FullKL
 from tests.tools import tiny_lm, trl_runs
+from tests.tools.full_kl_runs import make
+from tests.tools.trainer_runs import (
+    Rows,
+    by_hand,
+    difference,
+    held,
+    history,
+    plain,
+    texts,
+    train,
+)
 
 WEIGHT = 0.7
 ROUNDING = 1e-6
-
-
-def texts(count: int = 3, rows: int = 3) -> list[dict[str, Tensor]]:
-    """Batches of another size than the trainer's, rows of several lengths, padded on the right."""
-    found = []
-    for i in range(count):
-        ids = tiny_lm.ids(rows, 10, seed=20 + i)
-        real = torch.arange(10) < torch.tensor([[10], [6], [3]])[:rows]
-        found.append({"input_ids": ids * real, "attention_mask": real.long()})
-    return found
-
-
-def by_hand(model: Any, batch: dict[str, Tensor], kind: str, ref: Any = None) -> Tensor:
-    """The mean over the batch's tokens, by torch's own functions."""
-    x = model(**batch).logits[:, :-1].float()
-    real = batch["attention_mask"][:, 1:] != 0
-    if kind == "lm":
-        return F.cross_entropy(x[real], batch["input_ids"][:, 1:][real])
-    with torch.no_grad():
-        q = ref(**batch).logits[:, :-1].float().log_softmax(-1)
-    p = x.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)[real].mean()
 
 
 class ByHand(transformers.TrainerCallback):
@@ -64,15 +49,6 @@ class ByHand(transformers.TrainerCallback):
         self.used += 1
         self.seen.append(float(loss.detach()))
         (WEIGHT * loss).backward()
-
-
-def plain(folder: Path, callbacks: Any = (), model: Any = None, **changes: Any) -> Trainer:
-    return Trainer(
-        tiny_lm.model() if model is None else model,
-        arguments(folder, **changes),
-        train_dataset=Rows(tiny_lm.ids()),
-        callbacks=list(callbacks),
-    )
 
 
 def replay(kind: str, **changes: Any) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_full_kl import BETA, history, make, train
 from torch import Tensor
 
 from fasttax.integrations.trl import FullKL
 from tests.tools import kl_steps as k
 from tests.tools import tiny_lm
+from tests.tools.full_kl_runs import BETA, make
+from tests.tools.trainer_runs import history, train
 
 V, T, END = 4, 3, 2  # 40 sequences, of one to three tokens
 PROMPT = torch.tensor([[1, 3]])

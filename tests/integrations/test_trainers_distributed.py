@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_full_kl import BETA, make
-from test_replay import texts
-from test_transformers import (
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, Trainer
+
+from fasttax.integrations.transformers import EWCCallback, attach
+from fasttax.integrations.trl import FullKL
+from tests.tools import tiny_lm
+from tests.tools.full_kl_runs import BETA, make
+from tests.tools.processes import on_ranks
+from tests.tools.trainer_runs import (
     ROUNDING,
     FakeArguments,
     FakeState,
@@ -25,14 +31,8 @@ from test_transformers import (
     difference,
     held,
     history,
+    texts,
 )
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Trainer
-
-from fasttax.integrations.transformers import EWCCallback, attach
-from fasttax.integrations.trl import FullKL
-from tests.tools import tiny_lm
-from tests.tools.processes import on_ranks
 
 
 def ddp(rank: int, folder: Path) -> None:

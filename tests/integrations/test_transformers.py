@@ -10,42 +10,31 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     DefaultFlowCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 import fasttax
 from fasttax.integrations import AdaptiveKL, _trainer
 from fasttax.integrations.transformers import EWCCallback, attach
 from tests.tools import tiny_lm
-
-STRENGTH = 20.0
-ROUNDING = 3e-7  # parameters are below 1.5 in size: two roundings
-
-
-class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Rows of different lengths, so that micro-batches hold different numbers of tokens."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        labels = self.rows[i].clone()
-        labels[: 1 + i % 5] = -100
-        return {
-            "input_ids": self.rows[i],
-            "attention_mask": torch.ones_like(labels),
-            "labels": labels,
-        }
+from tests.tools.trainer_runs import (
+    ROUNDING,
+    STRENGTH,
+    FakeArguments,
+    FakeState,
+    Rows,
+    WithKL,
+    arguments,
+    difference,
+    held,
+    history,
+)
 
 
 class Reporter(TrainerCallback):
@@ -66,38 +55,6 @@ class WithPenalty(Trainer):
         if num_items_in_batch is None:
             return loss + self.ewc.penalty()
         return loss + self.ewc.penalty() / self.current_gradient_accumulation_steps
-
-
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    options = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 3,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 1.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 5,
-    }
-    return TrainingArguments(output_dir=str(folder), **{**options, **changes})
-
-
-def held(model: nn.Module, strength: float = STRENGTH) -> fasttax.EWC:
-    """Held away from where it stands, so that the penalty pulls from the first step on."""
-    generator = torch.Generator().manual_seed(11)
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    fisher = {n: torch.rand(p.shape, generator=generator) for n, p in trainable.items()}
-    anchor = {
-        n: p.detach() + 0.05 * torch.randn(p.shape, generator=generator)
-        for n, p in trainable.items()
-    }
-    return fasttax.EWC(model, fisher, strength=strength, anchor=anchor)
 
 
 def run(
@@ -122,17 +79,6 @@ def run(
         trainer = Trainer(**made, callbacks=[*callbacks, EWCCallback(ewc, where=how)])
     trainer.train()
     return trainer, ewc
-
-
-def difference(a: nn.Module, b: nn.Module) -> float:
-    return max(
-        float((x.detach().double() - y.detach().double()).abs().max())
-        for x, y in zip(a.parameters(), b.parameters(), strict=True)
-    )
-
-
-def history(trainer: Trainer, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 @pytest.mark.parametrize(
@@ -257,18 +203,6 @@ def hooks(model: nn.Module) -> list[int]:
     return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 
 
-class FakeArguments:
-    deepspeed = None
-    distributed_state = None
-    output_dir = "nowhere"
-    process_index, world_size = 0, 1
-
-
-class FakeState:
-    global_step = 0
-    log_history: list[dict[str, float]]
-
-
 def test_fp16_gradient_carries_the_loss_scale() -> None:
     """The Trainer's own order of calls on a scaler of the CPU, which has no fp16 itself."""
     from accelerate.optimizer import AcceleratedOptimizer
@@ -334,24 +268,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 # --- KL -------------------------------------------------------------------------------------------
-
-
-class WithKL(Trainer):
-    """The oracle: log-softmaxes, in the loss, over the tokens whose label counts."""
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss, out = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        with torch.no_grad():
-            ref = self.ref(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-            ).logits
-        logp, ref_logp = out.logits[:, :-1].log_softmax(-1), ref[:, :-1].log_softmax(-1)
-        kl = (logp.exp() * (logp - ref_logp)).sum(-1)[inputs["labels"][:, 1:] != -100]
-        return loss + 0.3 * kl.sum() / num_items_in_batch
 
 
 def test_attached_kl_is_the_kl_in_the_loss(tmp_path: Path) -> None:

@@ -9,58 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-import fasttax
 from fasttax.integrations.transformers import EWCCallback, attach
 from fasttax.integrations.trl import FullKL
 from tests.tools import launched, tiny_lm, value_trainers
+from tests.tools.trainer_runs import difference, train
+from tests.tools.value_trainers import Hand, by_hand, held
 
-STRENGTH = 5.0
 HAS_PPO = importlib.util.find_spec("trl.experimental.ppo") is not None
-
-
-def held(model: nn.Module) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-    """An EWC, with the Fisher and anchor of it."""
-    fisher, anchor = {}, {}
-    for i, (name, p) in enumerate(model.named_parameters()):
-        generator = torch.Generator().manual_seed(i)
-        fisher[name] = torch.rand(p.shape, generator=generator)
-        anchor[name] = p.detach() + 0.02 * torch.randn(p.shape, generator=generator)
-    return fasttax.EWC(model, fisher, strength=STRENGTH, anchor=anchor), fisher, anchor
-
-
-def by_hand(model: nn.Module, optimizer: Any) -> Any:
-    """The gradient, added before each step of the optimizer."""
-    _, fisher, anchor = held(model)
-
-    def before(*args: Any) -> None:
-        for name, p in model.named_parameters():
-            pull = STRENGTH * fisher[name] * (p.detach() - anchor[name])
-            p.grad = pull if p.grad is None else p.grad + pull
-
-    return optimizer.register_step_pre_hook(before)
-
-
-def difference(a: nn.Module, b: nn.Module) -> float:
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return max(float((x - y).detach().abs().max()) for x, y in pairs)
-
-
-def train(trainer: Any) -> Any:
-    transformers.set_seed(5)
-    trainer.train()
-    return trainer
-
-
-class Hand(TrainerCallback):
-    """`by_hand` on the optimizer that training begins with."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        by_hand(kwargs["model"], getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
 
 
 def test_ewc_of_a_reward_model(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
+import fasttax
 from tests.tools import tiny_lm, trl_runs
 
 
@@ -69,3 +72,35 @@ def ppo(folder: Path, **changes: Any) -> Any:
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:2]),
     )
+
+
+STRENGTH = 5.0
+
+
+def held(model: nn.Module) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """An EWC, with the Fisher and anchor of it."""
+    fisher, anchor = {}, {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        generator = torch.Generator().manual_seed(i)
+        fisher[name] = torch.rand(p.shape, generator=generator)
+        anchor[name] = p.detach() + 0.02 * torch.randn(p.shape, generator=generator)
+    return fasttax.EWC(model, fisher, strength=STRENGTH, anchor=anchor), fisher, anchor
+
+
+def by_hand(model: nn.Module, optimizer: Any) -> Any:
+    """The gradient, added before each step of the optimizer."""
+    _, fisher, anchor = held(model)
+
+    def before(*args: Any) -> None:
+        for name, p in model.named_parameters():
+            pull = STRENGTH * fisher[name] * (p.detach() - anchor[name])
+            p.grad = pull if p.grad is None else p.grad + pull
+
+    return optimizer.register_step_pre_hook(before)
+
+
+class Hand(TrainerCallback):
+    """`by_hand` on the optimizer that training begins with."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        by_hand(kwargs["model"], getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
