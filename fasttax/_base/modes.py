@@ -17,6 +17,8 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 
+from fasttax._base.inner import in_four_bits
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -78,12 +80,14 @@ def has_tangent(t: Tensor) -> bool:
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Inside, every module of the model is in eval mode; its modes are as before at the end.
 
-    Not by model.eval(), of which some classes make more: loralib's merges its weights.
+    Not by model.eval(), of which some classes make more: loralib's merges its weights. And but for
+    bitsandbytes' 4-bit layers, which drop nothing: on a CPU their first forward in eval mode
+    without a gradient lays the weight out anew, from where none goes back any more.
     """
     training = [m for m in model.modules() if m.training]
     try:
         for m in training:
-            m.training = False
+            m.training = in_four_bits(getattr(m, "weight", None))
         yield
     finally:
         for m in training:

@@ -16,6 +16,8 @@ from fasttax._base import checks, waits
 from fasttax.fisher.task import Task
 
 IGNORED = -100  # the label that transformers and torch.nn.CrossEntropyLoss leave out
+# of tokens that are to count, as TRL and chat templates name them; collators make labels of them
+_MASKS = ("completion_mask", "assistant_masks")
 # transformers' names for what has no ids
 OTHER_INPUTS = ("pixel_values", "input_values", "input_features", "inputs_embeds")
 
@@ -162,6 +164,10 @@ def _read(
     home = device if found is None else given[found].device
     inputs = {k: (v.to(home) if isinstance(v, Tensor) else v) for k, v in given.items()}
     labels = inputs.pop("labels", None)
+    ignored = next((k for k in _MASKS if isinstance(inputs.get(k), Tensor)), None)
+    if labels is None and ignored is not None:
+        way_out = f"pass labels=input_ids.masked_fill({ignored} == 0, -100)"
+        raise checks.fail(op, "batch", "labels", f"{ignored}, which no model reads", way_out)
     main = main_input(inputs)
     if main is None or (task.arguments and main not in task.arguments):
         expected = f"a key {task.first or 'input_ids'!r}, or any tensor that the model takes"

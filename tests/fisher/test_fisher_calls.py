@@ -219,6 +219,11 @@ WRONG: dict[str, tuple[Callable[[], Any], Errors, tuple[str, ...]]] = {
         (ValueError, IndexError),
         ("labels", str(VOCAB)),
     ),
+    "mask of answers": (
+        lambda: DiagonalFisher(M).update({"input_ids": X, "assistant_masks": X > 3}),
+        ValueError,
+        ("labels", "assistant_masks, which no model", "masked_fill(assistant_masks == 0, -100)"),
+    ),
     "cu": (
         lambda: DiagonalFisher(M).update({"input_ids": X[:1], "cu_seqlens": torch.tensor([0, 3])}),
         ValueError,

@@ -15,6 +15,7 @@ from torch import nn
 from fasttax.integrations.reference import TopKReference
 from fasttax.integrations.trl import FullKL
 from tests.tools import kl_steps as k
+from tests.tools.quantised import FourBit
 
 CLOSE = 2e-4  # relative, float32 against float64
 SIZES = k.SIZES
@@ -270,6 +271,20 @@ def test_a_factor_that_the_user_froze_stays_frozen() -> None:
     flags = {n: p.requires_grad for n, p in policy.named_parameters()}
     k.step(policy, None)
     assert {n: p.requires_grad for n, p in policy.named_parameters()} == flags
+
+
+def test_four_bit_layers_have_their_gradient_after_the_reference_ran() -> None:
+    """On a CPU bitsandbytes' have none after a forward in eval mode without one."""
+    base = k.llama()
+    for layer in base.model.layers:
+        layer.self_attn.q_proj = FourBit(layer.self_attn.q_proj, torch.bfloat16)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    policy = k.shaken(peft.get_peft_model(base, config)).train()
+    for _ in range(2):
+        found = k.step(policy, None)
+    assert any("layers.0" in name for name in found.grads)
+    assert not any(m.laid_out_anew for m in policy.modules() if isinstance(m, FourBit))
+    assert all(m.training for m in policy.modules())
 
 
 def test_classes_without_logits_of_tokens_are_refused() -> None:
