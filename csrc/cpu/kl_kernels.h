@@ -208,7 +208,8 @@ inline void write_kept(const float* weight, const float* value, int64_t n, float
 template <KlKind kind, class T>
 inline void kept_gradient(const KlKept& kept, int64_t V, const KlParams& k, const KlRow& r,
                           double mean_gap, float upstream, T* dx) {
-  const float gx = upstream * k.row_slope;
+  // of a row of NaN, where a weight is 0, too
+  const float gx = std::isnan(r.mean_gap) ? r.mean_gap : upstream * k.row_slope;
   if constexpr (kind == KlKind::kJsd)
     return write_kept(kept.weight, kept.value, V, r.mean_gap, -gx * k.beta_rest, dx);
   for (int64_t start = (V - 1) / kChunk * kChunk; start >= 0; start -= kChunk) {

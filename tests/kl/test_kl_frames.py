@@ -5,6 +5,9 @@ A chunk is 2048, 1024 or 512 entries by instruction set; V is several of the lar
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -184,3 +187,16 @@ def test_a_capped_policys_gradient_where_frames_move(
     gradient, eager, truth = gradient[finite].double(), eager[finite].double(), truth[finite]
     own = (eager - truth).abs().max()
     assert ((gradient - truth).abs() <= 2 * own + torch.finfo(dtype).eps * truth.abs()).all()
+
+
+@pytest.mark.parametrize("kind", ["policy_ref", "jsd"])
+def test_a_capped_policys_gradient_is_nan_where_the_kl_is(kind: Any, simd: int) -> None:
+    """Of saturated entries, too, whose slope is 0."""
+    x, y = torch.full((2, C + 3), 300.0), torch.randn(2, C + 3)
+    x[:, ::2] = -300.0
+    y[0, 1] = math.nan
+    x.requires_grad_()
+    loss = fasttax.token_kl(x, y, kind=kind, softcap=5.0, ref_softcap=30.0, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert gradient[0].isnan().all()
+    assert gradient[1].isfinite().all()
