@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fasttax._base import checks
+from fasttax._base import checks, wrappers
 
 LIKELIHOODS = ("auto", "softmax", "bernoulli", "gaussian")
 # config.problem_type of transformers' classifiers
@@ -81,10 +81,17 @@ class Task:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrappers, whose forward takes anything."""
+    """The model inside the wrappers of PEFT and torch, whose forward takes anything."""
     inner: Any = model
-    while hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    while True:
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+            continue
+        children = dict(inner.named_children())
+        inside = next((children[name] for name in wrappers.TORCH if name in children), None)
+        if inside is None or _named(_of_forward(inner)):
+            break
+        inner = inside
     wrapped: nn.Module = inner
     return wrapped
 
@@ -106,10 +113,14 @@ def _of_forward(model: nn.Module) -> list[inspect.Parameter]:
 def _arguments(model: nn.Module) -> tuple[str | None, frozenset[str]]:
     """The first argument's name where there is no input_ids, and all names."""
     arguments = _of_forward(model)
-    names = [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    names = _named(arguments)
     if any(a.kind == a.VAR_KEYWORD for a in arguments):
         return _first(names), frozenset()
     return _first(names), frozenset(names)
+
+
+def _named(arguments: list[inspect.Parameter]) -> list[str]:
+    return [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
 
 
 def _first(names: list[str]) -> str | None:

@@ -288,6 +288,8 @@ def _given(
         raise checks.fail(op, name, "a decoder language model", type(model).__name__, way_out)
     device, positions = next(model.parameters()).device, takes(model, "position_ids")
     read = layout.read(op, given, device, task, positions=positions)
+    if task.arguments and not positions:  # they say what counts, and the model has no use for them
+        read.inputs.pop("position_ids", None)
     return read.inputs, read.counted[:, :-1]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fasttax
 from fasttax.tax import kl_to_base
@@ -45,6 +46,24 @@ def test_kl_to_base() -> None:
         kl_to_base(model, base, [{"labels": ids}])
 
 
+class Anything(torch.nn.Module):
+    """A wrapper as DistributedDataParallel."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class WithoutPositions(Anything):
+    """A model that tells positions by itself, as with ALiBi."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return self.module(input_ids=input_ids, attention_mask=attention_mask)
+
+
 @pytest.mark.parametrize("measure", [kl_to_base, fasttax.tax.kl_quadratic])
 def test_documents_of_a_packed_row_are_texts_of_their_own(measure: Any) -> None:
     base: Any = causal_lm("llama")
@@ -63,8 +82,23 @@ def test_documents_of_a_packed_row_are_texts_of_their_own(measure: Any) -> None:
         {"input_ids": row, "cu_seqlens": torch.tensor([0, 4, 10])},
     ):
         assert measure(model, base, [batch]) == pytest.approx(wanted, rel=1e-4)
+        if measure is kl_to_base:  # of a wrapped model, whose forward names no position_ids
+            wrapped = torch.compile(model, backend="eager", dynamic=True), Anything(model)
+            for outer in wrapped:
+                assert measure(outer, base, [batch]) == pytest.approx(wanted, rel=1e-4)
     assert base.config.use_cache
     assert measure(model, base, [row]) != pytest.approx(wanted, rel=1e-2)
+
+
+def test_positions_say_what_counts_where_the_model_takes_none() -> None:
+    base: Any = causal_lm("llama")
+    model, ids = copy.deepcopy(base), torch.randint(3, 20, (2, 6))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    places = torch.arange(6).expand(2, 6)
+    for one in (model, WithoutPositions(model)):
+        got = kl_to_base(one, WithoutPositions(base), [{"input_ids": ids, "position_ids": places}])
+        assert got == pytest.approx(kl_to_base(model, base, [ids]), rel=1e-6)
 
 
 def test_the_forwards_other_arguments_are_given_to_both() -> None:
