@@ -382,7 +382,7 @@ def _listed(op: str, only: Iterable[Tensor] | None) -> list[Tensor] | None:
 
 
 def _holds(op: str, ewcs: Iterable[EWC]) -> list[Hold]:
-    given = [] if isinstance(ewcs, EWC) else [*ewcs]
+    given = list(ewcs) if isinstance(ewcs, Iterable) else []
     if not given or not all(isinstance(e, EWC) for e in given):
         raise checks.fail(op, "ewcs", "a non-empty list of EWC", ewcs, error=TypeError)
     return [e.hold for e in given]

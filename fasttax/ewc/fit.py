@@ -251,10 +251,16 @@ def pick_anchor(
         else:
             out[t.name] = value
     differences(op, "anchor", wrong)
-    bad = [n for n, t in out.items() if not bool(torch.isfinite(dtensor.whole(t.detach())).all())]
+    bad = [n for n, t in out.items() if not _is_finite(dtensor.whole(t.detach()))]
     if bad:
         _refuse_values(op, "anchor", "finite values", bad, "the penalty of such is NaN")
     return out
+
+
+def _is_finite(t: Tensor) -> bool:
+    if t.is_floating_point() and t.element_size() == 1:
+        t = t.float()  # torch.isfinite knows no float8
+    return bool(torch.isfinite(t).all())
 
 
 def check_hash(

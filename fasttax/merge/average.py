@@ -223,7 +223,8 @@ def fisher_average(
 
 def _listed(op: str, argument: str, given: Any) -> list[Any]:
     """A list's items, or another iterable's; one model or Fisher alone is none."""
-    if isinstance(given, (nn.Module, Mapping, str)) or not isinstance(given, Iterable):
+    alone = isinstance(given, (nn.Module, Mapping, str)) and not isinstance(given, nn.ModuleList)
+    if alone or not isinstance(given, Iterable):
         raise checks.fail(op, argument, "a list, one for each model", given, error=TypeError)
     return [*given]
 

@@ -126,6 +126,9 @@ def test_an_anchor_that_is_not_finite_is_named() -> None:
         anchor = {**model.state_dict(), "bias": torch.tensor([0.0, bad])}
         with pytest.raises(ValueError, match="anchor: expected finite values, got others in bias"):
             EWC(model, fisher, strength=1.0, anchor=anchor)
+    narrow = {name: p.to(torch.float8_e4m3fn) for name, p in model.state_dict().items()}
+    held = EWC(model, fisher, strength=1.0, anchor=narrow).anchor["weight"]
+    assert torch.equal(held, narrow["weight"].float())
 
 
 def test_tied_weights_count_once_and_missing_ones_stay_free() -> None:
@@ -364,8 +367,10 @@ def test_combine_has_the_gradient_of_the_sum(storage: str) -> None:
             rtol=1e-4 if storage == "fp32" else 2**-7,
             atol=1e-4 if storage == "fp32" else 1e-2,
         )
-    with pytest.raises(TypeError, match="non-empty list"):
-        EWC.combine([])
+    nothing: tuple[Any, ...] = ([], None, 3)
+    for given in nothing:
+        with pytest.raises(TypeError, match="non-empty list"):
+            EWC.combine(given)
     with pytest.raises(ValueError, match="same parameters"):
         EWC.combine([ewcs[0], EWC(*model_and_fisher(), strength=1.0)])
 

@@ -139,6 +139,10 @@ def test_the_average_is_where_the_penalties_are_least() -> None:
     """It minimises sum_k F_k (theta - theta_k)^2 / 2: EWC's own quadratics."""
     models, fishers = [weights(1), weights(2)], [fisher(3), fisher(4)]
     merged = merge.fisher_average(models, fishers)
+    linears = [torch.nn.Linear(2, 2, bias=False) for _ in models]
+    ones = [{"weight": torch.ones(2, 2)} for _ in models]
+    got = merge.fisher_average(torch.nn.ModuleList(linears), ones)["weight"]
+    torch.testing.assert_close(got, (linears[0].weight + linears[1].weight).detach() / 2)
     slope = sum(
         f["a"].double() * (merged["a"].double() - m["a"].double())
         for m, f in zip(models, fishers, strict=True)
