@@ -87,7 +87,9 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     training = [m for m in model.modules() if m.training]
     try:
         for m in training:
-            m.training = in_four_bits(getattr(m, "weight", None))
+            # not m.weight, which a parametrization computes: spectral_norm iterates at every look
+            own = dict(m.named_parameters(recurse=False)).get("weight")
+            m.training = in_four_bits(own)
         yield
     finally:
         for m in training:

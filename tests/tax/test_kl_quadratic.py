@@ -85,6 +85,12 @@ def test_a_model_that_does_more_in_eval_is_left_as_it_was() -> None:
     kl_to_base(model, base, [ids(1, 4)])
     assert model.training
     assert torch.equal(model.up.weight, before)
+    normed = TokenModel()  # whose weight's norm is iterated at every look in train mode
+    torch.nn.utils.parametrizations.spectral_norm(normed.up)
+    vectors = {name: t.clone() for name, t in normed.named_buffers()}
+    kl_to_base(normed, base, [ids(1, 4)])
+    assert vectors
+    assert all(torch.equal(t, vectors[name]) for name, t in normed.named_buffers())
 
 
 def test_wrong_calls() -> None:
