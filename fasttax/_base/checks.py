@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -251,9 +252,9 @@ def count(op: str, argument: str, value: Any) -> int:
     Raises:
         ValueError: it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise fail(op, argument, "an integer >= 1", value)
-    return value
+    return int(value)  # of numpy's
 
 
 def same_device(op: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:

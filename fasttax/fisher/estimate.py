@@ -210,7 +210,7 @@ class FisherEstimate(OnHub, Mapping[str, Tensor]):
             ValueError: the optimizer has no second moments of the model's parameters, or
                 `batch_size` is no count.
         """
-        checks.count("FisherEstimate.from_adam", "batch_size", batch_size)
+        batch_size = checks.count("FisherEstimate.from_adam", "batch_size", batch_size)
         names = {id(p): n for n, p in model.named_parameters()}
         values: dict[str, Tensor] = {}
         for group in optimizer.param_groups:

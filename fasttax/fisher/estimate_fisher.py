@@ -149,8 +149,8 @@ def estimate_fisher(
     """
     op = "estimate_fisher"
     if max_examples is not None:
-        checks.count(op, "max_examples", max_examples)
-    checks.count(op, "checkpoint_every", checkpoint_every)
+        max_examples = checks.count(op, "max_examples", max_examples)
+    checkpoint_every = checks.count(op, "checkpoint_every", checkpoint_every)
     if checkpoint is not None:
         placed.for_file(f"{op}: checkpoint", checkpoint)
     one = isinstance(batches, (Mapping, Tensor))

@@ -385,7 +385,7 @@ def lm_head_fisher(
         _dtype_of_hidden(op, "bias", bias, hidden)
         bias = bias.detach()
     _dtype_of_hidden(op, "weight", weight, hidden)
-    checks.count(op, "token_chunk", token_chunk)
+    token_chunk = checks.count(op, "token_chunk", token_chunk)
     a = hidden.detach().reshape(-1, hidden.shape[-1])
     if mask is not None:
         counted = checks.token_mask(op, mask, hidden.shape[:-1], hidden.device, "").reshape(-1)

@@ -78,8 +78,8 @@ class Job:
 
     def __post_init__(self) -> None:
         checks.positive(self.op, "temperature", self.temperature)
-        checks.count(self.op, "batch_size", self.batch_size)
-        checks.count(self.op, "k", self.k)
+        self.batch_size = checks.count(self.op, "batch_size", self.batch_size)
+        self.k = checks.count(self.op, "k", self.k)
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             raise checks.fail(
                 self.op,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -200,6 +201,9 @@ def test_from_adam_is_the_corrected_second_moment(kind: Any) -> None:
     for n, g in grads.items():
         torch.testing.assert_close(f[n], 8 * g**2, rtol=1e-5, atol=0)
     assert f.metadata["estimator"] == "adam_second_moment"
+    counted = FisherEstimate.from_adam(optimizer, model, batch_size=np.int64(8))
+    assert counted.metadata == f.metadata
+    assert type(counted.metadata["batch_size"]) is int
     with pytest.raises(ValueError, match="from_adam: batch_size: expected an integer >= 1"):
         FisherEstimate.from_adam(optimizer, model, batch_size=0)
     with pytest.raises(ValueError, match="from_adam: optimizer"):
