@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "constant.h"
+#include "kl.h"
 #include "macros.h"
 
 // Estimates of KL(policy || ref) from log-probs of the tokens that were sampled: the values and
@@ -48,6 +49,7 @@ struct Estimate {
   FASTTAX_HD R unweighed(int kind) const {
     if (kind == kK1) return -r;
     if (kind == kK2) return r * r / 2;
+    if (std::fabs(r) <= R(kSmallGap)) return kl_excess(-r);
     if (std::fabs(r) < R(0.5)) return std::expm1(r) - r;
     // beyond the clip e^r goes on along its tangent, in a form that is inf at inf
     if (r > clip) return (top - 1) * (r - clip) + (top - 1 - clip);

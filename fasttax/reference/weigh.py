@@ -214,11 +214,12 @@ def _excess(r: Tensor) -> Tensor:
     """e^r - 1 - r, whose derivative keeps its digits too: autograd's of expm1 is 1 + (e^r - 1).
 
     It is e - r + e y + (1 + e) (e^y - 1 - y), where e = e^r - 1 and r are constants and y, which is
-    0, carries the derivatives.
+    0, carries the derivatives. e - r is r^2/2 where r is small: of float32 it would be rounding.
     """
     constant = r.detach()
-    e, y = torch.expm1(constant), r - constant
-    return (e - constant) + e * y + (1 + e) * (torch.expm1(y) - y)
+    exact, y = torch.expm1(constant.double()), r - constant
+    value, e = (exact - constant).to(r.dtype), exact.to(r.dtype)
+    return value + e * y + (1 + e) * (torch.expm1(y) - y)
 
 
 def _slope(kind: int, r: Tensor, clip: float) -> Tensor:

@@ -53,7 +53,7 @@ CPU_TESTS = {
     ),
     "kl.cpp": (
         ("kl/test_kl.py::test_options", "kl/test_kl.py::test_vocabularies"),
-        ("kl/test_kl.py", "kl/test_kl_rows.py", "kl/test_kl_sweeps.py"),
+        ("kl/test_kl.py", "kl/test_kl_rows.py", "kl/test_kl_sweeps.py", "kl/test_kl_frames.py"),
     ),
     "stats.cpp": (
         ("kl/test_kl_stats_rows.py::test_options", "kl/test_kl_stats_rows.py::test_vocabularies"),
