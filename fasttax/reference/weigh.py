@@ -24,6 +24,7 @@ from fasttax.reference.numbers import hide, times, wide, wide_dtype
 NONE, SUM, MEAN = range(3)
 REDUCTIONS = ("none", "sum", "mean")  # by these numbers
 K1, K2, K3 = -1, -2, -3
+SERIES = 14  # terms of e^r, exact to float64 for |r| < 1/2
 
 
 def token_weights(
@@ -211,15 +212,17 @@ def _estimator(kind: int, r: Tensor, clip: float) -> Tensor:
 
 
 def _excess(r: Tensor) -> Tensor:
-    """e^r - 1 - r, whose derivative keeps its digits too: autograd's of expm1 is 1 + (e^r - 1).
+    """e^r - 1 - r for |r| < 1/2; its derivative keeps its digits too (expm1's is 1 + (e^r - 1)).
 
-    It is e - r + e y + (1 + e) (e^y - 1 - y), where e = e^r - 1 and r are constants and y, which is
-    0, carries the derivatives. e - r is r^2/2 where r is small: of float32 it would be rounding.
+    It is s + e y + (1 + e) (e^y - 1 - y), where e = e^r - 1 and its series s without the first
+    term are constants and y, which is 0, carries the derivatives.
     """
     constant = r.detach()
-    exact, y = torch.expm1(constant.double()), r - constant
-    value, e = (exact - constant).to(r.dtype), exact.to(r.dtype)
-    return value + e * y + (1 + e) * (torch.expm1(y) - y)
+    e, y = torch.expm1(constant), r - constant
+    s = torch.zeros_like(constant)
+    for n in range(SERIES, 1, -1):
+        s = s * constant + 1 / math.factorial(n)
+    return s * constant**2 + e * y + (1 + e) * (torch.expm1(y) - y)
 
 
 def _slope(kind: int, r: Tensor, clip: float) -> Tensor:
