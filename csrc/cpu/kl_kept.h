@@ -50,7 +50,7 @@ class KlKeptRows {
   const KlKept& rows() const { return kept_; }
 
  private:
-  static constexpr int64_t kLine = 16;  // floats of a cache line, and of the longest vector
+  static constexpr int64_t kLine = 16;         // floats of a cache line, and of the longest vector
   static constexpr int64_t kLeastChunk = 512;  // of the instruction set with the shortest vectors
   std::unique_ptr<float[]> memory_;
   std::vector<KlRow> frames_;

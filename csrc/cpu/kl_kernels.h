@@ -34,7 +34,8 @@ inline void second_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& f
 }
 
 // keep: whether every entry's p and log(m/p) are left in `weight` and `value`, in load_pair's
-// order, for the policy's gradient. Else there may be the reference's as well, which needs KL(q||m).
+// order, for the policy's gradient. Else there may be the reference's as well, which needs
+// KL(q||m).
 template <bool keep, FrameMode mode, class T>
 inline void jsd_chunk(const T* x, const T* y, int64_t n, const Frame<mode>& frame,
                       const JsdMath& jsd, float* weight, float* value, KlThree<double>& total) {
@@ -80,8 +81,7 @@ inline KlThree<double> jsd_sums(const RowPair& rows, int64_t V, const KlParams& 
       rows, V, k, r, [&](const auto& frame, auto* x, auto* y, int64_t start, int64_t n) {
         if (kept.weight)
           jsd_chunk<true>(x, y, n, frame, jsd, kept.weight + start, kept.value + start, sums);
-        else
-          jsd_chunk<false>(x, y, n, frame, jsd, nullptr, nullptr, sums);
+        else jsd_chunk<false>(x, y, n, frame, jsd, nullptr, nullptr, sums);
       });
   // The means' weights sum to 1 but for the rounding of 1/S, which a gradient would be left with
   // where one entry has nearly all of the mass.
@@ -195,9 +195,7 @@ struct KlSlope<mode, KlKind::kJsd, sides> {
 template <class T>
 inline void write_kept(const float* weight, const float* value, int64_t n, float off, float scale,
                        T* dx) {
-  const auto at = [&](int64_t i) {
-    return times(load(weight + i), load(value + i) + off) * scale;
-  };
+  const auto at = [&](int64_t i) { return times(load(weight + i), load(value + i) + off) * scale; };
   constexpr int64_t kTwo = 2 * kLanes;
   const int64_t whole = n / kTwo * kTwo;
   for (int64_t i = whole; i < n; i += kLanes)
@@ -245,8 +243,8 @@ inline void kl_row_backward(const RowPair& rows, int64_t V, const KlParams& k, c
 inline float kl_forward(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k,
                         const KlKept& kept, KlRow& r) {
   RowPair rows(type, x, y, k, kept);
-  return with_kind(k.kind,
-                   [&](auto kind) { return kl_row_forward<decltype(kind)::value>(rows, V, k, r).kl; });
+  return with_kind(
+      k.kind, [&](auto kind) { return kl_row_forward<decltype(kind)::value>(rows, V, k, r).kl; });
 }
 
 inline void kl_backward(FloatType type, const void* x, const void* y, int64_t V, const KlParams& k,
