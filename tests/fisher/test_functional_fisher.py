@@ -269,6 +269,15 @@ def test_bias_and_norm_sqgrad_cu_seqlens_and_out(simd: int) -> None:
     )
 
 
+def test_bias_sqgrad_of_a_long_example(simd: int) -> None:
+    """Its 600 rows are summed in three parts of at most 256, at whole vectors of columns."""
+    d = torch.randn(2, 600, 80)
+    expected = d.double().sum(1).square().sum(0)
+    own = (d.sum(1).square().sum(0) - expected).abs().max()
+    rounding = torch.finfo(torch.float32).eps * expected.max()
+    assert (F.bias_sqgrad(d) - expected).abs().max() <= 2 * own + rounding
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padding_idx", [None, 2, -1], ids=["none", "2", "negative"])
 def test_embedding_sqgrad_repeated_tokens_sum_first(
