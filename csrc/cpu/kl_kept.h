@@ -8,6 +8,8 @@
 
 namespace fasttax {
 
+constexpr int64_t kLeastChunk = 512;  // of the instruction set with the shortest vectors
+
 // What a task keeps of a row from one sweep to the next, each a row of floats or null: the capped
 // logits; and, where the policy's gradient is all that is wanted and more than an exponential, what
 // that is a product of. Two rows of 49152 entries are 393 KB of L2, and reading them there costs a
@@ -50,8 +52,7 @@ class KlKeptRows {
   const KlKept& rows() const { return kept_; }
 
  private:
-  static constexpr int64_t kLine = 16;         // floats of a cache line, and of the longest vector
-  static constexpr int64_t kLeastChunk = 512;  // of the instruction set with the shortest vectors
+  static constexpr int64_t kLine = 16;  // floats of a cache line, and of the longest vector
   std::unique_ptr<float[]> memory_;
   std::vector<KlRow> frames_;
   KlKept kept_;

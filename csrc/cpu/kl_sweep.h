@@ -181,6 +181,8 @@ inline auto in_frame(const KlParams& k, const KlRow& r, F&& f) {
   return f(Frame<FrameMode::kShared>(k, r));
 }
 
+static_assert(kChunk >= kLeastChunk, "`frames` holds one for each chunk");
+
 // A row pair's sums, and the frame that they end in. `pair`: whether there is a reference; want is
 // kWantEntropy where there is none.
 template <int want, bool pair = true>
