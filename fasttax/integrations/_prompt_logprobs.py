@@ -1,10 +1,10 @@
 """The log-probs of prompts as inference servers give them, read into a TopKReference's tensors.
 
-vLLM (`prompt_logprobs=k`): None for the first token, then for each token a mapping {id: {"logprob":
-..., "rank": ..., "decoded_token": ...}} of the prompt's own token, which stands first, and the k
-largest. SGLang (`return_logprob=True, logprob_start_len=0, top_logprobs_num=k`):
-`input_token_logprobs`, [log-prob, id, text] of the prompt's own tokens, and `input_top_logprobs`,
-for each the list of the k largest.
+vLLM (`prompt_logprobs=k`): None for the first token ({} in its FlatLogprobs), then for each token a
+mapping {id: {"logprob": ..., "rank": ..., "decoded_token": ...}} of the prompt's own token, which
+stands first, and the k largest. SGLang (`return_logprob=True, logprob_start_len=0,
+top_logprobs_num=k`): `input_token_logprobs`, [log-prob, id, text] of the prompt's own tokens, and
+`input_top_logprobs`, for each the list of the k largest.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ def _vllm(fields: Mapping[str, Any], where: str, V: int) -> tuple[list[int], lis
             where,
             "vLLM's prompt_logprobs, or SGLang's input_top_logprobs with input_token_logprobs",
             f"keys {sorted(map(str, fields))}" if fields else "neither",
+            "pass response['choices']" if "choices" in fields else "",
         )
     listed = _list(fields, "prompt_logprobs", where)
-    if not listed or listed[0] is not None:
+    if not listed or (listed[0] is not None and listed[0] != {}):
         raise wrong(
             f"{where}, token 0", "None, for nothing predicts it", listed[0] if listed else "none"
         )
@@ -148,6 +149,13 @@ def _own(ranks: Mapping[int, Any], place: str) -> int:
 
 
 def _sglang(fields: Mapping[str, Any], where: str, V: int) -> tuple[list[int], list[Entries]]:
+    if fields.get("input_top_logprobs") is None:
+        raise wrong(
+            where,
+            "input_top_logprobs beside input_token_logprobs",
+            f"keys {sorted(map(str, fields))}",
+            "ask the server for top_logprobs_num=k",
+        )
     top = _list(fields, "input_top_logprobs", where)
     if fields.get("input_token_logprobs") is None:
         raise wrong(

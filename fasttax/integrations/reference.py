@@ -175,9 +175,9 @@ class TopKReference:
         Args:
             rows: the sequences.
             vocab_size: of the reference, the size of its logits.
-            temperature: that the server divided logits by before it took these log-probs. vLLM's
-                prompt_logprobs are of the raw logits (1.0) whatever it samples at, as long as its
-                logprobs_mode is "raw_logprobs".
+            temperature: that the server divided logits by before it took these log-probs. Those of
+                prompts are of the raw logits (1.0) whatever is sampled at: SGLang's, and vLLM's as
+                long as its logprobs_mode is "raw_logprobs".
 
         Raises:
             ValueError: a row is malformed; its place is named.
@@ -187,7 +187,10 @@ class TopKReference:
         temperature = checks.positive(op, "temperature", temperature)
         if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
             expected = "a list of rows, one for each sequence"
-            raise checks.fail(op, "rows", expected, rows, "pass [row]", TypeError)
+            keys = set(rows) if isinstance(rows, Mapping) else set()
+            several = "choices" in keys and "prompt_logprobs" not in keys
+            way_out = "pass response['choices']" if several else "pass [row]"
+            raise checks.fail(op, "rows", expected, rows, way_out, TypeError)
         given = list(rows)
         if not given or given[0] is None:
             got = "the entries of one row" if given else "none"

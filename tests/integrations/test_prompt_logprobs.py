@@ -1,4 +1,7 @@
-"""References from vLLM's and SGLang's JSON: shapes as their servers give them, made of a model."""
+"""References from vLLM's and SGLang's JSON: recorded responses, and such made of a model.
+
+`python -m tests.tools.record_servers` records.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from fasttax import topk_kl
 from fasttax.integrations.reference import TopKReference
 from tests.tools import kl_steps as k
 
+RECORDED = Path(__file__).parent / "recorded"
 ROWS = [row.tolist() for row in (k.IDS[0], k.IDS[1, :5], k.IDS[2, :7])]
 V = k.VOCABULARY
 VLLM = """{"id": "cmpl-1", "object": "text_completion", "model": "m", "choices": [{"index": 0,
@@ -67,7 +71,27 @@ def sglang(model: Any, row: list[int], top: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
-def test_recorded_responses(server: str) -> None:
+def test_recorded_servers(server: str) -> None:
+    """Transformers' numbers in float64, as far as its own float32 has them."""
+    recorded = json.loads((RECORDED / f"{server}.json").read_text())
+    make = TopKReference.from_prompt_logprobs
+    made = make(recorded["rows"], vocab_size=recorded["vocab_size"])
+    assert made.k == 4
+    assert made.temperature == 1.0
+    for tokens, exact in zip(recorded["tokens"], recorded["log_probs"], strict=True):
+        logp, ids = made.lookup(torch.tensor(tokens))
+        for t, wanted in enumerate(exact):
+            some = logp[t] > -torch.inf
+            found = dict(zip(ids[t][some].tolist(), logp[t][some].tolist(), strict=True))
+            own = str(tokens[t + 1])
+            largest = sorted(wanted, key=lambda i: -wanted[i])[:3]
+            assert found.keys() == {int(i) for i in (own, *largest)}
+            error = max(abs(value - wanted[str(i)]) for i, value in found.items())
+            assert error <= 2 * recorded["float32_error"]
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_hand_made_responses(server: str) -> None:
     """Two of k = 2, where the first token predicted is not among the two largest."""
     row = json.loads(VLLM)["choices"][0] if server == "vllm" else json.loads(SGLANG)
     made = TopKReference.from_prompt_logprobs([row], vocab_size=20)
@@ -158,10 +182,11 @@ def test_prompt_logprobs_alone_serve_any_first_token() -> None:
     assert len(TopKReference.from_prompt_logprobs(whole, vocab_size=V)) == 4
 
 
-def test_objects_and_impossible_tokens() -> None:
+@pytest.mark.parametrize("first", [None, {}])  # {} is of vLLM's FlatLogprobs
+def test_objects_and_impossible_tokens(first: Any) -> None:
     """vLLM's RequestOutput; -9999 is what its server writes for a log-prob of -inf."""
     entries = [
-        None,
+        first,
         {3: SimpleNamespace(logprob=-0.5, rank=1), 4: SimpleNamespace(logprob=-9999.0, rank=2)},
     ]
     output = SimpleNamespace(prompt_token_ids=[1, 3], prompt_logprobs=entries)
@@ -198,6 +223,7 @@ BAD: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("vllm", ("prompt_token_ids", 1), 20, r"\['prompt_token_ids'\]\[1\]: expected a token id"),
     ("vllm", (L,), KeyError, r": expected vLLM's prompt_logprobs, or SGLang's .* got keys"),
     ("vllm", (L,), "text", r"\['prompt_logprobs'\]: expected a list with an entry for each token"),
+    ("sglang", (S,), KeyError, r": expected input_top_logprobs beside .*; ask .* top_logprobs_n"),
     ("sglang", (O,), KeyError, r": expected input_token_logprobs beside input_top_logprobs"),
     ("sglang", (O, 0, 0), -1.0, r", token 0: expected a log-prob of None, .* logprob_start_len=0"),
     ("sglang", (O, 1), [-1.0], r", token 1: expected \[log-prob, id, text\]"),
@@ -231,6 +257,12 @@ def test_other_wrong_calls() -> None:
     with pytest.raises(TypeError, match=r"rows: expected a list of rows, .*; pass \[row\]"):
         make(row, vocab_size=20)
     make([row], vocab_size=20)  # as advised
+    response = json.loads(VLLM)
+    with pytest.raises(TypeError, match=r"rows: expected a list of rows, .*; pass response\['choi"):
+        make(response, vocab_size=20)
+    with pytest.raises(ValueError, match=r"rows\[0\]: expected vLLM's .*; pass response\['choices"):
+        make([response], vocab_size=20)
+    make(response["choices"], vocab_size=20)  # as advised
     with pytest.raises(ValueError, match="vocab_size: expected an integer >= 1, got 0"):
         make([row], vocab_size=0)
     with pytest.raises(ValueError, match="temperature: expected a finite number > 0, got 0"):
