@@ -76,11 +76,7 @@ class Results:
         row = self.rows.get(task)
         if row is None:
             raise checks.fail(
-                OP,
-                "paths",
-                f"task {task!r}",
-                f"{self.path} with {', '.join(self.tasks())}",
-                f"evaluate it there too, or leave it out with tasks={self.tasks()[:3]}",
+                OP, "tasks", f"some of {', '.join(self.tasks())} in {self.path}", repr(task)
             )
         keys = _metrics(row)
         found = [key for key in keys if metric in (None, key, key.partition(",")[0])]
@@ -141,15 +137,17 @@ def report(
     able = [task for task in wanted if task not in alignment]
     if not able:
         raise checks.fail(OP, "alignment", "not every task: some for the capability", "all of them")
-    for other in others:
-        _same_questions(base, other, wanted)
     first = {task: base.scored(task, metrics.get(task)) for task in wanted}
+    for other in others:
+        _same_tasks(other, wanted)
+        _same_questions(base, other, wanted)
     # every file by the metric that the base's was read by
     chosen = {task: scored.metric for task, scored in first.items()}
     names = _names(paths, others)
     made = kind(**_arguments(first, able, alignment))
     for name, other in zip(names, others, strict=True):
         scored = {task: other.scored(task, chosen[task]) for task in wanted}
+        _same_items(other, first, scored)
         made.add(name, **_arguments(scored, able, alignment))
     return made
 
@@ -239,6 +237,34 @@ def _number(value: object) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:  # an integer beyond float64
         return None
+
+
+def _same_tasks(other: Results, tasks: Sequence[str]) -> None:
+    """The other file must have what is read of the base's."""
+    missing = [task for task in tasks if task not in other.rows]
+    if missing:
+        common = [task for task in tasks if task in other.rows]
+        raise checks.fail(
+            OP,
+            "paths",
+            f"the base's task{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}",
+            f"{other.path} with {', '.join(other.tasks())}",
+            "evaluate there too what is missing" + f", or take tasks={common}" * bool(common),
+        )
+
+
+def _same_items(other: Results, base: Mapping[str, Scored], scored: Mapping[str, Scored]) -> None:
+    """As many as the base's: a run with --limit has others."""
+    for task, one in base.items():
+        two = scored[task]
+        if None not in (one.n, two.n) and one.n != two.n:
+            raise checks.fail(
+                OP,
+                "paths",
+                f"{task!r} with the base's {one.n} items",
+                f"{two.n} in {other.path}",
+                "evaluate both alike, with the same --limit or none",
+            )
 
 
 def _same_questions(base: Results, other: Results, tasks: Sequence[str]) -> None:

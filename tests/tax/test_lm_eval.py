@@ -113,7 +113,18 @@ REFUSED: dict[str, tuple[object, str]] = {
     "not JSON": ("{", "expected JSON"),
     "another file": ([1], "result file of lm-evaluation-harness"),
     "no scores": ({"results": {"a": {"alias": "a"}}}, "tasks with scores"),
-    "a task less": (results(results={"arc_easy": {"acc,none": 0.5}}), "task 'ifeval'"),
+    "a task less": (
+        results(results={"arc_easy": {"acc,none": 0.5}}),
+        r"tasks 'ifeval', 'mmlu', .*other.json with arc_easy; .* take tasks=\['arc_easy'\]$",
+    ),
+    "no task of the base's": (
+        results(results={"boolq": {"acc,none": 0.5}}, **{"group_subtasks": {}}),
+        "'arc_easy', 'ifeval', 'mmlu', .* evaluate there too what is missing$",
+    ),
+    "fewer items": (
+        results(**{"n-samples": {"arc_easy": {"original": 2376, "effective": 100}}}),
+        r"'arc_easy' with the base's 2376 items, got 100 in .*other\.json; .* --limit",
+    ),
     "another version": (results(versions={"arc_easy": 2.0}), "version, 1.0"),
     "other shots": (results(**{"n-shot": {"arc_easy": 5}}), "number of shots"),
 }
@@ -133,6 +144,8 @@ def test_what_is_better_when_lower_has_no_mean(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{n}.json", row()) for n in "ab"]
     with pytest.raises(ValueError, match="better when lower"):
         TaxReport.from_lm_eval(paths)
+    with pytest.raises(ValueError, match=r"tasks: expected some of wiki, arc_easy, .* got 'boolq'"):
+        TaxReport.from_lm_eval(paths, tasks=["boolq"])
     # the way out that it names
     assert TaxReport.from_lm_eval(paths, tasks=["arc_easy"]).base.capability == {"arc_easy": 0.6}
     with pytest.raises(FileNotFoundError, match="output_path"):
