@@ -72,6 +72,7 @@ def _of(kind: type[str], args: argparse.Namespace) -> Iterator[str]:
 def add_output(parser: argparse.ArgumentParser, default: str, meaning: str) -> None:
     """`--output`, the file that a command writes."""
     parser.add_argument(
+        "-o",
         "--output",
         type=Output,
         default=default,

@@ -120,7 +120,12 @@ def parser() -> argparse.ArgumentParser:
         "--density", type=float, help="share of the task vector that is kept (default 0.5)"
     )
     config.add_argument(
-        "--output", type=_options.Output, required=True, metavar="FILE", help="the YAML to write"
+        "-o",
+        "--output",
+        type=_options.Output,
+        required=True,
+        metavar="FILE",
+        help="the YAML to write",
     )
     run = ways.add_parser("run", help="the merge that a mergekit configuration asks for: linear")
     run.add_argument("config", type=_options.Input, metavar="FILE", help="mergekit's YAML")
@@ -151,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for way in (linear, fisher, run):
         way.add_argument(
+            "-o",
             "--output",
             type=_options.NewOutput,
             metavar="PATH",

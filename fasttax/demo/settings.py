@@ -264,6 +264,7 @@ def parser() -> argparse.ArgumentParser:
         help="train a small byte-level model from scratch instead: no download, under 4 minutes",
     )
     parser.add_argument(
+        "-o",
         "--output",
         type=Path,
         default=Path("fasttax-demo"),

@@ -421,7 +421,7 @@ def test_the_command(tmp_path: Path) -> None:
     )
     from fasttax.cli import main
 
-    assert main(["merge", "linear", base, aligned, "--alpha", "0.5", "--output", out]) == 0
+    assert main(["merge", "linear", base, aligned, "--alpha", "0.5", "-o", out]) == 0
     assert torch.equal(load_file(out)["a"], merge.linear(A, B, 0.5)["a"])
     fishers = [f"--fisher={tmp_path / n}.fisher" for n in ("base", "aligned")]
     assert (

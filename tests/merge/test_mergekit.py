@@ -161,7 +161,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = [str(tmp_path / f"{name}.safetensors") for name in ("base", "aligned")]
     file, merged = str(tmp_path / "m.yml"), str(tmp_path / "merged.safetensors")
     alpha = ["--alpha", "*.mlp.*=0.5", "--alpha", "*=0.25"]
-    wrote = ["merge", "config", *models, *alpha, "--method", "linear", "--output", file]
+    wrote = ["merge", "config", *models, *alpha, "--method", "linear", "-o", file]
     assert cli.main(wrote) == 0
     assert cli.main(["merge", "run", file, "--output", merged]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == merged

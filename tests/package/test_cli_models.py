@@ -86,7 +86,7 @@ def test_rows_are_as_long_as_the_model_by_default(
     (domain,) = json.loads(out.read_text())["domains"]
     assert (domain["sequences"], domain["tokens"]) == (2, 255 + 73)
     cached = str(tmp_path / "c.safetensors")
-    assert cli.main(["kl", "cache", m0, text, "--output", cached]) == 0
+    assert cli.main(["kl", "cache", m0, text, "-o", cached]) == 0
     assert len(TopKReference.load(cached)) == 2
 
 

@@ -169,7 +169,7 @@ def test_what_is_wrong_with_rows_is_a_line(
     model = tiny_lm.save(tmp_path / "model")
     for case, (path, says) in wrong(tmp_path).items():
         output = tmp_path / "cache.safetensors"
-        assert cli.main(["kl", "cache", model, path, "--output", str(output)]) == 2, case
+        assert cli.main(["kl", "cache", model, path, "-o", str(output)]) == 2, case
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert says in said, (case, said)
         assert said.count("fasttax") == 1, (case, said)
