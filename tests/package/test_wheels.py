@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def test_its_wheels_are_checked(job: str, cuda: bool) -> None:
     assert asked.torch[-1:] == ["2.14.1"]
     floor = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
     assert cuda or asked.torch[0] == f"{floor}.0"
+
+
+@pytest.mark.parametrize("job", ["others", "free_threaded"])
+def test_what_was_built_is_tried(job: str) -> None:
+    """Beside the sources, which Python finds first in their folder; and there are such tests."""
+    built, tried = (next(c for c in commands(job) if word in c) for word in (" -e .", "pytest -q"))
+    assert built.startswith("FASTTAX_CPP=1 ")
+    command = [sys.executable, *shlex.split(tried)[1:], "--collect-only"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_nothing_is_published_that_a_job_did_not_build() -> None:
